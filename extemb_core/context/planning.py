@@ -1,0 +1,246 @@
+"""From a budget of positions to the fidelity of each document: raw, a trained ratio, or dropped.
+
+The documents' order is their rank. All of them start at the coarsest ratio; then, one rung of fidelity at a
+time, they climb in rank order as far as the budget allows. So the top ranks are never coarser than the ranks
+below them, except that short documents stay raw wherever they stand.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, SupportsIndex, TypeAlias
+
+from extemb_core.errors import BudgetError, ConfigError, ExtembError, RatioError
+
+Fidelity: TypeAlias = Literal["raw", "dropped"] | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentPlan:
+    """What becomes of one document.
+
+    Attributes:
+        index: Where it stands in the input, which is its rank, from 0.
+        n_tokens: Its length as raw tokens.
+        fidelity: "raw", a ratio, or "dropped".
+        positions: What it takes of the budget, its overhead included; 0 when dropped.
+        reason: Why, in a few words.
+    """
+
+    index: int
+    n_tokens: int
+    fidelity: Fidelity
+    positions: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The fidelity of every document, in the order given; `positions` never exceeds `budget`."""
+
+    documents: tuple[DocumentPlan, ...]
+    budget: int
+
+    @property
+    def positions(self) -> int:
+        """Positions that all documents take together."""
+        return sum(document.positions for document in self.documents)
+
+    @property
+    def dropped(self) -> tuple[DocumentPlan, ...]:
+        """The documents that the LLM will not see, the empty ones among them."""
+        return tuple(document for document in self.documents if document.fidelity == "dropped")
+
+    def explain(self) -> str:
+        """The plan as a plain-text table.
+
+        >>> print(plan_context([30, 600, 0], budget=200).explain())
+         rank  tokens  fidelity  positions  reason
+            1      30       raw         30  short, stays raw
+            2     600   ratio 4        150  ratio 4 fits the budget
+            3       0   dropped          0  empty
+        total     630                  180  of a budget of 200
+        """
+        rows = [("rank", "tokens", "fidelity", "positions", "reason")]
+        for plan in self.documents:
+            numbers = str(plan.index + 1), str(plan.n_tokens), _name(plan.fidelity), str(plan.positions)
+            rows.append((*numbers, plan.reason))
+        tokens = sum(plan.n_tokens for plan in self.documents)
+        rows.append(("total", str(tokens), "", str(self.positions), f"of a budget of {self.budget}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        return "\n".join("  ".join([*map(str.rjust, row[:4], widths), row[4]]) for row in rows)
+
+
+def compressed_positions(n_tokens: int, ratio: int, chunk_size: int = 512) -> int:
+    """Embeddings that stand for n_tokens: ceil(length / ratio) for each chunk, the last one shorter.
+
+    >>> compressed_positions(600, ratio=8, chunk_size=512)
+    75
+    """
+    full, tail = divmod(n_tokens, chunk_size)
+    return full * -(-chunk_size // ratio) + -(-tail // ratio)
+
+
+def plan_context(
+    n_tokens: Sequence[int],
+    budget: int,
+    *,
+    ratio: Literal["auto", "raw"] | int = "auto",
+    ratios: Sequence[int] = (2, 4, 8, 16, 32),
+    chunk_size: int = 512,
+    raw_below: int = 64,
+    overhead: Sequence[int] | int = 0,
+) -> Plan:
+    """Choose the fidelity of each document so that the whole fits the budget.
+
+    "auto": the longest run of top ranks that fits at the coarsest ratio is kept. Documents of at most
+    raw_below tokens stay raw if the kept ones still fit then. The others climb from the coarsest ratio to the
+    finest, and on to raw, one rung at a time and in rank order, each rung up to the first document that no
+    longer fits: when all fit raw, all are raw. What is left then makes short documents raw, in rank order.
+    A ratio, or "raw": every document at that fidelity. A document that the ratio would not shorten is raw.
+    What does not fit is dropped from the end of the ranking, never cut; an empty document is dropped as such.
+
+    Args:
+        n_tokens: Tokens of each document, best document first.
+        budget: Positions that the documents may take.
+        ratio: "auto", "raw" or one of `ratios`.
+        ratios: The ratios that the embedder was trained for.
+        chunk_size: Tokens that are compressed together.
+        raw_below: The longest document, in tokens, that counts as short.
+        overhead: Positions that a kept document costs besides its content (title line, separators), for each
+            document or one number for all.
+
+    Raises:
+        RatioError: ratio is not one of ratios.
+        BudgetError: budget is negative or not a whole number.
+        ConfigError: another number outside its legal values.
+    """
+    lengths = [_whole(length, "n_tokens") for length in n_tokens]
+    budget = _whole(budget, "budget", error=BudgetError)
+    chunk_size = _whole(chunk_size, "chunk_size", least=1)
+    raw_below = _whole(raw_below, "raw_below")
+    ladder = _ladder(ratio, ratios)
+    extra = _overheads(overhead, len(lengths))
+
+    def cost(index: int, fidelity: Fidelity) -> int:
+        length = lengths[index]
+        content = compressed_positions(length, fidelity, chunk_size) if isinstance(fidelity, int) else length
+        return content + extra[index]
+
+    documents = [index for index, length in enumerate(lengths) if length]
+    kept, left = _longest_run(documents, budget, lambda index: cost(index, ladder[0]))
+    short = {index for index in kept if lengths[index] <= raw_below} if ratio == "auto" else set()
+    chosen = _climb(kept, short, ladder, left, cost)
+
+    def plan(index: int, length: int) -> DocumentPlan:
+        fidelity: Fidelity = chosen.get(index, "dropped")
+        if fidelity == "dropped":
+            reason = "ranked below a document that does not fit" if length else "empty"
+            if documents[len(kept) : len(kept) + 1] == [index]:  # the first that did not fit
+                at = f"even {_at(ladder[0])}" if len(ladder) > 1 else _at(ladder[0])
+                reason = f"over budget {at}: needs {cost(index, ladder[0])} positions, {left} left"
+        elif isinstance(fidelity, int) and cost(index, fidelity) == cost(index, "raw"):
+            fidelity, reason = "raw", f"{_name(fidelity)} would save nothing"
+        elif ratio != "auto":
+            reason = f"{_name(fidelity)} as asked"
+        elif fidelity == "raw":
+            reason = "short, stays raw" if index in short else "fits raw"
+        else:
+            reason = f"{_name(fidelity)} fits the budget"
+        positions = 0 if fidelity == "dropped" else cost(index, fidelity)
+        return DocumentPlan(
+            index=index, n_tokens=length, fidelity=fidelity, positions=positions, reason=reason
+        )
+
+    return Plan(documents=tuple(plan(*item) for item in enumerate(lengths)), budget=budget)
+
+
+def _longest_run(documents: list[int], budget: int, cost: Callable[[int], int]) -> tuple[list[int], int]:
+    """The documents, from the first, that fit the budget together, and the positions left over."""
+    for kept, index in enumerate(documents):
+        if cost(index) > budget:
+            return documents[:kept], budget
+        budget -= cost(index)
+    return documents, budget
+
+
+def _climb(
+    kept: list[int],
+    short: set[int],
+    ladder: Sequence[Fidelity],
+    left: int,
+    cost: Callable[[int, Fidelity], int],
+) -> dict[int, Fidelity]:
+    """Raise the kept documents from the foot of the ladder with the positions that are left."""
+    chosen = dict.fromkeys(kept, ladder[0])
+
+    def rise(index: int, fidelity: Fidelity) -> bool:
+        nonlocal left
+        price = cost(index, fidelity) - cost(index, chosen[index])
+        if price > left:
+            return False
+        left -= price
+        chosen[index] = fidelity
+        return True
+
+    ranked = kept
+    if sum(cost(index, "raw") - cost(index, ladder[0]) for index in short) <= left:
+        ranked = [index for index in kept if index not in short or not rise(index, "raw")]
+    for fidelity in ladder[1:]:
+        for index in ranked:
+            if not rise(index, fidelity):
+                break  # not past it: that would lift lower ranks above it
+    for index in kept:
+        if index in short:
+            rise(index, "raw")
+    return chosen
+
+
+def _ladder(ratio: object, ratios: Sequence[int]) -> list[Fidelity]:
+    """The fidelities that a plan may use, coarsest first."""
+    trained = sorted({_whole(value, "ratios", least=1) for value in ratios})
+    if ratio == "raw":
+        return ["raw"]
+    if not trained:
+        raise RatioError("ratios=() names no trained ratio; pass at least one, or ratio='raw'")
+    if ratio == "auto":
+        return [*reversed(trained), "raw"]
+    if isinstance(ratio, SupportsIndex) and operator.index(ratio) in trained:
+        return [operator.index(ratio)]
+    remedy = "pass one of them, 'auto' or 'raw'"
+    if isinstance(ratio, int) and ratio > 0:
+        remedy += f", or train with ratios=[..., {ratio}]"
+    raise RatioError(f"ratio={ratio!r} is not one of the trained ratios {trained}; {remedy}")
+
+
+def _overheads(overhead: Sequence[int] | int, count: int) -> list[int]:
+    if not isinstance(overhead, Sequence):
+        return [_whole(overhead, "overhead")] * count
+    if len(overhead) != count:
+        raise ConfigError(
+            f"overhead has {len(overhead)} entries for {count} documents; "
+            "pass one for each, or one number for all"
+        )
+    return [_whole(value, "overhead") for value in overhead]
+
+
+def _whole(value: Any, name: str, *, least: int = 0, error: type[ExtembError] = ConfigError) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise error(
+            f"{name}={value!r} is not a whole number of at least {least}; pass an int from {least} up"
+        )
+    return number
+
+
+def _name(fidelity: Fidelity) -> str:
+    return f"ratio {fidelity}" if isinstance(fidelity, int) else fidelity
+
+
+def _at(fidelity: Fidelity) -> str:
+    return f"at {_name(fidelity)}" if isinstance(fidelity, int) else fidelity

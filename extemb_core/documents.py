@@ -1,0 +1,127 @@
+"""A document: the text that is compressed, and what an answer cites as its source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from extemb_core.errors import DocumentError
+
+TEXT_KEYS = ("text", "page_content", "content")
+"""Where a dict may hold its text, in the order they are looked for."""
+
+_ACCEPTED = (
+    "pass a str, a Document, a dict with one of "
+    + ", ".join(repr(key) for key in TEXT_KEYS)
+    + ", or an object with .page_content, .get_content() or .text (for a file: read_document(path))"
+)
+
+
+def text_ref(text: str) -> str:
+    """`ext:` and 32 hex digits of the text's sha256: what names a document everywhere."""
+    return "ext:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text with an optional title and metadata; two documents with equal text share one `ref`.
+
+    Args:
+        text: The content; may be empty (an empty document is reported, and takes no position).
+        title: What a reader would call it.
+        metadata: Anything else worth keeping; `metadata["source"]` is what an answer cites.
+
+    Raises:
+        DocumentError: text or title is not a str, metadata not a mapping, or the text holds a lone
+            surrogate, which no tokenizer can read.
+
+    >>> Document("A clerk was hired.", title="Clerks").source
+    'Clerks'
+    """
+
+    text: str
+    title: str | None = field(default=None, kw_only=True)
+    metadata: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise DocumentError(f"a document's text is a str, not a {type(self.text).__name__}; {_ACCEPTED}")
+        if self.title is not None and not isinstance(self.title, str):
+            raise DocumentError(
+                f"title={self.title!r} is a {type(self.title).__name__}, but a title is a str; "
+                "pass a str or None"
+            )
+        if not isinstance(self.metadata, Mapping):
+            raise DocumentError(
+                f"metadata={self.metadata!r} is a {type(self.metadata).__name__}, "
+                "but metadata is a mapping; pass a dict"
+            )
+        try:
+            self.text.encode("utf-8")
+        except UnicodeEncodeError as exc:
+            raise DocumentError(
+                f"the text holds a lone surrogate (U+{ord(self.text[exc.start]):04X}) at character "
+                f"{exc.start}, which is not valid Unicode; decode its bytes again with errors='replace'"
+            ) from exc
+        # A copy: what the caller does to its dict later does not reach a frozen document.
+        object.__setattr__(self, "metadata", dict(self.metadata))
+
+    @cached_property
+    def ref(self) -> str:
+        """`ext:` and 32 hex digits of the sha256 of the text alone: all that the embeddings depend on."""
+        return text_ref(self.text)
+
+    @property
+    def source(self) -> str:
+        """What to show as the origin: `metadata["source"]`, else the title, else the ref."""
+        return str(self.metadata.get("source") or self.title or self.ref)
+
+    @classmethod
+    def from_any(cls, value: Any) -> Document:
+        """Make a document of what frameworks and callers hand over.
+
+        Taken: a str; a Document (returned as it is); a dict with its text under one of `TEXT_KEYS`, an
+        optional "title" and "metadata" (other keys join the metadata); an object with `.page_content`
+        (LangChain), `.get_content()` (LlamaIndex) or `.text`, with its `.metadata`. Where no title is
+        given, `metadata["title"]` is the title.
+
+        Raises:
+            DocumentError: value is none of these, or its text is not a str.
+        """
+        if isinstance(value, Document):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if isinstance(value, Mapping):
+            return cls._from_mapping(value)
+        if hasattr(value, "page_content"):
+            text = value.page_content
+        elif callable(getattr(value, "get_content", None)):
+            text = value.get_content()
+        elif hasattr(value, "text"):
+            text = value.text
+        else:
+            raise DocumentError(f"a {type(value).__name__} is not a document; {_ACCEPTED}")
+        return cls._titled(text, None, getattr(value, "metadata", None))
+
+    @classmethod
+    def _from_mapping(cls, value: Mapping[Any, Any]) -> Document:
+        key = next((key for key in TEXT_KEYS if key in value), None)
+        if key is None:
+            keys = ", ".join(map(repr, value)) or "none"
+            raise DocumentError(f"a dict without text (its keys: {keys}) is not a document; {_ACCEPTED}")
+        metadata = value.get("metadata")
+        if metadata is None or isinstance(metadata, Mapping):
+            others = {name: item for name, item in value.items() if name not in (key, "title", "metadata")}
+            metadata = {**others, **(metadata or {})}
+        return cls._titled(value[key], value.get("title"), metadata)
+
+    @classmethod
+    def _titled(cls, text: Any, title: Any, metadata: Any) -> Document:
+        metadata = {} if metadata is None else metadata
+        if title is None and isinstance(metadata, Mapping) and isinstance(metadata.get("title"), str):
+            title = metadata["title"]
+        return cls(text, title=title, metadata=metadata)

@@ -1,0 +1,71 @@
+"""Every error this library raises on purpose.
+
+    ExtembError
+    ├── ConfigError (ValueError)        a setting outside its legal values
+    │   └── RatioError                  a ratio that was not trained, or cannot be derived
+    ├── BudgetError (ValueError)        the positions asked for cannot hold what must go in
+    ├── DocumentError (ValueError)      a document that cannot be read or decoded
+    │   └── DocumentNotFoundError (FileNotFoundError)
+    ├── WeightsError (OSError)          weights that are missing, damaged or of another kind
+    │   ├── WeightsNotFoundError (FileNotFoundError)
+    │   └── WeightsCorruptError
+    ├── MismatchError (ValueError)      an embedder, store or embedding made for something else
+    ├── TrainingError (RuntimeError)    a run that cannot go on (NaN loss, foreign checkpoint)
+    └── MissingExtraError (ImportError) an optional dependency that is not installed
+
+Each also inherits the builtin a caller would guess. The message of every one of them
+names the value, the rule and the remedy, in one sentence.
+"""
+
+from __future__ import annotations
+
+
+class ExtembError(Exception):
+    """Base of all errors of this library."""
+
+
+class ConfigError(ExtembError, ValueError):
+    """A setting outside its legal values."""
+
+
+class RatioError(ConfigError):
+    """A ratio that was not trained, or that cannot be derived from the one at hand."""
+
+
+class BudgetError(ExtembError, ValueError):
+    """The positions asked for cannot hold what must go in."""
+
+
+class DocumentError(ExtembError, ValueError):
+    """A document that cannot be read or decoded."""
+
+
+class DocumentNotFoundError(DocumentError, FileNotFoundError):
+    """A document's file does not exist."""
+
+
+class WeightsError(ExtembError, OSError):
+    """Weights that are missing, damaged or of another kind."""
+
+
+class WeightsNotFoundError(WeightsError, FileNotFoundError):
+    """A model's files are not where they were looked for."""
+
+
+class WeightsCorruptError(WeightsError):
+    """A model's files are not the bytes they should be."""
+
+
+class MismatchError(ExtembError, ValueError):
+    """An embedder, store or embedding that was made for something else."""
+
+
+class TrainingError(ExtembError, RuntimeError):
+    """A training run that cannot go on."""
+
+
+class MissingExtraError(ExtembError, ImportError):
+    """An optional dependency that is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which is not installed; run: pip install 'extemb[{extra}]'")

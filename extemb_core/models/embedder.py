@@ -1,0 +1,417 @@
+"""The extensible embedder: the LLM's first layers, read out every `ratio` tokens (twin paper, section 2).
+
+A document is cut into chunks, each chunk runs through the layers on its own with ordinary causal attention, the
+down-scaling picks outputs and the connector moves them into the LLM's input space.
+
+With `adaptation="lora"` the layers' base parameters *are* the LLM's tensors in memory; the embedder has modules
+of its own around them, and the adapters live only there. The LLM is never touched, so one thread may compress
+while another generates. With `adaptation="full"` the layers are a trained copy. Token embeddings are the LLM's
+own, and frozen, in both.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from extemb_core.documents import text_ref
+from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsNotFoundError
+from extemb_core.models.compressed import Compressed
+from extemb_core.models.config import ExtensibleEmbedderConfig
+from extemb_core.models.connector import OutputConnector, trailing_means
+from extemb_core.models.downscaling import chunk_lengths, downscale, n_embeddings, picks
+from extemb_core.models.llm import LLM
+from extemb_core.progress import progress
+
+# The base tensors of an LLM are recognised by a sample of their values. Loading in bfloat16 moves these by about
+# 0.2% (relative L2), another model by about 140%.
+_PROBE_VALUES = 16
+_PROBE_TOLERANCE = 0.01
+_FINAL_NORMS = ("norm", "final_layernorm")
+_SORT_WINDOW_BATCHES = 64
+
+
+class ChunkOutputs(NamedTuple):
+    """What the layers give for a batch of chunks. Both (B, T, D); `residuals` is in float32."""
+
+    hidden: Tensor
+    residuals: Tensor
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    text: int
+    start: int
+    length: int
+    offset: int
+
+
+class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
+    """Turns text into extensible embeddings for one LLM.
+
+    Make one with `from_llm` (untrained) or `from_pretrained` (a folder or hub id), both of which take the LLM
+    whose layers it shares.
+    """
+
+    config_class = ExtensibleEmbedderConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: ExtensibleEmbedderConfig, llm: LLM) -> None:
+        super().__init__(config)
+        self.llm = llm
+        stack, shared = _first_layers(llm, config.num_layers, copied=config.adaptation == "full")
+        self.stack = stack
+        if config.adaptation == "lora":
+            _add_adapters(stack, config.lora_rank)
+        rms = float(llm.model.get_input_embeddings().weight.float().pow(2).mean().sqrt())
+        self.connector = OutputConnector(config.connector, config.hidden_size, rms).to(llm.device)
+        self.register_buffer("llm_probe", _probe(llm, config.num_layers), persistent=True)
+        self._own_names = [name for name, p in self.named_parameters() if id(p) not in shared]
+        self._fingerprint: tuple[int, str] | None = None
+        self.eval()
+
+    # -- making, saving, loading ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_llm(cls, llm: LLM, **settings: Any) -> ExtensibleEmbedder:
+        """An untrained embedder for `llm`; `settings` are those of `ExtensibleEmbedderConfig`.
+
+        Raises:
+            ConfigError: A setting is not legal, or the LLM has fewer layers or an unsupported layout.
+        """
+        layers = int(llm.text_config.num_hidden_layers)
+        config = ExtensibleEmbedderConfig(
+            **settings,
+            hidden_size=llm.width,
+            llm_name=llm.name,
+            llm_layers_type=str(llm.text_config.model_type),
+            bos_token_id=llm.bos_token_id,
+            tokenizer_digest=llm.tokenizer_digest,
+        )
+        if config.num_layers > layers:
+            raise ConfigError(f"num_layers={config.num_layers} is above the {layers} layers of {llm.name}; pass fewer")
+        return cls(config, llm)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *, llm: LLM, **hub: Any
+    ) -> ExtensibleEmbedder:
+        """Load a trained embedder for the LLM it was trained with.
+
+        Args:
+            pretrained_model_name_or_path: A folder with config.json and model.safetensors, or a hub id.
+            llm: The LLM whose tensors it shares.
+            **hub: Passed to `huggingface_hub` for a hub id (`revision`, `token`, `cache_dir`, ...).
+
+        Raises:
+            WeightsNotFoundError, WeightsCorruptError: The files are missing or damaged.
+            MismatchError: The embedder was made for another LLM.
+        """
+        folder = _local_folder(pretrained_model_name_or_path, hub)
+        config = _read_config(folder / "config.json")
+        check_llm(config, llm)
+        model = cls(config, llm)
+        model.load_own(folder / "model.safetensors")
+        return model
+
+    def load_own(self, file: Path) -> None:
+        """Take the embedder's own tensors from a file that `save_pretrained` wrote."""
+        try:
+            tensors = load_file(file)
+        except FileNotFoundError as error:
+            raise WeightsNotFoundError(f"{file} does not exist; an embedder's folder holds it beside config.json") from error
+        except (SafetensorError, OSError) as error:
+            raise WeightsCorruptError(f"{file} is not a whole safetensors file ({error}); get it again") from error
+        probe = tensors.pop("llm_probe", None)
+        own = {name: self.get_parameter(name) for name in self._own_names}
+        wrong = sorted(n for n in own.keys() | tensors.keys() if n not in own or n not in tensors)
+        wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
+        if probe is None or wrong:
+            what = wrong[0] if wrong else "llm_probe"
+            raise WeightsCorruptError(
+                f"{file}: tensor {what!r} is missing, unknown or of another shape; it must match config.json beside it"
+            )
+        here = self.llm_probe.float().cpu()
+        distance = (
+            float((here - probe).norm() / probe.norm()) if here.shape == probe.shape else float("inf")
+        )
+        if not distance <= _PROBE_TOLERANCE:
+            raise MismatchError(
+                f"the embedder in {file.parent} was trained on the tensors of {self.config.llm_name!r}, and those of "
+                f"{self.llm.name!r} differ by {distance:.0%} (at most {_PROBE_TOLERANCE:.0%} is allowed); "
+                "load it with its own LLM or train one for this LLM"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+            self.llm_probe.copy_(probe)  # as trained, so that the fingerprint does not depend on the dtype
+
+    def own_state_dict(self) -> dict[str, Tensor]:
+        """The tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""
+        own = {name: self.get_parameter(name).detach() for name in self._own_names}
+        return own | {"llm_probe": self.llm_probe.detach()}
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write config.json and model.safetensors (the embedder's own tensors only)."""
+        kwargs.setdefault("state_dict", {name: t.contiguous().cpu() for name, t in self.own_state_dict().items()})
+        super().save_pretrained(save_directory, **kwargs)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (32 hex digits) of what the embeddings depend on: own tensors, LLM probe, config, tokenizer.
+
+        Tensors are rounded to bfloat16 first, so that the same weights have one fingerprint in every dtype.
+        """
+        own = self.own_state_dict()
+        version = sum(t._version for t in own.values())
+        if self._fingerprint is None or self._fingerprint[0] != version:
+            digest = hashlib.sha256()
+            settings = self.config.to_dict()
+            keys = ("num_layers", "adaptation", "downscaling", "connector", "chunk_size", "residual_window")
+            keys += ("lora_rank", "llm_layers_type", "bos_token_id", "tokenizer_digest")
+            digest.update(json.dumps({key: settings[key] for key in keys}, sort_keys=True).encode())
+            for name in sorted(own):
+                digest.update(name.encode())
+                digest.update(own[name].to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+            self._fingerprint = (version, digest.hexdigest()[:32])
+        return self._fingerprint[1]
+
+    # -- the model --------------------------------------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor) -> ChunkOutputs:
+        """Run a batch of chunks through the layers.
+
+        Padding stands on the right; causal attention keeps it from reaching the tokens before it, so no mask is
+        needed and a chunk's outputs do not depend on its batch.
+
+        Args:
+            input_ids: (B, T) token ids.
+
+        Returns:
+            Outputs and residuals, (B, T, D) each.
+        """
+        bos = self.config.bos_token_id
+        if bos is not None:
+            input_ids = torch.nn.functional.pad(input_ids, (1, 0), value=bos)
+        embedded = self.stack.get_input_embeddings()(input_ids)
+        hidden = self.stack(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        first = int(bos is not None)
+        return ChunkOutputs(hidden[:, first:], trailing_means(embedded[:, first:], self.config.residual_window))
+
+    def read_out(self, outputs: ChunkOutputs, row: int, length: int, ratio: int) -> Tensor:
+        """The extensible embeddings of one chunk of a batch: (ceil(length / ratio), D) in float32."""
+        hidden, residuals = outputs.hidden[row, :length], outputs.residuals[row, :length]
+        method = self.config.downscaling
+        if method == "mean":
+            return downscale(self.connector(hidden, residuals), ratio, method)
+        chosen = picks(method, length, ratio).to(hidden.device)
+        return self.connector(hidden[chosen], residuals[chosen])  # type: ignore[no-any-return]
+
+    # -- compressing ------------------------------------------------------------------------------------------
+
+    @overload
+    def compress(
+        self, texts: str, *, ratio: int | None = None, batch_size: int = 4, show_progress: bool | None = None
+    ) -> Compressed: ...
+
+    @overload
+    def compress(
+        self, texts: Sequence[str], *, ratio: int | None = None, batch_size: int = 4, show_progress: bool | None = None
+    ) -> list[Compressed]: ...
+
+    def compress(
+        self,
+        texts: str | Sequence[str],
+        *,
+        ratio: int | None = None,
+        batch_size: int = 4,
+        show_progress: bool | None = None,
+    ) -> Compressed | list[Compressed]:
+        """Compress one text or several.
+
+        Chunks of all texts are batched together, those of like length side by side. Beyond the embeddings it
+        returns, memory does not grow with the texts.
+
+        Args:
+            texts: A text, or several.
+            ratio: Tokens per embedding, one of the trained ratios; the finest when not given.
+            batch_size: Chunks per forward pass.
+            show_progress: Show a bar; None shows it on a terminal.
+
+        Returns:
+            A `Compressed`, or a list of them; an empty text has 0 embeddings.
+
+        Raises:
+            RatioError: The ratio was not trained.
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        ids = [self.llm.encode(text) for text in several]
+        refs = [text_ref(text) for text in several]
+        results = self.compress_ids(ids, refs=refs, ratio=ratio, batch_size=batch_size, show_progress=show_progress)
+        return results[0] if isinstance(texts, str) else results
+
+    @torch.no_grad()
+    def compress_ids(
+        self,
+        ids: Sequence[np.ndarray[Any, Any]],
+        *,
+        refs: Sequence[str] | None = None,
+        ratio: int | None = None,
+        batch_size: int = 4,
+        show_progress: bool | None = None,
+    ) -> list[Compressed]:
+        """`compress` for texts that are token ids already, (T,) each."""
+        ratio = min(self.config.ratios) if ratio is None else self.config.require_ratio(ratio)
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
+        size = self.config.chunk_size
+        chunks: list[_Chunk] = []
+        totals = []
+        for text, tokens in enumerate(ids):
+            offset = start = 0
+            for length in chunk_lengths(len(tokens), size):
+                chunks.append(_Chunk(text, start, length, offset))
+                start += length
+                offset += n_embeddings(length, ratio)
+            totals.append(offset)
+        made = [torch.empty(total, self.config.hidden_size) for total in totals]
+        window = batch_size * _SORT_WINDOW_BATCHES
+        with progress("compress", sum(len(tokens) for tokens in ids), show_progress) as advance:
+            for first in range(0, len(chunks), window):
+                ordered = sorted(chunks[first : first + window], key=lambda chunk: -chunk.length)
+                for at in range(0, len(ordered), batch_size):
+                    batch = ordered[at : at + batch_size]
+                    self._compress_batch(batch, ids, ratio, made)
+                    advance(sum(chunk.length for chunk in batch))
+        return [
+            Compressed(
+                embeddings=embeddings,
+                ratio=ratio,
+                n_tokens=len(tokens),
+                ref=refs[index] if refs is not None else "",
+                fingerprint=self.fingerprint,
+                chunk_size=size,
+                ratios=tuple(self.config.ratios),
+                downscaling=self.config.downscaling,
+            )
+            for index, (embeddings, tokens) in enumerate(zip(made, ids, strict=True))
+        ]
+
+    def _compress_batch(
+        self, batch: list[_Chunk], ids: Sequence[np.ndarray[Any, Any]], ratio: int, made: list[Tensor]
+    ) -> None:
+        padded = np.zeros((len(batch), batch[0].length), dtype=np.int64)
+        for row, chunk in enumerate(batch):
+            padded[row, : chunk.length] = ids[chunk.text][chunk.start : chunk.start + chunk.length]
+        outputs = self(torch.from_numpy(padded).to(self.llm.device))
+        for row, chunk in enumerate(batch):
+            embeddings = self.read_out(outputs, row, chunk.length, ratio)
+            made[chunk.text][chunk.offset : chunk.offset + embeddings.shape[0]] = embeddings.float().cpu()
+
+
+def check_llm(config: ExtensibleEmbedderConfig, llm: LLM) -> None:
+    """Raise `MismatchError` when an embedder of this configuration cannot belong to `llm`."""
+    facts = (
+        ("input width", config.hidden_size, llm.width),
+        ("architecture", config.llm_layers_type, str(llm.text_config.model_type)),
+        ("tokenizer", config.tokenizer_digest[:12], llm.tokenizer_digest[:12]),
+    )
+    for what, made_for, here in facts:
+        if made_for != here:
+            raise MismatchError(
+                f"the embedder was made for {config.llm_name!r} ({what} {made_for}) and {llm.name!r} has {what} {here}; "
+                "load it with its own LLM or train one for this LLM"
+            )
+
+
+def _first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]:
+    """The LLM's decoder cut to its first layers, in modules of its own.
+
+    Returns:
+        The stack, and the ids of the parameters that it shares with the LLM (all but the layers' if `copied`).
+    """
+    decoder = llm.model.base_model
+    layers = getattr(decoder, "layers", None)
+    norm = next((name for name in _FINAL_NORMS if hasattr(decoder, name)), None)
+    if not isinstance(layers, nn.ModuleList) or norm is None or decoder is llm.model:
+        raise ConfigError(
+            f"{llm.name}: a {llm.text_config.model_type} model has no decoder of plain layers and a final norm; "
+            "use a Llama-, Qwen-, Mistral-, Gemma- or Phi-style causal LM"
+        )
+    kept = list(layers[:count])
+    keep_shared = [decoder.get_input_embeddings()] + ([] if copied else kept)
+    shared = {id(p): p for module in keep_shared for p in module.parameters()}
+    # deepcopy takes from `memo` what it must not copy: the shared parameters, and empty modules in place of what
+    # the embedder does not use.
+    memo: dict[int, Any] = dict(shared)
+    memo[id(layers)] = nn.ModuleList([copy.deepcopy(layer, memo) for layer in kept])
+    memo[id(getattr(decoder, norm))] = nn.Identity()
+    stack = copy.deepcopy(decoder, memo)
+    stack.config.num_hidden_layers = count
+    if copied:
+        stack.layers.requires_grad_(True)
+    return stack, set(shared)
+
+
+def _add_adapters(stack: Any, rank: int) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = sorted({name.rsplit(".", 1)[-1] for name, m in stack.layers.named_modules() if isinstance(m, nn.Linear)})
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names, bias="none"), stack
+    )
+
+
+def _probe(llm: LLM, count: int) -> Tensor:
+    """Evenly spaced values of each tensor the embedder builds on, (tensors, 16) in float32."""
+    decoder = llm.model.base_model
+    tensors = [decoder.get_input_embeddings().weight, *decoder.layers[:count].parameters()]
+    rows = []
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        at = torch.linspace(0, flat.numel() - 1, _PROBE_VALUES, dtype=torch.float64).long()
+        rows.append(flat[at.to(flat.device)].float())
+    return torch.stack(rows)
+
+
+def _local_folder(name: str | Path, hub: dict[str, Any]) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    text = str(name)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise WeightsNotFoundError(f"{text} is not a folder; pass an embedder's folder or a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(text, allow_patterns=["config.json", "model.safetensors"], **hub))
+
+
+def _read_config(file: Path) -> ExtensibleEmbedderConfig:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsNotFoundError(f"{file} does not exist; pass the folder that save_pretrained wrote") from error
+    except ValueError as error:
+        raise WeightsCorruptError(f"{file} is not JSON ({error}); get it again") from error
+    if values.get("model_type") != ExtensibleEmbedderConfig.model_type:
+        raise MismatchError(
+            f"{file} has model_type={values.get('model_type')!r}, an embedder has 'extemb'; pass an embedder's folder"
+        )
+    return ExtensibleEmbedderConfig.from_dict(values)

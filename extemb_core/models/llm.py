@@ -1,0 +1,497 @@
+"""The one seam over transformers: a frozen causal LM that is fed token ids or embeddings.
+
+Everything the rest of the library needs of an LLM is here: load, encode as plain text, embed, generate with
+streaming and cancellation, score. The LLM's parameters never change and its modules are never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import logging as hf_logging
+
+from extemb_core.errors import ConfigError, WeightsError
+from extemb_core.models.weights import resolve_llm
+
+# Long texts are tokenised in pieces of about this many characters, cut before white space, so that memory does
+# not grow with the text. For byte-level BPE the ids are the same as in one go; elsewhere a piece may start anew.
+_PIECE_CHARS = 32_768
+_TOKENIZER_PROBE = "The 3 quick brown foxes\n\n\tjumped over naïve 東京 dogs; x_1 += 42.5  # ok?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. The default, temperature 0, is greedy and repeatable."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        rules: tuple[tuple[str, float, bool, str], ...] = (
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or above"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or above"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is off)"),
+        )
+        for name, value, legal, rule in rules:
+            if not legal:
+                raise ConfigError(f"{name}={value} must be {rule}; pass such a value")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+
+
+@dataclass(kw_only=True)
+class Generated:
+    """What one prompt's generation came to. `finish_reason`: "stop", "length" or "cancelled"."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+
+
+class LLM:
+    """A frozen causal language model and its tokenizer.
+
+    Args:
+        model: A `transformers` causal LM; it is put in eval mode and its parameters stop requiring gradients.
+        tokenizer: Its fast tokenizer.
+        name: What it is called in messages.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(f"the tokenizer of {name!r} has no fast version; use a model that ships tokenizer.json")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name or str(getattr(model.config, "_name_or_path", ""))
+        self._encode_lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> LLM:
+        """Load by local path, known name or Hugging Face id (see `models/weights.py`).
+
+        Args:
+            name: What to load.
+            device: "auto" (CUDA, then CPU) or a torch device.
+            dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype or its name.
+        """
+        chosen = choose_device(device)
+        source = resolve_llm(name)
+        with _quiet_transformers():
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    dtype=choose_dtype(dtype, chosen),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                )
+            except (OSError, ValueError) as error:
+                raise WeightsError(f"{name}: transformers cannot load it ({_first_line(error)})") from error
+            except Exception as error:  # safetensors raises its own class for a damaged file
+                if type(error).__module__.startswith("safetensors"):
+                    raise WeightsError(
+                        f"{name}: a weights file is damaged ({_first_line(error)}); get the model again"
+                    ) from error
+                raise
+        return cls(model.to(chosen), tokenizer, name=str(name))
+
+    # -- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype  # type: ignore[no-any-return]
+
+    @cached_property
+    def text_config(self) -> Any:
+        """The decoder's configuration (multimodal models nest it)."""
+        return self.model.config.get_text_config()
+
+    @property
+    def width(self) -> int:
+        """D, the width of an input embedding."""
+        return int(self.model.get_input_embeddings().embedding_dim)
+
+    @property
+    def window(self) -> int:
+        """Positions the LLM was trained for."""
+        return int(self.text_config.max_position_embeddings)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """sha256 of the vocabulary and of how a fixed text is split."""
+        digest = hashlib.sha256()
+        for token, index in sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+            digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
+        digest.update(repr(self.encode(_TOKENIZER_PROBE).tolist()).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def bos_token_id(self) -> int | None:
+        """The id this tokenizer puts before a text by itself, if it does."""
+        bos = self.tokenizer.bos_token_id
+        ids = self.tokenizer("a").input_ids
+        return int(bos) if bos is not None and len(ids) > 1 and ids[0] == bos else None
+
+    @cached_property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end an answer: those of the generation config and of the tokenizer."""
+        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = configured if isinstance(configured, list) else [configured]
+        return sorted({int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None})
+
+    @cached_property
+    def _control_ids(self) -> np.ndarray[Any, Any]:
+        return np.array(sorted(self.tokenizer.added_tokens_decoder), dtype=np.int64)
+
+    # -- text and ids -----------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> np.ndarray[Any, Any]:
+        """Encode as data: control tokens inside `text` become the ids of their characters, never the control id.
+
+        Returns:
+            (T,) int32 ids, no BOS and no other token added.
+        """
+        pieces = [self._encode_piece(piece) for piece in _pieces(text)]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+
+    def _encode_piece(self, text: str) -> np.ndarray[Any, Any]:
+        backend = self.tokenizer.backend_tokenizer
+        with self._encode_lock:  # the switch is the tokenizer's own state
+            before = backend.encode_special_tokens
+            backend.encode_special_tokens = True
+            try:
+                encoding = backend.encode(text, add_special_tokens=False)
+            finally:
+                backend.encode_special_tokens = before
+        ids = np.array(encoding.ids, dtype=np.int32)
+        if not np.isin(ids, self._control_ids).any():
+            return ids
+        # Added tokens that the tokenizer does not flag as special are still recognised: take them apart, by
+        # encoding their first character on its own.
+        parts: list[np.ndarray[Any, Any]] = []
+        for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if index in self._control_ids and end - start > 1:
+                parts += [self._encode_piece(text[start : start + 1]), self._encode_piece(text[start + 1 : end])]
+            else:
+                parts.append(np.array([index], dtype=np.int32))
+        return np.concatenate(parts)
+
+    def encode_template(self, text: str) -> list[int]:
+        """Encode as the model's own prompt text: control tokens are obeyed. Only for chat templates."""
+        with self._encode_lock:
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def embed(self, ids: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """Token embeddings as the LLM itself makes them. ids: (..., T) -> (..., T, D)."""
+        tensor = torch.as_tensor(np.asarray(ids) if not isinstance(ids, Tensor) else ids, dtype=torch.long)
+        return self.model.get_input_embeddings()(tensor.to(self.device))  # type: ignore[no-any-return]
+
+    # -- running it -------------------------------------------------------------------------------------------
+
+    def hidden(self, inputs_embeds: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Last hidden states, gradients allowed.
+
+        Args:
+            inputs_embeds: (B, T, D).
+            mask: (B, T) with 0 for padding, or (B, 1, T, T) boolean with True where a query may look.
+            positions: (B, T); contiguous from 0 when not given.
+        """
+        if mask is not None and mask.ndim == 4:  # additive: the form that every attention implementation reads
+            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
+        outputs = self.model.base_model(
+            inputs_embeds=inputs_embeds.to(self.dtype), attention_mask=mask, position_ids=positions, use_cache=False
+        )
+        return outputs.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of hidden states, (..., D) -> (..., V)."""
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.text_config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @torch.no_grad()
+    def score(self, inputs_embeds: Tensor, targets: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+        """Log-probability of each target token after a prompt.
+
+        Args:
+            inputs_embeds: (T, D), the prompt; at least one position.
+            targets: (S,) ids that follow it.
+
+        Returns:
+            (S,) float32 natural logarithms.
+        """
+        ids = torch.as_tensor(np.asarray(targets), dtype=torch.long, device=self.device)
+        prompt = inputs_embeds.to(self.device, self.dtype)
+        whole = torch.cat([prompt, self.embed(ids[:-1])]) if len(ids) > 1 else prompt
+        hidden = self.hidden(whole[None])[0, prompt.shape[0] - 1 :]
+        return self.logits(hidden).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+    def generate(self, prompts: Sequence[Tensor | Sequence[int]], sampling: Sampling) -> list[Generated]:
+        """Continue a batch of prompts, each (T, D) embeddings or a list of ids.
+
+        Prompts are padded on the left and positions counted from each prompt's own start, so that the answer to
+        one does not depend on the others.
+        """
+        if not prompts:
+            return []
+        inputs = self._batch(prompts)
+        rows = self._run(inputs, sampling)
+        return [self._finish(row, sampling) for row in rows.tolist()]
+
+    def stream(
+        self, prompt: Tensor | Sequence[int], sampling: Sampling, result: Generated | None = None
+    ) -> Iterator[str]:
+        """Continue one prompt, yielding text as it comes. Closing the iterator stops the LLM at the next token.
+
+        Args:
+            prompt: (T, D) embeddings or ids.
+            sampling: How tokens are chosen.
+            result: Filled with the whole of it as the stream goes on.
+        """
+        result = result if result is not None else Generated()
+        relay = _TokenRelay()
+        inputs = self._batch([prompt])
+
+        def work() -> None:
+            try:
+                self._run(inputs, sampling, relay)
+            except BaseException as error:
+                relay.fail(error)
+            finally:
+                relay.end()
+
+        worker = threading.Thread(target=work, name="extemb-generate", daemon=True)
+        worker.start()
+        sent = ""
+        try:
+            for token in relay:
+                result.token_ids.append(token)
+                text, stopped = self._visible(result.token_ids, sampling, final=False)
+                if text.startswith(sent) and len(text) > len(sent):
+                    yield text[len(sent) :]
+                    sent = text
+                if stopped:
+                    break
+            finished = self._finish(result.token_ids, sampling)
+            result.token_ids, result.text = finished.token_ids, finished.text
+            result.finish_reason = finished.finish_reason
+            if len(result.text) > len(sent):
+                yield result.text[len(sent) :]
+        except GeneratorExit:
+            result.text, result.finish_reason = sent, "cancelled"
+            raise
+        finally:
+            relay.cancel()
+            worker.join()
+
+    def _batch(self, prompts: Sequence[Tensor | Sequence[int]]) -> dict[str, Tensor]:
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise ConfigError("a prompt has 0 positions; at least one token is needed to continue from")
+        longest = max(len(prompt) for prompt in prompts)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        if not any(isinstance(prompt, Tensor) for prompt in prompts):
+            pad = self.stop_token_ids[0] if self.stop_token_ids else 0
+            rows = [[pad] * (longest - len(p)) + [int(i) for i in p] for p in prompts]
+            return {"input_ids": torch.tensor(rows, device=self.device), "attention_mask": mask}
+        embedded = [p.to(self.device, self.dtype) if isinstance(p, Tensor) else self.embed(p) for p in prompts]
+        padded = [torch.nn.functional.pad(row, (0, 0, longest - row.shape[0], 0)) for row in embedded]
+        return {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
+
+    def _run(self, inputs: dict[str, Tensor], sampling: Sampling, relay: _TokenRelay | None = None) -> Tensor:
+        """New token ids, (B, S), padded on the right with a stop token."""
+        stop_ids = self.stop_token_ids
+        options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+        if sampling.temperature > 0:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=stop_ids or None,
+            pad_token_id=stop_ids[0] if stop_ids else 0,
+            **options,
+        )
+        criteria = StoppingCriteriaList([relay] if relay else [])
+        if sampling.stop:
+            criteria.append(_StopStrings(self, sampling))
+        with torch.no_grad(), _seeded(sampling.seed, self.device):
+            output: Tensor = self.model.generate(
+                **inputs, generation_config=config, stopping_criteria=criteria, streamer=relay
+            )
+        prompt_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        return output[:, prompt_length:]
+
+    def _visible(self, ids: list[int], sampling: Sampling, *, final: bool) -> tuple[str, bool]:
+        """The text to show of `ids`, cut at a stop string; while streaming, what may still change is held back."""
+        text = self.decode(ids)
+        cuts = [at for at in (text.find(stop) for stop in sampling.stop) if at >= 0]
+        if cuts:
+            return text[: min(cuts)], True
+        if final:
+            return text, False
+        held = max((_overlap(text, stop) for stop in sampling.stop), default=0)
+        text = text[: len(text) - held]
+        return text.rstrip("\ufffd"), False
+
+    def _finish(self, ids: list[int], sampling: Sampling) -> Generated:
+        ends = [at for at, index in enumerate(ids) if index in self.stop_token_ids]
+        kept = ids[: ends[0]] if ends else ids
+        text, stopped = self._visible(kept, sampling, final=True)
+        return Generated(text=text, token_ids=kept, finish_reason="stop" if ends or stopped else "length")
+
+
+class _TokenRelay(StoppingCriteria):  # type: ignore[misc]
+    """Hands tokens from the generating thread to the reading one, and a cancellation back."""
+
+    def __init__(self) -> None:
+        import queue
+
+        self._tokens: queue.Queue[int | BaseException | None] = queue.Queue()
+        self._cancelled = threading.Event()
+
+    def put(self, tokens: Tensor) -> None:
+        """Called by transformers: first with the prompt's ids (none here to relay), then with each new token."""
+        if tokens.ndim == 1 and tokens.numel() == 1:
+            self._tokens.put(int(tokens))
+
+    def end(self) -> None:
+        self._tokens.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        self._tokens.put(error)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self._cancelled.is_set(), device=input_ids.device)
+
+    def __iter__(self) -> Iterator[int]:
+        while (item := self._tokens.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+
+class _StopStrings(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch once its own text holds a stop string."""
+
+    def __init__(self, llm: LLM, sampling: Sampling) -> None:
+        self._llm = llm
+        self._sampling = sampling
+        self._longest = max(len(stop) for stop in sampling.stop)
+        self._generated: int = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self._generated += 1
+        recent = input_ids[:, -min(self._generated, 4 * self._longest + 8) :].tolist()
+        found = [any(stop in self._llm.decode(row) for stop in self._sampling.stop) for row in recent]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """ "auto" takes CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is not a torch device; pass auto, cpu, cuda or cuda:N") from error
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on CUDA and float32 elsewhere: low-precision matmuls are slow or unsafe on many CPUs."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in names:
+        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(names)}; pass one of them")
+    return names[dtype]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        end = start + _PIECE_CHARS
+        cuts = [text.rfind(mark, start + _PIECE_CHARS // 2, end) for mark in ("\n", " ")]
+        cut = next((at for at in cuts if at > start), end)
+        while cut > start + 1 and text[cut - 1].isspace():  # before the white space, not inside it
+            cut -= 1
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _seeded:
+    """Draw from a generator of its own seed and leave the caller's random state as it was."""
+
+    def __init__(self, seed: int | None, device: torch.device) -> None:
+        self._seed = seed
+        self._fork = torch.random.fork_rng(
+            devices=[device] if device.type == "cuda" else [], enabled=seed is not None
+        )
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        if self._seed is not None:
+            torch.manual_seed(self._seed)
+
+    def __exit__(self, *exc: Any) -> None:
+        self._fork.__exit__(*exc)
+
+
+class _quiet_transformers:
+    """No progress bar and no notices of transformers while small local files load."""
+
+    def __enter__(self) -> None:
+        self._verbosity = hf_logging.get_verbosity()
+        self._bar = hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *exc: Any) -> None:
+        hf_logging.set_verbosity(self._verbosity)
+        if self._bar:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,280 @@
+"""From a file to a Document: text, Markdown, HTML and PDF, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from extemb_core.documents import Document
+from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError
+
+if TYPE_CHECKING:
+    from bs4.element import Tag
+
+logger = logging.getLogger(__name__)
+
+
+def _words(listed: str) -> frozenset[str]:
+    return frozenset(listed.split())
+
+
+HTML_SUFFIXES = frozenset({".html", ".htm", ".xhtml"})
+PDF_SUFFIXES = frozenset({".pdf"})
+TEXT_SUFFIXES = _words(
+    """
+    .txt .text .md .markdown .rst .adoc .org .tex .log .csv .tsv .json .jsonl .xml .toml .yaml .yml .ini .cfg
+    .py .pyi .js .ts .c .h .cc .cpp .hpp .cs .java .kt .swift .go .rs .rb .php .pl .lua .r .jl .sh .sql .css
+    """
+)
+SUPPORTED_SUFFIXES = TEXT_SUFFIXES | HTML_SUFFIXES | PDF_SUFFIXES
+"""What a folder is searched for; a file named by the caller is tried as text under any other suffix too."""
+
+BINARY_SUFFIXES = _words(
+    """
+    .doc .docx .odt .rtf .pages .xls .xlsx .ods .ppt .pptx .odp .epub .mobi .djvu .ps .png .jpg .jpeg .gif
+    .bmp .webp .tif .tiff .ico .mp3 .wav .flac .ogg .mp4 .mkv .avi .mov .webm .zip .gz .bz2 .xz .zst .7z .rar
+    .tar .tgz .exe .dll .so .dylib .o .a .class .jar .whl .pyc .pkl .npy .npz .pt .pth .bin .safetensors
+    .gguf .onnx .parquet .arrow .db .sqlite
+    """
+)
+
+# UTF-32 before UTF-16: the little-endian mark of the one begins with that of the other.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_CONVERT = "convert it to text, Markdown, HTML or PDF (.txt, .md, .rst, .html, .pdf)"
+
+_UNSEEN_TAGS = frozenset({"title", "script", "style", "noscript", "template", "nav", "svg"})
+_BLOCK_TAGS = _words(
+    """
+    address article aside blockquote body br caption center dd details dialog div dl dt fieldset figcaption
+    figure footer form h1 h2 h3 h4 h5 h6 head header hr html legend li main ol option p pre section select
+    summary table tbody textarea tfoot thead tr ul
+    """
+)
+_CELL_TAGS = frozenset({"td", "th"})
+_CLOSING = object()
+
+
+def read_document(path: str | os.PathLike[str]) -> Document:
+    """Read one file by its suffix; its title is the file's name (for HTML, its `<title>`).
+
+    Text is UTF-8 (UTF-16 and UTF-32 with a byte order mark are recognised), line ends become `\\n`.
+    `metadata["source"]` is the path; a PDF adds `metadata["pages"]`, and `metadata["pages_without_text"]`
+    where there are such. An empty file is an empty document.
+
+    Raises:
+        DocumentNotFoundError: there is no such file.
+        DocumentError: a folder, a file of a type that is not read, or one that cannot be decoded.
+        MissingExtraError: HTML or PDF without the extra `documents`.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in BINARY_SUFFIXES and os.path.isfile(path):
+        raise DocumentError(f"{path} is a {suffix} file, a type that is not read; {_CONVERT}")
+    data = _read_bytes(path)
+    title, metadata = path.name, {"source": str(path)}
+    if suffix in PDF_SUFFIXES:
+        text, about = _read_pdf(path, data)
+        metadata |= about
+    elif suffix in HTML_SUFFIXES:
+        text, heading = _read_html(path, data)
+        title = heading or title
+    else:
+        text = _decode(path, data).replace("\r\n", "\n").replace("\r", "\n")
+    return Document(text, title=title, metadata=metadata)
+
+
+def read_documents(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Document]:
+    """Read files and folders, in the order given; a folder recursively, in sorted order.
+
+    Of a folder only the files with one of `SUPPORTED_SUFFIXES` are read, hidden ones never.
+
+    Raises:
+        DocumentError: as `read_document`, or a folder that holds nothing to read.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    return [read_document(file) for path in map(Path, paths) for file in _files(path)]
+
+
+def _files(path: Path) -> list[Path]:
+    if not os.path.isdir(path):
+        return [path]
+
+    def refuse(exc: OSError) -> NoReturn:
+        raise DocumentError(
+            f"{exc.filename} cannot be listed ({exc.strerror}); check its permissions"
+        ) from exc
+
+    files: list[Path] = []
+    for folder, folders, names in os.walk(path, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in files if file.suffix.lower() in SUPPORTED_SUFFIXES)
+    if not files:
+        raise DocumentError(
+            f"{path} holds no file of a type that is read; {_CONVERT}, "
+            "or name single files to have them read as text"
+        )
+    return files
+
+
+def _read_bytes(path: Path) -> bytes:
+    shown = str(path) if len(str(path)) <= 200 else str(path)[:200] + "..."
+    if os.path.isdir(path):
+        raise DocumentError(f"{shown} is a folder, not a file; pass it to read_documents")
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise DocumentNotFoundError(
+            f"{shown} does not exist; check the path (seen from {Path.cwd()}), or wrap text as Document(text)"
+        ) from exc
+    except (OSError, ValueError) as exc:  # ValueError: a NUL character in the path
+        why = getattr(exc, "strerror", None) or exc
+        raise DocumentError(
+            f"{shown!r} cannot be read ({why}); check the path and its permissions, "
+            "or wrap text as Document(text)"
+        ) from exc
+
+
+def _decode(path: Path, data: bytes, declared: str | None = None) -> str:
+    """Decode by byte order mark, else by the declared encoding, else as UTF-8; never with a guess."""
+    mark, encoding = next(
+        ((mark, name) for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)),
+        (b"", declared or "utf-8"),
+    )
+    if not encoding.startswith("utf-16") and not encoding.startswith("utf-32") and b"\0" in data:
+        offset = data.index(b"\0")
+        raise DocumentError(f"{path} is a binary file (a NUL byte at offset {offset}), not text; {_CONVERT}")
+    try:
+        return data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as exc:
+        raise DocumentError(
+            f"{path} is not valid {encoding.upper()} at byte {len(mark) + exc.start}; re-encode it as UTF-8 "
+            "(for instance: iconv -f WINDOWS-1252 -t UTF-8)"
+        ) from exc
+
+
+def _read_html(path: Path, data: bytes) -> tuple[str, str]:
+    """Return what a reader of the page sees (block elements on lines of their own), and its title."""
+    try:
+        from bs4 import BeautifulSoup
+        from bs4.dammit import EncodingDetector
+    except ImportError as exc:
+        raise MissingExtraError("beautifulsoup4", "documents", f"reading {path}") from exc
+    declared = EncodingDetector.find_declared_encoding(data, is_html=True)
+    markup = _decode(path, data, _web_encoding(declared))
+    with warnings.catch_warnings():
+        # bs4 warns of XHTML, and of pages so short that they look like a file name: both are read.
+        warnings.simplefilter("ignore")
+        soup = BeautifulSoup(markup, "html.parser")
+    title = " ".join(soup.title.get_text().split()) if soup.title else ""
+    return _visible_text(soup), title
+
+
+def _web_encoding(declared: str | None) -> str | None:
+    """The codec for an encoding named inside a page, as the HTML standard reads such names."""
+    try:
+        name = codecs.lookup(declared or "utf-8").name
+    except LookupError:
+        return None
+    if name in ("iso8859-1", "ascii"):
+        return "cp1252"
+    # The declaration was read as ASCII, so the page cannot be what it says here.
+    return None if name.startswith(("utf-16", "utf-32")) else name
+
+
+def _visible_text(root: Tag) -> str:
+    """Text in reading order: blocks on lines of their own, cells apart by tabs, `<pre>` as it stands."""
+    from bs4.element import NavigableString, PreformattedString, Tag
+
+    lines: list[str] = []
+    line: list[str] = []
+    pre_depth = 0
+
+    def end_line() -> None:
+        joined = "".join(line).rstrip()
+        line.clear()
+        if not pre_depth:
+            joined = re.sub(r" *\t *", "\t", re.sub(r"[^\S\t]+", " ", joined)).lstrip(" ")
+        if joined.strip():
+            lines.append(joined)
+
+    stack: list[Any] = [root]  # a stack, not recursion: pages nest deeper than Python does
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Tag):
+            if node.name in _UNSEEN_TAGS:
+                continue
+            if node.name in _BLOCK_TAGS:
+                end_line()
+            pre_depth += node.name == "pre"
+            stack += (node.name, _CLOSING)
+            stack += reversed(node.contents)
+        elif node is _CLOSING:
+            name = stack.pop()
+            if name in _BLOCK_TAGS:
+                end_line()
+            elif name in _CELL_TAGS:
+                line.append("\t")
+            pre_depth -= name == "pre"
+        elif isinstance(node, NavigableString) and not isinstance(node, PreformattedString):
+            if not pre_depth:
+                line.append(re.sub(r"\s+", " ", node))
+                continue
+            first, *others = node.split("\n")
+            line.append(first)
+            for other in others:
+                lines.append("".join(line).rstrip())
+                line[:] = [other]
+    end_line()
+    return "\n".join(lines).strip("\n")
+
+
+def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
+    """Return the text of the pages joined by blank lines, and what to note in the metadata."""
+    if b"%PDF-" not in data[:1024]:
+        raise DocumentError(
+            f"{path} is not a PDF in spite of its suffix; rename it to what it is, or save it again"
+        )
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import DependencyError, FileNotDecryptedError
+    except ImportError as exc:
+        raise MissingExtraError("pypdf", "documents", f"reading {path}") from exc
+    try:
+        pages = [page.extract_text().strip() for page in PdfReader(BytesIO(data)).pages]
+    except (FileNotDecryptedError, DependencyError) as exc:
+        raise DocumentError(
+            f"{path} is encrypted and cannot be read; save a copy without a password"
+        ) from exc
+    except Exception as exc:  # a damaged file makes the parser raise nearly anything
+        why = " ".join(str(exc).split()) or type(exc).__name__
+        raise DocumentError(
+            f"{path} is a damaged PDF ({why}); open it in a viewer and print it to a new PDF"
+        ) from exc
+    without = [number for number, page in enumerate(pages, start=1) if not page]
+    if len(without) == len(pages):
+        raise DocumentError(
+            f"{path} holds no text on its {len(pages)} pages (a scan?); "
+            "run OCR on it first, for instance with ocrmypdf"
+        )
+    about: dict[str, Any] = {"pages": len(pages)}
+    if without:
+        about["pages_without_text"] = without
+        logger.warning("%s: no text on %d of %d pages: %s", path, len(without), len(pages), without)
+    text = "\n\n".join(page for page in pages if page)
+    # Broken font tables yield lone surrogates: pairs are joined, the rest become U+FFFD.
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"), about

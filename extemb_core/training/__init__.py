@@ -1,0 +1,1 @@
+"""Training embedders: objectives (pure functions), data (tokenised once), trainer (on `transformers.Trainer`)."""

@@ -1,0 +1,189 @@
+"""Training text, tokenised once into a memory-mapped file and cut into samples.
+
+A token file is a folder: `tokens.bin` (uint16 or uint32), `offsets.npy` (documents' ends, int64) and `meta.json`.
+It is built in a temporary folder and renamed, so a folder under its final name is always whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError
+from extemb_core.models.llm import LLM
+from extemb_core.models.sources import sha256_of
+from extemb_core.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Documents as token ids on disk. `tokens`: (all tokens,) memory-mapped; `offsets`: (documents + 1,)."""
+
+    tokens: np.ndarray[Any, Any]
+    offsets: np.ndarray[Any, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenFile:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+        if not offsets[-1]:
+            return cls(np.empty(0, dtype=meta["dtype"]), offsets)
+        return cls(np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"), offsets)
+
+    @classmethod
+    def build(cls, files: Sequence[Path], llm: LLM, cache: Path, *, show_progress: bool | None = None) -> TokenFile:
+        """Tokenise text files (.jsonl, .jsonl.zst with a "text" field, .txt, .md), or open what was built before.
+
+        Args:
+            files: Where the documents are.
+            llm: Whose tokenizer encodes them.
+            cache: Folder that holds one sub-folder per set of files and tokenizer.
+            show_progress: Show a bar; None shows it on a terminal.
+
+        Raises:
+            DocumentError: A row is not JSON with a text; the message has the file and line.
+        """
+        digest = hashlib.sha256(llm.tokenizer_digest.encode())
+        for file in files:
+            digest.update(_content_digest(file).encode())
+        folder = cache / f"tokens-{digest.hexdigest()[:16]}"
+        if not folder.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            unfinished = Path(tempfile.mkdtemp(prefix=".tokens-", dir=cache))
+            try:
+                _tokenise(files, llm, unfinished, show_progress)
+                _rename_unless_there(unfinished, folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        return cls.open(folder)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+
+class Samples:
+    """Windows of consecutive tokens of one document each; a map-style dataset.
+
+    A document is cut into windows of `length` tokens; a last window with fewer than `shortest` is left out, and
+    so are documents shorter than that (`left_out` counts the tokens). Items are int64 arrays of (T,) ids.
+    """
+
+    def __init__(self, file: TokenFile, length: int, shortest: int, limit: int | None = None) -> None:
+        self.file = file
+        spans: list[tuple[int, int]] = []
+        for start, stop in zip(file.offsets[:-1], file.offsets[1:], strict=True):
+            spans += [(int(at), int(min(at + length, stop))) for at in range(int(start), int(stop), length)]
+        kept = [(start, stop) for start, stop in spans if stop - start >= shortest]
+        self.left_out = file.n_tokens - sum(stop - start for start, stop in kept)
+        if limit is not None and limit < len(kept):  # evenly over the file, so that every source has its share
+            kept = [kept[int(at)] for at in np.linspace(0, len(kept) - 1, limit)]
+        self.spans = kept
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, stop = self.spans[index]
+        return {"input_ids": np.asarray(self.file.tokens[start:stop], dtype=np.int64), "index": index}
+
+
+def read_texts(file: Path) -> Iterator[str]:
+    """The documents of a .jsonl or .jsonl.zst file (field "text"), or the whole of any other text file."""
+    if not file.is_file():
+        raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
+    name = file.name.removesuffix(".zst")
+    if not name.endswith(".jsonl"):
+        with _open_text(file) as stream:
+            yield _decoded(stream.read(), file, 1)
+        return
+    with _open_text(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(_decoded(line, file, number))["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DocumentError(
+                    f'{file}, line {number}: each row must be a JSON object with a "text"; mend or drop the row'
+                ) from error
+            if not isinstance(text, str):
+                raise DocumentError(f'{file}, line {number}: "text" is {type(text).__name__}, not a string; mend the row')
+            yield text
+
+
+def _open_text(file: Path) -> io.BufferedIOBase:
+    if file.suffix != ".zst":
+        return file.open("rb")
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingExtraError("zstandard", "train", f"reading {file.name}") from error
+    reader = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(file.open("rb"), closefd=True)
+    return io.BufferedReader(reader, buffer_size=1 << 20)
+
+
+def _decoded(data: bytes, file: Path, line: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DocumentError(
+            f"{file}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from error
+
+
+def _tokenise(files: Sequence[Path], llm: LLM, folder: Path, show_progress: bool | None) -> None:
+    dtype = "uint16" if len(llm.tokenizer) <= np.iinfo(np.uint16).max + 1 else "uint32"
+    offsets = [0]
+    seen: set[bytes] = set()
+    skipped = 0
+    with (folder / "tokens.bin").open("wb") as out, progress("tokenise", len(files), show_progress) as advance:
+        for file in files:
+            for text in read_texts(file):
+                key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+                if not text.strip() or key in seen:
+                    skipped += 1
+                    continue
+                seen.add(key)
+                ids = llm.encode(text).astype(dtype)
+                out.write(ids.tobytes())
+                offsets.append(offsets[-1] + len(ids))
+            advance(1)
+        out.flush()
+        os.fsync(out.fileno())
+    if skipped:
+        logger.info("%d empty or repeated documents were left out", skipped)
+    np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
+    meta = {"dtype": dtype, "documents": len(offsets) - 1, "tokens": offsets[-1], "left_out": skipped}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _rename_unless_there(unfinished: Path, folder: Path) -> None:
+    """Another process may have built the same folder meanwhile; either is as good."""
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _content_digest(file: Path) -> str:
+    if not file.is_file():
+        raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
+    return sha256_of(file)

@@ -1,0 +1,124 @@
+"""Document: one ref per text, and the shapes that frameworks hand over."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extemb_core.documents import TEXT_KEYS, Document
+from extemb_core.errors import DocumentError
+
+CLERK = "The clerk copied the encyclopaedia."
+
+
+class Node:
+    """As a LlamaIndex node: the text comes from a method."""
+
+    metadata = {"file_name": "clerk.txt", "title": "Clerk"}  # noqa: RUF012
+
+    def get_content(self) -> str:
+        return CLERK
+
+
+@given(st.text())
+def test_ref_is_the_hash_of_the_text_alone(text: str) -> None:
+    document = Document(text, title="A", metadata={"source": "b"})
+    assert document.ref == Document(text).ref == "ext:" + hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def test_texts_that_look_alike_have_refs_of_their_own() -> None:
+    assert len({Document(text).ref for text in ("", " ", "a", "A", "é", "e\u0301")}) == 6
+
+
+def test_it_is_frozen_hashable_and_picklable() -> None:
+    document = Document(CLERK, metadata={"page": 1})
+    with pytest.raises(AttributeError):
+        document.text = "other"  # type: ignore[misc]
+    assert {document: 1}[Document(CLERK, metadata={"page": 1})] == 1
+    assert pickle.loads(pickle.dumps(document)) == document
+
+
+def test_later_changes_of_the_callers_dict_do_not_reach_it() -> None:
+    metadata = {"page": 1}
+    document = Document(CLERK, metadata=metadata)
+    metadata["page"] = 2
+    assert document.metadata == {"page": 1}
+
+
+def test_title_and_metadata_are_keyword_only() -> None:
+    with pytest.raises(TypeError):
+        Document(CLERK, "title")  # type: ignore[call-arg]
+
+
+def test_source_prefers_the_named_one() -> None:
+    assert Document(CLERK, title="Clerk", metadata={"source": Path("clerk.txt")}).source == "clerk.txt"
+    assert Document(CLERK, title="Clerk").source == "Clerk"
+    assert Document(CLERK).source == Document(CLERK).ref
+    assert Document(CLERK, title="", metadata={"source": ""}).source == Document(CLERK).ref
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (CLERK, Document(CLERK)),
+        *[({key: CLERK}, Document(CLERK)) for key in TEXT_KEYS],
+        ({"text": CLERK, "title": "Clerk", "metadata": {"page": 1}}, (CLERK, "Clerk", {"page": 1})),
+        ({"text": CLERK, "id": 7, "metadata": {"page": 1}}, (CLERK, None, {"id": 7, "page": 1})),
+        ({"text": CLERK, "id": 7, "metadata": {"id": 8}}, (CLERK, None, {"id": 8})),
+        ({"text": CLERK, "content": "other"}, (CLERK, None, {"content": "other"})),
+        ({"text": CLERK, "title": None, "metadata": None}, Document(CLERK)),
+        (
+            SimpleNamespace(page_content=CLERK, metadata={"source": "clerk.txt"}),
+            (CLERK, None, {"source": "clerk.txt"}),
+        ),
+        (Node(), (CLERK, "Clerk", {"file_name": "clerk.txt", "title": "Clerk"})),
+        (SimpleNamespace(text=CLERK, metadata={"title": "Clerk"}), (CLERK, "Clerk", {"title": "Clerk"})),
+        (SimpleNamespace(text=CLERK, metadata={"title": 3}), (CLERK, None, {"title": 3})),
+        (SimpleNamespace(text=CLERK), Document(CLERK)),
+        ("", Document("")),
+    ],
+)
+def test_from_any_takes(value: object, expected: Document | tuple[str, str | None, dict[str, Any]]) -> None:
+    if isinstance(expected, tuple):
+        text, title, metadata = expected
+        expected = Document(text, title=title, metadata=metadata)
+    assert Document.from_any(value) == expected
+
+
+def test_from_any_returns_a_document_as_it_is() -> None:
+    document = Document(CLERK)
+    assert Document.from_any(document) is document
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "a NoneType is not a document"),
+        (7, "a int is not a document"),
+        (b"bytes", "a bytes is not a document"),
+        (Path("clerk.txt"), "read_document"),
+        ([CLERK], "a list is not a document"),
+        ({"body": CLERK}, "its keys: 'body'"),
+        ({}, "its keys: none"),
+        ({"text": None}, "a str, not a NoneType"),
+        ({"text": CLERK, "title": 3}, "title=3 is a int"),
+        ({"text": CLERK, "metadata": "page 1"}, "metadata='page 1' is a str"),
+        (SimpleNamespace(page_content=3, metadata={}), "a str, not a int"),
+        (SimpleNamespace(text=CLERK, metadata=[1]), "metadata=[1] is a list"),
+        ("half a pair \ud83d", "lone surrogate (U+D83D) at character 12"),
+    ],
+)
+def test_from_any_refuses_in_one_sentence(value: object, said: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        Document.from_any(value)
+    message = str(caught.value)
+    assert said in message
+    assert ("; pass " in message) or ("; decode " in message)
+    assert "\n" not in message

@@ -1,0 +1,97 @@
+"""Tiny random LLMs of five architectures, and a byte-level tokenizer trained on a few sentences written here."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "phi")
+
+SENTENCES = """The lighthouse keeper counted forty-one ships before the fog came in.
+Copper wires ran from the cellar to the roof, where a small dish turned slowly.
+In 1987 the bridge was closed for repairs; it opened again 3 years later.
+def area(width: float, height: float) -> float: return width * height
+Please answer in one short sentence. The user asked: what is 7 + 5?
+Rivers carry sand to the sea, and the sea carries it back to the beach."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@cache
+def tiny_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend.train_from_iterator(
+        SENTENCES.splitlines(),
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A random causal LM with 3 layers of width 32."""
+    import torch
+    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+    settings: dict[str, Any] = {
+        "vocab_size": len(tiny_tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "sliding_window": None,
+        "initializer_range": 0.2,
+    }
+    if architecture == "phi":
+        settings |= {"partial_rotary_factor": 0.5}
+    if architecture == "gemma2":
+        settings |= {"sliding_window": 128, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
+    config = CONFIG_MAPPING[architecture](**(settings | changes))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config)
+
+
+@cache
+def tiny_llm(architecture: str = "llama", seed: int = 0) -> Any:
+    from extemb_core.models.llm import LLM
+
+    return LLM(tiny_model(architecture, seed=seed), tiny_tokenizer(), name=f"tiny-{architecture}")
+
+
+def random_embedder(llm: Any, *, seed: int = 1, **settings: Any) -> Any:
+    import torch
+
+    from extemb_core.models.embedder import ExtensibleEmbedder
+
+    embedder = ExtensibleEmbedder.from_llm(llm, **({"num_layers": 2, "chunk_size": 16, "ratios": (2, 4, 8)} | settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in embedder.own_state_dict().items():
+            if name != "llm_probe":
+                tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    return embedder
