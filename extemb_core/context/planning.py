@@ -150,9 +150,7 @@ def plan_context(
         else:
             reason = f"{_name(fidelity)} fits the budget"
         positions = 0 if fidelity == "dropped" else cost(index, fidelity)
-        return DocumentPlan(
-            index=index, n_tokens=length, fidelity=fidelity, positions=positions, reason=reason
-        )
+        return DocumentPlan(index=index, n_tokens=length, fidelity=fidelity, positions=positions, reason=reason)
 
     return Plan(documents=tuple(plan(*item) for item in enumerate(lengths)), budget=budget)
 
@@ -220,8 +218,7 @@ def _overheads(overhead: Sequence[int] | int, count: int) -> list[int]:
         return [_whole(overhead, "overhead")] * count
     if len(overhead) != count:
         raise ConfigError(
-            f"overhead has {len(overhead)} entries for {count} documents; "
-            "pass one for each, or one number for all"
+            f"overhead has {len(overhead)} entries for {count} documents; pass one for each, or one number for all"
         )
     return [_whole(value, "overhead") for value in overhead]
 
@@ -232,9 +229,7 @@ def _whole(value: Any, name: str, *, least: int = 0, error: type[ExtembError] = 
     except TypeError:
         number = least - 1
     if number < least:
-        raise error(
-            f"{name}={value!r} is not a whole number of at least {least}; pass an int from {least} up"
-        )
+        raise error(f"{name}={value!r} is not a whole number of at least {least}; pass an int from {least} up")
     return number
 
 

@@ -168,8 +168,14 @@ class LLM:
         return sorted({int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None})
 
     @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Added tokens that are not mere white space (some vocabularies add runs of spaces as ordinary tokens)."""
+        added = self.tokenizer.added_tokens_decoder
+        return {token.content: int(index) for index, token in sorted(added.items()) if token.content.strip()}
+
+    @cached_property
     def _control_ids(self) -> np.ndarray[Any, Any]:
-        return np.array(sorted(self.tokenizer.added_tokens_decoder), dtype=np.int64)
+        return np.array(list(self.control_tokens.values()), dtype=np.int64)
 
     # -- text and ids -----------------------------------------------------------------------------------------
 
@@ -469,9 +475,7 @@ class _seeded:
 
     def __init__(self, seed: int | None, device: torch.device) -> None:
         self._seed = seed
-        self._fork = torch.random.fork_rng(
-            devices=[device] if device.type == "cuda" else [], enabled=seed is not None
-        )
+        self._fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None)
 
     def __enter__(self) -> None:
         self._fork.__enter__()

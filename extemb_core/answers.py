@@ -1,0 +1,180 @@
+"""What comes back: an answer's text, what became of each document, and where the time went."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from extemb_core.context.planning import Fidelity
+from extemb_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from extemb_core.context.assembly import Prompt
+    from extemb_core.models.llm import LLM, Generated, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextEntry:
+    """What became of one document.
+
+    Attributes:
+        source: Where it came from, to show and cite.
+        ref: Its content hash.
+        n_tokens: Its length as raw tokens.
+        positions: What it took of the LLM's window, its heading included; 0 when dropped.
+        fidelity: "raw", a ratio, or "dropped".
+        cached: Its embeddings were there already.
+        reason: Why this fidelity, in a few words.
+    """
+
+    source: str
+    ref: str
+    n_tokens: int
+    positions: int
+    fidelity: Fidelity
+    cached: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer with its sources.
+
+    Attributes:
+        text: What the LLM wrote.
+        context: One entry per document, in the order given.
+        seconds: "compress" (documents to embeddings), "first_token" (from the call to the first token, compressing
+            included) and "total".
+        prompt_positions: Positions of the whole prompt.
+        new_tokens: Tokens written.
+        finish_reason: "stop", "length" (max_new_tokens reached) or "cancelled".
+    """
+
+    text: str
+    context: tuple[ContextEntry, ...]
+    seconds: Mapping[str, float]
+    prompt_positions: int
+    new_tokens: int
+    finish_reason: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def dropped(self) -> tuple[ContextEntry, ...]:
+        """The documents that the LLM did not see."""
+        return tuple(entry for entry in self.context if entry.fidelity == "dropped")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole answer as plain, JSON-able values."""
+        return {**asdict(self), "seconds": dict(self.seconds)}
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(entry.source)}</td><td>{entry.n_tokens:,}</td><td>{entry.positions:,}</td>"
+            f"<td>{html.escape(str(entry.fidelity))}</td><td>{'cache' if entry.cached else 'computed'}</td></tr>"
+            for entry in self.context
+        )
+        head = "".join(f"<th>{name}</th>" for name in ("source", "tokens", "positions", "fidelity", "from"))
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>" if rows else ""
+        timing = (
+            f"{self.prompt_positions:,} positions, first token after {self.seconds.get('first_token', 0):.2f} s, "
+            f"{self.seconds.get('total', 0):.2f} s in all"
+        )
+        return f"<div><p>{html.escape(self.text)}</p>{table}<small>{timing}</small></div>"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A prompt that is ready for the LLM, and what became of the documents in it."""
+
+    prompt: Prompt
+    context: tuple[ContextEntry, ...]
+    compress_seconds: float
+
+
+class AnswerStream(Iterator[str]):
+    """The pieces of an answer as they come; usable in a `with` statement.
+
+    After the last piece, or `close()`, `.answer` holds the answer.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        ready: Ready,
+        sampling: Sampling,
+        start: float,
+        on_answer: Callable[[Answer], None] | None = None,
+    ) -> None:
+        self._ready = ready
+        self._start = start
+        from extemb_core.models.llm import Generated
+
+        self._generated = Generated()
+        self._pieces = llm.stream(ready.prompt.inputs(llm), sampling, self._generated)
+        self._first_token: float | None = None
+        self._answer: Answer | None = None
+        self._on_answer = on_answer
+
+    @property
+    def answer(self) -> Answer:
+        """The answer.
+
+        Raises:
+            ConfigError: The stream was neither read to its end nor closed.
+        """
+        if self._answer is None:
+            raise ConfigError("the stream is still open; read it to its end or close it before taking .answer")
+        return self._answer
+
+    def __next__(self) -> str:
+        try:
+            piece = next(self._pieces)
+        except StopIteration:
+            self._settle()
+            raise
+        if self._first_token is None:
+            self._first_token = time.perf_counter() - self._start
+        return piece
+
+    def finish(self) -> Answer:
+        """Read what is left and return the answer."""
+        for _ in self:
+            pass
+        return self.answer
+
+    def close(self) -> None:
+        """Stop the LLM; the answer is what was written so far."""
+        self._pieces.close()  # type: ignore[attr-defined]
+        if self._answer is None and not self._generated.text:
+            self._generated.finish_reason = "cancelled"
+        self._settle()
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _settle(self) -> None:
+        if self._answer is None:
+            total = time.perf_counter() - self._start
+            first = self._first_token if self._first_token is not None else total
+            self._answer = to_answer(self._ready, self._generated, first_token=first, total=total)
+            if self._on_answer is not None:
+                self._on_answer(self._answer)
+
+
+def to_answer(ready: Ready, generated: Generated, *, first_token: float, total: float) -> Answer:
+    return Answer(
+        text=generated.text,
+        context=ready.context,
+        seconds={"compress": ready.compress_seconds, "first_token": first_token, "total": total},
+        prompt_positions=len(ready.prompt),
+        new_tokens=len(generated.token_ids),
+        finish_reason=generated.finish_reason,
+    )

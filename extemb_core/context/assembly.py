@@ -1,0 +1,151 @@
+"""From chat messages with documents in them to what the LLM reads: token ids and embeddings in one row.
+
+The model's own chat template is rendered with placeholders where embeddings go, then split at them. So a prompt
+without embeddings is, id for id, what the tokenizer's template gives. Control tokens inside users' and documents'
+text get placeholders too, and are put back as the ids of their characters: data, never obeyed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extemb_core.errors import ConfigError
+from extemb_core.models.llm import LLM
+
+Part = str | Tensor
+Content = str | Sequence[Part]
+
+# Private-use characters fence a placeholder's number; the first that no text contains is taken.
+_FENCES = [chr(point) for point in range(0xF0000, 0xF0100)]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Segments in reading order: (T,) integer ids, or (N, D) extensible embeddings."""
+
+    segments: tuple[np.ndarray[Any, Any] | Tensor, ...]
+
+    def __len__(self) -> int:
+        """Positions it takes in the LLM's window."""
+        return sum(len(segment) for segment in self.segments)
+
+    @property
+    def text_only(self) -> bool:
+        return not any(isinstance(segment, Tensor) for segment in self.segments)
+
+    def inputs(self, llm: LLM) -> list[int] | Tensor:
+        """What `LLM.generate` and `LLM.stream` take: ids if there is only text, else (T, D) embeddings."""
+        if self.text_only:
+            return [int(index) for segment in self.segments for index in segment]
+        return self.embeddings(llm)
+
+    def embeddings(self, llm: LLM) -> Tensor:
+        """(T, D) in the LLM's dtype and device; positions are contiguous from 0."""
+        pieces = [
+            segment.to(llm.device, llm.dtype) if isinstance(segment, Tensor) else llm.embed(segment)
+            for segment in self.segments
+        ]
+        return torch.cat(pieces) if pieces else torch.empty(0, llm.width, device=llm.device, dtype=llm.dtype)
+
+
+def assemble_chat(llm: LLM, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> Prompt:
+    """Render messages through the LLM's chat template.
+
+    Args:
+        llm: Whose template and tokenizer are used.
+        messages: Each with "role" and "content": a str, or a sequence of str and (N, D) embeddings.
+        add_generation_prompt: End with the opening of the assistant's turn.
+
+    Raises:
+        ConfigError: A message is not of that form, or the template refuses or drops it.
+    """
+    contents = [_checked_content(message) for message in messages]
+    marks = _Placeholders(llm, contents)
+    plain = [
+        {**message, "content": "".join(marks.mark(part) for part in parts)}
+        for message, parts in zip(messages, contents, strict=True)
+    ]
+    prompt = marks.resolve(_render(llm, plain, add_generation_prompt))
+    missing = [index for index, segment in enumerate(marks.segments) if index not in marks.used and len(segment)]
+    if missing:
+        raise ConfigError(
+            f"the chat template of {llm.name} left out part of a message; "
+            "check the order of the roles (system, then user and assistant in turn)"
+        )
+    return prompt
+
+
+def assemble_text(llm: LLM, parts: Sequence[Part]) -> Prompt:
+    """A plain prompt, no chat template: the LLM's BOS if it has one, then the parts in order, text as data."""
+    start: list[np.ndarray[Any, Any] | Tensor] = [np.array([llm.bos_token_id])] if llm.bos_token_id is not None else []
+    rest = [part if isinstance(part, Tensor) else llm.encode(part) for part in parts]
+    return Prompt(tuple(segment for segment in start + rest if len(segment)))
+
+
+class _Placeholders:
+    """Numbers what does not pass through the template as text, and puts it back afterwards."""
+
+    def __init__(self, llm: LLM, contents: Sequence[Sequence[Part]]) -> None:
+        texts = [part for parts in contents for part in parts if isinstance(part, str)]
+        self._llm = llm
+        self._fence = next(fence for fence in _FENCES if not any(fence in text for text in texts))
+        tokens = sorted(llm.control_tokens, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        self.segments: list[np.ndarray[Any, Any] | Tensor] = []
+        self.used: set[int] = set()
+
+    def mark(self, part: Part) -> str:
+        if isinstance(part, Tensor):
+            return self._number(part)
+        if self._control is None:
+            return part
+        return self._control.sub(lambda match: self._number(self._llm.encode(match[0])), part)
+
+    def _number(self, segment: np.ndarray[Any, Any] | Tensor) -> str:
+        self.segments.append(segment)
+        return f"{self._fence}{len(self.segments) - 1}{self._fence}"
+
+    def resolve(self, rendered: str) -> Prompt:
+        segments: list[np.ndarray[Any, Any] | Tensor] = []
+        for place, piece in enumerate(rendered.split(self._fence)):
+            if place % 2:  # between two fences stands a number
+                self.used.add(int(piece))
+                segments.append(self.segments[int(piece)])
+            elif piece:
+                segments.append(np.array(self._llm.encode_template(piece), dtype=np.int32))
+        return Prompt(tuple(segment for segment in segments if len(segment)))
+
+
+def _checked_content(message: Mapping[str, Any]) -> list[Part]:
+    role, content = message.get("role"), message.get("content")
+    parts = [content] if isinstance(content, str) else content
+    if not isinstance(role, str) or not isinstance(parts, Sequence):
+        raise ConfigError(f"a message is {dict(message)!r:.80}; it must have a role and a content of text")
+    for part in parts:
+        if not isinstance(part, str | Tensor):
+            raise ConfigError(f"a message's content holds a {type(part).__name__}; pass str, or (N, D) embeddings")
+    return list(parts)
+
+
+def _render(llm: LLM, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    if not llm.tokenizer.chat_template:  # a base model: the contents alone
+        bos = str(llm.tokenizer.decode([llm.bos_token_id])) if llm.bos_token_id is not None else ""
+        return bos + "".join(f"{message['content']}\n\n" for message in messages)
+    import jinja2
+
+    try:
+        rendered = llm.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"the chat template of {llm.name} refuses these messages: {error}") from error
+    return str(rendered)

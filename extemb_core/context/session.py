@@ -1,0 +1,198 @@
+"""The online mode (twin paper, section 3): a conversation or a stream of any length in a window of fixed size.
+
+A session keeps a timeline, oldest first: condensed text, then raw text and turns. When the next answer would not
+fit the window, the oldest raw part is condensed into extensible embeddings. When those take more than half of the
+window, the oldest are coarsened, ratio by ratio, without another forward pass; only when even the coarsest no
+longer fit does the oldest part go, and `dropped_tokens` says so. Memory stays flat: condensed text is not kept.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from extemb_core.answers import Answer, AnswerStream, ContextEntry, Ready
+from extemb_core.context.assembly import Part, Prompt, assemble_chat
+from extemb_core.errors import BudgetError, ConfigError
+from extemb_core.models.compressed import Compressed
+from extemb_core.models.llm import Sampling
+
+if TYPE_CHECKING:
+    from extemb_core.lm import Documents, ExtensibleLM
+
+_EARLIER = "Earlier in this conversation:\n"
+_FIRST_RATIO = 4  # what raw text is condensed at first; pressure coarsens it
+
+
+@dataclass
+class _Turn:
+    """One message, or streamed text (role None)."""
+
+    role: str | None
+    text: str
+
+
+class Session:
+    """A conversation that never overflows. Made by `ExtensibleLM.session`.
+
+    Args:
+        lm: The LLM and its embedder.
+        documents: Stay in the prompt throughout, as `ask` would place them.
+        ratio: For the documents.
+        window: Positions to use; the LLM's own at most and by default.
+        budget: Positions that the documents may take; half of the window when not given.
+
+    Attributes:
+        condensed_tokens: Tokens that are now extensible embeddings.
+        dropped_tokens: Tokens that even the coarsest ratio had no room for.
+    """
+
+    def __init__(
+        self,
+        lm: ExtensibleLM,
+        documents: Documents = (),
+        *,
+        ratio: str | int = "auto",
+        window: int | None = None,
+        budget: int | None = None,
+    ) -> None:
+        from extemb_core.lm import as_documents
+
+        if window is not None and not 1 <= window <= lm.llm.window:
+            raise ConfigError(f"window={window} is not between 1 and the {lm.llm.window} positions of {lm.llm.name}")
+        self._lm = lm
+        self._window = window or lm.llm.window
+        self._documents = as_documents(documents)
+        self._parts: list[Part] = []
+        self._context: tuple[ContextEntry, ...] = ()
+        self._compress_seconds = 0.0
+        if self._documents:
+            room = self._window // 2 if budget is None else budget
+            if not 0 <= room <= self._window:
+                raise BudgetError(f"budget={room} is not between 0 and the session's window of {self._window}")
+            plan = lm._plan(self._documents, room, ratio)
+            self._parts, self._context, self._compress_seconds = lm._read(self._documents, plan)
+        self._condensed: list[Compressed] = []
+        self._timeline: list[_Turn] = []
+        self._lock = threading.Lock()
+        self.condensed_tokens = 0
+        self.dropped_tokens = 0
+
+    @property
+    def positions(self) -> int:
+        """Positions that the conversation so far takes, documents included; room is made before the next answer."""
+        return len(self._prompt([]))
+
+    def append(self, text: str) -> None:
+        """Feed text that belongs to no turn: a transcript, a log, a novel, piece by piece."""
+        if text:
+            with self._lock:
+                self._timeline.append(_Turn(None, text))
+                self._make_room([], 0)
+
+    def send(self, text: str, **sampling: Any) -> Answer:
+        """Say something and get the answer; both become part of the conversation."""
+        return self.stream(text, **sampling).finish()
+
+    def stream(self, text: str, **sampling: Any) -> AnswerStream:
+        """`send`, piece by piece. What was written until the stream is closed becomes part of the conversation."""
+        if not text.strip():
+            raise ConfigError("the message is empty; say something")
+        start = time.perf_counter()
+        settings = Sampling(**sampling)
+        with self._lock:
+            asked = _Turn("user", text)
+            self._make_room([asked], settings.max_new_tokens)
+            prompt = self._prompt([asked])
+        ready = Ready(prompt, self._context, self._compress_seconds)
+        return AnswerStream(self._lm.llm, ready, settings, start, lambda answer: self._finished(asked, answer))
+
+    # -- the timeline -----------------------------------------------------------------------------------------
+
+    def _prompt(self, coming: list[_Turn]) -> Prompt:
+        """The whole conversation as one prompt: documents, condensed and streamed text lead the first user turn."""
+        parts = list(self._parts)
+        streamed = [turn.text for turn in self._timeline if turn.role is None]
+        if self._condensed or streamed:
+            parts += [_EARLIER, *[kept.embeddings for kept in self._condensed], "".join(streamed), "\n\n"]
+        turns = [turn for turn in self._timeline + coming if turn.role is not None]
+        if not turns or turns[0].role != "user":
+            turns.insert(0, _Turn("user", ""))
+        messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.text} for turn in turns]
+        messages[0]["content"] = [*parts, turns[0].text]
+        return assemble_chat(self._lm.llm, messages)
+
+    def _make_room(self, coming: list[_Turn], new_tokens: int) -> None:
+        """Condense from the oldest on until the coming turns and their answer fit."""
+        least = len(assemble_chat(self._lm.llm, [{"role": "user", "content": self._parts or ""}]))
+        room = self._window - new_tokens
+        if least + self._lm.embedder.config.chunk_size > room:
+            raise BudgetError(
+                f"the documents take {least} positions and the answer up to {new_tokens} of the session's "
+                f"{self._window}; lower the budget or max_new_tokens"
+            )
+        while len(self._prompt(coming)) > room:
+            if self._timeline or any(len(turn.text) > 1 for turn in coming):
+                self._condense_oldest(coming)
+            elif not self._drop_oldest():
+                raise BudgetError(f"the message does not fit the session's window of {self._window}; send it in parts")
+            self._relieve(room // 2)
+
+    def _condense_oldest(self, coming: list[_Turn]) -> None:
+        """Turn the oldest raw text, a chunk of it at most, into embeddings."""
+        source = self._timeline if self._timeline else coming
+        turn = source[0]
+        size = self._lm.embedder.config.chunk_size
+        label = f"{turn.role}: " if turn.role else ""
+        ids = self._lm.llm.encode(label + turn.text)
+        if len(ids) <= size and source is self._timeline:
+            source.pop(0)
+        else:  # the head of a long text; what stays keeps its role
+            head, rest = _split_text(self._lm, turn.text, size)
+            ids = self._lm.llm.encode(label + head)
+            turn.text = rest
+        if turn.role is not None and source is self._timeline:
+            ids = np.concatenate([ids, self._lm.llm.encode("\n")])
+        ratios = self._lm.embedder.config.ratios
+        ratio = next((r for r in ratios if r >= _FIRST_RATIO), ratios[-1])
+        if len(ids):
+            self._condensed += self._lm.embedder.compress_ids([ids], ratio=ratio, show_progress=False)
+            self.condensed_tokens += len(ids)
+
+    def _relieve(self, limit: int) -> None:
+        """Coarsen the oldest embeddings until all take at most `limit` positions; then drop the oldest."""
+        ratios = self._lm.embedder.config.ratios
+        while sum(map(len, self._condensed)) > limit:
+            finest = min((kept.ratio for kept in self._condensed), default=ratios[-1])
+            if finest == ratios[-1]:
+                self._drop_oldest()
+                continue
+            place = next(i for i, kept in enumerate(self._condensed) if kept.ratio == finest)
+            kept = self._condensed[place]
+            coarser = kept.at_ratio(ratios[ratios.index(kept.ratio) + 1])
+            self._condensed[place] = coarser
+
+    def _drop_oldest(self) -> bool:
+        if not self._condensed:
+            return False
+        gone = self._condensed.pop(0)
+        self.dropped_tokens += gone.n_tokens
+        self.condensed_tokens -= gone.n_tokens
+        return True
+
+    def _finished(self, asked: _Turn, answer: Answer) -> None:
+        with self._lock:
+            self._timeline += [asked, _Turn("assistant", answer.text)]
+
+
+def _split_text(lm: ExtensibleLM, text: str, n_tokens: int) -> tuple[str, str]:
+    """The first part of a text, of about `n_tokens` tokens, cut after white space where there is some; the rest."""
+    encoding = lm.llm.tokenizer.backend_tokenizer.encode(text[: 16 * n_tokens], add_special_tokens=False)
+    end = encoding.offsets[min(n_tokens, len(encoding)) - 1][1] if len(encoding) else len(text)
+    cut = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end)) + 1
+    end = cut if cut > end // 2 else max(end, 1)
+    return text[:end], text[end:]

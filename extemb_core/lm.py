@@ -1,0 +1,410 @@
+"""ExtensibleLM: a frozen LLM that reads documents as extensible embeddings. The class that most users meet."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extemb_core.answers import Answer, AnswerStream, ContextEntry, Ready, to_answer
+from extemb_core.context.assembly import Content, Part, Prompt, assemble_chat, assemble_text
+from extemb_core.context.planning import Fidelity, Plan, plan_context
+from extemb_core.documents import Document
+from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.weights import resolve_embedder
+from extemb_core.store.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from extemb_core.context.session import Session
+
+DEFAULT_LLM = "smollm2-135m-instruct"
+
+# How documents and a question share one user message.
+_HEADING = "[{number}] {title}\n"
+_SEPARATOR = "\n\n"
+_KEPT_TOKEN_IDS = 64  # recent documents whose token ids stay in memory
+
+Messages = Sequence[Mapping[str, Any]]
+Documents = str | Document | Mapping[str, Any] | Iterable[Any]
+
+
+class ExtensibleLM:
+    """A frozen LLM with an embedder that compresses its documents.
+
+    One object may be used from several threads. Documents are compressed once and kept in memory, least recently
+    used ones going first (`store`).
+
+    Args:
+        llm: The frozen LLM.
+        embedder: Made for that LLM.
+        store: Where compressed documents are kept; in memory, 512 MiB, when not given.
+    """
+
+    def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, store: MemoryStore | None = None) -> None:
+        if embedder.llm is not llm:
+            raise MismatchError(
+                f"the embedder is bound to another LLM object ({embedder.llm.name!r}); load it with llm=this one"
+            )
+        self.llm = llm
+        self.embedder = embedder
+        self.store = store if store is not None else MemoryStore()
+        self._ids: OrderedDict[str, np.ndarray[Any, Any]] = OrderedDict()
+        self._ids_lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        llm: str | Path = DEFAULT_LLM,
+        embedder: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+    ) -> ExtensibleLM:
+        """Load an LLM and its embedder.
+
+        Args:
+            llm: A local folder, a known name (`extemb weights list`) or a Hugging Face id.
+            embedder: A folder or hub id; the one shipped for a known LLM when not given.
+            device: "auto" or a torch device.
+            dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.
+
+        Raises:
+            WeightsError: Files are missing or damaged.
+            MismatchError: The embedder was made for another LLM.
+        """
+        where = resolve_embedder(embedder, str(llm))
+        loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
+        return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded))
+
+    # -- asking -----------------------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        question: str,
+        documents: Documents = (),
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+        **sampling: Any,
+    ) -> Answer:
+        """Answer a question from documents.
+
+        Args:
+            question: In the user's words.
+            documents: Best first: texts, `Document`s, mappings with a text, or the documents of LangChain and
+                LlamaIndex.
+            budget: Positions of the LLM's window that the documents may take; all that is free when not given.
+            ratio: "auto" (see `plan_context`), "raw", or a trained ratio for all documents.
+            **sampling: The fields of `Sampling`: max_new_tokens, temperature, top_p, top_k, stop, seed, ...
+
+        Returns:
+            The answer; `answer.context` says what became of each document.
+
+        Raises:
+            BudgetError: The question leaves no room, or the budget is larger than the room there is.
+            RatioError: The ratio was not trained.
+        """
+        return self.stream(question, documents, budget=budget, ratio=ratio, **sampling).finish()
+
+    def chat(
+        self,
+        messages: Messages,
+        documents: Documents = (),
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+        **sampling: Any,
+    ) -> Answer:
+        """`ask` for a whole conversation: messages with "role" and "content". Documents join the last user turn."""
+        return self.stream(messages, documents, budget=budget, ratio=ratio, **sampling).finish()
+
+    def stream(
+        self,
+        question: str | Messages,
+        documents: Documents = (),
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+        **sampling: Any,
+    ) -> AnswerStream:
+        """`ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what there is."""
+        settings = Sampling(**sampling)
+        start = time.perf_counter()
+        ready = self._prepare(_as_messages(question), as_documents(documents), budget, ratio, settings.max_new_tokens)
+        return AnswerStream(self.llm, ready, settings, start)
+
+    def generate(
+        self,
+        prompt: str,
+        documents: Documents = (),
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+        **sampling: Any,
+    ) -> Answer:
+        """Continue a plain prompt after the documents, without a chat template."""
+        settings = Sampling(**sampling)
+        start = time.perf_counter()
+        ready = self._continue_from(prompt, as_documents(documents), budget, ratio, settings.max_new_tokens)
+        return AnswerStream(self.llm, ready, settings, start).finish()
+
+    def score(
+        self,
+        continuation: str,
+        *,
+        prompt: str = "",
+        documents: Documents = (),
+        budget: int | None = None,
+        ratio: str | int = "auto",
+    ) -> float:
+        """Log-probability, in nats, of a continuation after documents and a plain prompt.
+
+        Raises:
+            ConfigError: There is nothing before the continuation, or nothing in it.
+        """
+        targets = self.llm.encode(continuation)
+        ready = self._continue_from(prompt, as_documents(documents), budget, ratio, len(targets))
+        if not len(ready.prompt) or not len(targets):
+            raise ConfigError("score needs a continuation and something before it; pass a prompt or a document")
+        return float(self.llm.score(ready.prompt.embeddings(self.llm), targets).sum())
+
+    def ask_batch(
+        self,
+        questions: Sequence[str],
+        documents: Sequence[Documents] | None = None,
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+        batch_size: int = 8,
+        **sampling: Any,
+    ) -> list[Answer]:
+        """`ask` for several questions at once, each with its own documents (one entry per question).
+
+        Questions are batched by length; an answer does not depend on its batch. In `seconds`, "first_token" is the
+        time of the whole batch: nothing is streamed.
+        """
+        settings = Sampling(**sampling)
+        each = [()] * len(questions) if documents is None else list(documents)
+        if len(each) != len(questions):
+            raise ConfigError(
+                f"{len(questions)} questions came with {len(each)} lists of documents; pass one per question"
+            )
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
+        prepared = [
+            self._prepare(_as_messages(question), as_documents(texts), budget, ratio, settings.max_new_tokens)
+            for question, texts in zip(questions, each, strict=True)
+        ]
+        order = sorted(range(len(prepared)), key=lambda index: len(prepared[index].prompt))
+        answers: dict[int, Answer] = {}
+        for at in range(0, len(order), batch_size):
+            batch = order[at : at + batch_size]
+            start = time.perf_counter()
+            made = self.llm.generate([prepared[index].prompt.inputs(self.llm) for index in batch], settings)
+            seconds = time.perf_counter() - start
+            for index, generated in zip(batch, made, strict=True):
+                answers[index] = to_answer(prepared[index], generated, first_token=seconds, total=seconds)
+        return [answers[index] for index in range(len(questions))]
+
+    def session(
+        self,
+        documents: Documents = (),
+        *,
+        ratio: str | int = "auto",
+        window: int | None = None,
+        budget: int | None = None,
+    ) -> Session:
+        """A conversation of any length: see `Session`."""
+        from extemb_core.context.session import Session
+
+        return Session(self, documents, ratio=ratio, window=window, budget=budget)
+
+    # -- documents --------------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        question: str | Messages,
+        documents: Documents,
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+        max_new_tokens: int = 256,
+    ) -> Plan:
+        """What would become of each document, without compressing or answering: `print(lm.plan(...).explain())`."""
+        texts = as_documents(documents)
+        room = self._room(assemble_chat(self.llm, _as_messages(question)), max_new_tokens, budget, texts)
+        return self._plan(texts, room, ratio)
+
+    def compress(self, documents: Documents, *, ratio: int | None = None, show_progress: bool | None = None) -> None:
+        """Compress documents now, so that later questions about them start at once.
+
+        Args:
+            documents: As for `ask`.
+            ratio: The finest ratio that will be asked for; the finest trained one when not given.
+            show_progress: Show a bar; None shows it on a terminal.
+        """
+        self._compressed(
+            [(text, min(self.embedder.config.ratios) if ratio is None else ratio) for text in as_documents(documents)],
+            show_progress,
+        )
+
+    def token_ids(self, text: str, ref: str) -> np.ndarray[Any, Any]:
+        """(T,) ids of a document's text, remembered for recent documents."""
+        with self._ids_lock:
+            if ref in self._ids:
+                self._ids.move_to_end(ref)
+                return self._ids[ref]
+        ids = self.llm.encode(text)
+        with self._ids_lock:
+            self._ids[ref] = ids
+            while len(self._ids) > _KEPT_TOKEN_IDS:
+                self._ids.popitem(last=False)
+        return ids
+
+    def _compressed(
+        self, wanted: Sequence[tuple[Document, int]], show_progress: bool | None = None
+    ) -> tuple[list[Tensor], list[bool]]:
+        """Embeddings of documents at their ratios, and whether each was in the store."""
+        fingerprint = self.embedder.fingerprint
+        found = [self.store.get(document.ref, fingerprint, ratio) for document, ratio in wanted]
+        cached = [kept is not None for kept in found]
+        for ratio in sorted({ratio for (_, ratio), kept in zip(wanted, found, strict=True) if kept is None}):
+            places = [place for place, (_, own) in enumerate(wanted) if own == ratio and not cached[place]]
+            made = self.embedder.compress_ids(
+                [self.token_ids(wanted[place][0].text, wanted[place][0].ref) for place in places],
+                refs=[wanted[place][0].ref for place in places],
+                ratio=ratio,
+                show_progress=show_progress,
+            )
+            for place, compressed in zip(places, made, strict=True):
+                self.store.put(compressed)
+                found[place] = compressed
+        return [kept.embeddings for kept in found if kept is not None], cached
+
+    # -- prompts ----------------------------------------------------------------------------------------------
+
+    def _prepare(
+        self,
+        messages: Messages,
+        documents: list[Document],
+        budget: int | None,
+        ratio: str | int,
+        new_tokens: int,
+    ) -> Ready:
+        bare = assemble_chat(self.llm, messages)
+        room = self._room(bare, new_tokens, budget, documents)
+        if not documents:
+            return Ready(bare, (), 0.0)
+        parts, context, seconds = self._read(documents, self._plan(documents, room, ratio))
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if last is None:
+            raise ConfigError("documents join the last user message, and there is none; add one")
+        content = messages[last]["content"]
+        joined: Content = [*parts, *([content] if isinstance(content, str) else content)]
+        full = [{**m, "content": joined} if i == last else m for i, m in enumerate(messages)]
+        return Ready(assemble_chat(self.llm, full), context, seconds)
+
+    def _continue_from(
+        self, prompt: str, documents: list[Document], budget: int | None, ratio: str | int, new_tokens: int
+    ) -> Ready:
+        room = self._room(assemble_text(self.llm, [prompt]), new_tokens, budget, documents)
+        parts, context, seconds = self._read(documents, self._plan(documents, room, ratio))
+        return Ready(assemble_text(self.llm, [*parts, prompt]), context, seconds)
+
+    def _room(self, bare: Prompt, new_tokens: int, budget: int | None, documents: Sequence[Document]) -> int:
+        """Positions that the documents may take."""
+        window = self.llm.window
+        free = window - len(bare) - new_tokens
+        if free < 0 or (documents and free == 0):
+            raise BudgetError(
+                f"the question takes {len(bare)} positions and the answer up to {new_tokens}, more than the "
+                f"{window} of {self.llm.name}; shorten the question, lower max_new_tokens, or use a session"
+            )
+        if budget is None:
+            return free
+        if budget < 0:
+            raise BudgetError(f"budget={budget} is below 0; pass the positions that the documents may take")
+        if budget > free:
+            raise BudgetError(
+                f"budget={budget} is more than the {free} positions that a question of {len(bare)} and an answer of "
+                f"up to {new_tokens} leave of {window}; pass at most {free}"
+            )
+        return budget
+
+    def _plan(self, documents: Sequence[Document], room: int, ratio: str | int) -> Plan:
+        config = self.embedder.config
+        if isinstance(ratio, int):
+            config.require_ratio(ratio)
+        return plan_context(
+            [len(self.token_ids(document.text, document.ref)) for document in documents],
+            room,
+            ratio=ratio,  # type: ignore[arg-type]
+            ratios=config.ratios,
+            chunk_size=config.chunk_size,
+            overhead=[len(self.llm.encode(_heading(i, d) + _SEPARATOR)) for i, d in enumerate(documents)],
+        )
+
+    def _read(self, documents: Sequence[Document], plan: Plan) -> tuple[list[Part], tuple[ContextEntry, ...], float]:
+        """The documents as message parts: heading, then text or embeddings."""
+        start = time.perf_counter()
+        compressed = [(d, p.fidelity) for d, p in zip(documents, plan.documents, strict=True) if _is_ratio(p.fidelity)]
+        embeddings, cached = self._compressed(compressed)  # type: ignore[arg-type]
+        seconds = time.perf_counter() - start
+        ready = iter(zip(embeddings, cached, strict=True))
+        parts: list[Part] = []
+        entries = []
+        for document, planned in zip(documents, plan.documents, strict=True):
+            from_store = False
+            if planned.fidelity == "raw":
+                parts += [_heading(planned.index, document) + document.text + _SEPARATOR]
+            elif planned.fidelity != "dropped":
+                vectors, from_store = next(ready)
+                parts += [_heading(planned.index, document), vectors, _SEPARATOR]
+            entries.append(
+                ContextEntry(
+                    source=document.source,
+                    ref=document.ref,
+                    n_tokens=planned.n_tokens,
+                    positions=planned.positions,
+                    fidelity=planned.fidelity,
+                    cached=from_store,
+                    reason=planned.reason,
+                )
+            )
+        return parts, tuple(entries), seconds
+
+
+def as_documents(documents: Documents) -> list[Document]:
+    """One document or several, of any accepted kind, as a list of `Document`."""
+    if isinstance(documents, str | Document | Mapping) or hasattr(documents, "page_content"):
+        return [Document.from_any(documents)]
+    if not isinstance(documents, Iterable):
+        raise DocumentError(f"documents is a {type(documents).__name__}; pass texts, Documents, or a list of them")
+    return [Document.from_any(document) for document in documents]
+
+
+def _as_messages(question: str | Messages) -> Messages:
+    if isinstance(question, str):
+        if not question.strip():
+            raise ConfigError("the question is empty; ask something")
+        return [{"role": "user", "content": question}]
+    if not question:
+        raise ConfigError("there are no messages; pass at least one of role user")
+    return question
+
+
+def _heading(index: int, document: Document) -> str:
+    return _HEADING.format(number=index + 1, title=document.title or "Document")
+
+
+def _is_ratio(fidelity: Fidelity) -> bool:
+    return isinstance(fidelity, int)

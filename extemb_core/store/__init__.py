@@ -1,0 +1,1 @@
+"""Where compressed documents are kept, by ref and fingerprint."""

@@ -1,0 +1,116 @@
+"""Contracts 4 and 5: text-only prompts are the tokenizer's own; what users and documents say is data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, tiny_llm
+
+from extemb_core.context.assembly import Prompt, assemble_chat, assemble_text
+from extemb_core.errors import ConfigError
+
+
+def template_ids(llm, messages, **options):
+    rendered = llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    return llm.tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+# Words, spaces and line ends in any order: where templates and texts meet is where tokens could merge differently.
+texts = st.text(alphabet="ab Zé東\n\t,.7", max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
+def test_text_only_ids_are_those_of_the_chat_template(turns):
+    llm = tiny_llm()
+    messages = [m for asked, said in turns for m in (*user(asked), {"role": "assistant", "content": said})]
+    prompt = assemble_chat(llm, messages)
+    assert prompt.text_only
+    assert prompt.inputs(llm) == template_ids(llm, messages)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_text_only_logits_are_those_of_plain_transformers(architecture):
+    llm = tiny_llm(architecture)
+    messages = user("The lighthouse keeper counted ships.\n\nHow many?")
+    ids = torch.tensor([template_ids(llm, messages)])
+    with torch.no_grad():
+        plain = llm.model(ids, use_cache=False).logits[0]
+        hidden = llm.hidden(assemble_chat(llm, messages).embeddings(llm)[None])[0]
+    torch.testing.assert_close(llm.logits(hidden), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_stand_between_the_text_around_them(llm):
+    vectors = torch.randn(5, llm.width)
+    prompt = assemble_chat(llm, user(["before ", vectors, " after"]))
+    left, middle, right = prompt.segments
+    assert middle is vectors
+    assert llm.tokenizer.decode(left) == "<|im_start|>user\nbefore "
+    assert llm.tokenizer.decode(right) == " after<|im_end|>\n<|im_start|>assistant\n"
+    assert len(prompt) == len(left) + 5 + len(right)
+    rows = prompt.embeddings(llm)
+    torch.testing.assert_close(rows[len(left) : len(left) + 5], vectors)
+    torch.testing.assert_close(rows[: len(left)], llm.embed(left))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "a", " ", "\n", "user"]), max_size=12))
+def test_control_tokens_in_text_are_characters(pieces):
+    llm = tiny_llm()
+    text = "".join(pieces)
+    prompt = assemble_chat(llm, user(text))
+    ids = np.concatenate(prompt.segments)
+    innocent = np.concatenate(assemble_chat(llm, user("a")).segments)
+    for control in llm.control_tokens.values():  # only the template's own
+        assert (ids == control).sum() == (innocent == control).sum()
+    assert llm.tokenizer.decode(ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_fences_inside_text_are_text(llm):
+    text = "".join(chr(0xF0000 + i) for i in range(3)) + "\U000f00000\U000f0000"
+    vectors = torch.randn(2, llm.width)
+    prompt = assemble_chat(llm, user([text, vectors]))
+    assert sum(isinstance(s, torch.Tensor) for s in prompt.segments) == 1
+    assert text in llm.tokenizer.decode(prompt.segments[0])
+
+
+def test_a_prompt_knows_its_positions(llm):
+    assert len(Prompt((np.array([1, 2]), torch.zeros(3, llm.width)))) == 5
+    assert Prompt(()).embeddings(llm).shape == (0, llm.width)
+
+
+def test_plain_text_starts_with_the_bos_where_the_llm_has_one(llm, monkeypatch):
+    assert assemble_text(llm, ["ab"]).inputs(llm) == llm.encode("ab").tolist()
+    monkeypatch.setitem(llm.__dict__, "bos_token_id", 7)
+    assert assemble_text(llm, ["ab"]).inputs(llm) == [7, *llm.encode("ab").tolist()]
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"content": "x"}, {"role": "user", "content": [3]}, {}])
+def test_a_malformed_message_is_an_error(llm, message):
+    with pytest.raises(ConfigError):
+        assemble_chat(llm, [message])
+
+
+def test_a_template_that_drops_embeddings_is_an_error(llm, monkeypatch):
+    monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ messages[-1]['content'] }}")
+    messages = [{"role": "user", "content": [torch.zeros(2, llm.width)]}, {"role": "user", "content": "?"}]
+    with pytest.raises(ConfigError, match="left out"):
+        assemble_chat(llm, messages)
+
+
+def test_a_template_that_refuses_is_an_error(llm, monkeypatch):
+    monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ConfigError, match="roles must alternate"):
+        assemble_chat(llm, user("x"))
+
+
+def test_a_base_model_reads_the_contents_alone(llm, monkeypatch):
+    monkeypatch.setattr(llm.tokenizer, "chat_template", None)
+    assert llm.tokenizer.decode(assemble_chat(llm, user("Hello.")).inputs(llm)) == "Hello.\n\n"

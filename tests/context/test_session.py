@@ -1,0 +1,104 @@
+"""The online mode: any length in, positions bounded, everything accounted for."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import SENTENCES, random_embedder, tiny_llm
+
+from extemb_core import ExtensibleLM
+from extemb_core.errors import BudgetError, ConfigError
+
+
+@pytest.fixture
+def lm():
+    llm = tiny_llm()
+    return ExtensibleLM(llm, random_embedder(llm))
+
+
+def send(session, text):
+    return session.send(text, max_new_tokens=6)
+
+
+def test_a_short_conversation_is_a_plain_chat(lm):
+    session = lm.session()
+    first = send(session, "Hello.")
+    second = send(session, "Why?")
+    messages = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "Why?"},
+    ]
+    assert second.text == lm.chat(messages, max_new_tokens=6).text
+    assert session.condensed_tokens == 0
+
+
+def test_ten_windows_of_turns_never_overflow(lm):
+    session = lm.session(window=200)
+    said = 0
+    while said < 10 * 200:
+        text = f"Turn {said}: " + SENTENCES[:120]
+        said += len(lm.llm.encode(text))
+        answer = send(session, text)
+        assert answer.prompt_positions + 6 <= 200
+    assert session.condensed_tokens > 0
+    assert session.dropped_tokens > 0  # ten windows at ratio 8 do not fit half a window
+    assert session.condensed_tokens + session.dropped_tokens >= said - 260
+
+
+def test_a_stream_of_text_is_condensed_and_counted(lm):
+    session = lm.session(window=200)
+    text = SENTENCES * 3
+    session.append(text)
+    n_tokens = len(lm.llm.encode(text))
+    assert session.positions <= 200
+    assert session.condensed_tokens + session.dropped_tokens <= n_tokens + 60  # cutting may re-split a few tokens
+    assert session.condensed_tokens + session.dropped_tokens > n_tokens - 200
+    assert send(session, "What was that?").prompt_positions <= 200 - 6
+
+
+def test_what_was_said_early_changes_late_answers(lm):
+    answers = []
+    for opening in ("Copper wires and nothing else.", "Sand, sand, sand and the sea!"):
+        session = lm.session(window=200)
+        session.append(opening * 3 + SENTENCES)
+        assert session.condensed_tokens > 0
+        answers.append(send(session, "Go on."))
+    assert answers[0].text != answers[1].text
+
+
+def test_a_message_longer_than_the_window_is_condensed_from_its_start(lm):
+    session = lm.session(window=200)
+    answer = send(session, SENTENCES * 2)
+    assert answer.prompt_positions <= 194
+    assert session.condensed_tokens > 0
+
+
+def test_documents_stay_in_the_prompt(lm):
+    session = lm.session([SENTENCES], window=250, budget=100)
+    for _ in range(6):
+        answer = send(session, "Rivers carry sand to the sea. " * 4)
+        assert answer.prompt_positions <= 244
+        assert answer.context[0].n_tokens == len(lm.llm.encode(SENTENCES))
+
+
+def test_streaming_joins_the_conversation_when_read_or_closed(lm):
+    session = lm.session()
+    stream = session.stream("Hello.", max_new_tokens=6)
+    before = session.positions
+    list(stream)
+    assert session.positions > before
+    with session.stream("And?", max_new_tokens=50) as stream:
+        next(stream)
+    assert stream.answer.finish_reason == "cancelled"
+    assert send(session, "Then?").prompt_positions > 0
+
+
+def test_bad_input(lm):
+    with pytest.raises(ConfigError, match="window=0"):
+        lm.session(window=0)
+    with pytest.raises(ConfigError, match="window=9999"):
+        lm.session(window=9999)
+    with pytest.raises(ConfigError, match="message is empty"):
+        lm.session().send(" ")
+    with pytest.raises(BudgetError, match="lower the budget"):
+        lm.session([SENTENCES], window=120, budget=110).send("Hi.", max_new_tokens=40)

@@ -1,0 +1,58 @@
+"""The in-memory store: finest ratio kept once, coarser ones derived, bounded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import random_embedder
+
+from extemb_core.errors import ConfigError
+from extemb_core.store.memory import MemoryStore
+
+
+@pytest.fixture
+def compressed(llm):
+    return random_embedder(llm).compress("Rivers carry sand to the sea. " * 20, ratio=4)
+
+
+def test_coarser_ratios_come_from_the_finest(compressed):
+    store = MemoryStore()
+    store.put(compressed)
+    found = store.get(compressed.ref, compressed.fingerprint, 8)
+    assert torch.equal(found.embeddings, compressed.at_ratio(8).embeddings)
+    assert store.get(compressed.ref, compressed.fingerprint, 2) is None
+
+
+def test_another_fingerprint_is_another_entry(compressed):
+    store = MemoryStore()
+    store.put(compressed)
+    assert store.get(compressed.ref, "0" * 32, 4) is None
+
+
+def test_a_finer_copy_replaces_a_coarser_one_and_not_the_other_way(compressed):
+    store = MemoryStore()
+    store.put(compressed.at_ratio(8))
+    store.put(compressed)
+    finest = store.n_bytes
+    store.put(compressed.at_ratio(8))
+    assert store.n_bytes == finest == compressed.embeddings.numel() * 4
+    assert store.get(compressed.ref, compressed.fingerprint, 4) is not None
+
+
+def test_the_least_recently_used_goes_first(llm):
+    embedder = random_embedder(llm)
+    a, b, c = embedder.compress(["one text here", "two texts here", "six texts here"], ratio=2)
+    store = MemoryStore(max_bytes=(a.embeddings.numel() + b.embeddings.numel() + c.embeddings.numel() - 1) * 4)
+    store.put(a)
+    store.put(b)
+    store.get(a.ref, a.fingerprint, 2)
+    store.put(c)
+    assert [store.get(x.ref, x.fingerprint, 2) is not None for x in (a, b, c)] == [True, False, True]
+
+
+def test_what_is_larger_than_the_store_is_not_kept(compressed):
+    store = MemoryStore(max_bytes=10)
+    store.put(compressed)
+    assert store.n_bytes == 0
+    with pytest.raises(ConfigError, match="below 0"):
+        MemoryStore(max_bytes=-1)

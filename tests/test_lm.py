@@ -1,0 +1,217 @@
+"""ExtensibleLM on a tiny random LLM: prompts, budgets, caching, batches, streams."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+from tiny import SENTENCES, random_embedder, tiny_llm
+
+from extemb_core import Document, ExtensibleLM
+from extemb_core.context.assembly import assemble_chat
+from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError, RatioError
+from extemb_core.models.llm import Sampling
+
+QUESTION = "How many ships?"
+
+
+@pytest.fixture
+def lm():
+    llm = tiny_llm()
+    return ExtensibleLM(llm, random_embedder(llm))
+
+
+def ask(lm, *args, **kwargs):
+    return lm.ask(*args, **({"max_new_tokens": 8} | kwargs))
+
+
+def test_without_documents_the_answer_is_that_of_plain_transformers(lm):
+    ids = assemble_chat(lm.llm, [{"role": "user", "content": QUESTION}]).inputs(lm.llm)
+    plain = lm.llm.model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=8, do_sample=False, pad_token_id=0
+    )
+    answer = ask(lm, QUESTION)
+    assert answer.text == lm.llm.decode(plain[0, len(ids) :].tolist()).split("<|im_end|>")[0]
+    assert answer.prompt_positions == len(ids)
+    assert answer.context == ()
+
+
+def test_every_document_is_accounted_for(lm):
+    documents = [
+        Document(SENTENCES, title="Notes"),
+        {"text": SENTENCES * 2, "source": "two.txt"},
+        "",
+        SENTENCES * 40,
+    ]
+    answer = ask(lm, QUESTION, documents, budget=100)
+    assert [entry.source for entry in answer.context[:2]] == ["Notes", "two.txt"]
+    fidelities = [entry.fidelity for entry in answer.context]
+    assert fidelities[2:] == ["dropped", "dropped"]
+    assert answer.context[2].reason == "empty"
+    assert [entry.n_tokens for entry in answer.context] == [
+        len(lm.llm.encode(text)) for text in (SENTENCES, SENTENCES * 2, "", SENTENCES * 40)
+    ]
+    assert answer.dropped == answer.context[2:]
+
+
+def test_reported_positions_are_those_of_the_prompt(lm):
+    bare = ask(lm, QUESTION).prompt_positions
+    for ratio in (2, 4, 8):
+        answer = ask(lm, QUESTION, [SENTENCES[:200], SENTENCES[:130]], ratio=ratio, budget=200)
+        assert answer.prompt_positions - bare == sum(entry.positions for entry in answer.context)
+        assert all(entry.fidelity == ratio for entry in answer.context)
+
+
+def test_the_budget_holds(lm):
+    bare = ask(lm, QUESTION).prompt_positions
+    for budget in (0, 5, 40, 100, 200):
+        answer = ask(lm, QUESTION, [SENTENCES, SENTENCES[:300], "Short."], budget=budget)
+        assert answer.prompt_positions - bare <= budget
+        assert len(answer.context) == 3
+
+
+def test_documents_reach_the_llm(lm):
+    a = ask(lm, QUESTION, SENTENCES, ratio=4)
+    b = ask(lm, QUESTION, SENTENCES[::-1], ratio=4)
+    assert a.text != b.text
+
+
+def test_a_second_question_finds_the_documents_compressed(lm):
+    first = ask(lm, QUESTION, SENTENCES, ratio=2)
+    again = ask(lm, QUESTION, SENTENCES, ratio=8)
+    assert [first.context[0].cached, again.context[0].cached] == [False, True]
+    assert again.text == ExtensibleLM(lm.llm, lm.embedder).ask(QUESTION, SENTENCES, ratio=8, max_new_tokens=8).text
+
+
+def test_compress_ahead(lm):
+    lm.compress([SENTENCES])
+    assert ask(lm, QUESTION, SENTENCES, ratio=4).context[0].cached
+
+
+def test_a_batch_answers_as_single_questions_do(lm):
+    questions = [QUESTION, "Why?", "What is 7 + 5, and who asked?"]
+    documents = [[SENTENCES], [], ["Copper wires.", SENTENCES[:150]]]
+    single = [ask(lm, q, d, ratio=4).text for q, d in zip(questions, documents, strict=True)]
+    for batch_size in (1, 2, 3):
+        batch = lm.ask_batch(questions, documents, ratio=4, batch_size=batch_size, max_new_tokens=8)
+        assert [answer.text for answer in batch] == single
+    assert [len(answer.context) for answer in batch] == [1, 0, 2]
+
+
+def test_a_stream_is_the_answer_in_pieces(lm):
+    stream = lm.stream(QUESTION, SENTENCES, ratio=4, max_new_tokens=8)
+    with pytest.raises(ConfigError, match="still open"):
+        _ = stream.answer
+    assert "".join(stream) == stream.answer.text == ask(lm, QUESTION, SENTENCES, ratio=4).text
+    assert 0 < stream.answer.seconds["first_token"] <= stream.answer.seconds["total"]
+
+
+def test_a_closed_stream_keeps_what_was_written(lm):
+    with lm.stream(QUESTION, max_new_tokens=200, stop=()) as stream:
+        piece = next(stream)
+    assert stream.answer.text == piece
+    assert stream.answer.finish_reason == "cancelled"
+    assert stream.answer.new_tokens < 200
+
+
+def test_documents_join_the_last_user_turn(lm):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": QUESTION},
+    ]
+    answer = lm.chat(messages, SENTENCES, ratio=4, max_new_tokens=8)
+    bare = lm.chat(messages, max_new_tokens=8)
+    assert answer.prompt_positions - bare.prompt_positions == answer.context[0].positions
+    with pytest.raises(ConfigError, match="last user message"):
+        lm.chat(messages[:1], SENTENCES, max_new_tokens=8)
+
+
+def test_generate_and_score_work_without_a_template(lm):
+    answer = lm.generate("The bridge was", SENTENCES, ratio=4, max_new_tokens=5)
+    assert answer.new_tokens <= 5
+    prompt, continuation = "The bridge was", " closed for repairs"
+    ids = torch.tensor([[*lm.llm.encode(prompt), *lm.llm.encode(continuation)]])
+    with torch.no_grad():
+        logs = lm.llm.model(ids).logits[0].log_softmax(-1)
+    start = len(lm.llm.encode(prompt))
+    plain = sum(float(logs[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
+    assert lm.score(continuation, prompt=prompt) == pytest.approx(plain, abs=1e-3)
+    assert lm.score(continuation, prompt=prompt, documents=SENTENCES, ratio=4) != pytest.approx(plain, abs=1e-3)
+    with pytest.raises(ConfigError, match="score needs"):
+        lm.score("", prompt="x")
+
+
+def test_plan_tells_before_anything_is_compressed(lm):
+    plan = lm.plan(QUESTION, [SENTENCES, SENTENCES * 3], budget=150, max_new_tokens=8)
+    answer = ask(lm, QUESTION, [SENTENCES, SENTENCES * 3], budget=150)
+    assert [p.fidelity for p in plan.documents] == [entry.fidelity for entry in answer.context]
+    assert "of a budget of 150" in plan.explain()
+
+
+def test_answers_serialise_and_print(lm):
+    answer = ask(lm, QUESTION, Document(SENTENCES, title="<b>Notes</b>"), ratio=4)
+    values = json.loads(json.dumps(answer.to_dict()))
+    assert values["context"][0]["fidelity"] == 4
+    assert str(answer) == answer.text
+    page = answer._repr_html_()
+    assert "&lt;b&gt;Notes&lt;/b&gt;" in page
+    assert "<b>Notes" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"question": "  "}, ConfigError, "question is empty"),
+        ({"ratio": 3}, RatioError, "ratio=3 is not one of the trained ratios"),
+        ({"ratio": "fine"}, ConfigError, "fine"),
+        ({"budget": -1}, BudgetError, "budget=-1"),
+        ({"budget": 10_000}, BudgetError, "budget=10000 is more than"),
+        ({"question": SENTENCES * 9}, BudgetError, "question takes"),
+        ({"max_new_tokens": 10_000}, BudgetError, "answer up to 10000"),
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
+        ({"temperature": -1.0}, ConfigError, "temperature"),
+        ({"documents": 7}, DocumentError, "int"),
+        ({"documents": [7]}, DocumentError, "int"),
+    ],
+)
+def test_bad_input_names_value_and_rule(lm, arguments, error, words):
+    call = {"question": QUESTION, "documents": [SENTENCES]} | arguments
+    with pytest.raises(error, match=words):
+        ask(lm, **call)
+
+
+def test_batches_need_one_list_of_documents_per_question(lm):
+    with pytest.raises(ConfigError, match="2 questions came with 1"):
+        lm.ask_batch(["a?", "b?"], [[]])
+    assert lm.ask_batch([], []) == []
+
+
+def test_an_embedder_of_another_object_is_refused(lm):
+    with pytest.raises(MismatchError, match="another LLM object"):
+        ExtensibleLM(tiny_llm(seed=5), lm.embedder)
+
+
+def test_threads_answer_as_one_thread_does(lm):
+    expected = {r: ask(lm, QUESTION, SENTENCES, ratio=r).text for r in (2, 4, 8)}
+    fresh = ExtensibleLM(lm.llm, lm.embedder)
+    got: list[bool] = []
+
+    def work(ratio: int) -> None:
+        got.append(ask(fresh, QUESTION, SENTENCES, ratio=ratio).text == expected[ratio])
+
+    threads = [threading.Thread(target=work, args=(ratio,)) for ratio in (2, 4, 8) * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == [True] * 12
+
+
+def test_sampling_is_repeatable(lm):
+    draws = [ask(lm, QUESTION, temperature=1.0, seed=s).text for s in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert Sampling(stop="x").stop == ("x",)
