@@ -1,0 +1,148 @@
+"""What commands take: options shared by several of them, and documents from files, folders and stdin."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from extemb_core.documents import Document
+from extemb_core.errors import DocumentError
+from extemb_core.readers import read_documents
+
+STDIN = "-"
+DEFAULT_LLM = "smollm2-135m-instruct"  # lm.DEFAULT_LLM, whose module is too heavy to import for --help
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+class SeveralValues(typer.core.TyperCommand):
+    """A command whose repeatable options also take several values at once: `--documents a.txt b.txt`.
+
+    The values end at the next option or at `--`.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
+        return list(super().parse_args(ctx, _repeat(args, repeatable)))
+
+
+def _repeat(args: Sequence[str], repeatable: set[str]) -> list[str]:
+    """`--documents a b` as `--documents a --documents b`."""
+    result: list[str] = []
+    option: str | None = None
+    taken = 0
+    for place, arg in enumerate(args):
+        if arg == "--":
+            return [*result, *args[place:]]
+        if arg in repeatable:
+            option, taken = arg, 0
+        elif arg.startswith("-") and arg != STDIN:
+            option = next((name for name in repeatable if arg.startswith(f"{name}=")), None)
+            taken = 1
+        elif option is not None:
+            if taken:
+                result.append(option)
+            taken += 1
+        result.append(arg)
+    return result
+
+
+def parse_ratio(value: str) -> str | int:
+    """`auto`, `raw` or a whole number."""
+    if value in ("auto", "raw"):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is not auto, raw or a whole number.", param_hint="'--ratio'") from None
+
+
+LlmOption = Annotated[
+    str, typer.Option("--llm", metavar="NAME", help="The frozen LLM: a known name, a folder or a Hugging Face id.")
+]
+EmbedderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--embedder",
+        metavar="PATH",
+        help="The embedder: a folder or a Hugging Face id.",
+        show_default="the one shipped for the LLM",
+    ),
+]
+DocumentsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--documents",
+        metavar="FILE...",
+        help="Files and folders to read, best first: text, Markdown, HTML, PDF; - is text from stdin.",
+    ),
+]
+RatioOption = Annotated[
+    str,
+    typer.Option(
+        "--ratio",
+        metavar="auto|raw|N",
+        help="Tokens per extensible embedding: one ratio for all documents, raw text, or the finest that fits.",
+    ),
+]
+BudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        "--budget",
+        metavar="N",
+        help="Positions of the LLM's window that the documents may take.",
+        show_default="all that is free",
+    ),
+]
+SessionBudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        "--budget",
+        metavar="N",
+        help="Positions of the LLM's window that the documents may take.",
+        show_default="half of the window",
+    ),
+]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Longest answer, in tokens.")]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", metavar="X", help="0 is greedy and repeatable; above, tokens are drawn.")
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Draw the same tokens again.", show_default="another each time"),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto (CUDA, then CPU), cpu, cuda or cuda:N.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, errors included.")]
+
+
+def load_documents(paths: Sequence[str], *, stdin: bool = True) -> list[Document]:
+    """Read files, folders, and `-` as text from stdin, in the order given."""
+    if paths.count(STDIN) > (1 if stdin else 0):
+        why = "stdin can be read once." if stdin else "stdin is where the messages come from; name a file."
+        raise typer.BadParameter(why)
+    if "" in paths:  # which Path would take for the current folder
+        raise typer.BadParameter("an empty name is not a file.")
+    documents: list[Document] = []
+    for path in paths:
+        documents += [_read_stdin()] if path == STDIN else read_documents(Path(path))
+    return documents
+
+
+def _read_stdin() -> Document:
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DocumentError(
+            f"stdin is not valid UTF-8 at byte {error.start}; re-encode it as UTF-8 "
+            "(for instance: iconv -f WINDOWS-1252 -t UTF-8)"
+        ) from error
+    if "\0" in text:
+        raise DocumentError("stdin holds binary data (a NUL byte), not text; name PDF and HTML files instead")
+    return Document(text.replace("\r\n", "\n").replace("\r", "\n"), title="stdin", metadata={"source": "stdin"})

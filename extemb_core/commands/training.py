@@ -1,0 +1,202 @@
+"""`extemb train`: the main settings of `TrainingConfig` and of the embedder's configuration as options."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from extemb_core.commands.inputs import JsonOption
+from extemb_core.commands.reporting import emit, library_output, note, reported
+
+_NEW = "A new embedder"
+_RUN = "The run"
+
+
+@reported
+def train(
+    llm: Annotated[
+        str, typer.Option("--llm", metavar="NAME", help="The frozen LLM: a known name, a folder or a Hugging Face id.")
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", metavar="FILE...", help='Training text: .jsonl[.zst] with a "text" field, .txt, .md.'),
+    ],
+    output: Annotated[
+        str, typer.Option("--output", metavar="DIR", help="Folder for checkpoints, logs and the finished embedder.")
+    ],
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", metavar="FILE...", help="Held-out text, for the loss at every ratio."),
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option("--start-from", metavar="PATH", help="Go on from this embedder instead of a new one."),
+    ] = None,
+    num_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--num-layers", metavar="N", help="The LLM's first layers it uses.", show_default="8", rich_help_panel=_NEW
+        ),
+    ] = None,
+    adaptation: Annotated[
+        str | None,
+        typer.Option(
+            "--adaptation",
+            metavar="NAME",
+            help="lora: adapters over the LLM's own tensors; full: a trained copy of the layers.",
+            show_default="lora",
+            rich_help_panel=_NEW,
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option("--lora-rank", metavar="N", help="Rank of the adapters.", show_default="16", rich_help_panel=_NEW),
+    ] = None,
+    downscaling: Annotated[
+        str | None,
+        typer.Option(
+            "--downscaling",
+            metavar="NAME",
+            help="Which outputs become embeddings: strided, mean, terminal or random.",
+            show_default="strided",
+            rich_help_panel=_NEW,
+        ),
+    ] = None,
+    connector: Annotated[
+        str | None,
+        typer.Option(
+            "--connector",
+            metavar="NAME",
+            help="Between the layers and the LLM's input space: none, linear or mlp.",
+            show_default="linear",
+            rich_help_panel=_NEW,
+        ),
+    ] = None,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option("--chunk-size", metavar="N", help="Tokens per chunk.", show_default="512", rich_help_panel=_NEW),
+    ] = None,
+    ratios: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--ratios",
+            metavar="N...",
+            help="Ratios to train.",
+            show_default="2 4 8 16 32, or those of --start-from",
+            rich_help_panel=_NEW,
+        ),
+    ] = None,
+    sample_length: Annotated[
+        int, typer.Option("--sample-length", metavar="N", help="Tokens of a sample.", rich_help_panel=_RUN)
+    ] = 1536,
+    total_tokens: Annotated[
+        int, typer.Option("--total-tokens", metavar="N", help="Tokens to train on.", rich_help_panel=_RUN)
+    ] = 1_500_000,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", help="Samples at once, per device.", rich_help_panel=_RUN)
+    ] = 4,
+    accumulation_steps: Annotated[
+        int, typer.Option("--accumulation-steps", metavar="N", help="Batches per step.", rich_help_panel=_RUN)
+    ] = 1,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", metavar="X", help="Its peak.", rich_help_panel=_RUN)
+    ] = 3e-4,
+    warmup_steps: Annotated[
+        int, typer.Option("--warmup-steps", metavar="N", help="Steps up to the peak.", rich_help_panel=_RUN)
+    ] = 20,
+    save_steps: Annotated[
+        int, typer.Option("--save-steps", metavar="N", help="Steps between checkpoints.", rich_help_panel=_RUN)
+    ] = 50,
+    eval_steps: Annotated[
+        int, typer.Option("--eval-steps", metavar="N", help="Steps between evaluations.", rich_help_panel=_RUN)
+    ] = 50,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--max-minutes", metavar="X", help="Save and stop after this long; resume later.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of all that is drawn.", rich_help_panel=_RUN)] = 0,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="NAME", help="auto (CUDA, then CPU), cpu, cuda or cuda:N.", rich_help_panel=_RUN
+        ),
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on from the last checkpoint.", rich_help_panel=_RUN)
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an embedder for an LLM. The same command goes on after an interruption; the LLM is never changed."""
+    given = {
+        "num_layers": num_layers,
+        "adaptation": adaptation,
+        "lora_rank": lora_rank,
+        "downscaling": downscaling,
+        "connector": connector,
+        "chunk_size": chunk_size,
+        "ratios": tuple(ratios) if ratios else None,
+    }
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    drawn: tuple[int, ...] = ()
+    if start_from is not None:
+        drawn = settings.pop("ratios", ())
+        if settings:
+            option = "--" + next(iter(settings)).replace("_", "-")
+            raise typer.BadParameter(
+                f"{option} describes a new embedder, and {start_from} is what it is; leave one of the two out.",
+                param_hint="'--start-from'",
+            )
+    start = time.perf_counter()
+    try:
+        with library_output():
+            from extemb_core.training.trainer import TrainingConfig
+            from extemb_core.training.trainer import train as run
+
+            config = TrainingConfig(
+                llm=llm,
+                data=tuple(data),
+                output=output,
+                eval_data=tuple(eval_data or ()),
+                embedder=settings,
+                start_from=start_from,
+                ratios=drawn,
+                sample_length=sample_length,
+                total_tokens=total_tokens,
+                batch_size=batch_size,
+                accumulation_steps=accumulation_steps,
+                learning_rate=learning_rate,
+                warmup_steps=warmup_steps,
+                save_steps=save_steps,
+                eval_steps=eval_steps,
+                max_minutes=max_minutes,
+                seed=seed,
+                device=device,
+            )
+            embedder = run(config, resume=resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {_how_to_go_on(Path(output))}") from None
+    result: dict[str, Any] = {
+        "output": output,
+        "fingerprint": embedder.fingerprint,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    if as_json:
+        emit(result)
+    else:
+        typer.echo(output)
+        note(f"trained in {result['seconds']:.0f} s; try it:")
+        note(f'extemb ask "..." --documents FILE --llm {llm} --embedder {output}')
+
+
+def _how_to_go_on(output: Path) -> str:
+    """Where the last whole checkpoint is, in words."""
+    whole = [int(file.parent.name.rsplit("-", 1)[1]) for file in output.glob("checkpoint-*/complete.json")]
+    if not whole:
+        return "there is no checkpoint yet, so the same command starts anew"
+    last = output / f"checkpoint-{max(whole)}"
+    return f"the last checkpoint is {last}, and the same command goes on from it"

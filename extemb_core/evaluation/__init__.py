@@ -1,0 +1,1 @@
+"""Measuring what extensible embeddings carry, always beside their controls."""

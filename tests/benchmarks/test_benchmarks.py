@@ -1,0 +1,230 @@
+"""The benchmark scripts on tiny models: what they compare is comparable, and their reports are whole. No timings."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import ARCHITECTURES, SENTENCES, random_embedder, tiny_llm, tiny_model
+
+from extemb_core.errors import ConfigError, ExtembError
+from extemb_core.lm import ExtensibleLM
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+TEXT = SENTENCES * 4
+
+
+@pytest.fixture(autouse=True)
+def _scripts_importable(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+
+def script(name):
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny LLM and its embedder, saved as a user's would be."""
+    llm = tiny_llm()
+    where = tmp_path_factory.mktemp("models")
+    llm.model.save_pretrained(where / "tiny-llm")
+    llm.tokenizer.save_pretrained(where / "tiny-llm")
+    random_embedder(llm, ratios=(2, 4, 8)).save_pretrained(where / "tiny-embedder")
+    return where
+
+
+def inputs_seen(module, work):
+    """The (B, T) of every call of a module while `work` runs."""
+    seen = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    try:
+        work()
+    finally:
+        hook.remove()
+    return seen
+
+
+# -- context_loss.py ------------------------------------------------------------------------------------------
+
+
+def test_context_loss_report(folders, tmp_path, capsys):
+    data = tmp_path / "books.jsonl"
+    rows = [" ".join([SENTENCES] * 6), "short", " ".join(reversed(SENTENCES.split() * 6))]
+    data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    out = tmp_path / "made" / "report.json"
+    arguments = ["--data", data, "--llm", folders / "tiny-llm", "--embedder", folders / "tiny-embedder", "--json", out]
+    arguments += ["--context", 32, "--target", 16, "--ratios", 4, 2, "--windows-per-document", 3, "--limit", 5]
+    script("context_loss").main([str(argument) for argument in arguments])
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert list(report["arms"]) == ["none", "nearest/2", "nearest/4", "extensible/2", "extensible/4", "full"]
+    assert [arm["positions"] for arm in report["arms"].values()] == [0, 16, 8, 16, 8, 32]
+    assert (report["n_windows"], report["n_documents"], report["documents_too_short"]) == (5, 2, 1)
+    for arm, values in report["losses"].items():
+        assert len(values) == len(report["windows"]) == 5
+        assert np.mean(values) == pytest.approx(report["arms"][arm]["mean"], abs=1e-5)
+    differences = np.subtract(report["losses"]["extensible/4"], report["losses"]["nearest/4"])
+    assert differences.mean() == pytest.approx(report["ratios"]["4"]["extensible_minus_nearest"], abs=1e-5)
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
+    assert str(folders) not in out.read_text(encoding="utf-8")
+    assert report["config"]["embedder"] == "tiny-embedder"
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 6 + 1
+
+
+def test_context_loss_without_an_embedder_has_only_controls(folders, tmp_path, capsys):
+    data = tmp_path / "book.txt"
+    data.write_text(TEXT, encoding="utf-8")
+    arguments = ["--data", data, "--llm", folders / "tiny-llm", "--context", 16, "--target", 8, "--ratios", 2]
+    script("context_loss").main([str(argument) for argument in arguments])
+    arms = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert arms == ["none", "nearest/2", "full"]
+
+
+def test_documents_shorter_than_a_window_are_an_error(folders, tmp_path):
+    data = tmp_path / "book.txt"
+    data.write_text("Too short.", encoding="utf-8")
+    with pytest.raises(ConfigError, match="768 tokens"):
+        script("context_loss").main(["--data", str(data), "--llm", str(folders / "tiny-llm")])
+
+
+# -- timing.py ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bare_layers_are_the_llms_own(architecture):
+    llm = tiny_llm(architecture)
+    ids = torch.tensor([[5, 9, 14, 7, 30]])
+    with torch.no_grad():
+        whole = llm.model.base_model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        bare = script("timing").bare_layers(llm, 2)(input_ids=ids, use_cache=False).last_hidden_state
+        after = llm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(bare, whole.hidden_states[2])
+    assert torch.equal(after, whole.last_hidden_state)
+    assert len(llm.model.base_model.layers) == 3
+
+
+@pytest.mark.parametrize("lengths", [(70,), (16, 5, 40)])
+def test_both_sides_of_the_compress_ratio_read_the_same_tokens_in_the_same_batches(llm, lengths):
+    embedder = random_embedder(llm)  # chunks of 16
+    ids = [np.arange(3, 3 + length, dtype=np.int32) for length in lengths]
+    made = []
+    hook = embedder.register_forward_pre_hook(lambda _, args: made.append(args[0]))
+    embedder.compress_ids(ids, batch_size=2)
+    hook.remove()
+    bare = list(script("timing").batches(ids, 16, 2))
+    assert len(bare) == len(made)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, bare, strict=True))
+    assert sum(int((batch > 0).sum()) for batch in bare) == sum(lengths)
+
+
+def test_compress_cost_report(llm):
+    embedder = random_embedder(llm)
+    found = script("timing").compress_cost(embedder, TEXT, rounds=2, batch_size=2)
+    assert found["tokens"] == len(llm.encode(TEXT))
+    assert {name: len(values) for name, values in found["samples_seconds"].items()} == {
+        "bare": 2,
+        "compress": 2,
+        "tokenise": 2,
+    }
+    assert (found["n"], found["target"], found["layers"]) == (2, 1.1, 2)
+
+
+def test_first_token_compares_prompts_of_the_same_length(llm):
+    roomy = type(llm)(tiny_model("llama", max_position_embeddings=512), llm.tokenizer, name="tiny")
+    lm = ExtensibleLM(roomy, random_embedder(roomy))
+    fed = []
+
+    def work():
+        fed.append(script("timing").first_token(lm, TEXT * 2, embeddings=12, ratio=4, rounds=2))
+
+    seen = inputs_seen(roomy.model.base_model.layers[0], work)
+    positions = fed[0]["positions"]
+    assert fed[0]["extensible_embeddings"] >= 12
+    assert positions["extensible"] - positions["plain"] in (0, 1)
+    assert {length for _, length in seen} == set(positions.values())
+
+
+def test_rounds_alternate_and_ratios_are_paired():
+    timing = script("timing")
+    order = []
+    samples = timing.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert "".join(order) == "abbaabba"
+    assert [len(values) for values in samples.values()] == [3, 3]
+    found = timing.compare({"ours": [2.0, 2.0, 12.0], "base": [2.0, 1.0, 10.0]}, "ours", "base", 1.1)
+    assert found["ratio"] == 1.2
+    assert not found["met"]
+
+
+def test_a_command_that_fails_is_an_error():
+    with pytest.raises(ExtembError, match="no such thing"):
+        script("timing")._python("raise SystemExit('no such thing')")
+
+
+# -- memory.py, install_size.py, provenance.py ----------------------------------------------------------------
+
+
+def test_memory_probe_accounts_for_what_it_returns(folders):
+    memory = script("memory")
+    found = memory.probe(str(folders / "tiny-llm"), None, 30_000)
+    assert found["bytes"] == 30_000
+    assert found["embeddings_mib"] * memory.MIB == pytest.approx(found["tokens"] / 2 * 64 * 4, rel=0.01)
+    assert found["beyond_embeddings_mib"] == pytest.approx(found["peak_mib"] - found["embeddings_mib"])
+    assert found["peak_mib"] >= found["before_mib"]
+
+
+def test_sample_text_has_the_size_asked_for():
+    text = script("memory").sample_text(600_000)
+    assert len(text.encode()) == 600_000
+    assert text.count("\n") > 1000
+
+
+def test_closure_follows_requirements_extras_and_markers():
+    needs = {
+        "a": ["b>=1", 'c ; extra == "more"', 'gone ; sys_platform == "nowhere"'],
+        "b": ["torch"],
+        "c": [],
+        "torch": ["d"],
+        "d": ["a"],
+    }
+    closure = script("install_size").closure
+    assert closure(["A"], requires=needs.get) == ["a", "b", "d", "torch"]
+    assert closure(["a[more]"], requires=needs.get) == ["a", "b", "c", "d", "torch"]
+    assert closure(["a", "a[more]"], skip={"torch"}, requires=needs.get) == ["a", "b", "c"]
+
+
+def test_install_size_adds_up():
+    size = script("install_size").install_size()
+    whole = sum(size["by_distribution_mb"].values())
+    assert size["dependencies_mb"] + size["torch_mb"] == pytest.approx(whole, abs=0.1)
+    assert "torch" in size["installed_by_torch_alone"]
+    assert "numpy" not in size["installed_by_torch_alone"]
+    assert 0 < size["extemb_code_mb"] < 5
+
+
+def test_provenance_names_no_folder(tmp_path):
+    argv = [str(SCRIPTS / "speed.py"), "--llm", "owner", f"--json={tmp_path}/x.json", str(tmp_path / "data.zst")]
+    found = script("provenance").provenance(argv)
+    assert found["command"] == f"python benchmarks{os.sep}speed.py --llm owner --json=x.json data.zst"
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["hardware"]["threads"] == torch.get_num_threads()
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_speed_report_is_whole(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parent))
+    out = tmp_path / "speed.json"
+    models = ["--llm", str(folders / "tiny-llm"), "--embedder", str(folders / "tiny-embedder")]
+    script("speed").main([*models, "--quick", "--only", "start", "compress", "memory", "size", "--json", str(out)])
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert set(report) > {"start", "compress", "memory", "size", "config", "versions", "hardware", "git", "command"}
+    assert report["memory"]["tiny_llm"]["n"] == len(report["memory"]["tiny_llm"]["samples"]["20000"]) == 1
+    assert len(report["start"]["import"]["samples_seconds"]) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert sys.executable not in out.read_text(encoding="utf-8")
