@@ -105,11 +105,17 @@ def _answer_three_ways(lm: ExtensibleLM, task: Task, console: Console) -> dict[s
     n_tokens = len(lm.token_ids(task.document.text, task.document.ref))
     room = _room(lm, task.question)
     ways = {
-        "full text" if n_tokens <= room else f"full text, first {room:,}": (_first(lm, task.document, room), "raw", room),
+        "full text" if n_tokens <= room else f"full text, first {room:,}": (
+            _first(lm, task.document, room),
+            "raw",
+            room,
+        ),
         "truncation": (_first(lm, task.document, task.budget), "raw", task.budget),
         "extensible embeddings": (task.document, "auto", task.budget),
     }
-    table = Table(title=f"{task.document.source} ({n_tokens:,} tokens)\n{task.question}", title_justify="left", expand=True)
+    table = Table(
+        title=f"{task.document.source} ({n_tokens:,} tokens)\n{task.question}", title_justify="left", expand=True
+    )
     for name in ("reads", "positions", "first token", "answer"):
         table.add_column(name, justify="left" if name in ("reads", "answer") else "right", overflow="fold")
     answers: dict[str, object] = {}

@@ -51,8 +51,7 @@ class Document:
             raise DocumentError(f"a document's text is a str, not a {type(self.text).__name__}; {_ACCEPTED}")
         if self.title is not None and not isinstance(self.title, str):
             raise DocumentError(
-                f"title={self.title!r} is a {type(self.title).__name__}, but a title is a str; "
-                "pass a str or None"
+                f"title={self.title!r} is a {type(self.title).__name__}, but a title is a str; pass a str or None"
             )
         if not isinstance(self.metadata, Mapping):
             raise DocumentError(

@@ -114,9 +114,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
 
     def refuse(exc: OSError) -> NoReturn:
-        raise DocumentError(
-            f"{exc.filename} cannot be listed ({exc.strerror}); check its permissions"
-        ) from exc
+        raise DocumentError(f"{exc.filename} cannot be listed ({exc.strerror}); check its permissions") from exc
 
     files: list[Path] = []
     for folder, folders, names in os.walk(path, onerror=refuse):
@@ -125,8 +123,7 @@ def _files(path: Path) -> list[Path]:
     files = sorted(file for file in files if file.suffix.lower() in SUPPORTED_SUFFIXES)
     if not files:
         raise DocumentError(
-            f"{path} holds no file of a type that is read; {_CONVERT}, "
-            "or name single files to have them read as text"
+            f"{path} holds no file of a type that is read; {_CONVERT}, or name single files to have them read as text"
         )
     return files
 
@@ -144,8 +141,7 @@ def _read_bytes(path: Path) -> bytes:
     except (OSError, ValueError) as exc:  # ValueError: a NUL character in the path
         why = getattr(exc, "strerror", None) or exc
         raise DocumentError(
-            f"{shown!r} cannot be read ({why}); check the path and its permissions, "
-            "or wrap text as Document(text)"
+            f"{shown!r} cannot be read ({why}); check the path and its permissions, or wrap text as Document(text)"
         ) from exc
 
 
@@ -246,9 +242,7 @@ def _visible_text(root: Tag) -> str:
 def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
     """Return the text of the pages joined by blank lines, and what to note in the metadata."""
     if b"%PDF-" not in data[:1024]:
-        raise DocumentError(
-            f"{path} is not a PDF in spite of its suffix; rename it to what it is, or save it again"
-        )
+        raise DocumentError(f"{path} is not a PDF in spite of its suffix; rename it to what it is, or save it again")
     try:
         from pypdf import PdfReader
         from pypdf.errors import DependencyError, FileNotDecryptedError
@@ -257,19 +251,14 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
     try:
         pages = [page.extract_text().strip() for page in PdfReader(BytesIO(data)).pages]
     except (FileNotDecryptedError, DependencyError) as exc:
-        raise DocumentError(
-            f"{path} is encrypted and cannot be read; save a copy without a password"
-        ) from exc
+        raise DocumentError(f"{path} is encrypted and cannot be read; save a copy without a password") from exc
     except Exception as exc:  # a damaged file makes the parser raise nearly anything
         why = " ".join(str(exc).split()) or type(exc).__name__
-        raise DocumentError(
-            f"{path} is a damaged PDF ({why}); open it in a viewer and print it to a new PDF"
-        ) from exc
+        raise DocumentError(f"{path} is a damaged PDF ({why}); open it in a viewer and print it to a new PDF") from exc
     without = [number for number, page in enumerate(pages, start=1) if not page]
     if len(without) == len(pages):
         raise DocumentError(
-            f"{path} holds no text on its {len(pages)} pages (a scan?); "
-            "run OCR on it first, for instance with ocrmypdf"
+            f"{path} holds no text on its {len(pages)} pages (a scan?); run OCR on it first, for instance with ocrmypdf"
         )
     about: dict[str, Any] = {"pages": len(pages)}
     if without:

@@ -192,7 +192,7 @@ def test_training_defaults_are_those_of_the_library() -> None:
 
     fields = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
     embedder = ExtensibleEmbedderConfig()
-    own = {"eval_data", "ratios", "resume", "as_json"}  # None stands for (), or is no setting of the run
+    own = {"eval_data", "ratios", "chunk_sizes", "resume", "as_json"}  # None stands for (), or is no setting of the run
     for name, param in inspect.signature(train_command).parameters.items():
         if param.default is inspect.Parameter.empty or name in own:
             continue
@@ -202,6 +202,9 @@ def test_training_defaults_are_those_of_the_library() -> None:
             assert param.default is None, name
             (option,) = [p for p in commands()["train"].params if p.name == name]
             assert option.show_default == str(getattr(embedder, name)), name
+    (drawn,) = [p for p in commands()["train"].params if p.name == "chunk_sizes"]
+    assert drawn.show_default == "that of the embedder"
+    assert fields["chunk_sizes"] == ()
     (ratios,) = [p for p in commands()["train"].params if p.name == "ratios"]
     assert ratios.show_default.startswith(" ".join(map(str, embedder.ratios)) + ",")
 
@@ -700,7 +703,8 @@ def test_train_passes_its_options_on(models: Models, novel: Path, monkeypatch: p
     assert (config.max_minutes, config.learning_rate, config.ratios) == (1.5, 1e-3, ())
 
     kept = ["train", "--llm", "a/b", "--data", novel, "--output", "run", "--start-from", "c/d"]
-    assert run(*kept, "--ratios", "4", "8").exit_code == 0
+    assert run(*kept, "--ratios", "4", "8", "--chunk-sizes", "256", "512", "--connector-lr-factor", "2").exit_code == 0
+    assert (seen[1][0].chunk_sizes, seen[1][0].connector_lr_factor) == ((256, 512), 2.0)
     assert (seen[1][0].start_from, seen[1][0].ratios, dict(seen[1][0].embedder)) == ("c/d", (4, 8), {})
     assert "--num-layers describes a new embedder" in misused(*kept, "--num-layers", "2")
 

@@ -12,11 +12,7 @@ import pytest
 from extemb_core import errors
 
 DRAWN = re.findall(r"^( {4}[│├└─ ]*)(\w+Error)(?: \((\w+)\))?", errors.__doc__ or "", flags=re.MULTILINE)
-CLASSES = {
-    name: cls
-    for name, cls in inspect.getmembers(errors, inspect.isclass)
-    if cls.__module__ == errors.__name__
-}
+CLASSES = {name: cls for name, cls in inspect.getmembers(errors, inspect.isclass) if cls.__module__ == errors.__name__}
 
 
 def parents() -> dict[str, str | None]:
@@ -55,6 +51,4 @@ def test_the_message_is_shown_as_written_and_survives_pickling(cls: type[errors.
 
 def test_a_missing_extra_says_what_to_type() -> None:
     error = errors.MissingExtraError("pypdf", "documents", "reading a.pdf")
-    assert str(error) == (
-        "reading a.pdf needs pypdf, which is not installed; run: pip install 'extemb[documents]'"
-    )
+    assert str(error) == ("reading a.pdf needs pypdf, which is not installed; run: pip install 'extemb[documents]'")

@@ -83,9 +83,7 @@ def test_text_of_any_suffix(tmp_path: Path, name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.html"])
-def test_byte_order_marks_are_obeyed_and_stripped(
-    tmp_path: Path, mark: bytes, encoding: str, name: str
-) -> None:
+def test_byte_order_marks_are_obeyed_and_stripped(tmp_path: Path, mark: bytes, encoding: str, name: str) -> None:
     assert read_document(write(tmp_path / name, mark + "né 你".encode(encoding))).text == "né 你"
 
 
@@ -213,11 +211,7 @@ def test_html_that_looks_like_a_path_or_like_xml_raises_no_warning(tmp_path: Pat
     assert read_document(write(tmp_path / "a.xhtml", page)).text == "x"
 
 
-@given(
-    st.lists(
-        st.text(st.characters(exclude_categories=("Cs", "Cc", "Z"), exclude_characters="<>&")), max_size=8
-    )
-)
+@given(st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc", "Z"), exclude_characters="<>&")), max_size=8))
 def test_html_keeps_every_word_in_order(words: list[str]) -> None:
     words = [word for word in words if word.split() == [word]]
     page = "".join(f"<p>{word}</p>" if place % 2 else f"<div>{word}" for place, word in enumerate(words))

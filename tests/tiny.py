@@ -49,7 +49,7 @@ def tiny_tokenizer() -> Any:
 def tiny_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
     """A random causal LM with 3 layers of width 32."""
     import torch
-    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     settings: dict[str, Any] = {
         "vocab_size": len(tiny_tokenizer()),
@@ -88,7 +88,10 @@ def random_embedder(llm: Any, *, seed: int = 1, **settings: Any) -> Any:
 
     from extemb_core.models.embedder import ExtensibleEmbedder
 
-    embedder = ExtensibleEmbedder.from_llm(llm, **({"num_layers": 2, "chunk_size": 16, "ratios": (2, 4, 8)} | settings))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        chosen = {"num_layers": 2, "chunk_size": 16, "ratios": (2, 4, 8)} | settings
+        embedder = ExtensibleEmbedder.from_llm(llm, **chosen)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in embedder.own_state_dict().items():

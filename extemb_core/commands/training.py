@@ -92,6 +92,16 @@ def train(
     sample_length: Annotated[
         int, typer.Option("--sample-length", metavar="N", help="Tokens of a sample.", rich_help_panel=_RUN)
     ] = 1536,
+    chunk_sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--chunk-sizes",
+            metavar="N...",
+            help="Chunk lengths in training, one drawn per batch.",
+            show_default="that of the embedder",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     total_tokens: Annotated[
         int, typer.Option("--total-tokens", metavar="N", help="Tokens to train on.", rich_help_panel=_RUN)
     ] = 1_500_000,
@@ -104,6 +114,12 @@ def train(
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", metavar="X", help="Its peak.", rich_help_panel=_RUN)
     ] = 3e-4,
+    connector_lr_factor: Annotated[
+        float,
+        typer.Option(
+            "--connector-lr-factor", metavar="X", help="The connector's rate over the layers'.", rich_help_panel=_RUN
+        ),
+    ] = 5.0,
     warmup_steps: Annotated[
         int, typer.Option("--warmup-steps", metavar="N", help="Steps up to the peak.", rich_help_panel=_RUN)
     ] = 20,
@@ -166,10 +182,12 @@ def train(
                 start_from=start_from,
                 ratios=drawn,
                 sample_length=sample_length,
+                chunk_sizes=tuple(chunk_sizes or ()),
                 total_tokens=total_tokens,
                 batch_size=batch_size,
                 accumulation_steps=accumulation_steps,
                 learning_rate=learning_rate,
+                connector_lr_factor=connector_lr_factor,
                 warmup_steps=warmup_steps,
                 save_steps=save_steps,
                 eval_steps=eval_steps,

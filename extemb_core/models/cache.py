@@ -84,13 +84,9 @@ def check_files(folder: Path, *, hashes: bool = False) -> None:
             raise WeightsCorruptError(f"{file} is missing; {remedy}")
         size = file.stat().st_size
         if size != expected["size_bytes"]:
-            raise WeightsCorruptError(
-                f"{file} has {size} bytes and must have {expected['size_bytes']}; {remedy}"
-            )
+            raise WeightsCorruptError(f"{file} has {size} bytes and must have {expected['size_bytes']}; {remedy}")
         if hashes and (found := sha256_of(file)) != expected["sha256"]:
-            raise WeightsCorruptError(
-                f"{file} has sha256 {found} and must have {expected['sha256']}; {remedy}"
-            )
+            raise WeightsCorruptError(f"{file} has sha256 {found} and must have {expected['sha256']}; {remedy}")
 
 
 @contextmanager

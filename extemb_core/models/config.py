@@ -7,13 +7,13 @@ from typing import Any, Literal, get_args
 from transformers import PretrainedConfig
 
 from extemb_core.errors import ConfigError, RatioError
-from extemb_core.models.downscaling import Downscaling, check_ratios
+from extemb_core.models.downscaling import Downscaling, check_ratios, is_count
 
 Adaptation = Literal["lora", "full"]
 Connector = Literal["none", "linear", "mlp"]
 
 
-class ExtensibleEmbedderConfig(PretrainedConfig):  # type: ignore[misc]
+class ExtensibleEmbedderConfig(PretrainedConfig):
     """Configuration of an `ExtensibleEmbedder`.
 
     Args:
@@ -65,8 +65,8 @@ class ExtensibleEmbedderConfig(PretrainedConfig):  # type: ignore[misc]
             ("residual_window", residual_window),
             ("lora_rank", lora_rank),
         ):
-            if number < 1:
-                raise ConfigError(f"{name}={number} is below 1; pass a positive whole number")
+            if not is_count(number):
+                raise ConfigError(f"{name}={number!r} is not a positive whole number; pass 1 or more")
         self.num_layers = num_layers
         self.adaptation = adaptation
         self.downscaling = downscaling
@@ -79,7 +79,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):  # type: ignore[misc]
         self.llm_name = llm_name
         self.llm_layers_type = llm_layers_type
         self.tokenizer_digest = tokenizer_digest
-        super().__init__(bos_token_id=bos_token_id, **kwargs)
+        super().__init__(**kwargs)
         self.bos_token_id = bos_token_id
 
     def require_ratio(self, ratio: int) -> int:

@@ -104,9 +104,7 @@ def _build_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     }
     template = reader.get_field("tokenizer.chat_template")
     if template is None:
-        raise WeightsError(
-            f"{gguf} has no chat template, and an instruct model needs one; use another GGUF file"
-        )
+        raise WeightsError(f"{gguf} has no chat template, and an instruct model needs one; use another GGUF file")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=template.contents(),
@@ -123,9 +121,7 @@ def _backend(reader: GGUFReader, tokens: list[str], kinds: list[int]) -> Tokeniz
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     kind, splitting = _field(reader, "model"), _field(reader, "pre")
-    vocabulary = {
-        token: i for i, (token, kind_) in enumerate(zip(tokens, kinds, strict=True)) if kind_ != _UNUSED
-    }
+    vocabulary = {token: i for i, (token, kind_) in enumerate(zip(tokens, kinds, strict=True)) if kind_ != _UNUSED}
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "merges")]
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.decoder = decoders.ByteLevel()

@@ -14,7 +14,8 @@ A tail shorter than `ratio` is a span like any other: no token is without an emb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,10 +32,11 @@ _RANDOM_SEED = 2402_11577
 
 def check_ratios(ratios: Sequence[int], chunk_size: int) -> tuple[int, ...]:
     """Return the ratios sorted; raise `ConfigError` unless each divides the next and none exceeds the chunk."""
-    ordered = tuple(sorted(set(int(r) for r in ratios)))
-    if not ordered or ordered[0] < 1:
-        raise ConfigError(f"ratios={tuple(ratios)} must be positive whole numbers; pass e.g. (2, 4, 8, 16, 32)")
-    for fine, coarse in zip(ordered, ordered[1:], strict=False):
+    given = list(ratios) if isinstance(ratios, Sequence) else []
+    if not given or not all(is_count(ratio) for ratio in given):
+        raise ConfigError(f"ratios={ratios!r} must be positive whole numbers; pass e.g. (2, 4, 8, 16, 32)")
+    ordered = tuple(sorted(set(given)))
+    for fine, coarse in pairwise(ordered):
         if coarse % fine:
             raise ConfigError(
                 f"ratios={ordered}: {coarse} is not a multiple of {fine}, so it could not be derived from it; "
@@ -43,6 +45,11 @@ def check_ratios(ratios: Sequence[int], chunk_size: int) -> tuple[int, ...]:
     if ordered[-1] > chunk_size:
         raise ConfigError(f"ratio={ordered[-1]} is above chunk_size={chunk_size}; pass ratios within one chunk")
     return ordered
+
+
+def is_count(value: Any) -> bool:
+    """Whether a setting is a positive whole number (True is not)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def n_embeddings(n_tokens: int, ratio: int) -> int:
@@ -75,7 +82,7 @@ def picks(method: Downscaling, length: int, ratio: int) -> Tensor:
         return ends - 1
     scores = np.random.default_rng(_RANDOM_SEED).random(length)
     starts = range(0, length, ratio)
-    return torch.tensor([start + int(scores[start : start + ratio].argmax()) for start in starts])
+    return torch.tensor([start + int(scores[start : start + ratio].argmax()) for start in starts], dtype=torch.long)
 
 
 def downscale(outputs: Tensor, ratio: int, method: Downscaling) -> Tensor:
@@ -114,7 +121,7 @@ def coarsen(embeddings: Tensor, length: int, fine: int, coarse: int, method: Dow
         raise RatioError(
             f"ratio={coarse} is not a multiple of {fine}, the ratio at hand; compress the text again at {coarse}"
         )
-    if coarse == fine:
+    if coarse == fine or not length:
         return embeddings
     if method == "mean":
         sizes = torch.full((embeddings.shape[0],), float(fine), device=embeddings.device)
@@ -130,5 +137,5 @@ def _span_means(vectors: Tensor, weights: Tensor, span: int) -> Tensor:
     padding = count * span - vectors.shape[0]
     weights = torch.nn.functional.pad(weights, (0, padding)).to(vectors.dtype)
     vectors = torch.nn.functional.pad(vectors, (0, 0, 0, padding))
-    grouped = (vectors * weights[:, None]).view(count, span, -1).sum(1)
+    grouped = (vectors * weights[:, None]).view(count, span, vectors.shape[1]).sum(1)
     return grouped / weights.view(count, span).sum(1, keepdim=True)

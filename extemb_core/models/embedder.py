@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from extemb_core.documents import text_ref
-from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsNotFoundError
+from extemb_core.errors import ConfigError, DocumentError, MismatchError, WeightsCorruptError, WeightsNotFoundError
+from extemb_core.models.adapters import add_adapters
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.connector import OutputConnector, trailing_means
 from extemb_core.models.downscaling import chunk_lengths, downscale, n_embeddings, picks
-from extemb_core.models.llm import LLM
+from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.progress import progress
 
 # The base tensors of an LLM are recognised by a sample of their values. Loading in bfloat16 moves these by about
@@ -41,6 +42,19 @@ _PROBE_VALUES = 16
 _PROBE_TOLERANCE = 0.01
 _FINAL_NORMS = ("norm", "final_layernorm")
 _SORT_WINDOW_BATCHES = 64
+_SETTINGS, _TENSORS = "config.json", "model.safetensors"
+_FINGERPRINTED = (
+    "num_layers",
+    "adaptation",
+    "downscaling",
+    "connector",
+    "chunk_size",
+    "residual_window",
+    "lora_rank",
+    "llm_layers_type",
+    "bos_token_id",
+    "tokenizer_digest",
+)
 
 
 class ChunkOutputs(NamedTuple):
@@ -58,7 +72,7 @@ class _Chunk:
     offset: int
 
 
-class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
+class ExtensibleEmbedder(PreTrainedModel):
     """Turns text into extensible embeddings for one LLM.
 
     Make one with `from_llm` (untrained) or `from_pretrained` (a folder or hub id), both of which take the LLM
@@ -66,6 +80,8 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
     """
 
     config_class = ExtensibleEmbedderConfig
+    config: ExtensibleEmbedderConfig
+    llm_probe: Tensor
     base_model_prefix = ""
     main_input_name = "input_ids"
     _supports_sdpa = True
@@ -75,17 +91,22 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: ExtensibleEmbedderConfig, llm: LLM) -> None:
         super().__init__(config)
+        available = int(llm.text_config.num_hidden_layers)
+        if config.num_layers > available:
+            raise ConfigError(
+                f"num_layers={config.num_layers} is above the {available} layers of {llm.name}; pass fewer"
+            )
         self.llm = llm
         stack, shared = _first_layers(llm, config.num_layers, copied=config.adaptation == "full")
-        self.stack = stack
+        self.stack: Any = stack
         if config.adaptation == "lora":
-            _add_adapters(stack, config.lora_rank)
+            add_adapters(stack.layers, config.lora_rank)
         rms = float(llm.model.get_input_embeddings().weight.float().pow(2).mean().sqrt())
-        self.connector = OutputConnector(config.connector, config.hidden_size, rms).to(llm.device)
+        self.connector: OutputConnector = OutputConnector(config.connector, config.hidden_size, rms).to(llm.device)
         self.register_buffer("llm_probe", _probe(llm, config.num_layers), persistent=True)
         self._own_names = [name for name, p in self.named_parameters() if id(p) not in shared]
         self._fingerprint: tuple[int, str] | None = None
-        self.eval()
+        self.train(False)
 
     # -- making, saving, loading ------------------------------------------------------------------------------
 
@@ -96,7 +117,6 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
         Raises:
             ConfigError: A setting is not legal, or the LLM has fewer layers or an unsupported layout.
         """
-        layers = int(llm.text_config.num_hidden_layers)
         config = ExtensibleEmbedderConfig(
             **settings,
             hidden_size=llm.width,
@@ -105,8 +125,6 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
             bos_token_id=llm.bos_token_id,
             tokenizer_digest=llm.tokenizer_digest,
         )
-        if config.num_layers > layers:
-            raise ConfigError(f"num_layers={config.num_layers} is above the {layers} layers of {llm.name}; pass fewer")
         return cls(config, llm)
 
     @classmethod
@@ -125,10 +143,10 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
             MismatchError: The embedder was made for another LLM.
         """
         folder = _local_folder(pretrained_model_name_or_path, hub)
-        config = _read_config(folder / "config.json")
+        config = _read_config(folder / _SETTINGS)
         check_llm(config, llm)
         model = cls(config, llm)
-        model.load_own(folder / "model.safetensors")
+        model.load_own(folder / _TENSORS)
         return model
 
     def load_own(self, file: Path) -> None:
@@ -136,7 +154,9 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
         try:
             tensors = load_file(file)
         except FileNotFoundError as error:
-            raise WeightsNotFoundError(f"{file} does not exist; an embedder's folder holds it beside config.json") from error
+            raise WeightsNotFoundError(
+                f"{file} does not exist; an embedder's folder holds it beside config.json"
+            ) from error
         except (SafetensorError, OSError) as error:
             raise WeightsCorruptError(f"{file} is not a whole safetensors file ({error}); get it again") from error
         probe = tensors.pop("llm_probe", None)
@@ -146,12 +166,11 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
         if probe is None or wrong:
             what = wrong[0] if wrong else "llm_probe"
             raise WeightsCorruptError(
-                f"{file}: tensor {what!r} is missing, unknown or of another shape; it must match config.json beside it"
+                f"{file}: tensor {what!r} is missing, unknown or of another shape; get the folder again, with the "
+                "config.json that belongs to it"
             )
         here = self.llm_probe.float().cpu()
-        distance = (
-            float((here - probe).norm() / probe.norm()) if here.shape == probe.shape else float("inf")
-        )
+        distance = float((here - probe).norm() / probe.norm()) if here.shape == probe.shape else float("inf")
         if not distance <= _PROBE_TOLERANCE:
             raise MismatchError(
                 f"the embedder in {file.parent} was trained on the tensors of {self.config.llm_name!r}, and those of "
@@ -168,10 +187,14 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
         own = {name: self.get_parameter(name).detach() for name in self._own_names}
         return own | {"llm_probe": self.llm_probe.detach()}
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors (the embedder's own tensors only)."""
-        kwargs.setdefault("state_dict", {name: t.contiguous().cpu() for name, t in self.own_state_dict().items()})
-        super().save_pretrained(save_directory, **kwargs)
+        kwargs["state_dict"] = {name: t.contiguous().cpu() for name, t in self.own_state_dict().items()}
+        with quiet_transformers():
+            super().save_pretrained(save_directory, **kwargs)
+        # safetensors leaves its file readable by its owner alone; config.json has the mode that files have here.
+        folder = Path(save_directory)
+        (folder / _TENSORS).chmod((folder / _SETTINGS).stat().st_mode)
 
     @property
     def fingerprint(self) -> str:
@@ -184,9 +207,7 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
         if self._fingerprint is None or self._fingerprint[0] != version:
             digest = hashlib.sha256()
             settings = self.config.to_dict()
-            keys = ("num_layers", "adaptation", "downscaling", "connector", "chunk_size", "residual_window")
-            keys += ("lora_rank", "llm_layers_type", "bos_token_id", "tokenizer_digest")
-            digest.update(json.dumps({key: settings[key] for key in keys}, sort_keys=True).encode())
+            digest.update(json.dumps({key: settings[key] for key in _FINGERPRINTED}, sort_keys=True).encode())
             for name in sorted(own):
                 digest.update(name.encode())
                 digest.update(own[name].to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
@@ -211,9 +232,23 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
         if bos is not None:
             input_ids = torch.nn.functional.pad(input_ids, (1, 0), value=bos)
         embedded = self.stack.get_input_embeddings()(input_ids)
-        hidden = self.stack(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        hidden = self.stack(inputs_embeds=embedded.to(self._layer_dtype), use_cache=False).last_hidden_state
         first = int(bos is not None)
         return ChunkOutputs(hidden[:, first:], trailing_means(embedded[:, first:], self.config.residual_window))
+
+    @property
+    def _layer_dtype(self) -> torch.dtype:
+        """That of the layers' own base tensors: a copy in training may be wider than the LLM's."""
+        dtypes: Iterator[torch.dtype] = (
+            p.dtype for name, p in self.stack.layers.named_parameters() if "lora_" not in name
+        )
+        return next(dtypes)
+
+    def own_to(self, dtype: torch.dtype) -> None:
+        """Hold the embedder's own tensors in `dtype` (training needs float32); the LLM's stay as they are."""
+        for name in self._own_names:
+            parameter = self.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
 
     def read_out(self, outputs: ChunkOutputs, row: int, length: int, ratio: int) -> Tensor:
         """The extensible embeddings of one chunk of a batch: (ceil(length / ratio), D) in float32."""
@@ -222,12 +257,12 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
         if method == "mean":
             return downscale(self.connector(hidden, residuals), ratio, method)
         chosen = picks(method, length, ratio).to(hidden.device)
-        return self.connector(hidden[chosen], residuals[chosen])  # type: ignore[no-any-return]
+        return torch.as_tensor(self.connector(hidden[chosen], residuals[chosen]))
 
     # -- compressing ------------------------------------------------------------------------------------------
 
     @overload
-    def compress(
+    def compress(  # type: ignore[overload-overlap]  # a str is a Sequence[str], and taken as one text
         self, texts: str, *, ratio: int | None = None, batch_size: int = 4, show_progress: bool | None = None
     ) -> Compressed: ...
 
@@ -262,6 +297,9 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
             RatioError: The ratio was not trained.
         """
         several = [texts] if isinstance(texts, str) else list(texts)
+        wrong = next((text for text in several if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise DocumentError(f"a text to compress is a {type(wrong).__name__}; pass a str or several")
         ids = [self.llm.encode(text) for text in several]
         refs = [text_ref(text) for text in several]
         results = self.compress_ids(ids, refs=refs, ratio=ratio, batch_size=batch_size, show_progress=show_progress)
@@ -300,13 +338,14 @@ class ExtensibleEmbedder(PreTrainedModel):  # type: ignore[misc]
                     batch = ordered[at : at + batch_size]
                     self._compress_batch(batch, ids, ratio, made)
                     advance(sum(chunk.length for chunk in batch))
+        fingerprint = self.fingerprint
         return [
             Compressed(
                 embeddings=embeddings,
                 ratio=ratio,
                 n_tokens=len(tokens),
                 ref=refs[index] if refs is not None else "",
-                fingerprint=self.fingerprint,
+                fingerprint=fingerprint,
                 chunk_size=size,
                 ratios=tuple(self.config.ratios),
                 downscaling=self.config.downscaling,
@@ -336,8 +375,8 @@ def check_llm(config: ExtensibleEmbedderConfig, llm: LLM) -> None:
     for what, made_for, here in facts:
         if made_for != here:
             raise MismatchError(
-                f"the embedder was made for {config.llm_name!r} ({what} {made_for}) and {llm.name!r} has {what} {here}; "
-                "load it with its own LLM or train one for this LLM"
+                f"the embedder was made for {config.llm_name!r} ({what} {made_for}) and {llm.name!r} has {what} {here}"
+                "; load it with its own LLM or train one for this LLM"
             )
 
 
@@ -370,15 +409,6 @@ def _first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]
     return stack, set(shared)
 
 
-def _add_adapters(stack: Any, rank: int) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    names = sorted({name.rsplit(".", 1)[-1] for name, m in stack.layers.named_modules() if isinstance(m, nn.Linear)})
-    inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names, bias="none"), stack
-    )
-
-
 def _probe(llm: LLM, count: int) -> Tensor:
     """Evenly spaced values of each tensor the embedder builds on, (tensors, 16) in float32."""
     decoder = llm.model.base_model
@@ -400,18 +430,23 @@ def _local_folder(name: str | Path, hub: dict[str, Any]) -> Path:
         raise WeightsNotFoundError(f"{text} is not a folder; pass an embedder's folder or a hub id like owner/name")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(text, allow_patterns=["config.json", "model.safetensors"], **hub))
+    try:
+        return Path(snapshot_download(text, allow_patterns=[_SETTINGS, _TENSORS], **hub))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsNotFoundError(
+            f"{text} cannot be had from the hub ({first_line(error)}); check the name and the network, or pass a folder"
+        ) from error
 
 
 def _read_config(file: Path) -> ExtensibleEmbedderConfig:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values: Any = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise WeightsNotFoundError(f"{file} does not exist; pass the folder that save_pretrained wrote") from error
     except ValueError as error:
         raise WeightsCorruptError(f"{file} is not JSON ({error}); get it again") from error
-    if values.get("model_type") != ExtensibleEmbedderConfig.model_type:
-        raise MismatchError(
-            f"{file} has model_type={values.get('model_type')!r}, an embedder has 'extemb'; pass an embedder's folder"
-        )
-    return ExtensibleEmbedderConfig.from_dict(values)
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != ExtensibleEmbedderConfig.model_type:
+        raise MismatchError(f"{file} has model_type={kind!r}, an embedder has 'extemb'; pass an embedder's folder")
+    config: ExtensibleEmbedderConfig = ExtensibleEmbedderConfig.from_dict(values)
+    return config

@@ -26,9 +26,7 @@ def check_llm(path: Path) -> None:
     for file in [path / shard for shard in shards] or sorted(path.glob("*.safetensors")):
         _check_safetensors(file)
     if not shards and not any(path.glob("*.safetensors")):
-        other = next(
-            (f.name for f in sorted(path.iterdir()) if f.suffix in {".bin", ".pt", ".pth", ".gguf"}), None
-        )
+        other = next((f.name for f in sorted(path.iterdir()) if f.suffix in {".bin", ".pt", ".pth", ".gguf"}), None)
         found = f" (it holds {other})" if other else ""
         raise WeightsError(
             f"{path} has no safetensors file{found}, and no other kind is read; save the model with "
@@ -41,13 +39,10 @@ def check_embedder(path: Path) -> None:
     kind = _read_config(path).get("model_type")
     if kind != "extemb":
         raise WeightsError(
-            f"{path} holds a model of type {kind!r}, not 'extemb'; pass a folder that an "
-            f"ExtensibleEmbedder wrote"
+            f"{path} holds a model of type {kind!r}, not 'extemb'; pass a folder that an ExtensibleEmbedder wrote"
         )
     if not (path / "model.safetensors").is_file():
-        raise WeightsError(
-            f"{path} has no model.safetensors; save the embedder again with its save_pretrained"
-        )
+        raise WeightsError(f"{path} has no model.safetensors; save the embedder again with its save_pretrained")
     _check_safetensors(path / "model.safetensors")
 
 
@@ -63,9 +58,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsCorruptError(
-            f"{file} is not valid JSON ({error}); get or save the model again"
-        ) from error
+        raise WeightsCorruptError(f"{file} is not valid JSON ({error}); get or save the model again") from error
     if not isinstance(content, dict):
         raise WeightsCorruptError(f"{file} is not a JSON object; get or save the model again")
     return content
@@ -76,9 +69,7 @@ def _check_safetensors(file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise WeightsNotFoundError(
-            f"{file} is named by its index and does not exist; get or save the model again"
-        )
+        raise WeightsNotFoundError(f"{file} is named by its index and does not exist; get or save the model again")
     try:
         with safe_open(file, framework="numpy"):
             pass

@@ -105,6 +105,4 @@ _QWEN_CODER = KnownModel(
     ),
 )
 
-KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
-    {model.name: model for model in (_SMOLLM2, _QWEN_CODER)}
-)
+KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType({model.name: model for model in (_SMOLLM2, _QWEN_CODER)})

@@ -7,8 +7,12 @@ streaming and cancellation, score. The LLM's parameters never change and its mod
 from __future__ import annotations
 
 import hashlib
+import math
+import queue
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,30 +20,51 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers.utils import logging as hf_logging
 
-from extemb_core.errors import ConfigError, WeightsError
+from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, WeightsError
 from extemb_core.models.weights import resolve_llm
 
-# Long texts are tokenised in pieces of about this many characters, cut before white space, so that memory does
-# not grow with the text. For byte-level BPE the ids are the same as in one go; elsewhere a piece may start anew.
+# Long texts are tokenised in pieces of at most this many characters, so that memory does not grow with the text.
+# A space between two letters begins a new word for every byte-level BPE in use (not so the line break after a full
+# stop), so cut there the ids are those of the whole text; other tokenizers may start a piece anew.
 _PIECE_CHARS = 32_768
+_WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKENIZER_PROBE = "The 3 quick brown foxes\n\n\tjumped over naïve 東京 dogs; x_1 += 42.5  # ok?"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. The default, temperature 0, is greedy and repeatable."""
+    """How tokens are chosen. The default, temperature 0, is greedy and repeatable.
+
+    Attributes:
+        max_new_tokens: The answer ends after so many.
+        temperature: 0 is greedy.
+        top_p: Draw from the likeliest tokens that have this probability together.
+        top_k: Draw from this many of the likeliest tokens; 0 from all.
+        repetition_penalty: Over the tokens of the answer, and of the prompt where that is text only.
+        stop: Texts that end the answer; they are not part of it.
+        seed: Makes sampling repeatable; without it, draws follow torch's global generator.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -50,17 +75,25 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        rules: tuple[tuple[str, float, bool, str], ...] = (
-            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or above"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or above"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is off)"),
+        rules: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+            ("max_new_tokens", self.max_new_tokens, lambda n: _is_whole(n) and n >= 1, "a whole number of at least 1"),
+            ("temperature", self.temperature, lambda t: 0 <= t < math.inf, "0 (greedy) or above"),
+            ("top_p", self.top_p, lambda p: 0 < p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k, lambda k: _is_whole(k) and k >= 0, "0 (off) or a positive whole number"),
+            ("repetition_penalty", self.repetition_penalty, lambda r: 0 < r < math.inf, "above 0 (1 is off)"),
+            ("seed", self.seed, lambda s: s is None or _is_whole(s), "a whole number or None"),
         )
-        for name, value, legal, rule in rules:
+        for name, value, is_legal, rule in rules:
+            try:
+                legal = is_legal(value)
+            except TypeError:  # not a number at all
+                legal = False
             if not legal:
-                raise ConfigError(f"{name}={value} must be {rule}; pass such a value")
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+                raise ConfigError(f"{name}={value!r} must be {rule}; pass such a value")
+        stop: Any = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ConfigError(f"stop={self.stop!r} must be texts that are not empty; leave out what is empty")
 
 
 @dataclass(kw_only=True)
@@ -87,7 +120,7 @@ class LLM:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model.config, "_name_or_path", ""))
-        self._encode_lock = threading.Lock()
+        self._template_lock = threading.Lock()
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> LLM:
@@ -100,23 +133,24 @@ class LLM:
         """
         chosen = choose_device(device)
         source = resolve_llm(name)
-        with _quiet_transformers():
+        wanted = choose_dtype(dtype, chosen)
+        with quiet_transformers():
             try:
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-                model = AutoModelForCausalLM.from_pretrained(
-                    source,
-                    dtype=choose_dtype(dtype, chosen),
-                    use_safetensors=True,
-                    trust_remote_code=False,
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    source, dtype=wanted, use_safetensors=True, trust_remote_code=False, output_loading_info=True
                 )
-            except (OSError, ValueError) as error:
-                raise WeightsError(f"{name}: transformers cannot load it ({_first_line(error)})") from error
-            except Exception as error:  # safetensors raises its own class for a damaged file
-                if type(error).__module__.startswith("safetensors"):
-                    raise WeightsError(
-                        f"{name}: a weights file is damaged ({_first_line(error)}); get the model again"
-                    ) from error
-                raise
+            except SafetensorError as error:
+                raise WeightsCorruptError(
+                    f"{name}: a weights file is damaged ({first_line(error)}); get the model again"
+                ) from error
+            except (OSError, ValueError, RuntimeError) as error:
+                raise WeightsError(
+                    f"{name}: transformers cannot load it ({first_line(error)}); check that it is a causal LM"
+                ) from error
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):  # transformers would make them up at random
+            raise WeightsCorruptError(f"{name}: {len(missing)} tensors are missing, {missing[0]} first; get it again")
         return cls(model.to(chosen), tokenizer, name=str(name))
 
     # -- what it is -------------------------------------------------------------------------------------------
@@ -127,7 +161,8 @@ class LLM:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype  # type: ignore[no-any-return]
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @cached_property
     def text_config(self) -> Any:
@@ -175,7 +210,22 @@ class LLM:
 
     @cached_property
     def _control_ids(self) -> np.ndarray[Any, Any]:
-        return np.array(list(self.control_tokens.values()), dtype=np.int64)
+        """Ids that no text may become. A character outside the vocabulary becomes the unknown token, rightly."""
+        ids = (index for index in self.control_tokens.values() if index != self.tokenizer.unk_token_id)
+        return np.array(list(ids), dtype=np.int64)
+
+    @cached_property
+    def _plain_encoder(self) -> Tokenizer:
+        """A copy of the tokenizer that obeys no special token and truncates nothing.
+
+        A copy, because these switches are state: the tokenizer itself is in use by other threads, and others who
+        hold it may have set a truncation.
+        """
+        encoder = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        encoder.encode_special_tokens = True
+        encoder.no_truncation()
+        encoder.no_padding()
+        return encoder
 
     # -- text and ids -----------------------------------------------------------------------------------------
 
@@ -184,19 +234,20 @@ class LLM:
 
         Returns:
             (T,) int32 ids, no BOS and no other token added.
+
+        Raises:
+            DocumentError: The text holds half of a surrogate pair, which is no character.
         """
+        if lone := _LONE_SURROGATE.search(text):
+            raise DocumentError(
+                f"character {lone.start()} of the text is a lone surrogate ({lone[0]!a}), which no tokenizer can read; "
+                "decode the text with errors='replace'"
+            )
         pieces = [self._encode_piece(piece) for piece in _pieces(text)]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
 
     def _encode_piece(self, text: str) -> np.ndarray[Any, Any]:
-        backend = self.tokenizer.backend_tokenizer
-        with self._encode_lock:  # the switch is the tokenizer's own state
-            before = backend.encode_special_tokens
-            backend.encode_special_tokens = True
-            try:
-                encoding = backend.encode(text, add_special_tokens=False)
-            finally:
-                backend.encode_special_tokens = before
+        encoding = self._plain_encoder.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int32)
         if not np.isin(ids, self._control_ids).any():
             return ids
@@ -212,16 +263,16 @@ class LLM:
 
     def encode_template(self, text: str) -> list[int]:
         """Encode as the model's own prompt text: control tokens are obeyed. Only for chat templates."""
-        with self._encode_lock:
-            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        with self._template_lock:  # calling a fast tokenizer sets its state
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def embed(self, ids: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
         """Token embeddings as the LLM itself makes them. ids: (..., T) -> (..., T, D)."""
         tensor = torch.as_tensor(np.asarray(ids) if not isinstance(ids, Tensor) else ids, dtype=torch.long)
-        return self.model.get_input_embeddings()(tensor.to(self.device))  # type: ignore[no-any-return]
+        return torch.as_tensor(self.model.get_input_embeddings()(tensor.to(self.device)))
 
     # -- running it -------------------------------------------------------------------------------------------
 
@@ -238,11 +289,11 @@ class LLM:
         outputs = self.model.base_model(
             inputs_embeds=inputs_embeds.to(self.dtype), attention_mask=mask, position_ids=positions, use_cache=False
         )
-        return outputs.last_hidden_state  # type: ignore[no-any-return]
+        return torch.as_tensor(outputs.last_hidden_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, (..., D) -> (..., V)."""
-        logits = self.model.get_output_embeddings()(hidden)
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
         cap = getattr(self.text_config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -257,6 +308,8 @@ class LLM:
         Returns:
             (S,) float32 natural logarithms.
         """
+        if not len(inputs_embeds):
+            raise ConfigError("the prompt has 0 positions; at least one is needed to predict what follows")
         ids = torch.as_tensor(np.asarray(targets), dtype=torch.long, device=self.device)
         prompt = inputs_embeds.to(self.device, self.dtype)
         whole = torch.cat([prompt, self.embed(ids[:-1])]) if len(ids) > 1 else prompt
@@ -299,19 +352,21 @@ class LLM:
 
         worker = threading.Thread(target=work, name="extemb-generate", daemon=True)
         worker.start()
-        sent = ""
+        sent, ended = "", False
         try:
             for token in relay:
+                if token in self.stop_token_ids:
+                    ended = True
+                    break
                 result.token_ids.append(token)
                 text, stopped = self._visible(result.token_ids, sampling, final=False)
                 if text.startswith(sent) and len(text) > len(sent):
-                    yield text[len(sent) :]
-                    sent = text
+                    piece, sent = text[len(sent) :], text  # before yielding: the reader may close here
+                    yield piece
                 if stopped:
                     break
             finished = self._finish(result.token_ids, sampling)
-            result.token_ids, result.text = finished.token_ids, finished.text
-            result.finish_reason = finished.finish_reason
+            result.text, result.finish_reason = finished.text, "stop" if ended else finished.finish_reason
             if len(result.text) > len(sent):
                 yield result.text[len(sent) :]
         except GeneratorExit:
@@ -327,8 +382,8 @@ class LLM:
         longest = max(len(prompt) for prompt in prompts)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         if not any(isinstance(prompt, Tensor) for prompt in prompts):
-            pad = self.stop_token_ids[0] if self.stop_token_ids else 0
-            rows = [[pad] * (longest - len(p)) + [int(i) for i in p] for p in prompts]
+            # Padding is masked, but a repetition penalty counts its ids: repeat one that the prompt has anyway.
+            rows = [[int(p[0])] * (longest - len(p)) + [int(i) for i in p] for p in prompts]
             return {"input_ids": torch.tensor(rows, device=self.device), "attention_mask": mask}
         embedded = [p.to(self.device, self.dtype) if isinstance(p, Tensor) else self.embed(p) for p in prompts]
         padded = [torch.nn.functional.pad(row, (0, 0, longest - row.shape[0], 0)) for row in embedded]
@@ -337,22 +392,24 @@ class LLM:
     def _run(self, inputs: dict[str, Tensor], sampling: Sampling, relay: _TokenRelay | None = None) -> Tensor:
         """New token ids, (B, S), padded on the right with a stop token."""
         stop_ids = self.stop_token_ids
-        options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
-        if sampling.temperature > 0:
-            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
-            repetition_penalty=sampling.repetition_penalty,
+            repetition_penalty=1.0,
             eos_token_id=stop_ids or None,
             pad_token_id=stop_ids[0] if stop_ids else 0,
-            **options,
+            do_sample=False,  # greedy, or the greatest after `_Draw` added its noise
+            num_beams=1,
         )
         criteria = StoppingCriteriaList([relay] if relay else [])
         if sampling.stop:
             criteria.append(_StopStrings(self, sampling))
-        with torch.no_grad(), _seeded(sampling.seed, self.device):
+        with torch.no_grad():
             output: Tensor = self.model.generate(
-                **inputs, generation_config=config, stopping_criteria=criteria, streamer=relay
+                **inputs,
+                generation_config=config,
+                logits_processor=_processors(sampling, inputs["attention_mask"].shape[0]),
+                stopping_criteria=criteria,
+                streamer=relay,
             )
         prompt_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         return output[:, prompt_length:]
@@ -376,12 +433,10 @@ class LLM:
         return Generated(text=text, token_ids=kept, finish_reason="stop" if ends or stopped else "length")
 
 
-class _TokenRelay(StoppingCriteria):  # type: ignore[misc]
+class _TokenRelay(StoppingCriteria):
     """Hands tokens from the generating thread to the reading one, and a cancellation back."""
 
     def __init__(self) -> None:
-        import queue
-
         self._tokens: queue.Queue[int | BaseException | None] = queue.Queue()
         self._cancelled = threading.Event()
 
@@ -409,7 +464,7 @@ class _TokenRelay(StoppingCriteria):  # type: ignore[misc]
             yield item
 
 
-class _StopStrings(StoppingCriteria):  # type: ignore[misc]
+class _StopStrings(StoppingCriteria):
     """Ends each row of a batch once its own text holds a stop string."""
 
     def __init__(self, llm: LLM, sampling: Sampling) -> None:
@@ -425,14 +480,49 @@ class _StopStrings(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(found, device=input_ids.device)
 
 
+class _Draw(LogitsProcessor):
+    """Draws each row's next token with a generator of its own: noise is added such that the greatest is the draw.
+
+    So neither other threads, nor the batch around a row, nor torch's global generator play a part (Gumbel-max).
+    """
+
+    def __init__(self, seed: int | None, rows: int) -> None:
+        seeds = [seed] * rows if seed is not None else torch.randint(2**62, (rows,)).tolist()
+        self._generators = [torch.Generator().manual_seed(each) for each in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        width = scores.shape[-1]
+        uniform = torch.stack([torch.rand(width, generator=each) for each in self._generators])
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        return scores + gumbel.to(scores.device, scores.dtype)
+
+
+def _processors(sampling: Sampling, rows: int) -> LogitsProcessorList:
+    """What transformers runs over the scores; given whole, so that a model's own defaults add nothing."""
+    steps: list[LogitsProcessor] = []
+    if sampling.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.temperature > 0:
+        steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k:
+            steps.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            steps.append(TopPLogitsWarper(sampling.top_p))
+        steps.append(_Draw(sampling.seed, rows))
+    return LogitsProcessorList(steps)
+
+
 def choose_device(device: str = "auto") -> torch.device:
     """ "auto" takes CUDA where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device={device!r} is not a torch device; pass auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={device!r}: torch sees {torch.cuda.device_count()} CUDA devices; pass auto or cpu")
+    return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -450,11 +540,10 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def _pieces(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > _PIECE_CHARS:
-        end = start + _PIECE_CHARS
-        cuts = [text.rfind(mark, start + _PIECE_CHARS // 2, end) for mark in ("\n", " ")]
-        cut = next((at for at in cuts if at > start), end)
-        while cut > start + 1 and text[cut - 1].isspace():  # before the white space, not inside it
-            cut -= 1
+        middle, end = start + _PIECE_CHARS // 2, start + _PIECE_CHARS
+        cut = end
+        for match in _WORD_BREAK.finditer(text, middle, end):
+            cut = match.start()
         yield text[start:cut]
         start = cut
     if start < len(text):
@@ -466,36 +555,23 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _first_line(error: BaseException) -> str:
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class _seeded:
-    """Draw from a generator of its own seed and leave the caller's random state as it was."""
-
-    def __init__(self, seed: int | None, device: torch.device) -> None:
-        self._seed = seed
-        self._fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None)
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        if self._seed is not None:
-            torch.manual_seed(self._seed)
-
-    def __exit__(self, *exc: Any) -> None:
-        self._fork.__exit__(*exc)
-
-
-class _quiet_transformers:
-    """No progress bar and no notices of transformers while small local files load."""
-
-    def __enter__(self) -> None:
-        self._verbosity = hf_logging.get_verbosity()
-        self._bar = hf_logging.is_progress_bar_enabled()
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *exc: Any) -> None:
-        hf_logging.set_verbosity(self._verbosity)
-        if self._bar:
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar and no notices of transformers while local files are read or written."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
             hf_logging.enable_progress_bar()

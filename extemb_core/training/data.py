@@ -1,18 +1,16 @@
 """Training text, tokenised once into a memory-mapped file and cut into samples.
 
 A token file is a folder: `tokens.bin` (uint16 or uint32), `offsets.npy` (documents' ends, int64) and `meta.json`.
-It is built in a temporary folder and renamed, so a folder under its final name is always whole.
+It is built in a temporary folder and renamed, so a folder under its final name is always whole; what a killed build
+left behind is cleared away by the next one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,14 @@ from typing import Any
 import numpy as np
 
 from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError
+from extemb_core.models import cache as caching
 from extemb_core.models.llm import LLM
 from extemb_core.models.sources import sha256_of
 from extemb_core.progress import progress
 
 logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,11 @@ class TokenFile:
             digest.update(_content_digest(file).encode())
         folder = cache / f"tokens-{digest.hexdigest()[:16]}"
         if not folder.is_dir():
-            cache.mkdir(parents=True, exist_ok=True)
-            unfinished = Path(tempfile.mkdtemp(prefix=".tokens-", dir=cache))
-            try:
-                _tokenise(files, llm, unfinished, show_progress)
-                _rename_unless_there(unfinished, folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            with caching.locked(folder):
+                if not folder.is_dir():  # another process may have built it while this one waited
+                    with caching.partial_folder(folder) as unfinished:
+                        _tokenise(files, llm, unfinished, show_progress)
+                        unfinished.rename(folder)
         return cls.open(folder)
 
     def __len__(self) -> int:
@@ -109,43 +108,66 @@ def read_texts(file: Path) -> Iterator[str]:
     if not file.is_file():
         raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
     name = file.name.removesuffix(".zst")
+    blocks = _decompressed(file) if file.suffix == ".zst" else _blocks(file)
     if not name.endswith(".jsonl"):
-        with _open_text(file) as stream:
-            yield _decoded(stream.read(), file, 1)
+        yield _decoded(b"".join(blocks), file, 1)
         return
-    with _open_text(file) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(_decoded(line, file, number))["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DocumentError(
-                    f'{file}, line {number}: each row must be a JSON object with a "text"; mend or drop the row'
-                ) from error
-            if not isinstance(text, str):
-                raise DocumentError(f'{file}, line {number}: "text" is {type(text).__name__}, not a string; mend the row')
-            yield text
+    for number, line in enumerate(_lines(blocks), 1):
+        if not line.strip():
+            continue
+        row = _decoded(line, file, number)
+        try:
+            text = json.loads(row)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DocumentError(
+                f'{file}, line {number}: each row must be a JSON object with a "text"; mend or drop the row'
+            ) from error
+        if not isinstance(text, str):
+            raise DocumentError(f'{file}, line {number}: "text" is {type(text).__name__}, not a string; mend the row')
+        yield text
 
 
-def _open_text(file: Path) -> io.BufferedIOBase:
-    if file.suffix != ".zst":
-        return file.open("rb")
+def _blocks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            yield block
+
+
+def _decompressed(file: Path) -> Iterator[bytes]:
+    """All frames of a .zst file. The package's own stream reader takes a file cut short for a whole one."""
     try:
         import zstandard
     except ImportError as error:
         raise MissingExtraError("zstandard", "train", f"reading {file.name}") from error
-    reader = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(file.open("rb"), closefd=True)
-    return io.BufferedReader(reader, buffer_size=1 << 20)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    try:
+        for compressed in _blocks(file):
+            rest = compressed
+            while rest:
+                frame = frame or decompressor.decompressobj()
+                yield frame.decompress(rest)
+                rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    except zstandard.ZstdError as error:
+        raise DocumentError(f"{file} is not a whole .zst file ({error}); get it again") from error
+    if frame is not None:
+        raise DocumentError(f"{file} ends in the middle of its compressed data; get it again")
+
+
+def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *whole, rest = (rest + block).split(b"\n")
+        yield from whole
+    yield rest
 
 
 def _decoded(data: bytes, file: Path, line: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DocumentError(
-            f"{file}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from error
+        line += data.count(b"\n", 0, error.start)
+        raise DocumentError(f"{file}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
 
 
 def _tokenise(files: Sequence[Path], llm: LLM, folder: Path, show_progress: bool | None) -> None:
@@ -161,7 +183,10 @@ def _tokenise(files: Sequence[Path], llm: LLM, folder: Path, show_progress: bool
                     skipped += 1
                     continue
                 seen.add(key)
-                ids = llm.encode(text).astype(dtype)
+                try:
+                    ids = llm.encode(text).astype(dtype)
+                except DocumentError as error:
+                    raise DocumentError(f"{file}, document {len(offsets)}: {error}") from error
                 out.write(ids.tobytes())
                 offsets.append(offsets[-1] + len(ids))
             advance(1)
@@ -172,15 +197,6 @@ def _tokenise(files: Sequence[Path], llm: LLM, folder: Path, show_progress: bool
     np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
     meta = {"dtype": dtype, "documents": len(offsets) - 1, "tokens": offsets[-1], "left_out": skipped}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def _rename_unless_there(unfinished: Path, folder: Path) -> None:
-    """Another process may have built the same folder meanwhile; either is as good."""
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def _content_digest(file: Path) -> str:

@@ -6,12 +6,13 @@ checkpoints that hold the embedder alone and count as whole only once everything
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from extemb_core.errors import ConfigError, TrainingError
+from extemb_core.models.downscaling import chunk_lengths, is_count
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.llm import LLM
+from extemb_core.models.llm import LLM, choose_device
+from extemb_core.progress import progress
 from extemb_core.training.data import Samples, TokenFile
-from extemb_core.training.objectives import two_stream_loss
+from extemb_core.training.objectives import plan_passes, two_stream_loss
 
 logger = logging.getLogger(__name__)
 
@@ -78,19 +81,40 @@ class TrainingConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("data", "eval_data"):
+            if isinstance(getattr(self, name), str):  # else each of its letters would be a file
+                raise ConfigError(f"{name}={getattr(self, name)!r} is one str; pass a tuple of files")
         if not self.data:
             raise ConfigError("data is empty; pass at least one text file to train on")
         for name in ("sample_length", "total_tokens", "batch_size", "accumulation_steps", "save_steps", "eval_steps",
                      "eval_samples", "logging_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is below 1; pass a positive whole number")
+            if not is_count(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive whole number; pass 1 or more")
+        for name in ("chunk_sizes", "ratios"):
+            if not all(is_count(number) for number in getattr(self, name)):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} must be positive whole numbers; pass e.g. (256, 512)"
+                )
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is below 0; pass 0 or more")
+        for name in ("connector_lr_factor", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is not above 0; pass e.g. 1.0")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ConfigError(f"max_minutes={self.max_minutes} is not above 0; pass minutes, or None for no limit")
         if not (0 < self.learning_rate < 1):
             raise ConfigError(f"learning_rate={self.learning_rate} is not between 0 and 1; pass e.g. 3e-4")
 
     @property
     def max_steps(self) -> int:
         """Optimiser steps that `total_tokens` come to."""
-        return math.ceil(self.total_tokens / (self.batch_size * self.accumulation_steps * self.sample_length))
+        return math.ceil(self.total_tokens / self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all processes that train together."""
+        return self.batch_size * self.accumulation_steps * self.sample_length * int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class TwoStream(nn.Module):
@@ -122,8 +146,11 @@ class RatioCollator:
         }
 
 
-class EmbedderTrainer(Trainer):  # type: ignore[misc]
+class EmbedderTrainer(Trainer):
     """`transformers.Trainer` for a `TwoStream` model."""
+
+    model: TwoStream
+    eval_dataset: Samples | None
 
     def __init__(self, *args: Any, connector_lr_factor: float, eval_collators: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -135,7 +162,7 @@ class EmbedderTrainer(Trainer):  # type: ignore[misc]
         loss = model(**inputs)["loss"]
         if model.training and not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss became {float(loss)} at step {self.state.global_step}; "
+                f"the loss became {float(loss.detach())} at step {self.state.global_step}; "
                 "resume from the last checkpoint with a lower learning rate"
             )
         return (loss, {"loss": loss}) if kwargs.get("return_outputs") else loss
@@ -158,10 +185,10 @@ class EmbedderTrainer(Trainer):  # type: ignore[misc]
         if self.eval_dataset is None:
             return {}
         metrics: dict[str, float] = {}
-        self.model.eval()
+        self.model.train(False)
         for name, collator in self._eval_collators.items():
             losses = []
-            with torch.no_grad():
+            with torch.no_grad(), self.compute_loss_context_manager():
                 for at in range(len(self.eval_dataset)):
                     inputs = collator([self.eval_dataset[at]])
                     losses.append(float(self.compute_loss(self.model, inputs)))
@@ -172,28 +199,32 @@ class EmbedderTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.accelerator.unwrap_model(self.model).embedder.save_pretrained(output_dir or self.args.output_dir)
+        self.model.embedder.save_pretrained(str(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.embedder.load_own(Path(resume_from_checkpoint) / "model.safetensors")
 
 
-class _RunCallback(TrainerCallback):  # type: ignore[misc]
-    """Marks whole checkpoints, writes the log as JSON Lines, and stops in time."""
+class _RunCallback(TrainerCallback):
+    """Marks whole checkpoints, writes the log as JSON Lines, moves the progress bar, and stops in time."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: TrainingConfig, advance: Callable[[int], None]) -> None:
         self._config = config
+        self._advance = advance
         self._log = Path(config.output) / "log.jsonl"
         self._start = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            tokens = state.global_step * self._config.batch_size * self._config.accumulation_steps
-            row = {"step": state.global_step, "tokens": tokens * self._config.sample_length, **logs}
+            row = {"step": state.global_step, "tokens": state.global_step * self._config.tokens_per_step, **logs}
             with self._log.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._advance(state.global_step)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._advance(1)
         limit = self._config.max_minutes
         if limit is not None and time.monotonic() - self._start > 60 * limit:
             control.should_save = control.should_training_stop = True
@@ -204,7 +235,10 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
             for file in folder.iterdir():
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
-            (folder / _COMPLETE).write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
+            mark = {"step": state.global_step, "config": _identity(self._config)}
+            temporary = folder / f"{_COMPLETE}.tmp"
+            temporary.write_text(json.dumps(mark, indent=2), encoding="utf-8")
+            temporary.replace(folder / _COMPLETE)
 
 
 def train(config: TrainingConfig, *, resume: bool = True) -> ExtensibleEmbedder:
@@ -215,23 +249,32 @@ def train(config: TrainingConfig, *, resume: bool = True) -> ExtensibleEmbedder:
         resume: Go on from the last whole checkpoint in `config.output`, if there is one of this run.
 
     Raises:
+        ConfigError: The settings do not go together.
         TrainingError: The loss is not finite, there is nothing to train on, or the checkpoints in the output folder
             belong to another run.
     """
+    checkpoint = _last_checkpoint(config) if resume else None
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    llm = LLM.from_pretrained(config.llm, device=config.device)
+    llm = LLM.from_pretrained(config.llm, device=_device(config))
     embedder = _starting_point(config, llm)
     chunk_sizes = config.chunk_sizes or (embedder.config.chunk_size,)
+    embedder.own_to(torch.float32)  # in bfloat16 a small update would round to none
     ratios = config.ratios or tuple(embedder.config.ratios)
     for ratio in ratios:
         embedder.config.require_ratio(ratio)
+    if checkpoint is not None and int(checkpoint.name.rsplit("-", 1)[1]) >= config.max_steps:
+        embedder.load_own(checkpoint / "model.safetensors")  # finished before; the Trainer would take one more step
+        embedder.save_pretrained(output)
+        return embedder
     shortest = max(chunk_sizes) + 1
     if config.sample_length < shortest:
         raise ConfigError(
             f"sample_length={config.sample_length} leaves nothing to predict after a chunk of {max(chunk_sizes)}; "
             f"pass at least {2 * max(chunk_sizes)}"
         )
+    for size in chunk_sizes:  # that the longest sample fits the window is known now, not at some step
+        plan_passes(chunk_lengths(config.sample_length, size), min(ratios), llm.window, 0, llm.bos_token_id is not None)
     cache = output / "data"
     tokens = TokenFile.build([Path(file) for file in config.data], llm, cache)
     samples = Samples(tokens, config.sample_length, shortest)
@@ -245,25 +288,47 @@ def train(config: TrainingConfig, *, resume: bool = True) -> ExtensibleEmbedder:
             TokenFile.build([Path(file) for file in config.eval_data], llm, cache),
             config.sample_length, config.sample_length, config.eval_samples,
         )  # fmt: skip
-    checkpoint = _last_checkpoint(config, output) if resume else None
-    _write_config(config, output)
+        if not len(held_out):
+            raise TrainingError(
+                f"no document in eval_data has {config.sample_length} tokens, the length of a sample; "
+                "pass longer documents or a smaller sample_length"
+            )
     logger.info("%d samples, %d tokens left out, %d steps", len(samples), samples.left_out, config.max_steps)
-    trainer = EmbedderTrainer(
-        model=TwoStream(embedder),
-        args=_arguments(config, llm, evaluate=held_out is not None),
-        train_dataset=samples,
-        eval_dataset=held_out,
-        data_collator=RatioCollator(ratios, chunk_sizes, config.seed),
-        callbacks=[_RunCallback(config)],
-        connector_lr_factor=config.connector_lr_factor,
-        eval_collators={f"ratio_{r}": RatioCollator([r], [embedder.config.chunk_size], 0) for r in ratios},
-    )
-    if held_out is not None and checkpoint is None:
-        trainer.evaluate()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    embedder.eval()
-    embedder.save_pretrained(output)
+    with progress("train", config.max_steps) as advance:
+        trainer = EmbedderTrainer(
+            model=TwoStream(embedder),
+            args=_arguments(config, llm, evaluate=held_out is not None),
+            train_dataset=samples,
+            eval_dataset=held_out,
+            data_collator=RatioCollator(ratios, chunk_sizes, config.seed),
+            callbacks=[_RunCallback(config, advance), *_tensorboard(output)],
+            connector_lr_factor=config.connector_lr_factor,
+            eval_collators={f"ratio_{r}": RatioCollator([r], [max(chunk_sizes)], 0) for r in ratios},
+        )
+        trainer.remove_callback(PrinterCallback)
+        if trainer.is_world_process_zero():
+            _write_config(config, output)
+        if held_out is not None and checkpoint is None:
+            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    embedder.train(False)
+    if trainer.is_world_process_zero():
+        embedder.save_pretrained(output)
     return embedder
+
+
+def _device(config: TrainingConfig) -> str:
+    """Where the Trainer will put the model: with several processes, each takes the GPU of its local rank."""
+    chosen = choose_device(config.device)
+    if chosen.type != "cuda":
+        return str(chosen)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if chosen.index not in (None, rank):
+        raise ConfigError(
+            f"device={config.device!r}: training takes the visible GPUs in order; pass device='cuda' and choose with "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return f"cuda:{rank}"
 
 
 def _starting_point(config: TrainingConfig, llm: LLM) -> ExtensibleEmbedder:
@@ -274,7 +339,7 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> ExtensibleEmbedder:
 
 
 def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=config.output,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
@@ -289,7 +354,8 @@ def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingA
         eval_strategy="steps" if evaluate else "no",
         eval_steps=config.eval_steps,
         logging_steps=config.logging_steps,
-        report_to=_reporters(),
+        report_to="none",  # the callbacks write the logs
+        disable_tqdm=True,
         remove_unused_columns=False,
         seed=config.seed,
         use_cpu=llm.device.type == "cpu",
@@ -297,12 +363,18 @@ def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingA
         dataloader_pin_memory=llm.device.type == "cuda",
         label_names=[],
     )
+    if arguments.n_gpu > 1:  # several GPUs are for several processes (torchrun); DataParallel cannot split samples
+        arguments._n_gpu = 1
+    return arguments
 
 
-def _reporters() -> list[str]:
-    import importlib.util
+def _tensorboard(output: Path) -> list[TrainerCallback]:
+    if not importlib.util.find_spec("tensorboard") or int(os.environ.get("RANK", "0")):
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
-    return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    return [TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))]
 
 
 def _identity(config: TrainingConfig) -> dict[str, Any]:
@@ -320,14 +392,15 @@ def _write_config(config: TrainingConfig, output: Path) -> None:
     temporary.replace(output / "training.json")
 
 
-def _last_checkpoint(config: TrainingConfig, output: Path) -> str | None:
+def _last_checkpoint(config: TrainingConfig) -> Path | None:
+    output = Path(config.output)
     whole = sorted(
         (folder for folder in output.glob("checkpoint-*") if (folder / _COMPLETE).is_file()),
         key=lambda folder: int(folder.name.rsplit("-", 1)[1]),
     )
     if not whole:
         return None
-    before = json.loads((output / "training.json").read_text(encoding="utf-8"))
+    before = _config_of(whole[-1])
     now = _identity(config)
     changed = [key for key, value in now.items() if before.get(key) != value]
     if changed:
@@ -335,4 +408,17 @@ def _last_checkpoint(config: TrainingConfig, output: Path) -> str | None:
             f"{output} holds checkpoints of a run with another {changed[0]} ({before.get(changed[0])!r}, now "
             f"{now[changed[0]]!r}); use another output folder, or train without resuming"
         )
-    return str(whole[-1])
+    return whole[-1]
+
+
+def _config_of(checkpoint: Path) -> dict[str, Any]:
+    """The settings a checkpoint was made with: in its own mark, in those of the first versions in the run's file."""
+    for file in (checkpoint / _COMPLETE, checkpoint.parent / "training.json"):
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            config = values["config"] if file.name == _COMPLETE else values
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(config, dict):
+            return config
+    raise TrainingError(f"{checkpoint} does not say what run it is of; use another output folder, or remove it")

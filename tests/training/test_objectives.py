@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, random_embedder, tiny_llm
@@ -19,7 +21,7 @@ def slow_loss(embedder, llm, samples, ratios):
     for sample, ratio in zip(samples, ratios, strict=True):
         chunks = list(sample.split(CHUNK))
         before = [torch.empty(0, llm.width)]
-        for chunk, following in zip(chunks, chunks[1:], strict=False):
+        for chunk, following in pairwise(chunks):
             before.append(embedder.read_out(embedder(chunk[None]), 0, len(chunk), ratio))
             prompt = torch.cat([llm.embed([llm.bos_token_id]) if llm.bos_token_id is not None else before[0], *before])
             inputs = torch.cat([prompt, llm.embed(following[:-1])])

@@ -1,0 +1,40 @@
+"""Connectors start where a frozen LLM can read, and treat each position on its own."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from extemb_core.models.config import Connector
+from extemb_core.models.connector import OutputConnector, trailing_means
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_training_starts_from_the_mean_of_token_embeddings(kind):
+    residuals = torch.randn(5, 8)
+    torch.testing.assert_close(OutputConnector(kind, 8, 0.1)(100 * torch.randn(5, 8), residuals), residuals)
+
+
+def test_without_a_connector_outputs_get_the_size_of_token_embeddings():
+    made = OutputConnector("none", 64, 0.1)(100 * torch.randn(5, 64), torch.randn(5, 64))
+    torch.testing.assert_close(made.pow(2).mean(-1).sqrt(), torch.full((5,), 0.1))
+
+
+@pytest.mark.parametrize("kind", get_args(Connector))
+def test_every_parameter_gets_a_gradient(kind):
+    connector = OutputConnector(kind, 8, 0.1)
+    for parameter in connector.parameters():
+        torch.nn.init.normal_(parameter)
+    connector(torch.randn(5, 8), torch.randn(5, 8)).pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in connector.parameters())
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_trailing_means_by_definition(window):
+    embedded = torch.randn(2, 12, 4)
+    means = trailing_means(embedded, window)
+    for at in range(12):
+        torch.testing.assert_close(means[:, at], embedded[:, max(0, at + 1 - window) : at + 1].mean(1))
+    assert trailing_means(embedded.bfloat16(), window).dtype is torch.float32

@@ -1,0 +1,274 @@
+"""Whole training runs on a tiny LLM: they learn, they resume, they refuse, and they leave nothing else changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import SENTENCES, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
+
+from extemb_core.errors import ConfigError, TrainingError
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.llm import LLM
+from extemb_core.training import trainer as trainer_module
+from extemb_core.training.trainer import EmbedderTrainer, RatioCollator, TrainingConfig, TwoStream, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved tiny LLM and text to train on."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny_model("llama").save_pretrained(folder / "llm")
+    tiny_tokenizer().save_pretrained(folder / "llm")
+    lines = SENTENCES.splitlines()
+    rows = [json.dumps({"text": " ".join(lines[at % 6 :] + lines[: at % 6] * (at + 1))}) for at in range(12)]
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    (folder / "held_out.txt").write_text(SENTENCES)
+    return folder
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    return TrainingConfig(
+        llm=str(folder / "llm"), data=(str(folder / "data.jsonl"),), output=str(tmp_path / "run"),
+        embedder={"num_layers": 2, "chunk_size": 16, "ratios": (2, 4)}, sample_length=48, batch_size=2,
+        total_tokens=6 * 96, warmup_steps=0, learning_rate=5e-3, connector_lr_factor=2.0, save_steps=3, eval_steps=3,
+        logging_steps=1, eval_samples=2, device="cpu",
+    )  # fmt: skip
+
+
+def log_of(config):
+    return [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(config):
+    return {row["step"]: row["loss"] for row in log_of(config) if "loss" in row}
+
+
+def tensors(config):
+    return load_file(Path(config.output) / "model.safetensors")
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+def test_a_run_learns_and_leaves_the_llm_and_the_terminal_alone(
+    config, folder, adaptation, capfd, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = {name: tensor.clone() for name, tensor in LLM.from_pretrained(folder / "llm").model.state_dict().items()}
+    config = replace(
+        config, total_tokens=40 * 96, eval_data=(str(folder / "held_out.txt"),), eval_steps=20, save_steps=20,
+        embedder={**config.embedder, "adaptation": adaptation},
+    )  # fmt: skip
+    embedder = train(config)
+    assert capfd.readouterr() == ("", "")
+    after = embedder.llm.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert not embedder.training
+
+    rows = log_of(config)
+    seen = losses(config)
+    assert list(seen) == list(range(1, 41))
+    assert sum(seen[step] for step in range(31, 41)) < sum(seen[step] for step in range(1, 11)) - 1
+    evaluated = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evaluated] == [0, 20, 40]
+    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
+    assert evaluated[0]["eval_loss"] == pytest.approx((evaluated[0]["eval_ratio_2"] + evaluated[0]["eval_ratio_4"]) / 2)
+    assert next(row for row in rows if row["step"] == 10)["tokens"] == 10 * 96
+
+    again = ExtensibleEmbedder.from_pretrained(config.output, llm=embedder.llm)
+    assert again.fingerprint == embedder.fingerprint
+    names = {file.name for file in Path(config.output).rglob("*")}
+    assert "training_args.bin" not in names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, tmp_path):
+    train(config)
+    assert list(losses(config)) == [1, 2, 3, 4, 5, 6]
+    broken = replace(config, output=str(tmp_path / "broken"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.time, "monotonic", iter(range(0, 1000, 10)).__next__)
+        train(replace(broken, max_minutes=0.4, save_steps=100))  # each look at the clock takes ten seconds
+    assert list(losses(broken)) == [1, 2, 3]
+    # A later checkpoint that was not finished does not count.
+    (tmp_path / "broken" / "checkpoint-5").mkdir()
+    (tmp_path / "broken" / "checkpoint-5" / "model.safetensors").write_bytes(b"half of")
+    train(broken)
+    assert losses(broken) == pytest.approx(losses(config), abs=1e-5)
+    left, right = tensors(config), tensors(broken)
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, atol=1e-5, rtol=0, msg=name)
+    train(broken)  # a finished run has nothing more to do
+    assert list(losses(broken)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, tmp_path):
+    train(config)
+    killed = replace(config, output=str(tmp_path / "killed"))
+    code = (
+        "import os, signal, sys, json\n"
+        "from extemb_core.training import trainer\n"
+        "inner = trainer._RunCallback.on_step_end\n"
+        "def on_step_end(self, args, state, control, **kwargs):\n"
+        "    if state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    inner(self, args, state, control, **kwargs)\n"
+        "trainer._RunCallback.on_step_end = on_step_end\n"
+        "settings = json.loads(sys.argv[1]); settings['data'] = tuple(settings['data'])\n"
+        "trainer.train(trainer.TrainingConfig(**settings))\n"
+    )
+    values = asdict(killed)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(values)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    train(killed)
+    assert losses(killed) == pytest.approx(losses(config), abs=1e-5)
+
+
+def test_checkpoints_of_another_run_are_refused(config):
+    train(replace(config, total_tokens=96))
+    with pytest.raises(TrainingError, match="another learning_rate"):
+        train(replace(config, total_tokens=96, learning_rate=1e-3))
+    with pytest.raises(TrainingError, match="another embedder"):
+        train(replace(config, total_tokens=96, embedder={**config.embedder, "connector": "mlp"}))
+    # Also when a run that was not to resume has meanwhile written its own settings beside the old checkpoints.
+    (Path(config.output) / "training.json").write_text("{}")
+    with pytest.raises(TrainingError, match="another learning_rate"):
+        train(replace(config, total_tokens=96, learning_rate=1e-3))
+    train(replace(config, total_tokens=96, eval_steps=1, max_minutes=5.0))  # these are free to change
+
+
+def test_checkpoints_of_the_first_version_name_their_run_in_its_folder(config):
+    train(replace(config, total_tokens=96))
+    (mark,) = Path(config.output).glob("checkpoint-*/complete.json")
+    mark.write_text('{"step": 1}')
+    with pytest.raises(TrainingError, match="another seed"):
+        train(replace(config, total_tokens=96, seed=9))
+    (Path(config.output) / "training.json").unlink()
+    with pytest.raises(TrainingError, match="does not say what run"):
+        train(replace(config, total_tokens=96))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
+    real = trainer_module.two_stream_loss
+    calls = []
+
+    def poisoned(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(trainer_module, "two_stream_loss", poisoned)
+    with pytest.raises(TrainingError, match="the loss became nan at step 2"):
+        train(config)
+
+
+def test_what_cannot_be_trained_on(config, folder, tmp_path):
+    (tmp_path / "short.txt").write_text("Rivers")
+    with pytest.raises(TrainingError, match="none of the 1 documents has 17 tokens"):
+        train(replace(config, data=(str(tmp_path / "short.txt"),)))
+    with pytest.raises(ConfigError, match="a chunk of 88 tokens after 256 embeddings does not fit 256 positions"):
+        train(replace(config, sample_length=600, chunk_sizes=(512,)))
+    with pytest.raises(TrainingError, match="no document in eval_data has 48 tokens"):
+        train(replace(config, eval_data=(str(tmp_path / "short.txt"),)))
+    with pytest.raises(ConfigError, match="sample_length=16 leaves nothing to predict"):
+        train(replace(config, sample_length=16))
+    with pytest.raises(ConfigError, match="ratio=8 is not one of the trained"):
+        train(replace(config, ratios=(2, 8)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data", ()), ("data", "one.txt"), ("eval_data", "one.txt"), ("batch_size", 0), ("sample_length", 4.5),
+        ("chunk_sizes", (0,)), ("ratios", ("2",)), ("warmup_steps", -1), ("learning_rate", 0), ("learning_rate", 3),
+        ("connector_lr_factor", 0), ("max_grad_norm", -1), ("max_minutes", 0), ("seed", -1), ("weight_decay", -0.1),
+    ],
+)  # fmt: skip
+def test_an_illegal_setting_is_named(config, name, value):
+    with pytest.raises(ConfigError, match=name):
+        replace(config, **{name: value})
+
+
+def small_trainer(config, embedder, **changes):
+    from transformers import PrinterCallback
+
+    config = replace(config, **changes)
+    items = [{"input_ids": torch.arange(at, at + 48).numpy(), "index": at} for at in range(3, 7)]
+    made = EmbedderTrainer(
+        model=TwoStream(embedder), args=trainer_module._arguments(config, embedder.llm, evaluate=False),
+        train_dataset=items, data_collator=RatioCollator([4], [16], 0), connector_lr_factor=config.connector_lr_factor,
+        eval_collators={},
+    )  # fmt: skip
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def test_accumulated_batches_give_the_gradient_of_one_batch(config, monkeypatch):
+    steps = {}
+    for name, (batch_size, accumulation) in {"one": (4, 1), "accumulated": (1, 4)}.items():
+        embedder = random_embedder(tiny_llm(), num_layers=2)
+        run = small_trainer(
+            config,
+            embedder,
+            batch_size=batch_size,
+            accumulation_steps=accumulation,
+            total_tokens=4 * 48,
+            max_grad_norm=1e9,
+        )
+        seen = steps[name] = {}
+
+        def on_step(self, *args, seen=seen, embedder=embedder, real=torch.optim.AdamW.step, **kwargs):
+            seen.update({n: p.grad.clone() for n, p in embedder.named_parameters() if p.grad is not None})
+            return real(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", on_step)
+            run.train()
+    assert steps["one"].keys() == steps["accumulated"].keys() != set()
+    for name, grad in steps["one"].items():
+        torch.testing.assert_close(steps["accumulated"][name], grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_the_connector_has_a_learning_rate_of_its_own(config):
+    embedder = random_embedder(tiny_llm())
+    layers, connector = small_trainer(config, embedder).create_optimizer().param_groups
+    assert (layers["lr"], connector["lr"]) == (5e-3, 1e-2)
+    assert {id(p) for p in connector["params"]} == {id(p) for p in embedder.connector.parameters()}
+    assert len(layers["params"]) + len(connector["params"]) == len(embedder.own_state_dict()) - 1
+
+
+def test_ratios_are_drawn_per_sample_and_again_the_same():
+    collator = RatioCollator([2, 4, 8], [16, 32], seed=1)
+    items = [{"input_ids": torch.arange(4).numpy(), "index": at} for at in range(40)]
+    batch = collator(items)
+    assert set(batch["ratios"]) == {2, 4, 8}
+    assert collator(items)["ratios"] == batch["ratios"]
+    assert {collator(items[at : at + 2])["chunk_size"] for at in range(20)} == {16, 32}
+    assert RatioCollator([2, 4, 8], [16], seed=2)(items)["ratios"] != batch["ratios"]
+
+
+def test_training_goes_on_from_an_embedder(config, tmp_path):
+    train(replace(config, total_tokens=96))
+    further = replace(config, start_from=config.output, output=str(tmp_path / "more"), learning_rate=1e-9, embedder={})
+    train(replace(further, total_tokens=96))
+    for name, tensor in tensors(config).items():
+        torch.testing.assert_close(tensors(further)[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_with_several_processes_each_takes_its_own_gpu(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert trainer_module._device(replace(config, device="cuda")) == "cuda:1"
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        trainer_module._device(replace(config, device="cuda:0"))
+    assert trainer_module._device(config) == "cpu"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (config.tokens_per_step, config.max_steps) == (192, 3)
