@@ -100,7 +100,8 @@ def plan_context(
     finest, and on to raw, one rung at a time and in rank order, each rung up to the first document that no
     longer fits: when all fit raw, all are raw. What is left then makes short documents raw, in rank order.
     A ratio, or "raw": every document at that fidelity. A document that the ratio would not shorten is raw.
-    What does not fit is dropped from the end of the ranking, never cut; an empty document is dropped as such.
+    What does not fit is dropped from the end of the ranking, never cut. An empty document, and one that alone is
+    larger than the budget, is dropped as such and does not count.
 
     Args:
         n_tokens: Tokens of each document, best document first.
@@ -129,7 +130,9 @@ def plan_context(
         content = compressed_positions(length, fidelity, chunk_size) if isinstance(fidelity, int) else length
         return content + extra[index]
 
-    documents = [index for index, length in enumerate(lengths) if length]
+    # One that the whole budget could not hold is set aside: the others need not go because of it.
+    too_large = {index for index, length in enumerate(lengths) if length and cost(index, ladder[0]) > budget}
+    documents = [index for index, length in enumerate(lengths) if length and index not in too_large]
     kept, left = _longest_run(documents, budget, lambda index: cost(index, ladder[0]))
     short = {index for index in kept if lengths[index] <= raw_below} if ratio == "auto" else set()
     chosen = _climb(kept, short, ladder, left, cost)
@@ -138,8 +141,10 @@ def plan_context(
         fidelity: Fidelity = chosen.get(index, "dropped")
         if fidelity == "dropped":
             reason = "ranked below a document that does not fit" if length else "empty"
-            if documents[len(kept) : len(kept) + 1] == [index]:  # the first that did not fit
-                at = f"even {_at(ladder[0])}" if len(ladder) > 1 else _at(ladder[0])
+            at = f"even {_at(ladder[0])}" if len(ladder) > 1 else _at(ladder[0])
+            if index in too_large:
+                reason = f"larger than the budget {at}: needs {cost(index, ladder[0])} positions"
+            elif documents[len(kept) : len(kept) + 1] == [index]:  # the first that did not fit
                 reason = f"over budget {at}: needs {cost(index, ladder[0])} positions, {left} left"
         elif isinstance(fidelity, int) and cost(index, fidelity) == cost(index, "raw"):
             fidelity, reason = "raw", f"{_name(fidelity)} would save nothing"
