@@ -19,12 +19,13 @@ from extemb_core.answers import Answer, AnswerStream, ContextEntry, Ready
 from extemb_core.context.assembly import Part, Prompt, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.models.compressed import Compressed
-from extemb_core.models.llm import Sampling
+from extemb_core.models.llm import Sampling, pieces_of
 
 if TYPE_CHECKING:
     from extemb_core.lm import Documents, ExtensibleLM
 
 _EARLIER = "Earlier in this conversation:\n"
+_PIECE_CHARS = 8192  # long texts are taken in piece by piece
 _FIRST_RATIO = 4  # what raw text is condensed at first; pressure coarsens it
 
 
@@ -89,10 +90,8 @@ class Session:
 
     def append(self, text: str) -> None:
         """Feed text that belongs to no turn: a transcript, a log, a novel, piece by piece."""
-        if text:
-            with self._lock:
-                self._timeline.append(_Turn(None, text))
-                self._make_room([], 0)
+        with self._lock:
+            self._take_in(text)
 
     def send(self, text: str, **sampling: Any) -> Answer:
         """Say something and get the answer; both become part of the conversation."""
@@ -105,6 +104,8 @@ class Session:
         start = time.perf_counter()
         settings = Sampling(**sampling)
         with self._lock:
+            *long, text = pieces_of(text, _PIECE_CHARS)
+            self._take_in("".join(long))  # a message of many windows is streamed text but for its end
             asked = _Turn("user", text)
             self._make_room([asked], settings.max_new_tokens)
             prompt = self._prompt([asked])
@@ -112,6 +113,12 @@ class Session:
         return AnswerStream(self._lm.llm, ready, settings, start, lambda answer: self._finished(asked, answer))
 
     # -- the timeline -----------------------------------------------------------------------------------------
+
+    def _take_in(self, text: str) -> None:
+        """Add streamed text in pieces, making room after each, so that the work grows with the text and no faster."""
+        for piece in pieces_of(text, _PIECE_CHARS):
+            self._timeline.append(_Turn(None, piece))
+            self._make_room([], 0)
 
     def _prompt(self, coming: list[_Turn]) -> Prompt:
         """The whole conversation as one prompt: documents, condensed and streamed text lead the first user turn."""

@@ -243,7 +243,7 @@ class LLM:
                 f"character {lone.start()} of the text is a lone surrogate ({lone[0]!a}), which no tokenizer can read; "
                 "decode the text with errors='replace'"
             )
-        pieces = [self._encode_piece(piece) for piece in _pieces(text)]
+        pieces = [self._encode_piece(piece) for piece in pieces_of(text, _PIECE_CHARS)]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
 
     def _encode_piece(self, text: str) -> np.ndarray[Any, Any]:
@@ -537,10 +537,11 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return names[dtype]
 
 
-def _pieces(text: str) -> Iterator[str]:
+def pieces_of(text: str, n_chars: int) -> Iterator[str]:
+    """A text in pieces of at most `n_chars` characters, cut between two words where there are some."""
     start = 0
-    while len(text) - start > _PIECE_CHARS:
-        middle, end = start + _PIECE_CHARS // 2, start + _PIECE_CHARS
+    while len(text) - start > n_chars:
+        middle, end = start + n_chars // 2, start + n_chars
         cut = end
         for match in _WORD_BREAK.finditer(text, middle, end):
             cut = match.start()

@@ -6,6 +6,7 @@ import pytest
 from tiny import SENTENCES, random_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
+from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
 
 
@@ -71,6 +72,28 @@ def test_a_message_longer_than_the_window_is_condensed_from_its_start(lm):
     answer = send(session, SENTENCES * 2)
     assert answer.prompt_positions <= 194
     assert session.condensed_tokens > 0
+
+
+def test_a_long_stream_costs_as_much_as_its_length(lm, monkeypatch):
+    """Twice the text, about twice the prompts rendered: nothing is rendered again and again as a whole."""
+    from extemb_core.context import session as module
+
+    rendered: list[int] = []
+
+    def counting(llm, messages, **options):
+        prompt = assemble_chat(llm, messages, **options)
+        rendered.append(len(prompt))
+        return prompt
+
+    monkeypatch.setattr(module, "assemble_chat", counting)
+    monkeypatch.setattr(module, "_PIECE_CHARS", 400)
+    costs = []
+    for times in (4, 8):
+        rendered.clear()
+        lm.session(window=200).append(SENTENCES * times)
+        costs.append(sum(rendered))
+    assert costs[1] < 2.3 * costs[0]
+    assert max(rendered) < 600
 
 
 def test_documents_stay_in_the_prompt(lm):

@@ -68,7 +68,7 @@ def test_what_others_set_on_the_tokenizer_truncates_nothing():
 def test_a_long_text_has_the_ids_it_has_in_one_go(llm, monkeypatch):
     monkeypatch.setattr(llm_module, "_PIECE_CHARS", 200)
     text = "\n\n".join(SENTENCES.splitlines() * 40) + "  \n trailing   "
-    pieces = list(llm_module._pieces(text))
+    pieces = list(llm_module.pieces_of(text, llm_module._PIECE_CHARS))
     assert len(pieces) > 50
     assert max(map(len, pieces)) <= 200
     assert "".join(pieces) == text
@@ -85,7 +85,9 @@ def test_pieces_are_cut_where_newer_pre_tokenizers_begin_a_word_too(monkeypatch)
     monkeypatch.setattr(llm_module, "_PIECE_CHARS", 200)
     text = "\n\n".join(SENTENCES.splitlines() * 40)
     whole = [word for word, _ in split.pre_tokenize_str(text)]
-    assert [w for piece in llm_module._pieces(text) for w, _ in split.pre_tokenize_str(piece)] == whole
+    assert [
+        w for piece in llm_module.pieces_of(text, llm_module._PIECE_CHARS) for w, _ in split.pre_tokenize_str(piece)
+    ] == whole
 
 
 def test_one_line_without_spaces_loses_nothing(llm):
