@@ -110,6 +110,7 @@ class Session:
             self._make_room([asked], settings.max_new_tokens)
             prompt = self._prompt([asked])
         ready = Ready(prompt, self._context, self._compress_seconds)
+        self._compress_seconds = 0.0  # the documents are compressed once, and the first answer says so
         return AnswerStream(self._lm.llm, ready, settings, start, lambda answer: self._finished(asked, answer))
 
     # -- the timeline -----------------------------------------------------------------------------------------
