@@ -1,7 +1,8 @@
 """Low-rank adapters over linear layers whose weights belong to the LLM.
 
-peft makes and trains them. For inference its forward is replaced by one that adds the adapter's product to the base
-layer's output in place: the same sum with fewer passes over memory, and no merged copy of the shared weights.
+peft makes and trains them. For inference its forward is replaced by one that gives the same sum with less work, and
+still keeps no merged copy of the shared weights: for many tokens the adapter is added to a weight that lives for this
+one product, for few its output is added to the base layer's in place.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ def add_adapters(layers: nn.Module, rank: int) -> None:
     inject_adapter_in_model(config, layers)
     for module in layers.modules():
         if type(module) is LoraLinear:
-            module.__class__ = _InPlaceLoraLinear
+            module.__class__ = _FrugalLoraLinear
 
 
-class _InPlaceLoraLinear(LoraLinear):
+class _FrugalLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.base_layer
         adapter_in: Any = self.lora_A[_NAME]
@@ -36,7 +37,12 @@ class _InPlaceLoraLinear(LoraLinear):
         if torch.is_grad_enabled() or not (x.dtype == down.dtype == up.dtype == base.weight.dtype):
             summed: Tensor = super().forward(x, *args, **kwargs)
             return summed
+        scale = self.scaling[_NAME]
+        n_tokens = x.numel() // down.shape[1]
+        if n_tokens * (up.shape[0] + down.shape[1]) > up.shape[0] * down.shape[1]:
+            # Adding the adapter to the weight is less work than running every token through it.
+            return nn.functional.linear(x, torch.addmm(base.weight, up, down, alpha=scale), base.bias)
         output: Tensor = base(x)
         low = nn.functional.linear(x, down).view(-1, down.shape[0])
-        output.view(-1, up.shape[0]).addmm_(low, up.t(), alpha=self.scaling[_NAME])
+        output.view(-1, up.shape[0]).addmm_(low, up.t(), alpha=scale)
         return output
