@@ -22,6 +22,7 @@ from rich.table import Table
 from extemb_core import Answer, Document, ExtembError, ExtensibleLM, read_document
 
 BUDGET = 1024  # positions that truncation and embeddings may take for a topic
+WHOLE_BUDGET = 4096  # and for the whole reference: half of the window
 NEW_TOKENS = 48
 
 QUESTIONS = (
@@ -76,7 +77,7 @@ def _reference_tasks(lm: ExtensibleLM) -> list[Task]:
 
     tasks = [Task(question, Document(topics[name], title=name), BUDGET) for name, question in QUESTIONS]
     whole = Document("\n\n".join(topics[name] for name in sorted(topics)), title="The Python language reference")
-    return [*tasks, Task(WHOLE, whole, _room(lm, WHOLE))]
+    return [*tasks, Task(WHOLE, whole, min(WHOLE_BUDGET, _room(lm, WHOLE)))]
 
 
 def _own_task(lm: ExtensibleLM, arguments: argparse.Namespace) -> list[Task]:

@@ -11,6 +11,7 @@ import math
 import queue
 import re
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -243,8 +244,10 @@ class LLM:
                 f"character {lone.start()} of the text is a lone surrogate ({lone[0]!a}), which no tokenizer can read; "
                 "decode the text with errors='replace'"
             )
-        pieces = [self._encode_piece(piece) for piece in pieces_of(text, _PIECE_CHARS)]
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+        ids = array("i")  # grows in place: joining pieces at the end would hold all ids twice
+        for piece in pieces_of(text, _PIECE_CHARS):
+            ids.frombytes(self._encode_piece(piece).tobytes())
+        return np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32)
 
     def _encode_piece(self, text: str) -> np.ndarray[Any, Any]:
         encoding = self._plain_encoder.encode(text, add_special_tokens=False)
