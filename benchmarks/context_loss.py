@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from provenance import note, provenance, short_name, write_json
+from provenance import provenance, run, short_name, write_json
 
-from extemb_core.errors import ConfigError, ExtembError
+from extemb_core.errors import ConfigError
 from extemb_core.evaluation.context_loss import context_losses, spread_windows, summarise
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
@@ -137,8 +137,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ExtembError as error:
-        note(f"error: {error}")
-        sys.exit(2)
+    run(main)

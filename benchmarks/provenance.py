@@ -8,10 +8,13 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from extemb_core.errors import ExtembError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
@@ -68,6 +71,15 @@ def write_json(report: dict[str, Any], file: Path) -> None:
 def note(message: str) -> None:
     """Tell how far a run is, on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; an error of ours is one line on stderr and exit status 2."""
+    try:
+        main()
+    except ExtembError as error:
+        note(f"error: {error}")
+        sys.exit(2)
 
 
 def _git(*arguments: str) -> str | None:

@@ -17,10 +17,9 @@ from typing import Any
 
 from install_size import install_size
 from memory import growth, sample_text
-from provenance import note, provenance, short_name, write_json
+from provenance import note, provenance, run, short_name, write_json
 from timing import cold_start, compress_cost, first_token
 
-from extemb_core.errors import ExtembError
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.weights import resolve_embedder
 
@@ -131,8 +130,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ExtembError as error:
-        note(f"error: {error}")
-        sys.exit(2)
+    run(main)

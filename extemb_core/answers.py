@@ -110,10 +110,10 @@ class AnswerStream(Iterator[str]):
         start: float,
         on_answer: Callable[[Answer], None] | None = None,
     ) -> None:
+        from extemb_core.models.llm import Generated  # here, so that Answer alone does not load torch
+
         self._ready = ready
         self._start = start
-        from extemb_core.models.llm import Generated
-
         self._generated = Generated()
         self._pieces = llm.stream(ready.prompt.inputs(llm), sampling, self._generated)
         self._first_token: float | None = None
