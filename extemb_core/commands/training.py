@@ -142,6 +142,16 @@ def train(
             "--device", metavar="NAME", help="auto (CUDA, then CPU), cpu, cuda or cuda:N.", rich_help_panel=_RUN
         ),
     ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="NAME",
+            help="Of the frozen LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16; "
+            "`extemb doctor` says whether bfloat16 is safe here.",
+            rich_help_panel=_RUN,
+        ),
+    ] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on from the last checkpoint.", rich_help_panel=_RUN)
     ] = True,
@@ -194,6 +204,7 @@ def train(
                 max_minutes=max_minutes,
                 seed=seed,
                 device=device,
+                dtype=dtype,
             )
             embedder = run(config, resume=resume)
     except KeyboardInterrupt:

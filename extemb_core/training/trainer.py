@@ -53,6 +53,9 @@ class TrainingConfig:
         max_minutes: Stop cleanly after this long; the next run resumes.
         connector_lr_factor: The connector's learning rate over the layers'.
         eval_samples: Held-out samples used.
+        device: "auto" or a torch device.
+        dtype: What the frozen LLM runs in: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32" or "bfloat16". The
+            trained tensors stay float32. Ask `extemb doctor` before bfloat16 on a CPU: some end the process.
     """
 
     llm: str
@@ -79,6 +82,7 @@ class TrainingConfig:
     max_minutes: float | None = None
     seed: int = 0
     device: str = "auto"
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("data", "eval_data"):
@@ -103,6 +107,8 @@ class TrainingConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} is not above 0; pass e.g. 1.0")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ConfigError(f"max_minutes={self.max_minutes} is not above 0; pass minutes, or None for no limit")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"dtype={self.dtype!r} is not auto, float32 or bfloat16; pass one of them")
         if not (0 < self.learning_rate < 1):
             raise ConfigError(f"learning_rate={self.learning_rate} is not between 0 and 1; pass e.g. 3e-4")
 
@@ -256,7 +262,7 @@ def train(config: TrainingConfig, *, resume: bool = True) -> ExtensibleEmbedder:
     checkpoint = _last_checkpoint(config) if resume else None
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    llm = LLM.from_pretrained(config.llm, device=_device(config))
+    llm = LLM.from_pretrained(config.llm, device=_device(config), dtype=config.dtype)
     embedder = _starting_point(config, llm)
     chunk_sizes = config.chunk_sizes or (embedder.config.chunk_size,)
     embedder.own_to(torch.float32)  # in bfloat16 a small update would round to none
@@ -359,7 +365,7 @@ def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingA
         remove_unused_columns=False,
         seed=config.seed,
         use_cpu=llm.device.type == "cpu",
-        bf16=llm.device.type == "cuda",
+        bf16=llm.dtype == torch.bfloat16,
         dataloader_pin_memory=llm.device.type == "cuda",
         label_names=[],
     )

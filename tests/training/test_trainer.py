@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from extemb_core.errors import ConfigError, TrainingError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training import trainer as trainer_module
+from extemb_core.training.objectives import two_stream_loss
 from extemb_core.training.trainer import EmbedderTrainer, RatioCollator, TrainingConfig, TwoStream, train
 
 
@@ -190,6 +192,7 @@ def test_what_cannot_be_trained_on(config, folder, tmp_path):
         ("data", ()), ("data", "one.txt"), ("eval_data", "one.txt"), ("batch_size", 0), ("sample_length", 4.5),
         ("chunk_sizes", (0,)), ("ratios", ("2",)), ("warmup_steps", -1), ("learning_rate", 0), ("learning_rate", 3),
         ("connector_lr_factor", 0), ("max_grad_norm", -1), ("max_minutes", 0), ("seed", -1), ("weight_decay", -0.1),
+        ("dtype", "int8"),
     ],
 )  # fmt: skip
 def test_an_illegal_setting_is_named(config, name, value):
@@ -253,6 +256,21 @@ def test_ratios_are_drawn_per_sample_and_again_the_same():
     assert collator(items)["ratios"] == batch["ratios"]
     assert {collator(items[at : at + 2])["chunk_size"] for at in range(20)} == {16, 32}
     assert RatioCollator([2, 4, 8], [16], seed=2)(items)["ratios"] != batch["ratios"]
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_frozen_llm_may_run_in_bfloat16_while_what_is_trained_stays_float32(config, monkeypatch, dtype, expected):
+    seen = {}
+
+    def loss(embedder, llm, *args):
+        seen.update(llm=llm.dtype, own={p.dtype for p in embedder.parameters() if p.requires_grad},
+                    autocast=torch.is_autocast_enabled("cpu"))  # fmt: skip
+        return two_stream_loss(embedder, llm, *args)
+
+    monkeypatch.setattr(trainer_module, "two_stream_loss", loss)
+    train(replace(config, dtype=dtype, total_tokens=96))
+    assert seen == {"llm": expected, "own": {torch.float32}, "autocast": dtype == "bfloat16"}
+    assert all(math.isfinite(loss) for loss in losses(config).values())
 
 
 def test_training_goes_on_from_an_embedder(config, tmp_path):
