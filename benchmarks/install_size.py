@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
-from provenance import ROOT
+
+from extemb_core.evaluation.provenance import ROOT
 
 PACKAGE = ROOT / "extemb_core"
 MB = 1_000_000

@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ending import note, run, write_json
 from install_size import install_size
 from memory import growth, sample_text
-from provenance import note, provenance, run, short_name, write_json
 from timing import cold_start, compress_cost, first_token
 
+from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.weights import resolve_embedder
 
@@ -28,7 +29,7 @@ SECTIONS = ("start", "compress", "first_token", "memory", "size")
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    where = provenance(sys.argv if argv is None else [sys.argv[0], *argv])
+    where = provenance(["python", *(sys.argv if argv is None else [sys.argv[0], *argv])])
     report = {**where, **measure(options)}
     print(table(report))
     if options.json:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(description: str, total: int, show: bool | None = None) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int, show: bool | None = None) -> Iterator[Callable[[float], None]]:
     """Yield a function that advances the bar by a number of units.
 
     Args:

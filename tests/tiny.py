@@ -98,3 +98,25 @@ def random_embedder(llm: Any, *, seed: int = 1, **settings: Any) -> Any:
             if name != "llm_probe":
                 tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
     return embedder
+
+
+class RawEmbedder:
+    """A perfect embedder: at ratio 1 its embeddings are those of the tokens themselves, so nothing is lost."""
+
+    def __init__(self, llm: Any) -> None:
+        from extemb_core.models.config import ExtensibleEmbedderConfig
+
+        self.llm = llm
+        self.fingerprint = "raw"
+        self.config = ExtensibleEmbedderConfig(ratios=(1,), chunk_size=16)
+
+    def compress_ids(self, ids: Any, *, ratio: int | None = None, **settings: Any) -> list[Any]:
+        from extemb_core.models.compressed import Compressed
+
+        return [
+            Compressed(
+                embeddings=self.llm.embed(tokens), ratio=1, n_tokens=len(tokens), ref="", fingerprint=self.fingerprint,
+                chunk_size=16, ratios=(1,), downscaling="strided",
+            )
+            for tokens in ids
+        ]  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 from extemb_core.errors import ConfigError
 from extemb_core.models.llm import LLM
 
-Part = str | Tensor
+Part = str | np.ndarray[Any, Any] | Tensor
 Content = str | Sequence[Part]
 
 # Private-use characters fence a placeholder's number; the first that no text contains is taken.
@@ -60,7 +60,7 @@ def assemble_chat(llm: LLM, messages: Sequence[Mapping[str, Any]], *, add_genera
 
     Args:
         llm: Whose template and tokenizer are used.
-        messages: Each with "role" and "content": a str, or a sequence of str and (N, D) embeddings.
+        messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids and (N, D) embeddings.
         add_generation_prompt: End with the opening of the assistant's turn.
 
     Raises:
@@ -85,7 +85,7 @@ def assemble_chat(llm: LLM, messages: Sequence[Mapping[str, Any]], *, add_genera
 def assemble_text(llm: LLM, parts: Sequence[Part]) -> Prompt:
     """A plain prompt, no chat template: the LLM's BOS if it has one, then the parts in order, text as data."""
     start: list[np.ndarray[Any, Any] | Tensor] = [np.array([llm.bos_token_id])] if llm.bos_token_id is not None else []
-    rest = [part if isinstance(part, Tensor) else llm.encode(part) for part in parts]
+    rest = [llm.encode(part) if isinstance(part, str) else part for part in parts]
     return Prompt(tuple(segment for segment in start + rest if len(segment)))
 
 
@@ -102,7 +102,7 @@ class _Placeholders:
         self.used: set[int] = set()
 
     def mark(self, part: Part) -> str:
-        if isinstance(part, Tensor):
+        if not isinstance(part, str):
             return self._number(part)
         if self._control is None:
             return part
@@ -129,8 +129,10 @@ def _checked_content(message: Mapping[str, Any]) -> list[Part]:
     if not isinstance(role, str) or not isinstance(parts, Sequence):
         raise ConfigError(f"a message is {dict(message)!r:.80}; it must have a role and a content of text")
     for part in parts:
-        if not isinstance(part, str | Tensor):
-            raise ConfigError(f"a message's content holds a {type(part).__name__}; pass str, or (N, D) embeddings")
+        if not isinstance(part, str | np.ndarray | Tensor):
+            raise ConfigError(
+                f"a message's content holds a {type(part).__name__}; pass str, (T,) token ids or (N, D) embeddings"
+            )
     return list(parts)
 
 

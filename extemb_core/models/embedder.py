@@ -14,8 +14,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -32,7 +33,7 @@ from extemb_core.models.adapters import add_adapters
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.connector import OutputConnector, trailing_means
-from extemb_core.models.downscaling import chunk_lengths, downscale, n_embeddings, picks
+from extemb_core.models.downscaling import downscale, n_embeddings, picks
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.progress import progress
 
@@ -66,10 +67,32 @@ class ChunkOutputs(NamedTuple):
 
 @dataclass(frozen=True)
 class _Chunk:
+    """The ids of one chunk of text number `text`, whose embeddings begin at row `offset`."""
+
     text: int
-    start: int
-    length: int
+    ids: np.ndarray[Any, Any]
     offset: int
+    units: float  # on the progress bar
+
+
+class _Rows:
+    """A text's embeddings while they are made, (N, D) float32: memory that grows in place and is handed over."""
+
+    def __init__(self, width: int) -> None:
+        self._buffer = bytearray()
+        self._width = width
+
+    def write(self, offset: int, rows: Tensor) -> None:
+        values = rows.float().cpu().numpy()
+        end = 4 * self._width * (offset + len(values))
+        if end > len(self._buffer):
+            self._buffer.extend(bytes(end - len(self._buffer)))
+        np.frombuffer(self._buffer, dtype=np.float32).reshape(-1, self._width)[offset : offset + len(values)] = values
+
+    def tensor(self) -> Tensor:
+        if not self._buffer:  # of which torch makes no tensor
+            return torch.empty(0, self._width)
+        return torch.frombuffer(self._buffer, dtype=torch.float32).view(-1, self._width)
 
 
 class ExtensibleEmbedder(PreTrainedModel):
@@ -300,12 +323,11 @@ class ExtensibleEmbedder(PreTrainedModel):
         wrong = next((text for text in several if not isinstance(text, str)), None)
         if wrong is not None:
             raise DocumentError(f"a text to compress is a {type(wrong).__name__}; pass a str or several")
-        ids = [self.llm.encode(text) for text in several]
+        pieces = [self.llm.encode_pieces(text) for text in several]
         refs = [text_ref(text) for text in several]
-        results = self.compress_ids(ids, refs=refs, ratio=ratio, batch_size=batch_size, show_progress=show_progress)
+        results = self._compress(pieces, refs, ratio, batch_size, sum(map(len, several)), show_progress)
         return results[0] if isinstance(texts, str) else results
 
-    @torch.no_grad()
     def compress_ids(
         self,
         ids: Sequence[np.ndarray[Any, Any]],
@@ -316,53 +338,86 @@ class ExtensibleEmbedder(PreTrainedModel):
         show_progress: bool | None = None,
     ) -> list[Compressed]:
         """`compress` for texts that are token ids already, (T,) each."""
+        pieces = [[(tokens, len(tokens))] for tokens in ids]
+        names = [""] * len(ids) if refs is None else refs
+        return self._compress(pieces, names, ratio, batch_size, sum(map(len, ids)), show_progress)
+
+    @torch.no_grad()
+    def _compress(
+        self,
+        texts: Sequence[Iterable[tuple[np.ndarray[Any, Any], int]]],
+        refs: Sequence[str],
+        ratio: int | None,
+        batch_size: int,
+        total: int,
+        show_progress: bool | None,
+    ) -> list[Compressed]:
+        """Compress texts that come as pieces of ids; what a piece counts for on the bar comes with it."""
         ratio = min(self.config.ratios) if ratio is None else self.config.require_ratio(ratio)
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
-        size = self.config.chunk_size
-        chunks: list[_Chunk] = []
-        totals = []
-        for text, tokens in enumerate(ids):
-            offset = start = 0
-            for length in chunk_lengths(len(tokens), size):
-                chunks.append(_Chunk(text, start, length, offset))
-                start += length
-                offset += n_embeddings(length, ratio)
-            totals.append(offset)
-        made = [torch.empty(total, self.config.hidden_size) for total in totals]
-        window = batch_size * _SORT_WINDOW_BATCHES
-        with progress("compress", sum(len(tokens) for tokens in ids), show_progress) as advance:
-            for first in range(0, len(chunks), window):
-                ordered = sorted(chunks[first : first + window], key=lambda chunk: -chunk.length)
-                for at in range(0, len(ordered), batch_size):
-                    batch = ordered[at : at + batch_size]
-                    self._compress_batch(batch, ids, ratio, made)
-                    advance(sum(chunk.length for chunk in batch))
+        made = [_Rows(self.config.hidden_size) for _ in texts]
+        n_tokens = [0] * len(texts)
+        chunks = self._chunks(texts, ratio, n_tokens)
+        with progress("compress", total, show_progress) as advance:
+            while window := list(islice(chunks, batch_size * _SORT_WINDOW_BATCHES)):
+                window.sort(key=lambda chunk: -len(chunk.ids))
+                for at in range(0, len(window), batch_size):
+                    batch = window[at : at + batch_size]
+                    self._compress_batch(batch, ratio, made)
+                    advance(sum(chunk.units for chunk in batch))
         fingerprint = self.fingerprint
         return [
             Compressed(
-                embeddings=embeddings,
+                embeddings=rows.tensor(),
                 ratio=ratio,
-                n_tokens=len(tokens),
-                ref=refs[index] if refs is not None else "",
+                n_tokens=count,
+                ref=ref,
                 fingerprint=fingerprint,
-                chunk_size=size,
+                chunk_size=self.config.chunk_size,
                 ratios=tuple(self.config.ratios),
                 downscaling=self.config.downscaling,
             )
-            for index, (embeddings, tokens) in enumerate(zip(made, ids, strict=True))
+            for rows, count, ref in zip(made, n_tokens, refs, strict=True)
         ]
 
-    def _compress_batch(
-        self, batch: list[_Chunk], ids: Sequence[np.ndarray[Any, Any]], ratio: int, made: list[Tensor]
-    ) -> None:
-        padded = np.zeros((len(batch), batch[0].length), dtype=np.int64)
+    def _chunks(
+        self, texts: Sequence[Iterable[tuple[np.ndarray[Any, Any], int]]], ratio: int, n_tokens: list[int]
+    ) -> Iterator[_Chunk]:
+        """The chunks of all texts, made as they are asked for; counts each text's tokens in `n_tokens`."""
+        for text, pieces in enumerate(texts):
+            offset = 0
+            for ids, units in _regrouped(pieces, self.config.chunk_size):
+                yield _Chunk(text, ids, offset, units)
+                offset += n_embeddings(len(ids), ratio)
+                n_tokens[text] += len(ids)
+
+    def _compress_batch(self, batch: list[_Chunk], ratio: int, made: list[_Rows]) -> None:
+        padded = np.zeros((len(batch), len(batch[0].ids)), dtype=np.int64)
         for row, chunk in enumerate(batch):
-            padded[row, : chunk.length] = ids[chunk.text][chunk.start : chunk.start + chunk.length]
+            padded[row, : len(chunk.ids)] = chunk.ids
         outputs = self(torch.from_numpy(padded).to(self.llm.device))
         for row, chunk in enumerate(batch):
-            embeddings = self.read_out(outputs, row, chunk.length, ratio)
-            made[chunk.text][chunk.offset : chunk.offset + embeddings.shape[0]] = embeddings.float().cpu()
+            made[chunk.text].write(chunk.offset, self.read_out(outputs, row, len(chunk.ids), ratio))
+
+
+def _regrouped(
+    pieces: Iterable[tuple[np.ndarray[Any, Any], int]], size: int
+) -> Iterator[tuple[np.ndarray[Any, Any], float]]:
+    """Pieces of ids as chunks of `size` and a tail, each with its share of what the pieces count for."""
+    held: list[np.ndarray[Any, Any]] = []
+    count, units = 0, 0.0
+    for ids, worth in pieces:
+        start = 0
+        while start < len(ids):
+            part = ids[start : start + size - count]
+            held.append(part)
+            start, count, units = start + len(part), count + len(part), units + worth * len(part) / len(ids)
+            if count == size:
+                yield np.concatenate(held), units
+                held, count, units = [], 0, 0.0
+    if held:
+        yield np.concatenate(held), units
 
 
 def check_llm(config: ExtensibleEmbedderConfig, llm: LLM) -> None:

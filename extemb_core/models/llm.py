@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -50,6 +51,7 @@ from extemb_core.models.weights import resolve_llm
 _PIECE_CHARS = 32_768
 _WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_SHORTEST_SHARED_PREFIX = 64
 _TOKENIZER_PROBE = "The 3 quick brown foxes\n\n\tjumped over naïve 東京 dogs; x_1 += 42.5  # ok?"
 
 
@@ -239,15 +241,23 @@ class LLM:
         Raises:
             DocumentError: The text holds half of a surrogate pair, which is no character.
         """
+        ids = array("i")  # grows in place: joining pieces at the end would hold all ids twice
+        for piece, _ in self.encode_pieces(text):
+            ids.frombytes(piece.tobytes())
+        return np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32)
+
+    def encode_pieces(self, text: str) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
+        """`encode` piece by piece, so that a long text's ids need not be in memory together.
+
+        Returns:
+            (T,) ids and the number of characters that they stand for, in the text's order.
+        """
         if lone := _LONE_SURROGATE.search(text):
             raise DocumentError(
                 f"character {lone.start()} of the text is a lone surrogate ({lone[0]!a}), which no tokenizer can read; "
                 "decode the text with errors='replace'"
             )
-        ids = array("i")  # grows in place: joining pieces at the end would hold all ids twice
-        for piece in pieces_of(text, _PIECE_CHARS):
-            ids.frombytes(self._encode_piece(piece).tobytes())
-        return np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32)
+        return ((self._encode_piece(piece), len(piece)) for piece in pieces_of(text, _PIECE_CHARS))
 
     def _encode_piece(self, text: str) -> np.ndarray[Any, Any]:
         encoding = self._plain_encoder.encode(text, add_special_tokens=False)
@@ -323,11 +333,14 @@ class LLM:
         """Continue a batch of prompts, each (T, D) embeddings or a list of ids.
 
         Prompts are padded on the left and positions counted from each prompt's own start, so that the answer to
-        one does not depend on the others.
+        one does not depend on the others. What lists of ids have in common at their start is read once.
         """
         if not prompts:
             return []
-        inputs = self._batch(prompts)
+        shared = self._shared_prefix(prompts)
+        inputs = self._batch([prompt[shared:] for prompt in prompts])
+        if shared:
+            inputs |= self._after_prefix([int(index) for index in prompts[0][:shared]], inputs)
         rows = self._run(inputs, sampling)
         return [self._finish(row, sampling) for row in rows.tolist()]
 
@@ -392,7 +405,34 @@ class LLM:
         padded = [torch.nn.functional.pad(row, (0, 0, longest - row.shape[0], 0)) for row in embedded]
         return {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
 
-    def _run(self, inputs: dict[str, Tensor], sampling: Sampling, relay: _TokenRelay | None = None) -> Tensor:
+    def _shared_prefix(self, prompts: Sequence[Tensor | Sequence[int]]) -> int:
+        """How many ids all prompts begin with, where reading them once is worth it; each keeps one of its own."""
+        if len(prompts) < 2 or any(isinstance(prompt, Tensor) for prompt in prompts):
+            return 0
+        if getattr(self.text_config, "sliding_window", None):  # counts the padding after the prefix
+            return 0
+        length = min(len(prompt) for prompt in prompts) - 1
+        rows = np.array([list(prompt[: max(0, length)]) for prompt in prompts])
+        differs = np.flatnonzero((rows != rows[0]).any(0))
+        shared = int(differs[0]) if len(differs) else length
+        return shared if shared >= _SHORTEST_SHARED_PREFIX else 0
+
+    @torch.no_grad()
+    def _after_prefix(self, prefix: list[int], inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """The inputs of a batch that continues one prefix: with its ids and mask before them, and its cache."""
+        rows = inputs["input_ids"].shape[0]
+        ids = torch.tensor([prefix], device=self.device)
+        cache = DynamicCache(config=self.model.config)
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(rows)
+        before = ids.expand(rows, -1)
+        return {
+            "input_ids": torch.cat([before, inputs["input_ids"]], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(before), inputs["attention_mask"]], dim=1),
+            "past_key_values": cache,
+        }
+
+    def _run(self, inputs: dict[str, Any], sampling: Sampling, relay: _TokenRelay | None = None) -> Tensor:
         """New token ids, (B, S), padded on the right with a stop token."""
         stop_ids = self.stop_token_ids
         config = GenerationConfig(

@@ -18,15 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError
+from extemb_core.errors import DocumentError, DocumentNotFoundError
 from extemb_core.models import cache as caching
 from extemb_core.models.llm import LLM
 from extemb_core.models.sources import sha256_of
 from extemb_core.progress import progress
+from extemb_core.rows import is_rows, read_rows, read_whole
 
 logger = logging.getLogger(__name__)
-
-_BLOCK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -105,69 +104,16 @@ class Samples:
 
 def read_texts(file: Path) -> Iterator[str]:
     """The documents of a .jsonl or .jsonl.zst file (field "text"), or the whole of any other text file."""
-    if not file.is_file():
-        raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
-    name = file.name.removesuffix(".zst")
-    blocks = _decompressed(file) if file.suffix == ".zst" else _blocks(file)
-    if not name.endswith(".jsonl"):
-        yield _decoded(b"".join(blocks), file, 1)
+    if not is_rows(file):
+        yield read_whole(file)
         return
-    for number, line in enumerate(_lines(blocks), 1):
-        if not line.strip():
-            continue
-        row = _decoded(line, file, number)
-        try:
-            text = json.loads(row)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DocumentError(
-                f'{file}, line {number}: each row must be a JSON object with a "text"; mend or drop the row'
-            ) from error
-        if not isinstance(text, str):
-            raise DocumentError(f'{file}, line {number}: "text" is {type(text).__name__}, not a string; mend the row')
-        yield text
-
-
-def _blocks(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            yield block
-
-
-def _decompressed(file: Path) -> Iterator[bytes]:
-    """All frames of a .zst file. The package's own stream reader takes a file cut short for a whole one."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise MissingExtraError("zstandard", "train", f"reading {file.name}") from error
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = None
-    try:
-        for compressed in _blocks(file):
-            rest = compressed
-            while rest:
-                frame = frame or decompressor.decompressobj()
-                yield frame.decompress(rest)
-                rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    except zstandard.ZstdError as error:
-        raise DocumentError(f"{file} is not a whole .zst file ({error}); get it again") from error
-    if frame is not None:
-        raise DocumentError(f"{file} ends in the middle of its compressed data; get it again")
-
-
-def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for block in blocks:
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
-    yield rest
-
-
-def _decoded(data: bytes, file: Path, line: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise DocumentError(f"{file}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    for number, row in read_rows(file):
+        if "text" not in row:
+            raise DocumentError(f'{file}, line {number}: each row must have a "text"; mend or drop the row')
+        if not isinstance(row["text"], str):
+            kind = type(row["text"]).__name__
+            raise DocumentError(f'{file}, line {number}: "text" is {kind}, not a string; mend the row')
+        yield row["text"]
 
 
 def _tokenise(files: Sequence[Path], llm: LLM, folder: Path, show_progress: bool | None) -> None:

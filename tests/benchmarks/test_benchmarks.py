@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, SENTENCES, random_embedder, tiny_llm, tiny_model
 
-from extemb_core.errors import ConfigError, ExtembError
+from extemb_core.errors import ExtembError
 from extemb_core.lm import ExtensibleLM
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -49,48 +48,6 @@ def inputs_seen(module, work):
     finally:
         hook.remove()
     return seen
-
-
-# -- context_loss.py ------------------------------------------------------------------------------------------
-
-
-def test_context_loss_report(folders, tmp_path, capsys):
-    data = tmp_path / "books.jsonl"
-    rows = [" ".join([SENTENCES] * 6), "short", " ".join(reversed(SENTENCES.split() * 6))]
-    data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
-    out = tmp_path / "made" / "report.json"
-    arguments = ["--data", data, "--llm", folders / "tiny-llm", "--embedder", folders / "tiny-embedder", "--json", out]
-    arguments += ["--context", 32, "--target", 16, "--ratios", 4, 2, "--windows-per-document", 3, "--limit", 5]
-    script("context_loss").main([str(argument) for argument in arguments])
-    report = json.loads(out.read_text(encoding="utf-8"))
-    assert list(report["arms"]) == ["none", "nearest/2", "nearest/4", "extensible/2", "extensible/4", "full"]
-    assert [arm["positions"] for arm in report["arms"].values()] == [0, 16, 8, 16, 8, 32]
-    assert (report["n_windows"], report["n_documents"], report["documents_too_short"]) == (5, 2, 1)
-    for arm, values in report["losses"].items():
-        assert len(values) == len(report["windows"]) == 5
-        assert np.mean(values) == pytest.approx(report["arms"][arm]["mean"], abs=1e-5)
-    differences = np.subtract(report["losses"]["extensible/4"], report["losses"]["nearest/4"])
-    assert differences.mean() == pytest.approx(report["ratios"]["4"]["extensible_minus_nearest"], abs=1e-5)
-    assert str(tmp_path) not in out.read_text(encoding="utf-8")
-    assert str(folders) not in out.read_text(encoding="utf-8")
-    assert report["config"]["embedder"] == "tiny-embedder"
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 6 + 1
-
-
-def test_context_loss_without_an_embedder_has_only_controls(folders, tmp_path, capsys):
-    data = tmp_path / "book.txt"
-    data.write_text(TEXT, encoding="utf-8")
-    arguments = ["--data", data, "--llm", folders / "tiny-llm", "--context", 16, "--target", 8, "--ratios", 2]
-    script("context_loss").main([str(argument) for argument in arguments])
-    arms = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
-    assert arms == ["none", "nearest/2", "full"]
-
-
-def test_documents_shorter_than_a_window_are_an_error(folders, tmp_path):
-    data = tmp_path / "book.txt"
-    data.write_text("Too short.", encoding="utf-8")
-    with pytest.raises(ConfigError, match="768 tokens"):
-        script("context_loss").main(["--data", str(data), "--llm", str(folders / "tiny-llm")])
 
 
 # -- timing.py ------------------------------------------------------------------------------------------------
@@ -166,7 +123,7 @@ def test_a_command_that_fails_is_an_error():
         script("timing")._python("raise SystemExit('no such thing')")
 
 
-# -- memory.py, install_size.py, provenance.py ----------------------------------------------------------------
+# -- memory.py, install_size.py -------------------------------------------------------------------------------
 
 
 def test_memory_probe_accounts_for_what_it_returns(folders):
@@ -205,15 +162,6 @@ def test_install_size_adds_up():
     assert "torch" in size["installed_by_torch_alone"]
     assert "numpy" not in size["installed_by_torch_alone"]
     assert 0 < size["extemb_code_mb"] < 5
-
-
-def test_provenance_names_no_folder(tmp_path):
-    argv = [str(SCRIPTS / "speed.py"), "--llm", "owner", f"--json={tmp_path}/x.json", str(tmp_path / "data.zst")]
-    found = script("provenance").provenance(argv)
-    assert found["command"] == f"python benchmarks{os.sep}speed.py --llm owner --json=x.json data.zst"
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["hardware"]["threads"] == torch.get_num_threads()
-    json.dumps(found, allow_nan=False)
 
 
 @pytest.mark.slow

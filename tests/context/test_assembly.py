@@ -81,6 +81,15 @@ def test_fences_inside_text_are_text(llm):
     assert text in llm.tokenizer.decode(prompt.segments[0])
 
 
+def test_token_ids_stand_as_they_are_and_the_prompt_is_still_text(llm):
+    ids = np.array([7, 1, 9])  # 1 is a control token: whoever passes ids means them
+    prompt = assemble_chat(llm, [{"role": "user", "content": ["before ", ids, " after"]}])
+    assert prompt.text_only
+    (start,) = [at for at in range(len(prompt)) if prompt.inputs(llm)[at : at + 3] == [7, 1, 9]]
+    assert llm.tokenizer.decode(prompt.inputs(llm)[:start]).endswith("before ")
+    assert len(assemble_text(llm, ["before ", ids])) == len(llm.encode("before ")) + 3
+
+
 def test_a_prompt_knows_its_positions(llm):
     assert len(Prompt((np.array([1, 2]), torch.zeros(3, llm.width)))) == 5
     assert Prompt(()).embeddings(llm).shape == (0, llm.width)

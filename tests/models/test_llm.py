@@ -164,6 +164,27 @@ def test_generation_in_a_padded_batch_is_that_of_each_alone(architecture, penalt
             assert llm.generate(inputs, sampling) == alone
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_shared_prefix_is_read_once_and_changes_no_answer(architecture, penalty):
+    llm = LLM(tiny_model(architecture, max_position_embeddings=512), tiny_tokenizer())
+    text = llm.encode(LONG_PROMPT * 6).tolist()[:130]
+    prompts = [text + llm.encode(end).tolist() for end in ("Rivers", "x", "def area(width: float")] + [text]
+    sampling = Sampling(max_new_tokens=12, repetition_penalty=penalty)
+    alone = [llm.generate([each], sampling)[0] for each in prompts]
+    read = []
+    embeddings = llm.model.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
+    assert llm.generate(prompts, sampling) == alone
+    hook.remove()
+    if architecture == "gemma2":  # its window slides over slots, padding among them
+        assert read[0] == (4, max(map(len, prompts)))
+    else:
+        assert read[0] == (1, 129)  # the shortest prompt keeps one token of its own
+        assert read[1][0] == 4
+        assert read[1][1] < 20
+
+
 def test_padding_is_not_penalised():
     llm = LLM(tiny_model("llama"), tiny_tokenizer())
     short, long = llm.encode("x").tolist(), llm.encode(LONG_PROMPT).tolist()

@@ -61,9 +61,9 @@ def test_a_row_larger_than_a_block_and_several_frames(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (b"{not json}", 'line 3: each row must be a JSON object with a "text"'),
-        (b'"just a string"', "line 3: each row"),
-        (b'{"title": "x"}', "line 3: each row"),
+        (b"{not json}", "line 3: not JSON"),
+        (b'"just a string"', "line 3: a JSON str, not an object"),
+        (b'{"title": "x"}', 'line 3: each row must have a "text"'),
         (b'{"text": null}', 'line 3: "text" is NoneType'),
         (b'{"text": "\xff"}', "line 3: not UTF-8"),
     ],

@@ -1,0 +1,159 @@
+"""What else the same positions could hold: plain tokens chosen from the text in several ways, and noise.
+
+Each is a pure function of token ids (T,), or of embeddings, and of how many positions there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extemb_core.errors import ConfigError
+from extemb_core.models.llm import LLM
+
+_LOGITS_AT_ONCE = 256  # positions: logits are wide
+
+Ids = np.ndarray[Any, Any]
+
+
+def nearest(ids: Ids, n: int) -> Ids:
+    """The last `n` tokens; all of them where there are no more. ids: (T,)."""
+    _require_count(n)
+    return ids[max(0, len(ids) - n) :]
+
+
+def head(ids: Ids, n: int) -> Ids:
+    """The first `n` tokens; all of them where there are no more. ids: (T,)."""
+    _require_count(n)
+    return ids[:n]
+
+
+def sinks_and_window(ids: Ids, n: int, sinks: int = 4) -> Ids:
+    """What StreamingLLM (Xiao et al., arXiv 2309.17453) keeps of a text: its first tokens and its most recent ones.
+
+    As there, positions are slots of the cache, contiguous whatever lies between the tokens in the text. This is the
+    variant with re-computation: the tokens are read anew within the cache, whereas the states of a running stream's
+    cache still carry something of the tokens that were in it when they were made.
+
+    Args:
+        ids: (T,).
+        n: Positions of the cache; where all tokens fit, all stay.
+        sinks: First tokens that stay; the other n - sinks are the most recent.
+
+    Raises:
+        ConfigError: The cache does not hold the sinks.
+    """
+    _require_count(n)
+    if len(ids) <= n:
+        return ids
+    if not 0 <= sinks <= n:
+        raise ConfigError(f"sinks={sinks} is not between 0 and the {n} positions of the cache; pass fewer")
+    return np.concatenate([ids[:sinks], nearest(ids, n - sinks)])
+
+
+@torch.no_grad()
+def token_information(llm: LLM, ids: Ids, prefix: Sequence[int] | Ids = ()) -> Ids:
+    """What each token tells the LLM that it did not expect: its negative log-likelihood given those before it.
+
+    A text longer than the window is read in windows, each beginning with a BOS where the LLM has one; each token is
+    then scored once, given all before it or at least half a window of them.
+
+    Args:
+        llm: Predicts them.
+        ids: (T,).
+        prefix: Tokens before them, which are not scored.
+
+    Returns:
+        (T,) float32, in nats. Where nothing stands before the first token, not even a BOS, it is given the maximum of
+        the others, so that it counts as a surprise.
+    """
+    bos = [llm.bos_token_id] if llm.bos_token_id is not None else []
+    text = np.concatenate([np.asarray(prefix, dtype=np.int64), np.asarray(ids, dtype=np.int64)])
+    room = llm.window - len(bos)
+    found = np.zeros(len(text), dtype=np.float32)
+    unpredicted = not bos and not len(prefix)
+    done = 1 if unpredicted else len(prefix)
+    while done < len(text):
+        start = max(0, min(done - room // 2, len(text) - room))  # the last window is a full one
+        end = min(start + room, len(text))
+        read = np.concatenate([np.array(bos, dtype=np.int64), text[start : end - 1]])
+        hidden = llm.hidden(llm.embed(read)[None])[0, -(end - done) :]
+        found[done:end] = _negative_log_likelihoods(llm, hidden, text[done:end])
+        done = end
+    if unpredicted:
+        found[:1] = found[1:].max(initial=0)
+    return found[len(prefix) :]
+
+
+def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
+    """The `n` most informative tokens of a text, in their order.
+
+    The token-level criterion of LLMLingua (Jiang et al., arXiv 2310.05736, iterative token-level prompt compression),
+    with the LLM that reads the outcome as its small model too: the text is gone through in segments, and a token's
+    information is taken given what was kept of the segments before and all of its own segment so far. Each segment
+    keeps its share of the budget exactly, where the original keeps what is above a threshold estimated from it; the
+    other parts of LLMLingua (choosing among demonstrations, aligning the small model) have nothing to act on here.
+
+    Args:
+        llm: Judges the tokens. Of what was kept, it sees the most recent that fits its window beside the segment.
+        ids: (T,).
+        n: Tokens to keep; with n >= T the text comes back unchanged.
+        segment: Tokens of a segment.
+
+    Returns:
+        (min(n, T),) ids. Of equally informative tokens the earlier ones are kept.
+    """
+    _require_count(n)
+    if segment < 1:
+        raise ConfigError(f"segment={segment} is below 1; pass a positive whole number")
+    total = len(ids)
+    if n >= total:
+        return ids
+    room = llm.window - int(llm.bos_token_id is not None)
+    kept = ids[:0]
+    for start in range(0, total, segment):
+        part = ids[start : start + segment]
+        due = (2 * n * (start + len(part)) + total) // (2 * total)  # the budget so far, rounded: n at the end
+        if due == len(kept):
+            continue
+        information = token_information(llm, part, nearest(kept, max(0, room - len(part))))
+        chosen = np.argsort(-information, kind="stable")[: due - len(kept)]
+        kept = np.concatenate([kept, part[np.sort(chosen)]])
+    return kept
+
+
+def random_embeddings(like: Tensor, seed: int) -> Tensor:
+    """Gaussian vectors with the norms of others: what positions are worth that say nothing.
+
+    Args:
+        like: (N, D).
+        seed: The same on every device.
+
+    Returns:
+        (N, D), each row in a random direction and as long as the same row of `like`; on its device, in its dtype.
+    """
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+    norms = torch.linalg.vector_norm(like.float(), dim=-1, keepdim=True).cpu()
+    rows: Tensor = torch.nn.functional.normalize(noise, dim=-1) * norms
+    return rows.to(like.device, like.dtype)
+
+
+def _negative_log_likelihoods(llm: LLM, hidden: Tensor, following: Ids) -> Ids:
+    """hidden: (S, D), following: (S,) -> (S,)."""
+    targets = torch.as_tensor(following, device=hidden.device)
+    losses = [
+        torch.nn.functional.cross_entropy(
+            llm.logits(hidden[at : at + _LOGITS_AT_ONCE]).float(), targets[at : at + _LOGITS_AT_ONCE], reduction="none"
+        )
+        for at in range(0, len(targets), _LOGITS_AT_ONCE)
+    ]
+    return torch.cat(losses).cpu().numpy()
+
+
+def _require_count(n: int) -> None:
+    if n < 0:
+        raise ConfigError(f"n={n} positions is below 0; pass a whole number of at least 0")

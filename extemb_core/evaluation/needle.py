@@ -1,0 +1,406 @@
+"""Finding one thing in much text: a pass key in a sentence, or the value of one key among many.
+
+A haystack has exactly so many tokens, and its needle stands at a depth from 0 (first) to 1 (last):
+
+    passkey      running text, and one sentence in it that holds a pass key of five digits
+    key_value    lines of `key: value`, all of made-up words; the needle is one of them
+
+Each arm puts another form of the same haystack into the same prompt:
+
+    none            nothing
+    truncated/k     its first tokens: as many positions as ratio k takes
+    extensible/k    extensible embeddings at ratio k
+    full            all of it
+
+An arm that does not fit the window, beside the prompt and the answer, is absent. A haystack depends on the seed and
+on its own task, length, depth and trial: not on which others are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from extemb_core.context.assembly import Prompt, assemble_chat
+from extemb_core.errors import BudgetError, ConfigError, DocumentError
+from extemb_core.evaluation.baselines import head
+from extemb_core.evaluation.runs import Sample
+from extemb_core.evaluation.scoring import contained
+from extemb_core.evaluation.settings import CommonConfig, require_counts
+from extemb_core.evaluation.statistics import mean_with_interval
+from extemb_core.models.downscaling import chunk_lengths, n_embeddings
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.llm import LLM, Sampling
+from extemb_core.training.data import read_texts
+
+Ids = np.ndarray[Any, Any]
+
+TASKS = ("passkey", "key_value")
+PROMPTS: Mapping[str, Mapping[str, str]] = {
+    "passkey": {
+        "before": "A pass key is hidden in the following text. Find it and remember it.\n\nText:\n",
+        "needle": " The pass key is {answer}; remember it.",
+        "after": "\n\nWhat is the pass key in the text? Answer with its five digits only.",
+    },
+    "key_value": {
+        "before": "Each of the following lines holds a key and its value.\n\nLines:\n",
+        "needle": "{key}: {answer}\n",
+        # Copying the line is what the smallest LLMs manage; asked for the value alone they make one up.
+        "after": "\n\nWhich line begins with {key}? Copy that line.",
+    },
+}
+_SHORTEST = 64  # tokens; more than any needle has characters
+_BATCH_POSITIONS = 4096  # of prompts that are answered together
+_SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
+
+SENTENCES = (
+    "The baker opens his shop before the street lamps go out.",
+    "A grey cat sleeps on the wall between the two gardens.",
+    "On Mondays the market sells apples, onions and fresh bread.",
+    "My aunt keeps her buttons in an old biscuit tin.",
+    "The bus to the harbour leaves every half hour.",
+    "Rain ran down the window and made small rivers in the dust.",
+    "He put the kettle on and looked for a clean cup.",
+    "Two children were drawing boats with chalk on the pavement.",
+    "The carpenter measured the shelf twice and cut it once.",
+    "In winter the pond behind the school freezes from the edge inwards.",
+    "She folded the letter and laid it under the clock.",
+    "A bicycle without a bell leaned against the fence.",
+    "The soup needs a little salt and another ten minutes.",
+    "Nobody could say who had left the gate open.",
+    "The librarian pushed her trolley slowly past the tall shelves.",
+    "Swallows return to the barn when the cherry trees have flowered.",
+    "They painted the kitchen yellow because it gets so little sun.",
+    "The dog waits by the door until somebody finds his lead.",
+    "A train crossed the valley and its sound came a moment later.",
+    "Grandfather grows beans along strings tied to the shed.",
+    "The lift was out of order, so we took the stairs.",
+    "Someone had mended the broken chair with a piece of wire.",
+    "At noon the bells ring and the pigeons leave the roof.",
+    "The tailor chalks a line on the cloth and reaches for his scissors.",
+    "By evening the wind had dropped and the washing was dry.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleConfig(CommonConfig):
+    """What is hidden, and where. `data` is the text that pass keys are hidden in; SENTENCES when there is none.
+
+    Attributes:
+        tasks: Some of `TASKS`.
+        tokens: Lengths of the haystacks.
+        depths: How many, evenly from 0 to 1; a single one is in the middle.
+        trials: Haystacks of each task, length and depth.
+        max_new_tokens: The answer ends after so many.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    tokens: tuple[int, ...] = (1024, 4096, 16384, 65536, 102400)
+    depths: int = 5
+    trials: int = 1
+    max_new_tokens: int = 24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "tokens", "depths", "trials", "max_new_tokens")
+        if not self.tokens or min(self.tokens) < _SHORTEST:
+            raise ConfigError(f"tokens={self.tokens!r}: a haystack must hold its needle; pass lengths from {_SHORTEST}")
+        if not self.tasks or not set(self.tasks) <= set(TASKS) or len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"tasks={self.tasks!r} must be distinct ones of {', '.join(TASKS)}; pass one or more")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which haystack."""
+
+    task: str
+    tokens: int
+    depth: float
+    trial: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.task}:{self.tokens}:{self.depth:g}:{self.trial}"
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """The text as (T,) `ids`; the needle's first token is at `at`. `question` comes after the text."""
+
+    task: str
+    ids: Ids
+    at: int
+    question: str
+    answer: str
+
+
+class NeedleExperiment:
+    """See the module. Without an embedder only "none", "truncated" and "full" are measured."""
+
+    kind: ClassVar[str] = "needle"
+
+    def __init__(self, config: NeedleConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
+        self.config = config
+        self.llm = llm
+        self.embedder = embedder
+        for ratio in config.ratios:
+            if embedder is not None:
+                embedder.config.require_ratio(ratio)
+        self._texts = read_filler(llm, config.data)
+        self._sampling = Sampling(max_new_tokens=config.max_new_tokens)
+        depths = np.linspace(0, 1, config.depths).round(4).tolist() if config.depths > 1 else [0.5]
+        cases = [
+            Case(task, tokens, depth, trial)
+            for tokens in sorted(config.tokens)
+            for task in config.tasks
+            for depth in depths
+            for trial in range(config.trials)
+        ]
+        if config.limit is not None and config.limit < len(cases):
+            cases = [cases[int(at)] for at in np.linspace(0, len(cases) - 1, config.limit)]
+        self._cases = {case.id: case for case in cases}
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self.embedder.fingerprint if self.embedder is not None else None
+
+    def groups(self) -> list[list[str]]:
+        """One haystack each: its arms are one sample."""
+        return [[name] for name in self._cases]
+
+    def measure(self, group: Sequence[str]) -> Iterator[Sample]:
+        for name in group:
+            case = self._cases[name]
+            haystack = self.haystack(case)
+            forms = self.forms(haystack)
+            predictions = self._answers({arm: self.prompt(haystack, form) for arm, form in forms.items()})
+            yield {
+                "id": name,
+                "task": case.task,
+                "tokens": case.tokens,
+                "depth": case.depth,
+                "trial": case.trial,
+                "at": haystack.at,
+                "answer": haystack.answer,
+                "arms": {
+                    arm: {
+                        "positions": len(form),
+                        "prediction": predictions[arm],
+                        "correct": bool(contained(predictions[arm], [haystack.answer])),
+                    }
+                    for arm, form in forms.items()
+                },
+            }
+
+    def haystack(self, case: Case) -> Haystack:
+        """The haystack of a case."""
+        draw = np.random.default_rng(
+            [self.config.seed, TASKS.index(case.task), case.tokens, round(case.depth * 10_000), case.trial]
+        )
+        if case.task == "passkey":
+            return _passkey(self.llm, case, draw, self._texts)
+        return _key_value(self.llm, case, draw)
+
+    def forms(self, haystack: Haystack) -> dict[str, Ids | Tensor]:
+        """What each arm that fits puts in the place of the text: (T,) token ids or (N, D) embeddings."""
+        ids = haystack.ids
+        prompt = len(self.prompt(haystack, ids[:0]))
+        room = self.llm.window - prompt - self.config.max_new_tokens
+        if room < 0:
+            raise BudgetError(
+                f"the question of {haystack.task} takes {prompt} positions and its answer up to "
+                f"{self.config.max_new_tokens}, more than the {self.llm.window} of {self.llm.name}; "
+                "lower max_new_tokens or use an LLM with a longer window"
+            )
+        positions = {ratio: positions_at(len(ids), ratio, self.embedder) for ratio in self.config.ratios}
+        fitting = [ratio for ratio in self.config.ratios if positions[ratio] <= room]
+        forms: dict[str, Ids | Tensor] = {"none": ids[:0]}
+        forms |= {f"truncated/{ratio}": head(ids, positions[ratio]) for ratio in fitting}
+        if self.embedder is not None and fitting:
+            made = self.embedder.compress_ids([ids], ratio=min(fitting), show_progress=False)[0]
+            forms |= {f"extensible/{ratio}": made.at_ratio(ratio).embeddings for ratio in fitting}
+        if len(ids) <= room:
+            forms["full"] = ids
+        return forms
+
+    def prompt(self, haystack: Haystack, form: Ids | Tensor) -> Prompt:
+        """The chat prompt with this form in the place of the text; around it, id for id the same for every form."""
+        content = [PROMPTS[haystack.task]["before"], form, haystack.question]
+        return assemble_chat(self.llm, [{"role": "user", "content": content}])
+
+    def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        cells = []
+        arms: dict[str, dict[str, Any]] = {}
+        minus: dict[str, dict[str, Any]] = {}
+        for task in self.config.tasks:
+            own = [sample for sample in samples if sample["task"] == task]
+            for arm in self._arm_names():
+                having = [sample for sample in own if arm in sample["arms"]]
+                for tokens, depth in sorted({(sample["tokens"], sample["depth"]) for sample in having}):
+                    found = [s["arms"][arm]["correct"] for s in having if (s["tokens"], s["depth"]) == (tokens, depth)]
+                    cell = {"task": task, "arm": arm, "tokens": tokens, "depth": depth}
+                    cells.append(cell | {"n": len(found), "correct": sum(found) / len(found)})
+                if having:
+                    mean = self._mean([sample["arms"][arm]["correct"] for sample in having])
+                    arms.setdefault(task, {})[arm] = {"n": mean.pop("n"), "correct": mean}
+            compared = {str(ratio): self._compared(own, ratio) for ratio in self.config.ratios}
+            if any(compared.values()):
+                minus[task] = {ratio: controls for ratio, controls in compared.items() if controls}
+        return {"cells": cells, "arms": arms, "minus": minus}
+
+    def _compared(self, samples: Sequence[Sample], ratio: int) -> dict[str, Any]:
+        """The extensible arm less each control, on the haystacks that both read."""
+        ours = f"extensible/{ratio}"
+        found = {}
+        for control, arm in (("none", "none"), ("truncated", f"truncated/{ratio}"), ("full", "full")):
+            both = [sample["arms"] for sample in samples if ours in sample["arms"] and arm in sample["arms"]]
+            if both:
+                found[control] = self._mean([int(row[ours]["correct"]) - int(row[arm]["correct"]) for row in both])
+        return found
+
+    def _mean(self, values: Sequence[int]) -> dict[str, Any]:
+        return mean_with_interval(np.array(values, dtype=float), np.arange(len(values)), self.config.seed)
+
+    def _answers(self, prompts: Mapping[str, Prompt]) -> dict[str, str]:
+        """What the LLM answers to each arm's prompt; short ones are read together."""
+        answers: dict[str, str] = {}
+        for batch in batches({arm: len(prompt) for arm, prompt in prompts.items()}, self.config.batch_size):
+            # As embeddings, those of plain tokens too, so that every arm runs through the very same code.
+            made = self.llm.generate([prompts[arm].embeddings(self.llm) for arm in batch], self._sampling)
+            answers |= {arm: generated.text.strip() for arm, generated in zip(batch, made, strict=True)}
+        return answers
+
+    def _arm_names(self) -> list[str]:
+        """The arms in the order in which they are shown."""
+        return ["none", *(f"{kind}/{k}" for kind in ("truncated", "extensible") for k in self.config.ratios), "full"]
+
+
+# -- texts ----------------------------------------------------------------------------------------------------
+
+
+def read_filler(llm: LLM, files: Sequence[str]) -> Ids | None:
+    """(T,) ids of all texts of some files, an empty line between two; None where there are no files.
+
+    Raises:
+        DocumentError: There is no text in them.
+    """
+    if not files:
+        return None
+    between = llm.encode("\n\n")
+    texts = [llm.encode(text) for file in files for text in read_texts(Path(file)) if text.strip()]
+    if not texts:
+        raise DocumentError(f"data={tuple(files)!r} holds no text; pass files that do, or none")
+    return np.concatenate([part for text in texts for part in (text, between)][:-1])
+
+
+def filler(llm: LLM, count: int, draw: np.random.Generator, texts: Ids | None = None) -> tuple[Ids, Ids]:
+    """Running text of exactly so many tokens, and where a sentence may be put into it.
+
+    Args:
+        llm: Encodes the sentences.
+        count: Tokens.
+        draw: Chooses where in `texts` to begin, or the order of the sentences.
+        texts: (T,) ids to take it from, going on at their start after their end; SENTENCES when not given.
+
+    Returns:
+        (count,) ids, and ascending offsets from 0 to `count`: between any two tokens of `texts`, or between two
+        sentences.
+    """
+    if texts is None:
+        return _fill(_shuffled(llm, draw), count)
+    start = int(draw.integers(len(texts)))
+    return np.take(texts, np.arange(start, start + count), mode="wrap"), np.arange(count + 1)
+
+
+def positions_at(n_tokens: int, ratio: int, embedder: ExtensibleEmbedder | None) -> int:
+    """Positions that so many tokens take at a ratio: the tail of each chunk takes one too."""
+    size = embedder.config.chunk_size if embedder is not None else max(1, n_tokens)
+    return sum(n_embeddings(length, ratio) for length in chunk_lengths(n_tokens, size))
+
+
+def batches(lengths: Mapping[str, int], batch_size: int) -> Iterator[list[str]]:
+    """Names in batches, shortest first, such that a padded batch stays small; a long one is alone.
+
+    Args:
+        lengths: Name -> positions.
+        batch_size: At most so many in one.
+    """
+    batch: list[str] = []
+    for name in sorted(lengths, key=lambda each: lengths[each]):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[name] > _BATCH_POSITIONS):
+            yield batch
+            batch = []
+        batch.append(name)
+    if batch:
+        yield batch
+
+
+def _passkey(llm: LLM, case: Case, draw: np.random.Generator, texts: Ids | None) -> Haystack:
+    answer = str(draw.integers(10_000, 100_000))
+    needle = llm.encode(PROMPTS[case.task]["needle"].format(answer=answer))
+    hay = filler(llm, case.tokens - len(needle), draw, texts)
+    return _hidden(case, needle, *hay, PROMPTS[case.task]["after"], answer)
+
+
+def _key_value(llm: LLM, case: Case, draw: np.random.Generator) -> Haystack:
+    line, after = PROMPTS[case.task]["needle"], PROMPTS[case.task]["after"]
+    pairs = _pairs(draw)
+    key, answer = next(pairs)
+    needle = llm.encode(line.format(key=key, answer=answer))
+    others = (llm.encode(line.format(key=each, answer=value)) for each, value in pairs)
+    hay = _fill(others, case.tokens - len(needle))
+    return _hidden(case, needle, *hay, after.format(key=key), answer)
+
+
+def _hidden(case: Case, needle: Ids, hay: Ids, places: Ids, question: str, answer: str) -> Haystack:
+    """The needle at that of the places which is nearest to the depth."""
+    at = int(places[np.abs(places - case.depth * len(hay)).argmin()])
+    return Haystack(case.task, np.concatenate([hay[:at], needle, hay[at:]]), at, question, answer)
+
+
+def _fill(pieces: Iterable[Ids], count: int) -> tuple[Ids, Ids]:
+    """As many pieces as make exactly `count` ids, and the offsets between them.
+
+    What is too much is cut from the start: so whatever the depth, a piece that is whole comes before the needle.
+    """
+    taken: list[Ids] = []
+    total = 0
+    for piece in pieces:
+        taken.append(piece)
+        total += len(piece)
+        if total >= count:
+            break
+    else:
+        raise ConfigError(
+            f"{count:,} tokens of lines are more than words were made up for; pass tokens up to {total:,}"
+        )
+    surplus = total - count
+    ends = np.cumsum([len(piece) for piece in taken]) - surplus
+    return np.concatenate(taken)[surplus:], np.array([0, *ends[ends > 0]])
+
+
+def _shuffled(llm: LLM, draw: np.random.Generator) -> Iterator[Ids]:
+    """SENTENCES in a random order, then all of them again in another, without end."""
+    encoded = [llm.encode(f" {sentence}") for sentence in SENTENCES]
+    while True:
+        for at in draw.permutation(len(encoded)):
+            yield encoded[at]
+
+
+def _pairs(draw: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """Keys and values, no word twice."""
+    words = map(_word, map(int, draw.permutation(len(_SYLLABLES) ** 3)))
+    while pair := tuple(islice(words, 2)):
+        yield pair[0], pair[1]
+
+
+def _word(number: int) -> str:
+    """A word of three syllables that can be said and means nothing."""
+    size = len(_SYLLABLES)
+    return "".join(_SYLLABLES[number // size**place % size] for place in range(3))

@@ -1,0 +1,277 @@
+"""Perplexity of the last tokens of a text, by how much comes before them and in what form.
+
+A window is a place in a document: S target tokens, and before them contexts of several lengths C that all end where
+the target begins. Each arm puts another form of the context before the same target tokens:
+
+    none            nothing
+    nearest/k       the last ceil(C / k) tokens: as many positions as ratio k takes, spent on raw text
+    streaming       the first tokens and the most recent ones, as many as the window holds (`sinks_and_window`)
+    extensible/k    the context as extensible embeddings at ratio k
+    full            all C tokens
+
+The first target token is given and not scored, in every arm: with no context there is nothing to predict it from.
+So every arm scores exactly the same S - 1 tokens. An LLM that starts texts with a BOS gets it first in every arm.
+An arm that does not fit the window is absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extemb_core.errors import ConfigError
+from extemb_core.evaluation.baselines import nearest, sinks_and_window
+from extemb_core.evaluation.runs import Sample
+from extemb_core.evaluation.settings import CommonConfig, require_counts
+from extemb_core.evaluation.statistics import mean_with_interval, share
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.llm import LLM
+from extemb_core.training.data import read_texts
+
+_PASS_POSITIONS = 4096  # per forward pass, so that memory does not grow with the batch
+_BASELINES = ("none", "nearest", "streaming", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig(CommonConfig):
+    """Lengths are in tokens.
+
+    Attributes:
+        contexts: C, the lengths of context.
+        target: S, tokens after it; all but the first are scored.
+        windows: Windows per document, evenly spread.
+        window: Positions that the LLM is given; its own window when not given.
+        sinks: First tokens that the streaming arm keeps.
+    """
+
+    contexts: tuple[int, ...] = (1024, 2048, 4096)
+    target: int = 512
+    windows: int = 1
+    window: int | None = None
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "contexts", "target", "windows")
+        if not self.contexts:
+            raise ConfigError("contexts is empty; pass at least one length")
+        if not self.data:
+            raise ConfigError("data is empty; pass held-out documents")
+        if isinstance(self.sinks, bool) or self.sinks < 0:
+            raise ConfigError(f"sinks={self.sinks!r} is below 0; pass a whole number")
+        if self.target < 2:
+            raise ConfigError(f"target={self.target}: the first target token is not scored; pass at least 2")
+
+
+@dataclass(frozen=True)
+class Window:
+    """`start` is the first target token within document number `document`; `contexts` are the lengths that fit."""
+
+    document: int
+    start: int
+    contexts: tuple[int, ...]
+
+
+class PerplexityExperiment:
+    """See the module. Without an embedder only the controls are measured."""
+
+    kind: ClassVar[str] = "ppl"
+
+    def __init__(self, config: PerplexityConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
+        self.config = config
+        self.llm = llm
+        self.embedder = embedder
+        window = config.window or llm.window
+        room = window - int(llm.bos_token_id is not None) - config.target
+        if room < 1 or window > llm.window:
+            raise ConfigError(
+                f"target={config.target} in a window of {window} leaves no room for a context, or the window is larger "
+                f"than the {llm.window} of {llm.name}; pass a smaller target or another window"
+            )
+        self._room = room
+        for ratio in config.ratios:
+            if embedder is not None:
+                embedder.config.require_ratio(ratio)
+        self._documents = [llm.encode(text) for file in config.data for text in read_texts(Path(file))]
+        lengths = [len(document) for document in self._documents]
+        windows = spread_windows(lengths, config.windows, config.contexts, config.target)
+        if config.limit is not None and config.limit < len(windows):  # evenly, so that every document has its share
+            windows = [windows[int(at)] for at in np.linspace(0, len(windows) - 1, config.limit)]
+        self._windows = {f"{window.document}:{window.start}": window for window in windows}
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self.embedder.fingerprint if self.embedder is not None else None
+
+    def groups(self) -> list[list[str]]:
+        names = list(self._windows)
+        size = self.config.batch_size
+        return [names[at : at + size] for at in range(0, len(names), size)]
+
+    def measure(self, group: Sequence[str]) -> Iterator[Sample]:
+        windows = [self._windows[name] for name in group]
+        found: list[dict[str, dict[str, Any]]] = [{} for _ in windows]
+        for context in sorted(self.config.contexts):
+            rows = [row for row, window in enumerate(windows) if context in window.contexts]
+            if not rows:
+                continue
+            spans = np.stack([self._span(windows[row], context) for row in rows]).astype(np.int64)
+            forms = self.forms(spans[:, :context])
+            arms = {arm: target_losses(self.llm, form, spans[:, context:]).mean(1) for arm, form in forms.items()}
+            for place, row in enumerate(rows):
+                found[row][str(context)] = {
+                    arm: {"loss": round(float(losses[place]), 6), "positions": int(forms[arm].shape[1])}
+                    for arm, losses in arms.items()
+                }
+        for name, window, contexts in zip(group, windows, found, strict=True):
+            for arms_of in contexts.values():
+                if "streaming" not in arms_of and "full" in arms_of:  # the whole context fits: the same input
+                    arms_of["streaming"] = arms_of["full"]
+            yield {"id": name, "document": window.document, "contexts": contexts}
+
+    @torch.no_grad()
+    def forms(self, contexts: np.ndarray[Any, Any]) -> dict[str, Tensor]:
+        """What each arm puts before the target tokens.
+
+        Args:
+            contexts: (B, C) token ids.
+
+        Returns:
+            Arm -> (B, P, D), P its positions; arms that do not fit are absent, and "streaming" is where it is "full".
+        """
+        length = contexts.shape[1]
+        made: dict[str, Tensor | np.ndarray[Any, Any]] = {"none": contexts[:, :0]}
+        compressed = []
+        if self.embedder is not None:
+            compressed = self.embedder.compress_ids(list(contexts), ratio=min(self.config.ratios), show_progress=False)
+        for ratio in self.config.ratios:
+            count = -(-length // ratio)
+            if compressed:
+                rows = torch.stack([each.at_ratio(ratio).embeddings for each in compressed])
+                count = rows.shape[1]
+                made[f"extensible/{ratio}"] = rows
+            made[f"nearest/{ratio}"] = np.stack([nearest(row, count) for row in contexts])
+        if length <= self._room:
+            made["full"] = contexts
+        else:
+            made["streaming"] = np.stack([sinks_and_window(row, self._room, self.config.sinks) for row in contexts])
+        bos = self.llm.bos_token_id
+        start = [self.llm.embed([bos]).expand(len(contexts), 1, -1)] if bos is not None else []
+        forms = {}
+        for arm, form in made.items():
+            if form.shape[1] > self._room:
+                continue
+            rows = form.to(self.llm.device, self.llm.dtype) if isinstance(form, Tensor) else self.llm.embed(form)
+            forms[arm] = torch.cat([*start, rows], dim=1)
+        return forms
+
+    def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        return {
+            str(context): _table([s for s in samples if str(context) in s["contexts"]], str(context), self.config)
+            for context in sorted(self.config.contexts)
+            if any(str(context) in sample["contexts"] for sample in samples)
+        }
+
+    def _span(self, window: Window, context: int) -> np.ndarray[Any, Any]:
+        return self._documents[window.document][window.start - context : window.start + self.config.target]
+
+
+def spread_windows(lengths: Sequence[int], per_document: int, contexts: Sequence[int], target: int) -> list[Window]:
+    """Windows evenly spread over each document, never overlapping in what the longest context of theirs holds.
+
+    Args:
+        lengths: Tokens of each document; one without room for the shortest context gets no window.
+        per_document: Windows per document; fewer where so many do not fit side by side.
+        contexts: Lengths of context; a document has those for which it has room.
+        target: Tokens after the context.
+    """
+    windows = []
+    for document, length in enumerate(lengths):
+        fitting = tuple(sorted(context for context in contexts if context + target <= length))
+        if not fitting:
+            continue
+        span = fitting[-1] + target
+        count = min(per_document, length // span)
+        for i in range(count):
+            start = (2 * i + 1) * length // (2 * count) - span // 2
+            windows.append(Window(document, start + fitting[-1], fitting))
+    return windows
+
+
+@torch.no_grad()
+def target_losses(llm: LLM, form: Tensor, targets: np.ndarray[Any, Any]) -> Tensor:
+    """Negative log-likelihood in nats of every target token but the first.
+
+    Args:
+        llm: Predicts them.
+        form: (B, P, D), what stands before the target tokens; P may be 0.
+        targets: (B, S) ids.
+
+    Returns:
+        (B, S - 1) in float32, on the CPU.
+    """
+    ids = torch.as_tensor(targets, dtype=torch.long, device=llm.device)
+    rows = max(1, _PASS_POSITIONS // (form.shape[1] + ids.shape[1]))
+    losses = []
+    for at in range(0, len(ids), rows):
+        own = ids[at : at + rows]
+        hidden = llm.hidden(torch.cat([form[at : at + rows], llm.embed(own)], dim=1)[:, :-1])[:, form.shape[1] :]
+        for row, following in zip(hidden, own[:, 1:], strict=True):  # one row at a time: logits are wide
+            logits = llm.logits(row).float()
+            losses.append(torch.nn.functional.cross_entropy(logits, following, reduction="none"))
+    return torch.stack(losses).cpu()
+
+
+def _table(samples: Sequence[Sample], context: str, config: PerplexityConfig) -> dict[str, Any]:
+    """One context length: every arm, and what the extensible ones are worth against the others."""
+    rows = [sample["contexts"][context] for sample in samples]
+    groups = np.array([sample["document"] for sample in samples])
+    names = [arm for arm in _arm_names(config.ratios) if any(arm in row for row in rows)]
+    arms = {}
+    for arm in names:
+        losses, own = _paired(rows, groups, arm)
+        summary = mean_with_interval(losses[0], own, config.seed)
+        positions = [row[arm]["positions"] for row in rows if arm in row]
+        arms[arm] = {
+            "n": summary["n"],
+            "positions": round(float(np.mean(positions)), 1),
+            "loss": summary["mean"],
+            "interval": summary["interval"],
+            "perplexity": math.exp(summary["mean"]),
+        }
+    ratios = {}
+    for ratio in config.ratios:
+        ours = f"extensible/{ratio}"
+        minus = {}
+        for baseline in _BASELINES:
+            other = f"nearest/{ratio}" if baseline == "nearest" else baseline
+            (a, b), own = _paired(rows, groups, ours, other)
+            if len(a):
+                minus[baseline] = mean_with_interval(a - b, own, config.seed)
+        if not minus:
+            continue
+        (extensible, none, full), own = _paired(rows, groups, ours, "none", "full")
+        gap = share(none - extensible, none - full, own, config.seed) if len(own) else {"refused": "no full text fits"}
+        ratios[str(ratio)] = {"minus": minus, "gap_share": gap}
+    return {"n": len(samples), "arms": arms, "ratios": ratios}
+
+
+def _paired(
+    rows: Sequence[Mapping[str, Any]], groups: np.ndarray[Any, Any], *arms: str
+) -> tuple[list[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    """The losses of some arms on the windows that have all of them, and those windows' documents."""
+    kept = [at for at, row in enumerate(rows) if all(arm in row for arm in arms)]
+    return [np.array([rows[at][arm]["loss"] for at in kept]) for arm in arms], groups[kept]
+
+
+def _arm_names(ratios: Sequence[int]) -> list[str]:
+    """The arms in the order in which they are shown."""
+    middle = [f"{kind}/{ratio}" for kind in ("nearest", "extensible") for ratio in ratios]
+    return ["none", *middle[: len(ratios)], "streaming", *middle[len(ratios) :], "full"]

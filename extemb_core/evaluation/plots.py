@@ -1,0 +1,368 @@
+"""Plots of evaluation records: pure functions from a record to a matplotlib Figure.
+
+Figures are made with matplotlib's object API on the Agg canvas, so no window opens and no global state is touched.
+Every one is 900 px wide at 100 dpi. Colours are those of Okabe and Ito, which colour-blind readers tell apart; the
+marker tells the kind of arm too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from extemb_core.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+
+ARM_KINDS = ("none", "random", "wrong", "truncated", "nearest", "streaming", "lingua", "extensible", "full")
+SIDE_KINDS = ("full", "online", "offline")
+METRIC_NAMES = {"em": "EM", "f1": "F1", "contained": "contained", "rouge_l": "ROUGE-L"}
+
+# kind -> colour, marker
+_STYLES = {
+    "none": ("#666666", "x"),
+    "random": ("#999999", "d"),
+    "wrong": ("#CC79A7", "v"),
+    "truncated": ("#D55E00", "s"),
+    "nearest": ("#D55E00", "s"),
+    "streaming": ("#E69F00", "P"),
+    "lingua": ("#009E73", "^"),
+    "extensible": ("#0072B2", "o"),
+    "full": ("#000000", "*"),
+    "online": ("#D55E00", "s"),
+    "offline": ("#0072B2", "o"),
+}
+_OTHER_STYLE = ("#56B4E9", "h")
+_DASHES = {"none": (0, (1, 1.5)), "full": (0, (5, 2))}
+_FONT, _TITLE_FONT = 10, 11
+_ABSENT = "#DDDDDD"
+
+
+def arm_key(arm: str, kinds: tuple[str, ...] = ARM_KINDS) -> tuple[int, str, int]:
+    """The place of an arm in every table and legend: controls from weakest to strongest, then by ratio."""
+    kind, ratio = split_arm(arm)
+    return (kinds.index(kind) if kind in kinds else len(kinds) - 3, kind, ratio or 0)
+
+
+def split_arm(arm: str) -> tuple[str, int | None]:
+    """Kind and ratio of an arm: ("nearest", 8) of "nearest/8"; an arm without a ratio has None."""
+    kind, _, ratio = arm.partition("/")
+    return (kind, int(ratio)) if ratio.isdigit() else (arm, None)
+
+
+def source(record: Record) -> str:
+    """What was measured, in one line: LLM, data, n."""
+    files = [entry["file"] for entry in record["data"]]
+    data = [files[0] if len(files) == 1 else f"{len(files)} files"] if files else []
+    return ", ".join([str(record["config"]["llm"]), *data, f"n = {record['n']:,}"])
+
+
+def figures(record: Record) -> dict[str, Figure]:
+    """Every plot of a record, by a short name that goes into its file's name."""
+    if record["kind"] == "qa":
+        return {"quality": quality(record)}
+    if record["kind"] == "ppl":
+        return {"perplexity": perplexity(record)}
+    if record["kind"] == "speed":
+        return {"speed": speed(record)}
+    return {task: needle(record, task) for task in sorted({c["task"] for c in record["summary"]["cells"]})}
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a PNG. The same record and version of matplotlib give the same bytes: no date, no name of a program."""
+    figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def quality(record: Record, metric: str | None = None) -> Figure:
+    """Question answering: a score against the mean positions that the text takes.
+
+    One line per kind of arm, a point per ratio with its 95% interval; "none" and "full", which take no ratio, are
+    horizontal lines over bands of their intervals.
+
+    Args:
+        record: Of kind "qa".
+        metric: One of the record's; F1 when not given, or else its first.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    summary = record["summary"]
+    metric = metric or ("f1" if "f1" in summary["metrics"] else summary["metrics"][0])
+    name = METRIC_NAMES.get(metric, metric)
+    figure = _figure(4.6, f"{name} against the positions that the text takes", source(record))
+    from matplotlib.ticker import PercentFormatter
+    from matplotlib.transforms import ScaledTranslation
+
+    axes = figure.add_subplot()
+    kinds = _by_kind(summary["arms"])
+    lines = [kind for kind, arms in kinds.items() if None not in arms]
+    for at, kind in enumerate(lines):
+        points = [summary["arms"][arm] for arm in kinds[kind].values()]
+        scores = [point[metric]["mean"] for point in points]
+        line, caps, bars = axes.errorbar(
+            [point["positions"] for point in points],
+            scores,
+            yerr=_bars([point[metric] for point in points]),
+            label=kind,
+            capsize=2,
+            elinewidth=1,
+            **_line_style(kind),
+        )
+        # Some points of type aside, so that bars do not hide each other; the data stay what they are.
+        aside = ScaledTranslation((at - (len(lines) - 1) / 2) * 5 / 72, 0, figure.dpi_scale_trans)
+        for artist in (line, *caps, *bars):
+            artist.set_transform(axes.transData + aside)
+    for kind in ("none", "full"):
+        if kind in summary["arms"]:
+            score = summary["arms"][kind][metric]
+            colour, dashes = _STYLES[kind][0], _DASHES[kind]
+            if score["interval"]:
+                axes.axhspan(*score["interval"], color=colour, alpha=0.08, linewidth=0)
+            axes.axhline(score["mean"], color=colour, linestyle=dashes, linewidth=1.5, label=kind)
+    axes.set_xscale("log")
+    if lines:
+        _ratio_ticks(axes, summary["arms"], kinds["extensible" if "extensible" in lines else lines[-1]])
+    axes.set_xlabel("mean positions of the LLM's window (log)")
+    axes.set_ylabel(f"{name} (mean, 95% interval)")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylim(bottom=0)
+    _finish(axes)
+    _legend(figure, axes, loc="outside right center")
+    return figure
+
+
+def perplexity(record: Record) -> Figure:
+    """Perplexity against the length of context: one line per arm, lighter the coarser the ratio.
+
+    Args:
+        record: Of kind "ppl".
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    summary = record["summary"]
+    contexts = sorted(summary, key=int)
+    figure = _figure(4.6, "Perplexity by length of context", source(record))
+    axes = figure.add_subplot()
+    values = []
+    for kind, arms in _by_kind(arm for context in contexts for arm in summary[context]["arms"]).items():
+        for place, arm in enumerate(arms.values()):
+            where = [context for context in contexts if arm in summary[context]["arms"]]
+            heights = [summary[context]["arms"][arm]["perplexity"] for context in where]
+            values += heights
+            style = _line_style(kind, coarse=place / max(1, len(arms) - 1))
+            axes.plot([int(c) for c in where], heights, label=arm, **style)
+    _length_axis(axes, map(int, contexts), "tokens of context (log, 1K = 1,024)")
+    if max(values) > 10 * min(values):
+        axes.set_yscale("log")
+        _plain_ticks(axes)
+    axes.set_ylabel("perplexity (lower is better)")
+    _finish(axes)
+    _legend(figure, axes, loc="outside right center")
+    return figure
+
+
+def needle(record: Record, task: str) -> Figure:
+    """Heat maps of a needle task, a panel per arm: share of correct answers by length and depth.
+
+    A cell that was not measured, for instance because the text does not fit, is grey and hatched.
+
+    Args:
+        record: Of kind "needle".
+        task: "passkey" or "key_value".
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    import numpy as np
+
+    cells = [cell for cell in record["summary"]["cells"] if cell["task"] == task]
+    lengths = sorted({cell["tokens"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells})
+    places = _panels({cell["arm"] for cell in cells})
+    rows, columns = (1 + max(at) for at in zip(*places.values(), strict=True))
+    figure = _figure(
+        1.5 + rows * (0.4 + 0.24 * max(len(depths), 5)),
+        f"{task.replace('_', '-')}: share of correct answers",
+        source(record),
+    )
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for arm, (row, column) in places.items():
+        shares = np.full((len(depths), len(lengths)), np.nan)
+        for cell in cells:
+            if cell["arm"] == arm:
+                shares[depths.index(cell["depth"]), lengths.index(cell["tokens"])] = cell["correct"]
+        axes = panels[row, column]
+        axes.set_axis_on()
+        axes.patch.set(facecolor=_ABSENT, hatch="////", edgecolor="#AAAAAA", linewidth=0)
+        corners = [np.arange(size + 1) - 0.5 for size in (len(lengths), len(depths))]
+        image = axes.pcolormesh(*corners, shares, cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
+        axes.set_title(arm, fontsize=_FONT, parse_math=False)
+        axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths], rotation=90, fontsize=_FONT - 1)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=_FONT - 1)
+        axes.set_ylim(len(depths) - 0.5, -0.5)
+        axes.tick_params(length=0, labelbottom=(row + 1, column) not in places.values(), labelleft=column == 0)
+        axes.spines[:].set_visible(False)
+    figure.supxlabel("tokens of text (1K = 1,024)", fontsize=_FONT)
+    figure.supylabel("depth of the needle (0% = start)", fontsize=_FONT)
+    bar = figure.colorbar(image, ax=panels, fraction=0.03, pad=0.02)
+    bar.set_label("share correct", fontsize=_FONT)
+    bar.ax.tick_params(labelsize=_FONT - 1)
+    return figure
+
+
+def speed(record: Record) -> Figure:
+    """Time to the first token and peak memory against the length of the documents, one line per side.
+
+    Args:
+        record: Of kind "speed".
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    summary = record["summary"]
+    lengths = sorted(summary, key=int)
+    figure = _figure(4.4, "Time to first token and peak memory, by length", source(record))
+    sides = _by_kind((side for length in lengths for side in summary[length]), SIDE_KINDS)
+    panels = figure.subplots(1, 2)
+    for axes, (key, label) in zip(
+        panels,
+        (("first_token_s", "time to first token, s (log)"), ("peak_mib", "memory beyond the weights, MiB (log)")),
+        strict=True,
+    ):
+        for kind, ratios in sides.items():
+            for place, side in enumerate(ratios.values()):
+                where = [n for n in lengths if summary[n].get(side, {}).get(key)]  # a log axis has no 0
+                style = _line_style(kind, coarse=place / max(1, len(ratios) - 1))
+                heights = [summary[length][side][key] for length in where]
+                axes.plot([int(n) for n in where], heights, label=side, **style)
+        _length_axis(axes, map(int, lengths), "tokens of documents (log, 1K = 1,024)")
+        if axes.lines and any(len(line.get_xdata()) for line in axes.lines):
+            axes.set_yscale("log")
+            _plain_ticks(axes)
+        else:
+            axes.set_yticks([])
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=_FONT)
+        axes.set_ylabel(label)
+        _finish(axes)
+    _legend(figure, panels[0], SIDE_KINDS, loc="outside lower center", ncols=5)
+    return figure
+
+
+def _figure(height: float, title: str, subtitle: str) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "eval", "drawing plots") from error
+    figure = Figure(figsize=(9, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{title}\n{subtitle}", fontsize=_TITLE_FONT, parse_math=False)  # a name may hold a "$"
+    return figure
+
+
+def _by_kind(arms: Iterable[str], kinds: tuple[str, ...] = ARM_KINDS) -> dict[str, dict[int | None, str]]:
+    """Kind -> ratio -> arm, each in the order of tables and legends."""
+    found: dict[str, dict[int | None, str]] = {}
+    for arm in sorted(set(arms), key=lambda arm: arm_key(arm, kinds)):
+        kind, ratio = split_arm(arm)
+        found.setdefault(kind, {})[ratio] = arm
+    return found
+
+
+def _panels(arms: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Row and column of each arm's panel: those without a ratio first, then a row per kind and a column per ratio.
+
+    With no more than one ratio all of them are one row.
+    """
+    kinds = _by_kind(arms)
+    single = [by_ratio[None] for by_ratio in kinds.values() if None in by_ratio]
+    several = [by_ratio for by_ratio in kinds.values() if None not in by_ratio]
+    ratios = sorted({ratio or 0 for by_ratio in several for ratio in by_ratio})
+    if len(ratios) <= 1:
+        return {arm: (0, column) for column, arm in enumerate(arm for own in kinds.values() for arm in own.values())}
+    places = {arm: (0, column) for column, arm in enumerate(single)}
+    for row, by_ratio in enumerate(several, start=bool(single)):
+        places |= {arm: (row, ratios.index(ratio or 0)) for ratio, arm in by_ratio.items()}
+    return places
+
+
+def _line_style(kind: str, coarse: float = 0.0) -> dict[str, Any]:
+    """Colour, marker and width of a kind's lines.
+
+    `coarse` goes from 0 for its finest ratio to 1 for its coarsest: lighter, and with smaller markers, so that one
+    that lies on a finer one does not hide it.
+    """
+    colour, marker = _STYLES.get(kind, _OTHER_STYLE)
+    channels = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    return {
+        "color": tuple(channel + (1 - channel) * 0.62 * coarse for channel in channels),
+        "marker": marker,
+        "markersize": 8 if marker == "*" else 7.5 - 3.5 * coarse,
+        "linestyle": _DASHES.get(kind, "-"),
+        "linewidth": 2.0 if kind in ("extensible", "offline") else 1.3,
+    }
+
+
+def _bars(scores: list[Mapping[str, Any]]) -> list[list[float]]:
+    """Error bars below and above each mean; none where there is no interval. A resampled mean may lie beside it."""
+    ends = [score["interval"] or (score["mean"], score["mean"]) for score in scores]
+    return [
+        [max(0.0, score["mean"] - low) for score, (low, _) in zip(scores, ends, strict=True)],
+        [max(0.0, high - score["mean"]) for score, (_, high) in zip(scores, ends, strict=True)],
+    ]
+
+
+def _ratio_ticks(axes: Axes, arms: Mapping[str, Any], by_ratio: Mapping[int | None, str]) -> None:
+    """Ticks where the ratios lie, with their mean positions."""
+    places = [arms[arm]["positions"] for arm in by_ratio.values()]
+    axes.set_xlim(max(min(places) / 1.4, 0.5), max(places) * 1.4)
+    axes.set_xticks(places, [f"{place:,.0f}\nratio {ratio}" for place, ratio in zip(places, by_ratio, strict=True)])
+    axes.set_xticks([], minor=True)
+
+
+def _length_axis(axes: Axes, lengths: Iterable[int], label: str) -> None:
+    """A log axis with a tick at every measured length."""
+    lengths = list(lengths)
+    axes.set_xscale("log", base=2)
+    crowded = len(lengths) > 6
+    axes.set_xticks(lengths, [_tokens(length) for length in lengths], rotation=45 if crowded else 0)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(label)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Numbers on a log axis as one would write them, at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    written: Callable[[float, int], str] = lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"  # noqa: E731
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(written))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _legend(figure: Figure, axes: Axes, kinds: tuple[str, ...] = ARM_KINDS, **where: Any) -> None:
+    """One legend beside the axes, in the order of tables."""
+    by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    labels = sorted(by_label, key=lambda arm: arm_key(arm, kinds))
+    figure.legend([by_label[label] for label in labels], labels, frameon=False, fontsize=_FONT, **where)
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=_FONT)
+    axes.xaxis.label.set_fontsize(_FONT)
+    axes.yaxis.label.set_fontsize(_FONT)
+
+
+def _tokens(length: int) -> str:
+    return f"{length // 1024:,}K" if length and length % 1024 == 0 else f"{length:,}"

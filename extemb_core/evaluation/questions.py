@@ -1,0 +1,64 @@
+"""Question files: JSON Lines with "id", "context", "question" and "answers", plain or .zst."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from extemb_core.errors import DocumentError
+from extemb_core.rows import is_rows, read_rows
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one text; `answers` are its reference answers."""
+
+    id: str
+    context: str
+    question: str
+    answers: tuple[str, ...]
+
+    @cached_property
+    def document(self) -> str:
+        """Names the text: questions about the same text have the same."""
+        return hashlib.sha256(self.context.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def read_questions(files: Sequence[str | Path]) -> list[Question]:
+    """All rows of some files.
+
+    Raises:
+        DocumentError: A row is not a question, or its id occurs twice; the message has the file and line.
+    """
+    questions: list[Question] = []
+    seen: dict[str, str] = {}
+    for file in map(Path, files):
+        if not is_rows(file):
+            raise DocumentError(f"{file} is not .jsonl or .jsonl.zst; pass rows with {_FIELDS}")
+        for number, row in read_rows(file):
+            where = f"{file}, line {number}"
+            question = _question(row, where)
+            if question.id in seen:
+                raise DocumentError(f'{where}: the "id" {question.id!r} stands in {seen[question.id]} too; rename one')
+            seen[question.id] = where
+            questions.append(question)
+    return questions
+
+
+_FIELDS = '"id", "context", "question" (text) and "answers" (a list of text)'
+
+
+def _question(row: dict[str, Any], where: str) -> Question:
+    for name in ("id", "context", "question"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            found = f"is {row[name]!r:.40}" if name in row else "is missing"
+            raise DocumentError(f'{where}: "{name}" {found}; a row needs {_FIELDS}')
+    answers = row.get("answers")
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        found = f"is {answers!r:.40}" if "answers" in row else "is missing"
+        raise DocumentError(f'{where}: "answers" {found}; a row needs {_FIELDS}')
+    return Question(row["id"], row["context"], row["question"], tuple(answers))

@@ -1,0 +1,170 @@
+"""The results page: Markdown tables and plots from the committed JSON records of evaluation runs, and nothing else.
+
+The page holds no date or number of its own, so the same records always give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.evaluation import plots, runs
+from extemb_core.evaluation.record_shapes import ShapeError, check_record
+from extemb_core.evaluation.report_cells import ABSENT, code, escaped, table
+from extemb_core.evaluation.report_sections import SECTIONS
+
+Record = Mapping[str, Any]
+
+TITLES = {
+    "ppl": "Perplexity of the text that follows",
+    "qa": "Question answering",
+    "speed": "Speed and memory",
+    "needle": "Needle in a haystack",
+}
+LEGEND = f"""\
+# Results
+
+Every number here is computed from a record that a command of this project wrote; each section names both. What the
+LLM is given in the place of a text:
+
+| arm | the LLM reads |
+|---|---|
+| `none` | nothing: what it knows without the text |
+| `random/k` | random vectors, as many as `extensible/k` has |
+| `wrong/k` | the extensible embeddings of another text |
+| `truncated/k` | the first raw tokens of the text, as many as `extensible/k` takes positions |
+| `nearest/k` | the last raw tokens of the context, as many as `extensible/k` takes positions |
+| `streaming` | the first few tokens and the most recent, as many as the window holds; `full` where that fits |
+| `lingua/k` | the text's most informative tokens (LLMLingua's criterion), as many as `extensible/k` takes positions |
+| `extensible/k` | extensible embeddings at ratio k: one position for k tokens |
+| `full` | the whole text: what there is to gain |
+| `online/k`, `offline/k` | speed only: embeddings made while the user waits, or read from an earlier run |
+
+- A small LLM hardly reads, whatever it is given: compare arms with the `none` and `full` rows of the same table only.
+- [low, high] is a 95% interval from a bootstrap over documents (samples of one document are not independent; each
+  haystack of the needle tasks is a document). It is missing where there are fewer than two documents.
+- Differences carry a sign and are paired: both arms on the same samples. **Bold**: the interval of a difference, or
+  of a share of a gain, excludes 0.
+- Shares and scores are in percent, their differences in percentage points, losses in nats per token.
+- {ABSENT}: not measured, for instance because it does not fit the LLM's window or the memory.
+"""
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read the record of a run and check that it has what the page shows.
+
+    Raises:
+        DocumentError: It is missing, no JSON, no record, of an unknown kind, or something in it is not as it should be.
+    """
+    record = runs.read_record(path)
+    try:
+        check_record(record)
+    except ShapeError as error:
+        raise DocumentError(f"{path} is not the record of a run: {error}; measure it again") from error
+    return record
+
+
+def markdown(records: Sequence[tuple[Path, Record]], links: Mapping[Path, Mapping[str, str]]) -> str:
+    """The page.
+
+    Args:
+        records: File and record of each run, in any order; the page has its own.
+        links: File of a record -> what a plot shows -> link to it.
+    """
+    parts = [LEGEND]
+    for kind, title in TITLES.items():
+        own = sorted((each for each in records if each[1]["kind"] == kind), key=_place)
+        if own:
+            parts.append(f"## {title}\n")
+        for path, record in own:
+            names = [record["config"]["llm"], *_data(record)]
+            parts.append(f"### {', '.join(code(name, cell=False) for name in names)} ({escaped(path.stem)})\n")
+            parts.append(_origin(path, record))
+            parts += [part for part in SECTIONS[kind](record["summary"]) if part]
+            parts += [f"![{escaped(shows)}]({link})\n" for shows, link in links.get(path, {}).items()]
+    return "\n".join(parts)
+
+
+def write_report(files: Sequence[Path], output: Path) -> list[Path]:
+    """Write the page, and its plots into a folder beside it that has the page's name without ".md".
+
+    Returns:
+        What was written: the page first.
+
+    Raises:
+        ConfigError: `output` is not a .md file, there is no record, or two have one name.
+        DocumentError: A file is not the record of a run.
+        MissingExtraError: matplotlib is not installed.
+    """
+    if output.suffix != ".md":
+        raise ConfigError(f"output={str(output)!r} is not a Markdown file; pass a name that ends in .md")
+    stems = [file.stem for file in files]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if not stems or twice is not None:
+        what = "there is no record" if twice is None else f"two records are named {twice!r}"
+        raise ConfigError(f"{what}; pass JSON files of runs, each with a name of its own")
+    records = [(file, read_record(file)) for file in files]
+    drawn = {path: plots.figures(record) for path, record in records}  # all of them, before anything is written
+    folder = output.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [output]
+    links: dict[Path, dict[str, str]] = {}
+    for path, figures in drawn.items():
+        links[path] = {}
+        for name, figure in figures.items():
+            file = folder / f"{path.stem}_{name}.png"
+            plots.save(figure, file)
+            written.append(file)
+            links[path][figure.get_suptitle().replace("\n", "; ")] = quote(f"{folder.name}/{file.name}")
+    output.write_bytes(markdown(records, links).encode())
+    return written
+
+
+def _place(entry: tuple[Path, Record]) -> tuple[str, list[str], str]:
+    path, record = entry
+    return str(record["config"]["llm"]), _data(record), path.name
+
+
+def _data(record: Record) -> list[str]:
+    """Names of the data files; records have none with folders, and an edited one does not get them onto the page."""
+    return [Path(entry["file"]).name for entry in record["data"]]
+
+
+def _origin(path: Path, record: Record) -> str:
+    """What a reader needs to measure it again."""
+    config, origin = record["config"], record["provenance"]
+    embedder = "none: controls only"
+    if record["fingerprint"] is not None:
+        embedder = f"{code(str(config['embedder']))}, fingerprint {code(record['fingerprint'][:8])}"
+    git = origin["git"]
+    revision = code(git["revision"][:8]) if git.get("revision") else "unknown revision"
+    revision += " with uncommitted changes" if git.get("dirty") else ""
+    rows = [
+        ["LLM", code(config["llm"])],
+        ["embedder", embedder],
+        ["data", ", ".join(map(code, _data(record))) or "made by the command"],
+        ["n, seed", f"{record['n']:,}, {config['seed']}"],
+        ["hardware", escaped(_hardware(origin["hardware"]))],
+        ["date, revision", f"{escaped(origin['date'])}, {revision}"],
+        ["command", code(origin["command"])],
+        ["record", code(path.name)],
+    ]
+    return table(["run", ""], rows, right=False)
+
+
+def _hardware(machine: Record) -> str:
+    """The machine in words; what is not known is left out."""
+    words = {
+        "cpu": "{}",
+        "cpu_cores": "{} cores",
+        "threads": "{} threads",
+        "memory_gib": "{} GiB of memory",
+        "accelerator": "{}",
+        "system": "{}",
+        "load_before": "load {} before the run",
+    }
+    known = dict(machine) | {"accelerator": machine.get("accelerator") or "no accelerator"}
+    return ", ".join(form.format(known[key]) for key, form in words.items() if known.get(key) is not None)

@@ -1,0 +1,168 @@
+"""Numbers, names and tables as they stand on the results page."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+Scored = Mapping[str, Any]
+"""A "mean" with its "interval", or the reason for which it is "refused"."""
+
+ABSENT = "–"  # noqa: RUF001
+_VERDICTS = ("better", "not distinguishable", "worse", "without an interval")
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: bool = True) -> str:
+    """A Markdown table; every column but the first is aligned to the right. Cells are Markdown already."""
+    rule = ["---"] + ["---:" if right else "---"] * (len(heads) - 1)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, rule, *rows))
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list; nothing for no lines."""
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Text of a record as Markdown that shows it and nothing else, in a table too."""
+    # An underscore inside a word means nothing, and is left for those who read the page as text.
+    return re.sub(r"([\\`*\[\]<>|#~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(text.split()))
+
+
+def code(text: str, *, cell: bool = True) -> str:
+    """A code span. `cell`: inside a table, where a "|" ends the cell even in code and has to be escaped."""
+    text = text.replace("\n", " ")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text.replace('|', chr(92) + '|') if cell else text}{pad}{fence}"
+
+
+def perplexity(arm: Scored) -> str:
+    """With the interval of the loss, turned into perplexities."""
+    interval = arm["interval"] and [math.exp(end) for end in arm["interval"]]
+    return _with_interval(arm["perplexity"], interval, lambda value: f"{value:,.{2 if value < 100 else 0}f}")
+
+
+def positions(arm: Scored) -> str:
+    """Mean positions; a fraction only where there is one."""
+    return f"{arm['positions']:,.1f}".removesuffix(".0")
+
+
+def percent(scored: Scored) -> str:
+    """A score of 0 to 1 with its interval."""
+    return _with_interval(scored["mean"], scored["interval"], lambda value: f"{100 * value:.1f}", unit="%")
+
+
+def plain_percent(value: float | None) -> str:
+    """A share of 0 to 1 that has no interval."""
+    return ABSENT if value is None else f"{100 * value:.1f}%"
+
+
+def difference(scored: Scored | None, *, points: bool = False) -> str:
+    """Signed, bold where the interval excludes 0; `points`: of scores of 0 to 1, in percentage points."""
+    if scored is None:
+        return ABSENT
+    # Adding 0.0 turns the -0.0 that rounding leaves into 0.0, which would be shown as "-0.000" otherwise.
+    shown = (lambda v: f"{round(100 * v, 1) + 0.0:+.1f}") if points else (lambda v: f"{round(v, 3) + 0.0:+.3f}")
+    return _bold(_with_interval(scored["mean"], scored["interval"], shown), scored)
+
+
+def share(scored: Scored | None) -> str:
+    """A share of a gain, bold where the interval excludes 0; "refused" without the reason."""
+    if scored is None:
+        return ABSENT
+    return "refused" if "refused" in scored else _bold(percent(scored), scored)
+
+
+def three_digits(value: float) -> str:
+    """A measured quantity, to three digits, or to whole numbers from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def remarks_by_length(found: Mapping[tuple[str, str], Mapping[int, Scored]]) -> list[str]:
+    """What the intervals of differences of a loss say; ratios of which the same can be said share a line.
+
+    Args:
+        found: (ratio, control) -> length -> difference of the loss, extensible minus control.
+    """
+    controls = [control for _, control in found]
+    ratios: dict[tuple[str, str], list[str]] = {}
+    for (ratio, control), by_length in found.items():
+        at: dict[str, list[str]] = {name: [] for name in _VERDICTS}
+        for length, scored in sorted(by_length.items()):
+            at[_verdict(scored, lower_is_better=True)].append(f"{length:,}")
+        said = [
+            f"{name} at {'every length measured' if len(lengths) == len(by_length) else ', '.join(lengths)}"
+            for name, lengths in at.items()
+            if lengths
+        ]
+        ratios.setdefault((control, "; ".join(said)), []).append(ratio)
+    return [
+        f"At {_ratios(own)} against {code(control, cell=False)}, by loss: {said}."
+        for (control, said), own in sorted(ratios.items(), key=lambda item: controls.index(item[0][0]))
+    ]
+
+
+def remarks_by_control(found: Mapping[str, Mapping[str, Scored]], metric: str) -> list[str]:
+    """What the intervals of differences of a score say; ratios of which the same can be said share a line.
+
+    Args:
+        found: Ratio -> control -> difference of the score, extensible minus control.
+        metric: The score's name.
+    """
+    words = ("better than", "not distinguishable from", "worse than", "without an interval against")
+    ratios: dict[str, list[str]] = {}
+    for ratio, controls in found.items():
+        told: dict[str, list[str]] = {name: [] for name in _VERDICTS}
+        for control, scored in controls.items():
+            told[_verdict(scored)].append(code(control, cell=False))
+        said = [f"{word} {', '.join(own)}" for word, own in zip(words, told.values(), strict=True) if own]
+        ratios.setdefault("; ".join(said), []).append(ratio)
+    return [f"At {_ratios(own)}, by {metric}: {said}." for said, own in ratios.items() if said]
+
+
+def refusals(found: Mapping[str, Mapping[int, Scored]]) -> list[str]:
+    """Why shares are refused; ratios that have one reason at the same lengths share a line.
+
+    Args:
+        found: Ratio -> length -> share.
+    """
+    ratios: dict[tuple[str, str], list[str]] = {}
+    for ratio, by_length in found.items():
+        reasons: dict[str, list[str]] = {}
+        for length, scored in sorted(by_length.items()):
+            if "refused" in scored:
+                reasons.setdefault(scored["refused"], []).append(f"{length:,}")
+        for why, lengths in reasons.items():
+            ratios.setdefault((why, ", ".join(lengths)), []).append(ratio)
+    return [
+        f"Share of the gap refused at {_ratios(own)}, length {at}: {escaped(why).rstrip('.')}."
+        for (why, at), own in ratios.items()
+    ]
+
+
+def _ratios(ratios: Sequence[str]) -> str:
+    return f"ratio{'s' * (len(ratios) > 1)} {', '.join(ratios)}"
+
+
+def _verdict(scored: Scored, *, lower_is_better: bool = False) -> str:
+    """One of `_VERDICTS`, from the interval alone."""
+    if scored["interval"] is None:
+        return _VERDICTS[3]
+    low, high = scored["interval"]
+    if low <= 0 <= high:
+        return _VERDICTS[1]
+    return _VERDICTS[0] if (high < 0) == lower_is_better else _VERDICTS[2]
+
+
+def _with_interval(
+    value: float, interval: Sequence[float] | None, shown: Callable[[float], str], unit: str = ""
+) -> str:
+    return shown(value) + unit + (f" [{shown(interval[0])}, {shown(interval[1])}]" if interval else "")
+
+
+def _bold(text: str, scored: Scored) -> str:
+    interval = scored["interval"]
+    return f"**{text}**" if interval and not interval[0] <= 0 <= interval[1] else text

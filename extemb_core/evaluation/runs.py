@@ -1,0 +1,251 @@
+"""One measured run: samples one by one into a journal, then everything into one JSON record.
+
+A run that is stopped goes on where it was: each finished sample is a line of `OUT.partial`, on disk before the next
+group begins, and is not measured again. The record keeps every sample, so that any table can be recomputed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
+from extemb_core.evaluation.provenance import provenance, short_name
+from extemb_core.models.sources import sha256_of
+from extemb_core.progress import progress
+
+Sample = dict[str, Any]
+
+# What may differ between the parts of one run: how many samples, and how they are computed.
+_FREE = ("limit", "batch_size", "device")
+
+
+class Experiment(Protocol):
+    """One kind of measurement, ready to run.
+
+    Attributes:
+        kind: "ppl", "qa", "needle" or "speed".
+        config: A frozen dataclass of JSON-able settings, `data` (paths) and `limit` among them.
+        fingerprint: Of the embedder; None when only the controls are measured.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
+    def groups(self) -> list[list[str]]:
+        """The ids of all samples, in the groups in which they are measured together."""
+        ...
+
+    def measure(self, group: Sequence[str]) -> Iterator[Sample]:
+        """Measure a group, or what a stopped run left of it; yields samples with their "id"."""
+        ...
+
+    def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The tables, a pure function of the samples."""
+        ...
+
+
+def run(
+    experiment: Experiment,
+    out: Path,
+    *,
+    command: Sequence[str] = (),
+    resume: bool = True,
+    show_progress: bool | None = None,
+) -> dict[str, Any]:
+    """Measure what is not yet measured and write the record.
+
+    Args:
+        experiment: What to measure.
+        out: The record's file; what is finished so far stands in `out` + ".partial".
+        command: The words of the command line, for the record.
+        resume: Take over samples of an earlier run with the same settings; without it they are measured anew.
+        show_progress: Show a bar; None shows it on a terminal.
+
+    Raises:
+        ConfigError: There is nothing to measure, or `out` holds a run with other settings.
+        DocumentError: `out` is not such a record.
+    """
+    data = [{"file": Path(file).name, "sha256": sha256_of(_existing(file))} for file in experiment.config.data]
+    identity = _identity(experiment, data)
+    groups = experiment.groups()
+    ids = [name for group in groups for name in group]
+    if not ids:
+        raise ConfigError("no sample fits these settings; pass longer documents or other lengths")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(out, identity, resume=resume)
+    origin = provenance(command)
+    with journal, progress(experiment.kind, len(ids), show_progress) as advance:
+        advance(sum(name in journal.samples for name in ids))
+        for group in groups:
+            left = [name for name in group if name not in journal.samples]
+            if not left:
+                continue
+            for sample in experiment.measure(left):
+                journal.add(sample)
+                advance(1)
+            journal.sync()
+    samples = [journal.samples[name] for name in ids]
+    record = {
+        "kind": experiment.kind,
+        "config": identity["config"] | {name: getattr(experiment.config, name) for name in _FREE},
+        "data": data,
+        "fingerprint": experiment.fingerprint,
+        "provenance": origin,
+        "parts": journal.parts,
+        "n": len(samples),
+        "seconds": round(journal.seconds, 1),
+        "summary": experiment.summarise(samples),
+        "samples": samples,
+    }
+    write_record(record, out)
+    journal.remove()
+    return record
+
+
+class Journal:
+    """Finished samples of one run, one JSON line each, after a first line that says what run it is."""
+
+    def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool = True) -> None:
+        self.file = out.with_name(out.name + ".partial")
+        self.samples: dict[str, Sample] = {}
+        self.seconds = 0.0
+        self.parts = 1
+        self._identity = identity
+        if not resume:
+            self.remove()
+        elif out.is_file():  # a finished run may go on too: with a higher limit
+            self._take_record(out)
+        if self.file.is_file():
+            self._take_lines()
+        self._stream = self.file.open("a", encoding="utf-8")
+        if self.file.stat().st_size == 0:
+            self._write({"identity": identity})
+        self._last = time.perf_counter()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.sync()
+        self._stream.close()
+
+    def add(self, sample: Sample) -> None:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.seconds += seconds
+        self.samples[sample["id"]] = sample
+        self._write({"sample": sample, "seconds": round(seconds, 3)})
+
+    def sync(self) -> None:
+        """Everything added is on disk when this returns."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def remove(self) -> None:
+        self.file.unlink(missing_ok=True)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def _take_record(self, out: Path) -> None:
+        record = read_record(out)
+        known = {name: record.get(name) for name in self._identity}
+        known["config"] = {name: value for name, value in record["config"].items() if name not in _FREE}
+        self._require(known, out)
+        self.samples = {sample["id"]: sample for sample in record["samples"]}
+        self.seconds, self.parts = record["seconds"], record["parts"] + 1
+
+    def _take_lines(self) -> None:
+        text = self.file.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]  # a process that was killed may have left half a line
+        try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+            if rows:
+                self._require(rows[0]["identity"], self.file)
+            for row in rows[1:]:
+                self.samples[row["sample"]["id"]] = row["sample"]
+                self.seconds += row["seconds"]
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise DocumentError(f"{self.file} is damaged ({error}); remove it to measure anew") from error
+        self.parts += bool(rows)
+        if len(whole) != len(text):
+            os.truncate(self.file, len(whole))
+
+    def _require(self, known: dict[str, Any], file: Path) -> None:
+        """That a file holds this run and no other."""
+        for name, value in self._identity.items():
+            before = known.get(name)
+            if name == "config" and isinstance(before, dict):
+                name, before, value = next(
+                    ((key, before.get(key), own) for key, own in value.items() if before.get(key) != own),
+                    (name, value, value),
+                )
+            if before != value:
+                raise ConfigError(
+                    f"{file} holds a run with another {name} ({before!r:.60}, now {value!r:.60}); "
+                    "pass another file to --json, or --no-resume to replace it"
+                )
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Read a record and check that it is one.
+
+    Raises:
+        DocumentError: The file is missing, not JSON, or not the record of a run.
+    """
+    text = _existing(file).read_bytes()
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise DocumentError(f"{file} is not JSON ({error}); measure it again") from error
+    needed = ("kind", "config", "data", "fingerprint", "provenance", "parts", "n", "seconds", "summary", "samples")
+    missing = [name for name in needed if name not in record] if isinstance(record, dict) else list(needed)
+    if missing:
+        raise DocumentError(f"{file} is not the record of a run: it has no {missing[0]!r}; measure it again")
+    return dict(record)
+
+
+def write_record(record: dict[str, Any], file: Path) -> None:
+    """Write a record whole or not at all; one line per sample, so that a diff shows what changed."""
+    head = {name: value for name, value in record.items() if name != "samples"}
+    lines = ",\n".join(
+        json.dumps(sample, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for sample in record["samples"]
+    )
+    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(f'{text[:-2]},\n "samples": [\n{lines}\n]\n}}\n', encoding="utf-8")
+    temporary.replace(file)
+
+
+def _identity(experiment: Experiment, data: list[dict[str, str]]) -> dict[str, Any]:
+    """What must be the same for a sample of an earlier run to count in this one."""
+    config = json.loads(json.dumps(asdict(experiment.config)))
+    config |= {"llm": short_name(config["llm"]), "data": [Path(file).name for file in config["data"]]}
+    config["embedder"] = short_name(config["embedder"]) if config["embedder"] else None
+    return {
+        "kind": experiment.kind,
+        "config": {name: value for name, value in config.items() if name not in _FREE},
+        "data": data,
+        "fingerprint": experiment.fingerprint,
+    }
+
+
+def _existing(file: str | Path) -> Path:
+    path = Path(file)
+    if not path.is_file():
+        raise DocumentNotFoundError(f"{path} does not exist; check the name")
+    return path

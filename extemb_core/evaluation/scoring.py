@@ -1,0 +1,113 @@
+"""How good an answer is, by the rules of SQuAD v1.1 (Rajpurkar et al., arXiv 1606.05250), and by ROUGE-L.
+
+Every score is between 0 and 1, the best over the reference answers. SQuAD's rules compare without case, ASCII
+punctuation and English articles. Of an answer such as "A" or "%" they leave nothing, which an empty prediction would
+equal and every prediction contain; so such an answer is compared raw instead, split at white space and no more. That
+is the only departure from the rules.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from extemb_core.errors import ConfigError
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+_WORD = re.compile(r"[^\W_]+")
+
+Tokens = list[str]
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, no ASCII punctuation, no articles, one space between words; in that order, as SQuAD has it."""
+    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 where the prediction is one of the answers, else 0.
+
+    Raises:
+        ConfigError: There is no answer to compare with; so all of these functions.
+    """
+    return _best(_is_same, prediction, answers, _answer_tokens)
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """Harmonic mean of the shares of the prediction's and of the answer's tokens that the two have in common."""
+    return _best(_overlap, prediction, answers, _answer_tokens)
+
+
+def contained(prediction: str, answers: Sequence[str]) -> float:
+    """1 where an answer's tokens stand side by side in the prediction, else 0: long-winded answers count too."""
+    return _best(_holds, prediction, answers, _answer_tokens)
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """ROUGE-L (Lin, 2004): as `f1`, but in common is the longest common subsequence, of lower-cased words.
+
+    A word is a run of letters and digits; articles count, and nothing is stemmed.
+    """
+    return _best(_ordered_overlap, prediction, answers, _words)
+
+
+def _best(
+    score: Callable[[Tokens, Tokens], float], prediction: str, answers: Sequence[str], split: Callable[[str], Tokens]
+) -> float:
+    if isinstance(answers, str) or not answers:  # a lone text would be taken as its characters
+        raise ConfigError(f"answers={answers!r} must be a sequence of at least one text; pass [answer]")
+    return max(score(*_tokens(prediction, answer, split)) for answer in answers)
+
+
+def _tokens(prediction: str, answer: str, split: Callable[[str], Tokens]) -> tuple[Tokens, Tokens]:
+    """Both texts as tokens; raw where the answer would have none."""
+    wanted = split(answer)
+    return (split(prediction), wanted) if wanted else (prediction.split(), answer.split())
+
+
+def _answer_tokens(text: str) -> Tokens:
+    return normalise_answer(text).split()
+
+
+def _words(text: str) -> Tokens:
+    return _WORD.findall(text.lower())
+
+
+def _is_same(found: Tokens, wanted: Tokens) -> float:
+    return float(found == wanted)
+
+
+def _holds(found: Tokens, wanted: Tokens) -> float:
+    if not wanted:
+        return float(not found)
+    starts = range(len(found) - len(wanted) + 1)
+    return float(any(found[at : at + len(wanted)] == wanted for at in starts))
+
+
+def _overlap(found: Tokens, wanted: Tokens) -> float:
+    return _f_measure((Counter(found) & Counter(wanted)).total(), found, wanted)
+
+
+def _ordered_overlap(found: Tokens, wanted: Tokens) -> float:
+    return _f_measure(_longest_common_subsequence(found, wanted), found, wanted)
+
+
+def _f_measure(common: int, found: Tokens, wanted: Tokens) -> float:
+    """The harmonic mean of common / found and common / wanted; two empty texts are the same."""
+    return 2 * common / (len(found) + len(wanted)) if found or wanted else 1.0
+
+
+def _longest_common_subsequence(a: Tokens, b: Tokens) -> int:
+    """Its length, by rows of the usual table: entry j is what `a` so far has in common with the first j of `b`."""
+    numbers: dict[str, int] = {}
+    a_ids, b_ids = (np.array([numbers.setdefault(each, len(numbers)) for each in tokens]) for tokens in (a, b))
+    row = np.zeros(len(b) + 1, dtype=np.int64)
+    for token in a_ids:
+        longer = np.maximum(row[1:], row[:-1] + (b_ids == token))
+        row[1:] = np.maximum.accumulate(longer)  # an entry is never below the one to its left
+    return int(row[-1])

@@ -1,0 +1,297 @@
+"""What it costs to answer about a text: time to the first token, decoding, memory, by length (twin paper, Table 3).
+
+For each length the same text is read in several ways, one question after it:
+
+    full         as it is, all tokens
+    online/k     compressed at ratio k, then read: both count
+    offline/k    the embeddings were made before; making or loading them does not count, reading them does
+
+A side that does not fit the window, beside the prompt and the answer, is absent. Within a round the sides take turns,
+and the order turns round with every round, so that a busy moment hits all of them; `first_token_over_full` compares
+within a round. Tokenising the text counts nowhere; putting the prompt together counts everywhere.
+
+**First token**: from the token ids of the text (offline: from its embeddings, in main memory) until the first token
+of the answer is known. **Decoding**: the tokens after it, one forward pass each, over the time they took. Tokens are
+chosen greedily by a plain loop over the LLM (`greedy`): always as many as asked for, where an answer would end at the
+LLM's first stop token, and each one timed when it is there, where streamed text may wait for the next.
+
+**Peak memory**: the highest use while a side runs, less what was in use before (the models' weights, the text, the
+offline embeddings). It is taken once per length, in the pass before the first round that is not timed. On CUDA it is
+what PyTorch's allocator hands out. On the CPU it is the process's resident set, whose peak the Linux kernel keeps:
+null on other systems and where the process may not reset that peak. Its limits: memory that an earlier side freed and
+the C library kept is in use before (on glibc it is handed back first, as far as that can be), and so is not counted;
+what other threads of the process do is; and pages that are touched for the first time count, which is why a short
+text goes through every side before the first length.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extemb_core.context.assembly import Prompt, assemble_chat
+from extemb_core.errors import ConfigError
+from extemb_core.evaluation.needle import filler, positions_at, read_filler
+from extemb_core.evaluation.runs import Sample
+from extemb_core.evaluation.settings import CommonConfig, require_counts
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.llm import LLM
+
+Ids = np.ndarray[Any, Any]
+
+BEFORE = "Read the text.\n\nText:\n"
+AFTER = "\n\nIn one sentence, what is this text about?"
+_FIRST_TOKENS = 64  # of the text that goes through every side before anything counts
+_MIB = 2**20
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig(CommonConfig):
+    """What is timed. Texts come from `data`, over again where that is short; from made-up text when there is none.
+
+    Attributes:
+        tokens: Lengths of the text.
+        rounds: Each measures every side of a length once.
+        new_tokens: Tokens of the answer.
+    """
+
+    tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 102400)
+    rounds: int = 3
+    new_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "tokens", "rounds", "new_tokens")
+        if not self.tokens:
+            raise ConfigError("tokens is empty; pass at least one length")
+        if self.new_tokens < 2:
+            raise ConfigError(f"new_tokens={self.new_tokens}: decoding begins with the second token; pass at least 2")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One length's text as (T,) `ids`, as embeddings by ratio, and the sides that fit with the positions they take."""
+
+    ids: Ids
+    embeddings: dict[int, Tensor]
+    sides: dict[str, int]
+
+
+class SpeedExperiment:
+    """See the module. Without an embedder only "full" is measured."""
+
+    kind: ClassVar[str] = "speed"
+
+    def __init__(self, config: SpeedConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
+        self.config = config
+        self.llm = llm
+        self.embedder = embedder
+        for ratio in config.ratios:
+            if embedder is not None:
+                embedder.config.require_ratio(ratio)
+        longest = max(config.tokens)
+        draw = np.random.default_rng(config.seed)
+        self._ids = filler(llm, max(longest, _FIRST_TOKENS), draw, read_filler(llm, config.data))[0]
+        places = [
+            (tokens, number)
+            for tokens in sorted(config.tokens)
+            if self.sides(tokens)
+            for number in range(config.rounds)
+        ]
+        if config.limit is not None and config.limit < len(places):
+            places = [places[int(at)] for at in np.linspace(0, len(places) - 1, config.limit)]
+        self._places = {f"{tokens}:{number}": (tokens, number) for tokens, number in places}
+        self._document: Document | None = None
+        self._peaks: dict[str, float | None] = {}
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self.embedder.fingerprint if self.embedder is not None else None
+
+    def groups(self) -> list[list[str]]:
+        """One round of one length each; a length at which no side fits has none."""
+        return [[name] for name in self._places]
+
+    def measure(self, group: Sequence[str]) -> Iterator[Sample]:
+        for name in group:
+            tokens, number = self._places[name]
+            document = self._prepared(tokens)
+            order = list(document.sides)
+            timed = {side: self.answer(side, document) for side in (order[::-1] if number % 2 else order)}
+            rates = [timed[side]["compress_tokens_per_s"] for side in order if "compress_tokens_per_s" in timed[side]]
+            yield {
+                "id": name,
+                "tokens": tokens,
+                "round": number,
+                "compress_tokens_per_s": median(rates) if rates else None,
+                "sides": {
+                    side: timed[side] | {"peak_mib": self._peaks[side], "positions": document.sides[side]}
+                    for side in order
+                },
+            }
+
+    def sides(self, tokens: int) -> dict[str, int]:
+        """The sides that fit, with the positions that the text takes in each."""
+        room = self.llm.window - len(self.prompt(self._ids[:0])) - self.config.new_tokens
+        positions = {"full": tokens}
+        for kind in ("online", "offline") if self.embedder is not None else ():
+            positions |= {f"{kind}/{k}": positions_at(tokens, k, self.embedder) for k in self.config.ratios}
+        return {side: count for side, count in positions.items() if count <= room}
+
+    def prompt(self, form: Ids | Tensor) -> Prompt:
+        """The chat prompt with this form of the text: (T,) token ids or (N, D) embeddings."""
+        return assemble_chat(self.llm, [{"role": "user", "content": [BEFORE, form, AFTER]}])
+
+    @torch.no_grad()
+    def answer(self, side: str, document: Document) -> dict[str, float]:
+        """Answer once and time it."""
+        kind, _, ratio = side.partition("/")
+        compressed = None
+        start = time.perf_counter()
+        if kind == "online" and self.embedder is not None:
+            made = self.embedder.compress_ids([document.ids], ratio=int(ratio), show_progress=False)
+            compressed = time.perf_counter()
+            form: Ids | Tensor = made[0].embeddings
+        else:
+            form = document.embeddings[int(ratio)] if ratio else document.ids
+        _, times = greedy(self.llm, self.prompt(form).embeddings(self.llm), self.config.new_tokens)
+        found = {
+            "first_token_s": round(times[0] - start, 6),
+            "decode_tokens_per_s": round((len(times) - 1) / (times[-1] - times[0]), 3),
+        }
+        if compressed is not None:
+            found["compress_tokens_per_s"] = round(len(document.ids) / (compressed - start), 3)
+        return found
+
+    def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        tables: dict[str, Any] = {}
+        for tokens in sorted({sample["tokens"] for sample in samples}):
+            rows = [sample["sides"] for sample in samples if sample["tokens"] == tokens]
+            tables[str(tokens)] = {side: _medians(rows, side) for side in rows[0]}
+        return tables
+
+    def _document_of(self, tokens: int) -> Document:
+        ids, sides = self._ids[:tokens], self.sides(tokens)
+        ratios = [ratio for ratio in self.config.ratios if f"offline/{ratio}" in sides]
+        embeddings = {}
+        if self.embedder is not None and ratios:
+            made = self.embedder.compress_ids([ids], ratio=min(ratios), show_progress=False)[0]
+            embeddings = {ratio: made.at_ratio(ratio).embeddings for ratio in ratios}
+        return Document(ids, embeddings, sides)
+
+    def _prepared(self, tokens: int) -> Document:
+        """The text of a length; where it is another than the last, after the pass that is not timed."""
+        if self._document is None:
+            self._untimed_pass(self._document_of(_FIRST_TOKENS))
+        if self._document is None or len(self._document.ids) != tokens:
+            self._document = None  # the last one's memory
+            document = self._document_of(tokens)
+            self._peaks = self._untimed_pass(document)
+            self._document = document
+        return self._document
+
+    def _untimed_pass(self, document: Document) -> dict[str, float | None]:
+        """Every side once, for its memory in MiB."""
+
+        def run(side: str) -> Callable[[], object]:
+            return lambda: self.answer(side, document)
+
+        return {side: peak_mib(run(side), self.llm.device) for side in document.sides}
+
+
+@torch.no_grad()
+def greedy(llm: LLM, prompt: Tensor, count: int) -> tuple[list[int], list[float]]:
+    """The LLM's likeliest next token, `count` times one after the other; stop tokens are tokens like any other.
+
+    Args:
+        llm: Goes on from the prompt.
+        prompt: (T, D) in the LLM's dtype and on its device.
+        count: At least 1.
+
+    Returns:
+        The token ids, and the time (`time.perf_counter`) at which each was known.
+    """
+    inputs: dict[str, Any] = {"inputs_embeds": prompt[None]}
+    ids: list[int] = []
+    times: list[float] = []
+    for _ in range(count):
+        output = llm.model(**inputs, use_cache=True, logits_to_keep=1)
+        ids.append(int(output.logits[0, -1].argmax()))  # waits for the device
+        times.append(time.perf_counter())
+        inputs = {
+            "input_ids": torch.tensor([[ids[-1]]], device=llm.device),
+            "past_key_values": output.past_key_values,
+        }
+    return ids, times
+
+
+def peak_mib(work: Callable[[], object], device: torch.device) -> float | None:
+    """Do something and tell its peak of memory beyond what was in use before; None where the system does not.
+
+    Args:
+        work: What to do.
+        device: Whose memory: a CUDA device, or else the process's resident set.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return round((torch.cuda.max_memory_allocated(device) - before) / _MIB, 1)
+    kept = _reset_resident_peak()
+    resident = _status_mib("VmRSS")
+    work()
+    peak = _status_mib("VmHWM")
+    return round(max(0.0, peak - resident), 1) if kept and peak is not None and resident is not None else None
+
+
+def _reset_resident_peak() -> bool:
+    """Have the peak of the resident set counted from now on; False where the system cannot."""
+    if not _CLEAR_REFS.exists():
+        return False
+    with suppress(AttributeError):  # not every C library can hand back what it keeps
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        _CLEAR_REFS.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _status_mib(name: str) -> float | None:
+    try:
+        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _medians(rows: Sequence[dict[str, dict[str, Any]]], side: str) -> dict[str, Any]:
+    """One side of one length over its rounds."""
+    own = [row[side] for row in rows]
+    peaks = [row["peak_mib"] for row in own if row["peak_mib"] is not None]
+    over = [row[side]["first_token_s"] / row["full"]["first_token_s"] for row in rows if "full" in row]
+    table = {
+        "n": len(own),
+        "first_token_s": median(row["first_token_s"] for row in own),
+        "decode_tokens_per_s": median(row["decode_tokens_per_s"] for row in own),
+        "peak_mib": median(peaks) if peaks else None,
+        "positions": own[0]["positions"],
+        "first_token_over_full": median(over) if over else None,
+    }
+    if "compress_tokens_per_s" in own[0]:
+        table["compress_tokens_per_s"] = median(row["compress_tokens_per_s"] for row in own)
+    return table

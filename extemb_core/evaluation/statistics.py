@@ -1,0 +1,105 @@
+"""Means, and shares of means, with intervals over documents.
+
+Measurements of one document are not independent, so whole groups are resampled: a bootstrap of as many groups as
+there are, drawn with replacement, and the 2.5% and 97.5% quantiles of what is computed from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from extemb_core.errors import ConfigError
+
+_RESAMPLES = 10_000
+_DRAWS_AT_ONCE = 2_000_000  # so that memory does not grow with the number of groups
+
+Values = np.ndarray[Any, Any]
+
+
+def bootstrap_interval(values: Values, groups: Values, seed: int = 0) -> tuple[float, float] | None:
+    """95% interval of the mean by resampling whole groups.
+
+    Args:
+        values: (W,).
+        groups: (W,) the document of each value.
+        seed: Of the resampling; the same seed and groups give the same resamples for any values.
+
+    Returns:
+        The 2.5% and the 97.5% quantile; None with fewer than two groups.
+    """
+    resampled = _resampled_sums([values, np.ones(len(values))], groups, seed)
+    return _quantiles(resampled[0] / resampled[1]) if resampled is not None else None
+
+
+def mean_with_interval(values: Values, groups: Values, seed: int = 0) -> dict[str, Any]:
+    """The mean of all values, its 95% interval over groups as a list or None, and their number `n`.
+
+    Args:
+        values: (W,), at least one.
+        groups: (W,) the document of each value.
+        seed: Of the resampling.
+    """
+    _require_values(values)
+    interval = bootstrap_interval(values, groups, seed)
+    return {
+        "mean": float(np.mean(values)),
+        "interval": list(interval) if interval is not None else None,
+        "n": len(values),
+    }
+
+
+def share(numerator: Values, denominator: Values, groups: Values, seed: int = 0) -> dict[str, Any]:
+    """The ratio of two means, such as the part of a gain that is retained, or why there is none to speak of.
+
+    Args:
+        numerator: (W,), at least one: what was gained.
+        denominator: (W,): what there was to gain, paired with it.
+        groups: (W,) the document of each pair.
+        seed: Of the resampling.
+
+    Returns:
+        `mean`, the ratio, and `interval`, its 95% interval over groups as a list or None with fewer than two groups.
+        Where the mean of the denominator is not clearly above 0 (its interval reaches 0 or below; with one group,
+        it does itself) a ratio to it says nothing: then only `refused`, a sentence.
+    """
+    _require_values(numerator)
+    part, whole = float(np.mean(numerator)), float(np.mean(denominator))
+    bounds = bootstrap_interval(denominator, groups, seed)
+    least = bounds[0] if bounds is not None else whole
+    if not least > 0:  # so that a value that is no number is refused too
+        noise = f" (95% interval {bounds[0]:.4g} to {bounds[1]:.4g})" if bounds is not None else ""
+        return {"refused": f"what there was to gain, {whole:.4g}{noise}, is not clearly above 0"}
+    resampled = _resampled_sums([numerator, denominator], groups, seed)
+    if resampled is None:
+        return {"mean": part / whole, "interval": None}
+    parts, wholes = resampled
+    positive = wholes > 0  # all but fewer than 2.5%, or it had been refused; the others have no share
+    return {"mean": part / whole, "interval": list(_quantiles(parts[positive] / wholes[positive]))}
+
+
+def _resampled_sums(columns: list[Values], groups: Values, seed: int) -> list[Values] | None:
+    """The sum of each column over every resample of the groups, (R,) each; None with fewer than two groups."""
+    _, index = np.unique(groups, return_inverse=True)
+    sums = [np.bincount(index, weights=column) for column in columns]
+    count = len(sums[0])
+    if count < 2:
+        return None
+    draw = np.random.default_rng(seed)
+    rows = max(1, _DRAWS_AT_ONCE // count)
+    blocks = []
+    for at in range(0, _RESAMPLES, rows):
+        drawn = draw.integers(0, count, (min(rows, _RESAMPLES - at), count))
+        blocks.append([column[drawn].sum(1) for column in sums])
+    return [np.concatenate(column) for column in zip(*blocks, strict=True)]
+
+
+def _quantiles(values: Values) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _require_values(values: Values) -> None:
+    if not len(values):
+        raise ConfigError("there are 0 values, which have no mean; pass at least one")

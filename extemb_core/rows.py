@@ -1,0 +1,91 @@
+"""Data files: rows of JSON Lines, or plain text, each also compressed with zstd. Errors name file and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError
+
+_BLOCK_BYTES = 1 << 16
+
+
+def is_rows(file: Path) -> bool:
+    """Whether a file's name says that it holds JSON Lines."""
+    return file.name.removesuffix(".zst").endswith(".jsonl")
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a .jsonl or .jsonl.zst file with their line numbers, from 1; empty lines are passed over.
+
+    Raises:
+        DocumentError: A line is not a JSON object in UTF-8, or the compressed data is damaged.
+    """
+    for number, line in enumerate(_lines(_blocks_of(file)), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(_decoded(line, file, number))
+        except ValueError as error:
+            if isinstance(error, DocumentError):
+                raise
+            raise DocumentError(f"{file}, line {number}: not JSON ({error}); mend or drop the row") from error
+        if not isinstance(row, dict):
+            raise DocumentError(f"{file}, line {number}: a JSON {type(row).__name__}, not an object; mend the row")
+        yield number, row
+
+
+def read_whole(file: Path) -> str:
+    """The text of a file that is not rows."""
+    return _decoded(b"".join(_blocks_of(file)), file, 1)
+
+
+def _blocks_of(file: Path) -> Iterator[bytes]:
+    if not file.is_file():
+        raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
+    return _decompressed(file) if file.suffix == ".zst" else _blocks(file)
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            yield block
+
+
+def _decompressed(file: Path) -> Iterator[bytes]:
+    """All frames of a .zst file. The package's own stream reader takes a file cut short for a whole one."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingExtraError("zstandard", "train", f"reading {file.name}") from error
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    try:
+        for compressed in _blocks(file):
+            rest = compressed
+            while rest:
+                frame = frame or decompressor.decompressobj()
+                yield frame.decompress(rest)
+                rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    except zstandard.ZstdError as error:
+        raise DocumentError(f"{file} is not a whole .zst file ({error}); get it again") from error
+    if frame is not None:
+        raise DocumentError(f"{file} ends in the middle of its compressed data; get it again")
+
+
+def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *whole, rest = (rest + block).split(b"\n")
+        yield from whole
+    yield rest
+
+
+def _decoded(data: bytes, file: Path, line: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        raise DocumentError(f"{file}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error

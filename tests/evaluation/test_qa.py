@@ -1,0 +1,223 @@
+"""Every arm of a question sees what it should: against oracles, obvious constructions, and hand-made samples."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import RawEmbedder, random_embedder, tiny_model, tiny_tokenizer
+
+from extemb_core.errors import BudgetError, ConfigError
+from extemb_core.evaluation.qa import QaConfig, QaExperiment, templates
+from extemb_core.models.llm import LLM
+
+PLACES = ("harbour", "bridge", "mill", "tower", "market")
+
+
+@pytest.fixture(scope="module")
+def llm():
+    """A tiny LLM whose window holds the prompt templates, which are long in its small vocabulary."""
+    return LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="tiny")
+
+
+def rows(count=5, per_text=2):
+    made = []
+    for at in range(count):
+        text = f"The {PLACES[at]} was built in 18{at}0 by {at + 3} masons. " + "It rained. " * at
+        questions = [("When was it built?", f"18{at}0"), ("By how many masons?", str(at + 3))][:per_text]
+        made += [
+            {"id": f"{at}-{number}", "context": text, "question": question, "answers": [answer]}
+            for number, (question, answer) in enumerate(questions)
+        ]
+    return made
+
+
+@pytest.fixture
+def make(tmp_path, llm):
+    def experiment(embedder=None, data=None, **changes):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in data or rows()))
+        return QaExperiment(QaConfig(llm="tiny", data=(str(file),), **({"ratios": (4,)} | changes)), llm, embedder)
+
+    return experiment
+
+
+def measured(experiment):
+    found = {sample["id"]: sample for group in experiment.groups() for sample in experiment.measure(group)}
+    return [found[name] for name in sorted(found)]
+
+
+def question(experiment, name):
+    return experiment._questions[name]
+
+
+def as_embeddings(llm, parts):
+    return torch.cat([part if isinstance(part, torch.Tensor) else llm.embed(part) for part in parts])
+
+
+def test_a_perfect_embedder_answers_as_the_full_text_does(make, llm):
+    for sample in measured(make(RawEmbedder(llm), ratios=(1,))):
+        arms = sample["arms"]
+        for arm in ("extensible/1", "truncated/1", "lingua/1"):
+            assert arms[arm] == arms["full"]
+        assert arms["full"]["positions"] > arms["none"]["positions"] == 0
+        assert arms["full"]["prediction"] != arms["none"]["prediction"]
+
+
+def test_an_embedder_of_another_document_has_the_wrong_documents_row(make, llm):
+    right = make(RawEmbedder(llm), ratios=(1,))
+
+    class Elsewhere(RawEmbedder):
+        def compress_ids(self, ids, **settings):
+            names = {right._tokens(name).tobytes(): name for name in right._texts}
+            others = [right._tokens(*right._wrong([names[tokens.tobytes()]])) for tokens in ids]
+            return super().compress_ids(others, **settings)
+
+    for honest, fooled in zip(measured(right), measured(make(Elsewhere(llm), ratios=(1,))), strict=True):
+        assert fooled["arms"]["extensible/1"] == honest["arms"]["wrong/1"]
+        assert fooled["arms"]["extensible/1"]["prediction"] != fooled["arms"]["full"]["prediction"]
+
+
+def test_controls_take_the_positions_of_the_embeddings(make, llm):
+    experiment = make(random_embedder(llm), ratios=(2, 4))
+    for name in experiment._questions:
+        forms = experiment.forms(question(experiment, name))
+        n = {arm: sum(map(len, parts)) for arm, parts in forms.items()}
+        for ratio in (2, 4):
+            assert n[f"truncated/{ratio}"] == n[f"lingua/{ratio}"] == n[f"random/{ratio}"] == n[f"extensible/{ratio}"]
+        assert n["none"] == 0 < n["extensible/4"] < n["extensible/2"] < n["full"]
+
+
+def test_each_arm_is_what_its_name_says(make, llm):
+    experiment = make(random_embedder(llm))
+    forms = experiment.forms(question(experiment, "2-0"))
+    text = llm.encode(rows()[4]["context"])
+    np.testing.assert_array_equal(np.concatenate(forms["full"]), text)
+    (truncated,), (lingua,), (ours,) = forms["truncated/4"], forms["lingua/4"], forms["extensible/4"]
+    np.testing.assert_array_equal(truncated, text[: len(truncated)])
+    rest = iter(text.tolist())
+    assert all(index in rest for index in lingua.tolist())  # a subsequence, in order
+    torch.testing.assert_close(ours, experiment.embedder.compress(rows()[4]["context"], ratio=4).embeddings)
+    (drawn,) = forms["random/4"]
+    torch.testing.assert_close(drawn.norm(dim=1), ours.norm(dim=1))
+    assert torch.nn.functional.cosine_similarity(drawn, ours).abs().max() < 0.9
+    (wrong,) = forms["wrong/4"]
+    assert any(torch.equal(wrong, experiment.embedder.compress(row["context"], ratio=4).embeddings)
+               for row in rows() if row["context"] != rows()[4]["context"])  # fmt: skip
+
+
+def test_the_prompt_is_the_chat_template_with_the_text_in_it(make, llm):
+    experiment = make()
+    one = question(experiment, "1-0")
+    template = templates()["short"]
+    text = template["before"] + one.context + template["after"].format(question=one.question)
+    whole = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                              add_generation_prompt=True)  # fmt: skip
+    prompt = experiment.prompt(one, experiment.forms(one)["full"])
+    assert llm.tokenizer.decode(np.concatenate(prompt.segments)) == whole
+
+
+def test_an_answer_does_not_depend_on_its_batch_nor_on_shared_prefixes(make, llm):
+    embedder = random_embedder(llm)
+    together = measured(make(embedder, batch_size=8))
+    alone = measured(make(embedder, batch_size=1))
+    assert together == alone
+
+
+def test_the_own_passage_has_every_rank_and_parts_stay_apart(make, llm):
+    experiment = make(random_embedder(llm), passages=3)
+    ranks = [experiment._ranks[name] for name in experiment._questions]
+    assert ranks == [0, 1, 2] * 3 + [0]
+    for name in experiment._questions:
+        one = question(experiment, name)
+        passages = experiment.passages(one)
+        assert passages.index(one.document) == experiment._ranks[name]
+        assert len(set(passages)) == 3
+        parts = experiment.forms(one)["extensible/4"]
+        assert [isinstance(part, torch.Tensor) for part in parts] == [True, False, True, False, True]
+        for part, passage in zip(parts[::2], passages, strict=True):
+            torch.testing.assert_close(part, embedder_of(experiment, passage))
+    (sample, *_) = measured(experiment)
+    assert sample["rank"] == 0
+    summary = experiment.summarise(measured(experiment))
+    assert list(summary["by_rank"]) == ["0", "1", "2"]
+    assert summary["by_rank"]["0"]["full"]["n"] == 4
+
+
+def embedder_of(experiment, passage):
+    return experiment.embedder.compress(experiment._texts[passage], ratio=4).embeddings
+
+
+def test_full_text_beyond_the_window_is_cut_and_says_so(make, llm):
+    long = rows()
+    long[0]["context"] = long[1]["context"] = "The mill turned slowly all day. " * 100
+    sample = next(sample for sample in measured(make(data=long, ratios=(8,))) if sample["id"] == "0-0")
+    experiment = make(data=long, ratios=(8,))
+    room = llm.window - len(experiment.prompt(question(experiment, "0-0"), [])) - 32
+    assert sample["arms"]["full"]["cut"] is True
+    assert sample["arms"]["full"]["positions"] == room
+    assert experiment.summarise(measured(experiment))["arms"]["full"]["cut"] == 2
+    with pytest.raises(BudgetError, match="'0-0'.*coarser --ratios"):
+        measured(make(data=long, ratios=(1,)))
+
+
+def test_questions_about_one_text_are_side_by_side(make):
+    groups = make(batch_size=4).groups()
+    assert [len(group) for group in groups] == [4, 4, 2]
+    assert groups[0] == ["0-0", "0-1", "1-0", "1-1"]
+
+
+def test_a_limit_takes_questions_evenly(make):
+    ids = {name for group in make(limit=3).groups() for name in group}
+    assert ids == {"0-0", "2-0", "4-1"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "template"),
+    [(["yes", "No"], "yes_no"), (["yes", "1870"], "short"), (["a sentence that goes on " * 4], "long")],
+)
+def test_the_template_goes_by_the_answers(make, answers, template):
+    data = [row | {"answers": [answers[at % len(answers)]]} for at, row in enumerate(rows())]
+    experiment = make(data=data)
+    assert experiment.template_name == template
+    (sample, *_) = measured(make(data=data, limit=1))
+    assert set(templates()[template]["metrics"]) < set(sample["arms"]["full"])
+
+
+def hand_made(none, full, ours):
+    return [
+        {"id": str(at), "document": str(at), "rank": None, "arms": {
+            arm: {"positions": 10, "prediction": "", "em": 0.0, "f1": values[at], "contained": 0.0}
+            for arm, values in {"none": none, "extensible/4": ours, "full": full}.items()
+        }}
+        for at in range(len(none))
+    ]  # fmt: skip
+
+
+def test_the_tables_are_those_of_hand_made_samples(make, llm):
+    summary = make(random_embedder(llm)).summarise(hand_made([0.0, 0.2], [0.8, 1.0], [0.4, 0.6]))
+    assert summary["arms"]["full"]["f1"] == {"mean": 0.9, "interval": pytest.approx([0.8, 1.0]), "n": 2}
+    assert summary["minus"]["4"]["full"]["f1"]["mean"] == pytest.approx(-0.4)
+    assert set(summary["minus"]["4"]) == {"none", "full"}
+    assert summary["retained"]["4"]["mean"] == pytest.approx(0.5)
+
+
+def test_the_retained_share_is_refused_where_the_full_text_gains_nothing(make, llm):
+    summary = make(random_embedder(llm)).summarise(hand_made([0.5, 0.2, 0.9], [0.6, 0.3, 0.5], [0.4, 0.6, 0.1]))
+    assert "mean" not in summary["retained"]["4"]
+    assert summary["retained"]["4"]["refused"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("template", "verse"), ("controls", ("none", "magic")), ("passages", 0), ("data", ())]
+)
+def test_settings_that_cannot_be(name, value):
+    with pytest.raises(ConfigError, match=name):
+        QaConfig(**({"llm": "tiny", "data": ("rows.jsonl",)} | {name: value}))
+
+
+def test_one_text_has_no_wrong_one(make):
+    with pytest.raises(ConfigError, match="1 different texts and 2 are needed"):
+        make(data=rows(1))

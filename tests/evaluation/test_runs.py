@@ -1,0 +1,160 @@
+"""A run's record is whole, and a run that was stopped goes on without measuring anything twice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.evaluation import runs
+from extemb_core.evaluation.runs import read_record, run
+from extemb_core.evaluation.settings import CommonConfig
+
+
+@dataclass
+class Squares:
+    """Measures the squares of whole numbers, in groups of two; stops when told."""
+
+    config: CommonConfig
+    fingerprint: str | None = "f1"
+    stop_at: str = ""
+    asked: list[str] = field(default_factory=list)
+    kind = "squares"
+
+    def groups(self):
+        ids = [str(number) for number in range(self.config.limit or 6)]
+        return [ids[at : at + 2] for at in range(0, len(ids), 2)]
+
+    def measure(self, group):
+        for name in group:
+            if name == self.stop_at:
+                raise KeyboardInterrupt
+            self.asked.append(name)
+            yield {"id": name, "square": int(name) ** 2}
+
+    def summarise(self, samples):
+        return {"sum": sum(sample["square"] for sample in samples)}
+
+
+@pytest.fixture
+def config(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    return CommonConfig(llm=str(tmp_path / "models" / "tiny"), data=(str(data),))
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "results" / "squares.json"
+
+
+def partial(out):
+    return out.with_name(out.name + ".partial")
+
+
+def test_a_record_keeps_every_sample_and_what_made_it(config, out, tmp_path):
+    record = run(Squares(config), out, command=["extemb", "eval", f"--data={tmp_path}/rows.jsonl"])
+    assert read_record(out) == json.loads(json.dumps(record))
+    assert [sample["square"] for sample in record["samples"]] == [0, 1, 4, 9, 16, 25]
+    assert (record["kind"], record["n"], record["parts"], record["summary"]) == ("squares", 6, 1, {"sum": 55})
+    assert record["data"][0]["file"] == "rows.jsonl"
+    assert len(record["data"][0]["sha256"]) == 64
+    assert record["provenance"]["command"] == "extemb eval --data=rows.jsonl"
+    assert {"git", "versions", "hardware", "date"} <= set(record["provenance"])
+    assert str(tmp_path) not in out.read_text()
+    assert not partial(out).exists()
+    assert not list(out.parent.glob("*.tmp"))
+
+
+def test_a_stopped_run_goes_on(config, out):
+    first = Squares(config, stop_at="3")
+    with pytest.raises(KeyboardInterrupt):
+        run(first, out)
+    assert not out.exists()
+    assert first.asked == ["0", "1", "2"]
+    again = Squares(config)
+    record = run(again, out)
+    assert again.asked == ["3", "4", "5"]
+    assert (record["n"], record["parts"], record["summary"]) == (6, 2, {"sum": 55})
+    assert not partial(out).exists()
+
+
+def test_half_a_line_of_a_killed_process_is_measured_again(config, out):
+    with pytest.raises(KeyboardInterrupt):
+        run(Squares(config, stop_at="3"), out)
+    with partial(out).open("ab") as stream:
+        stream.write(b'{"sample": {"id": "3", "squ')
+    again = Squares(config)
+    assert run(again, out)["summary"] == {"sum": 55}
+    assert again.asked == ["3", "4", "5"]
+
+
+def test_a_finished_run_is_not_measured_again_and_a_higher_limit_measures_the_rest(config, out):
+    run(Squares(replace(config, limit=4)), out)
+    again = Squares(replace(config, limit=4, batch_size=1))
+    assert run(again, out)["parts"] == 2
+    assert again.asked == []
+    more = Squares(config)
+    assert run(more, out)["n"] == 6
+    assert more.asked == ["4", "5"]
+    anew = Squares(config)
+    run(anew, out, resume=False)
+    assert len(anew.asked) == 6
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_with_other_settings_is_refused_by_name(config, out, finished):
+    if finished:
+        run(Squares(config), out)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run(Squares(config, stop_at="3"), out)
+    before = (out if finished else partial(out)).read_bytes()
+    with pytest.raises(ConfigError, match=r"another ratios \(\[4, 8, 16, 32\], now \[2\]\).*--no-resume"):
+        run(Squares(replace(config, ratios=(2,))), out)
+    with pytest.raises(ConfigError, match="another fingerprint"):
+        run(Squares(config, fingerprint="f2"), out)
+    assert (out if finished else partial(out)).read_bytes() == before
+
+
+def test_changed_data_is_another_run(config, out):
+    run(Squares(config), out)
+    with open(config.data[0], "a") as stream:
+        stream.write("{}\n")
+    with pytest.raises(ConfigError, match="another data"):
+        run(Squares(config), out)
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"kind": "qa"}'])
+def test_a_file_that_is_no_record_is_an_error(config, out, text):
+    out.parent.mkdir(parents=True)
+    out.write_text(text)
+    with pytest.raises(DocumentError, match="squares.json is not"):
+        run(Squares(config), out)
+    assert out.read_text() == text
+
+
+def test_a_damaged_journal_is_an_error(config, out):
+    out.parent.mkdir(parents=True)
+    partial(out).write_text('{"identity"\n')
+    with pytest.raises(DocumentError, match="damaged.*remove it"):
+        run(Squares(config), out)
+
+
+def test_missing_data_and_nothing_to_measure(config, out):
+    with pytest.raises(DocumentError, match="does not exist"):
+        run(Squares(replace(config, data=("none.jsonl",))), out)
+    empty = Squares(config)
+    empty.groups = list
+    with pytest.raises(ConfigError, match="no sample"):
+        run(empty, out)
+
+
+def test_what_was_added_is_on_disk_before_the_next_group(config, out, monkeypatch):
+    synced = []
+    monkeypatch.setattr(runs.os, "fsync", lambda handle: synced.append(len(partial(out).read_text().splitlines())))
+    run(Squares(config), out)
+    assert synced[:3] == [3, 5, 7]
