@@ -733,7 +733,11 @@ def test_eval_reports_on_records(models: Models, novel: Path, tmp_path: Path) ->
         (ExitCode.INPUT, ["qa", "--data", "none.jsonl", "--ratios", "4"], "none.jsonl does not exist"),
         (ExitCode.SETTINGS, ["qa", "--data", "{questions}", "--ratios", "3"], "ratio=3 is not one of the trained"),
         (ExitCode.SETTINGS, ["qa", "--data", "{questions}", "--template", "verse"], "template='verse' is not one of"),
-        (ExitCode.INPUT, ["ppl", "--data", "{questions}", "--ratios", "4", "--target", "8"], 'line 1: each row must have a "text"'),
+        (
+            ExitCode.INPUT,
+            ["ppl", "--data", "{questions}", "--ratios", "4", "--target", "8"],
+            'line 1: each row must have a "text"',
+        ),
         (ExitCode.INPUT, ["qa", "--data", "{novel}", "--ratios", "4"], "is not .jsonl"),
     ],
 )
