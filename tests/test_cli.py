@@ -692,7 +692,7 @@ def test_eval_ppl_writes_a_record_and_goes_on_from_it(models: Models, novel: Pat
     assert (record["kind"], record["n"], record["config"]["contexts"]) == ("ppl", 2, [16, 32])
     arms = ["none", "nearest/2", "nearest/8", "streaming", "extensible/2", "extensible/8", "full"]
     assert list(record["summary"]["32"]["arms"]) == arms
-    assert record["provenance"]["command"].startswith("extemb ")
+    assert record["provenance"]["command"].split()[0] == "extemb"
     again = run(*command, "--contexts", "16,32", "--ratios", "2", "8")
     assert again.exit_code == 0, again.output
     more = json.loads(out.read_text())
