@@ -50,6 +50,7 @@ METRICS = {
 }
 CONTROLS = ("none", "truncated", "lingua", "random", "wrong", "full")
 _LONG_ANSWER_WORDS = 12
+_POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,22 +121,17 @@ class QaExperiment:
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
         questions = [self._questions[name] for name in group]
         forms = [self.forms(question) for question in questions]
-        answered: list[dict[str, dict[str, Any]]] = [{} for _ in questions]
-        for arm in list(forms[0]):
-            prompts = [self.prompt(question, form[arm]) for question, form in zip(questions, forms, strict=True)]
-            cut = [form.pop(arm) for form in forms]  # large, and not needed again
-            made = self.llm.generate([prompt.inputs(self.llm) for prompt in prompts], self._sampling)
-            for row, (question, generated) in enumerate(zip(questions, made, strict=True)):
-                prediction = generated.text.strip()
-                answered[row][arm] = {
-                    "positions": sum(len(part) for part in cut[row]),
-                    "prediction": prediction,
-                    **{
-                        name: round(METRICS[name](prediction, question.answers), 4) for name in self.template["metrics"]
-                    },
-                }
-                if arm == "full" and self._was_cut(question, answered[row][arm]["positions"]):
-                    answered[row][arm]["cut"] = True
+        answered: list[dict[str, dict[str, Any]]] = [{arm: {} for arm in forms[0]} for _ in questions]
+        prompts = {
+            arm: [self.prompt(question, form[arm]) for question, form in zip(questions, forms, strict=True)]
+            for arm in forms[0]
+        }
+        for batch in _batches({arm: max(map(len, made)) for arm, made in prompts.items()}, len(questions)):
+            inputs = [prompt.inputs(self.llm) for arm in batch for prompt in prompts[arm]]
+            texts = iter(self.llm.generate(inputs, self._sampling))
+            for arm in batch:
+                for row, (question, form) in enumerate(zip(questions, forms, strict=True)):
+                    answered[row][arm] = self._scored(question, arm, next(texts).text.strip(), form[arm])
         for question, arms in zip(questions, answered, strict=True):
             yield {
                 "id": question.id,
@@ -145,6 +141,12 @@ class QaExperiment:
                 "answers": list(question.answers),
                 "arms": arms,
             }
+
+    def _scored(self, question: Question, arm: str, prediction: str, parts: Sequence[Part]) -> dict[str, Any]:
+        positions = sum(map(len, parts))
+        scores = {name: round(METRICS[name](prediction, question.answers), 4) for name in self.template["metrics"]}
+        cut = {"cut": True} if arm == "full" and self._was_cut(question, positions) else {}
+        return {"positions": positions, "prediction": prediction, **scores, **cut}
 
     def forms(self, question: Question) -> dict[str, list[Part]]:
         """What each arm puts in the place of the text: parts of (T,) token ids and of (N, D) embeddings."""
@@ -301,6 +303,23 @@ def templates() -> Mapping[str, Mapping[str, Any]]:
     text = resources.files("extemb_core.evaluation").joinpath("templates.json").read_text(encoding="utf-8")
     found: Mapping[str, Mapping[str, Any]] = json.loads(text)
     return found
+
+
+def _batches(lengths: Mapping[str, int], rows: int) -> Iterator[list[str]]:
+    """Arms that are answered in one call, the short ones together: a step costs little more for more rows.
+
+    Args:
+        lengths: Arm -> positions of its longest prompt.
+        rows: Prompts of each arm.
+    """
+    batch: list[str] = []
+    for arm in sorted(lengths, key=lambda arm: lengths[arm]):
+        if batch and (len(batch) + 1) * rows * lengths[arm] > _POSITIONS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(arm)
+    if batch:
+        yield batch
 
 
 def _template_for(questions: Sequence[Question]) -> str:

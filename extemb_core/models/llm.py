@@ -51,7 +51,7 @@ from extemb_core.models.weights import resolve_llm
 _PIECE_CHARS = 32_768
 _WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_SHORTEST_SHARED_PREFIX = 64
+_FEWEST_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
 _TOKENIZER_PROBE = "The 3 quick brown foxes\n\n\tjumped over naïve 東京 dogs; x_1 += 42.5  # ok?"
 
 
@@ -333,15 +333,11 @@ class LLM:
         """Continue a batch of prompts, each (T, D) embeddings or a list of ids.
 
         Prompts are padded on the left and positions counted from each prompt's own start, so that the answer to
-        one does not depend on the others. What lists of ids have in common at their start is read once.
+        one does not depend on the others. What all have in common at their start is read once.
         """
         if not prompts:
             return []
-        shared = self._shared_prefix(prompts)
-        inputs = self._batch([prompt[shared:] for prompt in prompts])
-        if shared:
-            inputs |= self._after_prefix([int(index) for index in prompts[0][:shared]], inputs)
-        rows = self._run(inputs, sampling)
+        rows = self._run(self._batch(prompts), sampling)
         return [self._finish(row, sampling) for row in rows.tolist()]
 
     def stream(
@@ -392,45 +388,43 @@ class LLM:
             relay.cancel()
             worker.join()
 
-    def _batch(self, prompts: Sequence[Tensor | Sequence[int]]) -> dict[str, Tensor]:
+    def _batch(self, prompts: Sequence[Tensor | Sequence[int]]) -> dict[str, Any]:
+        """What transformers continues; with the cache of what the prompts share at their start, if that is much."""
         if any(len(prompt) == 0 for prompt in prompts):
             raise ConfigError("a prompt has 0 positions; at least one token is needed to continue from")
-        longest = max(len(prompt) for prompt in prompts)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        if not any(isinstance(prompt, Tensor) for prompt in prompts):
+        if any(isinstance(prompt, Tensor) for prompt in prompts):
+            name = "inputs_embeds"
+            rows = [p.to(self.device, self.dtype) if isinstance(p, Tensor) else self.embed(p) for p in prompts]
+        else:
+            name = "input_ids"
+            rows = [torch.tensor([int(index) for index in prompt], device=self.device) for prompt in prompts]
+        shared = self._shared(rows)
+        longest = max(map(len, rows))
+        mask = torch.ones(len(rows), longest, dtype=torch.long, device=self.device)
+        padded = []
+        for row, visible in zip(rows, mask, strict=True):
+            gap = longest - len(row)
+            visible[shared : shared + gap] = 0
             # Padding is masked, but a repetition penalty counts its ids: repeat one that the prompt has anyway.
-            rows = [[int(p[0])] * (longest - len(p)) + [int(i) for i in p] for p in prompts]
-            return {"input_ids": torch.tensor(rows, device=self.device), "attention_mask": mask}
-        embedded = [p.to(self.device, self.dtype) if isinstance(p, Tensor) else self.embed(p) for p in prompts]
-        padded = [torch.nn.functional.pad(row, (0, 0, longest - row.shape[0], 0)) for row in embedded]
-        return {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
+            padded.append(torch.cat([row[:shared], row[:1].expand(gap, *row.shape[1:]), row[shared:]]))
+        inputs: dict[str, Any] = {name: torch.stack(padded), "attention_mask": mask}
+        if shared:
+            cache = DynamicCache(config=self.model.config)
+            with torch.no_grad():
+                self.model(**{name: inputs[name][:1, :shared]}, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(rows))
+            inputs["past_key_values"] = cache
+        return inputs
 
-    def _shared_prefix(self, prompts: Sequence[Tensor | Sequence[int]]) -> int:
-        """How many ids all prompts begin with, where reading them once is worth it; each keeps one of its own."""
-        if len(prompts) < 2 or any(isinstance(prompt, Tensor) for prompt in prompts):
-            return 0
+    def _shared(self, rows: Sequence[Tensor]) -> int:
+        """Positions that all begin with, where reading them once is worth it; each keeps one of its own."""
         if getattr(self.text_config, "sliding_window", None):  # counts the padding after the prefix
             return 0
-        length = min(len(prompt) for prompt in prompts) - 1
-        rows = np.array([list(prompt[: max(0, length)]) for prompt in prompts])
-        differs = np.flatnonzero((rows != rows[0]).any(0))
-        shared = int(differs[0]) if len(differs) else length
-        return shared if shared >= _SHORTEST_SHARED_PREFIX else 0
-
-    @torch.no_grad()
-    def _after_prefix(self, prefix: list[int], inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """The inputs of a batch that continues one prefix: with its ids and mask before them, and its cache."""
-        rows = inputs["input_ids"].shape[0]
-        ids = torch.tensor([prefix], device=self.device)
-        cache = DynamicCache(config=self.model.config)
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(rows)
-        before = ids.expand(rows, -1)
-        return {
-            "input_ids": torch.cat([before, inputs["input_ids"]], dim=1),
-            "attention_mask": torch.cat([torch.ones_like(before), inputs["attention_mask"]], dim=1),
-            "past_key_values": cache,
-        }
+        length = min(map(len, rows)) - 1
+        for row in rows[1:]:
+            differs = (row[:length] != rows[0][:length]).unsqueeze(-1).flatten(1).any(1).nonzero()
+            length = int(differs[0]) if len(differs) else length
+        return length if length * (len(rows) - 1) >= _FEWEST_SHARED_POSITIONS else 0
 
     def _run(self, inputs: dict[str, Any], sampling: Sampling, relay: _TokenRelay | None = None) -> Tensor:
         """New token ids, (B, S), padded on the right with a stop token."""

@@ -10,7 +10,7 @@ import torch
 from tiny import RawEmbedder, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import BudgetError, ConfigError
-from extemb_core.evaluation.qa import QaConfig, QaExperiment, templates
+from extemb_core.evaluation.qa import QaConfig, QaExperiment, _batches, templates
 from extemb_core.models.llm import LLM
 
 PLACES = ("harbour", "bridge", "mill", "tower", "market")
@@ -51,10 +51,6 @@ def measured(experiment):
 
 def question(experiment, name):
     return experiment._questions[name]
-
-
-def as_embeddings(llm, parts):
-    return torch.cat([part if isinstance(part, torch.Tensor) else llm.embed(part) for part in parts])
 
 
 def test_a_perfect_embedder_answers_as_the_full_text_does(make, llm):
@@ -124,6 +120,12 @@ def test_an_answer_does_not_depend_on_its_batch_nor_on_shared_prefixes(make, llm
     together = measured(make(embedder, batch_size=8))
     alone = measured(make(embedder, batch_size=1))
     assert together == alone
+
+
+def test_short_arms_are_answered_together_and_long_ones_apart():
+    lengths = {"none": 80, "full": 4000, "truncated/4": 1000, "extensible/8": 100, "random/8": 120}
+    assert list(_batches(lengths, 8)) == [["none", "extensible/8", "random/8"], ["truncated/4"], ["full"]]
+    assert list(_batches({"none": 10, "full": 5000}, 1)) == [["none"], ["full"]]
 
 
 def test_the_own_passage_has_every_rank_and_parts_stay_apart(make, llm):

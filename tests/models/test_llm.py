@@ -173,16 +173,31 @@ def test_a_shared_prefix_is_read_once_and_changes_no_answer(architecture, penalt
     sampling = Sampling(max_new_tokens=12, repetition_penalty=penalty)
     alone = [llm.generate([each], sampling)[0] for each in prompts]
     read = []
-    embeddings = llm.model.get_input_embeddings()
-    hook = embeddings.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
-    assert llm.generate(prompts, sampling) == alone
+    hook = llm.model.register_forward_pre_hook(
+        lambda _, args, given: read.append(next(
+            tuple(given[name].shape[:2]) for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)),
+        with_kwargs=True,
+    )  # fmt: skip
+    for inputs in (prompts, [llm.embed(ids) for ids in prompts]):
+        read.clear()
+        expected = alone if inputs is prompts else [llm.generate([each], sampling)[0] for each in inputs]
+        read.clear()
+        assert llm.generate(inputs, sampling) == expected
+        if architecture == "gemma2":  # its window slides over slots, padding among them
+            assert read[0] == (4, max(map(len, prompts)))
+        else:
+            assert read[0] == (1, 129)  # the shortest prompt keeps one token of its own
+            assert read[1][0] == 4
+            assert read[1][1] < 20
     hook.remove()
-    if architecture == "gemma2":  # its window slides over slots, padding among them
-        assert read[0] == (4, max(map(len, prompts)))
-    else:
-        assert read[0] == (1, 129)  # the shortest prompt keeps one token of its own
-        assert read[1][0] == 4
-        assert read[1][1] < 20
+
+
+def test_a_prefix_too_short_to_gain_by_is_read_with_the_rest():
+    llm = LLM(tiny_model("llama"), tiny_tokenizer())
+    text = llm.encode(LONG_PROMPT).tolist()[:20]
+    assert "past_key_values" not in llm._batch([[*text, 3], [*text, 4]])
+    assert "past_key_values" not in llm._batch([[3, *text * 8], [4, *text * 8]])
+    assert "past_key_values" in llm._batch([[*text, 3 + at] for at in range(8)])
 
 
 def test_padding_is_not_penalised():
