@@ -33,12 +33,12 @@ from extemb_core.context.assembly import Part, Prompt, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.evaluation import scoring
 from extemb_core.evaluation.baselines import head, random_embeddings, select_tokens
-from extemb_core.evaluation.questions import Question, read_questions
 from extemb_core.evaluation.runs import Sample
 from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
+from extemb_core.questions import Question, read_questions
 
 Ids = np.ndarray[Any, Any]
 

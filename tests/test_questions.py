@@ -5,7 +5,7 @@ import json
 import pytest
 
 from extemb_core.errors import DocumentError
-from extemb_core.evaluation.questions import Question, read_questions
+from extemb_core.questions import Question, read_questions
 
 GOOD = {"id": "a", "context": "The boat is blue.", "question": "What colour?", "answers": ["blue", "Blue"]}
 
