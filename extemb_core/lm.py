@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from extemb_core.answers import Answer, AnswerStream, ContextEntry, Ready, to_answer
-from extemb_core.context.assembly import Content, Part, Prompt, assemble_chat, assemble_text
+from extemb_core.context.assembly import (
+    DOCUMENT_SEPARATOR,
+    Content,
+    Part,
+    Prompt,
+    assemble_chat,
+    assemble_text,
+    document_heading,
+)
 from extemb_core.context.planning import Fidelity, Plan, plan_context
 from extemb_core.documents import Document
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError
@@ -28,9 +36,6 @@ if TYPE_CHECKING:
 
 DEFAULT_LLM = "smollm2-135m-instruct"
 
-# How documents and a question share one user message.
-_HEADING = "[{number}] {title}\n"
-_SEPARATOR = "\n\n"
 _KEPT_TOKEN_IDS = 64  # recent documents whose token ids stay in memory
 
 Messages = Sequence[Mapping[str, Any]]
@@ -350,7 +355,9 @@ class ExtensibleLM:
             ratio=ratio,  # type: ignore[arg-type]
             ratios=config.ratios,
             chunk_size=config.chunk_size,
-            overhead=[len(self.llm.encode(_heading(i, d) + _SEPARATOR)) for i, d in enumerate(documents)],
+            overhead=[
+                len(self.llm.encode(document_heading(i, d.title) + DOCUMENT_SEPARATOR)) for i, d in enumerate(documents)
+            ],
         )
 
     def _read(self, documents: Sequence[Document], plan: Plan) -> tuple[list[Part], tuple[ContextEntry, ...], float]:
@@ -365,10 +372,10 @@ class ExtensibleLM:
         for document, planned in zip(documents, plan.documents, strict=True):
             from_store = False
             if planned.fidelity == "raw":
-                parts += [_heading(planned.index, document) + document.text + _SEPARATOR]
+                parts += [document_heading(planned.index, document.title) + document.text + DOCUMENT_SEPARATOR]
             elif planned.fidelity != "dropped":
                 vectors, from_store = next(ready)
-                parts += [_heading(planned.index, document), vectors, _SEPARATOR]
+                parts += [document_heading(planned.index, document.title), vectors, DOCUMENT_SEPARATOR]
             entries.append(
                 ContextEntry(
                     source=document.source,
@@ -400,10 +407,6 @@ def _as_messages(question: str | Messages) -> Messages:
     if not question:
         raise ConfigError("there are no messages; pass at least one of role user")
     return question
-
-
-def _heading(index: int, document: Document) -> str:
-    return _HEADING.format(number=index + 1, title=document.title or "Document")
 
 
 def _is_ratio(fidelity: Fidelity) -> bool:

@@ -1,16 +1,22 @@
-"""Question files: JSON Lines with "id", "context", "question" and "answers", plain or .zst."""
+"""Question files (JSON Lines with "id", "context", "question" and "answers", plain or .zst), and how they are put."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import resources
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from extemb_core.errors import DocumentError
 from extemb_core.rows import is_rows, read_rows
+
+_LONG_ANSWER_WORDS = 12
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,12 @@ class Question:
         return hashlib.sha256(self.context.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def read_questions(files: Sequence[str | Path]) -> list[Question]:
+def read_questions(files: Sequence[str | Path], *, unique: bool = True) -> list[Question]:
     """All rows of some files.
+
+    Args:
+        files: .jsonl or .jsonl.zst.
+        unique: Ids name the rows, so none may occur twice; training does not need that.
 
     Raises:
         DocumentError: A row is not a question, or its id occurs twice; the message has the file and line.
@@ -42,7 +52,7 @@ def read_questions(files: Sequence[str | Path]) -> list[Question]:
         for number, row in read_rows(file):
             where = f"{file}, line {number}"
             question = _question(row, where)
-            if question.id in seen:
+            if unique and question.id in seen:
                 raise DocumentError(f'{where}: the "id" {question.id!r} stands in {seen[question.id]} too; rename one')
             seen[question.id] = where
             questions.append(question)
@@ -62,3 +72,18 @@ def _question(row: dict[str, Any], where: str) -> Question:
         found = f"is {answers!r:.40}" if "answers" in row else "is missing"
         raise DocumentError(f'{where}: "answers" {found}; a row needs {_FIELDS}')
     return Question(row["id"], row["context"], row["question"], tuple(answers))
+
+
+@cache
+def templates() -> Mapping[str, Mapping[str, Any]]:
+    """The prompts that questions are evaluated with, by name."""
+    text = resources.files("extemb_core").joinpath("templates.json").read_text(encoding="utf-8")
+    found: Mapping[str, Mapping[str, Any]] = json.loads(text)
+    return found
+
+
+def template_for(answers: Sequence[str]) -> str:
+    """The prompt that goes with these reference answers: yes or no, sentences, or a few words."""
+    if all(re.fullmatch("yes|no", answer.strip(), re.IGNORECASE) for answer in answers):
+        return "yes_no"
+    return "long" if median(len(answer.split()) for answer in answers) > _LONG_ANSWER_WORDS else "short"

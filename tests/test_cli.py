@@ -192,7 +192,8 @@ def test_training_defaults_are_those_of_the_library() -> None:
 
     fields = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
     embedder = ExtensibleEmbedderConfig()
-    own = {"eval_data", "ratios", "chunk_sizes", "resume", "as_json"}  # None stands for (), or is no setting of the run
+    # None stands for (), or it is no setting of the run.
+    own = {"data", "questions", "eval_data", "ratios", "chunk_sizes", "recipe", "resume", "as_json"}
     for name, param in inspect.signature(train_command).parameters.items():
         if param.default is inspect.Parameter.empty or name in own:
             continue
@@ -793,7 +794,7 @@ def test_train_passes_its_options_on(models: Models, novel: Path, monkeypatch: p
     def train(config: Any, *, resume: bool) -> Any:
         seen.append((config, resume))
         print("{'loss': 1.0}")  # noqa: T201  # as transformers does
-        return random_embedder(tiny_llm())
+        return trainer.Trained(tiny_llm(), random_embedder(tiny_llm()))
 
     monkeypatch.setattr(trainer, "train", train)
     command = train_options(models, novel, novel.parent / "run")
@@ -812,6 +813,28 @@ def test_train_passes_its_options_on(models: Models, novel: Path, monkeypatch: p
     assert (seen[1][0].chunk_sizes, seen[1][0].connector_lr_factor) == ((256, 512), 2.0)
     assert (seen[1][0].start_from, seen[1][0].ratios, dict(seen[1][0].embedder)) == ("c/d", (4, 8), {})
     assert "--num-layers describes a new embedder" in misused(*kept, "--num-layers", "2")
+
+
+def test_a_recipe_is_trained_with_what_is_given_over_it(
+    models: Models, novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from extemb_core.training import recipes
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(recipes, "train_recipe", lambda recipe, *args, **options: seen.update(recipe=recipe, args=args,
+                                                                                            **options))  # fmt: skip
+    command = ["train", "--recipe", "default", "--llm", str(models.llm), "--data", novel, "--questions", novel,
+               "--output", tmp_path / "run"]  # fmt: skip
+    result = run(*command, "--total-tokens", "5000", "--batch-size", "2", "--lora-rank", "4")
+    assert result.exit_code == 0, result.output
+    assert "the time is up" in result.stderr  # the run above ends before it is finished
+    assert seen["recipe"].name == "default"
+    assert seen["args"] == (str(tmp_path / "run"), 5000)
+    assert (seen["batch_size"], seen["embedder"], seen["questions"]) == (2, {"lora_rank": 4}, (str(novel),))
+    assert "learning_rate" not in seen  # a stage has its own
+    assert "neither a file nor one of default, paper, reader" in refused(
+        ExitCode.SETTINGS, *command[:2], "magic", *command[3:]
+    )
 
 
 def test_train_refuses_settings_that_are_not_legal(models: Models, novel: Path, tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
-"""`extemb train`: the main settings of `TrainingConfig` and of the embedder's configuration as options."""
+"""`extemb train`: a recipe, or the main settings of `TrainingConfig` and of the embedder's configuration as options."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from extemb_core.commands.inputs import JsonOption
 from extemb_core.commands.reporting import emit, library_output, note, reported
+
+if TYPE_CHECKING:
+    from extemb_core.training.trainer import Trained
 
 _NEW = "A new embedder"
 _RUN = "The run"
@@ -17,16 +20,34 @@ _RUN = "The run"
 
 @reported
 def train(
+    context: typer.Context,
     llm: Annotated[
         str, typer.Option("--llm", metavar="NAME", help="The frozen LLM: a known name, a folder or a Hugging Face id.")
     ],
-    data: Annotated[
-        list[str],
-        typer.Option("--data", metavar="FILE...", help='Training text: .jsonl[.zst] with a "text" field, .txt, .md.'),
-    ],
     output: Annotated[
-        str, typer.Option("--output", metavar="DIR", help="Folder for checkpoints, logs and the finished embedder.")
+        str, typer.Option("--output", metavar="DIR", help="Folder for checkpoints, logs and what was trained.")
     ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="FILE...", help='Training text: .jsonl[.zst] with a "text" field, .txt, .md.'),
+    ] = None,
+    questions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--questions",
+            metavar="FILE...",
+            help='Training questions: .jsonl[.zst] with "id", "context", "question" and "answers".',
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="NAME",
+            help="Train in its stages: default, paper, reader, or a YAML file. Other options go before what it says.",
+            show_default="two-stream auto-regression alone, as the options below say",
+        ),
+    ] = None,
     eval_data: Annotated[
         list[str] | None,
         typer.Option("--eval-data", metavar="FILE...", help="Held-out text, for the loss at every ratio."),
@@ -158,21 +179,50 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train an embedder for an LLM. The same command goes on after an interruption; the LLM is never changed."""
-    given = {
-        "num_layers": num_layers,
-        "adaptation": adaptation,
-        "lora_rank": lora_rank,
-        "downscaling": downscaling,
-        "connector": connector,
-        "chunk_size": chunk_size,
-        "ratios": tuple(ratios) if ratios else None,
+    embedder = {
+        name: value
+        for name, value in (
+            ("num_layers", num_layers),
+            ("adaptation", adaptation),
+            ("lora_rank", lora_rank),
+            ("downscaling", downscaling),
+            ("connector", connector),
+            ("chunk_size", chunk_size),
+            ("ratios", tuple(ratios or ())),
+        )
+        if value
     }
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    drawn: tuple[int, ...] = ()
+    settings: dict[str, Any] = {
+        "llm": llm,
+        "data": tuple(data or ()),
+        "questions": tuple(questions or ()),
+        "eval_data": tuple(eval_data or ()),
+        "start_from": start_from,
+        "max_minutes": max_minutes,
+        "device": device,
+    }
+    run_settings = {
+        "sample_length": sample_length,
+        "chunk_sizes": tuple(chunk_sizes or ()),
+        "batch_size": batch_size,
+        "accumulation_steps": accumulation_steps,
+        "learning_rate": learning_rate,
+        "connector_lr_factor": connector_lr_factor,
+        "warmup_steps": warmup_steps,
+        "save_steps": save_steps,
+        "eval_steps": eval_steps,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    for name, value in run_settings.items():  # a recipe's stages have their own, where none is given here
+        source = context.get_parameter_source(name)
+        if recipe is None or (source is not None and source.name == "COMMANDLINE"):
+            settings[name] = value
     if start_from is not None:
-        drawn = settings.pop("ratios", ())
-        if settings:
-            option = "--" + next(iter(settings)).replace("_", "-")
+        if wanted := embedder.pop("ratios", ()):
+            settings["ratios"] = wanted
+        if embedder:
+            option = "--" + next(iter(embedder)).replace("_", "-")
             raise typer.BadParameter(
                 f"{option} describes a new embedder, and {start_from} is what it is; leave one of the two out.",
                 param_hint="'--start-from'",
@@ -180,52 +230,41 @@ def train(
     start = time.perf_counter()
     try:
         with library_output():
-            from extemb_core.training.trainer import TrainingConfig
-            from extemb_core.training.trainer import train as run
-
-            config = TrainingConfig(
-                llm=llm,
-                data=tuple(data),
-                output=output,
-                eval_data=tuple(eval_data or ()),
-                embedder=settings,
-                start_from=start_from,
-                ratios=drawn,
-                sample_length=sample_length,
-                chunk_sizes=tuple(chunk_sizes or ()),
-                total_tokens=total_tokens,
-                batch_size=batch_size,
-                accumulation_steps=accumulation_steps,
-                learning_rate=learning_rate,
-                connector_lr_factor=connector_lr_factor,
-                warmup_steps=warmup_steps,
-                save_steps=save_steps,
-                eval_steps=eval_steps,
-                max_minutes=max_minutes,
-                seed=seed,
-                device=device,
-                dtype=dtype,
-            )
-            embedder = run(config, resume=resume)
+            trained = _run(recipe, output, total_tokens, resume, settings | {"embedder": embedder})
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {_how_to_go_on(Path(output))}") from None
     result: dict[str, Any] = {
         "output": output,
-        "fingerprint": embedder.fingerprint,
+        "fingerprint": trained.embedder.fingerprint if trained is not None and trained.embedder is not None else None,
         "seconds": round(time.perf_counter() - start, 1),
     }
     if as_json:
         emit(result)
+        return
+    typer.echo(output)
+    if trained is None:
+        note("the time is up before the last stage is finished; the same command goes on")
+    elif trained.embedder is None:
+        note(f"trained in {result['seconds']:.0f} s; it is an LLM now: --llm {output}/reader")
     else:
-        typer.echo(output)
         note(f"trained in {result['seconds']:.0f} s; try it:")
         note(f'extemb ask "..." --documents FILE --llm {llm} --embedder {output}')
 
 
+def _run(recipe: str | None, output: str, total_tokens: int, resume: bool, settings: dict[str, Any]) -> Trained | None:
+    from extemb_core.training.config import TrainingConfig
+    from extemb_core.training.recipes import read_recipe, train_recipe
+    from extemb_core.training.trainer import train as train_once
+
+    if recipe is not None:
+        return train_recipe(read_recipe(recipe), output, total_tokens, resume=resume, **settings)
+    return train_once(TrainingConfig(output=output, total_tokens=total_tokens, **settings), resume=resume)
+
+
 def _how_to_go_on(output: Path) -> str:
     """Where the last whole checkpoint is, in words."""
-    whole = [int(file.parent.name.rsplit("-", 1)[1]) for file in output.glob("checkpoint-*/complete.json")]
+    whole = [mark.parent for mark in output.rglob("checkpoint-*/complete.json")]
     if not whole:
         return "there is no checkpoint yet, so the same command starts anew"
-    last = output / f"checkpoint-{max(whole)}"
+    last = max(whole, key=lambda folder: (folder / "complete.json").stat().st_mtime_ns)
     return f"the last checkpoint is {last}, and the same command goes on from it"

@@ -22,6 +22,7 @@ from extemb_core.models.llm import LLM
 Part = str | np.ndarray[Any, Any] | Tensor
 Content = str | Sequence[Part]
 
+DOCUMENT_SEPARATOR = "\n\n"  # after each document of a message
 # Private-use characters fence a placeholder's number; the first that no text contains is taken.
 _FENCES = [chr(point) for point in range(0xF0000, 0xF0100)]
 
@@ -53,6 +54,11 @@ class Prompt:
             for segment in self.segments
         ]
         return torch.cat(pieces) if pieces else torch.empty(0, llm.width, device=llm.device, dtype=llm.dtype)
+
+
+def document_heading(index: int, title: str | None = None) -> str:
+    """The line before document number `index`, from 0."""
+    return f"[{index + 1}] {title or 'Document'}\n"
 
 
 def assemble_chat(llm: LLM, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> Prompt:

@@ -16,13 +16,8 @@ the question's own goes round, so that every rank has its share of the questions
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from statistics import median
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,7 +33,7 @@ from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
-from extemb_core.questions import Question, read_questions
+from extemb_core.questions import Question, read_questions, template_for, templates
 
 Ids = np.ndarray[Any, Any]
 
@@ -49,7 +44,6 @@ METRICS = {
     "rouge_l": scoring.rouge_l,
 }
 CONTROLS = ("none", "truncated", "lingua", "random", "wrong", "full")
-_LONG_ANSWER_WORDS = 12
 _POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
 
 
@@ -98,7 +92,8 @@ class QaExperiment:
                 f"the files hold {len(self._texts)} different texts and {max(2, config.passages)} are needed "
                 "(one of them as the wrong one); pass more rows"
             )
-        self.template_name = _template_for(questions) if config.template == "auto" else config.template
+        answers = [answer for question in questions for answer in question.answers]
+        self.template_name = template_for(answers) if config.template == "auto" else config.template
         self.template = templates()[self.template_name]
         self._ranks = {question.id: at % config.passages for at, question in enumerate(questions)}
         if config.limit is not None and config.limit < len(questions):
@@ -297,14 +292,6 @@ class QaExperiment:
         return ["none", *(f"{kind}/{ratio}" for kind in kinds for ratio in self.config.ratios), "full"]
 
 
-@cache
-def templates() -> Mapping[str, Mapping[str, Any]]:
-    """The prompts, by name: the same for every arm."""
-    text = resources.files("extemb_core.evaluation").joinpath("templates.json").read_text(encoding="utf-8")
-    found: Mapping[str, Mapping[str, Any]] = json.loads(text)
-    return found
-
-
 def _batches(lengths: Mapping[str, int], rows: int) -> Iterator[list[str]]:
     """Arms that are answered in one call, the short ones together: a step costs little more for more rows.
 
@@ -320,11 +307,3 @@ def _batches(lengths: Mapping[str, int], rows: int) -> Iterator[list[str]]:
         batch.append(arm)
     if batch:
         yield batch
-
-
-def _template_for(questions: Sequence[Question]) -> str:
-    """The prompt that goes with the reference answers: yes or no, sentences, or a few words."""
-    answers = [answer for question in questions for answer in question.answers]
-    if all(re.fullmatch("yes|no", answer.strip(), re.IGNORECASE) for answer in answers):
-        return "yes_no"
-    return "long" if median(len(answer.split()) for answer in answers) > _LONG_ANSWER_WORDS else "short"

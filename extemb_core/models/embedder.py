@@ -152,13 +152,15 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, *, llm: LLM, **hub: Any
+        cls, pretrained_model_name_or_path: str | Path, *, llm: LLM, adapt: bool = False, **hub: Any
     ) -> ExtensibleEmbedder:
         """Load a trained embedder for the LLM it was trained with.
 
         Args:
             pretrained_model_name_or_path: A folder with config.json and model.safetensors, or a hub id.
             llm: The LLM whose tensors it shares.
+            adapt: Take it for an LLM with other tensors too, a fine-tuned relative of its own; it is then another
+                embedder, with another fingerprint.
             **hub: Passed to `huggingface_hub` for a hub id (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
@@ -169,11 +171,11 @@ class ExtensibleEmbedder(PreTrainedModel):
         config = _read_config(folder / _SETTINGS)
         check_llm(config, llm)
         model = cls(config, llm)
-        model.load_own(folder / _TENSORS)
+        model.load_own(folder / _TENSORS, adapt=adapt)
         return model
 
-    def load_own(self, file: Path) -> None:
-        """Take the embedder's own tensors from a file that `save_pretrained` wrote."""
+    def load_own(self, file: Path, *, adapt: bool = False) -> None:
+        """Take the embedder's own tensors from a file that `save_pretrained` wrote. See `from_pretrained`."""
         try:
             tensors = load_file(file)
         except FileNotFoundError as error:
@@ -194,7 +196,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             )
         here = self.llm_probe.float().cpu()
         distance = float((here - probe).norm() / probe.norm()) if here.shape == probe.shape else float("inf")
-        if not distance <= _PROBE_TOLERANCE:
+        if not distance <= _PROBE_TOLERANCE and not (adapt and here.shape == probe.shape):
             raise MismatchError(
                 f"the embedder in {file.parent} was trained on the tensors of {self.config.llm_name!r}, and those of "
                 f"{self.llm.name!r} differ by {distance:.0%} (at most {_PROBE_TOLERANCE:.0%} is allowed); "
@@ -203,7 +205,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
-            self.llm_probe.copy_(probe)  # as trained, so that the fingerprint does not depend on the dtype
+            if distance <= _PROBE_TOLERANCE:
+                self.llm_probe.copy_(probe)  # as trained, so that the fingerprint does not depend on the dtype
 
     def own_state_dict(self) -> dict[str, Tensor]:
         """The tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""

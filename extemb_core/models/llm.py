@@ -43,7 +43,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, WeightsError
-from extemb_core.models.weights import resolve_llm
+from extemb_core.models.weights import resolve_llm, resolve_reader
 
 # Long texts are tokenised in pieces of at most this many characters, so that memory does not grow with the text.
 # A space between two letters begins a new word for every byte-level BPE in use (not so the line break after a full
@@ -129,11 +129,17 @@ class LLM:
     def from_pretrained(cls, name: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> LLM:
         """Load by local path, known name or Hugging Face id (see `models/weights.py`).
 
+        A reader's folder or name gives its base LLM with the reader's adapters merged in.
+
         Args:
             name: What to load.
             device: "auto" (CUDA, then CPU) or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype or its name.
         """
+        if (reader := resolve_reader(name)) is not None:
+            from extemb_core.models.readers import base_of, merged
+
+            return merged(cls.from_pretrained(base_of(reader), device=device, dtype=dtype), reader, str(name))
         chosen = choose_device(device)
         source = resolve_llm(name)
         wanted = choose_dtype(dtype, chosen)

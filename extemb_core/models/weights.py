@@ -27,10 +27,12 @@ __all__ = [
     "list_models",
     "resolve_embedder",
     "resolve_llm",
+    "resolve_reader",
     "verify",
 ]
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+READERS = PRETRAINED.parent / "readers"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -75,6 +77,12 @@ def resolve_llm(name: str | os.PathLike[str]) -> Path | str:
             f"{_remedy(model)}"
         )
     return get(name)
+
+
+def resolve_reader(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of a reader's adapters, if this names one: a local folder, or one that is shipped."""
+    folder = _local_path(name) or READERS / str(name)
+    return folder if (folder / "adapter_config.json").is_file() else None
 
 
 def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str) -> Path | str:

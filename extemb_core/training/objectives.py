@@ -1,4 +1,10 @@
-"""Two-stream auto-regression (twin paper, section 2.3).
+"""What an embedder is trained on: pure functions of token ids.
+
+Two-stream auto-regression (twin paper, section 2.3) is `two_stream_loss`; reading, which reconstruction and question
+answering are, is `reading_loss`. Either can mix its cross-entropy with self-distillation: the divergence from what
+the same LLM predicts when it reads the text itself.
+
+Two-stream auto-regression:
 
 Stream 1: the embedder compresses every chunk of a sample but the last. Stream 2: the frozen LLM predicts every
 token of every chunk but the first, each token seeing only
@@ -133,25 +139,27 @@ def lay_out(lengths: Sequence[int], ratio: int, run: Pass, n_prefix: int = 0) ->
 
 def two_stream_loss(
     embedder: ExtensibleEmbedder,
-    llm: LLM,
     samples: Sequence[Tensor],
-    ratios: Sequence[int],
+    ratios: Sequence[Sequence[int]],
     chunk_size: int,
+    *,
     window: int | None = None,
+    distillation: float = 0.0,
 ) -> Tensor:
     """Mean negative log-likelihood, in nats, of every token of every chunk but each sample's first.
 
     Args:
-        embedder: The model being trained.
-        llm: The frozen LLM; gradient flows through it.
+        embedder: The model being trained. Gradient flows to it through its frozen LLM.
         samples: (T,) token ids each, longer than one chunk.
-        ratios: One per sample.
+        ratios: Of each sample; one pass of the embedder serves all of them.
         chunk_size: Tokens per chunk.
         window: Positions per LLM pass; the LLM's own when not given.
+        distillation: Weight of the divergence from the LLM that reads the whole sample, instead of the tokens.
 
     Returns:
         A scalar with gradient to the embedder's own parameters.
     """
+    llm = embedder.llm
     window = llm.window if window is None else window
     device = llm.device
     lengths = [chunk_lengths(len(sample), chunk_size) for sample in samples]
@@ -163,24 +171,25 @@ def two_stream_loss(
     rows = [s[i * chunk_size : (i + 1) * chunk_size] for s, parts in zip(samples, lengths, strict=True)
             for i in range(len(parts) - 1)]  # fmt: skip
     outputs = embedder(torch.stack(rows).to(device))
-    embeddings: list[Tensor] = []
-    row = 0
-    for parts, ratio in zip(lengths, ratios, strict=True):
-        chunks = [embedder.read_out(outputs, row + i, chunk_size, ratio) for i in range(len(parts) - 1)]
-        embeddings.append(torch.cat(chunks).to(llm.dtype))
-        row += len(chunks)
-
-    # Stream 2: passes of all samples, padded on the right to one length.
     bos = llm.bos_token_id
     n_prefix = int(bos is not None)
-    runs = [run for index, (parts, ratio) in enumerate(zip(lengths, ratios, strict=True))
-            for run in plan_passes(parts, ratio, window, index, n_prefix)]  # fmt: skip
-    layouts = [lay_out(lengths[run.sample], ratios[run.sample], run, n_prefix) for run in runs]
+    embeddings: dict[tuple[int, int], Tensor] = {}
+    runs: list[tuple[int, Pass]] = []  # with their ratios
+    row = 0
+    for index, (parts, wanted) in enumerate(zip(lengths, ratios, strict=True)):
+        for ratio in wanted:
+            chunks = [embedder.read_out(outputs, row + i, chunk_size, ratio) for i in range(len(parts) - 1)]
+            embeddings[index, ratio] = torch.cat(chunks).to(llm.dtype)
+            runs += [(ratio, run) for run in plan_passes(parts, ratio, window, index, n_prefix)]
+        row += len(parts) - 1
+
+    # Stream 2: passes of all samples, padded on the right to one length.
+    layouts = [lay_out(lengths[run.sample], ratio, run, n_prefix) for ratio, run in runs]
     longest = max(len(layout.positions) for layout in layouts)
-    inputs, masks, positions, sources, targets = [], [], [], [], []
-    for index, (run, layout) in enumerate(zip(runs, layouts, strict=True)):
+    inputs, masks, positions, sources, targets, owners = [], [], [], [], [], []
+    for index, ((ratio, run), layout) in enumerate(zip(runs, layouts, strict=True)):
         sample = samples[run.sample].to(device)
-        pieces = [embeddings[run.sample][: layout.n_embedded], llm.embed(sample[slice(*layout.raw)])]
+        pieces = [embeddings[run.sample, ratio][: layout.n_embedded], llm.embed(sample[slice(*layout.raw)])]
         if bos is not None:
             pieces.insert(0, llm.embed([bos]))
         padding = longest - len(layout.positions)
@@ -189,11 +198,133 @@ def two_stream_loss(
         positions.append(torch.nn.functional.pad(layout.positions, (0, padding)))
         sources.append(layout.sources + index * longest)
         targets.append(sample[layout.targets.to(device)])
+        owners.append((run.sample, layout.targets))
     hidden = llm.hidden(
         torch.stack(inputs), mask=torch.stack(masks)[:, None].to(device), positions=torch.stack(positions).to(device)
     )
     scored = hidden.flatten(0, 1)[torch.cat(sources).to(device)]
-    return torch.nn.functional.cross_entropy(llm.logits(scored).float(), torch.cat(targets).long())
+    teacher = None
+    if distillation:
+        start = llm.embed([bos]) if bos is not None else llm.embed(samples[0][:0])
+        whole = [torch.cat([start, llm.embed(sample)]) for sample in samples]
+        # A token is predicted at the place before it, and a BOS moves all places by one.
+        teacher = _read(llm, whole, [(index, at + n_prefix - 1) for index, at in owners])
+    return _mixed_loss(llm, scored, torch.cat(targets), teacher, distillation)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt and the answer to it.
+
+    Attributes:
+        prompt: Pieces of (T,) token ids in order, each with whether it is read as extensible embeddings.
+        answer: (T,) token ids, which are scored.
+    """
+
+    prompt: tuple[tuple[Tensor, bool], ...]
+    answer: Tensor
+
+
+def reading_loss(
+    llm: LLM,
+    readings: Sequence[Reading],
+    *,
+    embedder: ExtensibleEmbedder | None = None,
+    ratios: Sequence[Sequence[int]] = (),
+    chunk_size: int | None = None,
+    distillation: float = 0.0,
+) -> Tensor:
+    """Mean negative log-likelihood, in nats, of the answers' tokens after their prompts.
+
+    Args:
+        llm: Reads; gradient flows through it, and to what of it is trained.
+        readings: Prompts and answers.
+        embedder: Makes the embeddings; without one every piece is read as text.
+        ratios: Of each reading; one pass of the embedder serves all of them.
+        chunk_size: Tokens per chunk; the embedder's own when not given.
+        distillation: Weight of the divergence from the LLM that reads every piece as text, instead of the tokens.
+
+    Raises:
+        ConfigError: A reading has no answer.
+    """
+    if any(not len(reading.answer) for reading in readings):
+        raise ConfigError("a reading has an answer of 0 tokens, which cannot be scored; leave it out")
+    compressed = _compressed(embedder, readings, ratios, chunk_size) if embedder is not None else {}
+    inputs, places, targets, texts = [], [], [], []
+    for index, reading in enumerate(readings):
+        answer = reading.answer.to(llm.device)
+        texts.append(torch.cat([llm.embed(ids) for ids, _ in reading.prompt] + [llm.embed(answer[:-1])]))
+        for ratio in ratios[index] if embedder is not None else (1,):
+            pieces = [
+                compressed[index, number, ratio] if (index, number, ratio) in compressed else llm.embed(ids)
+                for number, (ids, _) in enumerate(reading.prompt)
+            ]
+            inputs.append(torch.cat([*pieces, llm.embed(answer[:-1])]))
+            places.append((len(inputs) - 1, _last(inputs[-1], len(answer))))
+            targets.append(answer)
+    scored = _read(llm, inputs, places, frozen=False)
+    teacher = None
+    if distillation:
+        owners = [index for index in range(len(readings)) for _ in ratios[index]]
+        teacher = _read(llm, texts, [(index, _last(texts[index], len(readings[index].answer))) for index in owners])
+    return _mixed_loss(llm, scored, torch.cat(targets), teacher, distillation)
+
+
+def _compressed(
+    embedder: ExtensibleEmbedder, readings: Sequence[Reading], ratios: Sequence[Sequence[int]], chunk_size: int | None
+) -> dict[tuple[int, int, int], Tensor]:
+    """(reading, piece, ratio) -> (N, D): every chunk of every piece in one batch, padded on the right."""
+    size = embedder.config.chunk_size if chunk_size is None else chunk_size
+    chunks = [
+        (index, number, chunk)
+        for index, reading in enumerate(readings)
+        for number, (ids, wanted) in enumerate(reading.prompt)
+        if wanted
+        for chunk in ids.split(size)
+    ]
+    if not chunks:
+        return {}
+    outputs = embedder(
+        torch.nn.utils.rnn.pad_sequence([chunk for *_, chunk in chunks], batch_first=True).to(embedder.llm.device)
+    )
+    made: dict[tuple[int, int, int], list[Tensor]] = {}
+    for row, (index, number, chunk) in enumerate(chunks):
+        for ratio in ratios[index]:
+            made.setdefault((index, number, ratio), []).append(embedder.read_out(outputs, row, len(chunk), ratio))
+    return {key: torch.cat(parts).to(embedder.llm.dtype) for key, parts in made.items()}
+
+
+def _last(row: Tensor, count: int) -> Tensor:
+    return torch.arange(len(row) - count, len(row))
+
+
+def _read(llm: LLM, inputs: Sequence[Tensor], places: Sequence[tuple[int, Tensor]], *, frozen: bool = True) -> Tensor:
+    """The LLM's hidden states at some places of some inputs.
+
+    Args:
+        llm: Reads them in one batch, padded on the right.
+        inputs: (T, D) each.
+        places: Number of an input and (S,) places in it, each.
+        frozen: Without gradient.
+
+    Returns:
+        (all places, D).
+    """
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        hidden = llm.hidden(torch.nn.utils.rnn.pad_sequence(list(inputs), batch_first=True))
+        return torch.cat([hidden[index, at.to(hidden.device)] for index, at in places])
+
+
+def _mixed_loss(llm: LLM, scored: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:
+    """scored, teacher: (S, D) hidden states; targets: (S,) ids."""
+    logits = llm.logits(scored).float()
+    loss = torch.nn.functional.cross_entropy(logits, targets.long())
+    if teacher is None:
+        return loss
+    with torch.no_grad():
+        expected = llm.logits(teacher).float().log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(logits.log_softmax(-1), expected, log_target=True, reduction="batchmean")
+    return (1 - distillation) * loss + distillation * divergence
 
 
 def _embeddings_before(lengths: Sequence[int], ratio: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""Train an embedder with `transformers.Trainer`: resume, accumulation, evaluation, logs and devices are its work.
+"""Train with `transformers.Trainer`: resume, accumulation, evaluation, logs and devices are its work.
 
-Only what is particular to this method stands here: the loss, the ratio drawn per sample, two learning rates, and
-checkpoints that hold the embedder alone and count as whole only once everything is on disk.
+Only what is particular to this method stands here: the losses, the order of the batches, two learning
+rates, and checkpoints that hold what is trained alone and count as whole only once everything is on disk.
 """
 
 from __future__ import annotations
@@ -9,153 +9,102 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from extemb_core.errors import ConfigError, TrainingError
-from extemb_core.models.downscaling import chunk_lengths, is_count
+from extemb_core.models.config import ExtensibleEmbedderConfig
+from extemb_core.models.downscaling import chunk_lengths
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, choose_device
+from extemb_core.models.readers import add_reader, load_reader, save_reader
 from extemb_core.progress import progress
+from extemb_core.questions import read_questions
+from extemb_core.training.batches import Batches, Collator
+from extemb_core.training.config import TrainingConfig
 from extemb_core.training.data import Samples, TokenFile
-from extemb_core.training.objectives import plan_passes, two_stream_loss
+from extemb_core.training.objectives import Reading, plan_passes, reading_loss, two_stream_loss
+from extemb_core.training.tasks import QuestionReadings
 
 logger = logging.getLogger(__name__)
 
+READER = "reader"
 _COMPLETE = "complete.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """One training run. Lengths are in tokens, times in minutes.
+class Trained(nn.Module):
+    """What is trained, with its losses: an embedder, a reader (adapters on the LLM), or both.
 
-    Attributes:
-        llm: Name, path or hub id of the frozen LLM.
-        data: Text files (.jsonl[.zst] with a "text" field, .txt, .md).
-        output: Folder for checkpoints, logs and the finished embedder.
-        eval_data: Held-out text files; none, no evaluation during training.
-        embedder: Settings of `ExtensibleEmbedderConfig` for a new embedder.
-        start_from: An embedder's folder to go on from instead of a new one.
-        sample_length: Tokens of a training sample.
-        chunk_sizes: Chunk lengths in training, one drawn per batch; the embedder's own when empty.
-        ratios: Ratios drawn per sample; the embedder's own when empty.
-        total_tokens: Tokens to train on; steps follow from it.
-        max_minutes: Stop cleanly after this long; the next run resumes.
-        connector_lr_factor: The connector's learning rate over the layers'.
-        eval_samples: Held-out samples used.
-        device: "auto" or a torch device.
-        dtype: What the frozen LLM runs in: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32" or "bfloat16". The
-            trained tensors stay float32. Ask `extemb doctor` before bfloat16 on a CPU: some end the process.
+    An LLM without a reader is not a submodule, so that it is neither moved nor saved.
     """
 
-    llm: str
-    data: tuple[str, ...]
-    output: str
-    eval_data: tuple[str, ...] = ()
-    embedder: Mapping[str, Any] = field(default_factory=dict)
-    start_from: str | None = None
-    sample_length: int = 1536
-    chunk_sizes: tuple[int, ...] = ()
-    ratios: tuple[int, ...] = ()
-    total_tokens: int = 1_500_000
-    batch_size: int = 4
-    accumulation_steps: int = 1
-    learning_rate: float = 3e-4
-    connector_lr_factor: float = 5.0
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    save_steps: int = 50
-    eval_steps: int = 50
-    eval_samples: int = 16
-    logging_steps: int = 10
-    max_minutes: float | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("data", "eval_data"):
-            if isinstance(getattr(self, name), str):  # else each of its letters would be a file
-                raise ConfigError(f"{name}={getattr(self, name)!r} is one str; pass a tuple of files")
-        if not self.data:
-            raise ConfigError("data is empty; pass at least one text file to train on")
-        for name in ("sample_length", "total_tokens", "batch_size", "accumulation_steps", "save_steps", "eval_steps",
-                     "eval_samples", "logging_steps"):  # fmt: skip
-            if not is_count(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive whole number; pass 1 or more")
-        for name in ("chunk_sizes", "ratios"):
-            if not all(is_count(number) for number in getattr(self, name)):
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} must be positive whole numbers; pass e.g. (256, 512)"
-                )
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is below 0; pass 0 or more")
-        for name in ("connector_lr_factor", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not above 0; pass e.g. 1.0")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ConfigError(f"max_minutes={self.max_minutes} is not above 0; pass minutes, or None for no limit")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"dtype={self.dtype!r} is not auto, float32 or bfloat16; pass one of them")
-        if not (0 < self.learning_rate < 1):
-            raise ConfigError(f"learning_rate={self.learning_rate} is not between 0 and 1; pass e.g. 3e-4")
-
-    @property
-    def max_steps(self) -> int:
-        """Optimiser steps that `total_tokens` come to."""
-        return math.ceil(self.total_tokens / self.tokens_per_step)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Over all processes that train together."""
-        return self.batch_size * self.accumulation_steps * self.sample_length * int(os.environ.get("WORLD_SIZE", "1"))
-
-
-class TwoStream(nn.Module):
-    """The embedder with its loss; the frozen LLM is not a submodule, so that it is neither trained nor saved."""
-
-    def __init__(self, embedder: ExtensibleEmbedder) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        embedder: ExtensibleEmbedder | None = None,
+        reader: LoraConfig | None = None,
+        distillation: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.llm = llm
         self.embedder = embedder
+        self.reader = reader
+        self.adapted = llm.model if reader is not None else None
+        self.distillation = distillation
 
-    def forward(self, samples: Sequence[Tensor], ratios: Sequence[int], chunk_size: int) -> dict[str, Tensor]:
-        return {"loss": two_stream_loss(self.embedder, self.embedder.llm, samples, ratios, chunk_size)}
+    def forward(
+        self,
+        ratios: Sequence[Sequence[int]],
+        chunk_size: int,
+        samples: Sequence[Tensor] | None = None,
+        readings: Sequence[Reading] | None = None,
+    ) -> dict[str, Tensor]:
+        distillation = self.distillation if self.training else 0.0
+        if samples is not None:
+            assert self.embedder is not None
+            loss = two_stream_loss(self.embedder, samples, ratios, chunk_size, distillation=distillation)
+        else:
+            loss = reading_loss(
+                self.llm,
+                readings or (),
+                embedder=self.embedder,
+                ratios=ratios,
+                chunk_size=chunk_size,
+                distillation=distillation,
+            )
+        return {"loss": loss}
+
+    def train(self, mode: bool = True) -> Trained:
+        super().train(mode)
+        self.llm.model.train(False)  # its dropout stays off
+        return self
+
+    def save(self, folder: Path) -> None:
+        if self.embedder is not None:
+            self.embedder.save_pretrained(folder)
+        if self.reader is not None:
+            save_reader(self.llm, self.reader, folder / READER)
+
+    def load(self, folder: Path) -> None:
+        if self.embedder is not None:
+            self.embedder.load_own(folder / "model.safetensors")
+        if self.reader is not None:
+            load_reader(self.llm, folder / READER)
 
 
-class RatioCollator:
-    """Draws a ratio per sample and a chunk size per batch, from the samples' own places, so that a resumed run
-    draws what an uninterrupted one would have."""
+class RunTrainer(Trainer):
+    """`transformers.Trainer` for a `Trained`, over `Batches` in their order."""
 
-    def __init__(self, ratios: Sequence[int], chunk_sizes: Sequence[int], seed: int) -> None:
-        self.ratios = list(ratios)
-        self.chunk_sizes = list(chunk_sizes)
-        self.seed = seed
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        draw = np.random.default_rng([self.seed, *(item["index"] for item in items)])
-        return {
-            "samples": [torch.from_numpy(item["input_ids"]) for item in items],
-            "ratios": [int(r) for r in draw.choice(self.ratios, size=len(items))],
-            "chunk_size": int(draw.choice(self.chunk_sizes)),
-        }
-
-
-class EmbedderTrainer(Trainer):
-    """`transformers.Trainer` for a `TwoStream` model."""
-
-    model: TwoStream
+    model: Trained
     eval_dataset: Samples | None
 
     def __init__(self, *args: Any, connector_lr_factor: float, eval_collators: dict[str, Any], **kwargs: Any) -> None:
@@ -163,6 +112,10 @@ class EmbedderTrainer(Trainer):
         self._connector_lr_factor = connector_lr_factor
         self._eval_collators = eval_collators
         self.model_accepts_loss_kwargs = False  # the loss is a mean; accumulation averages it
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.SequentialSampler:
+        dataset: Any = train_dataset or self.train_dataset
+        return torch.utils.data.SequentialSampler(dataset)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         loss = model(**inputs)["loss"]
@@ -181,6 +134,7 @@ class EmbedderTrainer(Trainer):
                 {"params": [p for name, p in named if (".connector." in name) == connector], "lr": rate}
                 for connector, rate in rates.items()
             ]
+            groups = [group for group in groups if group["params"]]
             self.optimizer = torch.optim.AdamW(
                 groups, betas=(0.9, 0.95), weight_decay=self.args.weight_decay, fused=False
             )
@@ -196,7 +150,8 @@ class EmbedderTrainer(Trainer):
             losses = []
             with torch.no_grad(), self.compute_loss_context_manager():
                 for at in range(len(self.eval_dataset)):
-                    inputs = collator([self.eval_dataset[at]])
+                    item = self.eval_dataset[at]
+                    inputs = collator([{"sample": torch.from_numpy(item["input_ids"]), "index": at}])
                     losses.append(float(self.compute_loss(self.model, inputs)))
             metrics[f"eval_{name}"] = sum(losses) / len(losses)
         metrics["eval_loss"] = sum(metrics.values()) / len(metrics)
@@ -205,10 +160,10 @@ class EmbedderTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.model.embedder.save_pretrained(str(output_dir or self.args.output_dir))
+        self.model.save(Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.model.embedder.load_own(Path(resume_from_checkpoint) / "model.safetensors")
+        self.model.load(Path(resume_from_checkpoint))
 
 
 class _RunCallback(TrainerCallback):
@@ -238,7 +193,7 @@ class _RunCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            for file in folder.iterdir():
+            for file in filter(Path.is_file, folder.rglob("*")):
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
             mark = {"step": state.global_step, "config": _identity(self._config)}
@@ -247,8 +202,8 @@ class _RunCallback(TrainerCallback):
             temporary.replace(folder / _COMPLETE)
 
 
-def train(config: TrainingConfig, *, resume: bool = True) -> ExtensibleEmbedder:
-    """Train an embedder and leave it in `config.output`.
+def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
+    """Train an embedder, or a reader, or both, and leave them in `config.output` (a reader in `reader/` there).
 
     Args:
         config: The run.
@@ -263,53 +218,29 @@ def train(config: TrainingConfig, *, resume: bool = True) -> ExtensibleEmbedder:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     llm = LLM.from_pretrained(config.llm, device=_device(config), dtype=config.dtype)
-    embedder = _starting_point(config, llm)
-    chunk_sizes = config.chunk_sizes or (embedder.config.chunk_size,)
-    embedder.own_to(torch.float32)  # in bfloat16 a small update would round to none
-    ratios = config.ratios or tuple(embedder.config.ratios)
+    model = _starting_point(config, llm)
+    if checkpoint is not None and is_finished(config):
+        model.load(checkpoint)  # finished before; the Trainer would take one more step
+        model.save(output)
+        return model
+    settings = model.embedder.config if model.embedder is not None else ExtensibleEmbedderConfig(ratios=(1,))
+    chunk_sizes = config.chunk_sizes or (settings.chunk_size,)
+    ratios = config.ratios or tuple(settings.ratios)
     for ratio in ratios:
-        embedder.config.require_ratio(ratio)
-    if checkpoint is not None and int(checkpoint.name.rsplit("-", 1)[1]) >= config.max_steps:
-        embedder.load_own(checkpoint / "model.safetensors")  # finished before; the Trainer would take one more step
-        embedder.save_pretrained(output)
-        return embedder
-    shortest = max(chunk_sizes) + 1
-    if config.sample_length < shortest:
-        raise ConfigError(
-            f"sample_length={config.sample_length} leaves nothing to predict after a chunk of {max(chunk_sizes)}; "
-            f"pass at least {2 * max(chunk_sizes)}"
-        )
-    for size in chunk_sizes:  # that the longest sample fits the window is known now, not at some step
-        plan_passes(chunk_lengths(config.sample_length, size), min(ratios), llm.window, 0, llm.bos_token_id is not None)
-    cache = output / "data"
-    tokens = TokenFile.build([Path(file) for file in config.data], llm, cache)
-    samples = Samples(tokens, config.sample_length, shortest)
-    if not len(samples):
-        raise TrainingError(
-            f"none of the {len(tokens)} documents has {shortest} tokens, the shortest sample; pass longer documents"
-        )
-    held_out = None
-    if config.eval_data:
-        held_out = Samples(
-            TokenFile.build([Path(file) for file in config.eval_data], llm, cache),
-            config.sample_length, config.sample_length, config.eval_samples,
-        )  # fmt: skip
-        if not len(held_out):
-            raise TrainingError(
-                f"no document in eval_data has {config.sample_length} tokens, the length of a sample; "
-                "pass longer documents or a smaller sample_length"
-            )
-    logger.info("%d samples, %d tokens left out, %d steps", len(samples), samples.left_out, config.max_steps)
+        settings.require_ratio(ratio)
+    batches = _batches(config, llm, min(ratios), chunk_sizes)
+    held_out = _held_out(config, llm)
+    logger.info("%d steps of %d tokens at most", config.max_steps, config.tokens_per_step)
     with progress("train", config.max_steps) as advance:
-        trainer = EmbedderTrainer(
-            model=TwoStream(embedder),
+        trainer = RunTrainer(
+            model=model,
             args=_arguments(config, llm, evaluate=held_out is not None),
-            train_dataset=samples,
+            train_dataset=batches,
             eval_dataset=held_out,
-            data_collator=RatioCollator(ratios, chunk_sizes, config.seed),
+            data_collator=Collator(ratios, chunk_sizes, config.seed, config.ratios_per_sample),
             callbacks=[_RunCallback(config, advance), *_tensorboard(output)],
             connector_lr_factor=config.connector_lr_factor,
-            eval_collators={f"ratio_{r}": RatioCollator([r], [max(chunk_sizes)], 0) for r in ratios},
+            eval_collators={f"ratio_{r}": Collator([r], [max(chunk_sizes)], 0) for r in ratios},
         )
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
@@ -317,10 +248,70 @@ def train(config: TrainingConfig, *, resume: bool = True) -> ExtensibleEmbedder:
         if held_out is not None and checkpoint is None:
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    embedder.train(False)
+    model.train(False)
     if trainer.is_world_process_zero():
-        embedder.save_pretrained(output)
-    return embedder
+        model.save(output)
+    return model
+
+
+def is_finished(config: TrainingConfig) -> bool:
+    """Whether the run's last checkpoint is that of its last step."""
+    checkpoint = _last_checkpoint(config)
+    return checkpoint is not None and int(checkpoint.name.rsplit("-", 1)[1]) >= config.max_steps
+
+
+def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequence[int]) -> Batches:
+    """What the run trains on, batch by batch."""
+    wanted = {name: share for name, share in config.objectives.items() if share}
+    samples = questions = None
+    if "two_stream" in wanted:
+        shortest = max(chunk_sizes) + 1
+        if config.sample_length < shortest:
+            raise ConfigError(
+                f"sample_length={config.sample_length} leaves nothing to predict after a chunk of {max(chunk_sizes)}; "
+                f"pass at least {2 * max(chunk_sizes)}"
+            )
+        for size in chunk_sizes:  # that the longest sample fits the window is known now, not at some step
+            plan_passes(chunk_lengths(config.sample_length, size), finest, llm.window, 0, llm.bos_token_id is not None)
+    else:
+        shortest = min(config.spans)
+    if wanted.keys() & {"two_stream", "reconstruction"}:
+        tokens = TokenFile.build([Path(file) for file in config.data], llm, config.token_cache)
+        samples = Samples(tokens, config.sample_length, shortest)
+        if not len(samples):
+            raise TrainingError(
+                f"none of the {len(tokens)} documents has {shortest} tokens, the shortest sample; pass longer documents"
+            )
+        logger.info("%d samples, %d tokens left out", len(samples), samples.left_out)
+    if "questions" in wanted:
+        questions = QuestionReadings(
+            read_questions(config.questions, unique=False), llm, max_tokens=config.sample_length, seed=config.seed
+        )
+    return Batches(
+        wanted,
+        n_batches=config.max_steps * config.accumulation_steps * config.processes,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        llm=llm,
+        samples=samples,
+        questions=questions,
+        spans=config.spans,
+    )
+
+
+def _held_out(config: TrainingConfig, llm: LLM) -> Samples | None:
+    if not config.eval_data:
+        return None
+    samples = Samples(
+        TokenFile.build([Path(file) for file in config.eval_data], llm, config.token_cache),
+        config.sample_length, config.sample_length, config.eval_samples,
+    )  # fmt: skip
+    if not len(samples):
+        raise TrainingError(
+            f"no document in eval_data has {config.sample_length} tokens, the length of a sample; "
+            "pass longer documents or a smaller sample_length"
+        )
+    return samples
 
 
 def _device(config: TrainingConfig) -> str:
@@ -337,11 +328,20 @@ def _device(config: TrainingConfig) -> str:
     return f"cuda:{rank}"
 
 
-def _starting_point(config: TrainingConfig, llm: LLM) -> ExtensibleEmbedder:
-    if config.start_from is not None:
-        return ExtensibleEmbedder.from_pretrained(config.start_from, llm=llm)
+def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
+    embedder = reader = None
     torch.manual_seed(config.seed)
-    return ExtensibleEmbedder.from_llm(llm, **config.embedder)
+    if config.trained != "reader":
+        if config.start_from is None:
+            embedder = ExtensibleEmbedder.from_llm(llm, **config.embedder)
+        else:
+            embedder = ExtensibleEmbedder.from_pretrained(config.start_from, llm=llm, adapt=True)
+        embedder.own_to(torch.float32)  # in bfloat16 a small update would round to none
+    if config.trained == "connector" and embedder is not None:
+        embedder.stack.requires_grad_(False)
+    if config.trained in ("reader", "both"):
+        reader = add_reader(llm, config.reader_rank)
+    return Trained(llm, embedder, reader, config.distillation)
 
 
 def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingArguments:
@@ -386,8 +386,8 @@ def _tensorboard(output: Path) -> list[TrainerCallback]:
 def _identity(config: TrainingConfig) -> dict[str, Any]:
     """What must be the same for a checkpoint to be gone on from."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    for free in ("output", "max_minutes", "device", "save_steps", "eval_steps", "logging_steps", "eval_samples",
-                 "eval_data"):  # fmt: skip
+    for free in ("output", "cache", "max_minutes", "device", "save_steps", "eval_steps", "logging_steps",
+                 "eval_samples", "eval_data"):  # fmt: skip
         values.pop(free)
     return values
 

@@ -10,8 +10,9 @@ import torch
 from tiny import RawEmbedder, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import BudgetError, ConfigError
-from extemb_core.evaluation.qa import QaConfig, QaExperiment, _batches, templates
+from extemb_core.evaluation.qa import QaConfig, QaExperiment, _batches
 from extemb_core.models.llm import LLM
+from extemb_core.questions import templates
 
 PLACES = ("harbour", "bridge", "mill", "tower", "market")
 

@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, random_embedder, tiny_llm
 
 from extemb_core.errors import ConfigError
 from extemb_core.models.downscaling import chunk_lengths
-from extemb_core.training.objectives import lay_out, plan_passes, two_stream_loss
+from extemb_core.training.objectives import Reading, lay_out, plan_passes, reading_loss, two_stream_loss
 
 CHUNK = 16
 
@@ -49,7 +49,7 @@ def test_packed_loss_and_gradients_equal_the_slow_ones(architecture, downscaling
     # Whole chunks, a tail of one token, a tail between; a window that forces several passes for the longest.
     samples = samples_of([48, 65, 39, 80], len(llm.tokenizer))
     ratios = [2, 4, 8, 2]
-    fast = two_stream_loss(embedder, llm, samples, ratios, CHUNK, window=80)
+    fast = two_stream_loss(embedder, samples, [[ratio] for ratio in ratios], CHUNK, window=80)
     slow = slow_loss(embedder, llm, samples, ratios)
     assert fast.item() == pytest.approx(slow.item(), abs=1e-4)
     quick, plain = gradients(embedder, fast), gradients(embedder, slow)
@@ -65,13 +65,13 @@ def test_bos_of_the_llm_stands_before_the_embeddings(monkeypatch):
     embedder = random_embedder(llm)
     assert embedder.config.bos_token_id == 5
     samples = samples_of([48, 40], len(llm.tokenizer))
-    fast = two_stream_loss(embedder, llm, samples, [2, 4], CHUNK)
+    fast = two_stream_loss(embedder, samples, [[2], [4]], CHUNK)
     assert fast.item() == pytest.approx(slow_loss(embedder, llm, samples, [2, 4]).item(), abs=1e-4)
 
 
 def test_gradient_reaches_the_embedder_alone(llm):
     embedder = random_embedder(llm, adaptation="lora")
-    two_stream_loss(embedder, llm, samples_of([40], len(llm.tokenizer)), [4], CHUNK).backward()
+    two_stream_loss(embedder, samples_of([40], len(llm.tokenizer)), [[4]], CHUNK).backward()
     assert all(p.grad is None for p in llm.model.parameters())
     assert all(p.grad is not None for p in embedder.parameters() if p.requires_grad)
 
@@ -95,4 +95,128 @@ def test_a_window_too_small_for_one_chunk_is_an_error():
 def test_a_sample_without_a_second_chunk_is_an_error(llm):
     embedder = random_embedder(llm)
     with pytest.raises(ConfigError, match="no second chunk"):
-        two_stream_loss(embedder, llm, samples_of([16], len(llm.tokenizer)), [2], CHUNK)
+        two_stream_loss(embedder, samples_of([16], len(llm.tokenizer)), [[2]], CHUNK)
+
+
+def test_several_ratios_from_one_pass_are_the_mean_of_each_alone(llm):
+    embedder = random_embedder(llm)
+    samples = samples_of([48, 40], len(llm.tokenizer))
+    passes = []
+    hook = embedder.stack.register_forward_hook(lambda *_: passes.append(1))
+    together = two_stream_loss(embedder, samples, [[2, 8], [2, 8]], CHUNK)
+    hook.remove()
+    alone = [two_stream_loss(embedder, samples, [[ratio]] * 2, CHUNK) for ratio in (2, 8)]
+    assert len(passes) == 1
+    assert together.item() == pytest.approx(torch.stack(alone).mean().item(), abs=1e-5)
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def readings_of(llm):
+    """Raw and compressed pieces in turn; documents of one chunk, of several, with a tail of one token."""
+    ids = iter(samples_of([5, 40, 3, 33, 4, 6, 7, 16, 2, 9], len(llm.tokenizer)))
+    first = Reading(tuple((next(ids), compressed) for compressed in (False, True, False, True, False)), next(ids))
+    return [first, Reading(tuple((next(ids), compressed) for compressed in (False, True, False)), next(ids))]
+
+
+def slow_reading_loss(embedder, llm, readings, ratios, text=False):
+    """One call of the LLM's own forward for each reading and ratio, and one of the embedder for each chunk."""
+    losses = []
+    for reading, wanted in zip(readings, ratios, strict=True):
+        for ratio in wanted:
+            pieces = []
+            for ids, compressed in reading.prompt:
+                if compressed and not text:
+                    pieces += [embedder.read_out(embedder(chunk[None]), 0, len(chunk), ratio)
+                               for chunk in ids.split(CHUNK)]  # fmt: skip
+                else:
+                    pieces.append(llm.embed(ids))
+            prompt = torch.cat(pieces)
+            inputs = torch.cat([prompt, llm.embed(reading.answer[:-1])])
+            logits = llm.model(inputs_embeds=inputs[None], use_cache=False).logits[0, len(prompt) - 1 :]
+            losses.append((logits.log_softmax(-1), reading.answer))
+    return losses
+
+
+def mean_loss(rows):
+    picked = [logits.gather(1, answer[:, None])[:, 0] for logits, answer in rows]
+    return -torch.cat(picked).mean()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reading_loss_and_gradients_equal_the_slow_ones(architecture):
+    llm = tiny_llm(architecture)
+    embedder = random_embedder(llm)
+    readings, ratios = readings_of(llm), [[2, 4], [8]]
+    fast = reading_loss(llm, readings, embedder=embedder, ratios=ratios, chunk_size=CHUNK)
+    slow = mean_loss(slow_reading_loss(embedder, llm, readings, ratios))
+    assert fast.item() == pytest.approx(slow.item(), abs=1e-4)
+    quick, plain = gradients(embedder, fast), gradients(embedder, slow)
+    assert any(grad.abs().max() > 1e-3 for grad in plain.values())
+    for name, grad in plain.items():
+        torch.testing.assert_close(quick[name], grad, atol=1e-4, rtol=1e-4, msg=name)
+    assert all(p.grad is None for p in llm.model.parameters())
+
+
+def test_distillation_is_the_divergence_from_the_llm_that_reads_the_text(llm):
+    embedder = random_embedder(llm)
+    readings, ratios = readings_of(llm), [[2, 4], [8]]
+    students = slow_reading_loss(embedder, llm, readings, ratios)
+    teachers = slow_reading_loss(embedder, llm, readings, ratios, text=True)
+    both = zip(teachers, students, strict=True)
+    rows = [(teacher.exp() * (teacher - student)).sum(-1) for (teacher, _), (student, _) in both]
+    options = {"embedder": embedder, "ratios": ratios, "chunk_size": CHUNK}
+    pure = reading_loss(llm, readings, **options, distillation=1.0)
+    assert pure.item() == pytest.approx(torch.cat(rows).mean().item(), abs=1e-4)
+    assert pure.item() > 1e-3
+    half = reading_loss(llm, readings, **options, distillation=0.5)
+    assert half.item() == pytest.approx((pure.item() + mean_loss(students).item()) / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("bos", [None, 5])
+def test_the_teacher_of_two_streams_has_read_the_whole_sample(bos, monkeypatch):
+    llm = tiny_llm()
+    monkeypatch.setitem(llm.__dict__, "bos_token_id", bos)
+    embedder = random_embedder(llm)
+    samples = samples_of([40, 33], len(llm.tokenizer))
+    start = [bos] if bos is not None else []
+    teacher = [
+        llm.model(input_ids=torch.tensor([[*start, *sample.tolist()]])).logits[0, len(start) :].log_softmax(-1)
+        for sample in samples
+    ]
+    student_loss = two_stream_loss(embedder, samples, [[2], [2]], CHUNK)
+    pure = two_stream_loss(embedder, samples, [[2], [2]], CHUNK, distillation=1.0)
+    entropy = -torch.cat([(t[CHUNK - 1 : -1].exp() * t[CHUNK - 1 : -1]).sum(-1) for t in teacher]).mean()
+    assert pure.item() >= 0
+    # KL = cross-entropy under the teacher - its entropy: recompute the former from the student's own predictions.
+    students = slow_predictions(embedder, llm, samples, 2)
+    crossed = torch.cat([-(t[CHUNK - 1 : -1].exp() * s).sum(-1) for t, s in zip(teacher, students, strict=True)]).mean()
+    assert pure.item() == pytest.approx((crossed - entropy).item(), abs=1e-4)
+    assert pure.item() != pytest.approx(student_loss.item(), abs=1e-2)
+
+
+def slow_predictions(embedder, llm, samples, ratio):
+    """Log-probabilities of every token after the first chunk, as `slow_loss` scores them."""
+    found = []
+    for sample in samples:
+        chunks = list(sample.split(CHUNK))
+        before, rows = [torch.empty(0, llm.width)], []
+        for chunk, following in pairwise(chunks):
+            before.append(embedder.read_out(embedder(chunk[None]), 0, len(chunk), ratio))
+            prompt = torch.cat([llm.embed([llm.bos_token_id]) if llm.bos_token_id is not None else before[0], *before])
+            inputs = torch.cat([prompt, llm.embed(following[:-1])])
+            rows.append(llm.model(inputs_embeds=inputs[None], use_cache=False).logits[0, len(prompt) - 1 :])
+        found.append(torch.cat(rows).log_softmax(-1))
+    return found
+
+
+def test_without_an_embedder_every_piece_is_text(llm):
+    readings = readings_of(llm)
+    plain = mean_loss(slow_reading_loss(None, llm, readings, [[1], [1]], text=True))
+    assert reading_loss(llm, readings).item() == pytest.approx(plain.item(), abs=1e-4)
+
+
+def test_a_reading_without_an_answer_is_an_error(llm):
+    with pytest.raises(ConfigError, match="an answer of 0 tokens"):
+        reading_loss(llm, [Reading(((torch.tensor([3]), False),), torch.empty(0, dtype=torch.long))])

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 from tiny import SENTENCES, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
 
-from extemb_core.errors import ConfigError, TrainingError
+from extemb_core.errors import ConfigError, MismatchError, TrainingError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training import trainer as trainer_module
+from extemb_core.training.batches import Collator
+from extemb_core.training.config import TrainingConfig
 from extemb_core.training.objectives import two_stream_loss
-from extemb_core.training.trainer import EmbedderTrainer, RatioCollator, TrainingConfig, TwoStream, train
+from extemb_core.training.trainer import RunTrainer, Trained, train
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_a_run_learns_and_leaves_the_llm_and_the_terminal_alone(
         config, total_tokens=40 * 96, eval_data=(str(folder / "held_out.txt"),), eval_steps=20, save_steps=20,
         embedder={**config.embedder, "adaptation": adaptation},
     )  # fmt: skip
-    embedder = train(config)
+    embedder = train(config).embedder
     assert capfd.readouterr() == ("", "")
     after = embedder.llm.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -163,9 +165,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     real = trainer_module.two_stream_loss
     calls = []
 
-    def poisoned(*args):
+    def poisoned(*args, **options):
         calls.append(1)
-        return real(*args) * (float("nan") if len(calls) == 3 else 1)
+        return real(*args, **options) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(trainer_module, "two_stream_loss", poisoned)
     with pytest.raises(TrainingError, match="the loss became nan at step 2"):
@@ -204,10 +206,10 @@ def small_trainer(config, embedder, **changes):
     from transformers import PrinterCallback
 
     config = replace(config, **changes)
-    items = [{"input_ids": torch.arange(at, at + 48).numpy(), "index": at} for at in range(3, 7)]
-    made = EmbedderTrainer(
-        model=TwoStream(embedder), args=trainer_module._arguments(config, embedder.llm, evaluate=False),
-        train_dataset=items, data_collator=RatioCollator([4], [16], 0), connector_lr_factor=config.connector_lr_factor,
+    items = [{"sample": torch.arange(at, at + 48), "index": at} for at in range(3, 7)]
+    made = RunTrainer(
+        model=Trained(embedder.llm, embedder), args=trainer_module._arguments(config, embedder.llm, evaluate=False),
+        train_dataset=items, data_collator=Collator([4], [16], 0), connector_lr_factor=config.connector_lr_factor,
         eval_collators={},
     )  # fmt: skip
     made.remove_callback(PrinterCallback)
@@ -248,24 +250,14 @@ def test_the_connector_has_a_learning_rate_of_its_own(config):
     assert len(layers["params"]) + len(connector["params"]) == len(embedder.own_state_dict()) - 1
 
 
-def test_ratios_are_drawn_per_sample_and_again_the_same():
-    collator = RatioCollator([2, 4, 8], [16, 32], seed=1)
-    items = [{"input_ids": torch.arange(4).numpy(), "index": at} for at in range(40)]
-    batch = collator(items)
-    assert set(batch["ratios"]) == {2, 4, 8}
-    assert collator(items)["ratios"] == batch["ratios"]
-    assert {collator(items[at : at + 2])["chunk_size"] for at in range(20)} == {16, 32}
-    assert RatioCollator([2, 4, 8], [16], seed=2)(items)["ratios"] != batch["ratios"]
-
-
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_frozen_llm_may_run_in_bfloat16_while_what_is_trained_stays_float32(config, monkeypatch, dtype, expected):
     seen = {}
 
-    def loss(embedder, llm, *args):
-        seen.update(llm=llm.dtype, own={p.dtype for p in embedder.parameters() if p.requires_grad},
+    def loss(embedder, *args, **options):
+        seen.update(llm=embedder.llm.dtype, own={p.dtype for p in embedder.parameters() if p.requires_grad},
                     autocast=torch.is_autocast_enabled("cpu"))  # fmt: skip
-        return two_stream_loss(embedder, llm, *args)
+        return two_stream_loss(embedder, *args, **options)
 
     monkeypatch.setattr(trainer_module, "two_stream_loss", loss)
     train(replace(config, dtype=dtype, total_tokens=96))
@@ -290,3 +282,117 @@ def test_with_several_processes_each_takes_its_own_gpu(config, monkeypatch):
     assert trainer_module._device(config) == "cpu"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert (config.tokens_per_step, config.max_steps) == (192, 3)
+
+
+# -- other objectives, and readers --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(config, folder, tmp_path):
+    """A run on questions, with an LLM whose window holds them."""
+    tiny_model("llama", max_position_embeddings=1024).save_pretrained(tmp_path / "llm")
+    tiny_tokenizer().save_pretrained(tmp_path / "llm")
+    rows = [
+        {"id": f"made:{at}", "context": f"The {place} was built in 18{at}0.",
+         "question": f"When was the {place} built?", "answers": [f"18{at}0"]}
+        for at, place in enumerate(("harbour", "bridge", "mill", "tower", "market"))
+    ]  # fmt: skip
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return replace(config, llm=str(tmp_path / "llm"), data=(), questions=(str(tmp_path / "questions.jsonl"),),
+                   objectives={"questions": 1}, eval_data=())  # fmt: skip
+
+
+def reader_tensors(config):
+    return load_file(Path(config.output) / "reader" / "adapter_model.safetensors")
+
+
+def test_objectives_can_be_mixed(asked, config):
+    mixed = replace(asked, data=config.data, objectives={"two_stream": 1, "reconstruction": 1, "questions": 1},
+                    distillation=0.3, ratios_per_sample=2, spans=(4, 8), total_tokens=12 * 96)  # fmt: skip
+    train(mixed)
+    found = losses(mixed)
+    assert list(found) == list(range(1, 13))
+    assert all(math.isfinite(loss) for loss in found.values())
+
+
+@pytest.mark.parametrize("trained", ["reader", "both"])
+def test_a_reader_learns_and_becomes_an_llm_of_its_own(asked, trained):
+    run = replace(asked, trained=trained, total_tokens=40 * 96, logging_steps=10)
+    model = train(run)
+    found = list(losses(run).values())
+    assert found[-1] < found[0] - 0.5
+    assert (Path(run.output) / "model.safetensors").is_file() == (trained == "both")
+    base = LLM.from_pretrained(run.llm)
+    reader = LLM.from_pretrained(Path(run.output) / "reader")
+    ids = base.encode("When was the mill built?")
+    tuned = model.llm
+    torch.testing.assert_close(reader.hidden(reader.embed(ids)[None]), tuned.hidden(tuned.embed(ids)[None]),
+                               atol=1e-4, rtol=1e-3)  # fmt: skip
+    assert (reader.hidden(reader.embed(ids)[None]) - base.hidden(base.embed(ids)[None])).abs().max() > 1e-2
+    assert not any(parameter.requires_grad for parameter in reader.model.parameters())
+    for name, tensor in LLM.from_pretrained(run.llm).model.state_dict().items():
+        torch.testing.assert_close(tensor, base.model.state_dict()[name], atol=0, rtol=0)
+
+
+def test_an_embedder_can_go_on_for_a_reader_of_its_llm(asked, tmp_path):
+    train(replace(asked, trained="reader", total_tokens=10 * 96))
+    reader = str(Path(asked.output) / "reader")
+    first = replace(asked, output=str(tmp_path / "first"), total_tokens=96)
+    own = train(first).embedder
+    further = replace(first, llm=reader, start_from=first.output, embedder={}, output=str(tmp_path / "further"),
+                      learning_rate=1e-9)  # fmt: skip
+    adapted = train(further).embedder
+    for name, tensor in own.own_state_dict().items():
+        if name != "llm_probe":
+            torch.testing.assert_close(adapted.own_state_dict()[name], tensor, atol=1e-6, rtol=0)
+    assert adapted.fingerprint != own.fingerprint
+    with pytest.raises(MismatchError, match="differ by"):
+        ExtensibleEmbedder.from_pretrained(first.output, llm=LLM.from_pretrained(reader))
+    ExtensibleEmbedder.from_pretrained(further.output, llm=LLM.from_pretrained(reader))
+
+
+@pytest.mark.parametrize("trained", ["reader", "both"])
+def test_a_reader_goes_on_where_it_was_stopped(asked, trained, monkeypatch, tmp_path):
+    whole = replace(asked, trained=trained, output=str(tmp_path / "whole"))
+    train(whole)
+    real, calls = trainer_module.reading_loss, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    run = replace(asked, trained=trained)
+    monkeypatch.setattr(trainer_module, "reading_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
+    monkeypatch.setattr(trainer_module, "reading_loss", real)
+    train(run)
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
+    for name, tensor in reader_tensors(whole).items():
+        torch.testing.assert_close(reader_tensors(run)[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_the_connector_can_be_trained_alone(config):
+    untrained = ExtensibleEmbedder.from_llm(LLM.from_pretrained(config.llm), **config.embedder).own_state_dict()
+    train(replace(config, trained="connector"))
+    changed = {name for name, tensor in tensors(config).items()
+               if "lora_A" not in name and not torch.equal(tensor, untrained[name].cpu())}  # fmt: skip
+    assert changed
+    assert all("connector" in name for name in changed)
+
+
+def test_settings_of_objectives_that_do_not_go_together(asked):
+    for change, message in (
+        ({"objectives": {"twostream": 1}}, "'twostream' is not one of two_stream, reconstruction, questions"),
+        ({"objectives": {}}, "shares are at least 0 and not all 0"),
+        ({"objectives": {"two_stream": 1}}, "data is empty"),
+        ({"questions": ()}, "questions is empty"),
+        ({"distillation": 1.5}, "distillation=1.5 is not between 0 and 1"),
+        ({"trained": "all"}, "trained='all' is not one of embedder, connector, reader, both"),
+        ({"trained": "reader", "data": ("a.txt",), "objectives": {"two_stream": 1}}, "a reader learns from questions"),
+        ({"trained": "reader", "eval_data": ("a.txt",)}, "eval_data is text for an embedder's loss"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(asked, **change)

@@ -1,0 +1,114 @@
+"""Which batch trains what: the plan of a run, item by item.
+
+Every batch is of one objective. Which one, and which of its samples, follows from the seed and the batch's number
+alone, so that a resumed run, and each of several processes, trains on what one uninterrupted process would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from extemb_core.models.llm import LLM
+from extemb_core.training.data import Samples
+from extemb_core.training.objectives import Reading
+from extemb_core.training.tasks import QuestionReadings, reconstruction
+
+
+class Batches:
+    """A map-style dataset in training order: `batch_size` consecutive items are one batch.
+
+    Args:
+        objectives: Share of the batches of each.
+        n_batches: Of the whole run, over all processes.
+        batch_size: Samples of a batch.
+        seed: Of all that is drawn.
+        llm: Whose tokenizer is used.
+        samples: Text, for "two_stream" and "reconstruction".
+        questions: For "questions".
+        spans: Tokens of the longest span to reconstruct, at the start and at the end of the run.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, float],
+        *,
+        n_batches: int,
+        batch_size: int,
+        seed: int,
+        llm: LLM,
+        samples: Samples | None = None,
+        questions: QuestionReadings | None = None,
+        spans: tuple[int, int] = (32, 256),
+    ) -> None:
+        names = sorted(objectives)
+        shares = np.array([objectives[name] for name in names], dtype=float)
+        drawn = np.random.default_rng([seed, 0]).choice(len(names), size=n_batches, p=shares / shares.sum())
+        self.objectives = [names[int(at)] for at in drawn]
+        self._before = np.zeros(n_batches, dtype=np.int64)  # batches of the same objective before each
+        for which in range(len(names)):
+            self._before[drawn == which] = np.arange((drawn == which).sum())
+        self._size = batch_size
+        self._seed = seed
+        self._llm = llm
+        self._samples = samples
+        self._questions = questions
+        self._spans = spans
+
+    def __len__(self) -> int:
+        return len(self.objectives) * self._size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch, row = divmod(index, self._size)
+        objective = self.objectives[batch]
+        place = int(self._before[batch]) * self._size + row  # among the samples of this objective
+        item: dict[str, Any] = {"objective": objective, "index": index}
+        if objective == "questions":
+            assert self._questions is not None
+            return item | {"readings": [self._questions.reading(place)]}
+        ids = self._text(place)
+        if objective == "two_stream":
+            return item | {"sample": torch.from_numpy(ids)}
+        return item | {"readings": self._spans_of(ids, batch, index)}
+
+    def _text(self, place: int) -> np.ndarray[Any, Any]:
+        """Sample number `place` of an endless stream; each round over the samples is another order."""
+        assert self._samples is not None
+        rounds, at = divmod(place, len(self._samples))
+        order = np.random.default_rng([self._seed, 1, rounds]).permutation(len(self._samples))
+        return self._samples[int(order[at])]["input_ids"]  # type: ignore[no-any-return]
+
+    def _spans_of(self, ids: np.ndarray[Any, Any], batch: int, index: int) -> list[Reading]:
+        """Spans side by side, from anywhere in the sample: a span is read twice, so they take half its length."""
+        first, last = self._spans
+        longest = round(first + (last - first) * batch / max(1, len(self.objectives) - 1))
+        draw = np.random.default_rng([self._seed, 2, index])
+        length = min(int(draw.integers(min(first, longest), longest + 1)), len(ids))
+        count = max(1, len(ids) // (2 * length))
+        start = int(draw.integers(len(ids) - count * length + 1))
+        return [reconstruction(self._llm, ids[at : at + length]) for at in range(start, start + count * length, length)]
+
+
+class Collator:
+    """Draws the ratios of each sample and the chunk size of the batch, from the place of its first item."""
+
+    def __init__(
+        self, ratios: Sequence[int], chunk_sizes: Sequence[int], seed: int, ratios_per_sample: int = 1
+    ) -> None:
+        self.ratios = list(ratios)
+        self.chunk_sizes = list(chunk_sizes)
+        self.seed = seed
+        self.ratios_per_sample = min(ratios_per_sample, len(self.ratios))
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        draw = np.random.default_rng([self.seed, 3, items[0]["index"]])
+        if "sample" in items[0]:
+            inputs: dict[str, Any] = {"samples": [item["sample"] for item in items]}
+        else:
+            inputs = {"readings": [reading for item in items for reading in item["readings"]]}
+        (rows,) = inputs.values()
+        ratios = [sorted(map(int, draw.choice(self.ratios, self.ratios_per_sample, replace=False))) for _ in rows]
+        return inputs | {"ratios": ratios, "chunk_size": int(draw.choice(self.chunk_sizes))}

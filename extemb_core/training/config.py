@@ -1,0 +1,151 @@
+"""The settings of one training run."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from extemb_core.errors import ConfigError
+from extemb_core.models.downscaling import is_count
+
+OBJECTIVES = ("two_stream", "reconstruction", "questions")
+TRAINED = ("embedder", "connector", "reader", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One training run. Lengths are in tokens, times in minutes.
+
+    Attributes:
+        llm: Name, path or hub id of the frozen LLM.
+        data: Text files (.jsonl[.zst] with a "text" field, .txt, .md).
+        output: Folder for checkpoints, logs and the finished embedder.
+        questions: Question files (.jsonl[.zst] with "id", "context", "question" and "answers").
+        eval_data: Held-out text files; none, no evaluation during training.
+        embedder: Settings of `ExtensibleEmbedderConfig` for a new embedder.
+        start_from: An embedder's folder to go on from instead of a new one.
+        cache: Folder for tokenised text; "data" in `output` when not given.
+        objectives: Share of the batches of each of `OBJECTIVES`; they add up to 1 after scaling.
+        distillation: Weight, 0 to 1, of the divergence from the LLM reading the text itself.
+        trained: "embedder"; "connector", which is a part of it; "reader", adapters on the LLM that teach it to
+            answer from text; or "both" the embedder and a reader.
+        reader_rank: Rank of a reader's adapters.
+        sample_length: Tokens of a training sample, and of a question's documents at most.
+        spans: Tokens of the spans to reconstruct, at the start of the run and at its end: short ones first.
+        chunk_sizes: Chunk lengths in training, one drawn per batch; the embedder's own when empty.
+        ratios: Ratios drawn per sample; the embedder's own when empty.
+        ratios_per_sample: How many; one pass of the embedder serves them all.
+        total_tokens: Tokens to train on; steps follow from it.
+        max_minutes: Stop cleanly after this long; the next run resumes.
+        connector_lr_factor: The connector's learning rate over the layers'.
+        eval_samples: Held-out samples used.
+        device: "auto" or a torch device.
+        dtype: What the frozen LLM runs in: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32" or "bfloat16". The
+            trained tensors stay float32. Ask `extemb doctor` before bfloat16 on a CPU: some end the process.
+    """
+
+    llm: str
+    data: tuple[str, ...]
+    output: str
+    questions: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()
+    embedder: Mapping[str, Any] = field(default_factory=dict)
+    start_from: str | None = None
+    cache: str | None = None
+    objectives: Mapping[str, float] = field(default_factory=lambda: {"two_stream": 1.0})
+    distillation: float = 0.0
+    trained: str = "embedder"
+    reader_rank: int = 8
+    sample_length: int = 1536
+    spans: tuple[int, int] = (32, 256)
+    chunk_sizes: tuple[int, ...] = ()
+    ratios: tuple[int, ...] = ()
+    ratios_per_sample: int = 1
+    total_tokens: int = 1_500_000
+    batch_size: int = 4
+    accumulation_steps: int = 1
+    learning_rate: float = 3e-4
+    connector_lr_factor: float = 5.0
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    save_steps: int = 50
+    eval_steps: int = 50
+    eval_samples: int = 16
+    logging_steps: int = 10
+    max_minutes: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("data", "questions", "eval_data"):
+            if isinstance(getattr(self, name), str):  # else each of its letters would be a file
+                raise ConfigError(f"{name}={getattr(self, name)!r} is one str; pass a tuple of files")
+        self._check_objectives()
+        for name in ("sample_length", "total_tokens", "batch_size", "accumulation_steps", "save_steps", "eval_steps",
+                     "eval_samples", "logging_steps", "ratios_per_sample", "reader_rank"):  # fmt: skip
+            if not is_count(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive whole number; pass 1 or more")
+        for name in ("chunk_sizes", "ratios", "spans"):
+            if not all(is_count(number) for number in getattr(self, name)):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} must be positive whole numbers; pass e.g. (256, 512)"
+                )
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is below 0; pass 0 or more")
+        for name in ("connector_lr_factor", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is not above 0; pass e.g. 1.0")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ConfigError(f"max_minutes={self.max_minutes} is not above 0; pass minutes, or None for no limit")
+        if self.trained not in TRAINED:
+            raise ConfigError(f"trained={self.trained!r} is not one of {', '.join(TRAINED)}; pass one of them")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"dtype={self.dtype!r} is not auto, float32 or bfloat16; pass one of them")
+        if not (0 < self.learning_rate < 1):
+            raise ConfigError(f"learning_rate={self.learning_rate} is not between 0 and 1; pass e.g. 3e-4")
+
+    def _check_objectives(self) -> None:
+        unknown = next((name for name in self.objectives if name not in OBJECTIVES), None)
+        if unknown is not None:
+            raise ConfigError(f"objectives: {unknown!r} is not one of {', '.join(OBJECTIVES)}; pass some of them")
+        shares = list(self.objectives.values())
+        if not shares or min(shares) < 0 or sum(shares) <= 0:
+            raise ConfigError(f"objectives={dict(self.objectives)!r}: shares are at least 0 and not all 0; pass e.g. 1")
+        if not 0 <= self.distillation <= 1:
+            raise ConfigError(f"distillation={self.distillation!r} is not between 0 and 1; pass e.g. 0.5")
+        wanted = {name for name, share in self.objectives.items() if share}
+        if wanted & {"two_stream", "reconstruction"} and not self.data:
+            raise ConfigError("data is empty; pass at least one text file to train on")
+        if self.trained == "reader" and wanted != {"questions"}:
+            raise ConfigError('a reader learns from questions alone; pass objectives={"questions": 1}')
+        if self.trained == "reader" and self.eval_data:
+            raise ConfigError("eval_data is text for an embedder's loss, and a reader has none; leave it out")
+        if "questions" in wanted and not self.questions:
+            raise ConfigError("questions is empty; pass at least one question file to train on")
+
+    @property
+    def token_cache(self) -> Path:
+        """Where tokenised text is kept."""
+        return Path(self.cache) if self.cache is not None else Path(self.output) / "data"
+
+    @property
+    def max_steps(self) -> int:
+        """Optimiser steps that `total_tokens` come to."""
+        return math.ceil(self.total_tokens / self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all processes that train together."""
+        return self.batch_size * self.accumulation_steps * self.sample_length * self.processes
+
+    @property
+    def processes(self) -> int:
+        """That train together, as torchrun says."""
+        return int(os.environ.get("WORLD_SIZE", "1"))

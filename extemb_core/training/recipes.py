@@ -1,0 +1,139 @@
+"""Recipes: the stages of a training, each a `TrainingConfig`, from a file of the package or the caller's own.
+
+A recipe is YAML: `embedder`, the settings of a new one, and `stages`, each with a `name`, its `share` of the tokens
+and any other field of `TrainingConfig`. Every stage goes on from what the one before it left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from extemb_core.errors import ConfigError
+from extemb_core.training.config import TrainingConfig
+from extemb_core.training.trainer import Trained, is_finished, train
+
+logger = logging.getLogger(__name__)
+
+_NOT_A_STAGES = ("llm", "data", "questions", "output", "cache", "eval_data", "embedder", "start_from", "total_tokens",
+                 "max_minutes", "device")  # fmt: skip
+_STAGE_FIELDS = sorted({field.name for field in fields(TrainingConfig)} - set(_NOT_A_STAGES))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe's file says, checked."""
+
+    name: str
+    embedder: Mapping[str, Any]
+    stages: tuple[Mapping[str, Any], ...]
+
+
+def recipe_names() -> list[str]:
+    """Those of the package."""
+    found = resources.files("extemb_core").joinpath("recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in found if file.name.endswith(".yaml"))
+
+
+def read_recipe(name: str | Path) -> Recipe:
+    """Read a recipe of the package by name, or a YAML file.
+
+    Raises:
+        ConfigError: There is none, or it does not say what a recipe says.
+    """
+    names = recipe_names()
+    if str(name) in names:
+        text = resources.files("extemb_core").joinpath(f"recipes/{name}.yaml").read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    else:
+        raise ConfigError(f"recipe={str(name)!r} is neither a file nor one of {', '.join(names)}; pass one of them")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {name} is not YAML ({' '.join(str(error).split())}); mend it") from error
+    if not isinstance(values, dict) or not isinstance(values.get("stages"), list) or not values["stages"]:
+        raise ConfigError(f'recipe {name} has no list of "stages"; see the recipes {", ".join(names)}')
+    for number, stage in enumerate(values["stages"], start=1):
+        where = f"recipe {name}, stage {number}"
+        if not isinstance(stage, dict) or not stage.get("name") or not stage.get("share", 0) > 0:
+            raise ConfigError(f'{where} needs a "name" and a "share" of the tokens above 0; add them')
+        unknown = sorted(stage.keys() - {"name", "share"} - set(_STAGE_FIELDS))
+        if unknown:
+            raise ConfigError(f"{where}: {unknown[0]!r} is not one of {', '.join(_STAGE_FIELDS)}; mend or drop it")
+    unknown = sorted(values.keys() - {"embedder", "stages"})
+    if unknown:
+        raise ConfigError(f"recipe {name}: {unknown[0]!r} is neither embedder nor stages; mend or drop it")
+    return Recipe(str(name), values.get("embedder") or {}, tuple(values["stages"]))
+
+
+def stage_configs(recipe: Recipe, output: str | Path, total_tokens: int, **settings: Any) -> list[TrainingConfig]:
+    """The run of every stage, in folders of their own under `output`.
+
+    Args:
+        recipe: What to do.
+        output: Folder of the whole training.
+        total_tokens: Of all stages together.
+        **settings: Fields of `TrainingConfig` that hold for every stage, over what the recipe says. `embedder` adds
+            to the recipe's; `start_from` is for the first stage.
+    """
+    whole = sum(stage["share"] for stage in recipe.stages)
+    embedder = {**recipe.embedder, **settings.pop("embedder", {})}
+    start_from = settings.pop("start_from", None)
+    configs = []
+    for number, stage in enumerate(recipe.stages, start=1):
+        folder = Path(output) / "stages" / f"{number}-{stage['name']}"
+        own = {key: _plain(value) for key, value in stage.items() if key not in ("name", "share")}
+        configs.append(
+            TrainingConfig(
+                **(own | settings),
+                embedder={} if start_from else embedder,
+                start_from=start_from,
+                total_tokens=max(1, round(total_tokens * stage["share"] / whole)),
+                output=str(folder),
+                cache=str(Path(output) / "data"),
+            )
+        )
+        start_from = str(folder)
+    return configs
+
+
+def train_recipe(
+    recipe: Recipe, output: str | Path, total_tokens: int, *, resume: bool = True, **settings: Any
+) -> Trained | None:
+    """Run a recipe's stages one after another and leave the result in `output`; finished stages are not run again.
+
+    Args:
+        recipe: What to do.
+        output: Folder of the whole training.
+        total_tokens: Of all stages together.
+        resume: Go on where an earlier run stopped.
+        **settings: See `stage_configs`. `max_minutes` is for the stage that runs; the same call goes on.
+
+    Returns:
+        What the last stage trained, or None when `max_minutes` ended it or an earlier one.
+    """
+    configs = stage_configs(recipe, output, total_tokens, **settings)
+    trained = None
+    for number, config in enumerate(configs):
+        last = number == len(configs) - 1
+        if resume and not last and is_finished(config):
+            continue
+        trained = train(config, resume=resume)
+        if not is_finished(config):
+            logger.warning("%s is not finished; the same call goes on", config.output)
+            return None
+    if trained is not None:
+        trained.save(Path(output))
+    return trained
+
+
+def _plain(value: Any) -> Any:
+    """YAML's lists as the tuples that settings are."""
+    return tuple(value) if isinstance(value, list) else value

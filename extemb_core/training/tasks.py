@@ -1,0 +1,182 @@
+"""Readings to train on: a text to give back from its embeddings, and questions about documents.
+
+Both are made on demand from an index, with nothing drawn but from the seed and that index, so that a resumed run
+trains on what an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat, assemble_text, document_heading
+from extemb_core.errors import TrainingError
+from extemb_core.models.llm import LLM
+from extemb_core.questions import Question, template_for, templates
+from extemb_core.training.objectives import Reading
+
+logger = logging.getLogger(__name__)
+
+Ids = np.ndarray[Any, Any]
+
+NOT_FOUND = "not in the documents"
+_REPEAT = "\n\nRepeat the text above, word for word:\n"
+_CHARS_PER_TOKEN = 3  # few enough that a cut by characters seldom has too many tokens
+_MOST_DISTRACTORS = 3
+_SHORTEST_DISTRACTOR = 32
+_SOURCE = re.compile(r"[A-Za-z_-]+(?::[A-Za-z-]+(?=:))?")
+
+
+def reconstruction(llm: LLM, ids: Ids) -> Reading:
+    """Give a span back from its embeddings, after a short instruction. ids: (T,)."""
+    prompt = assemble_text(llm, [ids, _REPEAT])
+    return Reading(tuple((_tensor(part), part is ids) for part in prompt.segments), _tensor(ids))
+
+
+class QuestionReadings:
+    """Questions about their own document, often among others, in the prompts that `ask` and `extemb eval` make.
+
+    Some documents stay text, and some questions lose their document, so that the answer is `NOT_FOUND`.
+
+    Args:
+        questions: What to ask. Left out are those whose document is too long and does not hold the answer literally,
+            and those with longer answers than `max_answer_tokens`.
+        llm: Whose tokenizer and chat template are used.
+        max_tokens: Of all documents of a reading.
+        max_answer_tokens: Of an answer.
+        most_per_source: Rows of each source (the id up to its number) in one round over the questions.
+        missing_share: Of the questions with a literal answer, how many lose their document.
+        raw_share: Of the documents, how many stay text.
+        seed: Of all that is drawn.
+
+    Raises:
+        TrainingError: No question is left.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        llm: LLM,
+        *,
+        max_tokens: int = 768,
+        max_answer_tokens: int = 64,
+        most_per_source: int = 4000,
+        missing_share: float = 0.1,
+        raw_share: float = 0.15,
+        seed: int = 0,
+    ) -> None:
+        self._llm = llm
+        self._max_tokens = max_tokens
+        self._max_answer_tokens = max_answer_tokens
+        self._missing_share = missing_share
+        self._raw_share = raw_share
+        self._seed = seed
+        self._most_chars = _CHARS_PER_TOKEN * max_tokens
+        by_source: dict[str, list[Question]] = defaultdict(list)
+        for question in questions:
+            if self._is_usable(question):
+                by_source[_source(question.id)].append(question)
+        self.questions = []
+        for source in sorted(by_source):
+            rows = by_source[source]
+            chosen = np.random.default_rng(seed).permutation(len(rows))[:most_per_source]
+            self.questions += [rows[int(at)] for at in np.sort(chosen)]
+        if not self.questions:
+            raise TrainingError(
+                f"none of the {len(questions)} questions has a document of at most {max_tokens} tokens or a literal "
+                f"answer of at most {max_answer_tokens}; pass other questions or a larger sample_length"
+            )
+        logger.info("%d of %d questions are trained on", len(self.questions), len(questions))
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def reading(self, index: int) -> Reading:
+        """The reading of question number `index` of an endless stream: each round over them is another order."""
+        rounds, place = divmod(index, len(self))
+        order = np.random.default_rng([self._seed, rounds]).permutation(len(self))
+        question = self.questions[int(order[place])]
+        draw = np.random.default_rng([self._seed, 1, index])
+        answer = question.answers[int(draw.integers(len(question.answers)))].strip()
+        missing = answer in question.context and draw.random() < self._missing_share
+        own = [] if missing else [self._own(question, answer, draw)]
+        others = self._others(question, answer, own, int(draw.integers(missing, _MOST_DISTRACTORS + 1)), draw)
+        if missing and not others:  # nothing else to read
+            own, missing = [self._own(question, answer, draw)], False
+        documents = own + others
+        documents = [documents[int(at)] for at in draw.permutation(len(documents))]
+        raw = draw.random(len(documents)) < self._raw_share
+        text = NOT_FOUND if missing else answer
+        prompt = assemble_chat(self._llm, [{"role": "user", "content": _content(question, answer, documents, draw)}])
+        compressed = {id(ids) for ids, stays in zip(documents, raw, strict=True) if not stays}
+        pieces = tuple((_tensor(segment), id(segment) in compressed) for segment in prompt.segments)
+        return Reading(pieces, torch.cat([_tensor(self._llm.encode(text)), torch.tensor([_turn_end(self._llm)])]))
+
+    def _is_usable(self, question: Question) -> bool:
+        longest = max(question.answers, key=len)
+        fits = len(question.context) <= self._most_chars or all(a.strip() in question.context for a in question.answers)
+        short = len(longest) <= 2 * _CHARS_PER_TOKEN * self._max_answer_tokens
+        return fits and short and len(self._llm.encode(longest)) <= self._max_answer_tokens
+
+    def _own(self, question: Question, answer: str, draw: np.random.Generator) -> Ids:
+        """The question's document; of a long one a part with the answer somewhere in it."""
+        text, end = question.context, 0
+        if len(text) > self._most_chars:
+            at = text.find(answer)
+            start = int(draw.integers(max(0, at + len(answer) - self._most_chars), at + 1))
+            start = text.rfind(" ", 0, start + 1) + 1
+            text, end = text[start : start + self._most_chars], at + len(answer) - start
+        ids = self._llm.encode(text)
+        cut = max(0, len(self._llm.encode(text[:end])) - self._max_tokens) if len(ids) > self._max_tokens else 0
+        return ids[cut : cut + self._max_tokens]
+
+    def _others(
+        self, question: Question, answer: str, documents: Sequence[Ids], count: int, draw: np.random.Generator
+    ) -> list[Ids]:
+        """Up to `count` documents of other questions, as far as tokens are left, none with the answer in it."""
+        left = self._max_tokens - sum(map(len, documents))
+        found: list[Ids] = []
+        for at in draw.integers(len(self), size=count):
+            other = self.questions[int(at)].context
+            if left < _SHORTEST_DISTRACTOR or other == question.context:
+                continue
+            ids = self._llm.encode(other[: _CHARS_PER_TOKEN * left])[:left]
+            if answer.lower() not in other.lower():
+                found.append(ids)
+                left -= len(ids)
+        return found
+
+
+def _content(question: Question, answer: str, documents: Sequence[Ids], draw: np.random.Generator) -> list[Part]:
+    """Half the prompts are those of `ExtensibleLM.ask`, half those of the evaluation."""
+    parts: list[Part] = []
+    if draw.random() < 0.5:
+        for number, ids in enumerate(documents):
+            parts += [document_heading(number), ids, DOCUMENT_SEPARATOR]
+        return [*parts, question.question]
+    template = templates()[template_for([answer])]
+    for ids in documents:
+        parts += [template["separator"], ids] if parts else [ids]
+    return [template["before"], *parts, template["after"].replace("{question}", question.question)]
+
+
+def _source(name: str) -> str:
+    match = _SOURCE.match(name)
+    return match[0] if match else ""
+
+
+def _turn_end(llm: LLM) -> int:
+    """What ends an assistant's turn."""
+    own = llm.tokenizer.eos_token_id
+    return int(own) if own in llm.stop_token_ids or not llm.stop_token_ids else llm.stop_token_ids[0]
+
+
+def _tensor(ids: Any) -> Tensor:
+    return torch.as_tensor(np.asarray(ids), dtype=torch.long)

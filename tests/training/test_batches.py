@@ -1,0 +1,113 @@
+"""The plan of a run: each objective's share, every sample once a round, and the same again from the seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from extemb_core.training.batches import Batches, Collator
+from extemb_core.training.objectives import Reading
+from extemb_core.training.tasks import reconstruction
+
+
+class Texts:
+    """Seven samples of 64 tokens; sample k holds 100 k to 100 k + 63."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return {"input_ids": np.arange(100 * index, 100 * index + 64)}
+
+
+class Questions:
+    def reading(self, index):
+        return Reading(((torch.tensor([index]), False),), torch.tensor([1]))
+
+
+@pytest.fixture
+def make(llm):
+    def batches(objectives, **changes):
+        settings = {"n_batches": 50, "batch_size": 2, "seed": 0, "llm": llm, "samples": Texts(), "spans": (4, 16)}
+        return Batches(objectives, **(settings | {"questions": Questions()} | changes))
+
+    return batches
+
+
+def test_objectives_have_their_shares_and_a_batch_has_one(make):
+    batches = make({"two_stream": 8, "reconstruction": 1, "questions": 1}, n_batches=2000)
+    shares = Counter(batches.objectives)
+    assert shares["two_stream"] == pytest.approx(1600, abs=80)
+    assert shares["questions"] == pytest.approx(200, abs=50)
+    for batch in range(20):
+        assert {batches[2 * batch + row]["objective"] for row in range(2)} == {batches.objectives[batch]}
+
+
+def test_each_sample_comes_once_a_round_in_an_order_of_its_own(make):
+    batches = make({"two_stream": 1}, n_batches=7)
+    seen = [int(batches[at]["sample"][0]) // 100 for at in range(len(batches))]
+    assert len(seen) == 14
+    assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
+    assert seen[:7] != seen[7:]
+
+
+def test_questions_come_in_turn_whatever_stands_between_them(make):
+    batches = make({"two_stream": 1, "questions": 1})
+    asked = [int(batches[at]["readings"][0].prompt[0][0]) for at in range(len(batches))
+             if batches[at]["objective"] == "questions"]  # fmt: skip
+    assert asked == list(range(len(asked)))
+    assert len(asked) > 20
+
+
+def test_the_plan_follows_from_the_seed(make):
+    objectives = {"two_stream": 1, "reconstruction": 1}
+
+    def shown(batches):
+        items = [batches[at] for at in range(len(batches))]
+        return [item["sample"].tolist() if "sample" in item else [r.answer.tolist() for r in item["readings"]]
+                for item in items]  # fmt: skip
+
+    assert shown(make(objectives)) == shown(make(objectives))
+    assert shown(make(objectives)) != shown(make(objectives, seed=1))
+
+
+def test_spans_to_reconstruct_grow_and_lie_side_by_side(make):
+    batches = make({"reconstruction": 1}, n_batches=200)
+    lengths = [len(batches[at]["readings"][0].answer) for at in range(len(batches))]
+    assert max(lengths[:20]) <= 6
+    assert max(lengths[-40:]) >= 14
+    assert min(lengths) == 4
+    item = batches[len(batches) - 1]["readings"]
+    spans = [reading.answer.tolist() for reading in item]
+    joined = [index for span in spans for index in span]
+    assert joined == list(range(joined[0], joined[0] + len(joined)))
+    assert len(joined) <= 32 + len(spans[0])
+
+
+def test_a_reconstruction_is_the_span_compressed_then_asked_for(llm):
+    reading = reconstruction(llm, np.arange(5, 15))
+    assert [compressed for _, compressed in reading.prompt] == [True, False]
+    assert reading.prompt[0][0].tolist() == reading.answer.tolist() == list(range(5, 15))
+    assert "word for word" in llm.decode(reading.prompt[1][0].tolist())
+
+
+def test_ratios_are_drawn_per_sample_and_again_the_same():
+    collator = Collator([2, 4, 8], [16, 32], seed=1)
+    items = [{"sample": torch.arange(4), "index": at} for at in range(40)]
+    batch = collator(items)
+    assert {ratio for drawn in batch["ratios"] for ratio in drawn} == {2, 4, 8}
+    assert all(len(drawn) == 1 for drawn in batch["ratios"])
+    assert collator(items)["ratios"] == batch["ratios"]
+    assert {collator(items[at : at + 2])["chunk_size"] for at in range(20)} == {16, 32}
+    assert Collator([2, 4, 8], [16], seed=2)(items)["ratios"] != batch["ratios"]
+    assert all(drawn in ([2, 4], [2, 8], [4, 8]) for drawn in Collator([2, 4, 8], [16], 1, 2)(items)["ratios"])
+
+
+def test_readings_of_all_items_join_one_batch():
+    readings = [Reading((), torch.tensor([at])) for at in range(3)]
+    batch = Collator([2], [16], 0)([{"readings": readings[:2], "index": 0}, {"readings": readings[2:], "index": 1}])
+    assert batch["readings"] == readings
+    assert batch["ratios"] == [[2]] * 3

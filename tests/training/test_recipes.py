@@ -1,0 +1,129 @@
+"""Recipes: what they say is what runs, stage after stage, and a stopped training goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import SENTENCES, tiny_model, tiny_tokenizer
+
+from extemb_core.errors import ConfigError
+from extemb_core.models.llm import LLM
+from extemb_core.training import recipes as recipes_module
+from extemb_core.training.recipes import read_recipe, recipe_names, stage_configs, train_recipe
+from extemb_core.training.trainer import is_finished
+
+RECIPE = """
+embedder: {num_layers: 2, chunk_size: 16, ratios: [2, 4]}
+stages:
+  - {name: warm-up, share: 1, trained: connector, objectives: {two_stream: 1}, sample_length: 48, batch_size: 2}
+  - name: text
+    share: 2
+    objectives: {two_stream: 1, reconstruction: 1}
+    spans: [4, 8]
+    sample_length: 48
+    batch_size: 2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "llm")
+    tiny_tokenizer().save_pretrained(tmp_path / "llm")
+    (tmp_path / "text.txt").write_text(SENTENCES * 3)
+    (tmp_path / "own.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.fixture
+def settings(folder):
+    return {"llm": str(folder / "llm"), "data": (str(folder / "text.txt"),), "device": "cpu", "warmup_steps": 0}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_recipes_of_the_package_are_legal(name):
+    configs = stage_configs(read_recipe(name), "run", 1_000_000, llm="x", data=("a.txt",), questions=("b.jsonl",))
+    assert sum(config.total_tokens for config in configs) == pytest.approx(1_000_000, abs=3)
+    assert [config.start_from for config in configs] == [None, *[config.output for config in configs[:-1]]]
+
+
+def test_a_stage_has_what_the_recipe_and_the_caller_say(folder, settings):
+    recipe = read_recipe(folder / "own.yaml")
+    first, second = stage_configs(recipe, "run", 300, **settings, learning_rate=1e-2, embedder={"lora_rank": 3})
+    assert (first.trained, second.trained) == ("connector", "embedder")
+    assert (first.total_tokens, second.total_tokens) == (100, 200)
+    assert first.embedder == {"num_layers": 2, "chunk_size": 16, "ratios": [2, 4], "lora_rank": 3}
+    assert second.embedder == {}
+    assert second.spans == (4, 8)
+    assert first.learning_rate == second.learning_rate == 1e-2
+    assert first.token_cache == second.token_cache == Path("run/data")
+
+
+def test_stages_follow_one_another_and_the_last_is_left(folder, settings):
+    trained = train_recipe(read_recipe(folder / "own.yaml"), folder / "run", 6 * 96, **settings)
+    left = load_file(folder / "run" / "model.safetensors")
+    first = load_file(folder / "run" / "stages" / "1-warm-up" / "model.safetensors")
+    for name, tensor in trained.embedder.own_state_dict().items():
+        assert torch.equal(left[name], tensor)
+    assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in left.items())
+    assert all(tensor.abs().max() == 0 for name, tensor in first.items() if "lora_B" in name)
+    assert len(list((folder / "run" / "data").glob("tokens-*"))) == 1
+
+
+def test_a_training_out_of_time_goes_on_with_the_stage_it_was_in(folder, settings, monkeypatch):
+    recipe = read_recipe(folder / "own.yaml")
+    run = {"output": folder / "run", "total_tokens": 6 * 96}
+    configs = stage_configs(recipe, **run, **settings)
+    assert train_recipe(recipe, **run, **settings, max_minutes=1e-6) is None
+    assert not is_finished(configs[0])
+    while not is_finished(configs[0]):
+        assert train_recipe(recipe, **run, **settings, max_minutes=1e-6) is None
+    ran = []
+    real = recipes_module.train
+
+    def noted(config, **options):
+        ran.append(Path(config.output).name)
+        return real(config, **options)
+
+    monkeypatch.setattr(recipes_module, "train", noted)
+    assert train_recipe(recipe, **run, **settings).embedder is not None
+    assert ran == ["2-text"]
+    assert (folder / "run" / "model.safetensors").is_file()
+
+
+def test_the_readers_recipe_leaves_an_llm(folder, settings):
+    tiny_model("llama", max_position_embeddings=1024).save_pretrained(folder / "llm")
+    row = {
+        "id": "a:1",
+        "context": "The mill was built in 1820.",
+        "question": "When was the mill built?",
+        "answers": ["1820"],
+    }
+    (folder / "questions.jsonl").write_text(json.dumps(row))
+    settings |= {"data": (), "questions": (str(folder / "questions.jsonl"),)}
+    train_recipe(read_recipe("reader"), folder / "run", 2 * 8 * 512, **settings)
+    assert LLM.from_pretrained(folder / "run" / "reader").window == 1024
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: {", "is not YAML"),
+        ("embedder: {}", 'has no list of "stages"'),
+        ("stages: [{name: a}]", 'stage 1 needs a "name" and a "share"'),
+        ("stages: [{name: a, share: 1, magic: 2}]", "stage 1: 'magic' is not one of accumulation_steps, batch_size"),
+        ("stages: [{name: a, share: 1}]\nmagic: 1", "'magic' is neither embedder nor stages"),
+    ],
+)
+def test_what_is_no_recipe(folder, text, message):
+    (folder / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(folder / "bad.yaml")
+
+
+def test_a_recipe_that_is_not_there():
+    with pytest.raises(ConfigError, match="recipe='magic' is neither a file nor one of default, paper, reader"):
+        read_recipe("magic")

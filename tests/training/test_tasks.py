@@ -1,0 +1,109 @@
+"""Question readings: the prompts that are asked later, documents whole or with their answer, and nothing invented."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+from extemb_core.errors import TrainingError
+from extemb_core.models.llm import LLM
+from extemb_core.questions import Question
+from extemb_core.training.tasks import NOT_FOUND, QuestionReadings
+
+PLACES = ("harbour", "bridge", "mill", "tower", "market")
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="tiny")
+
+
+def questions(count=5, padding=""):
+    return [
+        Question(f"made:part:{at}", f"{padding}The {place} was built in 18{at}0. {padding}",
+                 f"When was the {place} built?", (f"18{at}0",))
+        for at, place in enumerate(PLACES[:count])
+    ]  # fmt: skip
+
+
+def text(llm, reading, compressed=None):
+    return [llm.decode(ids.tolist()) for ids, is_compressed in reading.prompt if compressed in (None, is_compressed)]
+
+
+def many(llm, count=200, **settings):
+    made = QuestionReadings(questions(), llm, **settings)
+    return [made.reading(at) for at in range(count)]
+
+
+def test_the_answer_ends_the_turn_and_belongs_to_the_question(llm):
+    for reading in many(llm, missing_share=0):
+        answer = llm.decode(reading.answer[:-1].tolist())
+        assert reading.answer[-1] == llm.tokenizer.eos_token_id
+        place = PLACES[int(answer[2])]
+        whole = "".join(text(llm, reading))
+        assert f"The {place} was built in {answer}." in whole
+        assert f"When was the {place} built?" in whole
+
+
+def test_documents_are_embeddings_and_the_rest_is_text(llm):
+    for reading in many(llm, missing_share=0, raw_share=0):
+        documents = text(llm, reading, compressed=True)
+        assert 1 <= len(documents) <= 4
+        assert all(document.startswith("The ") and document.endswith("0. ") for document in documents)
+        assert not any("was built in" in piece for piece in text(llm, reading, compressed=False))
+
+
+def test_some_documents_stay_text(llm):
+    shares = [sum(compressed for _, compressed in reading.prompt) for reading in many(llm, raw_share=0.5)]
+    assert min(shares) == 0
+    assert max(shares) > 1
+
+
+def test_without_its_document_a_question_is_not_answered(llm):
+    found = many(llm, missing_share=1.0)
+    for reading in found:
+        whole = "".join(text(llm, reading))
+        place = next(place for place in PLACES if f"When was the {place} built?" in whole)
+        answer = llm.decode(reading.answer[:-1].tolist())
+        assert (answer == NOT_FOUND) == (f"The {place} was built" not in whole)
+    assert sum(llm.decode(reading.answer[:-1].tolist()) == NOT_FOUND for reading in found) > 150
+
+
+def test_of_a_long_document_a_part_with_the_answer_is_kept(llm):
+    padding = "It rained on the hills and the river rose. " * 30
+    made = QuestionReadings(questions(padding=padding), llm, max_tokens=200, missing_share=0)
+    places = set()
+    for at in range(40):
+        reading = made.reading(at)
+        whole = "".join(text(llm, reading))
+        assert llm.decode(reading.answer[:-1].tolist()) in whole
+        documents = [ids for ids, _ in reading.prompt if "rained" in llm.decode(ids.tolist())]
+        assert sum(map(len, documents)) <= 200
+        places.add(whole.find("was built in"))
+    assert len(places) > 5
+
+
+def test_prompts_of_ask_and_of_the_evaluation_are_both_used(llm):
+    prompts = ["".join(text(llm, reading)) for reading in many(llm)]
+    asked = sum("[1] Document\n" in prompt for prompt in prompts)
+    evaluated = sum("Read the text and answer the question with a few words" in prompt for prompt in prompts)
+    assert asked + evaluated == len(prompts)
+    assert 60 < asked < 140
+
+
+def test_each_source_has_at_most_so_many_rows(llm):
+    others = [Question(f"other:{at}", f"Word {at}", "Which word?", (str(at),)) for at in range(3)]
+    made = QuestionReadings([*questions(), *others], llm, most_per_source=2)
+    assert sorted(question.id.split(":")[0] for question in made.questions) == ["made", "made", "other", "other"]
+
+
+def test_a_stream_of_readings_goes_through_all_questions_in_turn(llm):
+    made = QuestionReadings(questions(), llm, missing_share=0)
+    rounds = [[llm.decode(made.reading(at).answer[:-1].tolist()) for at in range(5 * r, 5 * r + 5)] for r in range(3)]
+    assert all(sorted(answers) == [f"18{at}0" for at in range(5)] for answers in rounds)
+    assert rounds[0] != rounds[1] or rounds[1] != rounds[2]
+
+
+def test_no_usable_question_is_an_error(llm):
+    with pytest.raises(TrainingError, match="none of the 5 questions has a document of at most 4 tokens"):
+        QuestionReadings([Question(str(at), "long " * 100, "Why?", ("because",)) for at in range(5)], llm, max_tokens=4)
