@@ -1,0 +1,144 @@
+"""Targets of question training: what the LLM itself answers from the full text, where that is right.
+
+An answer in the LLM's own words is easier to learn than a reference in another's (sequence-level distillation, as in
+PISCO and CompLLM). Where its own answer does not agree with a reference, the reference stays the target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extemb_core.context.assembly import assemble_chat
+from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.evaluation.scoring import f1
+from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.sources import sha256_of
+from extemb_core.progress import progress
+from extemb_core.questions import Question, read_questions, template_for, templates
+
+_AGREEMENT = 0.5  # F1 with the best reference
+
+
+@dataclass(frozen=True)
+class TargetCounts:
+    """Of `n` targets, `own` are the LLM's answers; `too_long` questions were left as they are."""
+
+    n: int
+    own: int
+    too_long: int
+
+
+def make_targets(
+    llm: LLM,
+    files: Sequence[str | Path],
+    output: str | Path,
+    *,
+    limit: int | None = None,
+    max_document_tokens: int = 2048,
+    batch_size: int = 8,
+    show_progress: bool | None = None,
+) -> TargetCounts:
+    """Write question rows whose answers are the targets; the references stand in "references".
+
+    A run that was stopped goes on: finished rows are in `output` + ".partial".
+
+    Args:
+        llm: Answers.
+        files: Question files.
+        output: A .jsonl file.
+        limit: At most so many questions, the first ones.
+        max_document_tokens: A question about a longer text keeps its references.
+        batch_size: Questions at once.
+        show_progress: Show a bar; None shows it on a terminal.
+
+    Raises:
+        ConfigError: The partial file is of another run.
+        DocumentError: A row is not a question.
+    """
+    out = Path(output)
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"output={str(output)!r} does not end in .jsonl, which its rows are; pass such a name")
+    questions = read_questions(files, unique=False)[:limit]
+    identity = {
+        "llm": llm.name,
+        "questions": [sha256_of(Path(file)) for file in files],
+        "limit": limit,
+        "max_document_tokens": max_document_tokens,
+    }
+    partial = out.with_name(out.name + ".partial")
+    rows = _finished(partial, identity)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("a", encoding="utf-8") as stream, progress("targets", len(questions), show_progress) as advance:
+        if not stream.tell():
+            stream.write(json.dumps({"identity": identity}) + "\n")
+        advance(len(rows))
+        for at in range(len(rows), len(questions), batch_size):
+            batch = questions[at : at + batch_size]
+            made = _rows(llm, batch, max_document_tokens)
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+            stream.flush()
+            os.fsync(stream.fileno())
+            rows += made
+            advance(len(batch))
+    temporary = out.with_name(out.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(out)
+    partial.unlink()
+    kinds = [row["target"] for row in rows]
+    return TargetCounts(len(rows), kinds.count("own"), kinds.count("too long"))
+
+
+def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> list[dict[str, Any]]:
+    prompts: dict[int, list[int]] = {}
+    longest = 0
+    for at, question in enumerate(questions):
+        template = templates()[template_for(question.answers)]
+        ids = llm.encode(question.context)
+        content = [template["before"], ids, template["after"].replace("{question}", question.question)]
+        prompt = assemble_chat(llm, [{"role": "user", "content": content}])
+        new = template["max_new_tokens"]
+        if len(ids) <= max_document_tokens and len(prompt) + new <= llm.window:
+            prompts[at] = [int(index) for segment in prompt.segments for index in segment]
+            longest = max(longest, new)
+    made = llm.generate(list(prompts.values()), Sampling(max_new_tokens=max(1, longest)))
+    answers = dict(zip(prompts, (generated.text.strip() for generated in made), strict=True))
+    rows = []
+    for at, question in enumerate(questions):
+        agrees = at in answers and f1(answers[at], question.answers) >= _AGREEMENT
+        rows.append(
+            {
+                "id": question.id,
+                "context": question.context,
+                "question": question.question,
+                "answers": [answers[at]] if agrees else list(question.answers),
+                "references": list(question.answers),
+                "target": "own" if agrees else "reference" if at in answers else "too long",
+            }
+        )
+    return rows
+
+
+def _finished(partial: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whole rows of a stopped run; what it left of half a line is cut off."""
+    if not partial.is_file():
+        return []
+    text = partial.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    try:
+        first, *rows = [json.loads(line) for line in whole.splitlines()] or [{"identity": identity}]
+        known = first["identity"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DocumentError(f"{partial} is damaged ({error}); remove it to begin anew") from error
+    if known != identity:
+        changed = next(name for name in identity if known.get(name) != identity[name])
+        raise ConfigError(f"{partial} is of a run with another {changed}; remove it, or pass another output")
+    os.truncate(partial, len(whole))
+    return rows
