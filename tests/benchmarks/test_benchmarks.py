@@ -176,3 +176,19 @@ def test_speed_report_is_whole(folders, tmp_path, monkeypatch, capsys):
     assert len(report["start"]["import"]["samples_seconds"]) == 2
     assert len(capsys.readouterr().out.splitlines()) == 5
     assert sys.executable not in out.read_text(encoding="utf-8")
+
+
+def test_a_copied_passage_is_found_and_its_words_in_another_order_are_not(tmp_path, monkeypatch):
+    words = [f"word{at}" for at in range(60)]
+    train = [{"text": "Before it. " + " ".join(words[:30]).upper() + ", and after it."}]
+    held_out = [{"context": " ".join(words)}, {"context": " ".join(reversed(words))}, {"context": "too short"}]
+    for name, rows in (("train", train), ("held_out", held_out)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--train", str(tmp_path / "train.jsonl"), "--held-out", str(tmp_path / "held_out.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["overlap.py", *arguments, "--json", str(tmp_path / "out.json")])
+    script("overlap").main()
+    found = json.loads((tmp_path / "out.json").read_text())["held_out"]["held_out.jsonl"]
+    assert found["texts"] == 3
+    assert found["largest_share"] == pytest.approx(18 / 48, abs=1e-4)  # n-grams wholly within the 30 words
+    assert found["mean_share"] == pytest.approx(18 / 48 / 3, abs=1e-4)
+    assert found["texts_above_10_percent"] == 1
