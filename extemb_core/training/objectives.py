@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -214,15 +214,14 @@ def two_stream_loss(
 
 @dataclass(frozen=True)
 class Reading:
-    """A prompt and the answer to it.
+    """What an LLM reads and answers, in one row.
 
     Attributes:
-        prompt: Pieces of (T,) token ids in order, each with whether it is read as extensible embeddings.
-        answer: (T,) token ids, which are scored.
+        parts: (T,) token ids and what they are, in order: "text"; a "document", which is read as extensible
+            embeddings; or an "answer", which is scored. The last one is an answer.
     """
 
-    prompt: tuple[tuple[Tensor, bool], ...]
-    answer: Tensor
+    parts: tuple[tuple[Tensor, Literal["text", "document", "answer"]], ...]
 
 
 def reading_loss(
@@ -245,29 +244,27 @@ def reading_loss(
         distillation: Weight of the divergence from the LLM that reads every piece as text, instead of the tokens.
 
     Raises:
-        ConfigError: A reading has no answer.
+        ConfigError: A reading does not end with an answer.
     """
-    if any(not len(reading.answer) for reading in readings):
-        raise ConfigError("a reading has an answer of 0 tokens, which cannot be scored; leave it out")
+    if any(not reading.parts or reading.parts[-1][1] != "answer" for reading in readings):
+        raise ConfigError("a reading does not end with an answer, so there is nothing to score; add one")
     compressed = _compressed(embedder, readings, ratios, chunk_size) if embedder is not None else {}
-    inputs, places, targets, texts = [], [], [], []
+    inputs: list[Tensor] = []
+    places, targets, texts, expected = [], [], [], []
     for index, reading in enumerate(readings):
-        answer = reading.answer.to(llm.device)
-        texts.append(torch.cat([llm.embed(ids) for ids, _ in reading.prompt] + [llm.embed(answer[:-1])]))
+        answers = [ids for ids, role in reading.parts if role == "answer"]
+        plain = [llm.embed(ids) for ids, _ in reading.parts]
+        if distillation:
+            texts.append(torch.cat(plain)[:-1])
         for ratio in ratios[index] if embedder is not None else (1,):
-            pieces = [
-                compressed[index, number, ratio] if (index, number, ratio) in compressed else llm.embed(ids)
-                for number, (ids, _) in enumerate(reading.prompt)
-            ]
-            inputs.append(torch.cat([*pieces, llm.embed(answer[:-1])]))
-            places.append((len(inputs) - 1, _last(inputs[-1], len(answer))))
-            targets.append(answer)
+            rows = [compressed.get((index, number, ratio), row) for number, row in enumerate(plain)]
+            places.append((len(inputs), _answers_at(reading, rows)))
+            inputs.append(torch.cat(rows)[:-1])  # nothing is predicted after the last token
+            targets += answers
+            expected.append((index, _answers_at(reading, plain)))
     scored = _read(llm, inputs, places, frozen=False)
-    teacher = None
-    if distillation:
-        owners = [index for index in range(len(readings)) for _ in ratios[index]]
-        teacher = _read(llm, texts, [(index, _last(texts[index], len(readings[index].answer))) for index in owners])
-    return _mixed_loss(llm, scored, torch.cat(targets), teacher, distillation)
+    teacher = _read(llm, texts, expected) if distillation else None
+    return _mixed_loss(llm, scored, torch.cat(targets).to(llm.device), teacher, distillation)
 
 
 def _compressed(
@@ -278,8 +275,8 @@ def _compressed(
     chunks = [
         (index, number, chunk)
         for index, reading in enumerate(readings)
-        for number, (ids, wanted) in enumerate(reading.prompt)
-        if wanted
+        for number, (ids, role) in enumerate(reading.parts)
+        if role == "document"
         for chunk in ids.split(size)
     ]
     if not chunks:
@@ -294,8 +291,14 @@ def _compressed(
     return {key: torch.cat(parts).to(embedder.llm.dtype) for key, parts in made.items()}
 
 
-def _last(row: Tensor, count: int) -> Tensor:
-    return torch.arange(len(row) - count, len(row))
+def _answers_at(reading: Reading, rows: Sequence[Tensor]) -> Tensor:
+    """(S,) places before each token of the answers, in a row of (T, D) parts."""
+    places, start = [], 0
+    for (_, role), row in zip(reading.parts, rows, strict=True):
+        if role == "answer":
+            places.append(torch.arange(start - 1, start + len(row) - 1))
+        start += len(row)
+    return torch.cat(places)
 
 
 def _read(llm: LLM, inputs: Sequence[Tensor], places: Sequence[tuple[int, Tensor]], *, frozen: bool = True) -> Tensor:

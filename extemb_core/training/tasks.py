@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from extemb_core.training.objectives import Reading
 logger = logging.getLogger(__name__)
 
 Ids = np.ndarray[Any, Any]
+Role = Literal["text", "document", "answer"]
 
 NOT_FOUND = "not in the documents"
 _REPEAT = "\n\nRepeat the text above, word for word:\n"
@@ -37,13 +38,15 @@ _SOURCE = re.compile(r"[A-Za-z_-]+(?::[A-Za-z-]+(?=:))?")
 def reconstruction(llm: LLM, ids: Ids) -> Reading:
     """Give a span back from its embeddings, after a short instruction. ids: (T,)."""
     prompt = assemble_text(llm, [ids, _REPEAT])
-    return Reading(tuple((_tensor(part), part is ids) for part in prompt.segments), _tensor(ids))
+    parts = tuple((_tensor(part), _role(part is ids)) for part in prompt.segments)
+    return Reading((*parts, (_tensor(ids), "answer")))
 
 
 class QuestionReadings:
     """Questions about their own document, often among others, in the prompts that `ask` and `extemb eval` make.
 
-    Some documents stay text, and some questions lose their document, so that the answer is `NOT_FOUND`.
+    Further questions about the same document follow as further turns: reading the document is most of the work. Some
+    documents stay text, and some questions lose their document, so that the answer is `NOT_FOUND`.
 
     Args:
         questions: What to ask. Left out are those whose document is too long and does not hold the answer literally,
@@ -54,6 +57,7 @@ class QuestionReadings:
         most_per_source: Rows of each source (the id up to its number) in one round over the questions.
         missing_share: Of the questions with a literal answer, how many lose their document.
         raw_share: Of the documents, how many stay text.
+        most_further: Further questions about the same document.
         seed: Of all that is drawn.
 
     Raises:
@@ -70,6 +74,7 @@ class QuestionReadings:
         most_per_source: int = 4000,
         missing_share: float = 0.1,
         raw_share: float = 0.15,
+        most_further: int = 3,
         seed: int = 0,
     ) -> None:
         self._llm = llm
@@ -77,6 +82,7 @@ class QuestionReadings:
         self._max_answer_tokens = max_answer_tokens
         self._missing_share = missing_share
         self._raw_share = raw_share
+        self._most_further = most_further
         self._seed = seed
         self._most_chars = _CHARS_PER_TOKEN * max_tokens
         by_source: dict[str, list[Question]] = defaultdict(list)
@@ -93,6 +99,9 @@ class QuestionReadings:
                 f"none of the {len(questions)} questions has a document of at most {max_tokens} tokens or a literal "
                 f"answer of at most {max_answer_tokens}; pass other questions or a larger sample_length"
             )
+        self._by_document: dict[str, list[Question]] = defaultdict(list)
+        for question in self.questions:
+            self._by_document[question.document].append(question)
         logger.info("%d of %d questions are trained on", len(self.questions), len(questions))
 
     def __len__(self) -> int:
@@ -112,12 +121,49 @@ class QuestionReadings:
             own, missing = [self._own(question, answer, draw)], False
         documents = own + others
         documents = [documents[int(at)] for at in draw.permutation(len(documents))]
-        raw = draw.random(len(documents)) < self._raw_share
-        text = NOT_FOUND if missing else answer
-        prompt = assemble_chat(self._llm, [{"role": "user", "content": _content(question, answer, documents, draw)}])
-        compressed = {id(ids) for ids, stays in zip(documents, raw, strict=True) if not stays}
-        pieces = tuple((_tensor(segment), id(segment) in compressed) for segment in prompt.segments)
-        return Reading(pieces, torch.cat([_tensor(self._llm.encode(text)), torch.tensor([_turn_end(self._llm)])]))
+        stays = draw.random(len(documents)) < self._raw_share
+        turns = [(question.question, NOT_FOUND if missing else answer)]
+        if own:
+            turns += self._further(question, own[0], draw)
+        compressed = {id(ids) for ids, raw in zip(documents, stays, strict=True) if not raw}
+        return self._conversation(documents, turns, compressed, bool(draw.random() < 0.5))
+
+    def _conversation(
+        self, documents: Sequence[Ids], turns: Sequence[tuple[str, str]], compressed: set[int], as_asked: bool
+    ) -> Reading:
+        """Half the prompts are those of `ExtensibleLM.ask`, half those of the evaluation."""
+        messages: list[dict[str, Any]] = []
+        answers = [self._llm.encode(answer) for _, answer in turns]
+        for (question, text), ids in zip(turns, answers, strict=True):
+            template = templates()[template_for([text])]
+            asked = question if as_asked else template["after"].replace("{question}", question)
+            parts: list[Part] = [asked]
+            if not messages:
+                parts = [*_asked(documents), asked] if as_asked else [*_evaluated(documents, template), asked]
+            messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": [ids]}]
+        prompt = assemble_chat(self._llm, messages[:-1])
+        end = _turn_end(self._llm)
+        scored = {id(ids) for ids in answers}
+        found: list[tuple[Tensor, Role]] = []
+        for segment in prompt.segments:
+            part = _tensor(segment)
+            if found and found[-1][1] == "answer" and part[0] == end:  # the end of a turn is part of the answer
+                found[-1] = torch.cat([found[-1][0], part[:1]]), "answer"
+                part = part[1:]
+            found.append((part, "answer" if id(segment) in scored else _role(id(segment) in compressed)))
+        last = torch.cat([_tensor(answers[-1]), torch.tensor([end])])
+        return Reading((*(part for part in found if len(part[0])), (last, "answer")))
+
+    def _further(self, question: Question, own: Ids, draw: np.random.Generator) -> list[tuple[str, str]]:
+        """More questions about a document, as far as it holds their answers: with their answers."""
+        siblings = [other for other in self._by_document[question.document] if other is not question]
+        text = self._llm.decode(own.tolist()) if len(question.context) > self._most_chars else question.context
+        chosen = [siblings[int(at)] for at in draw.permutation(len(siblings))[: self._most_further]]
+        return [
+            (other.question, other.answers[0].strip())
+            for other in chosen
+            if text is question.context or other.answers[0].strip() in text
+        ]
 
     def _is_usable(self, question: Question) -> bool:
         longest = max(question.answers, key=len)
@@ -154,17 +200,22 @@ class QuestionReadings:
         return found
 
 
-def _content(question: Question, answer: str, documents: Sequence[Ids], draw: np.random.Generator) -> list[Part]:
-    """Half the prompts are those of `ExtensibleLM.ask`, half those of the evaluation."""
+def _asked(documents: Sequence[Ids]) -> list[Part]:
     parts: list[Part] = []
-    if draw.random() < 0.5:
-        for number, ids in enumerate(documents):
-            parts += [document_heading(number), ids, DOCUMENT_SEPARATOR]
-        return [*parts, question.question]
-    template = templates()[template_for([answer])]
-    for ids in documents:
-        parts += [template["separator"], ids] if parts else [ids]
-    return [template["before"], *parts, template["after"].replace("{question}", question.question)]
+    for number, ids in enumerate(documents):
+        parts += [document_heading(number), ids, DOCUMENT_SEPARATOR]
+    return parts
+
+
+def _evaluated(documents: Sequence[Ids], template: Mapping[str, Any]) -> list[Part]:
+    parts: list[Part] = [template["before"]]
+    for number, ids in enumerate(documents):
+        parts += [template["separator"], ids] if number else [ids]
+    return parts
+
+
+def _role(compressed: bool) -> Role:
+    return "document" if compressed else "text"
 
 
 def _source(name: str) -> str:

@@ -25,7 +25,7 @@ class Texts:
 
 class Questions:
     def reading(self, index):
-        return Reading(((torch.tensor([index]), False),), torch.tensor([1]))
+        return Reading(((torch.tensor([index]), "text"), (torch.tensor([1]), "answer")))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_each_sample_comes_once_a_round_in_an_order_of_its_own(make):
 
 def test_questions_come_in_turn_whatever_stands_between_them(make):
     batches = make({"two_stream": 1, "questions": 1})
-    asked = [int(batches[at]["readings"][0].prompt[0][0]) for at in range(len(batches))
+    asked = [int(batches[at]["readings"][0].parts[0][0]) for at in range(len(batches))
              if batches[at]["objective"] == "questions"]  # fmt: skip
     assert asked == list(range(len(asked)))
     assert len(asked) > 20
@@ -67,7 +67,7 @@ def test_the_plan_follows_from_the_seed(make):
 
     def shown(batches):
         items = [batches[at] for at in range(len(batches))]
-        return [item["sample"].tolist() if "sample" in item else [r.answer.tolist() for r in item["readings"]]
+        return [item["sample"].tolist() if "sample" in item else [r.parts[-1][0].tolist() for r in item["readings"]]
                 for item in items]  # fmt: skip
 
     assert shown(make(objectives)) == shown(make(objectives))
@@ -76,12 +76,12 @@ def test_the_plan_follows_from_the_seed(make):
 
 def test_spans_to_reconstruct_grow_and_lie_side_by_side(make):
     batches = make({"reconstruction": 1}, n_batches=200)
-    lengths = [len(batches[at]["readings"][0].answer) for at in range(len(batches))]
+    lengths = [len(batches[at]["readings"][0].parts[-1][0]) for at in range(len(batches))]
     assert max(lengths[:20]) <= 6
     assert max(lengths[-40:]) >= 14
     assert min(lengths) == 4
     item = batches[len(batches) - 1]["readings"]
-    spans = [reading.answer.tolist() for reading in item]
+    spans = [reading.parts[-1][0].tolist() for reading in item]
     joined = [index for span in spans for index in span]
     assert joined == list(range(joined[0], joined[0] + len(joined)))
     assert len(joined) <= 32 + len(spans[0])
@@ -89,9 +89,9 @@ def test_spans_to_reconstruct_grow_and_lie_side_by_side(make):
 
 def test_a_reconstruction_is_the_span_compressed_then_asked_for(llm):
     reading = reconstruction(llm, np.arange(5, 15))
-    assert [compressed for _, compressed in reading.prompt] == [True, False]
-    assert reading.prompt[0][0].tolist() == reading.answer.tolist() == list(range(5, 15))
-    assert "word for word" in llm.decode(reading.prompt[1][0].tolist())
+    assert [role for _, role in reading.parts] == ["document", "text", "answer"]
+    assert reading.parts[0][0].tolist() == reading.parts[2][0].tolist() == list(range(5, 15))
+    assert "word for word" in llm.decode(reading.parts[1][0].tolist())
 
 
 def test_ratios_are_drawn_per_sample_and_again_the_same():
@@ -107,7 +107,7 @@ def test_ratios_are_drawn_per_sample_and_again_the_same():
 
 
 def test_readings_of_all_items_join_one_batch():
-    readings = [Reading((), torch.tensor([at])) for at in range(3)]
+    readings = [Reading(((torch.tensor([at]), "answer"),)) for at in range(3)]
     batch = Collator([2], [16], 0)([{"readings": readings[:2], "index": 0}, {"readings": readings[2:], "index": 1}])
     assert batch["readings"] == readings
     assert batch["ratios"] == [[2]] * 3

@@ -114,28 +114,29 @@ def test_several_ratios_from_one_pass_are_the_mean_of_each_alone(llm):
 
 
 def readings_of(llm):
-    """Raw and compressed pieces in turn; documents of one chunk, of several, with a tail of one token."""
-    ids = iter(samples_of([5, 40, 3, 33, 4, 6, 7, 16, 2, 9], len(llm.tokenizer)))
-    first = Reading(tuple((next(ids), compressed) for compressed in (False, True, False, True, False)), next(ids))
-    return [first, Reading(tuple((next(ids), compressed) for compressed in (False, True, False)), next(ids))]
+    """Text and documents in turn, answers in two places; documents of one chunk, of several, with a tail of one."""
+    ids = iter(samples_of([5, 40, 3, 33, 4, 6, 7, 8, 7, 16, 2, 9], len(llm.tokenizer)))
+    roles = [("text", "document", "text", "document", "text", "answer", "text", "answer"),
+             ("text", "document", "text", "answer")]  # fmt: skip
+    return [Reading(tuple((next(ids), role) for role in row)) for row in roles]
 
 
 def slow_reading_loss(embedder, llm, readings, ratios, text=False):
-    """One call of the LLM's own forward for each reading and ratio, and one of the embedder for each chunk."""
+    """One call of the LLM's own forward for each answer and ratio, and one of the embedder for each chunk."""
     losses = []
     for reading, wanted in zip(readings, ratios, strict=True):
         for ratio in wanted:
-            pieces = []
-            for ids, compressed in reading.prompt:
-                if compressed and not text:
-                    pieces += [embedder.read_out(embedder(chunk[None]), 0, len(chunk), ratio)
-                               for chunk in ids.split(CHUNK)]  # fmt: skip
-                else:
-                    pieces.append(llm.embed(ids))
-            prompt = torch.cat(pieces)
-            inputs = torch.cat([prompt, llm.embed(reading.answer[:-1])])
-            logits = llm.model(inputs_embeds=inputs[None], use_cache=False).logits[0, len(prompt) - 1 :]
-            losses.append((logits.log_softmax(-1), reading.answer))
+            row = torch.empty(0, llm.width)
+            for ids, role in reading.parts:
+                if role == "answer":
+                    inputs = torch.cat([row, llm.embed(ids[:-1])])
+                    logits = llm.model(inputs_embeds=inputs[None], use_cache=False).logits[0, len(row) - 1 :]
+                    losses.append((logits.log_softmax(-1), ids))
+                pieces = [llm.embed(ids)]
+                if role == "document" and not text:
+                    pieces = [embedder.read_out(embedder(chunk[None]), 0, len(chunk), ratio)
+                              for chunk in ids.split(CHUNK)]  # fmt: skip
+                row = torch.cat([row, *pieces])
     return losses
 
 
@@ -218,5 +219,5 @@ def test_without_an_embedder_every_piece_is_text(llm):
 
 
 def test_a_reading_without_an_answer_is_an_error(llm):
-    with pytest.raises(ConfigError, match="an answer of 0 tokens"):
-        reading_loss(llm, [Reading(((torch.tensor([3]), False),), torch.empty(0, dtype=torch.long))])
+    with pytest.raises(ConfigError, match="does not end with an answer"):
+        reading_loss(llm, [Reading(((torch.tensor([3]), "text"),))])

@@ -26,8 +26,13 @@ def questions(count=5, padding=""):
     ]  # fmt: skip
 
 
-def text(llm, reading, compressed=None):
-    return [llm.decode(ids.tolist()) for ids, is_compressed in reading.prompt if compressed in (None, is_compressed)]
+def text(llm, reading, *roles):
+    """The parts with these roles, all but the answers when none is given."""
+    return [llm.decode(ids.tolist()) for ids, role in reading.parts if role in (roles or ("text", "document"))]
+
+
+def answers(llm, reading):
+    return [llm.decode(ids[:-1].tolist()) for ids, role in reading.parts if role == "answer"]
 
 
 def many(llm, count=200, **settings):
@@ -37,8 +42,8 @@ def many(llm, count=200, **settings):
 
 def test_the_answer_ends_the_turn_and_belongs_to_the_question(llm):
     for reading in many(llm, missing_share=0):
-        answer = llm.decode(reading.answer[:-1].tolist())
-        assert reading.answer[-1] == llm.tokenizer.eos_token_id
+        (answer,) = answers(llm, reading)
+        assert reading.parts[-1][0][-1] == llm.tokenizer.eos_token_id
         place = PLACES[int(answer[2])]
         whole = "".join(text(llm, reading))
         assert f"The {place} was built in {answer}." in whole
@@ -47,14 +52,14 @@ def test_the_answer_ends_the_turn_and_belongs_to_the_question(llm):
 
 def test_documents_are_embeddings_and_the_rest_is_text(llm):
     for reading in many(llm, missing_share=0, raw_share=0):
-        documents = text(llm, reading, compressed=True)
+        documents = text(llm, reading, "document")
         assert 1 <= len(documents) <= 4
         assert all(document.startswith("The ") and document.endswith("0. ") for document in documents)
-        assert not any("was built in" in piece for piece in text(llm, reading, compressed=False))
+        assert not any("was built in" in piece for piece in text(llm, reading, "text"))
 
 
 def test_some_documents_stay_text(llm):
-    shares = [sum(compressed for _, compressed in reading.prompt) for reading in many(llm, raw_share=0.5)]
+    shares = [len(text(llm, reading, "document")) for reading in many(llm, raw_share=0.5)]
     assert min(shares) == 0
     assert max(shares) > 1
 
@@ -64,9 +69,9 @@ def test_without_its_document_a_question_is_not_answered(llm):
     for reading in found:
         whole = "".join(text(llm, reading))
         place = next(place for place in PLACES if f"When was the {place} built?" in whole)
-        answer = llm.decode(reading.answer[:-1].tolist())
+        (answer,) = answers(llm, reading)
         assert (answer == NOT_FOUND) == (f"The {place} was built" not in whole)
-    assert sum(llm.decode(reading.answer[:-1].tolist()) == NOT_FOUND for reading in found) > 150
+    assert sum(answers(llm, reading) == [NOT_FOUND] for reading in found) > 150
 
 
 def test_of_a_long_document_a_part_with_the_answer_is_kept(llm):
@@ -76,8 +81,8 @@ def test_of_a_long_document_a_part_with_the_answer_is_kept(llm):
     for at in range(40):
         reading = made.reading(at)
         whole = "".join(text(llm, reading))
-        assert llm.decode(reading.answer[:-1].tolist()) in whole
-        documents = [ids for ids, _ in reading.prompt if "rained" in llm.decode(ids.tolist())]
+        assert answers(llm, reading)[0] in whole
+        documents = [ids for ids, _ in reading.parts if "rained" in llm.decode(ids.tolist())]
         assert sum(map(len, documents)) <= 200
         places.add(whole.find("was built in"))
     assert len(places) > 5
@@ -99,9 +104,37 @@ def test_each_source_has_at_most_so_many_rows(llm):
 
 def test_a_stream_of_readings_goes_through_all_questions_in_turn(llm):
     made = QuestionReadings(questions(), llm, missing_share=0)
-    rounds = [[llm.decode(made.reading(at).answer[:-1].tolist()) for at in range(5 * r, 5 * r + 5)] for r in range(3)]
-    assert all(sorted(answers) == [f"18{at}0" for at in range(5)] for answers in rounds)
+    rounds = [[answers(llm, made.reading(at))[0] for at in range(5 * r, 5 * r + 5)] for r in range(3)]
+    assert all(sorted(found) == [f"18{at}0" for at in range(5)] for found in rounds)
     assert rounds[0] != rounds[1] or rounds[1] != rounds[2]
+
+
+def test_further_questions_about_the_document_are_further_turns(llm):
+    context = "The mill was built in 1820 by nine masons. " + "It rained. " * 20
+    facts = [("When was it built?", "1820"), ("By how many masons?", "nine"), ("What was the weather?", "rain")]
+    rows = [Question(str(at), context, question, (answer,)) for at, (question, answer) in enumerate(facts)]
+    made = QuestionReadings(rows, llm, missing_share=0, most_further=1)
+    seen = set()
+    for at in range(30):
+        reading = made.reading(at)
+        found = answers(llm, reading)
+        seen.add(tuple(found))
+        assert len(found) == len(set(found)) == 2
+        whole = llm.decode([index for ids, _ in reading.parts for index in ids.tolist()])
+        assert whole.count("The mill was built") == 1
+        for question, answer in facts:
+            assert (question in whole) == (answer in found)
+            if answer in found:  # as the template has it, the end of the turn among what is scored
+                after = whole[whole.index(question) + len(question) :]
+                assert after.replace("\nAnswer with a few words only.", "").startswith(f"\nassistant\n{answer}")
+    assert len(seen) == 6
+
+
+def test_only_questions_that_the_kept_part_answers_follow(llm):
+    context = "The mill was built in 1820. " + "It rained on the hills. " * 60 + "The tower is 31 metres high."
+    rows = [Question("0", context, "When was it built?", ("1820",)), Question("1", context, "How high?", ("31",))]
+    made = QuestionReadings(rows, llm, max_tokens=120, missing_share=0)
+    assert all(len(answers(llm, made.reading(at))) == 1 for at in range(20))
 
 
 def test_no_usable_question_is_an_error(llm):
