@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError
 
 _BLOCK_BYTES = 1 << 16
+
+Item = TypeVar("Item")
 
 
 def is_rows(file: Path) -> bool:
@@ -89,3 +93,10 @@ def _decoded(data: bytes, file: Path, line: int) -> str:
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         raise DocumentError(f"{file}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+
+
+def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` of some items, evenly from all of them, so that every part of a file has its share."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[int(at)] for at in np.linspace(0, len(items) - 1, limit)]

@@ -30,13 +30,14 @@ from torch import Tensor
 from extemb_core.context.assembly import Prompt, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
 from extemb_core.evaluation.baselines import head
-from extemb_core.evaluation.runs import Sample
+from extemb_core.evaluation.runs import Measured, Sample
 from extemb_core.evaluation.scoring import contained
 from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.evaluation.statistics import mean_with_interval
 from extemb_core.models.downscaling import chunk_lengths, n_embeddings
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
+from extemb_core.rows import evenly
 from extemb_core.training.data import read_texts
 
 Ids = np.ndarray[Any, Any]
@@ -140,18 +141,14 @@ class Haystack:
     answer: str
 
 
-class NeedleExperiment:
+class NeedleExperiment(Measured):
     """See the module. Without an embedder only "none", "truncated" and "full" are measured."""
 
     kind: ClassVar[str] = "needle"
 
     def __init__(self, config: NeedleConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
+        super().__init__(config, llm, embedder)
         self.config = config
-        self.llm = llm
-        self.embedder = embedder
-        for ratio in config.ratios:
-            if embedder is not None:
-                embedder.config.require_ratio(ratio)
         self._texts = read_filler(llm, config.data)
         self._sampling = Sampling(max_new_tokens=config.max_new_tokens)
         depths = np.linspace(0, 1, config.depths).round(4).tolist() if config.depths > 1 else [0.5]
@@ -162,13 +159,7 @@ class NeedleExperiment:
             for depth in depths
             for trial in range(config.trials)
         ]
-        if config.limit is not None and config.limit < len(cases):
-            cases = [cases[int(at)] for at in np.linspace(0, len(cases) - 1, config.limit)]
-        self._cases = {case.id: case for case in cases}
-
-    @property
-    def fingerprint(self) -> str | None:
-        return self.embedder.fingerprint if self.embedder is not None else None
+        self._cases = {case.id: case for case in evenly(cases, config.limit)}
 
     def groups(self) -> list[list[str]]:
         """One haystack each: its arms are one sample."""

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.baselines import nearest, sinks_and_window
-from extemb_core.evaluation.runs import Sample
+from extemb_core.evaluation.runs import Measured, Sample
 from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
+from extemb_core.rows import evenly
 from extemb_core.training.data import read_texts
 
 _PASS_POSITIONS = 4096  # per forward pass, so that memory does not grow with the batch
@@ -79,15 +80,14 @@ class Window:
     contexts: tuple[int, ...]
 
 
-class PerplexityExperiment:
+class PerplexityExperiment(Measured):
     """See the module. Without an embedder only the controls are measured."""
 
     kind: ClassVar[str] = "ppl"
 
     def __init__(self, config: PerplexityConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
+        super().__init__(config, llm, embedder)
         self.config = config
-        self.llm = llm
-        self.embedder = embedder
         window = config.window or llm.window
         room = window - int(llm.bos_token_id is not None) - config.target
         if room < 1 or window > llm.window:
@@ -96,19 +96,10 @@ class PerplexityExperiment:
                 f"than the {llm.window} of {llm.name}; pass a smaller target or another window"
             )
         self._room = room
-        for ratio in config.ratios:
-            if embedder is not None:
-                embedder.config.require_ratio(ratio)
         self._documents = [llm.encode(text) for file in config.data for text in read_texts(Path(file))]
         lengths = [len(document) for document in self._documents]
         windows = spread_windows(lengths, config.windows, config.contexts, config.target)
-        if config.limit is not None and config.limit < len(windows):  # evenly, so that every document has its share
-            windows = [windows[int(at)] for at in np.linspace(0, len(windows) - 1, config.limit)]
-        self._windows = {f"{window.document}:{window.start}": window for window in windows}
-
-    @property
-    def fingerprint(self) -> str | None:
-        return self.embedder.fingerprint if self.embedder is not None else None
+        self._windows = {f"{window.document}:{window.start}": window for window in evenly(windows, config.limit)}
 
     def groups(self) -> list[list[str]]:
         names = list(self._windows)

@@ -96,48 +96,20 @@ def quality(record: Record, metric: str | None = None) -> Figure:
     name = METRIC_NAMES.get(metric, metric)
     figure = _figure(4.6, f"{name} against the positions that the text takes", source(record))
     from matplotlib.ticker import PercentFormatter
-    from matplotlib.transforms import ScaledTranslation
 
     axes = figure.add_subplot()
-    kinds = _by_kind(summary["arms"])
-    lines = [kind for kind, arms in kinds.items() if None not in arms]
-    for at, kind in enumerate(lines):
-        points = [summary["arms"][arm] for arm in kinds[kind].values()]
-        scores = [point[metric]["mean"] for point in points]
-        line, caps, bars = axes.errorbar(
-            [point["positions"] for point in points],
-            scores,
-            yerr=_bars([point[metric] for point in points]),
-            label=kind,
-            capsize=2,
-            elinewidth=1,
-            **_line_style(kind),
-        )
-        # Some points of type aside, so that bars do not hide each other; the data stay what they are.
-        aside = ScaledTranslation((at - (len(lines) - 1) / 2) * 5 / 72, 0, figure.dpi_scale_trans)
-        for artist in (line, *caps, *bars):
-            artist.set_transform(axes.transData + aside)
-    for kind in ("none", "full"):
-        if kind in summary["arms"]:
-            score = summary["arms"][kind][metric]
-            colour, dashes = _STYLES[kind][0], _DASHES[kind]
-            if score["interval"]:
-                axes.axhspan(*score["interval"], color=colour, alpha=0.08, linewidth=0)
-            axes.axhline(score["mean"], color=colour, linestyle=dashes, linewidth=1.5, label=kind)
-    axes.set_xscale("log")
-    if lines:
-        _ratio_ticks(axes, summary["arms"], kinds["extensible" if "extensible" in lines else lines[-1]])
-    axes.set_xlabel("mean positions of the LLM's window (log)")
+    points = {arm: point[metric] | {"positions": point["positions"]} for arm, point in summary["arms"].items()}
+    _against_positions(figure, axes, points)
     axes.set_ylabel(f"{name} (mean, 95% interval)")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(bottom=0)
-    _finish(axes)
-    _legend(figure, axes, loc="outside right center")
     return figure
 
 
 def perplexity(record: Record) -> Figure:
     """Perplexity against the length of context: one line per arm, lighter the coarser the ratio.
+
+    Of a single length, perplexity against the positions that the context takes.
 
     Args:
         record: Of kind "ppl".
@@ -147,23 +119,38 @@ def perplexity(record: Record) -> Figure:
     """
     summary = record["summary"]
     contexts = sorted(summary, key=int)
+    if len(contexts) == 1:
+        return _perplexity_by_positions(record, contexts[0])
     figure = _figure(4.6, "Perplexity by length of context", source(record))
     axes = figure.add_subplot()
-    values = []
-    for kind, arms in _by_kind(arm for context in contexts for arm in summary[context]["arms"]).items():
-        for place, arm in enumerate(arms.values()):
-            where = [context for context in contexts if arm in summary[context]["arms"]]
-            heights = [summary[context]["arms"][arm]["perplexity"] for context in where]
-            values += heights
-            style = _line_style(kind, coarse=place / max(1, len(arms) - 1))
-            axes.plot([int(c) for c in where], heights, label=arm, **style)
+    arms = {arm for context in contexts for arm in summary[context]["arms"]}
+    lines = {
+        arm: {int(c): summary[c]["arms"][arm]["perplexity"] for c in contexts if arm in summary[c]["arms"]}
+        for arm in arms
+    }
+    _draw_lines(axes, lines)
     _length_axis(axes, map(int, contexts), "tokens of context (log, 1K = 1,024)")
+    values = [value for line in lines.values() for value in line.values()]
     if max(values) > 10 * min(values):
         axes.set_yscale("log")
         _plain_ticks(axes)
     axes.set_ylabel("perplexity (lower is better)")
     _finish(axes)
     _legend(figure, axes, loc="outside right center")
+    return figure
+
+
+def _perplexity_by_positions(record: Record, context: str) -> Figure:
+    """Of one length of context. No intervals: those of the levels are wide, and what counts is paired."""
+    figure = _figure(4.6, f"Perplexity after {int(context):,} tokens of context, by positions", source(record))
+    axes = figure.add_subplot()
+    points = {
+        arm: {"positions": point["positions"], "mean": point["perplexity"], "interval": None}
+        for arm, point in record["summary"][context]["arms"].items()
+        if arm != "streaming"  # the same as the full text where that fits, and it has no ratio
+    }
+    _against_positions(figure, axes, points)
+    axes.set_ylabel("perplexity (lower is better)")
     return figure
 
 
@@ -230,19 +217,18 @@ def speed(record: Record) -> Figure:
     summary = record["summary"]
     lengths = sorted(summary, key=int)
     figure = _figure(4.4, "Time to first token and peak memory, by length", source(record))
-    sides = _by_kind((side for length in lengths for side in summary[length]), SIDE_KINDS)
+    sides = {side for length in lengths for side in summary[length]}
     panels = figure.subplots(1, 2)
     for axes, (key, label) in zip(
         panels,
         (("first_token_s", "time to first token, s (log)"), ("peak_mib", "memory beyond the weights, MiB (log)")),
         strict=True,
     ):
-        for kind, ratios in sides.items():
-            for place, side in enumerate(ratios.values()):
-                where = [n for n in lengths if summary[n].get(side, {}).get(key)]  # a log axis has no 0
-                style = _line_style(kind, coarse=place / max(1, len(ratios) - 1))
-                heights = [summary[length][side][key] for length in where]
-                axes.plot([int(n) for n in where], heights, label=side, **style)
+        lines = {  # a log axis has no 0
+            side: {int(n): summary[n][side][key] for n in lengths if summary[n].get(side, {}).get(key)}
+            for side in sides
+        }
+        _draw_lines(axes, lines, SIDE_KINDS)
         _length_axis(axes, map(int, lengths), "tokens of documents (log, 1K = 1,024)")
         if axes.lines and any(len(line.get_xdata()) for line in axes.lines):
             axes.set_yscale("log")
@@ -266,6 +252,52 @@ def _figure(height: float, title: str, subtitle: str) -> Figure:
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}\n{subtitle}", fontsize=_TITLE_FONT, parse_math=False)  # a name may hold a "$"
     return figure
+
+
+def _draw_lines(axes: Axes, lines: Mapping[str, Mapping[int, float]], kinds: tuple[str, ...] = ARM_KINDS) -> None:
+    """One line per arm through its (x, y), lighter the coarser the ratio."""
+    for kind, arms in _by_kind(lines, kinds).items():
+        for place, arm in enumerate(arms.values()):
+            style = _line_style(kind, coarse=place / max(1, len(arms) - 1))
+            axes.plot(list(lines[arm]), list(lines[arm].values()), label=arm, **style)
+
+
+def _against_positions(figure: Figure, axes: Axes, points: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line per kind of arm, a point per ratio; arms without a ratio are horizontal lines over their intervals.
+
+    points: arm -> positions, mean, interval (two ends, or None).
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    kinds = _by_kind(points)
+    lines = [kind for kind, arms in kinds.items() if None not in arms]
+    for at, kind in enumerate(lines):
+        own = [points[arm] for arm in kinds[kind].values()]
+        line, caps, bars = axes.errorbar(
+            [point["positions"] for point in own],
+            [point["mean"] for point in own],
+            yerr=_bars(own),
+            label=kind,
+            capsize=2,
+            elinewidth=1,
+            **_line_style(kind),
+        )
+        # Some points of type aside, so that bars do not hide each other; the data stay what they are.
+        aside = ScaledTranslation((at - (len(lines) - 1) / 2) * 5 / 72, 0, figure.dpi_scale_trans)
+        for artist in (line, *caps, *bars):
+            artist.set_transform(axes.transData + aside)
+    for kind in ("none", "full"):
+        if kind in points:
+            colour = _STYLES[kind][0]
+            if points[kind]["interval"]:
+                axes.axhspan(*points[kind]["interval"], color=colour, alpha=0.08, linewidth=0)
+            axes.axhline(points[kind]["mean"], color=colour, linestyle=_DASHES[kind], linewidth=1.5, label=kind)
+    axes.set_xscale("log")
+    if lines:
+        _ratio_ticks(axes, points, kinds["extensible" if "extensible" in lines else lines[-1]])
+    axes.set_xlabel("mean positions of the LLM's window (log)")
+    _finish(axes)
+    _legend(figure, axes, loc="outside right center")
 
 
 def _by_kind(arms: Iterable[str], kinds: tuple[str, ...] = ARM_KINDS) -> dict[str, dict[int | None, str]]:

@@ -28,12 +28,13 @@ from extemb_core.context.assembly import Part, Prompt, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.evaluation import scoring
 from extemb_core.evaluation.baselines import head, random_embeddings, select_tokens
-from extemb_core.evaluation.runs import Sample
+from extemb_core.evaluation.runs import Measured, Sample
 from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
 from extemb_core.questions import Question, read_questions, template_for, templates
+from extemb_core.rows import evenly
 
 Ids = np.ndarray[Any, Any]
 
@@ -73,18 +74,14 @@ class QaConfig(CommonConfig):
                 raise ConfigError(f"{name}={wrong!r} is not one of {', '.join(legal)}; pass one of them")
 
 
-class QaExperiment:
+class QaExperiment(Measured):
     """See the module. Without an embedder only "none", "full", "truncated" and "lingua" are measured."""
 
     kind: ClassVar[str] = "qa"
 
     def __init__(self, config: QaConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
+        super().__init__(config, llm, embedder)
         self.config = config
-        self.llm = llm
-        self.embedder = embedder
-        for ratio in config.ratios:
-            if embedder is not None:
-                embedder.config.require_ratio(ratio)
         questions = read_questions(config.data)
         self._texts = {question.document: question.context for question in questions}
         if len(self._texts) < max(2, config.passages):
@@ -96,16 +93,10 @@ class QaExperiment:
         self.template_name = template_for(answers) if config.template == "auto" else config.template
         self.template = templates()[self.template_name]
         self._ranks = {question.id: at % config.passages for at, question in enumerate(questions)}
-        if config.limit is not None and config.limit < len(questions):
-            questions = [questions[int(at)] for at in np.linspace(0, len(questions) - 1, config.limit)]
-        self._questions = {question.id: question for question in questions}
+        self._questions = {question.id: question for question in evenly(questions, config.limit)}
         self._sampling = Sampling(max_new_tokens=self.template["max_new_tokens"])
         self._ids: dict[str, Ids] = {}
         self._recent: tuple[list[str], dict[str, list[Part]]] = ([], {})
-
-    @property
-    def fingerprint(self) -> str | None:
-        return self.embedder.fingerprint if self.embedder is not None else None
 
     def groups(self) -> list[list[str]]:
         """Questions about one text side by side, and texts by length: little padding, and prefixes are shared."""

@@ -16,6 +16,9 @@ from typing import Any, ClassVar, Protocol
 
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
 from extemb_core.evaluation.provenance import provenance, short_name
+from extemb_core.evaluation.settings import CommonConfig
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.llm import LLM
 from extemb_core.models.sources import sha256_of
 from extemb_core.progress import progress
 
@@ -53,6 +56,21 @@ class Experiment(Protocol):
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The tables, a pure function of the samples."""
         ...
+
+
+class Measured:
+    """What experiments have in common: settings, an LLM, and an embedder whose ratios they ask for, or none."""
+
+    def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
+        self.llm = llm
+        self.embedder = embedder
+        if embedder is not None:
+            for ratio in config.ratios:
+                embedder.config.require_ratio(ratio)
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self.embedder.fingerprint if self.embedder is not None else None
 
 
 def run(

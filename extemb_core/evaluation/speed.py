@@ -43,10 +43,11 @@ from torch import Tensor
 from extemb_core.context.assembly import Prompt, assemble_chat
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.needle import filler, positions_at, read_filler
-from extemb_core.evaluation.runs import Sample
+from extemb_core.evaluation.runs import Measured, Sample
 from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
+from extemb_core.rows import evenly
 
 Ids = np.ndarray[Any, Any]
 
@@ -89,18 +90,14 @@ class Document:
     sides: dict[str, int]
 
 
-class SpeedExperiment:
+class SpeedExperiment(Measured):
     """See the module. Without an embedder only "full" is measured."""
 
     kind: ClassVar[str] = "speed"
 
     def __init__(self, config: SpeedConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
+        super().__init__(config, llm, embedder)
         self.config = config
-        self.llm = llm
-        self.embedder = embedder
-        for ratio in config.ratios:
-            if embedder is not None:
-                embedder.config.require_ratio(ratio)
         longest = max(config.tokens)
         draw = np.random.default_rng(config.seed)
         self._ids = filler(llm, max(longest, _FIRST_TOKENS), draw, read_filler(llm, config.data))[0]
@@ -110,15 +107,9 @@ class SpeedExperiment:
             if self.sides(tokens)
             for number in range(config.rounds)
         ]
-        if config.limit is not None and config.limit < len(places):
-            places = [places[int(at)] for at in np.linspace(0, len(places) - 1, config.limit)]
-        self._places = {f"{tokens}:{number}": (tokens, number) for tokens, number in places}
+        self._places = {f"{tokens}:{number}": (tokens, number) for tokens, number in evenly(places, config.limit)}
         self._document: Document | None = None
         self._peaks: dict[str, float | None] = {}
-
-    @property
-    def fingerprint(self) -> str | None:
-        return self.embedder.fingerprint if self.embedder is not None else None
 
     def groups(self) -> list[list[str]]:
         """One round of one length each; a length at which no side fits has none."""

@@ -23,7 +23,7 @@ from extemb_core.models import cache as caching
 from extemb_core.models.llm import LLM
 from extemb_core.models.sources import sha256_of
 from extemb_core.progress import progress
-from extemb_core.rows import is_rows, read_rows, read_whole
+from extemb_core.rows import evenly, is_rows, read_rows, read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +90,7 @@ class Samples:
             spans += [(int(at), int(min(at + length, stop))) for at in range(int(start), int(stop), length)]
         kept = [(start, stop) for start, stop in spans if stop - start >= shortest]
         self.left_out = file.n_tokens - sum(stop - start for start, stop in kept)
-        if limit is not None and limit < len(kept):  # evenly over the file, so that every source has its share
-            kept = [kept[int(at)] for at in np.linspace(0, len(kept) - 1, limit)]
-        self.spans = kept
+        self.spans = evenly(kept, limit)
 
     def __len__(self) -> int:
         return len(self.spans)

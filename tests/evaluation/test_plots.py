@@ -91,6 +91,22 @@ def test_perplexity_has_a_line_per_arm_where_it_was_measured():
     assert "n = 20" in figure.get_suptitle()
 
 
+def test_perplexity_of_one_length_stands_against_positions():
+    record = ppl_record()
+    record["summary"] = {"1024": record["summary"]["1024"]}
+    figure = plots.perplexity(record)
+    (axes,) = figure.axes
+    arms = record["summary"]["1024"]["arms"]
+    assert legend_of(figure) == ["none", "nearest", "extensible", "full"]
+    for container in axes.containers:
+        kind = container.get_label()
+        x, y = container.lines[0].get_data()
+        own = [arms[f"{kind}/{ratio}"] for ratio in RATIOS]
+        assert list(x) == [point["positions"] for point in own]
+        assert list(y) == [point["perplexity"] for point in own]
+    assert "1,024 tokens of context" in figure.get_suptitle()
+
+
 def test_coarser_ratios_are_lighter_shades_of_one_colour():
     (axes,) = plots.perplexity(ppl_record()).axes
     colours = {line.get_label(): to_rgb(line.get_color()) for line in axes.lines}
