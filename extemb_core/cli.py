@@ -26,7 +26,7 @@ app = typer.Typer(
 app.command(cls=SeveralValues)(asking.ask)
 app.command(cls=SeveralValues)(asking.chat)
 app.command()(compressing.compress)
-app.command(cls=SeveralValues)(training.train)
+app.add_typer(training.app, name="train")
 app.add_typer(evaluating.app, name="eval")
 app.add_typer(weights.app, name="weights")
 app.command()(doctoring.doctor)

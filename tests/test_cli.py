@@ -114,7 +114,7 @@ def commands() -> dict[str, Any]:
     found = {}
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            found |= {f"{name} {inner}": made for inner, made in command.commands.items()}
+            found |= {name if inner == name else f"{name} {inner}": own for inner, own in command.commands.items()}
         else:
             found[name] = command
     return found
@@ -835,6 +835,35 @@ def test_a_recipe_is_trained_with_what_is_given_over_it(
     assert "neither a file nor one of default, paper, reader" in refused(
         ExitCode.SETTINGS, *command[:2], "magic", *command[3:]
     )
+
+
+def test_a_training_is_packed_run_and_unpacked(models: Models, novel: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "embedder: {num_layers: 1, chunk_size: 16, ratios: [2, 4]}\n"
+        "stages: [{name: text, share: 1, sample_length: 48, batch_size: 1, objectives: {two_stream: 1}}]"
+    )
+    command = ["train", "pack", "--llm", str(models.llm), "--recipe", recipe, "--output", tmp_path / "bundle"]
+    packed = run(*command, "--data", novel, novel, "--total-tokens", "96", "--dtype", "float32", "--json")
+    assert packed.exit_code == 0, packed.output
+    assert json.loads(packed.stdout)["slices"] == len(list((tmp_path / "bundle").glob("slice-*")))
+    assert "exists; pass another folder" in refused(ExitCode.SETTINGS, *command, "--data", novel)
+    trained = run("train", "run", tmp_path / "bundle", "--output", tmp_path / "left", "--json")
+    assert json.loads(trained.stdout) == {"output": str(tmp_path / "left"), "finished": True}
+    assert run("train", "unpack", tmp_path / "left", "--output", tmp_path / "result").exit_code == 0
+    assert (tmp_path / "result" / "model.safetensors").is_file()
+    (tmp_path / "left" / "state-000").unlink()
+    assert "state-000" in refused(ExitCode.INPUT, "train", "unpack", tmp_path / "left", "--output", tmp_path / "again")
+
+
+def test_targets_are_made(models: Models, tmp_path: Path) -> None:
+    row = {"id": "a", "context": "The mill was built in 1820.", "question": "When?", "answers": ["1820"]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row))
+    made = run("train", "make-targets", "--llm", str(models.llm), "--questions", tmp_path / "questions.jsonl",
+               "--output", tmp_path / "targets.jsonl", "--json")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["n"] == 1
+    assert json.loads((tmp_path / "targets.jsonl").read_text())["references"] == ["1820"]
 
 
 def test_train_refuses_settings_that_are_not_legal(models: Models, novel: Path, tmp_path: Path) -> None:

@@ -30,6 +30,18 @@ class SeveralValues(typer.core.TyperCommand):
         return list(super().parse_args(ctx, _repeat(args, repeatable)))
 
 
+class OwnCommand(typer.core.TyperGroup):
+    """A group that is a command too: the one of its own name, which is run where no other is named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = bool(args) and args[0] in self.commands
+        return list(super().parse_args(ctx, args if named else [str(self.name), *args]))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return (None if name == self.name else name), command, rest
+
+
 def _repeat(args: Sequence[str], repeatable: set[str]) -> list[str]:
     """`--documents a b` as `--documents a --documents b`."""
     result: list[str] = []

@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from extemb_core.commands.inputs import JsonOption
+from extemb_core.commands import bundling
+from extemb_core.commands.inputs import JsonOption, OwnCommand, SeveralValues
 from extemb_core.commands.reporting import emit, library_output, note, reported
 
 if TYPE_CHECKING:
     from extemb_core.training.trainer import Trained
 
+app = typer.Typer(cls=OwnCommand, help="Train an embedder or a reader; or pack a training for another machine.")
+app.command(cls=SeveralValues)(bundling.pack)
+app.command()(bundling.run)
+app.command()(bundling.unpack)
+app.command("make-targets", cls=SeveralValues)(bundling.make_targets)
+
 _NEW = "A new embedder"
 _RUN = "The run"
 
 
+@app.command(cls=SeveralValues)
 @reported
 def train(
     context: typer.Context,
@@ -178,7 +186,10 @@ def train(
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an embedder for an LLM. The same command goes on after an interruption; the LLM is never changed."""
+    """Train an embedder for an LLM. The same command goes on after an interruption; the LLM is never changed.
+
+    For training elsewhere, and for what to train on: extemb train pack, run, unpack, make-targets (each with --help).
+    """
     embedder = {
         name: value
         for name, value in (

@@ -34,21 +34,22 @@ class TokenFile:
 
     tokens: np.ndarray[Any, Any]
     offsets: np.ndarray[Any, Any]
+    meta: dict[str, Any]
 
     @classmethod
     def open(cls, folder: Path) -> TokenFile:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         offsets = np.load(folder / "offsets.npy", allow_pickle=False)
         if not offsets[-1]:
-            return cls(np.empty(0, dtype=meta["dtype"]), offsets)
-        return cls(np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"), offsets)
+            return cls(np.empty(0, dtype=meta["dtype"]), offsets, meta)
+        return cls(np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"), offsets, meta)
 
     @classmethod
     def build(cls, files: Sequence[Path], llm: LLM, cache: Path, *, show_progress: bool | None = None) -> TokenFile:
         """Tokenise text files (.jsonl, .jsonl.zst with a "text" field, .txt, .md), or open what was built before.
 
         Args:
-            files: Where the documents are.
+            files: Where the documents are; or one folder of tokens, which is opened.
             llm: Whose tokenizer encodes them.
             cache: Folder that holds one sub-folder per set of files and tokenizer.
             show_progress: Show a bar; None shows it on a terminal.
@@ -56,6 +57,8 @@ class TokenFile:
         Raises:
             DocumentError: A row is not JSON with a text; the message has the file and line.
         """
+        if len(files) == 1 and files[0].is_dir():
+            return cls._checked(files[0], llm)
         digest = hashlib.sha256(llm.tokenizer_digest.encode())
         for file in files:
             digest.update(_content_digest(file).encode())
@@ -66,6 +69,16 @@ class TokenFile:
                     with caching.partial_folder(folder) as unfinished:
                         _tokenise(files, llm, unfinished, show_progress)
                         unfinished.rename(folder)
+        return cls.open(folder)
+
+    @classmethod
+    def _checked(cls, folder: Path, llm: LLM) -> TokenFile:
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DocumentError(f"{folder} is not a folder of tokens ({error}); pass text files") from error
+        if meta.get("tokenizer", llm.tokenizer_digest) != llm.tokenizer_digest:
+            raise DocumentError(f"{folder} holds the tokens of another tokenizer than {llm.name}'s; pass text files")
         return cls.open(folder)
 
     def __len__(self) -> int:
@@ -139,7 +152,32 @@ def _tokenise(files: Sequence[Path], llm: LLM, folder: Path, show_progress: bool
     if skipped:
         logger.info("%d empty or repeated documents were left out", skipped)
     np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
-    meta = {"dtype": dtype, "documents": len(offsets) - 1, "tokens": offsets[-1], "left_out": skipped}
+    meta = {"dtype": dtype, "documents": len(offsets) - 1, "tokens": offsets[-1], "left_out": skipped,
+            "tokenizer": llm.tokenizer_digest}  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def shuffled_subset(source: TokenFile, folder: Path, max_tokens: int | None, seed: int) -> None:
+    """Write some of the documents, in random order, as a folder of tokens: a fair sample, however far it is read.
+
+    Args:
+        source: Where the documents are.
+        folder: Of the result.
+        max_tokens: Documents are taken up to so many tokens, the last one cut; all when None.
+        seed: Of the order.
+    """
+    folder.mkdir(parents=True)
+    left = source.n_tokens if max_tokens is None else max_tokens
+    offsets = [0]
+    with (folder / "tokens.bin").open("wb") as out:
+        for at in np.random.default_rng(seed).permutation(len(source)):
+            ids = source.tokens[source.offsets[at] : source.offsets[at + 1]][: left - offsets[-1]]
+            if not len(ids):
+                continue
+            out.write(ids.tobytes())
+            offsets.append(offsets[-1] + len(ids))
+    np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
+    meta = source.meta | {"documents": len(offsets) - 1, "tokens": offsets[-1]}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 

@@ -7,8 +7,9 @@ and any other field of `TrainingConfig`. Every stage goes on from what the one b
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -114,17 +115,20 @@ def train_recipe(
         output: Folder of the whole training.
         total_tokens: Of all stages together.
         resume: Go on where an earlier run stopped.
-        **settings: See `stage_configs`. `max_minutes` is for the stage that runs; the same call goes on.
+        **settings: See `stage_configs`; `max_minutes` is for all stages together.
 
     Returns:
         What the last stage trained, or None when `max_minutes` ended it or an earlier one.
     """
     configs = stage_configs(recipe, output, total_tokens, **settings)
+    start = time.monotonic()
     trained = None
-    for number, config in enumerate(configs):
-        last = number == len(configs) - 1
-        if resume and not last and is_finished(config):
+    for config in configs:
+        if resume and config is not configs[-1] and is_finished(config):
             continue
+        if config.max_minutes is not None:
+            left = config.max_minutes - (time.monotonic() - start) / 60
+            config = replace(config, max_minutes=max(left, 1e-6))  # a step at least, however little is left
         trained = train(config, resume=resume)
         if not is_finished(config):
             logger.warning("%s is not finished; the same call goes on", config.output)

@@ -398,15 +398,19 @@ def _write_config(config: TrainingConfig, output: Path) -> None:
     temporary.replace(output / "training.json")
 
 
+def last_checkpoint(output: Path) -> Path | None:
+    """The last whole checkpoint in a run's folder, of whatever run."""
+    whole = [folder for folder in output.glob("checkpoint-*") if (folder / _COMPLETE).is_file()]
+    return max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+
+
 def _last_checkpoint(config: TrainingConfig) -> Path | None:
+    """That of this run; `TrainingError` if it is another's."""
     output = Path(config.output)
-    whole = sorted(
-        (folder for folder in output.glob("checkpoint-*") if (folder / _COMPLETE).is_file()),
-        key=lambda folder: int(folder.name.rsplit("-", 1)[1]),
-    )
-    if not whole:
+    last = last_checkpoint(output)
+    if last is None:
         return None
-    before = _config_of(whole[-1])
+    before = _config_of(last)
     now = _identity(config)
     changed = [key for key, value in now.items() if before.get(key) != value]
     if changed:
@@ -414,7 +418,7 @@ def _last_checkpoint(config: TrainingConfig) -> Path | None:
             f"{output} holds checkpoints of a run with another {changed[0]} ({before.get(changed[0])!r}, now "
             f"{now[changed[0]]!r}); use another output folder, or train without resuming"
         )
-    return whole[-1]
+    return last
 
 
 def _config_of(checkpoint: Path) -> dict[str, Any]:

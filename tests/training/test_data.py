@@ -198,7 +198,7 @@ def test_killed_builds_and_two_at_once(tmp_path):
 
 
 def token_file(lengths):
-    return TokenFile(np.arange(sum(lengths), dtype=np.uint16), np.cumsum([0, *lengths], dtype=np.int64))
+    return TokenFile(np.arange(sum(lengths), dtype=np.uint16), np.cumsum([0, *lengths], dtype=np.int64), {})
 
 
 @given(lengths=st.lists(st.integers(0, 40), max_size=6), length=st.integers(2, 12), data=st.data())

@@ -1,0 +1,251 @@
+"""Training bundles: all that a training needs, for a machine without a network and without this package.
+
+`pack` writes a folder of slices (see `slices.py`) that hold the LLM's weights, tokenised text, questions, the recipe
+and this package's own code, beside `run.py`, which unpacks and trains with torch, transformers, peft and safetensors
+alone. `run` trains within a time limit and leaves slices again: what is needed to go on and to use the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.models.llm import LLM
+from extemb_core.questions import read_questions
+from extemb_core.training.config import TrainingConfig
+from extemb_core.training.data import TokenFile, shuffled_subset
+from extemb_core.training.recipes import Recipe, stage_configs, train_recipe
+from extemb_core.training.slices import SliceError, join_slices, parse_size, write_slices
+from extemb_core.training.trainer import is_finished, last_checkpoint
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_NOT_PACKED = ("pretrained", "readers", "__pycache__")
+_SETTINGS = "bundle.json"
+_MOST_FILES = 8
+_RUNNER = '''\
+"""Unpack this bundle and train: python run.py --help. Needs torch, transformers, peft, accelerate and safetensors."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from slices import join_slices
+
+HERE = Path(__file__).resolve().parent
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--output", required=True, help="folder for what is left: slices to go on from")
+parser.add_argument("--work", default=str(HERE / "unpacked"), help="folder to unpack into and to train in")
+parser.add_argument("--max-minutes", type=float, default=None, help="of the whole call")
+parser.add_argument("--checkpoint-size-limit", default="15MiB", help="of each file that is left")
+parser.add_argument("--resume-from", default=None, help="folder of slices that an earlier call left")
+args = parser.parse_args()
+if not Path(args.work).exists():
+    join_slices(HERE, Path(args.work))
+sys.path.insert(0, str(Path(args.work) / "package"))
+from extemb_core.training.bundles import run_unpacked
+
+run_unpacked(args.work, args.output, max_minutes=args.max_minutes, checkpoint_size_limit=args.checkpoint_size_limit,
+             resume_from=args.resume_from)
+'''
+
+
+def pack(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    llm: str,
+    total_tokens: int,
+    data: Sequence[str | Path] = (),
+    questions: Sequence[str | Path] = (),
+    start_from: str | Path | None = None,
+    max_tokens: int | None = None,
+    max_questions: int | None = None,
+    slice_size: str = "60MiB",
+    dtype: str = "bfloat16",
+    show_progress: bool | None = None,
+    **settings: Any,
+) -> list[Path]:
+    """Write a bundle.
+
+    Args:
+        recipe: What to train.
+        output: The bundle's folder; it must not exist.
+        llm: Name, path or hub id of the LLM.
+        total_tokens: Of all stages together.
+        data: Text files; their documents are shuffled, so that a part of them is a fair sample.
+        questions: Question files.
+        start_from: An embedder to go on from.
+        max_tokens: Tokens of text that travel; all when not given.
+        max_questions: Questions that travel, drawn from all.
+        slice_size: Of each file, such as "60MiB".
+        dtype: In which the weights travel and the LLM runs.
+        show_progress: Show a bar; None shows it on a terminal.
+        **settings: Fields of `TrainingConfig` over what the recipe says.
+
+    Returns:
+        The slices.
+    """
+    out = Path(output)
+    size = _bytes(slice_size)
+    if out.exists():
+        raise ConfigError(f"output={str(output)!r} exists; pass another folder, or remove it")
+    inside = {"llm": "llm", "data": ("tokens",) if data else (), "questions": ("questions.jsonl",) if questions else (),
+              "dtype": dtype} | settings  # fmt: skip
+    if start_from is not None:
+        inside["start_from"] = "start"
+    stage_configs(recipe, "run", total_tokens, **inside)  # that the settings are legal is known now, not there
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work, partial = out.with_name(f".{out.name}.content"), out.with_name(f".{out.name}.partial")
+    for folder in (work, partial):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    try:
+        model = LLM.from_pretrained(llm, device="cpu", dtype=dtype)
+        model.model.save_pretrained(work / "llm")
+        model.tokenizer.save_pretrained(work / "llm")
+        if data:
+            tokens = TokenFile.build([Path(f) for f in data], model, work / "cache", show_progress=show_progress)
+            shuffled_subset(tokens, work / "tokens", max_tokens, seed=int(settings.get("seed", 0)))
+            shutil.rmtree(work / "cache")
+        if questions:
+            _write_questions(questions, work / "questions.jsonl", max_questions, int(settings.get("seed", 0)))
+        if start_from is not None:
+            shutil.copytree(start_from, work / "start", ignore=shutil.ignore_patterns("checkpoint-*", "stages", "data"))
+        shutil.copytree(_PACKAGE, work / "package" / "extemb_core", ignore=shutil.ignore_patterns(*_NOT_PACKED))
+        (work / _SETTINGS).write_text(
+            json.dumps({"recipe": asdict(recipe), "total_tokens": total_tokens, "settings": inside}, indent=1),
+            encoding="utf-8",
+        )
+        write_slices(work, (file for file in work.rglob("*") if file.is_file()), partial, size)
+        (partial / "run.py").write_text(_RUNNER, encoding="utf-8")
+        shutil.copy(Path(__file__).with_name("slices.py"), partial / "slices.py")
+        partial.rename(out)
+    finally:
+        for folder in (work, partial):
+            shutil.rmtree(folder, ignore_errors=True)
+    return sorted(out.glob("slice-*"))
+
+
+def unpack(folder: str | Path, output: str | Path) -> None:
+    """Verify the slices in a folder, a bundle's or those that `run` left, and join them.
+
+    Raises:
+        DocumentError: One is missing or damaged, or `output` exists.
+    """
+    try:
+        join_slices(Path(folder), Path(output))
+    except SliceError as error:
+        raise DocumentError(str(error)) from error
+
+
+def run(
+    bundle: str | Path,
+    output: str | Path,
+    *,
+    work: str | Path | None = None,
+    max_minutes: float | None = None,
+    checkpoint_size_limit: str = "15MiB",
+    resume_from: str | Path | None = None,
+) -> bool:
+    """Verify and unpack a bundle and train; see `run_unpacked`."""
+    folder = Path(work) if work is not None else Path(bundle) / "unpacked"
+    start = time.monotonic()
+    if not folder.exists():
+        unpack(bundle, folder)
+    if max_minutes is not None:
+        max_minutes = max(1e-6, max_minutes - (time.monotonic() - start) / 60)
+    return run_unpacked(
+        folder, output, max_minutes=max_minutes, checkpoint_size_limit=checkpoint_size_limit, resume_from=resume_from
+    )
+
+
+def run_unpacked(
+    work: str | Path,
+    output: str | Path,
+    *,
+    max_minutes: float | None = None,
+    checkpoint_size_limit: str = "15MiB",
+    resume_from: str | Path | None = None,
+) -> bool:
+    """Train in an unpacked bundle and leave slices in `output`.
+
+    Args:
+        work: The unpacked bundle.
+        output: Folder for slices of what is needed to go on and to use the result.
+        max_minutes: Stop cleanly after this long.
+        checkpoint_size_limit: Of each file in `output`.
+        resume_from: Slices that an earlier call left; not needed where `work` is as that call left it.
+
+    Returns:
+        Whether the training is finished.
+    """
+    size = _bytes(checkpoint_size_limit)
+    out, earlier = Path(output).resolve(), Path(resume_from).resolve() if resume_from is not None else None
+    with _inside(Path(work)):
+        bundle = json.loads(Path(_SETTINGS).read_text(encoding="utf-8"))
+        recipe = Recipe(**(bundle["recipe"] | {"stages": tuple(bundle["recipe"]["stages"])}))
+        settings: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in bundle["settings"].items()
+        }
+        if earlier is not None and not Path("run").exists():
+            unpack(earlier, "run")
+        trained = train_recipe(recipe, "run", bundle["total_tokens"], max_minutes=max_minutes, resume=True, **settings)
+        configs = stage_configs(recipe, "run", bundle["total_tokens"], **settings)
+        written = write_slices(Path("run"), _worth_keeping(configs, Path("run")), out, size, prefix="state")
+        if len(written) > _MOST_FILES - 1:  # the manifest is one more
+            print(f"warning: {len(written) + 1} files were left; a larger --checkpoint-size-limit makes fewer")  # noqa: T201
+    return trained is not None
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except SliceError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _worth_keeping(configs: Sequence[TrainingConfig], run_folder: Path) -> list[Path]:
+    """What a training leaves, less its data, logs for programs, and all checkpoints that nothing goes on from."""
+    kept = []
+    finished = {Path(config.output) for config in configs if is_finished(config)}
+    last = {last_checkpoint(Path(config.output)) for config in configs}
+    for file in filter(Path.is_file, run_folder.rglob("*")):
+        checkpoint = next((parent for parent in file.parents if parent.name.startswith("checkpoint-")), None)
+        if checkpoint is not None:
+            needed = checkpoint in last and (checkpoint.parent not in finished or file.name == "complete.json")
+        else:
+            needed = not {"data", "tensorboard"} & set(file.relative_to(run_folder).parts)
+        if needed:
+            kept.append(file)
+    return kept
+
+
+def _write_questions(files: Sequence[str | Path], out: Path, limit: int | None, seed: int) -> None:
+    rows = read_questions(files, unique=False)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])
+    with out.open("w", encoding="utf-8") as stream:
+        for at in chosen:
+            row = rows[int(at)]
+            values = {"id": row.id, "context": row.context, "question": row.question, "answers": list(row.answers)}
+            stream.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Work in a folder, so that the paths in its settings hold wherever it lies."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

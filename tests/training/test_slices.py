@@ -1,0 +1,89 @@
+"""Slices: what was cut comes back whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from extemb_core.training.slices import MANIFEST, SliceError, join_slices, parse_size, write_slices
+
+SIZE = 3000
+
+
+@pytest.fixture
+def content(tmp_path):
+    source = tmp_path / "source"
+    (source / "inside").mkdir(parents=True)
+    (source / "empty").write_bytes(b"")
+    (source / "inside" / "text.txt").write_text("a few words\n")
+    state, numbers = 12345, bytearray()
+    for _ in range(20_000):  # noise, which does not compress
+        state = (1103515245 * state + 12345) % 2**31
+        numbers.append(state >> 16 & 255)
+    (source / "inside" / "noise").write_bytes(bytes(numbers))
+    return source
+
+
+@pytest.fixture
+def slices(content, tmp_path):
+    return write_slices(content, [f for f in content.rglob("*") if f.is_file()], tmp_path / "out", SIZE)
+
+
+def files_of(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_slices_hold_everything_and_none_is_above_the_size(content, slices, tmp_path):
+    assert len(slices) >= 7
+    assert all(file.stat().st_size == SIZE for file in slices[:-1])
+    assert 0 < slices[-1].stat().st_size <= SIZE
+    join_slices(tmp_path / "out", tmp_path / "joined")
+    assert files_of(tmp_path / "joined") == files_of(content)
+
+
+def test_slices_of_an_earlier_call_are_replaced(content, slices, tmp_path):
+    write_slices(content, [content / "inside" / "text.txt"], tmp_path / "out", SIZE)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [MANIFEST, "slice-000"]
+
+
+@pytest.mark.parametrize("harm", ["missing", "short", "changed"])
+def test_a_slice_that_is_not_whole_is_named_and_nothing_is_unpacked(slices, tmp_path, harm):
+    file = slices[2]
+    data = bytearray(file.read_bytes())
+    if harm == "missing":
+        file.unlink()
+    else:
+        data[100] ^= 1
+        file.write_bytes(data if harm == "changed" else data[:-1])
+    with pytest.raises(SliceError, match="slice-002"):
+        join_slices(tmp_path / "out", tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+
+
+def test_a_manifest_that_is_not_there_or_damaged(slices, tmp_path):
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps([]))
+    with pytest.raises(SliceError, match="is damaged"):
+        join_slices(tmp_path / "out", tmp_path / "joined")
+    (tmp_path / "out" / MANIFEST).unlink()
+    with pytest.raises(SliceError, match="does not exist; copy it here"):
+        join_slices(tmp_path / "out", tmp_path / "joined")
+
+
+def test_nothing_is_unpacked_over_what_is_there(slices, tmp_path):
+    (tmp_path / "joined").mkdir()
+    with pytest.raises(SliceError, match="exists; pass another folder"):
+        join_slices(tmp_path / "out", tmp_path / "joined")
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("60MiB", 60 * 2**20), ("15 MB", 15_000_000), ("1000", 1000), ("1.5kb", 1500), ("2GiB", 2**31)]
+)
+def test_sizes(text, bytes_):
+    assert parse_size(text) == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "much", "0", "-1MB", "5 parsecs"])
+def test_what_is_no_size(text):
+    with pytest.raises(SliceError, match="is not a size above 0"):
+        parse_size(text)
