@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from extemb_core.errors import MismatchError, WeightsCorruptError, WeightsError, WeightsNotFoundError
+from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError, WeightsNotFoundError
 from extemb_core.models.llm import LLM
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,9 +27,23 @@ _PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": 
           "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
 
 
-def add_reader(llm: LLM, rank: int) -> LoraConfig:
-    """Put trainable adapters on every linear layer of the LLM's decoder, in place; at first they change nothing."""
-    decoder = llm.model.base_model
+def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
+    """Put trainable adapters on the linear layers of the LLM's decoder, in place; at first they change nothing.
+
+    Args:
+        llm: The LLM.
+        rank: Of the adapters.
+        first_layer: Decoder layers before it get none: an embedder that is trained beside the reader shares them.
+
+    Raises:
+        ConfigError: No layer is left.
+    """
+    decoder: Any = llm.model.base_model
+    if first_layer >= len(decoder.layers):
+        raise ConfigError(
+            f"the embedder takes {first_layer} of the {len(decoder.layers)} layers of {llm.name}, and a reader trained "
+            "beside it needs some of its own; pass a smaller num_layers"
+        )
     names = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     config = LoraConfig(
         r=rank,
@@ -39,6 +53,8 @@ def add_reader(llm: LLM, rank: int) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=llm.name,
+        layers_to_transform=list(range(first_layer, len(decoder.layers))) if first_layer else None,
+        layers_pattern="layers" if first_layer else None,
     )
     inject_adapter_in_model(config, decoder, adapter_name=_ADAPTER)
     for name, parameter in decoder.named_parameters():

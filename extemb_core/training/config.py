@@ -32,7 +32,7 @@ class TrainingConfig:
         objectives: Share of the batches of each of `OBJECTIVES`; they add up to 1 after scaling.
         distillation: Weight, 0 to 1, of the divergence from the LLM reading the text itself.
         trained: "embedder"; "connector", which is a part of it; "reader", adapters on the LLM that teach it to
-            answer from text; or "both" the embedder and a reader.
+            answer from text; or "both" the embedder and a reader on the layers above the embedder's.
         reader_rank: Rank of a reader's adapters.
         sample_length: Tokens of a training sample, and of a question's documents at most.
         spans: Tokens of the spans to reconstruct, at the start of the run and at its end: short ones first.

@@ -340,7 +340,7 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
     if config.trained == "connector" and embedder is not None:
         embedder.stack.requires_grad_(False)
     if config.trained in ("reader", "both"):
-        reader = add_reader(llm, config.reader_rank)
+        reader = add_reader(llm, config.reader_rank, embedder.config.num_layers if embedder is not None else 0)
     return Trained(llm, embedder, reader, config.distillation)
 
 

@@ -330,6 +330,10 @@ def test_a_reader_learns_and_becomes_an_llm_of_its_own(asked, trained):
                                atol=1e-4, rtol=1e-3)  # fmt: skip
     assert (reader.hidden(reader.embed(ids)[None]) - base.hidden(base.embed(ids)[None])).abs().max() > 1e-2
     assert not any(parameter.requires_grad for parameter in reader.model.parameters())
+    if trained == "both":  # the layers that the embedder shares are as they were
+        again = ExtensibleEmbedder.from_pretrained(run.output, llm=reader)
+        text = "When was the mill built? " * 8
+        torch.testing.assert_close(again.compress(text).embeddings, model.embedder.compress(text).embeddings)
     for name, tensor in LLM.from_pretrained(run.llm).model.state_dict().items():
         torch.testing.assert_close(tensor, base.model.state_dict()[name], atol=0, rtol=0)
 
@@ -372,6 +376,12 @@ def test_a_reader_goes_on_where_it_was_stopped(asked, trained, monkeypatch, tmp_
     assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
     for name, tensor in reader_tensors(whole).items():
         torch.testing.assert_close(reader_tensors(run)[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_a_reader_beside_an_embedder_of_all_layers_is_refused(asked):
+    layers = LLM.from_pretrained(asked.llm).text_config.num_hidden_layers
+    with pytest.raises(ConfigError, match="needs some of its own"):
+        train(replace(asked, trained="both", embedder={**asked.embedder, "num_layers": layers}))
 
 
 def test_the_connector_can_be_trained_alone(config):
