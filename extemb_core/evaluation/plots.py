@@ -144,10 +144,11 @@ def _perplexity_by_positions(record: Record, context: str) -> Figure:
     """Of one length of context. No intervals: those of the levels are wide, and what counts is paired."""
     figure = _figure(4.6, f"Perplexity after {int(context):,} tokens of context, by positions", source(record))
     axes = figure.add_subplot()
+    arms = record["summary"][context]["arms"]
     points = {
         arm: {"positions": point["positions"], "mean": point["perplexity"], "interval": None}
-        for arm, point in record["summary"][context]["arms"].items()
-        if arm != "streaming"  # the same as the full text where that fits, and it has no ratio
+        for arm, point in arms.items()
+        if arm != "streaming" or "full" not in arms  # the same where the full text fits
     }
     _against_positions(figure, axes, points)
     axes.set_ylabel("perplexity (lower is better)")
@@ -286,12 +287,14 @@ def _against_positions(figure: Figure, axes: Axes, points: Mapping[str, Mapping[
         aside = ScaledTranslation((at - (len(lines) - 1) / 2) * 5 / 72, 0, figure.dpi_scale_trans)
         for artist in (line, *caps, *bars):
             artist.set_transform(axes.transData + aside)
-    for kind in ("none", "full"):
+    for kind in ("none", "streaming", "full"):
         if kind in points:
             colour = _STYLES[kind][0]
             if points[kind]["interval"]:
                 axes.axhspan(*points[kind]["interval"], color=colour, alpha=0.08, linewidth=0)
-            axes.axhline(points[kind]["mean"], color=colour, linestyle=_DASHES[kind], linewidth=1.5, label=kind)
+            axes.axhline(
+                points[kind]["mean"], color=colour, linestyle=_DASHES.get(kind, "-"), linewidth=1.5, label=kind
+            )
     axes.set_xscale("log")
     if lines:
         _ratio_ticks(axes, points, kinds["extensible" if "extensible" in lines else lines[-1]])

@@ -105,6 +105,8 @@ def test_perplexity_of_one_length_stands_against_positions():
         assert list(x) == [point["positions"] for point in own]
         assert list(y) == [point["perplexity"] for point in own]
     assert "1,024 tokens of context" in figure.get_suptitle()
+    del arms["full"]  # does not fit: the window's worth of text is another arm then
+    assert legend_of(plots.perplexity(record)) == ["none", "nearest", "streaming", "extensible"]
 
 
 def test_coarser_ratios_are_lighter_shades_of_one_colour():
