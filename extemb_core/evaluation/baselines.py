@@ -14,6 +14,7 @@ from torch import Tensor
 
 from extemb_core.errors import ConfigError
 from extemb_core.models.llm import LLM
+from extemb_core.models.prefix import Prefix
 
 _LOGITS_AT_ONCE = 256  # positions: logits are wide
 
@@ -114,15 +115,23 @@ def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
     if n >= total:
         return ids
     room = llm.window - int(llm.bos_token_id is not None)
+    # While everything kept fits the window, it is read once; else anew with every segment.
+    prefix = Prefix(llm) if n + min(segment, total) <= room and Prefix.suits(llm) else None
     kept = ids[:0]
     for start in range(0, total, segment):
         part = ids[start : start + segment]
         due = (2 * n * (start + len(part)) + total) // (2 * total)  # the budget so far, rounded: n at the end
         if due == len(kept):
             continue
-        information = token_information(llm, part, nearest(kept, max(0, room - len(part))))
-        chosen = np.argsort(-information, kind="stable")[: due - len(kept)]
-        kept = np.concatenate([kept, part[np.sort(chosen)]])
+        if prefix is not None and prefix.last is not None:
+            hidden = torch.cat([prefix.last[None], prefix.peek(part)[:-1]])
+            information = _negative_log_likelihoods(llm, hidden, part)
+        else:
+            information = token_information(llm, part, nearest(kept, max(0, room - len(part))))
+        chosen = part[np.sort(np.argsort(-information, kind="stable")[: due - len(kept)])]
+        kept = np.concatenate([kept, chosen])
+        if prefix is not None:
+            prefix.read(chosen)
     return kept
 
 
@@ -144,7 +153,7 @@ def random_embeddings(like: Tensor, seed: int) -> Tensor:
 
 def _negative_log_likelihoods(llm: LLM, hidden: Tensor, following: Ids) -> Ids:
     """hidden: (S, D), following: (S,) -> (S,)."""
-    targets = torch.as_tensor(following, device=hidden.device)
+    targets = torch.as_tensor(following, device=hidden.device).long()
     losses = [
         torch.nn.functional.cross_entropy(
             llm.logits(hidden[at : at + _LOGITS_AT_ONCE]).float(), targets[at : at + _LOGITS_AT_ONCE], reduction="none"

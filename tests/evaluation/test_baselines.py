@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -178,6 +180,7 @@ class Indifferent:
 
     bos_token_id = None
     window = 64
+    text_config = SimpleNamespace(sliding_window=64)
 
     def embed(self, ids):
         return torch.as_tensor(ids)[..., None].float()

@@ -1,0 +1,57 @@
+"""What an LLM has read so far: what follows it costs no more than its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from extemb_core.models.llm import LLM
+
+
+class Prefix:
+    """Tokens that the LLM keeps in its cache, beginning with its BOS where it has one.
+
+    Args:
+        llm: Reads.
+
+    Attributes:
+        last: (D,) hidden state of the last token read, which predicts the next; None before there is one.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._cache = DynamicCache(config=llm.model.config)
+        self.last: Tensor | None = None
+        if llm.bos_token_id is not None:
+            self.read([llm.bos_token_id])
+
+    @staticmethod
+    def suits(llm: LLM) -> bool:
+        """Whether what was read can be taken back: not where a cache of a sliding window has let go of tokens."""
+        return not getattr(llm.text_config, "sliding_window", None)
+
+    def __len__(self) -> int:
+        return int(self._cache.get_seq_length())
+
+    def read(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> None:
+        """Read tokens for good. ids: (T,)."""
+        if len(ids):
+            self.last = self._run(ids)[-1]
+
+    def peek(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+        """Hidden states of tokens that might follow, (T, D); they are not kept. ids: (T,)."""
+        hidden = self._run(ids)
+        self._cache.crop(-len(ids))
+        return hidden
+
+    @torch.no_grad()
+    def _run(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+        outputs = self._llm.model.base_model(
+            inputs_embeds=self._llm.embed(ids)[None], past_key_values=self._cache, use_cache=True
+        )
+        return torch.as_tensor(outputs.last_hidden_state)[0]
