@@ -1,8 +1,9 @@
 """Low-rank adapters over linear layers whose weights belong to the LLM.
 
-peft makes and trains them. For inference its forward is replaced by one that gives the same sum with less work, and
-still keeps no merged copy of the shared weights: for many tokens the adapter is added to a weight that lives for this
-one product, for few its output is added to the base layer's in place.
+peft makes them. Its forward is replaced by one that gives the same sum with less work. In training the scale goes to
+the small matrix and not to every output. For inference, still without a merged copy of the shared weights: for many
+tokens the adapter is added to a weight that lives for this one product, for few its output is added to the base
+layer's in place.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ def add_adapters(layers: nn.Module, rank: int) -> None:
     names = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(names), bias="none")
     inject_adapter_in_model(config, layers)
+    make_frugal(layers)
+
+
+def make_frugal(layers: nn.Module) -> None:
+    """Let the adapters that peft put into `layers` compute as described above."""
     for module in layers.modules():
         if type(module) is LoraLinear:
             module.__class__ = _FrugalLoraLinear
@@ -34,10 +40,11 @@ class _FrugalLoraLinear(LoraLinear):
         adapter_out: Any = self.lora_B[_NAME]
         down: Tensor = adapter_in.weight
         up: Tensor = adapter_out.weight
-        if torch.is_grad_enabled() or not (x.dtype == down.dtype == up.dtype == base.weight.dtype):
-            summed: Tensor = super().forward(x, *args, **kwargs)
-            return summed
         scale = self.scaling[_NAME]
+        if torch.is_grad_enabled() or not (x.dtype == down.dtype == up.dtype == base.weight.dtype):
+            whole: Tensor = base(x)
+            low = nn.functional.linear(x.to(whole.dtype), down.to(whole.dtype))
+            return whole + nn.functional.linear(low, (up * scale).to(whole.dtype))
         n_tokens = x.numel() // down.shape[1]
         if n_tokens * (up.shape[0] + down.shape[1]) > up.shape[0] * down.shape[1]:
             # Adding the adapter to the weight is less work than running every token through it.

@@ -32,7 +32,7 @@ from extemb_core.errors import ConfigError, DocumentError, MismatchError, Weight
 from extemb_core.models.adapters import add_adapters
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
-from extemb_core.models.connector import OutputConnector, trailing_means
+from extemb_core.models.connector import OutputConnector, recent_embeddings, trailing_means
 from extemb_core.models.downscaling import downscale, n_embeddings, picks
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.progress import progress
@@ -59,10 +59,11 @@ _FINGERPRINTED = (
 
 
 class ChunkOutputs(NamedTuple):
-    """What the layers give for a batch of chunks. Both (B, T, D); `residuals` is in float32."""
+    """What the layers give for a batch of chunks, and were given. All (B, T, D); `residuals` is in float32."""
 
     hidden: Tensor
     residuals: Tensor
+    embedded: Tensor
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ class ExtensibleEmbedder(PreTrainedModel):
         if config.adaptation == "lora":
             add_adapters(stack.layers, config.lora_rank)
         rms = float(llm.model.get_input_embeddings().weight.float().pow(2).mean().sqrt())
-        self.connector: OutputConnector = OutputConnector(config.connector, config.hidden_size, rms).to(llm.device)
+        self.connector: OutputConnector = OutputConnector(
+            config.connector, config.hidden_size, rms, config.residual_window
+        ).to(llm.device)
         self.register_buffer("llm_probe", _probe(llm, config.num_layers), persistent=True)
         self._own_names = [name for name, p in self.named_parameters() if id(p) not in shared]
         self._fingerprint: tuple[int, str] | None = None
@@ -252,7 +255,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             input_ids: (B, T) token ids.
 
         Returns:
-            Outputs and residuals, (B, T, D) each.
+            Outputs, residuals and token embeddings, (B, T, D) each.
         """
         bos = self.config.bos_token_id
         if bos is not None:
@@ -260,7 +263,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         embedded = self.stack.get_input_embeddings()(input_ids)
         hidden = self.stack(inputs_embeds=embedded.to(self._layer_dtype), use_cache=False).last_hidden_state
         first = int(bos is not None)
-        return ChunkOutputs(hidden[:, first:], trailing_means(embedded[:, first:], self.config.residual_window))
+        embedded = embedded[:, first:]
+        return ChunkOutputs(hidden[:, first:], trailing_means(embedded, self.config.residual_window), embedded)
 
     @property
     def _layer_dtype(self) -> torch.dtype:
@@ -280,10 +284,13 @@ class ExtensibleEmbedder(PreTrainedModel):
         """The extensible embeddings of one chunk of a batch: (ceil(length / ratio), D) in float32."""
         hidden, residuals = outputs.hidden[row, :length], outputs.residuals[row, :length]
         method = self.config.downscaling
-        if method == "mean":
-            return downscale(self.connector(hidden, residuals), ratio, method)
-        chosen = picks(method, length, ratio).to(hidden.device)
-        return torch.as_tensor(self.connector(hidden[chosen], residuals[chosen]))
+        chosen = torch.arange(length) if method == "mean" else picks(method, length, ratio)
+        chosen = chosen.to(hidden.device)
+        recent = None
+        if self.config.connector == "conv":
+            recent = recent_embeddings(outputs.embedded[row, :length], chosen, self.config.residual_window)
+        made: Tensor = self.connector(hidden[chosen], residuals[chosen], recent)
+        return downscale(made, ratio, method) if method == "mean" else made
 
     # -- compressing ------------------------------------------------------------------------------------------
 

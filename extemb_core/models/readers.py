@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError, WeightsNotFoundError
+from extemb_core.models.adapters import make_frugal
 from extemb_core.models.llm import LLM
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,6 +58,7 @@ def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
         layers_pattern="layers" if first_layer else None,
     )
     inject_adapter_in_model(config, decoder, adapter_name=_ADAPTER)
+    make_frugal(decoder)
     for name, parameter in decoder.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # in bfloat16 a small update would round to none

@@ -27,13 +27,16 @@ class TrainingConfig:
         questions: Question files (.jsonl[.zst] with "id", "context", "question" and "answers").
         eval_data: Held-out text files; none, no evaluation during training.
         embedder: Settings of `ExtensibleEmbedderConfig` for a new embedder.
-        start_from: An embedder's folder to go on from instead of a new one.
+        start_from: Folder of an earlier run to go on from: its embedder, its reader, or both.
         cache: Folder for tokenised text; "data" in `output` when not given.
         objectives: Share of the batches of each of `OBJECTIVES`; they add up to 1 after scaling.
         distillation: Weight, 0 to 1, of the divergence from the LLM reading the text itself.
         trained: "embedder"; "connector", which is a part of it; "reader", adapters on the LLM that teach it to
             answer from text; or "both" the embedder and a reader on the layers above the embedder's.
         reader_rank: Rank of a reader's adapters.
+        reader_first_layer: Decoder layers before it get none. An embedder shares the layers that a reader leaves as
+            they are; 0 takes all, or all above those of an embedder that is trained beside it.
+        most_per_source: Questions of each source (the id up to its number) in one round over them.
         sample_length: Tokens of a training sample, and of a question's documents at most.
         spans: Tokens of the spans to reconstruct, at the start of the run and at its end: short ones first.
         chunk_sizes: Chunk lengths in training, one drawn per batch; the embedder's own when empty.
@@ -60,6 +63,8 @@ class TrainingConfig:
     distillation: float = 0.0
     trained: str = "embedder"
     reader_rank: int = 8
+    reader_first_layer: int = 0
+    most_per_source: int = 4000
     sample_length: int = 1536
     spans: tuple[int, int] = (32, 256)
     chunk_sizes: tuple[int, ...] = ()
@@ -88,7 +93,8 @@ class TrainingConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is one str; pass a tuple of files")
         self._check_objectives()
         for name in ("sample_length", "total_tokens", "batch_size", "accumulation_steps", "save_steps", "eval_steps",
-                     "eval_samples", "logging_steps", "ratios_per_sample", "reader_rank"):  # fmt: skip
+                     "eval_samples", "logging_steps", "ratios_per_sample", "reader_rank",
+                     "most_per_source"):  # fmt: skip
             if not is_count(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive whole number; pass 1 or more")
         for name in ("chunk_sizes", "ratios", "spans"):
@@ -96,7 +102,7 @@ class TrainingConfig:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} must be positive whole numbers; pass e.g. (256, 512)"
                 )
-        for name in ("warmup_steps", "weight_decay", "seed"):
+        for name in ("warmup_steps", "weight_decay", "seed", "reader_first_layer"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is below 0; pass 0 or more")
         for name in ("connector_lr_factor", "max_grad_norm"):

@@ -29,6 +29,8 @@ from torch import Tensor
 from extemb_core.errors import ConfigError
 from extemb_core.models.downscaling import chunk_lengths, n_embeddings
 
+_LEAST_FILLED, _FEWEST_POSITIONS = 0.8, 1024  # of a group of rows that go through the LLM together
+
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
     from extemb_core.models.llm import LLM
@@ -313,9 +315,26 @@ def _read(llm: LLM, inputs: Sequence[Tensor], places: Sequence[tuple[int, Tensor
     Returns:
         (all places, D).
     """
+    rows: dict[int, Tensor] = {}
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        hidden = llm.hidden(torch.nn.utils.rnn.pad_sequence(list(inputs), batch_first=True))
-        return torch.cat([hidden[index, at.to(hidden.device)] for index, at in places])
+        for group in groups_of_like_length([len(row) for row in inputs]):
+            padded = torch.nn.utils.rnn.pad_sequence([inputs[index] for index in group], batch_first=True)
+            rows |= zip(group, llm.hidden(padded), strict=True)
+        return torch.cat([rows[index][at.to(llm.device)] for index, at in places])
+
+
+def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Which rows go through the LLM together: a group is cut off where padding would be a fifth of a row, once it is
+    large enough to keep a CPU busy."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
+        group = groups[-1] if groups else []
+        longest = lengths[group[0]] if group else 0
+        if group and (lengths[index] >= _LEAST_FILLED * longest or len(group) * longest < _FEWEST_POSITIONS):
+            group.append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def _mixed_loss(llm: LLM, scored: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:

@@ -87,6 +87,7 @@ def stage_configs(recipe: Recipe, output: str | Path, total_tokens: int, **setti
     whole = sum(stage["share"] for stage in recipe.stages)
     embedder = {**recipe.embedder, **settings.pop("embedder", {})}
     start_from = settings.pop("start_from", None)
+    has_embedder = start_from is not None
     configs = []
     for number, stage in enumerate(recipe.stages, start=1):
         folder = Path(output) / "stages" / f"{number}-{stage['name']}"
@@ -94,7 +95,7 @@ def stage_configs(recipe: Recipe, output: str | Path, total_tokens: int, **setti
         configs.append(
             TrainingConfig(
                 **(own | settings),
-                embedder={} if start_from else embedder,
+                embedder={} if has_embedder else embedder,
                 start_from=start_from,
                 total_tokens=max(1, round(total_tokens * stage["share"] / whole)),
                 output=str(folder),
@@ -102,6 +103,7 @@ def stage_configs(recipe: Recipe, output: str | Path, total_tokens: int, **setti
             )
         )
         start_from = str(folder)
+        has_embedder = has_embedder or configs[-1].trained != "reader"
     return configs
 
 

@@ -29,6 +29,7 @@ from extemb_core.models.llm import LLM, choose_device
 from extemb_core.models.readers import add_reader, load_reader, save_reader
 from extemb_core.progress import progress
 from extemb_core.questions import read_questions
+from extemb_core.training.attention import attention_by_rows
 from extemb_core.training.batches import Batches, Collator
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.data import Samples, TokenFile
@@ -245,9 +246,10 @@ def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
             _write_config(config, output)
-        if held_out is not None and checkpoint is None:
-            trainer.evaluate()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with attention_by_rows(llm.model, *([model.embedder.stack] if model.embedder is not None else [])):
+            if held_out is not None and checkpoint is None:
+                trainer.evaluate()
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.train(False)
     if trainer.is_world_process_zero():
         model.save(output)
@@ -285,7 +287,11 @@ def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequenc
         logger.info("%d samples, %d tokens left out", len(samples), samples.left_out)
     if "questions" in wanted:
         questions = QuestionReadings(
-            read_questions(config.questions, unique=False), llm, max_tokens=config.sample_length, seed=config.seed
+            read_questions(config.questions, unique=False),
+            llm,
+            max_tokens=config.sample_length,
+            most_per_source=config.most_per_source,
+            seed=config.seed,
         )
     return Batches(
         wanted,
@@ -330,18 +336,26 @@ def _device(config: TrainingConfig) -> str:
 
 def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
     embedder = reader = None
+    before = Path(config.start_from) if config.start_from is not None else None
     torch.manual_seed(config.seed)
     if config.trained != "reader":
-        if config.start_from is None:
+        if before is None or (_has_reader(before) and not (before / "config.json").is_file()):
             embedder = ExtensibleEmbedder.from_llm(llm, **config.embedder)
         else:
-            embedder = ExtensibleEmbedder.from_pretrained(config.start_from, llm=llm, adapt=True)
+            embedder = ExtensibleEmbedder.from_pretrained(before, llm=llm, adapt=True)
         embedder.own_to(torch.float32)  # in bfloat16 a small update would round to none
     if config.trained == "connector" and embedder is not None:
         embedder.stack.requires_grad_(False)
     if config.trained in ("reader", "both"):
-        reader = add_reader(llm, config.reader_rank, embedder.config.num_layers if embedder is not None else 0)
+        shared = embedder.config.num_layers if embedder is not None else 0
+        reader = add_reader(llm, config.reader_rank, max(shared, config.reader_first_layer))
+        if before is not None and _has_reader(before):
+            load_reader(llm, before / READER)
     return Trained(llm, embedder, reader, config.distillation)
+
+
+def _has_reader(folder: Path) -> bool:
+    return (folder / READER).is_dir()
 
 
 def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingArguments:

@@ -8,13 +8,34 @@ import pytest
 import torch
 
 from extemb_core.models.config import Connector
-from extemb_core.models.connector import OutputConnector, trailing_means
+from extemb_core.models.connector import OutputConnector, recent_embeddings, trailing_means
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_training_starts_from_the_mean_of_token_embeddings(kind):
     residuals = torch.randn(5, 8)
     torch.testing.assert_close(OutputConnector(kind, 8, 0.1)(100 * torch.randn(5, 8), residuals), residuals)
+
+
+def test_a_convolution_starts_there_too():
+    residuals = torch.randn(5, 8)
+    connector = OutputConnector("conv", 8, 0.1, window=3)
+    torch.testing.assert_close(connector(100 * torch.randn(5, 8), residuals, torch.randn(5, 24)), residuals)
+
+
+def test_a_convolution_has_a_map_for_each_of_the_last_token_embeddings():
+    embedded, maps, window = torch.randn(6, 4), torch.randn(3, 4, 4), 3
+    connector = OutputConnector("conv", 4, 0.1, window)
+    connector.maps.weight.data = torch.cat([each.T for each in maps], dim=1)
+    places = torch.tensor([0, 1, 5])
+    recent = recent_embeddings(embedded, places, window)
+    made = connector(torch.randn(3, 4), torch.zeros(3, 4), recent)
+    for row, place in enumerate(places.tolist()):
+        expected = torch.zeros(4)
+        for offset in range(window):  # the place itself has the last map
+            if place - offset >= 0:
+                expected += embedded[place - offset] @ maps[window - 1 - offset]
+        torch.testing.assert_close(made[row], expected)
 
 
 def test_without_a_connector_outputs_get_the_size_of_token_embeddings():
@@ -24,10 +45,10 @@ def test_without_a_connector_outputs_get_the_size_of_token_embeddings():
 
 @pytest.mark.parametrize("kind", get_args(Connector))
 def test_every_parameter_gets_a_gradient(kind):
-    connector = OutputConnector(kind, 8, 0.1)
+    connector = OutputConnector(kind, 8, 0.1, window=2)
     for parameter in connector.parameters():
         torch.nn.init.normal_(parameter)
-    connector(torch.randn(5, 8), torch.randn(5, 8)).pow(2).sum().backward()
+    connector(torch.randn(5, 8), torch.randn(5, 8), torch.randn(5, 16)).pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in connector.parameters())
 
 
