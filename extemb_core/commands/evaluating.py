@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from extemb_core.commands.allocation import keep_freed_memory
 from extemb_core.commands.inputs import DEFAULT_LLM, DeviceOption, LlmOption, SeveralValues
 from extemb_core.commands.reporting import library_output, note, reported
 
@@ -223,6 +224,7 @@ def _run(config_type: Callable[..., Any], experiment_type: Callable[..., Any], g
     for name in ("data", "controls", "tasks"):
         if name in settings:
             settings[name] = tuple(settings[name])
+    keep_freed_memory()
     with library_output():
         from extemb_core.evaluation.runs import run
         from extemb_core.models.embedder import ExtensibleEmbedder

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from extemb_core.commands import bundling
+from extemb_core.commands.allocation import keep_freed_memory
 from extemb_core.commands.inputs import JsonOption, OwnCommand, SeveralValues
 from extemb_core.commands.reporting import emit, library_output, note, reported
 
@@ -238,6 +239,7 @@ def train(
                 f"{option} describes a new embedder, and {start_from} is what it is; leave one of the two out.",
                 param_hint="'--start-from'",
             )
+    keep_freed_memory()
     start = time.perf_counter()
     try:
         with library_output():
