@@ -98,6 +98,10 @@ class QaExperiment(Measured):
         self._ids: dict[str, Ids] = {}
         self._recent: tuple[list[str], dict[str, list[Part]]] = ([], {})
 
+    def questions(self) -> list[Question]:
+        """Those that are put."""
+        return list(self._questions.values())
+
     def groups(self) -> list[list[str]]:
         """Questions about one text side by side, and texts by length: little padding, and prefixes are shared."""
         ordered = sorted(self._questions.values(), key=lambda q: (len(q.context), q.document, self._ranks[q.id], q.id))

@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
-READERS = PRETRAINED.parent / "readers"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -81,7 +80,7 @@ def resolve_llm(name: str | os.PathLike[str]) -> Path | str:
 
 def resolve_reader(name: str | os.PathLike[str]) -> Path | None:
     """The folder of a reader's adapters, if this names one: a local folder, or one that is shipped."""
-    folder = _local_path(name) or READERS / str(name)
+    folder = _local_path(name) or PRETRAINED / str(name) / "reader"
     return folder if (folder / "adapter_config.json").is_file() else None
 
 

@@ -29,7 +29,7 @@ from extemb_core.training.slices import SliceError, join_slices, parse_size, wri
 from extemb_core.training.trainer import is_finished, last_checkpoint
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_NOT_PACKED = ("pretrained", "readers", "__pycache__")
+_NOT_PACKED = ("pretrained", "__pycache__")
 _SETTINGS = "bundle.json"
 _MOST_FILES = 8
 _RUNNER = '''\

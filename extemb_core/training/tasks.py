@@ -142,7 +142,7 @@ class QuestionReadings:
                 parts = [*_asked(documents), asked] if as_asked else [*_evaluated(documents, template), asked]
             messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": [ids]}]
         prompt = assemble_chat(self._llm, messages[:-1])
-        end = _turn_end(self._llm)
+        end = turn_end(self._llm)
         scored = {id(ids) for ids in answers}
         found: list[tuple[Tensor, Role]] = []
         for segment in prompt.segments:
@@ -223,7 +223,7 @@ def _source(name: str) -> str:
     return match[0] if match else ""
 
 
-def _turn_end(llm: LLM) -> int:
+def turn_end(llm: LLM) -> int:
     """What ends an assistant's turn."""
     own = llm.tokenizer.eos_token_id
     return int(own) if own in llm.stop_token_ids or not llm.stop_token_ids else llm.stop_token_ids[0]

@@ -175,15 +175,22 @@ class _RunCallback(TrainerCallback):
         self._advance = advance
         self._log = Path(config.output) / "log.jsonl"
         self._start = time.monotonic()
+        self._logged: tuple[float, int] | None = None  # when, and at which step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             row = {"step": state.global_step, "tokens": state.global_step * self._config.tokens_per_step, **logs}
+            now = time.monotonic()
+            if self._logged is not None and state.global_step > self._logged[1]:
+                tokens = (state.global_step - self._logged[1]) * self._config.tokens_per_step
+                row["tokens_per_second"] = round(tokens / (now - self._logged[0]), 1)
+            self._logged = now, state.global_step
             with self._log.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(state.global_step)
+        self._logged = time.monotonic(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(1)
@@ -339,7 +346,13 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
     before = Path(config.start_from) if config.start_from is not None else None
     torch.manual_seed(config.seed)
     if config.trained != "reader":
-        if before is None or (_has_reader(before) and not (before / "config.json").is_file()):
+        reader_alone = before is not None and _has_reader(before) and not (before / "config.json").is_file()
+        if reader_alone and config.trained != "both":
+            raise ConfigError(
+                f"start_from={config.start_from!r} holds a reader and no embedder; pass "
+                f"llm={config.start_from + '/' + READER!r} for an embedder that is trained for it"
+            )
+        if before is None or reader_alone:
             embedder = ExtensibleEmbedder.from_llm(llm, **config.embedder)
         else:
             embedder = ExtensibleEmbedder.from_pretrained(before, llm=llm, adapt=True)

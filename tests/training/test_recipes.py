@@ -108,6 +108,23 @@ def test_the_readers_recipe_leaves_an_llm(folder, settings):
     assert LLM.from_pretrained(folder / "run" / "reader").window == 1024
 
 
+def test_a_new_embedder_can_come_after_a_reader(folder, settings):
+    (folder / "joint.yaml").write_text(
+        """
+embedder: {num_layers: 2, chunk_size: 16, ratios: [2, 4]}
+stages:
+  - {name: reader, share: 1, trained: reader, objectives: {questions: 1}}
+  - {name: both, share: 1, trained: both, objectives: {questions: 1}}
+  - {name: more, share: 1, trained: both, objectives: {questions: 1}}
+"""
+    )
+    settings |= {"data": (), "questions": ("questions.jsonl",)}
+    first, second, third = stage_configs(read_recipe(folder / "joint.yaml"), folder / "run", 96, **settings)
+    assert second.embedder["num_layers"] == 2
+    assert (second.start_from, third.start_from) == (first.output, second.output)
+    assert third.embedder == {}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

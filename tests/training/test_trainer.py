@@ -355,6 +355,24 @@ def test_an_embedder_can_go_on_for_a_reader_of_its_llm(asked, tmp_path):
     ExtensibleEmbedder.from_pretrained(further.output, llm=LLM.from_pretrained(reader))
 
 
+def test_a_reader_goes_on_beside_an_embedder(asked, tmp_path):
+    train(replace(asked, trained="reader", reader_first_layer=2, total_tokens=10 * 96))
+    alone = reader_tensors(asked)
+    assert all(".layers.2." in name for name in alone)  # of three layers
+    both = replace(asked, trained="both", start_from=asked.output, output=str(tmp_path / "both"), learning_rate=1e-9)
+    train(both)
+    for name, tensor in reader_tensors(both).items():
+        torch.testing.assert_close(tensor, alone[name], atol=1e-6, rtol=0)
+    further = replace(both, start_from=both.output, output=str(tmp_path / "further"), embedder={})
+    train(further)
+    assert (
+        load_file(Path(further.output) / "model.safetensors").keys()
+        == load_file(Path(both.output) / "model.safetensors").keys()
+    )
+    with pytest.raises(ConfigError, match="holds a reader and no embedder; pass llm="):
+        train(replace(both, trained="embedder", output=str(tmp_path / "alone")))
+
+
 @pytest.mark.parametrize("trained", ["reader", "both"])
 def test_a_reader_goes_on_where_it_was_stopped(asked, trained, monkeypatch, tmp_path):
     whole = replace(asked, trained=trained, output=str(tmp_path / "whole"))

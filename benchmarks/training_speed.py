@@ -1,0 +1,149 @@
+"""How fast training is: beside plain matrix products that do the same arithmetic, and beside one LLM call per chunk.
+
+    python benchmarks/training_speed.py --data train_text.jsonl.zst --json benchmarks/results/training_speed.json
+
+The floor is the time that the forward and backward passes' own floating-point operations (counted, attention
+included) would take at the rate of one product of the layers' largest size, measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from ending import run, write_json
+from timing import alternate, compare
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from extemb_core.evaluation.provenance import provenance, short_name
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.llm import LLM
+from extemb_core.training.attention import attention_by_rows
+from extemb_core.training.data import read_texts
+from extemb_core.training.objectives import two_stream_loss
+
+_PRODUCTS = 20  # of a measurement of the floor's rate
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", default="smollm2-135m-instruct")
+    parser.add_argument("--data", type=Path, required=True, help="text to train on")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--sample-length", type=int, default=768)
+    parser.add_argument("--chunk-size", type=int, default=256)
+    parser.add_argument("--ratio", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    where = provenance(["python", *(sys.argv if argv is None else [sys.argv[0], *argv])])
+    report = {**where, **measure(options)}
+    packed = report["against_floor"]
+    print(f"{report['tokens_per_second']:.0f} tokens/s, {1 / packed['ratio']:.0%} of the arithmetic floor")
+    print(f"one call per chunk takes {1 / report['against_one_call_per_chunk']['ratio']:.2f}x as long")
+    if options.json:
+        write_json(report, options.json)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    llm = LLM.from_pretrained(options.llm, dtype=options.dtype)
+    embedder = ExtensibleEmbedder.from_llm(llm, chunk_size=options.chunk_size, ratios=(options.ratio,))
+    embedder.own_to(torch.float32)
+    samples = _samples(llm, options.data, options.batch_size, options.sample_length)
+    ratios = [[options.ratio]] * len(samples)
+    half = llm.dtype == torch.bfloat16
+
+    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
+        def work() -> None:
+            with torch.autocast(llm.device.type, torch.bfloat16, enabled=half):
+                made = loss()
+            made.backward()
+            embedder.zero_grad()
+
+        return work
+
+    packed = step(lambda: two_stream_loss(embedder, samples, ratios, options.chunk_size))
+    single = step(lambda: one_call_per_chunk(embedder, samples, options.ratio, options.chunk_size))
+    wide = int(llm.text_config.intermediate_size)
+    left = torch.randn(options.batch_size * options.sample_length, llm.width, dtype=llm.dtype, device=llm.device)
+    right = torch.randn(llm.width, wide, dtype=llm.dtype, device=llm.device)
+    with attention_by_rows(llm.model, embedder.stack):
+        counter = FlopCounterMode(
+            display=False,
+            custom_mapping={_CPU_ATTENTION: sdpa_flop_count_of, _CPU_ATTENTION_BACKWARD: sdpa_backward_flop_count_of},
+        )
+        with counter:
+            packed()
+        operations = counter.get_total_flops()
+        seconds = alternate(
+            {
+                "packed": packed,
+                "one_call_per_chunk": single,
+                "products": lambda: [left @ right for _ in range(_PRODUCTS)],
+            },
+            options.rounds,
+        )
+    per_product = 2 * left.shape[0] * llm.width * wide
+    seconds["floor"] = [took * operations / (_PRODUCTS * per_product) for took in seconds["products"]]
+    return {
+        "llm": short_name(options.llm),
+        "dtype": str(llm.dtype).removeprefix("torch."),
+        "samples": [options.batch_size, options.sample_length],
+        "chunk_size": options.chunk_size,
+        "ratio": options.ratio,
+        "operations_per_step": operations,
+        "product_rate_gflops": median(_PRODUCTS * per_product / took / 1e9 for took in seconds["products"]),
+        "tokens_per_second": options.batch_size * options.sample_length / median(seconds["packed"]),
+        "against_floor": compare(seconds, "packed", "floor", 1 / 0.7),
+        "against_one_call_per_chunk": compare(seconds, "packed", "one_call_per_chunk", 1 / 2),
+    }
+
+
+def one_call_per_chunk(embedder: ExtensibleEmbedder, samples: Sequence[Tensor], ratio: int, size: int) -> Tensor:
+    """The two-stream loss without packing: each chunk is compressed, and read after the embeddings before it."""
+    llm = embedder.llm
+    losses = []
+    for sample in samples:
+        chunks = list(sample.split(size))
+        made = [llm.embed([llm.bos_token_id])] if llm.bos_token_id is not None else []
+        for number, chunk in enumerate(chunks):
+            if number:
+                whole = torch.cat([*made, llm.embed(chunk)])[:-1]
+                hidden = llm.hidden(whole[None])[0, -len(chunk) :]
+                losses.append(torch.nn.functional.cross_entropy(llm.logits(hidden).float(), chunk, reduction="none"))
+            if number < len(chunks) - 1:
+                made.append(embedder.read_out(embedder(chunk[None]), 0, len(chunk), ratio).to(llm.dtype))
+    return torch.cat(losses).mean()
+
+
+def sdpa_flop_count_of(query: Any, key: Any, value: Any, *others: Any, **named: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def sdpa_backward_flop_count_of(gradient: Any, query: Any, key: Any, value: Any, *others: Any, **named: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+def _samples(llm: LLM, file: Path, count: int, length: int) -> list[Tensor]:
+    made: list[Tensor] = []
+    for text in read_texts(file):
+        ids = llm.encode(text[: 8 * length])
+        if len(ids) >= length:
+            made.append(torch.from_numpy(ids[:length].astype(np.int64)))
+        if len(made) == count:
+            return made
+    raise SystemExit(f"{file} has {len(made)} texts of {length} tokens, and {count} are needed; pass another file")
+
+
+if __name__ == "__main__":
+    run(main)
