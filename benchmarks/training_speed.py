@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--llm", default="smollm2-135m-instruct")
     parser.add_argument("--data", type=Path, required=True, help="text to train on")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--num-layers", type=int, default=8, help="of the embedder")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sample-length", type=int, default=768)
     parser.add_argument("--chunk-size", type=int, default=256)
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     llm = LLM.from_pretrained(options.llm, dtype=options.dtype)
-    embedder = ExtensibleEmbedder.from_llm(llm, chunk_size=options.chunk_size, ratios=(options.ratio,))
+    embedder = ExtensibleEmbedder.from_llm(
+        llm, num_layers=options.num_layers, chunk_size=options.chunk_size, ratios=(options.ratio,)
+    )
     embedder.own_to(torch.float32)
     samples = _samples(llm, options.data, options.batch_size, options.sample_length)
     ratios = [[options.ratio]] * len(samples)

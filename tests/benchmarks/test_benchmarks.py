@@ -14,6 +14,10 @@ from tiny import ARCHITECTURES, SENTENCES, random_embedder, tiny_llm, tiny_model
 
 from extemb_core.errors import ExtembError
 from extemb_core.lm import ExtensibleLM
+from extemb_core.models.llm import LLM
+from extemb_core.questions import templates
+from extemb_core.training.objectives import two_stream_loss
+from extemb_core.training.trainer import Trained
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 TEXT = SENTENCES * 4
@@ -192,3 +196,84 @@ def test_a_copied_passage_is_found_and_its_words_in_another_order_are_not(tmp_pa
     assert found["largest_share"] == pytest.approx(18 / 48, abs=1e-4)  # n-grams wholly within the 30 words
     assert found["mean_share"] == pytest.approx(18 / 48 / 3, abs=1e-4)
     assert found["texts_above_10_percent"] == 1
+
+
+# -- training_speed.py and ablations.py -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_llm(tmp_path):
+    """A tiny LLM whose window holds questions and books, saved."""
+    tiny_model("llama", max_position_embeddings=1024).save_pretrained(tmp_path / "long-llm")
+    tiny_llm().tokenizer.save_pretrained(tmp_path / "long-llm")
+    return str(tmp_path / "long-llm")
+
+
+def test_one_call_per_chunk_is_the_same_loss():
+    embedder = random_embedder(tiny_llm())
+    samples = [torch.randint(3, 400, (44,)), torch.randint(3, 400, (44,))]
+    packed = two_stream_loss(embedder, samples, [[4], [4]], 16)
+    single = script("training_speed").one_call_per_chunk(embedder, samples, 4, 16)
+    torch.testing.assert_close(single, packed)
+
+
+def test_training_speed_report_is_whole(long_llm, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(SENTENCES * 4)
+    out = tmp_path / "speed.json"
+    arguments = ["--llm", long_llm, "--data", str(tmp_path / "text.txt"), "--rounds", "2", "--json", str(out)]
+    lengths = ["--num-layers", "2", "--batch-size", "1", "--sample-length", "96", "--chunk-size", "32"]
+    script("training_speed").main([*arguments, *lengths])
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["operations_per_step"] > 2 * 3 * 96 * 32 * 64  # more than one product of each layer, forward
+    assert report["against_floor"]["ratio"] > 0
+    assert report["against_one_call_per_chunk"]["n"] == 2
+    assert "of the arithmetic floor" in capsys.readouterr().out
+
+
+def test_ablations_are_measured_alike_and_only_once(long_llm, tmp_path, monkeypatch, capsys):
+    rows = [
+        {"id": f"made:{at}", "context": f"The {place} was built in 18{at}0.",
+         "question": f"When was the {place} built?", "answers": [f"18{at}0"]}
+        for at, place in enumerate(("harbour", "bridge", "mill"))
+    ]  # fmt: skip
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "text.txt").write_text(SENTENCES * 8)
+    (tmp_path / "arms.yaml").write_text(
+        "base: {trained: both, sample_length: 64, total_tokens: 128, batch_size: 2, objectives: {questions: 1},\n"
+        "       embedder: {num_layers: 2, chunk_size: 32, ratios: [2, 4]}}\n"
+        "arms: {joint: , frozen: {trained: embedder, embedder: {connector: conv}}}\n"
+    )
+    arguments = [str(tmp_path / "arms.yaml"), "--llm", long_llm, "--output", str(tmp_path / "runs"), "--ratios", "2",
+                 "--questions", str(tmp_path / "questions.jsonl"), "--dev-questions", str(tmp_path / "questions.jsonl"),
+                 "--dev-text", str(tmp_path / "text.txt"), "--json", str(tmp_path / "out.json")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *arguments])
+    script("ablations").main()
+    arms = json.loads((tmp_path / "out.json").read_text())["arms"]
+    measured = {"answers/none", "answers/full", "answers/extensible/2", "text/none", "text/full", "text/extensible/2"}
+    assert all(measured <= arm.keys() for arm in arms.values())
+    assert arms["joint"]["answers/full"]["n"] == 3
+    config = json.loads((tmp_path / "runs" / "frozen" / "training.json").read_text())
+    assert (config["embedder"]["connector"], config["embedder"]["num_layers"]) == ("conv", 2)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    script("ablations").main()
+    assert not capsys.readouterr().out
+
+
+def test_answer_losses_are_those_of_the_answer_after_its_prompt(tmp_path):
+    llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_llm().tokenizer, name="long")
+    rows = [
+        {"id": str(at), "context": f"The mill of {place} is old.", "question": "How old is it?", "answers": ["old"]}
+        for at, place in enumerate(("Ore", "Ling"))
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trained = Trained(llm, random_embedder(llm))
+    losses, _ = script("ablations").answer_losses(trained, str(tmp_path / "questions.jsonl"), (2,), 2)
+    before, after = templates()["short"]["before"], templates()["short"]["after"]
+    for row, loss in zip(rows, losses["full"], strict=True):
+        text = before + row["context"] + after.replace("{question}", row["question"])
+        prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        ids = llm.tokenizer.encode(prompt) + llm.tokenizer.encode("old<|im_end|>")
+        n = len(llm.tokenizer.encode("old<|im_end|>"))
+        with torch.no_grad():
+            predicted = llm.model(torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
+        assert loss == pytest.approx(-float(predicted.gather(1, torch.tensor(ids[-n:])[:, None]).mean()), abs=1e-4)
