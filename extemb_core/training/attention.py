@@ -89,7 +89,7 @@ class _Rows(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, kept = ctx.saved_tensors
         groups, width = key.shape[1], query.shape[-1]
         gradient = gradient.contiguous()

@@ -350,7 +350,7 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
         if reader_alone and config.trained != "both":
             raise ConfigError(
                 f"start_from={config.start_from!r} holds a reader and no embedder; pass "
-                f"llm={config.start_from + '/' + READER!r} for an embedder that is trained for it"
+                f"llm={f'{config.start_from}/{READER}'!r} for an embedder that is trained for it"
             )
         if before is None or reader_alone:
             embedder = ExtensibleEmbedder.from_llm(llm, **config.embedder)
