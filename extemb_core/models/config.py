@@ -23,8 +23,8 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         connector: What stands between the layers' outputs and the LLM's input space (see `models/connector.py`).
         chunk_size: Tokens per chunk; chunks are compressed independently.
         ratios: The trained ratios, finest first.
-        residual_window: With a connector: each output starts from the mean of this many token embeddings. It does not
-            depend on the ratio, so a coarser ratio stays a slice of a finer one. "conv" has a map for each of them.
+        residual_window: With a connector: each output starts from the mean of this many token embeddings; "conv" has a
+            map for each of them. It does not depend on the ratio, so a coarser ratio stays a slice of a finer one.
         lora_rank: Rank of the adapters; their scale is `2 * rank`, as usual.
         hidden_size: Width of the LLM's input embeddings, D.
         llm_name: What the LLM was called when the embedder was made; only for messages and defaults.

@@ -3,13 +3,15 @@
     none    RMSNorm with a learnable scale; nothing else (the paper's arm)
     linear  token-embedding residual + zero-initialised linear over the RMSNorm
     mlp     token-embedding residual + two layers with a GELU, the last zero-initialised
-    conv    linear + a zero-initialised map of its own for each token embedding of the residual's window
+    conv    the token embedding at the place itself + zero-initialised linear over the RMSNorm + a map of its own for
+            each of the last `residual_window` token embeddings
 
 The norm is always there: the hidden states after a few layers have norms tens of times those of token
 embeddings. Its scale starts at the token embeddings' RMS and is free after that; useful soft vectors may
 have far larger norms, so nothing is ever clamped. With a connector, training starts from the mean of the
 nearest token embeddings, which a frozen LLM reads at once, instead of from noise. A mean does not say in which
-order its tokens stood; the maps of "conv", a causal convolution over the token embeddings, can.
+order its tokens stood; the maps of "conv", a causal convolution over the token embeddings, can. They start as random
+rotations at a small scale, so that what is between the places is there to be learned from the first step on.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from extemb_core.models.config import Connector
+
+_ROTATED_SCALE = 0.3
 
 
 class OutputConnector(nn.Module):
@@ -31,7 +35,11 @@ class OutputConnector(nn.Module):
         self.maps: nn.Linear | None = None
         if kind == "conv":
             self.maps = nn.Linear(window * width, width, bias=False)
-            nn.init.zeros_(self.maps.weight)
+            with torch.no_grad():
+                for offset in range(window - 1):  # the last is the place's own, which the residual has
+                    rotation = nn.init.orthogonal_(torch.empty(width, width))
+                    self.maps.weight[:, offset * width : (offset + 1) * width] = _ROTATED_SCALE * rotation
+                self.maps.weight[:, (window - 1) * width :] = 0
         if kind == "none":
             nn.init.constant_(self.norm.weight, embedding_rms)
         elif kind in ("linear", "conv"):

@@ -264,7 +264,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         hidden = self.stack(inputs_embeds=embedded.to(self._layer_dtype), use_cache=False).last_hidden_state
         first = int(bos is not None)
         embedded = embedded[:, first:]
-        return ChunkOutputs(hidden[:, first:], trailing_means(embedded, self.config.residual_window), embedded)
+        window = 1 if self.config.connector == "conv" else self.config.residual_window
+        return ChunkOutputs(hidden[:, first:], trailing_means(embedded, window), embedded)
 
     @property
     def _layer_dtype(self) -> torch.dtype:

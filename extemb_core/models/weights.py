@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+_EMBEDDER, _READER = "config.json", "reader/adapter_config.json"  # what shows that there is one
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -67,7 +68,7 @@ def resolve_llm(name: str | os.PathLike[str]) -> Path | str:
     name = str(name)
     model = KNOWN_MODELS.get(name)
     if model is None:
-        return _hub_id(name, f"the known models are {', '.join(KNOWN_MODELS)}")
+        return _hub_id(name, f"the known models are {', '.join([*KNOWN_MODELS, *_shipped(_READER)])}")
     if cache.is_ready(model):
         return cache.folder_of(model)
     if model.hub_id is not None or not all(sources.installed_file(part) for part in model.parts):
@@ -80,8 +81,8 @@ def resolve_llm(name: str | os.PathLike[str]) -> Path | str:
 
 def resolve_reader(name: str | os.PathLike[str]) -> Path | None:
     """The folder of a reader's adapters, if this names one: a local folder, or one that is shipped."""
-    folder = _local_path(name) or PRETRAINED / str(name) / "reader"
-    return folder if (folder / "adapter_config.json").is_file() else None
+    folder = _local_path(name) or _shipped(_READER).get(str(name))
+    return folder if folder is not None and (folder / "adapter_config.json").is_file() else None
 
 
 def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str) -> Path | str:
@@ -91,7 +92,7 @@ def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str)
         ConfigError: No embedder is shipped for this LLM, or the name is neither a folder nor a hub id.
         WeightsError: The path is not a folder with an extemb ``config.json`` and ``model.safetensors``.
     """
-    shipped = _shipped_embedders()
+    shipped = _shipped(_EMBEDDER)
     have = f"embedders are shipped for {', '.join(shipped) or 'no LLM'}"
     if name_or_path is None:
         if llm_name not in shipped:
@@ -223,10 +224,10 @@ def _without_hub(model: KnownModel) -> str:
     )
 
 
-def _shipped_embedders() -> dict[str, Path]:
-    if not PRETRAINED.is_dir():
-        return {}
-    return {folder.name: folder for folder in sorted(PRETRAINED.iterdir()) if (folder / "config.json").is_file()}
+def _shipped(settings: str) -> dict[str, Path]:
+    """What is shipped under an LLM's name and has this file: its embedder, or the reader that is that LLM."""
+    named = sorted(PRETRAINED.iterdir()) if PRETRAINED.is_dir() else []
+    return {folder.name: (folder / settings).parent for folder in named if (folder / settings).is_file()}
 
 
 def _fetch(

@@ -17,10 +17,14 @@ def test_training_starts_from_the_mean_of_token_embeddings(kind):
     torch.testing.assert_close(OutputConnector(kind, 8, 0.1)(100 * torch.randn(5, 8), residuals), residuals)
 
 
-def test_a_convolution_starts_there_too():
-    residuals = torch.randn(5, 8)
+def test_a_convolution_starts_from_the_token_itself_and_the_others_turned_and_small():
     connector = OutputConnector("conv", 8, 0.1, window=3)
-    torch.testing.assert_close(connector(100 * torch.randn(5, 8), residuals, torch.randn(5, 24)), residuals)
+    recent = torch.randn(5, 3, 8)
+    recent[:, 1] = 0
+    made = connector(100 * torch.randn(5, 8), recent[:, 2], recent.flatten(1))
+    torch.testing.assert_close((made - recent[:, 2]).norm(dim=1), 0.3 * recent[:, 0].norm(dim=1))
+    recent[:, 0] = 0
+    torch.testing.assert_close(connector(torch.randn(5, 8), recent[:, 2], recent.flatten(1)), recent[:, 2])
 
 
 def test_a_convolution_has_a_map_for_each_of_the_last_token_embeddings():

@@ -434,6 +434,19 @@ def test_a_truncated_safetensors_file_is_seen_from_its_header(tmp_path: Path, n_
         weights.resolve_llm(folder)
 
 
+def test_a_shipped_reader_has_a_name(site: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pretrained" / "tiny-reader" / "reader"
+    folder.mkdir(parents=True)
+    assert weights.resolve_reader("tiny-reader") is None
+    (folder / "adapter_config.json").write_text("{}")
+    assert weights.resolve_reader("tiny-reader") == folder
+    assert weights.resolve_reader(folder) == folder
+    with pytest.raises(ConfigError, match=r"the known models are tiny, tiny-on-hub, tiny-reader\)"):
+        weights.resolve_llm("tiny-writer")
+    with pytest.raises(ConfigError, match="embedders are shipped for no LLM"):
+        weights.resolve_embedder(None, "tiny-reader")
+
+
 def test_the_embedder_is_the_shipped_one_or_the_named_one(site: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="embedder=None.*extemb train --llm tiny"):
         weights.resolve_embedder(None, NAME)
