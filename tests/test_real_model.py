@@ -11,6 +11,7 @@ from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import WeightsError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
+from extemb_core.questions import templates
 
 pytestmark = pytest.mark.real_model
 
@@ -98,3 +99,21 @@ def test_the_llm_is_bit_equal_after_use_by_two_threads_at_once(llm, embedder):
     assert together["said"] == alone[1]
     for name, tensor in llm.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_the_shipped_reader_answers_in_a_few_words_and_says_when_it_cannot():
+    try:
+        reader = LLM.from_pretrained("smollm2-135m-reader", device="cpu")
+    except WeightsError as error:
+        pytest.skip(str(error))
+    template = templates()["short"]
+    text = "The lighthouse of Orm was built in 1820 by Ada Brook, a mason. It was painted green in 1911."
+
+    def answer(question, text):
+        content = template["before"] + text + template["after"].replace("{question}", question)
+        prompt = assemble_chat(reader, [{"role": "user", "content": content}]).inputs(reader)
+        return reader.generate([prompt], Sampling(max_new_tokens=16))[0].text.strip()
+
+    assert answer("Who built the lighthouse?", text) == "Ada Brook"
+    assert answer("When was it painted?", text) == "1911"
+    assert answer("Who built the lighthouse?", "") == "not in the documents"

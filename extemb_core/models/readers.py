@@ -42,8 +42,8 @@ def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
     decoder: Any = llm.model.base_model
     if first_layer >= len(decoder.layers):
         raise ConfigError(
-            f"the embedder takes {first_layer} of the {len(decoder.layers)} layers of {llm.name}, and a reader trained "
-            "beside it needs some of its own; pass a smaller num_layers"
+            f"a reader gets none of the first {first_layer} layers, and {llm.name} has {len(decoder.layers)}; pass a "
+            "smaller reader_first_layer, or fewer num_layers of the embedder beside it"
         )
     names = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     config = LoraConfig(

@@ -18,7 +18,7 @@ import yaml
 
 from extemb_core.errors import ConfigError
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.trainer import Trained, is_finished, train
+from extemb_core.training.trainer import Trained, holds_reader_alone, is_finished, train
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def stage_configs(recipe: Recipe, output: str | Path, total_tokens: int, **setti
     whole = sum(stage["share"] for stage in recipe.stages)
     embedder = {**recipe.embedder, **settings.pop("embedder", {})}
     start_from = settings.pop("start_from", None)
-    has_embedder = start_from is not None
+    has_embedder = start_from is not None and not holds_reader_alone(Path(start_from))
     configs = []
     for number, stage in enumerate(recipe.stages, start=1):
         folder = Path(output) / "stages" / f"{number}-{stage['name']}"

@@ -346,7 +346,7 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
     before = Path(config.start_from) if config.start_from is not None else None
     torch.manual_seed(config.seed)
     if config.trained != "reader":
-        reader_alone = before is not None and _has_reader(before) and not (before / "config.json").is_file()
+        reader_alone = before is not None and holds_reader_alone(before)
         if reader_alone and config.trained != "both":
             raise ConfigError(
                 f"start_from={config.start_from!r} holds a reader and no embedder; pass "
@@ -369,6 +369,11 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
 
 def _has_reader(folder: Path) -> bool:
     return (folder / READER).is_dir()
+
+
+def holds_reader_alone(folder: Path) -> bool:
+    """Whether a run's folder has a reader, and no embedder beside it."""
+    return _has_reader(folder) and not (folder / "config.json").is_file()
 
 
 def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingArguments:

@@ -95,7 +95,7 @@ def test_a_training_out_of_time_goes_on_with_the_stage_it_was_in(folder, setting
 
 
 def test_the_readers_recipe_leaves_an_llm(folder, settings):
-    tiny_model("llama", max_position_embeddings=1024).save_pretrained(folder / "llm")
+    tiny_model("llama", max_position_embeddings=1024, num_hidden_layers=9).save_pretrained(folder / "llm")
     row = {
         "id": "a:1",
         "context": "The mill was built in 1820.",
@@ -104,7 +104,7 @@ def test_the_readers_recipe_leaves_an_llm(folder, settings):
     }
     (folder / "questions.jsonl").write_text(json.dumps(row))
     settings |= {"data": (), "questions": (str(folder / "questions.jsonl"),)}
-    train_recipe(read_recipe("reader"), folder / "run", 2 * 8 * 512, **settings)
+    train_recipe(read_recipe("reader"), folder / "run", 2 * 8 * 224, **settings)
     assert LLM.from_pretrained(folder / "run" / "reader").window == 1024
 
 
@@ -123,6 +123,11 @@ stages:
     assert second.embedder["num_layers"] == 2
     assert (second.start_from, third.start_from) == (first.output, second.output)
     assert third.embedder == {}
+    (folder / "before" / "reader").mkdir(parents=True)
+    settings["start_from"] = str(folder / "before")
+    first, second, _ = stage_configs(read_recipe(folder / "joint.yaml"), folder / "run", 96, **settings)
+    assert first.start_from == settings["start_from"]
+    assert second.embedder["num_layers"] == 2
 
 
 @pytest.mark.parametrize(

@@ -398,7 +398,7 @@ def test_a_reader_goes_on_where_it_was_stopped(asked, trained, monkeypatch, tmp_
 
 def test_a_reader_beside_an_embedder_of_all_layers_is_refused(asked):
     layers = LLM.from_pretrained(asked.llm).text_config.num_hidden_layers
-    with pytest.raises(ConfigError, match="needs some of its own"):
+    with pytest.raises(ConfigError, match="a reader gets none of the first"):
         train(replace(asked, trained="both", embedder={**asked.embedder, "num_layers": layers}))
 
 
