@@ -111,4 +111,5 @@ class Collator:
             inputs = {"readings": [reading for item in items for reading in item["readings"]]}
         (rows,) = inputs.values()
         ratios = [sorted(map(int, draw.choice(self.ratios, self.ratios_per_sample, replace=False))) for _ in rows]
-        return inputs | {"ratios": ratios, "chunk_size": int(draw.choice(self.chunk_sizes))}
+        named = {"objective": items[0]["objective"]} if "objective" in items[0] else {}
+        return inputs | named | {"ratios": ratios, "chunk_size": int(draw.choice(self.chunk_sizes))}

@@ -113,19 +113,31 @@ class RunTrainer(Trainer):
         self._connector_lr_factor = connector_lr_factor
         self._eval_collators = eval_collators
         self.model_accepts_loss_kwargs = False  # the loss is a mean; accumulation averages it
+        self._by_objective: dict[str, list[Tensor]] = {}  # since the last log
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.SequentialSampler:
         dataset: Any = train_dataset or self.train_dataset
         return torch.utils.data.SequentialSampler(dataset)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        loss = model(**inputs)["loss"]
+        objective = inputs.get("objective")
+        loss = model(**{name: value for name, value in inputs.items() if name != "objective"})["loss"]
+        if model.training and objective is not None:
+            self._by_objective.setdefault(objective, []).append(loss.detach())
         if model.training and not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss became {float(loss.detach())} at step {self.state.global_step}; "
                 "resume from the last checkpoint with a lower learning rate"
             )
         return (loss, {"loss": loss}) if kwargs.get("return_outputs") else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the mean loss of each objective since the last log, where there are several: one can hide the other."""
+        if "loss" in logs:
+            if len(self._by_objective) > 1:
+                logs |= {f"loss_{name}": float(torch.stack(each).mean()) for name, each in self._by_objective.items()}
+            self._by_objective.clear()
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -313,6 +313,11 @@ def test_objectives_can_be_mixed(asked, config):
     found = losses(mixed)
     assert list(found) == list(range(1, 13))
     assert all(math.isfinite(loss) for loss in found.values())
+    every = replace(mixed, output=mixed.output + "-12", logging_steps=12)
+    train(every)
+    (row,) = (row for row in log_of(every) if "loss" in row)
+    parts = [row[f"loss_{name}"] for name in ("two_stream", "reconstruction", "questions")]
+    assert min(parts) < row["loss"] < max(parts)
 
 
 @pytest.mark.parametrize("trained", ["reader", "both"])
