@@ -16,7 +16,8 @@ def pack(
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="The bundle's folder; it must not exist.")],
     llm: LlmOption,
     recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME", help="What to train: default, paper, reader, or a YAML file.")
+        str,
+        typer.Option("--recipe", metavar="NAME", help="What to train: default, joint, paper, reader, or a YAML file."),
     ] = "default",
     data: Annotated[
         list[str] | None,

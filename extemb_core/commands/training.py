@@ -53,7 +53,8 @@ def train(
         typer.Option(
             "--recipe",
             metavar="NAME",
-            help="Train in its stages: default, paper, reader, or a YAML file. Other options go before what it says.",
+            help="Train in its stages: default, joint, paper, reader, or a YAML file. "
+            "Other options go before what it says.",
             show_default="two-stream auto-regression alone, as the options below say",
         ),
     ] = None,

@@ -147,5 +147,5 @@ def test_what_is_no_recipe(folder, text, message):
 
 
 def test_a_recipe_that_is_not_there():
-    with pytest.raises(ConfigError, match="recipe='magic' is neither a file nor one of default, paper, reader"):
+    with pytest.raises(ConfigError, match="recipe='magic' is neither a file nor one of default, joint, paper, reader"):
         read_recipe("magic")
