@@ -192,7 +192,7 @@ class _RunCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             row = {"step": state.global_step, "tokens": state.global_step * self._config.tokens_per_step, **logs}
-            now = time.monotonic()
+            now = time.perf_counter()
             if self._logged is not None and state.global_step > self._logged[1]:
                 tokens = (state.global_step - self._logged[1]) * self._config.tokens_per_step
                 row["tokens_per_second"] = round(tokens / (now - self._logged[0]), 1)
@@ -202,7 +202,7 @@ class _RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(state.global_step)
-        self._logged = time.monotonic(), state.global_step
+        self._logged = time.perf_counter(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(1)
