@@ -101,7 +101,7 @@ def train(
         typer.Option(
             "--connector",
             metavar="NAME",
-            help="Between the layers and the LLM's input space: none, linear or mlp.",
+            help="Between the layers and the LLM's input space: none, linear, mlp or conv.",
             show_default="linear",
             rich_help_panel=_NEW,
         ),
