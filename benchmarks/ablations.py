@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from ending import run, write_json
 
 from extemb_core.evaluation.perplexity import PerplexityConfig, PerplexityExperiment
 from extemb_core.evaluation.provenance import provenance
@@ -70,8 +71,7 @@ def main() -> None:
         seconds = time.monotonic() - start
         measured = measure(trained, args.dev_questions, args.dev_text, tuple(args.ratios), args.limit)
         record["arms"][name] = {"settings": settings, "train_seconds": round(seconds, 1), **measured}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(record, args.json)
         print(name, f"{seconds:.0f} s", *(f"{what}: {values['mean']:.3f}" for what, values in measured.items()))
 
 
@@ -122,4 +122,4 @@ def answer_losses(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -55,8 +55,8 @@ class OutputConnector(nn.Module):
     def forward(self, outputs: Tensor, residuals: Tensor, recent: Tensor | None = None) -> Tensor:
         """outputs, residuals: (..., D) -> (..., D).
 
-        "none" does not use the residuals; "conv" alone uses `recent`, (..., window * D), the token embeddings that the
-        residuals are means of (see `recent_embeddings`).
+        "none" does not use the residuals; "conv" alone uses `recent`, (..., window * D), the last token embeddings (see
+        `recent_embeddings`).
         """
         scaled = self.norm(outputs.to(self.norm.weight.dtype))
         if self.projection is None:
@@ -73,6 +73,8 @@ def trailing_means(embedded: Tensor, window: int) -> Tensor:
 
     embedded: (B, T, D) -> (B, T, D), in float32 so that long chunks lose no precision.
     """
+    if window == 1:
+        return embedded.float()
     sums = nn.functional.pad(embedded.float().cumsum(1), (0, 0, 1, 0))
     ends = torch.arange(1, embedded.shape[1] + 1, device=embedded.device)
     starts = (ends - window).clamp(min=0)
