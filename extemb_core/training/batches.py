@@ -15,7 +15,7 @@ import torch
 from extemb_core.models.llm import LLM
 from extemb_core.training.data import Samples
 from extemb_core.training.objectives import Reading
-from extemb_core.training.tasks import QuestionReadings, reconstruction
+from extemb_core.training.tasks import QuestionReadings, recall, reconstruction
 
 
 class Batches:
@@ -27,7 +27,7 @@ class Batches:
         batch_size: Samples of a batch.
         seed: Of all that is drawn.
         llm: Whose tokenizer is used.
-        samples: Text, for "two_stream" and "reconstruction".
+        samples: Text, for every objective but "questions".
         questions: For "questions".
         spans: Tokens of the longest span to reconstruct, at the start and at the end of the run.
     """
@@ -72,6 +72,8 @@ class Batches:
         ids = self._text(place)
         if objective == "two_stream":
             return item | {"sample": torch.from_numpy(ids)}
+        if objective == "recall":
+            return item | {"readings": [recall(self._llm, ids, np.random.default_rng([self._seed, 2, index]))]}
         return item | {"readings": self._spans_of(ids, batch, index)}
 
     def _text(self, place: int) -> np.ndarray[Any, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from extemb_core.errors import ConfigError
 from extemb_core.models.downscaling import is_count
 
-OBJECTIVES = ("two_stream", "reconstruction", "questions")
+OBJECTIVES = ("two_stream", "reconstruction", "recall", "questions")
 TRAINED = ("embedder", "connector", "reader", "both")
 
 
@@ -37,6 +37,8 @@ class TrainingConfig:
         reader_first_layer: Decoder layers before it get none. An embedder shares the layers that a reader leaves as
             they are; 0 takes all, or all above those of an embedder that is trained beside it.
         most_per_source: Questions of each source (the id up to its number) in one round over them.
+        raw_share: Of a question's documents, the share that stays text, so that what learns to read embeddings goes on
+            reading text.
         sample_length: Tokens of a training sample, and of a question's documents at most.
         spans: Tokens of the spans to reconstruct, at the start of the run and at its end: short ones first.
         chunk_sizes: Chunk lengths in training, one drawn per batch; the embedder's own when empty.
@@ -65,6 +67,7 @@ class TrainingConfig:
     reader_rank: int = 8
     reader_first_layer: int = 0
     most_per_source: int = 4000
+    raw_share: float = 0.15
     sample_length: int = 1536
     spans: tuple[int, int] = (32, 256)
     chunk_sizes: tuple[int, ...] = ()
@@ -124,10 +127,11 @@ class TrainingConfig:
         shares = list(self.objectives.values())
         if not shares or min(shares) < 0 or sum(shares) <= 0:
             raise ConfigError(f"objectives={dict(self.objectives)!r}: shares are at least 0 and not all 0; pass e.g. 1")
-        if not 0 <= self.distillation <= 1:
-            raise ConfigError(f"distillation={self.distillation!r} is not between 0 and 1; pass e.g. 0.5")
+        for name in ("distillation", "raw_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not between 0 and 1; pass e.g. 0.5")
         wanted = {name for name, share in self.objectives.items() if share}
-        if wanted & {"two_stream", "reconstruction"} and not self.data:
+        if wanted - {"questions"} and not self.data:
             raise ConfigError("data is empty; pass at least one text file to train on")
         if self.trained == "reader" and wanted != {"questions"}:
             raise ConfigError('a reader learns from questions alone; pass objectives={"questions": 1}')

@@ -29,6 +29,8 @@ Role = Literal["text", "document", "answer"]
 
 NOT_FOUND = "not in the documents"
 _REPEAT = "\n\nRepeat the text above, word for word:\n"
+_GO_ON = "\n\nGo on from each of these words of the text above:\n"
+_LONGEST_CUE, _LONGEST_RECALLED, _MOST_CUES = 4, 7, 12
 _CHARS_PER_TOKEN = 3  # few enough that a cut by characters seldom has too many tokens
 _MOST_DISTRACTORS = 3
 _SHORTEST_DISTRACTOR = 32
@@ -40,6 +42,25 @@ def reconstruction(llm: LLM, ids: Ids) -> Reading:
     prompt = assemble_text(llm, [ids, _REPEAT])
     parts = tuple((_tensor(part), _role(part is ids)) for part in prompt.segments)
     return Reading((*parts, (_tensor(ids), "answer")))
+
+
+def recall(llm: LLM, ids: Ids, draw: np.random.Generator) -> Reading:
+    """Go on from a few words of a text that is read as embeddings, at several of its places. ids: (T,).
+
+    What a question asks of a document is done here many times a reading: find the place by the words that stand there,
+    and say what comes next.
+    """
+    prompt = assemble_text(llm, [ids, _GO_ON])
+    parts = [(_tensor(part), _role(part is ids)) for part in prompt.segments]
+    line = _tensor(llm.encode("\n"))
+    most = max(1, len(ids) // (2 * (_LONGEST_CUE + _LONGEST_RECALLED)))
+    for _ in range(min(most, _MOST_CUES)):
+        cue, recalled = int(draw.integers(2, _LONGEST_CUE + 1)), int(draw.integers(3, _LONGEST_RECALLED + 1))
+        start = int(draw.integers(max(1, len(ids) - cue - recalled + 1)))
+        middle = min(start + cue, len(ids) - 1)
+        parts += [(_tensor(ids[start:middle]), "text"), (_tensor(ids[middle : middle + recalled]), "answer"),
+                  (line, "text")]  # fmt: skip
+    return Reading(tuple(part for part in parts[:-1] if len(part[0])))
 
 
 class QuestionReadings:

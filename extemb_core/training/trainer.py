@@ -296,7 +296,7 @@ def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequenc
             plan_passes(chunk_lengths(config.sample_length, size), finest, llm.window, 0, llm.bos_token_id is not None)
     else:
         shortest = min(config.spans)
-    if wanted.keys() & {"two_stream", "reconstruction"}:
+    if wanted.keys() - {"questions"}:
         tokens = TokenFile.build([Path(file) for file in config.data], llm, config.token_cache)
         samples = Samples(tokens, config.sample_length, shortest)
         if not len(samples):
@@ -310,6 +310,7 @@ def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequenc
             llm,
             max_tokens=config.sample_length,
             most_per_source=config.most_per_source,
+            raw_share=config.raw_share,
             seed=config.seed,
         )
     return Batches(

@@ -94,6 +94,15 @@ def test_a_reconstruction_is_the_span_compressed_then_asked_for(llm):
     assert "word for word" in llm.decode(reading.parts[1][0].tolist())
 
 
+def test_what_is_recalled_is_drawn_anew_for_each_item(make):
+    batches = make({"recall": 1}, n_batches=8)
+    shown = [[ids.tolist() for ids, _ in batches[at]["readings"][0].parts] for at in range(len(batches))]
+    assert shown == [[ids.tolist() for ids, _ in batches[at]["readings"][0].parts] for at in range(len(batches))]
+    again = [parts[2:] for parts in shown if parts[0] == shown[0][0]]
+    assert len(again) > 1
+    assert again[0] != again[1]
+
+
 def test_ratios_are_drawn_per_sample_and_again_the_same():
     collator = Collator([2, 4, 8], [16, 32], seed=1)
     items = [{"sample": torch.arange(4), "index": at} for at in range(40)]

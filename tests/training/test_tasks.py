@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from extemb_core.errors import TrainingError
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question
-from extemb_core.training.tasks import NOT_FOUND, QuestionReadings
+from extemb_core.training.tasks import NOT_FOUND, QuestionReadings, recall
 
 PLACES = ("harbour", "bridge", "mill", "tower", "market")
 
@@ -38,6 +39,36 @@ def answers(llm, reading):
 def many(llm, count=200, **settings):
     made = QuestionReadings(questions(), llm, **settings)
     return [made.reading(at) for at in range(count)]
+
+
+def test_recall_goes_on_from_words_of_the_text_at_several_places(llm):
+    ids = np.arange(200, 424)
+    seen = set()
+    for seed in range(20):
+        reading = recall(llm, ids, np.random.default_rng(seed))
+        assert [role for _, role in reading.parts[:2]] == ["document", "text"]
+        assert reading.parts[0][0].tolist() == ids.tolist()
+        recalled = [at for at, (_, role) in enumerate(reading.parts) if role == "answer"]
+        assert len(recalled) == 10
+        for at in recalled:
+            cue, answer = reading.parts[at - 1][0].tolist(), reading.parts[at][0].tolist()
+            assert len(cue) in (2, 3, 4)
+            assert 3 <= len(answer) <= 7
+            assert cue + answer == list(range(cue[0], answer[-1] + 1))
+            assert ids[0] <= cue[0] <= answer[-1] <= ids[-1]
+            seen.add(cue[0])
+        assert recalled[-1] == len(reading.parts) - 1
+    assert len(seen) > 100
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 12])
+def test_recall_of_a_very_short_text_has_an_answer(llm, length):
+    ids = np.arange(200, 200 + length)
+    for seed in range(10):
+        *_, (answer, role) = recall(llm, ids, np.random.default_rng(seed)).parts
+        assert role == "answer"
+        assert len(answer)
+        assert set(answer.tolist()) <= set(ids.tolist())
 
 
 def test_the_answer_ends_the_turn_and_belongs_to_the_question(llm):

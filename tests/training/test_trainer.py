@@ -21,7 +21,7 @@ from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training import trainer as trainer_module
 from extemb_core.training.batches import Collator
-from extemb_core.training.config import TrainingConfig
+from extemb_core.training.config import OBJECTIVES, TrainingConfig
 from extemb_core.training.objectives import two_stream_loss
 from extemb_core.training.trainer import RunTrainer, Trained, train
 
@@ -307,16 +307,16 @@ def reader_tensors(config):
 
 
 def test_objectives_can_be_mixed(asked, config):
-    mixed = replace(asked, data=config.data, objectives={"two_stream": 1, "reconstruction": 1, "questions": 1},
-                    distillation=0.3, ratios_per_sample=2, spans=(4, 8), total_tokens=12 * 96)  # fmt: skip
+    mixed = replace(asked, data=config.data, objectives=dict.fromkeys(OBJECTIVES, 1), distillation=0.3,
+                    ratios_per_sample=2, spans=(4, 8), total_tokens=16 * 96)  # fmt: skip
     train(mixed)
     found = losses(mixed)
-    assert list(found) == list(range(1, 13))
+    assert list(found) == list(range(1, 17))
     assert all(math.isfinite(loss) for loss in found.values())
-    every = replace(mixed, output=mixed.output + "-12", logging_steps=12)
+    every = replace(mixed, output=mixed.output + "-16", logging_steps=16)
     train(every)
     (row,) = (row for row in log_of(every) if "loss" in row)
-    parts = [row[f"loss_{name}"] for name in ("two_stream", "reconstruction", "questions")]
+    parts = [row[f"loss_{name}"] for name in mixed.objectives]
     assert min(parts) < row["loss"] < max(parts)
 
 
@@ -418,11 +418,12 @@ def test_the_connector_can_be_trained_alone(config):
 
 def test_settings_of_objectives_that_do_not_go_together(asked):
     for change, message in (
-        ({"objectives": {"twostream": 1}}, "'twostream' is not one of two_stream, reconstruction, questions"),
+        ({"objectives": {"twostream": 1}}, "'twostream' is not one of two_stream, reconstruction, recall, questions"),
         ({"objectives": {}}, "shares are at least 0 and not all 0"),
         ({"objectives": {"two_stream": 1}}, "data is empty"),
         ({"questions": ()}, "questions is empty"),
         ({"distillation": 1.5}, "distillation=1.5 is not between 0 and 1"),
+        ({"raw_share": -0.1}, "raw_share=-0.1 is not between 0 and 1"),
         ({"trained": "all"}, "trained='all' is not one of embedder, connector, reader, both"),
         ({"trained": "reader", "data": ("a.txt",), "objectives": {"two_stream": 1}}, "a reader learns from questions"),
         ({"trained": "reader", "eval_data": ("a.txt",)}, "eval_data is text for an embedder's loss"),
