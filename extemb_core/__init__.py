@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
     from extemb_core.models.llm import LLM, Sampling
     from extemb_core.readers import read_document, read_documents
+    from extemb_core.store.store import EmbeddingStore
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "Answer": "answers",
     "Compressed": "models.compressed",
     "Document": "documents",
+    "EmbeddingStore": "store.store",
     "ExtembError": "errors",
     "ExtensibleEmbedder": "models.embedder",
     "ExtensibleEmbedderConfig": "models.config",
@@ -44,6 +46,7 @@ __all__ = [
     "Answer",
     "Compressed",
     "Document",
+    "EmbeddingStore",
     "ExtembError",
     "ExtensibleEmbedder",
     "ExtensibleEmbedderConfig",

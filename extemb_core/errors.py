@@ -9,6 +9,9 @@
     ├── WeightsError (OSError)          weights that are missing, damaged or of another kind
     │   ├── WeightsNotFoundError (FileNotFoundError)
     │   └── WeightsCorruptError
+    ├── StoreError (OSError)            a store that cannot be opened, read or written
+    │   ├── StoreNotFoundError (FileNotFoundError)
+    │   └── StoreCorruptError           bytes that are not what was written
     ├── MismatchError (ValueError)      an embedder, store or embedding made for something else
     ├── TrainingError (RuntimeError)    a run that cannot go on (NaN loss, foreign checkpoint)
     └── MissingExtraError (ImportError) an optional dependency that is not installed
@@ -54,6 +57,18 @@ class WeightsNotFoundError(WeightsError, FileNotFoundError):
 
 class WeightsCorruptError(WeightsError):
     """A model's files are not the bytes they should be."""
+
+
+class StoreError(ExtembError, OSError):
+    """A store that cannot be opened, read or written."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is no store where one was looked for."""
+
+
+class StoreCorruptError(StoreError):
+    """Bytes of a store are not what was written."""
 
 
 class MismatchError(ExtembError, ValueError):

@@ -29,6 +29,7 @@ from extemb_core.errors import BudgetError, ConfigError, DocumentError, Mismatch
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
 from extemb_core.models.weights import resolve_embedder
+from extemb_core.store.base import Store
 from extemb_core.store.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ Documents = str | Document | Mapping[str, Any] | Iterable[Any]
 class ExtensibleLM:
     """A frozen LLM with an embedder that compresses its documents.
 
-    One object may be used from several threads. Documents are compressed once and kept in memory, least recently
-    used ones going first (`store`).
+    One object may be used from several threads. Documents are compressed once and kept in `store`: in memory, least
+    recently used ones going first, or on disk, for later processes too.
 
     Args:
         llm: The frozen LLM.
@@ -54,14 +55,14 @@ class ExtensibleLM:
         store: Where compressed documents are kept; in memory, 512 MiB, when not given.
     """
 
-    def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, store: MemoryStore | None = None) -> None:
+    def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, store: Store | None = None) -> None:
         if embedder.llm is not llm:
             raise MismatchError(
                 f"the embedder is bound to another LLM object ({embedder.llm.name!r}); load it with llm=this one"
             )
         self.llm = llm
         self.embedder = embedder
-        self.store = store if store is not None else MemoryStore()
+        self.store: Store = store if store is not None else MemoryStore()
         self._ids: OrderedDict[str, np.ndarray[Any, Any]] = OrderedDict()
         self._ids_lock = threading.Lock()
 
@@ -71,6 +72,7 @@ class ExtensibleLM:
         llm: str | Path = DEFAULT_LLM,
         embedder: str | Path | None = None,
         *,
+        store: str | Path | Store | None = None,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
     ) -> ExtensibleLM:
@@ -79,16 +81,22 @@ class ExtensibleLM:
         Args:
             llm: A local folder, a known name (`extemb weights list`) or a Hugging Face id.
             embedder: A folder or hub id; the one shipped for a known LLM when not given.
+            store: Folder of an `EmbeddingStore`, made if it is not there, or a store; in memory when not given.
             device: "auto" or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.
 
         Raises:
             WeightsError: Files are missing or damaged.
             MismatchError: The embedder was made for another LLM.
+            StoreError: The store cannot be opened.
         """
+        if isinstance(store, str | Path):
+            from extemb_core.store.store import EmbeddingStore
+
+            store = EmbeddingStore.open(store)
         where = resolve_embedder(embedder, str(llm))
         loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
-        return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded))
+        return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded), store)
 
     # -- asking -----------------------------------------------------------------------------------------------
 
@@ -290,9 +298,11 @@ class ExtensibleLM:
                 ratio=ratio,
                 show_progress=show_progress,
             )
+            self.store.put(*made)
             for place, compressed in zip(places, made, strict=True):
-                self.store.put(compressed)
-                found[place] = compressed
+                # As kept, which on disk is rounded: the first answer is what later ones will be.
+                kept = self.store.get(compressed.ref, fingerprint, ratio)
+                found[place] = compressed if kept is None else kept
         return [kept.embeddings for kept in found if kept is not None], cached
 
     # -- prompts ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import SENTENCES, random_embedder, tiny_llm
 
-from extemb_core import Document, ExtensibleLM
+from extemb_core import Document, EmbeddingStore, ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError, RatioError
 from extemb_core.models.llm import Sampling
@@ -215,3 +215,16 @@ def test_sampling_is_repeatable(lm):
     draws = [ask(lm, QUESTION, temperature=1.0, seed=s).text for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert Sampling(stop="x").stop == ("x",)
+
+
+def test_a_store_on_disk_answers_in_another_process_without_the_embedder(lm, tmp_path, monkeypatch):
+    documents = ["Rivers carry sand to the sea. " * 12, "The bridge was closed in 1987. " * 12]
+    with EmbeddingStore.open(tmp_path / "docs.extemb") as store:
+        first = ExtensibleLM(lm.llm, lm.embedder, store).ask("What?", documents, ratio=4, max_new_tokens=8)
+    assert [entry.cached for entry in first.context] == [False, False]
+    monkeypatch.setattr(lm.embedder, "compress_ids", lambda *args, **kwargs: pytest.fail("compressed again"))
+    with EmbeddingStore.open(tmp_path / "docs.extemb", "r") as store:
+        again = ExtensibleLM(lm.llm, lm.embedder, store).ask("What?", documents, ratio=4, max_new_tokens=8)
+        coarser = ExtensibleLM(lm.llm, lm.embedder, store).ask("What?", documents, ratio=8, max_new_tokens=8)
+    assert again.text == first.text
+    assert [entry.cached for entry in (*again.context, *coarser.context)] == [True] * 4

@@ -25,6 +25,7 @@ from extemb_core.commands.inputs import (
     RatioOption,
     SeedOption,
     SessionBudgetOption,
+    StoreOption,
     TemperatureOption,
     load_documents,
     parse_ratio,
@@ -51,6 +52,7 @@ def ask(
     budget: BudgetOption = None,
     llm: LlmOption = DEFAULT_LLM,
     embedder: EmbedderOption = None,
+    store: StoreOption = None,
     max_new_tokens: MaxNewTokensOption = DEFAULT_MAX_NEW_TOKENS,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
@@ -65,7 +67,7 @@ def ask(
     with library_output():
         from extemb_core.lm import ExtensibleLM
 
-        lm = ExtensibleLM.from_pretrained(llm, embedder, device=device)
+        lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device)
         stream = lm.stream(question, texts, budget=budget, ratio=chosen, **sampling)
     if as_json:
         with library_output():
@@ -87,6 +89,7 @@ def chat(
     budget: SessionBudgetOption = None,
     llm: LlmOption = DEFAULT_LLM,
     embedder: EmbedderOption = None,
+    store: StoreOption = None,
     max_new_tokens: MaxNewTokensOption = DEFAULT_MAX_NEW_TOKENS,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
@@ -104,7 +107,7 @@ def chat(
     with library_output():
         from extemb_core.lm import ExtensibleLM
 
-        lm = ExtensibleLM.from_pretrained(llm, embedder, device=device)
+        lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device)
         session = lm.session(texts, ratio=chosen, budget=budget)
     failed: Exception | None = None
     context_shown = False

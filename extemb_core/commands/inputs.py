@@ -85,6 +85,15 @@ EmbedderOption = Annotated[
         show_default="the one shipped for the LLM",
     ),
 ]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        help="Keep compressed documents in this folder, and take them from there the next time.",
+        show_default="in memory",
+    ),
+]
 DocumentsOption = Annotated[
     list[str] | None,
     typer.Option(

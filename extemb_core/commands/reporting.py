@@ -14,7 +14,16 @@ from typing import Any, ParamSpec
 
 import typer
 
-from extemb_core.errors import BudgetError, ConfigError, DocumentError, ExtembError, MismatchError, WeightsError
+from extemb_core.errors import (
+    BudgetError,
+    ConfigError,
+    DocumentError,
+    ExtembError,
+    MismatchError,
+    StoreCorruptError,
+    StoreNotFoundError,
+    WeightsError,
+)
 
 P = ParamSpec("P")
 
@@ -36,7 +45,7 @@ EXIT_CODES: dict[ExitCode, str] = {
     ExitCode.OK: "done",
     ExitCode.FAILURE: "failed while running: memory, disk, training, a missing extra",
     ExitCode.USAGE: "a command line that cannot be understood",
-    ExitCode.INPUT: "a document or data file that is missing or cannot be read",
+    ExitCode.INPUT: "a document, data file or store that is missing or cannot be read",
     ExitCode.WEIGHTS: "weights that are missing or damaged",
     ExitCode.SETTINGS: "settings that are not legal or do not fit together: ratio, budget, LLM and embedder",
     ExitCode.INTERRUPTED: "interrupted with Ctrl-C",
@@ -46,6 +55,8 @@ EXIT_CODES: dict[ExitCode, str] = {
 # The first that fits; everything else is a FAILURE.
 _CODES: tuple[tuple[type[ExtembError], ExitCode], ...] = (
     (DocumentError, ExitCode.INPUT),
+    (StoreNotFoundError, ExitCode.INPUT),
+    (StoreCorruptError, ExitCode.INPUT),
     (WeightsError, ExitCode.WEIGHTS),
     (ConfigError, ExitCode.SETTINGS),
     (BudgetError, ExitCode.SETTINGS),

@@ -33,8 +33,12 @@ class MemoryStore:
             self._kept.move_to_end((ref, fingerprint))
         return kept.at_ratio(ratio)
 
-    def put(self, compressed: Compressed) -> None:
-        """Keep a text, unless it is here already at a ratio at least as fine, or is larger than the whole store."""
+    def put(self, *texts: Compressed) -> None:
+        """Keep texts, but those here already at a ratio at least as fine, and those larger than the whole store."""
+        for compressed in texts:
+            self._put(compressed)
+
+    def _put(self, compressed: Compressed) -> None:
         key = (compressed.ref, compressed.fingerprint)
         with self._lock:
             before = self._kept.get(key)

@@ -1,0 +1,281 @@
+"""One LMDB environment per folder and process: opened once, grown when full, opened anew after a fork.
+
+LMDB forbids a second environment of one folder in a process, and its map may be resized only while no transaction of
+the process is open; both are seen to here. Between processes LMDB itself serves any number of readers beside one
+writer, who sees to the order of writers; what a killed one had not committed was never there.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lmdb
+
+from extemb_core.errors import StoreCorruptError, StoreError, StoreNotFoundError
+
+DATA_FILE = "data.mdb"
+DATABASES = ("entries", "blocks", "live", "kinds")
+_READERS = 1024
+_FIRST_MAP_BYTES = 64 * 2**20
+
+_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.VersionMismatchError)
+
+T = TypeVar("T")
+
+_shared: dict[str, Environment] = {}  # by folder
+_shared_lock = threading.Lock()
+
+
+class Environment:
+    """The databases of one folder. Get one with `open_environment`, and give it back with `close`.
+
+    Attributes:
+        folder: Where the files are.
+        readonly: Whether nothing can be written.
+    """
+
+    def __init__(self, folder: Path, readonly: bool) -> None:
+        self.folder = folder
+        self.readonly = readonly
+        self._users = 1
+        self._gate = threading.Condition(threading.Lock())
+        self._open = 0  # transactions of this process
+        self._waiting = 0  # for there to be none: no new one begins
+        self._writing = threading.Lock()
+        self._databases: dict[str, Any] = {}
+        self._env: Any = None
+        self._connect()
+
+    def database(self, name: str) -> Any:
+        """A handle, within a transaction; None when it does not exist, which is in a read-only environment alone."""
+        return self._databases[name]
+
+    @contextmanager
+    def read(self) -> Iterator[Any]:
+        """A transaction that sees one state of all databases. Its buffers are views of the file: copy what stays."""
+        self._enter()
+        try:
+            with self._failures("read"), self._begun(write=False) as transaction:
+                yield transaction
+        finally:
+            self._leave()
+
+    def write(self, work: Callable[[Any], T]) -> T:
+        """Run `work(transaction)` and commit: all of it is on disk when this returns, or none of it.
+
+        `work` may run more than once: when the map is full it is grown, and the transaction begins anew.
+
+        Raises:
+            StoreError: The environment is read-only, or the disk refuses (then nothing of it was kept).
+        """
+        if self.readonly:
+            raise StoreError(f"{self.folder} was opened to read; open it with mode='a' to write")
+        with self._writing:
+            while True:
+                self._enter()
+                try:
+                    with self._failures("write"), self._begun(write=True) as transaction:
+                        return work(transaction)
+                except lmdb.MapFullError:
+                    pass
+                finally:
+                    self._leave()
+                self._grow()
+
+    def file_bytes(self) -> int:
+        return (self.folder / DATA_FILE).stat().st_size
+
+    def close(self) -> None:
+        """Give it back; the files are closed when nobody in this process uses them."""
+        with _shared_lock:
+            self._users -= 1
+            if self._users == 0:
+                del _shared[str(self.folder)]
+                with self._gate:
+                    self._disconnect()
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _before_fork(self) -> None:
+        """Closed until it is used again: a child can neither use what it inherits nor close it, as that would end the
+        parent's transactions. Held until the fork is done, so that no thread connects in between."""
+        self._gate.acquire()
+        self._disconnect()
+
+    def _after_fork(self) -> None:
+        """In the child: no other thread is left that could hold these, or wait."""
+        self._waiting = 0
+        self._gate = threading.Condition(threading.Lock())
+        self._writing = threading.Lock()
+
+    def _settle(self) -> None:
+        """With the gate held, wait until no transaction is open."""
+        self._waiting += 1
+        self._gate.wait_for(lambda: self._open == 0)
+        self._waiting -= 1
+        self._gate.notify_all()  # those who want in get the gate when it is free
+
+    def _disconnect(self) -> None:
+        self._settle()
+        if self._env is not None:
+            self._env.close()
+        self._env = None
+
+    def _connect(self) -> None:
+        file = self.folder / DATA_FILE
+        size = file.stat().st_size if file.is_file() else 0
+        writable = os.access(self.folder, os.W_OK)
+        try:
+            self._env = lmdb.open(
+                str(self.folder),
+                map_size=max(_FIRST_MAP_BYTES, size),
+                max_dbs=16,
+                max_readers=_READERS,
+                readonly=self.readonly,
+                lock=writable or not self.readonly,
+                readahead=False,
+                meminit=False,
+            )
+        except lmdb.Error as error:
+            raise _damaged_or_refused(self.folder, error) from error
+        try:
+            self._look_over(file)
+            with self._failures("read"):
+                self._open_databases()
+        except BaseException:
+            self._env.close()
+            self._env = None
+            raise
+
+    def _look_over(self, file: Path) -> None:
+        """A file that was cut would end the process at the first read beyond its end."""
+        used = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        if used > file.stat().st_size:
+            raise StoreCorruptError(
+                f"{file} was cut at {file.stat().st_size:,} bytes, and its pages end at {used:,}; get it again from a "
+                "copy, or add the documents to a new store"
+            )
+        if not self.readonly:
+            self._env.reader_check()  # places of processes that are gone
+
+    def _open_databases(self) -> None:
+        """Once, before anything else: LMDB wants no two threads to do it. To write, it waits for the writer of now."""
+        self._databases = dict.fromkeys(DATABASES)
+        for name in DATABASES:
+            try:
+                self._databases[name] = self._env.open_db(name.encode(), create=not self.readonly)
+            except lmdb.NotFoundError:
+                return
+
+    def _enter(self) -> None:
+        with self._gate:
+            self._gate.wait_for(lambda: not self._waiting)
+            if not self._users:
+                raise StoreError(f"{self.folder} is closed; open it again")
+            if self._env is None:
+                self._connect()
+            self._open += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._open -= 1
+            self._gate.notify_all()
+
+    @contextmanager
+    def _begun(self, *, write: bool) -> Iterator[Any]:
+        try:
+            transaction = self._env.begin(write=write, buffers=True)
+        except lmdb.MapResizedError:  # another process made it larger
+            self._resize(0)
+            transaction = self._env.begin(write=write, buffers=True)
+        with transaction:
+            yield transaction
+
+    def _grow(self) -> None:
+        self._enter()
+        try:
+            self._resize(2 * self._env.info()["map_size"])
+        finally:
+            self._leave()
+
+    def _resize(self, size: int) -> None:
+        """Resize the map once no transaction of this process but the caller's own, not yet begun, is open."""
+        with self._gate:
+            self._open -= 1
+            self._settle()
+            try:
+                self._env.set_mapsize(size)
+            finally:
+                self._open += 1
+
+    @contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (lmdb.MapFullError, lmdb.MapResizedError):
+            raise
+        except _DAMAGE as error:
+            raise _damaged_or_refused(self.folder, error) from error
+        except lmdb.Error as error:
+            raise StoreError(
+                f"{self.folder} could not be {'written to' if what == 'write' else 'read'} ({error}); nothing of this "
+                "call was kept and what was there before still is; see to the disk and call again"
+            ) from error
+
+
+def open_environment(folder: Path, *, readonly: bool) -> Environment:
+    """The environment of a folder, shared with whoever has it open in this process.
+
+    Raises:
+        StoreNotFoundError: It is to be read, and is not there.
+        StoreCorruptError: The file is damaged.
+        StoreError: It cannot be opened, or only to read, or this process reads it already and would write now.
+    """
+    folder = folder.resolve()
+    with _shared_lock:
+        found = _shared.get(str(folder))
+        if found is None:
+            if readonly and not (folder / DATA_FILE).is_file():
+                raise StoreNotFoundError(f"{folder} has no store in it; check the path, or open it with mode='a'")
+            found = _shared[str(folder)] = Environment(folder, readonly)
+        elif found.readonly and not readonly:
+            raise StoreError(f"{folder} is open to read in this process; close that before opening it to write")
+        else:
+            found._users += 1
+        return found
+
+
+def _before_fork() -> None:
+    _shared_lock.acquire()
+    for environment in _shared.values():
+        environment._before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for environment in _shared.values():
+        environment._gate.release()
+    _shared_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _shared_lock
+    for environment in _shared.values():
+        environment._after_fork()
+    _shared_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+def _damaged_or_refused(folder: Path, error: Exception) -> StoreError:
+    if isinstance(error, _DAMAGE):
+        return StoreCorruptError(
+            f"{folder / DATA_FILE} is damaged ({error}); get it again from a copy, or add the documents to a new store"
+        )
+    return StoreError(f"{folder} cannot be opened ({error}); check that the folder may be read and written")

@@ -1,0 +1,106 @@
+"""From a store to shards and back: how documents move to other machines, to object storage and into another store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from extemb_core.errors import ConfigError, StoreError
+from extemb_core.models.compressed import Compressed
+from extemb_core.progress import progress
+from extemb_core.store.shards import MANIFEST, Shard, read_manifest, read_shard, write_manifest, write_shard
+from extemb_core.store.store import EmbeddingStore
+
+SHARD_BYTES = 256 * 2**20
+_PUT_BYTES = 32 * 2**20  # of one transaction
+
+
+def export_store(
+    store: EmbeddingStore, folder: str | Path, *, shard_bytes: int = SHARD_BYTES, show_progress: bool | None = None
+) -> list[Shard]:
+    """Write every document of a store into shards and a manifest.
+
+    Args:
+        store: Is read while others may write; documents that come meanwhile may be among them or not.
+        folder: A new or empty one, or one whose export was interrupted.
+        shard_bytes: Of the embeddings of a shard, about.
+        show_progress: Show a bar; None shows it on a terminal.
+
+    Raises:
+        ConfigError: `shard_bytes` is not positive.
+        StoreError: The folder holds a finished export or other files, or the disk refuses.
+    """
+    if shard_bytes < 1:
+        raise ConfigError(f"shard_bytes={shard_bytes} is below 1; pass e.g. {SHARD_BYTES}")
+    target = Path(folder)
+    if (target / MANIFEST).exists():
+        raise StoreError(f"{target} holds an export already; pass another folder")
+    foreign = sorted(file.name for file in target.glob("*") if not file.name.startswith(("shard-", ".shard-")))
+    if foreign:
+        raise StoreError(f"{target} holds {foreign[0]!r}, which is no shard; pass a new folder")
+    for leftover in target.glob("*"):  # of an export that was interrupted
+        leftover.unlink()
+    shards: list[Shard] = []
+    with progress("export", len(store), show_progress) as advance:
+        for texts in _groups(store, shard_bytes):
+            shards.append(write_shard(target, f"shard-{len(shards):05d}", texts, store.dtype))
+            advance(len(texts))
+    target.mkdir(parents=True, exist_ok=True)
+    write_manifest(target, shards)
+    return shards
+
+
+def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: bool | None = None) -> int:
+    """Put the documents of a folder of shards into a store. Those that are there at a ratio as fine stay as they are.
+
+    Every file is compared with the manifest before the first document is put; a call that was interrupted is repeated.
+
+    Returns:
+        Documents read.
+
+    Raises:
+        StoreNotFoundError, StoreCorruptError: The shards are not what was written.
+        StoreError: The store is read-only, or the disk refuses.
+    """
+    files = read_manifest(Path(folder))
+    count = 0
+    with progress("import", len(files), show_progress) as advance:
+        for file in files:
+            waiting: list[Compressed] = []
+            size = 0
+            for text in read_shard(file):
+                waiting.append(text)
+                size += text.embeddings.numel() * 4
+                count += 1
+                if size > _PUT_BYTES:
+                    store.put(*waiting)
+                    waiting, size = [], 0
+            store.put(*waiting)
+            advance(1)
+    return count
+
+
+def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[list[Compressed]]:
+    """Documents of one embedder, about `shard_bytes` of embeddings together."""
+    for fingerprint in sorted(store.stats().by_fingerprint):
+        group: list[Compressed] = []
+        size = 0
+        for ref, own in store.items():
+            text = store.finest(ref, own) if own == fingerprint else None
+            if text is None:  # of another embedder, or removed meanwhile
+                continue
+            if group and not _alike(text, group[0]):
+                yield group
+                group, size = [], 0
+            group.append(text)
+            size += text.embeddings.numel() * (1 if store.dtype == "int8" else 2)
+            if size >= shard_bytes:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+
+def _alike(one: Compressed, other: Compressed) -> bool:
+    """Whether they were made with the same settings, of which the fingerprint leaves some out."""
+    return (one.chunk_size, one.ratios, one.downscaling) == (other.chunk_size, other.ratios, other.downscaling)

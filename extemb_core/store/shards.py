@@ -1,0 +1,204 @@
+"""Compressed documents as immutable safetensors shards with a manifest: for export, and from distributed jobs.
+
+A shard holds documents of one embedder in one dtype:
+
+    refs (E, 16) uint8, n_tokens (E,) int64, n_embeddings (E,) int64, ratios (E,) int64: the documents, in order
+    payload (sum of bytes,) uint8: their embeddings as `coding` has them, one after another
+
+Its settings are in the file's metadata. A file is written beside its place, pushed to the disk and renamed, so that
+one with a shard's name is whole; the manifest comes last and names every shard with its size and sha256.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.models.compressed import Compressed
+from extemb_core.models.sources import sha256_of
+from extemb_core.store.coding import DTYPES, Dtype, decode, encode, n_bytes
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "extemb-shards", 1
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as the manifest names it."""
+
+    file: str
+    sha256: str
+    size_bytes: int
+    n_documents: int
+
+
+def write_shard(folder: Path, name: str, texts: Sequence[Compressed], dtype: Dtype = "float16") -> Shard:
+    """Write one shard, `folder/name.safetensors`; one of that name is replaced.
+
+    Args:
+        folder: Is made if it is not there.
+        name: Without a suffix.
+        texts: Of one embedder.
+        dtype: Of the embeddings; float32 for all if a value is beyond it.
+
+    Raises:
+        ConfigError: There are none, or they are of several embedders.
+        StoreError: The disk refuses; nothing is left of it.
+    """
+    kinds = {(t.fingerprint, t.chunk_size, t.ratios, t.downscaling, t.embeddings.shape[1]) for t in texts}
+    if len(kinds) != 1:
+        raise ConfigError(f"a shard holds documents of one embedder, and {len(kinds)} were passed; write one for each")
+    coded = [encode(text.embeddings, dtype) for text in texts]
+    if any(own != dtype for _, own in coded):
+        dtype = "float32"
+        coded = [encode(text.embeddings, dtype) for text in texts]
+    (fingerprint, chunk_size, ratios, downscaling, width) = kinds.pop()
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "fingerprint": fingerprint,
+        "chunk_size": str(chunk_size),
+        "trained_ratios": json.dumps(ratios),
+        "downscaling": downscaling,
+        "width": str(width),
+        "dtype": dtype,
+    }
+    refs = [np.frombuffer(bytes.fromhex(text.ref.removeprefix("ext:")), np.uint8) for text in texts]
+    tensors = {
+        "refs": torch.from_numpy(np.stack(refs)),
+        "n_tokens": torch.tensor([text.n_tokens for text in texts]),
+        "n_embeddings": torch.tensor([len(text) for text in texts]),
+        "ratios": torch.tensor([text.ratio for text in texts]),
+        "payload": torch.from_numpy(np.frombuffer(bytearray(b"".join(data for data, _ in coded)), np.uint8)),
+    }
+    place = folder / f"{name}{_SUFFIX}"
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata)
+        _settle(temporary, place)
+        return Shard(place.name, sha256_of(place), place.stat().st_size, len(texts))
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{place} could not be written ({error}); nothing of it was kept, see to the disk") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_shard(file: Path) -> Iterator[Compressed]:
+    """The documents of a shard, in order.
+
+    Raises:
+        StoreNotFoundError: There is no such file.
+        StoreCorruptError: It is not a whole shard.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+        if (metadata["format"], metadata["version"]) != (FORMAT, str(VERSION)):
+            raise StoreError(f"{file} is {metadata['format']!r} version {metadata['version']!r}; write it anew")
+        dtype: Any = metadata["dtype"]
+        width = int(metadata["width"])
+        rows = zip(*(tensors[name].tolist() for name in ("n_tokens", "n_embeddings", "ratios")), strict=True)
+        refs, payload = tensors["refs"].numpy(), memoryview(tensors["payload"].numpy())
+        common: dict[str, Any] = {
+            "fingerprint": metadata["fingerprint"],
+            "chunk_size": int(metadata["chunk_size"]),
+            "ratios": tuple(json.loads(metadata["trained_ratios"])),
+            "downscaling": metadata["downscaling"],
+        }
+        sizes = [n_bytes(count, width, DTYPES[DTYPES.index(dtype)]) for count in tensors["n_embeddings"].tolist()]
+        if sum(sizes) != len(payload):
+            raise ValueError(f"{len(payload)} bytes of embeddings where {sum(sizes)} belong")
+    except FileNotFoundError as error:
+        raise StoreNotFoundError(f"{file} does not exist; check the path") from error
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreCorruptError(f"{file} is not a whole shard ({error}); get it again") from error
+    start = 0
+    for at, (n_tokens, count, ratio) in enumerate(rows):
+        data = payload[start : start + sizes[at]]
+        start += sizes[at]
+        yield Compressed(
+            embeddings=decode(data, count, width, dtype),
+            ratio=ratio,
+            n_tokens=n_tokens,
+            ref="ext:" + refs[at].tobytes().hex(),
+            **common,
+        )
+
+
+def write_manifest(folder: Path, shards: Iterable[Shard]) -> None:
+    """Name the shards of a folder: it is whole from now on."""
+    content = {"format": FORMAT, "version": VERSION, "shards": [asdict(shard) for shard in shards]}
+    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _settle(temporary, folder / MANIFEST)
+    except OSError as error:
+        raise StoreError(f"{folder / MANIFEST} could not be written ({error.strerror}); see to the disk") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path, *, verify: bool = True) -> list[Path]:
+    """The files of the shards of a folder.
+
+    Args:
+        folder: With a manifest.
+        verify: Compare every file with its sha256, and not only its size.
+
+    Raises:
+        StoreNotFoundError: There is no manifest.
+        StoreCorruptError: It is damaged, names what is not in its folder, or a shard is not what was written.
+    """
+    file = folder / MANIFEST
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if (content["format"], content["version"]) != (FORMAT, VERSION):
+            raise StoreError(f"{file} is {content['format']!r} version {content['version']!r}; export it anew")
+        shards = [Shard(**shard) for shard in content["shards"]]
+    except FileNotFoundError as error:
+        raise StoreNotFoundError(
+            f"{folder} has no {MANIFEST}, so its shards are not known to be whole; export again"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreCorruptError(f"{file} is not a manifest of shards ({error}); export again") from error
+    found = []
+    for shard in shards:
+        if Path(shard.file).name != shard.file or not shard.file.endswith(_SUFFIX):
+            raise StoreCorruptError(
+                f"{file} names {shard.file!r}, which is no shard beside it; do not trust this folder"
+            )
+        place = folder / shard.file
+        if not place.is_file() or place.is_symlink() or place.stat().st_size != shard.size_bytes:
+            raise StoreCorruptError(f"{place} is missing or of another size than {MANIFEST} says; export again")
+        if verify and sha256_of(place) != shard.sha256:
+            raise StoreCorruptError(f"{place} is not what was written (another sha256); export again")
+        found.append(place)
+    return found
+
+
+def _settle(temporary: Path, place: Path) -> None:
+    """Push a file to the disk, then give it its name."""
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(place)
+    if os.name != "nt":  # Windows opens no folders
+        handle = os.open(place.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

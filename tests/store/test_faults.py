@@ -1,0 +1,190 @@
+"""Faults with real processes: killed at random moments, a full disk, several writers, many readers.
+
+EXTEMB_SOAK=N kills N times instead of a few: `make soak`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from made import FINGERPRINT, compressed
+
+from extemb_core.errors import StoreError
+from extemb_core.store.exchange import export_store, import_shards
+from extemb_core.store.store import EmbeddingStore
+
+resource = pytest.importorskip("resource")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+KILLS = int(os.environ.get("EXTEMB_SOAK", "12"))
+TEXTS = [compressed(at, n_tokens=at % 90 + 1) for at in range(400)]
+
+
+def forked(work: Callable[[Callable[[int], None]], None]) -> tuple[int, int]:
+    """Start `work(acknowledge)` in a process of its own; its id and where its acknowledgements can be read."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.close(reader)
+            work(lambda number: os.write(writer, number.to_bytes(4, "big")))  # type: ignore[arg-type, return-value]
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writer)
+    return child, reader
+
+
+def finished(child: int, reader: int) -> tuple[int, list[int]]:
+    """The exit code and what was acknowledged."""
+    data = b""
+    while piece := os.read(reader, 65536):
+        data += piece
+    os.close(reader)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, [int.from_bytes(data[at : at + 4], "big") for at in range(0, len(data) - len(data) % 4, 4)]
+
+
+def killed(work: Callable[[Callable[[int], None]], None], after: float) -> list[int]:
+    child, reader = forked(work)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    return finished(child, reader)[1]
+
+
+def test_killed_while_writing_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    kept: set[int] = set()
+    for _ in range(KILLS):
+
+        def work(acknowledge: Callable[[int], None], seed: int = draw.randrange(2**30)) -> None:
+            own = random.Random(seed)
+            with EmbeddingStore.open(tmp_path / "s") as store:
+                while True:
+                    some = own.sample(range(400), 5)
+                    store.put(*(TEXTS[at] for at in some))
+                    for at in some:
+                        acknowledge(at)
+                    if own.random() < 0.2:
+                        gone = own.randrange(400)
+                        acknowledge(1000 + gone)  # from now on it may be there or not
+                        store.remove([TEXTS[gone].ref])
+                    if own.random() < 0.1:
+                        store.gc()
+
+        for number in killed(work, draw.uniform(0.0, 0.25)):
+            if number < 1000:
+                kept.add(number)
+            else:
+                kept.discard(number - 1000)
+        if not (tmp_path / "s").exists():
+            continue
+        with EmbeddingStore.open(tmp_path / "s") as store:
+            assert store.verify().clean
+            for at in kept:
+                found = store.get(TEXTS[at].ref, FINGERPRINT, 4)
+                assert found is not None
+                assert torch.equal(found.embeddings, TEXTS[at].embeddings.half().float())
+    assert len(kept) > 20
+
+
+def test_killed_while_exporting_the_next_export_is_whole(tmp_path: Path) -> None:
+    draw = random.Random(2)
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(*TEXTS)
+    for at in range(KILLS):
+        out = tmp_path / f"out-{at}"
+
+        def work(acknowledge: Callable[[int], None], out: Path = out) -> None:
+            with EmbeddingStore.open(tmp_path / "s", "r") as store:
+                export_store(store, out, shard_bytes=4000)
+
+        killed(work, draw.uniform(0.0, 0.5))
+        with EmbeddingStore.open(tmp_path / "s", "r") as store, EmbeddingStore.open(tmp_path / f"copy-{at}") as copy:
+            if (out / "manifest.json").exists():  # it was quicker
+                assert import_shards(copy, out) == 400
+                continue
+            with pytest.raises(StoreError):
+                import_shards(copy, out)
+            export_store(store, out, shard_bytes=200_000)
+            assert import_shards(copy, out) == 400
+            assert copy.verify().n_documents == 400
+
+
+def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(*TEXTS[:50])
+        size = store.stats().file_bytes
+
+    def work(acknowledge: Callable[[int], None]) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 300_000, size + 300_000))
+        with EmbeddingStore.open(tmp_path / "s") as store:
+
+            def fill() -> None:
+                for at in range(50, 400):
+                    store.put(*(compressed((at, i), n_tokens=2000, chunk_size=2000) for i in range(4)))
+                    acknowledge(at)
+
+            with pytest.raises(StoreError, match="could not be written to"):
+                fill()
+            assert store.verify().clean
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+            with pytest.raises(StoreError, match="could not be written"):
+                export_store(store, tmp_path / "out")
+            assert {file.suffix for file in (tmp_path / "out").iterdir()} <= {".safetensors"}  # whole ones, no manifest
+
+    code, numbers = finished(*forked(work))
+    assert code == 0
+    assert numbers
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        assert store.verify().clean
+        assert len(store) == 50 + 4 * len(numbers)
+        store.put(*TEXTS)  # with room again
+
+
+def test_writers_and_readers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("extemb_core.store.environment._FIRST_MAP_BYTES", 2**20)
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(TEXTS[0])
+
+    def write(numbers: range) -> Callable[[Callable[[int], None]], None]:
+        def work(acknowledge: Callable[[int], None]) -> None:
+            with EmbeddingStore.open(tmp_path / "s") as store:
+                for at in numbers:
+                    store.put(TEXTS[at], compressed(f"large {at}", n_tokens=40_000, chunk_size=40_000))
+                    acknowledge(at)
+
+        return work
+
+    def read(acknowledge: Callable[[int], None]) -> None:
+        last = 0
+        with EmbeddingStore.open(tmp_path / "s", "r") as store:
+            while last < 60:
+                for at in range(60):
+                    found = store.get(TEXTS[at].ref, FINGERPRINT, 4)
+                    assert found is None or torch.equal(found.embeddings, TEXTS[at].embeddings.half().float())
+                assert len(store) >= last
+                last = (len(store) + 1) // 2
+
+    readers = [forked(read) for _ in range(8)]
+    writers = [forked(write(range(start, 60, 2))) for start in (0, 1)]
+    for process in (*writers, *readers):
+        assert finished(*process)[0] == 0
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        assert len(store) == 120
+        assert store.stats().file_bytes > 16 * 2**20  # the map grew while they read
+        assert store.verify().clean

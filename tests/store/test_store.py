@@ -1,0 +1,281 @@
+"""The store on disk: what was written or an error; the finest once; many openers; nothing silently new."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+
+import pytest
+import torch
+from made import FINGERPRINT, compressed
+
+from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.store.store import EmbeddingStore
+
+
+@pytest.fixture
+def store(tmp_path):
+    with EmbeddingStore.open(tmp_path / "docs.extemb") as opened:
+        yield opened
+
+
+def same(found, text, dtype=torch.float16):
+    assert torch.equal(found.embeddings, text.embeddings.to(dtype).float())
+    for name in ("ratio", "n_tokens", "ref", "fingerprint", "chunk_size", "ratios", "downscaling"):
+        assert getattr(found, name) == getattr(text, name)
+
+
+def test_what_was_put_comes_back_from_another_opening(tmp_path):
+    texts = [compressed(at, n_tokens=at) for at in (0, 1, 31, 32, 33, 100)]
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(*texts)
+        assert len(store) == 6
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        for text in texts:
+            same(store.get(text.ref, FINGERPRINT, 4), text)
+        assert set(store.items()) == {(text.ref, FINGERPRINT) for text in texts}
+        assert (texts[0].ref, FINGERPRINT) in store
+        assert store.get(compressed("other").ref, FINGERPRINT, 4) is None
+        assert store.verify().clean
+
+
+def test_float32_is_exact(tmp_path):
+    text = compressed("a")
+    with EmbeddingStore.open(tmp_path / "s", dtype="float32") as store:
+        store.put(text)
+        same(store.get(text.ref, FINGERPRINT, 4), text, torch.float32)
+
+
+def test_coarser_ratios_come_from_the_finest(store):
+    text = compressed("a", n_tokens=75)
+    store.put(text)
+    found = store.get(text.ref, FINGERPRINT, 8)
+    assert found.ratio == 8
+    assert torch.equal(found.embeddings, text.at_ratio(8).embeddings.half().float())
+    assert store.get(text.ref, FINGERPRINT, 2) is None
+    assert store.get(text.ref, "00" * 16, 4) is None
+
+
+def test_a_finer_copy_replaces_a_coarser_one_and_not_the_other_way(store):
+    text = compressed("a", ratio=2)
+    store.put(text.at_ratio(8))
+    store.put(text)
+    store.put(text.at_ratio(4))
+    same(store.get(text.ref, FINGERPRINT, 2), text)
+    assert store.stats().n_documents == 1
+    assert store.stats().live_bytes == store.stats().block_bytes == text.embeddings.numel() * 2
+    store.put(compressed("b").at_ratio(8), compressed("b"), compressed("b").at_ratio(16))
+    same(store.get(compressed("b").ref, FINGERPRINT, 4), compressed("b"))
+    assert store.verify().clean
+
+
+def test_one_text_of_two_embedders_is_two_entries(store):
+    one, other = compressed("a"), compressed("a", fingerprint="77" * 16, width=16, seed=1)
+    store.put(one, other)
+    same(store.get(one.ref, one.fingerprint, 4), one)
+    same(store.get(one.ref, other.fingerprint, 4), other)
+    assert store.stats().by_fingerprint == {one.fingerprint: 1, other.fingerprint: 1}
+    assert store.remove([one.ref], one.fingerprint) == 1
+    assert store.get(one.ref, one.fingerprint, 4) is None
+    assert store.remove([one.ref]) == 1
+    assert len(store) == 0
+    assert store.stats().block_bytes == 0
+
+
+def test_removed_documents_are_collected_and_the_others_stay(store):
+    texts = [compressed(at, n_tokens=400) for at in range(60)]
+    for at in range(0, 60, 20):
+        store.put(*texts[at : at + 20])
+    gone = [text.ref for text in texts if int(text.ref[-1], 16) % 3]
+    assert store.remove(gone) == len(gone)
+    before = store.stats()
+    assert before.live_bytes < before.block_bytes
+    freed = store.gc()
+    after = store.stats()
+    assert freed == before.block_bytes - after.block_bytes > 0
+    assert after.live_bytes == after.block_bytes == before.live_bytes
+    assert store.verify().clean
+    for text in texts:
+        found = store.get(text.ref, FINGERPRINT, 4)
+        assert (found is None) == (text.ref in gone)
+        if found is not None:
+            same(found, text)
+    assert store.gc() == 0
+
+
+def test_collecting_keeps_the_embedders_that_are_named(store):
+    store.put(compressed("a"), compressed("a", fingerprint="77" * 16))
+    with pytest.raises(MismatchError, match="no document here is of the embedder 'abc'"):
+        store.gc(keep=["abc"])
+    store.gc(keep=[FINGERPRINT])
+    assert store.stats().by_fingerprint == {FINGERPRINT: 1}
+
+
+def test_the_map_grows_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("extemb_core.store.environment._FIRST_MAP_BYTES", 2**20)
+    with EmbeddingStore.open(tmp_path / "s") as store, EmbeddingStore.open(tmp_path / "s") as second:
+        for at in range(8):
+            store.put(compressed(at, n_tokens=20_000, width=64, chunk_size=20_000))
+        assert store.stats().file_bytes > 4 * 2**20
+        assert len(second) == 8
+        assert second.verify().clean
+
+
+def test_threads_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr("extemb_core.store.environment._FIRST_MAP_BYTES", 2**20)
+    texts = [compressed(at, n_tokens=4_000, chunk_size=4_000) for at in range(60)]
+    failures = []
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        done = threading.Event()
+
+        def read():
+            while not done.is_set():
+                for text in texts:
+                    found = store.get(text.ref, FINGERPRINT, 4)
+                    if found is not None and not torch.equal(found.embeddings, text.embeddings.half().float()):
+                        failures.append(text.ref)
+
+        readers = [threading.Thread(target=read) for _ in range(4)]
+        for thread in readers:
+            thread.start()
+        for text in texts:
+            store.put(text)
+        done.set()
+        for thread in readers:
+            thread.join()
+        assert len(store) == 60
+    assert not failures
+
+
+def test_a_second_opening_in_a_process_shares_the_first(tmp_path):
+    first = EmbeddingStore.open(tmp_path / "s")
+    second = EmbeddingStore.open(tmp_path / "s", "r")
+    assert first.environment is second.environment
+    first.put(compressed("a"))
+    first.close()
+    first.close()
+    assert len(second) == 1
+    second.close()
+    with pytest.raises(StoreError, match="is closed; open it again"):
+        len(second)
+    with EmbeddingStore.open(tmp_path / "s", "r") as reader:
+        with pytest.raises(StoreError, match="was opened to read"):
+            reader.put(compressed("b"))
+        with pytest.raises(StoreError, match="close that before opening it to write"):
+            EmbeddingStore.open(tmp_path / "s")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_after_a_fork_both_go_on(store):
+    store.put(compressed("a"))
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            same(store.get(compressed("a").ref, FINGERPRINT, 4), compressed("a"))
+            store.put(compressed("child"))
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    store.put(compressed("parent"))
+    assert len(store) == 3
+    same(store.get(compressed("child").ref, FINGERPRINT, 4), compressed("child"))
+
+
+def test_what_is_not_a_store_is_left_alone(tmp_path):
+    with pytest.raises(StoreNotFoundError, match="has no store in it"):
+        EmbeddingStore.open(tmp_path / "none", "r")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(StoreError, match="is a file, and a store is a folder"):
+        EmbeddingStore.open(tmp_path / "file")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("words")
+    with pytest.raises(StoreError, match="holds files that are not a store's"):
+        EmbeddingStore.open(tmp_path / "mine")
+    assert os.listdir(tmp_path / "mine") == ["letter.txt"]
+    with pytest.raises(ConfigError, match="mode='w' is neither 'r' nor 'a'"):
+        EmbeddingStore.open(tmp_path / "s", "w")
+    with pytest.raises(ConfigError, match="dtype='bfloat16'"):
+        EmbeddingStore.open(tmp_path / "s", dtype="bfloat16")
+    assert not (tmp_path / "s").exists()
+
+
+def written(folder):
+    with EmbeddingStore.open(folder) as store:
+        store.put(*(compressed(at, n_tokens=300) for at in range(40)))
+    return folder / "data.mdb"
+
+
+def test_a_flipped_bit_is_an_error_and_the_others_are_read(tmp_path):
+    data = written(tmp_path / "s")
+    payload = compressed(7, n_tokens=300).embeddings.half().numpy().tobytes()
+    content = bytearray(data.read_bytes())
+    content[content.index(payload) + 100] ^= 4
+    data.write_bytes(content)
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        broken = compressed(7, n_tokens=300)
+        with pytest.raises(StoreCorruptError, match=f"the embeddings of {broken.ref} are not what was written"):
+            store.get(broken.ref, FINGERPRINT, 4)
+        found = store.verify()
+        assert found.n_documents == 39
+        assert [(ref, name) for ref, name, _ in found.damaged] == [(broken.ref, FINGERPRINT)]
+        assert not found.clean
+        with pytest.raises(StoreCorruptError):  # it is not sealed with a new checksum
+            store._move({0})
+        store.remove([broken.ref])
+        store.put(broken)
+        assert store.verify().clean
+
+
+def test_a_file_that_was_cut_is_an_error(tmp_path):
+    data = written(tmp_path / "s")
+    content = data.read_bytes()
+    for length in (len(content) - 4096, len(content) // 2, 9000, 4096, 100):
+        data.write_bytes(content[:length])
+        for mode in ("r", "a"):
+            with pytest.raises(StoreCorruptError, match="was cut|damaged"):
+                EmbeddingStore.open(tmp_path / "s", mode)
+    data.write_bytes(b"")
+    with pytest.raises(StoreCorruptError, match="missing or empty"):
+        EmbeddingStore.open(tmp_path / "s")
+    data.unlink()
+    with pytest.raises(StoreCorruptError, match="missing or empty"):
+        EmbeddingStore.open(tmp_path / "s")
+    data.write_bytes(content)
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        assert store.verify().n_documents == 40
+
+
+def test_a_store_of_another_version_is_not_touched(tmp_path):
+    written(tmp_path / "s")
+    (tmp_path / "s" / "store.json").write_text(json.dumps({"format": "extemb-store", "version": 99}))
+    with pytest.raises(StoreError, match="version 99, and this library reads"):
+        EmbeddingStore.open(tmp_path / "s")
+    (tmp_path / "s" / "store.json").write_text("{")
+    with pytest.raises(StoreCorruptError, match="does not describe a store"):
+        EmbeddingStore.open(tmp_path / "s", "r")
+
+
+def test_a_folder_that_may_not_be_written_is_read(tmp_path):
+    written(tmp_path / "s")
+    (tmp_path / "s" / "lock.mdb").unlink()
+    (tmp_path / "s").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        with EmbeddingStore.open(tmp_path / "s", "r") as store:
+            assert store.verify().n_documents == 40
+        if not os.access(tmp_path / "s", os.W_OK):  # root may write anywhere
+            with pytest.raises(StoreError):
+                EmbeddingStore.open(tmp_path / "s")
+    finally:
+        (tmp_path / "s").chmod(stat.S_IRWXU)
+
+
+def test_a_ref_that_is_none_is_an_error(store):
+    for ref in ("ext:12", "12" * 16, "ext:" + "zz" * 16, ""):
+        with pytest.raises(ConfigError, match="is not a document's ref"):
+            store.get(ref, FINGERPRINT, 4)
