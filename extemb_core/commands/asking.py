@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +53,11 @@ def ask(
     llm: LlmOption = DEFAULT_LLM,
     embedder: EmbedderOption = None,
     store: StoreOption = None,
+    library: Annotated[
+        str | None,
+        typer.Option("--library", metavar="DIR", help="Ask the documents of a library (`extemb index add`)."),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", metavar="N", help="Passages of the library at most.")] = 8,
     max_new_tokens: MaxNewTokensOption = DEFAULT_MAX_NEW_TOKENS,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
@@ -61,25 +66,33 @@ def ask(
 ) -> None:
     """Answer a question from documents: the answer on stdout, what became of each document on stderr."""
     question, paths = _question_and_paths(question, documents or [])
-    chosen = parse_ratio(ratio)
-    texts = load_documents(paths)
-    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    with library_output():
-        from extemb_core.lm import ExtensibleLM
-
-        lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device)
-        stream = lm.stream(question, texts, budget=budget, ratio=chosen, **sampling)
-    if as_json:
+    if library is not None and (paths or store is not None):
+        raise typer.BadParameter("a library has its own documents and store; leave out --documents and --store")
+    settings: dict[str, Any] = {"budget": budget, "ratio": parse_ratio(ratio)}
+    settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    texts = load_documents(paths) if library is None else []
+    with ExitStack() as opened:
         with library_output():
-            answer = stream.finish()
-        emit(answer.to_dict())
-        return
-    with stream:
-        for piece in stream:
-            _say(piece)
-    typer.echo()
-    show_context(stream.answer)
-    _note_cut(stream.answer)
+            from extemb_core.lm import ExtensibleLM
+
+            lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device)
+            if library is None:
+                stream = lm.stream(question, texts, **settings)
+            else:
+                from extemb_core.library import Library
+
+                stream = opened.enter_context(Library(library, lm, mode="r")).stream(question, k=k, **settings)
+        if as_json:
+            with library_output():
+                answer = stream.finish()
+            emit(answer.to_dict())
+            return
+        with stream:
+            for piece in stream:
+                _say(piece)
+        typer.echo()
+        show_context(stream.answer)
+        _note_cut(stream.answer)
 
 
 @reported

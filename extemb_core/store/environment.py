@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,8 @@ import lmdb
 from extemb_core.errors import StoreCorruptError, StoreError, StoreNotFoundError
 
 DATA_FILE = "data.mdb"
-DATABASES = ("entries", "blocks", "live", "kinds")
+DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
+             "documents", "texts", "passages", "vectors", "refs", "settings")  # of a library  # fmt: skip
 _READERS = 1024
 _FIRST_MAP_BYTES = 64 * 2**20
 
@@ -166,11 +167,9 @@ class Environment:
     def _open_databases(self) -> None:
         """Once, before anything else: LMDB wants no two threads to do it. To write, it waits for the writer of now."""
         self._databases = dict.fromkeys(DATABASES)
-        for name in DATABASES:
-            try:
+        with suppress(lmdb.NotFoundError):  # to read: they are made together, so none of the others is there
+            for name in DATABASES:
                 self._databases[name] = self._env.open_db(name.encode(), create=not self.readonly)
-            except lmdb.NotFoundError:
-                return
 
     def _enter(self) -> None:
         with self._gate:

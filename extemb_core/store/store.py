@@ -193,6 +193,10 @@ class EmbeddingStore:
     def path(self) -> Path:
         return self.environment.folder
 
+    @property
+    def readonly(self) -> bool:
+        return self.environment.readonly
+
     def close(self) -> None:
         """Give the files back. A second call does nothing."""
         self._closing.close()
@@ -314,21 +318,20 @@ class EmbeddingStore:
                 finest[key] = text
         coded = [(key, text, *encode(text.embeddings, self.dtype)) for key, text in finest.items()]
         if coded:
-            self._write(lambda transaction: self._put(transaction, coded))
+            self.write(lambda transaction: self._put(transaction, coded))
 
     def remove(self, refs: Iterable[str], fingerprint: str | None = None) -> int:
         """Remove documents, of one embedder or of all. Returns how many entries went."""
         wanted = list(refs)
 
-        def work(transaction: Any) -> int:
-            gone = 0
-            for ref in wanted:
-                for key in self._keys_of(transaction, ref, fingerprint):
-                    self._forget(transaction, key)
-                    gone += 1
-            return gone
+        return self.write(lambda transaction: sum(self.forget(transaction, ref, fingerprint) for ref in wanted))
 
-        return self._write(work)
+    def forget(self, transaction: Any, ref: str, fingerprint: str | None = None) -> int:
+        """`remove` of one document within a transaction of `write`."""
+        keys = self._keys_of(transaction, ref, fingerprint)
+        for key in keys:
+            self._forget(transaction, key)
+        return len(keys)
 
     def gc(self, *, keep: Sequence[str] | None = None) -> int:
         """Free what nothing refers to, and join small blocks; space in the file is used again, not given back.
@@ -364,7 +367,8 @@ class EmbeddingStore:
     def _databases(self, *names: str) -> list[Any]:
         return [self.environment.database(name) for name in names]
 
-    def _write(self, work: Callable[[Any], T]) -> T:
+    def write(self, work: Callable[[Any], T]) -> T:
+        """Run `work(transaction)` over the databases of this folder and commit: see `Environment.write`."""
         try:
             return self.environment.write(work)
         except BaseException:
@@ -525,7 +529,7 @@ class EmbeddingStore:
                 self._add(transaction, block, key, entry, payload)
             self._put_block(transaction, block)
 
-        self._write(work)
+        self.write(work)
 
 
 def _key(ref: str, fingerprint: str) -> bytes:

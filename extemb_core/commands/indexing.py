@@ -1,0 +1,142 @@
+"""`extemb index add | remove | search | stats | verify`: a library of documents in a folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from extemb_core.commands.inputs import (
+    DEFAULT_LLM,
+    DeviceOption,
+    EmbedderOption,
+    JsonOption,
+    LlmOption,
+    SeveralValues,
+)
+from extemb_core.commands.reporting import emit, harmless, library_output, note, reported
+from extemb_core.commands.storing import verify
+from extemb_core.commands.tables import show_table
+
+app = typer.Typer(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
+
+LibraryArgument = Annotated[str, typer.Argument(metavar="DIR", help="The library's folder.")]
+EncoderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder",
+        metavar="NAME",
+        help="A sentence-transformers model that finds passages.",
+        show_default="static vectors from the wordllama wheel",
+    ),
+]
+
+
+@app.command(cls=SeveralValues)
+@reported
+def add(
+    library: LibraryArgument,
+    documents: Annotated[
+        list[str], typer.Option("--documents", metavar="FILE...", help="Files and folders to add or bring up to date.")
+    ],
+    llm: LlmOption = DEFAULT_LLM,
+    embedder: EmbedderOption = None,
+    encoder: EncoderOption = None,
+    ratio: Annotated[
+        int | None,
+        typer.Option(
+            "--ratio", metavar="N", help="The finest ratio that will be asked for.", show_default="the finest trained"
+        ),
+    ] = None,
+    passage_tokens: Annotated[
+        int, typer.Option("--passage-tokens", metavar="N", help="Tokens of a passage at most.")
+    ] = 256,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="NAME", help="Of embeddings on disk: float16, int8 or float32.")
+    ] = "float16",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Add documents to a library, which is made if it is not there; what has not changed costs nothing.
+
+    Every few thousand tokens what is done is on disk: after Ctrl-C the same command goes on.
+    """
+    with library_output():
+        from extemb_core.library import Library
+        from extemb_core.lm import ExtensibleLM
+
+        lm = ExtensibleLM.from_pretrained(llm, embedder, device=device)
+        settings: dict[str, Any] = {"encoder": encoder, "ratio": ratio, "passage_tokens": passage_tokens}
+        with Library(library, lm, **settings, dtype=dtype) as opened:  # type: ignore[arg-type]
+            added = opened.add([Path(one) for one in documents])
+    if as_json:
+        emit(asdict(added))
+        return
+    note(
+        f"{added.added:,} documents added, {added.updated:,} brought up to date, {added.unchanged:,} unchanged; "
+        f"{added.n_passages:,} passages, {added.compressed_tokens:,} tokens compressed in {added.seconds:.1f} s"
+    )
+
+
+@app.command()
+@reported
+def remove(
+    library: LibraryArgument,
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="As `extemb index stats` lists them.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Remove documents by their sources."""
+    from extemb_core.library import Library
+
+    with library_output(), Library(library) as opened:
+        gone = opened.remove(sources)
+    if as_json:
+        emit({"removed": gone})
+    else:
+        note(f"{gone:,} of {len(sources):,} were there and are gone")
+
+
+@app.command()
+@reported
+def search(
+    library: LibraryArgument,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What the passages should be about.")],
+    k: Annotated[int, typer.Option("--k", metavar="N", help="Passages at most.")] = 8,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the passages nearest to a question, best first."""
+    from extemb_core.library import Library
+
+    with library_output(), Library(library, mode="r") as opened:
+        found = opened.search(question, k)
+    if as_json:
+        emit({"passages": [asdict(passage) for passage in found]})
+        return
+    for passage in found:
+        typer.echo(harmless(f"{passage.source}:{passage.start}-{passage.end}  {passage.score:.4f}"))
+        typer.echo(harmless("  " + " ".join(passage.text.split())[:200]))
+
+
+@app.command()
+@reported
+def stats(library: LibraryArgument, as_json: JsonOption = False) -> None:
+    """List the documents of a library, and what they take."""
+    from extemb_core.library import Library
+
+    with library_output(), Library(library, mode="r") as opened:
+        documents = list(opened.documents())
+        store = opened.store.stats()
+    if as_json:
+        emit({"documents": documents, "store": asdict(store)})
+        return
+    rows = [(record["source"], f"{record['n_chars']:,}", f"{record['n_passages']:,}") for record in documents]
+    show_table(("source", "characters", "passages"), rows, numbers=("characters", "passages"))
+    note(
+        f"{len(documents):,} documents, {store.n_documents:,} compressed passages, {store.live_bytes:,} bytes of "
+        f"embeddings, {store.file_bytes:,} in all"
+    )
+
+
+app.command()(verify)  # its embeddings are a store

@@ -1,0 +1,210 @@
+"""A library: added once, found and asked in any later process, brought up to date and never half there."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from retrieval_encoder import by_words
+from tiny import random_embedder, tiny_llm
+
+from extemb_core import Document, ExtensibleLM
+from extemb_core.errors import ConfigError, DocumentError, MismatchError, StoreError
+from extemb_core.library import INDEX_FILE, Library
+
+pytest.importorskip("faiss")
+pytest.importorskip("bm25s")
+PLACES = ("harbour", "bridge", "mill", "tower", "market", "station")
+
+
+def document(place, year=1820, **metadata):
+    text = f"The {place} was built in {year}. " + "It rained on the hills and the river rose. " * 3
+    return Document(text, title=place.title(), metadata={"source": f"{place}.txt", **metadata})
+
+
+@pytest.fixture(scope="module")
+def lm():
+    llm = tiny_llm()
+    return ExtensibleLM(llm, random_embedder(llm))
+
+
+@pytest.fixture
+def opened(lm, tmp_path):
+    def make(**settings):
+        return Library(tmp_path / "lib", lm, **({"encoder": by_words, "passage_tokens": 40, "ratio": 2} | settings))
+
+    return make
+
+
+def counting(lm, monkeypatch):
+    made = []
+    whole = type(lm.embedder).compress_ids
+    monkeypatch.setattr(type(lm.embedder), "compress_ids",
+                        lambda self, ids, **kwargs: (made.extend(ids), whole(self, ids, **kwargs))[1])  # fmt: skip
+    return made
+
+
+def test_what_was_added_is_found_and_asked_in_a_later_opening_without_the_embedder(opened, lm, monkeypatch):
+    with opened() as library:
+        added = library.add([document(place) for place in PLACES])
+        assert (added.added, added.updated, added.unchanged) == (6, 0, 0)
+        assert added.n_passages >= 12
+        assert added.n_tokens > 200
+    made = counting(lm, monkeypatch)
+    with opened(mode="r") as library:
+        assert len(library) == 6
+        best = library.search("When was the bridge built?", k=3)[0]
+        assert best.source == "bridge.txt"
+        assert library.text("bridge.txt")[best.start : best.end] == best.text
+        assert "The bridge was built" in best.text
+        answer = library.ask("When was the bridge built?", k=3, ratio=4, max_new_tokens=4)
+        assert answer.context[0].source == f"bridge.txt:{best.start}-{best.end}"
+        assert all(entry.cached for entry in answer.context)
+        assert made == []
+        assert library.store.verify().clean
+
+
+def test_adding_again_costs_nothing_and_a_change_only_itself(opened, lm, monkeypatch):
+    documents = [document(place) for place in PLACES]
+    with opened() as library:
+        library.add(documents)
+        made = counting(lm, monkeypatch)
+        assert library.add(documents).unchanged == 6
+        assert made == []
+        before = len(library.store)
+        changed = library.add([*documents[:5], document("station", year=1999)])
+        assert (changed.added, changed.updated, changed.unchanged) == (0, 1, 5)
+        assert 0 < len(made) < 3  # the passage with the year alone
+        assert len(library.store) == before  # the old passage's embeddings are gone
+        assert "1999" in library.search("station built", k=1)[0].text
+        assert "1820" not in " ".join(p.text for p in library.search("station", k=20) if p.source == "station.txt")
+        retitled = Document(documents[0].text, title="Port", metadata={"source": "harbour.txt"})
+        assert library.add([retitled]).updated == 1
+        assert library.search("harbour", k=1)[0].title == "Port"
+
+
+def test_what_is_removed_is_gone_and_shared_passages_stay(opened):
+    with opened() as library:
+        library.add([document(place) for place in PLACES])
+        twin = Document(document("mill").text, metadata={"source": "copy of mill"})
+        library.add([twin])
+        assert library.remove(["mill.txt", "nothing.txt"]) == 1
+        assert library.search("mill built", k=1)[0].source == "copy of mill"
+        assert library.ask("mill?", k=2, ratio=2, max_new_tokens=2).context[0].cached
+        assert library.remove("copy of mill") == 1
+        assert not any("mill" in passage.text for passage in library.search("mill built", k=50))
+        with pytest.raises(DocumentError, match="has no document 'mill.txt'"):
+            library.text("mill.txt")
+        assert sorted(record["source"] for record in library.documents()) == sorted(
+            f"{place}.txt" for place in PLACES if place != "mill"
+        )
+        library.remove([f"{place}.txt" for place in PLACES])
+        assert len(library) == len(library.store) == 0
+        assert library.search("mill") == []
+
+
+def test_files_and_folders(opened, tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.txt").write_text("The mill was built in 1820.")
+    (folder / "b.md").write_text("# Bridge\n\nThe bridge was closed in 1987.")
+    with opened() as library:
+        assert library.add(folder).added == 2
+        (folder / "a.txt").write_text("The mill was burned in 1830.")
+        assert library.add([folder]).updated == 1
+        assert "burned" in library.search("mill", k=1)[0].text
+
+
+def test_the_index_is_brought_up_to_date_whatever_became_of_its_file(opened, tmp_path):
+    with opened() as library:
+        library.add([document(place) for place in PLACES[:3]])
+    old = (tmp_path / "lib" / INDEX_FILE).read_bytes()
+    with opened() as library:
+        library.add([document(place) for place in PLACES[3:]])
+        library.remove("harbour.txt")
+        wanted = library.search("tower built", k=20)
+    for content in (old, b"", old[:-9], None):
+        if content is None:
+            (tmp_path / "lib" / INDEX_FILE).unlink()
+        else:
+            (tmp_path / "lib" / INDEX_FILE).write_bytes(content)
+        with opened(mode="r") as library:
+            assert library.search("tower built", k=20) == wanted
+
+
+def test_another_process_sees_what_this_one_adds(opened):
+    with opened() as library, opened() as other:
+        library.add([document("mill")])
+        assert other.search("mill", k=1)[0].source == "mill.txt"
+        library.add([document("bridge")])
+        assert other.search("bridge", k=1)[0].source == "bridge.txt"
+
+
+def test_a_library_stays_with_its_encoder_and_needs_an_lm_to_add(opened, tmp_path):
+    with opened() as library:
+        library.add([document("mill")])
+    with pytest.raises(MismatchError, match="was made with the text encoder 'callable:by_words'"):
+        opened(encoder=lambda texts: [[1.0, 2.0]] * len(texts))
+    with Library(tmp_path / "lib", mode="r") as library:  # what needs no encoder needs none
+        assert [record["source"] for record in library.documents()] == ["mill.txt"]
+    with Library(tmp_path / "lib", encoder=by_words, mode="r") as library:
+        assert library.search("mill", k=1)[0].source == "mill.txt"
+        for call in (lambda: library.add(["text"]), lambda: library.ask("What?")):
+            with pytest.raises(ConfigError, match="was opened without an LLM"):
+                call()
+    with opened(mode="r") as library:
+        with pytest.raises(StoreError, match="was opened to read"):
+            library.add([document("tower")])
+        for call, message in (
+            (lambda: library.search(" "), "the question is empty"),
+            (lambda: library.search("a", k=0), "k=0 is below 1"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                call()
+    with pytest.raises(ConfigError, match="passage_tokens=0"):
+        opened(passage_tokens=0)
+
+
+def test_an_empty_library_and_an_empty_document(opened):
+    with opened() as library:
+        assert library.search("anything") == []
+        assert library.add([Document("", title="Nothing")]).added == 1
+        assert library.text("Nothing") == ""
+        assert library.search("anything") == []
+        assert library.add([]).added == 0
+        assert library.ask("What?", max_new_tokens=2).context == ()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_while_adding_the_next_call_finishes(opened, lm, tmp_path, monkeypatch):
+    monkeypatch.setattr("extemb_core.library._BATCH_TOKENS", 100)
+    documents = [document(f"{place}{number}") for place in PLACES for number in range(8)]
+    draw = random.Random(3)
+    for _ in range(int(os.environ.get("EXTEMB_SOAK", "6"))):
+        child = os.fork()
+        if not child:
+            try:
+                with opened() as library:
+                    library.add(documents)
+                    library.remove([draw.choice(documents).source for _ in range(5)])
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0.05, 0.6))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if Path(tmp_path / "lib").exists():
+            with opened() as library:
+                assert library.store.verify().clean
+                for record in library.documents():  # whole ones alone
+                    assert library.text(record["source"]) == document(record["source"].removesuffix(".txt")).text
+    with opened() as library:
+        library.add(documents)
+        assert len(library) == 48
+        found = library.search("tower5 built", k=1)
+        assert found[0].source == "tower5.txt"
+        assert library.store.verify().clean
