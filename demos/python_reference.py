@@ -1,7 +1,8 @@
 """Ask a document that does not fit the window, three ways: full text, truncation, extensible embeddings.
 
 The document is the Python language reference that ships inside every CPython (`pydoc_data.topics`), or a file of
-yours. Nothing is smoothed over: a small LLM gets much of this wrong, and that is shown as it is.
+yours. Nothing is smoothed over: a small LLM gets much of this wrong, and that is shown as it is. What was compressed
+stays on disk: a second run takes it from there.
 
     python demos/python_reference.py
     python demos/python_reference.py --document my.pdf --question "What was agreed?"
@@ -20,6 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from extemb_core import Answer, Document, ExtembError, ExtensibleLM, read_document
+from extemb_core.models.cache import cache_root
 
 BUDGET = 1024  # positions that truncation and embeddings may take for a topic
 WHOLE_BUDGET = 4096  # and for the whole reference: half of the window
@@ -50,13 +52,15 @@ def main() -> int:
     parser.add_argument("--question", help="the question to ask of it")
     parser.add_argument("--llm", default="smollm2-135m-instruct", help="a path, known name or hub id")
     parser.add_argument("--embedder", help="a path or hub id; the shipped one when not given")
+    parser.add_argument("--store", help="folder of the compressed documents; one in the cache when not given")
     parser.add_argument("--json", help="also write the answers to this file")
     arguments = parser.parse_args()
     if bool(arguments.document) != bool(arguments.question):
         parser.error("--document and --question go together")
     console = Console()
     try:
-        lm = ExtensibleLM.from_pretrained(arguments.llm, arguments.embedder)
+        store = arguments.store or cache_root() / "demo.extemb"
+        lm = ExtensibleLM.from_pretrained(arguments.llm, arguments.embedder, store=store)
         tasks = _own_task(lm, arguments) if arguments.document else _reference_tasks(lm)
         _compress(lm, tasks, console)
         rows = [_answer_three_ways(lm, task, console) for task in tasks]
@@ -95,9 +99,10 @@ def _compress(lm: ExtensibleLM, tasks: list[Task], console: Console) -> None:
     for task in tasks:
         (planned,) = lm.plan(task.question, task.document, budget=task.budget, max_new_tokens=NEW_TOKENS).documents
         if isinstance(planned.fidelity, int):
+            kept = lm.store.get(task.document.ref, lm.embedder.fingerprint, planned.fidelity)
             console.print(
-                f"compressing [bold]{escape(task.document.source)}[/]: {planned.n_tokens:,} tokens "
-                f"into {planned.positions:,} positions (ratio {planned.fidelity})"
+                f"{'compressing' if kept is None else 'compressed earlier:'} [bold]{escape(task.document.source)}[/]: "
+                f"{planned.n_tokens:,} tokens into {planned.positions:,} positions (ratio {planned.fidelity})"
             )
             lm.compress(task.document, ratio=planned.fidelity)
 

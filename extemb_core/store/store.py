@@ -215,23 +215,28 @@ class EmbeddingStore:
         Raises:
             StoreCorruptError: Its bytes are not what was written.
         """
-        kept = self._find(_key(ref, fingerprint), ratio)
-        return kept if kept is None or kept.ratio == ratio else kept.at_ratio(ratio)
+        return self.get_many([ref], fingerprint, ratio)[0]
+
+    def get_many(self, refs: Sequence[str], fingerprint: str, ratio: int) -> list[Compressed | None]:
+        """`get` for several documents, in one transaction."""
+        with self.environment.read() as transaction:
+            return [self._at(transaction, _key(ref, fingerprint), ratio) for ref in refs]
 
     def finest(self, ref: str, fingerprint: str) -> Compressed | None:
         """The text at the ratio it is kept at, if it is here."""
-        return self._find(_key(ref, fingerprint))
-
-    def _find(self, key: bytes, ratio: int | None = None) -> Compressed | None:
         with self.environment.read() as transaction:
-            entries, blocks = self._databases("entries", "blocks")
-            data = None if entries is None else transaction.get(key, db=entries)
-            if data is None:
-                return None
-            entry = _Entry.unpack(data)
-            if ratio is not None and ratio % entry.ratio:
-                return None
-            return self._read(transaction, blocks, key, entry, self._kind(transaction, entry.kind))
+            return self._at(transaction, _key(ref, fingerprint))
+
+    def _at(self, transaction: Any, key: bytes, ratio: int | None = None) -> Compressed | None:
+        entries, blocks = self._databases("entries", "blocks")
+        data = None if entries is None else transaction.get(key, db=entries)
+        if data is None:
+            return None
+        entry = _Entry.unpack(data)
+        if ratio is not None and ratio % entry.ratio:
+            return None
+        kept = self._read(transaction, blocks, key, entry, self._kind(transaction, entry.kind))
+        return kept if ratio in (None, kept.ratio) else kept.at_ratio(ratio)
 
     def items(self) -> Iterator[tuple[str, str]]:
         """(ref, fingerprint) of everything here, as of now."""

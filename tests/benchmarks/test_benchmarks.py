@@ -54,6 +54,32 @@ def inputs_seen(module, work):
     return seen
 
 
+# -- library.py -----------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_the_library_is_whole(folders, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    from retrieval_encoder import by_words
+
+    from extemb_core.retrieval.encoders import CallableEncoder
+
+    monkeypatch.setattr("extemb_core.retrieval.encoders._default", lambda: CallableEncoder(by_words))
+    library = script("library")
+    file = tmp_path / "report.json"
+    library.main(["--llm", str(folders / "tiny-llm"), "--embedder", str(folders / "tiny-embedder"), "--quick",
+                  "--json", str(file)])  # fmt: skip
+    report = json.loads(file.read_text())
+    assert set(library.SECTIONS) <= set(report)
+    assert report["read"]["n"] == 40
+    assert 0 < report["disk"]["sizes"]["int8"]["file_bytes"] < report["disk"]["sizes"]["float16"]["file_bytes"]
+    assert report["disk"]["cache_bytes_per_token"] == 2 * 3 * 2 * 8 * 2
+    assert report["search"]["recall"] > 0.9
+    assert set(report["first_token"]["ratios"]) == {"4", "8"}
+    lines = library.table(report).splitlines()
+    assert len(lines) == 8
+    assert all(line.endswith(("met", "MISSED")) for line in lines)
+
+
 # -- timing.py ------------------------------------------------------------------------------------------------
 
 

@@ -10,20 +10,26 @@ from pathlib import Path
 import pytest
 from tiny import SENTENCES, random_embedder, tiny_llm
 
-from extemb_core import ExtensibleLM
+from extemb_core import EmbeddingStore, ExtensibleLM
+from extemb_core.models.embedder import ExtensibleEmbedder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "demos" / "python_reference.py"
 
 
 @pytest.fixture
-def demo(monkeypatch):
+def demo(monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("python_reference", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "python_reference", module)
     spec.loader.exec_module(module)
     llm = tiny_llm()
-    lm = ExtensibleLM(llm, random_embedder(llm))
-    monkeypatch.setattr(ExtensibleLM, "from_pretrained", classmethod(lambda cls, *args: lm))
+    embedder = random_embedder(llm)
+
+    def loaded(cls, *args, store=None):
+        return cls(llm, embedder, None if store is None else EmbeddingStore.open(store))
+
+    monkeypatch.setattr(ExtensibleLM, "from_pretrained", classmethod(loaded))
+    monkeypatch.setenv("EXTEMB_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "NEW_TOKENS", 4)
     monkeypatch.setattr(module, "BUDGET", 80)
     return module
@@ -48,6 +54,23 @@ def test_a_document_of_the_user_is_asked_three_ways(demo, monkeypatch, tmp_path,
     assert row["answers"]["truncation"]["context"][0]["fidelity"] == "raw"
     assert isinstance(row["answers"]["extensible embeddings"]["context"][0]["fidelity"], int)
     assert "Who?" in capsys.readouterr().out
+
+
+def test_a_second_run_takes_the_embeddings_from_disk(demo, monkeypatch, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text(SENTENCES, encoding="utf-8")
+    arguments = ("--document", tmp_path / "notes.txt", "--question", "Who?", "--json", tmp_path / "out.json")
+    assert run(demo, monkeypatch, *arguments) == 0
+    first = json.loads((tmp_path / "out.json").read_text())[0]["answers"]["extensible embeddings"]
+    assert "compressing" in capsys.readouterr().out
+    assert (tmp_path / "cache" / "demo.extemb" / "data.mdb").is_file()
+    calls = []
+    monkeypatch.setattr(ExtensibleEmbedder, "compress_ids", lambda self, *args, **kwargs: calls.append(args))
+    assert run(demo, monkeypatch, *arguments) == 0
+    assert calls == []
+    assert "compressed earlier" in capsys.readouterr().out
+    again = json.loads((tmp_path / "out.json").read_text())[0]["answers"]["extensible embeddings"]
+    assert again["text"] == first["text"]
+    assert again["context"][0]["cached"]
 
 
 def test_the_reference_is_asked_about_topics_and_as_a_whole(demo):

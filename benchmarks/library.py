@@ -1,0 +1,282 @@
+"""The store and the library: speed and size, each beside what it is measured against, in one run.
+
+    python benchmarks/library.py --json benchmarks/results/library.json
+
+Sections: read (64 documents of 64 embeddings, against numpy.memmap), disk (against the raw arrays, and the LLM's own
+cache of the same text), open (a store of a million entries), first_token (from the store against full text), again
+(adding an unchanged corpus once more), search (HNSW against exact search).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from ending import note, run, write_json
+from memory import sample_text
+from timing import alternate, compare
+
+from extemb_core.documents import Document, text_ref
+from extemb_core.evaluation.provenance import provenance, short_name
+from extemb_core.library import Library
+from extemb_core.lm import ExtensibleLM
+from extemb_core.models.compressed import Compressed
+from extemb_core.models.llm import LLM
+from extemb_core.models.weights import resolve_embedder
+from extemb_core.retrieval.index import VectorIndex
+from extemb_core.store.store import EmbeddingStore
+
+SECTIONS = ("read", "disk", "open", "first_token", "again", "search")
+FINGERPRINT = "00" * 16
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(argv)
+    where = provenance(["python", *(sys.argv if argv is None else [sys.argv[0], *argv])])
+    report = {**where, **measure(options)}
+    print(table(report))
+    if options.json:
+        write_json(report, options.json)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The report without its provenance."""
+    quick = options.quick
+    rounds = 2 if quick else options.rounds
+    loaded: list[ExtensibleLM] = []
+
+    def lm() -> ExtensibleLM:  # only for the sections that need it
+        if not loaded:
+            loaded.append(ExtensibleLM.from_pretrained(options.llm, resolve_embedder(options.embedder, options.llm)))
+        return loaded[0]
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        sections: dict[str, Callable[[], dict[str, Any]]] = {
+            "read": lambda: reading(folder, rounds, width=lm().llm.width),
+            "disk": lambda: disk(folder, lm().llm, 200 if quick else 2_000),
+            "open": lambda: opening(folder, 2_000 if quick else 1_000_000, rounds),
+            "first_token": lambda: first_token(folder, lm(), 2 if quick else 16, 1 if quick else options.first_rounds),
+            "again": lambda: adding_again(folder, lm(), 20 if quick else options.documents),
+            "search": lambda: searching(1_000 if quick else options.vectors, 20 if quick else 200),
+        }
+        report: dict[str, Any] = {
+            "config": {"llm": short_name(options.llm), "rounds": rounds, "quick": quick, "seed": 0}
+        }
+        for name in options.only or SECTIONS:
+            start = time.perf_counter()
+            report[name] = sections[name]()
+            note(f"{name}: {time.perf_counter() - start:.0f} s")
+    return report
+
+
+def made(name: object, count: int, width: int, ratio: int = 8) -> Compressed:
+    """A document of `count` random embeddings."""
+    generator = torch.Generator().manual_seed(abs(hash(name)) % 2**31 if not isinstance(name, int) else name)
+    return Compressed(
+        embeddings=torch.randn(count, width, generator=generator),
+        ratio=ratio,
+        n_tokens=count * ratio,
+        ref=text_ref(str(name)),
+        fingerprint=FINGERPRINT,
+        chunk_size=count * ratio,
+        ratios=(2, 4, 8, 16, 32),
+        downscaling="strided",
+    )
+
+
+# -- sections -------------------------------------------------------------------------------------------------
+
+
+def reading(folder: Path, rounds: int, *, width: int) -> dict[str, Any]:
+    """64 documents of 64 embeddings as float32 tensors: from the store, checksums included, and from a memmap of the
+    same float16 bytes."""
+    texts = [made(at, 64, width) for at in range(64)]
+    file = folder / "plain.bin"
+    file.write_bytes(b"".join(text.embeddings.half().numpy().tobytes() for text in texts))
+    plain = np.memmap(file, np.float16, "r", shape=(64, 64, width))
+    with EmbeddingStore.open(folder / "read") as store:
+        store.put(*texts)
+        refs = [text.ref for text in texts]
+
+        def from_store() -> list[torch.Tensor]:
+            found = store.get_many(refs, FINGERPRINT, 8)
+            return [text.embeddings for text in found if text is not None]
+
+        def from_memmap() -> list[torch.Tensor]:
+            return [torch.from_numpy(plain[at].astype(np.float32)) for at in range(64)]
+
+        for ours, theirs in zip(from_store(), from_memmap(), strict=True):
+            assert torch.equal(ours, theirs)
+        samples = alternate({"store": from_store, "memmap": from_memmap}, 20 * rounds)
+    return {"n_documents": 64, "n_embeddings": 64, "width": width} | compare(samples, "store", "memmap", 1 / 0.8)
+
+
+def disk(folder: Path, llm: LLM, count: int) -> dict[str, Any]:
+    """What documents of 64 embeddings take in the file, against raw arrays and the LLM's cache of the same text."""
+    sizes = {}
+    for dtype, each in (("float16", 2), ("int8", 1)):
+        with EmbeddingStore.open(folder / f"disk-{dtype}", dtype=dtype) as store:  # type: ignore[arg-type]
+            empty = store.stats().file_bytes
+            for start in range(0, count, 100):
+                store.put(*(made(at, 64, llm.width) for at in range(start, min(count, start + 100))))
+            taken = store.stats().file_bytes
+        raw = count * 64 * llm.width * each
+        sizes[dtype] = {"file_bytes": taken, "empty_bytes": empty, "raw_bytes": raw, "overhead": taken / raw - 1}
+    text = llm.text_config
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * heads * size * 2  # keys and values, bfloat16
+    tokens = count * 64 * 8
+    per_token = {dtype: row["file_bytes"] / tokens for dtype, row in sizes.items()}
+    return {
+        "n_documents": count,
+        "sizes": sizes,
+        "target_overhead": 0.05,
+        "met": sizes["float16"]["overhead"] <= 0.05,
+        "cache_bytes_per_token": cache,
+        "store_bytes_per_token_at_ratio_8": per_token,
+        "share_of_cache": {dtype: value / cache for dtype, value in per_token.items()},
+        "target_share": 0.01,
+        "met_share": per_token["float16"] / cache <= 0.01,
+    }
+
+
+def opening(folder: Path, count: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds to open a store of many entries and read one of them."""
+    path = folder / "open"
+    with EmbeddingStore.open(path) as store:
+        for start in range(0, count, 10_000):
+            store.put(*(made(at, 1, 8) for at in range(start, min(count, start + 10_000))))
+    samples = []
+    for at in range(5 * rounds):
+        start = time.perf_counter()
+        with EmbeddingStore.open(path, "r") as store:
+            assert store.get(text_ref(str(at)), FINGERPRINT, 8) is not None
+        samples.append(1000 * (time.perf_counter() - start))
+    return {"n_entries": count, "n": len(samples), "median_ms": median(samples), "highest_ms": max(samples),
+            "target_ms": 50, "met": median(samples) < 50, "samples_ms": samples}  # fmt: skip
+
+
+def first_token(folder: Path, lm: ExtensibleLM, count: int, rounds: int) -> dict[str, Any]:
+    """Time to the first token from documents in the store, against the same as full text, 7/8 of the window."""
+    n_tokens = (7 * lm.llm.window // 8 // count - 32) * count
+    ids = lm.llm.encode(sample_text(12 * n_tokens))[:n_tokens]
+    part = n_tokens // count
+    texts = [Document(lm.llm.decode(ids[at : at + part].tolist()), title=str(at)) for at in range(0, n_tokens, part)]
+    rows: dict[str, Any] = {}
+    with EmbeddingStore.open(folder / "first") as store:
+        own = ExtensibleLM(lm.llm, lm.embedder, store)
+        ratios = [ratio for ratio in lm.embedder.config.ratios if ratio in (4, 8, 16)]
+        own.compress(texts, ratio=min(ratios))
+
+        def asked(ratio: int | str) -> Callable[[], object]:
+            return lambda: own.ask("What is this about?", texts, ratio=ratio, max_new_tokens=1)
+
+        sides = {f"ratio {ratio}": asked(ratio) for ratio in ratios} | {"full text": asked("raw")}
+        samples = alternate(sides, rounds)
+    for ratio in ratios:
+        row = compare(samples, f"ratio {ratio}", "full text", 1 / (0.8 * ratio))
+        rows[str(ratio)] = row | {"times_faster": 1 / row["ratio"]}
+    return {"n_tokens": n_tokens, "n_documents": len(texts), "ratios": rows}
+
+
+def adding_again(folder: Path, lm: ExtensibleLM, count: int) -> dict[str, Any]:
+    """Seconds to add a corpus, and to add it again unchanged in another opening."""
+    text = sample_text(400 * count + 1000)
+    documents = [Document(text[300 * at : 300 * at + 300], metadata={"source": f"part {at}"}) for at in range(count)]
+    seconds = []
+    for _ in range(2):
+        with Library(folder / "again", lm) as library:
+            start = time.perf_counter()
+            added = library.add(documents)
+            seconds.append(time.perf_counter() - start)
+    assert added.unchanged == count
+    return {"n_documents": count, "characters_each": 300, "seconds": seconds, "times_faster": seconds[0] / seconds[1],
+            "target": 50, "met": seconds[0] >= 50 * seconds[1]}  # fmt: skip
+
+
+def searching(count: int, n_queries: int, width: int = 256, k: int = 10) -> dict[str, Any]:
+    """Milliseconds of a search in HNSW, and how many of the exact nearest it finds.
+
+    Vectors lie around 1,000 centres, as passages around their subjects; in evenly random ones nothing is near.
+    """
+    draw = np.random.default_rng(0)
+    centres = draw.standard_normal((1000, width)).astype(np.float32)
+
+    def points(number: int) -> np.ndarray[Any, Any]:
+        around = centres[draw.integers(1000, size=number)]
+        vectors = around + 0.7 * draw.standard_normal((number, width)).astype(np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    vectors, queries = points(count), points(n_queries)
+    found: dict[str, list[set[int]]] = {}
+    milliseconds: dict[str, list[float]] = {}
+    build = {}
+    for factory in ("Flat", "HNSW32"):
+        index = VectorIndex(width, factory)
+        start = time.perf_counter()
+        index.add(range(count), vectors)
+        build[factory] = time.perf_counter() - start
+        found[factory], milliseconds[factory] = [], []
+        for query in queries:
+            start = time.perf_counter()
+            hits = index.search(query, k)
+            milliseconds[factory].append(1000 * (time.perf_counter() - start))
+            found[factory].append({number for number, _ in hits})
+    recall = sum(len(a & b) for a, b in zip(found["Flat"], found["HNSW32"], strict=True)) / (k * n_queries)
+    middle = {factory: median(values) for factory, values in milliseconds.items()}
+    return {"n_vectors": count, "width": width, "n_queries": n_queries, "k": k, "recall": recall, "median_ms": middle,
+            "build_seconds": build, "target_ms": 5, "target_recall": 0.95,
+            "met": middle["HNSW32"] < 5 and recall >= 0.95}  # fmt: skip
+
+
+def table(report: dict[str, Any]) -> str:
+    """What was measured against its target, as plain text."""
+    rows: list[tuple[str, str, str, bool]] = []
+    if row := report.get("read"):
+        rows.append(("reading 64 x 64: store / memmap", f"{row['ratio']:.2f}x", "<= 1.25x", row["met"]))
+    if row := report.get("disk"):
+        rows.append(("disk over raw arrays", f"{100 * row['sizes']['float16']['overhead']:.1f}%", "<= 5%", row["met"]))
+        share = row["share_of_cache"]["float16"]
+        rows.append(("disk per token at ratio 8 / KV cache", f"1/{1 / share:.0f}", "<= 1/100", row["met_share"]))
+    if row := report.get("open"):
+        rows.append((f"opening {row['n_entries']:,} entries", f"{row['median_ms']:.1f} ms", "< 50 ms", row["met"]))
+    for ratio, row in report.get("first_token", {}).get("ratios", {}).items():
+        target = f">= {0.8 * int(ratio):.1f}x"
+        rows.append((f"first token, full text / ratio {ratio}", f"{row['times_faster']:.1f}x", target, row["met"]))
+    if row := report.get("again"):
+        rows.append(("adding / adding again", f"{row['times_faster']:.0f}x", ">= 50x", row["met"]))
+    if row := report.get("search"):
+        what = f"search in {row['n_vectors']:,}, recall {row['recall']:.3f}"
+        rows.append((what, f"{row['median_ms']['HNSW32']:.2f} ms", "< 5 ms, 0.95", row["met"]))
+    return "\n".join(
+        f"{what:<58}{value:>12}  {target:<14} {'met' if met else 'MISSED'}" for what, value, target, met in rows
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", default="smollm2-135m-instruct", help="known name, folder or hub id")
+    parser.add_argument("--embedder", help="folder or hub id; the shipped one when not given")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections")
+    parser.add_argument("--rounds", type=int, default=9, help="of the sections that alternate")
+    parser.add_argument("--first-rounds", type=int, default=3, help="of first_token, which takes long")
+    parser.add_argument("--documents", type=int, default=10_000, help="of the corpus that is added twice")
+    parser.add_argument("--vectors", type=int, default=1_000_000, help="to search")
+    parser.add_argument("--folder", type=Path, help="where to work; the system's temporary folder when not given")
+    parser.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
+    parser.add_argument("--json", type=Path, help="where to write the report")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
