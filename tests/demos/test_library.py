@@ -1,0 +1,60 @@
+"""The library's demo on a tiny LLM: documents once, answers with their sources, errors in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from retrieval_encoder import by_words
+from tiny import random_embedder, tiny_llm
+
+from extemb_core import ExtensibleLM
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.retrieval.encoders import CallableEncoder
+
+pytest.importorskip("faiss")
+SCRIPT = Path(__file__).resolve().parents[2] / "demos" / "library.py"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("library_demo", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    llm = tiny_llm()
+    lm = ExtensibleLM(llm, random_embedder(llm))
+    monkeypatch.setattr(ExtensibleLM, "from_pretrained", classmethod(lambda cls, *args: lm))
+    monkeypatch.setattr("extemb_core.retrieval.encoders._default", lambda: CallableEncoder(by_words))
+    monkeypatch.setattr(module, "NEW_TOKENS", 2)
+    monkeypatch.setenv("EXTEMB_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["library.py", *map(str, arguments)])
+        return module.main()
+
+    return call
+
+
+def test_topics_are_compressed_once_and_asked(run, capsys, monkeypatch):
+    arguments = ("--topics", "3", "--passages", "1", "--question", "What is an assertion?")
+    assert run(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "3 documents added, 0 brought up to date, 0 unchanged" in shown
+    assert "topics/" in shown
+    monkeypatch.setattr(ExtensibleEmbedder, "compress_ids", lambda *args, **kwargs: pytest.fail("compressed again"))
+    assert run(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "3 unchanged: 0 tokens compressed" in shown
+    assert "disk" in shown
+
+
+def test_a_folder_of_the_user_and_one_that_is_not_there(run, capsys, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "mill.txt").write_text("The mill was built in 1820.")
+    assert run("--documents", tmp_path / "docs", "--question", "When?") == 0
+    assert "mill.txt:0-27" in capsys.readouterr().out
+    assert run("--documents", tmp_path / "none") == 1
+    assert "error: " in capsys.readouterr().err
