@@ -1,0 +1,183 @@
+"""Documents in shared blocks, transaction by transaction: what `EmbeddingStore` is made of.
+
+    entries   ref, fingerprint -> block, offset, tokens, embeddings, ratio, kind, dtype, checksum
+    blocks    number -> embeddings of one or more documents
+    live      number -> bytes of the block that entries refer to; at 0 the block goes
+    kinds     number -> the embedder's fingerprint, chunk size, ratios, down-scaling and width
+
+LMDB keeps large values in whole pages; documents that are put together share one, so that little is lost to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from extemb_core.errors import StoreCorruptError
+from extemb_core.models.compressed import Compressed
+from extemb_core.store.coding import DTYPES, Dtype, decode
+from extemb_core.store.environment import Environment
+from extemb_core.store.records import COUNT, NUMBER, Block, Entry, Kind, key_of, ref_of
+
+BLOCK_BYTES = 4 * 2**20
+_PAGE = 1000  # entries that are listed in one transaction
+
+
+class Blocks:
+    """The databases of a store. Every method but `entries` works within a transaction of its environment."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.kinds: dict[int, Kind] = {}
+
+    def databases(self, *names: str) -> list[Any]:
+        return [self.environment.database(name) for name in names]
+
+    def at(self, transaction: Any, key: bytes, ratio: int | None = None) -> Compressed | None:
+        """The document of a key, at a ratio or at the one it is kept at."""
+        entries, blocks = self.databases("entries", "blocks")
+        data = None if entries is None else transaction.get(key, db=entries)
+        if data is None:
+            return None
+        entry = Entry.unpack(data)
+        if ratio is not None and ratio % entry.ratio:
+            return None
+        kept = self.read(transaction, blocks, key, entry, self.kind(transaction, entry.kind))
+        return kept if ratio in (None, kept.ratio) else kept.at_ratio(ratio)
+
+    def entries(self) -> Iterator[tuple[bytes, Entry, Kind]]:
+        """Everything that is here, with its key."""
+        last: bytes | None = None
+        while True:  # a page at a time: no transaction stays open while the caller works
+            with self.environment.read() as transaction:
+                (entries,) = self.databases("entries")
+                if entries is None:
+                    return
+                cursor = transaction.cursor(db=entries)
+                found = cursor.first() if last is None else cursor.set_range(last + b"\0")
+                page: list[tuple[bytes, Entry, Kind]] = []
+                while found and len(page) < _PAGE:
+                    entry = Entry.unpack(cursor.value())
+                    page.append((bytes(cursor.key()), entry, self.kind(transaction, entry.kind)))
+                    found = cursor.next()
+            if not page:
+                return
+            last = page[-1][0]
+            yield from page
+
+    def kind(self, transaction: Any, number: int) -> Kind:
+        """Raises `StoreCorruptError` when it is not there."""
+        if number not in self.kinds:
+            data = transaction.get(NUMBER.pack(number), db=self.environment.database("kinds"))
+            if data is None:
+                raise StoreCorruptError(
+                    f"{self.environment.folder}: an entry is of kind {number}, which is not there; compress it again"
+                )
+            self.kinds[number] = Kind.parse(data)
+        return self.kinds[number]
+
+    def read(self, transaction: Any, blocks: Any, key: bytes, entry: Entry, kind: Kind) -> Compressed:
+        """Raises `StoreCorruptError` when the bytes are not what was written."""
+        block = transaction.get(NUMBER.pack(entry.block), db=blocks)
+        size = entry.size(kind.width)
+        payload = memoryview(b"" if block is None else block)[entry.offset : entry.offset + size]
+        if len(payload) != size or entry.sum_of(key, payload) != entry.checksum:
+            raise StoreCorruptError(
+                f"{self.environment.folder}: the embeddings of {ref_of(key)} are not what was written; remove "
+                "that ref and compress the document again"
+            )
+        return Compressed(
+            embeddings=decode(payload, entry.n_embeddings, kind.width, DTYPES[entry.dtype]),
+            ratio=entry.ratio,
+            n_tokens=entry.n_tokens,
+            ref=ref_of(key),
+            fingerprint=kind.fingerprint,
+            chunk_size=kind.chunk_size,
+            ratios=kind.ratios,
+            downscaling=kind.downscaling,
+        )
+
+    def put(self, transaction: Any, coded: Sequence[tuple[bytes, Compressed, bytes, Dtype]]) -> None:
+        """Write documents with their keys and bytes, but those that are here at a ratio at least as fine."""
+        entries = self.environment.database("entries")
+        block = Block()
+        for key, text, payload, dtype in coded:
+            there = transaction.get(key, db=entries)
+            if there is not None and Entry.unpack(there).ratio <= text.ratio:
+                continue
+            kind = self._number_of(transaction, Kind.of(text))
+            entry = Entry(0, 0, text.n_tokens, len(text), text.ratio, kind, DTYPES.index(dtype), 0)
+            self.add(transaction, block, key, entry, payload)
+        self.put_block(transaction, block)
+
+    def add(self, transaction: Any, block: Block, key: bytes, entry: Entry, payload: Any) -> None:
+        """Put a document into a block; a full one is written first."""
+        if block.payload and len(block.payload) + len(payload) > BLOCK_BYTES:
+            self.put_block(transaction, block)
+        placed = replace(entry, offset=len(block.payload), checksum=entry.sum_of(key, payload))
+        block.entries.append((key, placed))
+        block.payload += payload
+
+    def put_block(self, transaction: Any, block: Block) -> None:
+        """Put a block and its entries into the databases, and empty it."""
+        entries, blocks, live = self.databases("entries", "blocks", "live")
+        if not block.entries:
+            return
+        cursor = transaction.cursor(db=live)
+        number = NUMBER.unpack(cursor.key())[0] + 1 if cursor.last() else 0
+        total = 0
+        for key, entry in block.entries:
+            self.forget(transaction, key)
+            transaction.put(key, replace(entry, block=number).pack(), db=entries)
+            total += entry.size(self.kinds[entry.kind].width)
+        transaction.put(NUMBER.pack(number), bytes(block.payload), db=blocks)
+        transaction.put(NUMBER.pack(number), COUNT.pack(total), db=live)
+        block.payload, block.entries = bytearray(), []
+
+    def forget(self, transaction: Any, key: bytes) -> None:
+        """Drop an entry, if it is there, and its block with the last of them."""
+        entries, blocks, live = self.databases("entries", "blocks", "live")
+        data = transaction.get(key, db=entries)
+        if data is None:
+            return
+        entry = Entry.unpack(data)
+        size = entry.size(self.kind(transaction, entry.kind).width)
+        transaction.delete(key, db=entries)
+        name = NUMBER.pack(entry.block)
+        left = COUNT.unpack(transaction.get(name, db=live) or COUNT.pack(0))[0] - size
+        if left > 0:
+            transaction.put(name, COUNT.pack(left), db=live)
+        else:
+            transaction.delete(name, db=live)
+            transaction.delete(name, db=blocks)
+
+    def keys_of(self, transaction: Any, ref: str, fingerprint: str | None) -> list[bytes]:
+        """Of a document: of one embedder, or of all."""
+        entries = self.environment.database("entries")
+        if fingerprint is not None:
+            key = key_of(ref, fingerprint)
+            return [key] if transaction.get(key, db=entries) is not None else []
+        start = key_of(ref, "")[:16]
+        cursor = transaction.cursor(db=entries)
+        keys = []
+        found = cursor.set_range(start)
+        while found and bytes(cursor.key())[:16] == start:
+            keys.append(bytes(cursor.key()))
+            found = cursor.next()
+        return keys
+
+    def _number_of(self, transaction: Any, kind: Kind) -> int:
+        for number, known in self.kinds.items():
+            if known == kind:
+                return number
+        kinds = self.environment.database("kinds")
+        for key, value in transaction.cursor(db=kinds):
+            number = int(NUMBER.unpack(key)[0])
+            self.kinds[number] = Kind.parse(value)
+            if self.kinds[number] == kind:
+                return number
+        number = int(transaction.stat(kinds)["entries"])
+        transaction.put(NUMBER.pack(number), kind.to_bytes(), db=kinds)
+        self.kinds[number] = kind
+        return number
