@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -169,7 +170,8 @@ class Environment:
         self._databases = dict.fromkeys(DATABASES)
         with suppress(lmdb.NotFoundError):  # to read: they are made together, so none of the others is there
             for name in DATABASES:
-                self._databases[name] = self._env.open_db(name.encode(), create=not self.readonly)
+                opened = partial(self._env.open_db, name.encode(), create=not self.readonly)
+                self._databases[name] = _following(opened, lambda: self._env.set_mapsize(0))
 
     def _enter(self) -> None:
         with self._gate:
@@ -187,12 +189,7 @@ class Environment:
 
     @contextmanager
     def _begun(self, *, write: bool) -> Iterator[Any]:
-        try:
-            transaction = self._env.begin(write=write, buffers=True)
-        except lmdb.MapResizedError:  # another process made it larger
-            self._resize(0)
-            transaction = self._env.begin(write=write, buffers=True)
-        with transaction:
+        with _following(lambda: self._env.begin(write=write, buffers=True), lambda: self._resize(0)) as transaction:
             yield transaction
 
     def _grow(self) -> None:
@@ -270,6 +267,15 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+def _following(begin: Callable[[], T], resize: Callable[[], None]) -> T:
+    """`begin()`, with the map as large as other processes made it meanwhile."""
+    while True:
+        try:
+            return begin()
+        except lmdb.MapResizedError:  # noqa: PERF203 - one more try is the exception
+            resize()
 
 
 def _damaged_or_refused(folder: Path, error: Exception) -> StoreError:
