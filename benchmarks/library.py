@@ -3,8 +3,8 @@
     python benchmarks/library.py --json benchmarks/results/library.json
 
 Sections: read (64 documents of 64 embeddings, against numpy.memmap), disk (against the raw arrays, and the LLM's own
-cache of the same text), open (a store of a million entries), first_token (from the store against full text), again
-(adding an unchanged corpus once more), search (HNSW against exact search).
+cache of the same text), rounding (what float16 and int8 cost the LLM), open (a store of a million entries), first_token
+(from the store against full text), again (adding an unchanged corpus once more), search (HNSW against exact search).
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.models.llm import LLM
 from extemb_core.models.weights import resolve_embedder
 from extemb_core.retrieval.index import VectorIndex
+from extemb_core.store.coding import DTYPES, decode, encode
 from extemb_core.store.store import EmbeddingStore
 
-SECTIONS = ("read", "disk", "open", "first_token", "again", "search")
+SECTIONS = ("read", "disk", "rounding", "open", "first_token", "again", "search")
 FINGERPRINT = "00" * 16
 
 
@@ -63,6 +64,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         sections: dict[str, Callable[[], dict[str, Any]]] = {
             "read": lambda: reading(folder, rounds, width=lm().llm.width),
             "disk": lambda: disk(folder, lm().llm, 200 if quick else 2_000),
+            "rounding": lambda: rounding(lm(), 2 if quick else 40),
             "open": lambda: opening(folder, 2_000 if quick else 1_000_000, rounds),
             "first_token": lambda: first_token(folder, lm(), 2 if quick else 16, 1 if quick else options.first_rounds),
             "again": lambda: adding_again(folder, lm(), 20 if quick else options.documents),
@@ -147,6 +149,32 @@ def disk(folder: Path, llm: LLM, count: int) -> dict[str, Any]:
         "share_of_cache": {dtype: value / cache for dtype, value in per_token.items()},
         "target_share": 0.01,
         "met_share": per_token["float16"] / cache <= 0.01,
+    }
+
+
+def rounding(lm: ExtensibleLM, n_windows: int) -> dict[str, Any]:
+    """Loss, in nats, of the 128 tokens after 512 that are read as embeddings at ratio 8, rounded as the store would.
+
+    In a small window 3/8 and 1/8 of it; the text is the Python reference.
+    """
+    ratio = 8 if 8 in lm.embedder.config.ratios else min(lm.embedder.config.ratios)
+    context, scored = min(512, 3 * lm.llm.window // 8), min(128, lm.llm.window // 8)
+    ids = lm.llm.encode(sample_text(40 * n_windows * (context + scored)))
+    losses: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+    for start in range(0, n_windows * (context + scored), context + scored):
+        (text,) = lm.embedder.compress_ids([ids[start : start + context]], refs=[text_ref(str(start))], ratio=ratio)
+        targets = ids[start + context : start + context + scored]
+        for dtype in DTYPES:
+            data, kept = encode(text.embeddings, dtype)
+            vectors = decode(data, *text.embeddings.shape, kept).to(lm.llm.device, lm.llm.dtype)
+            losses[dtype].append(-float(lm.llm.score(vectors, targets).mean()))
+    worse = {dtype: [a - b for a, b in zip(losses[dtype], losses["float32"], strict=True)] for dtype in DTYPES}
+    return {
+        "n_windows": n_windows,
+        "ratio": ratio,
+        "mean_loss": {dtype: float(np.mean(values)) for dtype, values in losses.items()},
+        "mean_increase": {dtype: float(np.mean(values)) for dtype, values in worse.items()},
+        "highest_increase": {dtype: max(values) for dtype, values in worse.items()},
     }
 
 
@@ -242,12 +270,16 @@ def searching(count: int, n_queries: int, width: int = 256, k: int = 10) -> dict
 def table(report: dict[str, Any]) -> str:
     """What was measured against its target, as plain text."""
     rows: list[tuple[str, str, str, bool]] = []
+    lines: list[str] = []
     if row := report.get("read"):
         rows.append(("reading 64 x 64: store / memmap", f"{row['ratio']:.2f}x", "<= 1.25x", row["met"]))
     if row := report.get("disk"):
         rows.append(("disk over raw arrays", f"{100 * row['sizes']['float16']['overhead']:.1f}%", "<= 5%", row["met"]))
         share = row["share_of_cache"]["float16"]
         rows.append(("disk per token at ratio 8 / KV cache", f"1/{1 / share:.0f}", "<= 1/100", row["met_share"]))
+    if row := report.get("rounding"):
+        found = ", ".join(f"{dtype} {row['mean_increase'][dtype]:+.4f}" for dtype in ("float16", "int8"))
+        lines.append(f"loss of the next tokens beside float32, nats: {found}")
     if row := report.get("open"):
         rows.append((f"opening {row['n_entries']:,} entries", f"{row['median_ms']:.1f} ms", "< 50 ms", row["met"]))
     for ratio, row in report.get("first_token", {}).get("ratios", {}).items():
@@ -258,9 +290,8 @@ def table(report: dict[str, Any]) -> str:
     if row := report.get("search"):
         what = f"search in {row['n_vectors']:,}, recall {row['recall']:.3f}"
         rows.append((what, f"{row['median_ms']['HNSW32']:.2f} ms", "< 5 ms, 0.95", row["met"]))
-    return "\n".join(
-        f"{what:<58}{value:>12}  {target:<14} {'met' if met else 'MISSED'}" for what, value, target, met in rows
-    )
+    lines += [f"{what:<58}{value:>12}  {target:<14} {'met' if met else 'MISSED'}" for what, value, target, met in rows]
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:

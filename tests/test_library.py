@@ -82,8 +82,10 @@ def test_adding_again_costs_nothing_and_a_change_only_itself(opened, lm, monkeyp
         assert len(library.store) == before  # the old passage's embeddings are gone
         assert "1999" in library.search("station built", k=1)[0].text
         assert "1820" not in " ".join(p.text for p in library.search("station", k=20) if p.source == "station.txt")
-        retitled = Document(documents[0].text, title="Port", metadata={"source": "harbour.txt"})
-        assert library.add([retitled]).updated == 1
+        retitled = Document(documents[0].text, title="Port", metadata={"source": "harbour.txt", "seen": {1, 2}})
+        for _ in range(2):
+            again = library.add([retitled])
+        assert (again.updated, again.unchanged) == (0, 1)
         assert library.search("harbour", k=1)[0].title == "Port"
 
 

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from extemb_core import ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import WeightsError
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -99,6 +100,26 @@ def test_the_llm_is_bit_equal_after_use_by_two_threads_at_once(llm, embedder):
     assert together["said"] == alone[1]
     for name, tensor in llm.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_the_shipped_pair_finds_what_a_text_says_in_its_embeddings():
+    try:
+        lm = ExtensibleLM.from_pretrained("smollm2-135m-reader-joint", device="cpu")
+    except WeightsError as error:
+        pytest.skip(str(error))
+    assert lm.embedder.config.ratios == [2, 4, 8]
+    texts = {
+        "1820": "The mill by the river was built in 1820 by a family of bakers, and it burned down twice.",
+        "1975": "The mill by the river was built in 1975 by a family of bakers, and it burned down twice.",
+    }
+    question = "\nWhen was the mill built? The mill was built in"
+    scores = {
+        (said, read): lm.score(f" {said}", prompt=question, documents=text, ratio=2)
+        for said in texts
+        for read, text in texts.items()
+    }
+    for said, other in (("1820", "1975"), ("1975", "1820")):
+        assert scores[said, said] > scores[said, other] + 0.5
 
 
 def test_the_shipped_reader_answers_in_a_few_words_and_says_when_it_cannot():

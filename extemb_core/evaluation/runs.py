@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
 from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.evaluation.settings import CommonConfig
+from extemb_core.files import write_whole
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.models.sources import sha256_of
@@ -244,9 +245,7 @@ def write_record(record: dict[str, Any], file: Path) -> None:
         json.dumps(sample, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for sample in record["samples"]
     )
     text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(f'{text[:-2]},\n "samples": [\n{lines}\n]\n}}\n', encoding="utf-8")
-    temporary.replace(file)
+    write_whole(file, f'{text[:-2]},\n "samples": [\n{lines}\n]\n}}\n')
 
 
 def _identity(experiment: Experiment, data: list[dict[str, str]]) -> dict[str, Any]:

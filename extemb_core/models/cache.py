@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import WeightsCorruptError, WeightsError
+from extemb_core.files import push
 from extemb_core.models.dequantise import CONVERSION_VERSION
 from extemb_core.models.known import KnownModel
 from extemb_core.models.sources import sha256_of
@@ -137,7 +138,7 @@ def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = {"sha256": sha256_of(file), "size_bytes": file.stat().st_size}
-        _fsync(file)
+        push(file)
     manifest = {
         "name": model.name,
         "licence": model.licence,
@@ -150,7 +151,7 @@ def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _fsync(folder / MANIFEST)
+    push(folder / MANIFEST)
 
 
 def replace_folder(made: Path, folder: Path) -> None:
@@ -158,14 +159,4 @@ def replace_folder(made: Path, folder: Path) -> None:
     if folder.exists():
         os.replace(folder, made.parent / "old")
     os.replace(made, folder)
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    push(folder.parent)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from extemb_core.errors import ConfigError, MissingExtraError, StoreError
+from extemb_core.files import settle, write_whole
 from extemb_core.models.sources import sha256_of
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -36,16 +37,17 @@ class VectorIndex:
 
     Args:
         width: Of the vectors.
-        factory: What FAISS calls the index ("Flat", "HNSW32", "IVF4096,PQ32"); `choose_factory` when not given.
+        factory: What FAISS calls the index ("Flat", "HNSW32", "IVF4096,PQ32"); flat when not given.
+        wanted: The factory that it stays with; None when its size may ask for another.
 
     Raises:
         MissingExtraError: faiss is not installed.
         ConfigError: FAISS knows no such index.
     """
 
-    def __init__(self, width: int, factory: str | None = None) -> None:
+    def __init__(self, width: int, factory: str | None = None, wanted: str | None = None) -> None:
         self.width = width
-        self.wanted = factory
+        self.wanted = wanted
         self.factory = factory or "Flat"
         self.ids: set[int] = set()
         self._gone: set[int] = set()
@@ -98,9 +100,8 @@ class VectorIndex:
             faiss.write_index(self._index, str(temporary))
             said = description | {"factory": self.factory, "width": self.width, "sha256": sha256_of(temporary),
                                   "gone": sorted(self._gone)}  # fmt: skip
-            _settle(temporary, file)
-            temporary.write_text(json.dumps(said) + "\n", encoding="utf-8")
-            _settle(temporary, _description_of(file))
+            settle(temporary, file)
+            write_whole(_description_of(file), json.dumps(said) + "\n")
         except (OSError, RuntimeError) as error:
             raise StoreError(f"{file} could not be written ({error}); it is made anew when next needed") from error
         finally:
@@ -151,9 +152,3 @@ def _faiss() -> Any:
 
 def _description_of(file: Path) -> Path:
     return file.with_suffix(".json")
-
-
-def _settle(temporary: Path, place: Path) -> None:
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(place)

@@ -59,7 +59,10 @@ class Environment:
 
     @contextmanager
     def read(self) -> Iterator[Any]:
-        """A transaction that sees one state of all databases. Its buffers are views of the file: copy what stays."""
+        """A transaction that sees one state of all databases. Its buffers are views of the file: copy what stays.
+
+        A thread has one at a time: a second one within it could wait for the end of the first.
+        """
         self._enter()
         try:
             with self._failures("read"), self._begun(write=False) as transaction:
@@ -75,8 +78,7 @@ class Environment:
         Raises:
             StoreError: The environment is read-only, or the disk refuses (then nothing of it was kept).
         """
-        if self.readonly:
-            raise StoreError(f"{self.folder} was opened to read; open it with mode='a' to write")
+        self.require_writable()
         with self._writing:
             while True:
                 self._enter()
@@ -88,6 +90,11 @@ class Environment:
                 finally:
                     self._leave()
                 self._grow()
+
+    def require_writable(self) -> None:
+        """Raise `StoreError` if it is read-only: before long work whose end would be that error."""
+        if self.readonly:
+            raise StoreError(f"{self.folder} was opened to read; open it with mode='a' to write")
 
     def file_bytes(self) -> int:
         return (self.folder / DATA_FILE).stat().st_size

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from extemb_core.errors import StoreCorruptError, StoreError
+from extemb_core.files import write_whole
 from extemb_core.store.environment import DATA_FILE
 
 FORMAT, VERSION = "extemb-store", 1
@@ -48,6 +49,4 @@ def check_description(folder: Path) -> None:
 
 def describe(folder: Path) -> None:
     """Written once the data file is there, and whole or not at all."""
-    temporary = folder / f".{DESCRIPTION}.tmp"
-    temporary.write_text(json.dumps({"format": FORMAT, "version": VERSION}) + "\n", encoding="utf-8")
-    temporary.replace(folder / DESCRIPTION)
+    write_whole(folder / DESCRIPTION, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.files import settle, write_whole
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.sources import sha256_of
 from extemb_core.store.coding import DTYPES, Dtype, decode, encode, n_bytes
@@ -87,7 +88,7 @@ def write_shard(folder: Path, name: str, texts: Sequence[Compressed], dtype: Dty
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata)
-        _settle(temporary, place)
+        settle(temporary, place)
         return Shard(place.name, sha256_of(place), place.stat().st_size, len(texts))
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{place} could not be written ({error}); nothing of it was kept, see to the disk") from error
@@ -143,14 +144,10 @@ def read_shard(file: Path) -> Iterator[Compressed]:
 def write_manifest(folder: Path, shards: Iterable[Shard]) -> None:
     """Name the shards of a folder: it is whole from now on."""
     content = {"format": FORMAT, "version": VERSION, "shards": [asdict(shard) for shard in shards]}
-    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
     try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _settle(temporary, folder / MANIFEST)
+        write_whole(folder / MANIFEST, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise StoreError(f"{folder / MANIFEST} could not be written ({error.strerror}); see to the disk") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> list[Path]:
@@ -189,16 +186,3 @@ def read_manifest(folder: Path, *, verify: bool = True) -> list[Path]:
             raise StoreCorruptError(f"{place} is not what was written (another sha256); export again")
         found.append(place)
     return found
-
-
-def _settle(temporary: Path, place: Path) -> None:
-    """Push a file to the disk, then give it its name."""
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(place)
-    if os.name != "nt":  # Windows opens no folders
-        handle = os.open(place.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

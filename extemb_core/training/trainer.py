@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from extemb_core.errors import ConfigError, TrainingError
+from extemb_core.files import push, write_whole
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.downscaling import chunk_lengths
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -214,12 +215,9 @@ class _RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for file in filter(Path.is_file, folder.rglob("*")):
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
+                push(file)
             mark = {"step": state.global_step, "config": _identity(self._config)}
-            temporary = folder / f"{_COMPLETE}.tmp"
-            temporary.write_text(json.dumps(mark, indent=2), encoding="utf-8")
-            temporary.replace(folder / _COMPLETE)
+            write_whole(folder / _COMPLETE, json.dumps(mark, indent=2))
 
 
 def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
@@ -438,9 +436,7 @@ def _identity(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _write_config(config: TrainingConfig, output: Path) -> None:
-    temporary = output / "training.json.tmp"
-    temporary.write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
-    temporary.replace(output / "training.json")
+    write_whole(output / "training.json", json.dumps(asdict(config), indent=2))
 
 
 def last_checkpoint(output: Path) -> Path | None:

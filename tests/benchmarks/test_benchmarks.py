@@ -75,7 +75,10 @@ def test_the_report_of_the_library_is_whole(folders, tmp_path, monkeypatch):
     assert report["disk"]["cache_bytes_per_token"] == 2 * 3 * 2 * 8 * 2
     assert report["search"]["recall"] > 0.9
     assert set(report["first_token"]["ratios"]) == {"4", "8"}
-    lines = library.table(report).splitlines()
+    assert report["rounding"]["mean_increase"]["float32"] == 0
+    assert 0 < abs(report["rounding"]["mean_increase"]["float16"]) < abs(report["rounding"]["mean_increase"]["int8"])
+    first, *lines = library.table(report).splitlines()
+    assert first.startswith("loss of the next tokens")
     assert len(lines) == 8
     assert all(line.endswith(("met", "MISSED")) for line in lines)
 

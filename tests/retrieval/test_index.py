@@ -59,7 +59,7 @@ def test_an_index_that_outgrew_its_kind_is_made_anew(monkeypatch):
     index = VectorIndex(16)
     index.add(range(11), unit(11))
     assert index.should_be_made_anew()
-    chosen = VectorIndex(16, "Flat")
+    chosen = VectorIndex(16, "Flat", "Flat")
     chosen.add(range(11), unit(11))
     assert not chosen.should_be_made_anew()
 
