@@ -157,7 +157,8 @@ class Library:
     def add(self, documents: Any, *, show_progress: bool | None = None) -> Added:
         """Add documents, or replace those of the same source; what has not changed costs nothing.
 
-        Every few thousand tokens what is done is on disk: after Ctrl-C, or worse, the same call goes on.
+        A document that another embedder compressed, or this one more coarsely, is brought up to date too. Every few
+        thousand tokens what is done is on disk: after Ctrl-C, or worse, the same call goes on.
 
         Args:
             documents: Files and folders (`pathlib.Path`), texts, `Document`s, or what `Document.from_any` takes. A
@@ -180,7 +181,7 @@ class Library:
             for document in every:
                 with self.store.environment.read() as transaction:
                     known = self._catalogue.record(transaction, document.source)
-                if known is not None and is_of(known, document):
+                if known is not None and is_of(known, document, lm.embedder.fingerprint, self._finest(lm)):
                     counts["unchanged"] += 1
                     advance(1)
                     continue
@@ -220,7 +221,7 @@ class Library:
         return gone
 
     def documents(self) -> Iterator[dict[str, Any]]:
-        """The record of every document: source, title, ref, n_chars, n_passages, metadata."""
+        """The record of every document: source, title, ref, n_chars, n_passages, metadata, fingerprint, ratio."""
         return self._catalogue.records()
 
     def text(self, source: str) -> str:
@@ -289,16 +290,16 @@ class Library:
             return
         texts = [text for one in batch for text in one.texts]
         vectors = self.encoder.encode(texts).astype("<f2")
-        finest = min(lm.embedder.config.ratios) if self.ratio is None else self.ratio
+        finest, fingerprint = self._finest(lm), lm.embedder.fingerprint
         wanted = {text_ref(text): lm.llm.encode(text) for text in texts}
-        missing = [ref for ref in wanted if self.store.get(ref, lm.embedder.fingerprint, finest) is None]
+        missing = [ref for ref in wanted if self.store.get(ref, fingerprint, finest) is None]
         made = lm.embedder.compress_ids(
             [wanted[ref] for ref in missing], refs=missing, ratio=finest, show_progress=False
         )
         self.store.put(*made)
 
         def work(transaction: Any) -> None:
-            before = self._catalogue.put(transaction, batch, vectors)
+            before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest)
             self._catalogue.change(transaction, encoder=self.encoder.name, width=self.encoder.width)
             self._drop_orphans(transaction, before)
 
@@ -352,6 +353,9 @@ class Library:
             made = WordIndex([passage.id for passage in passages], [passage.text for passage in passages])
             self._words = self._synced, made
         return self._words[1]
+
+    def _finest(self, lm: ExtensibleLM) -> int:
+        return min(lm.embedder.config.ratios) if self.ratio is None else self.ratio
 
     def _need_lm(self) -> ExtensibleLM:
         if self.lm is None:

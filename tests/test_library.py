@@ -89,6 +89,24 @@ def test_adding_again_costs_nothing_and_a_change_only_itself(opened, lm, monkeyp
         assert library.search("harbour", k=1)[0].title == "Port"
 
 
+def test_another_embedder_or_a_finer_ratio_compresses_anew_and_a_coarser_one_does_not(opened, lm, tmp_path):
+    documents = [document(place) for place in PLACES[:2]]
+    with opened(ratio=4) as library:
+        library.add(documents)
+    with opened(ratio=8) as library:
+        assert library.add(documents).unchanged == 2
+    with opened(ratio=2) as library:
+        assert library.add(documents).updated == 2
+        assert library.add(documents).unchanged == 2
+    other = ExtensibleLM(lm.llm, random_embedder(lm.llm, seed=9))
+    with Library(tmp_path / "lib", other, encoder=by_words, passage_tokens=40, ratio=2) as library:
+        added = library.add(documents)
+        assert (added.updated, added.unchanged) == (2, 0)
+        assert added.compressed_tokens > 0
+        assert library.ask("mill?", k=2, ratio=2, max_new_tokens=2).context[0].cached
+        assert library.store.verify().clean
+
+
 def test_what_is_removed_is_gone_and_shared_passages_stay(opened):
     with opened() as library:
         library.add([document(place) for place in PLACES])

@@ -87,13 +87,17 @@ class Catalogue:
         data = json.dumps(now | settings | {"generation": now["generation"] + 1}).encode()
         transaction.put(_SETTINGS, data, db=self._environment.database("settings"))
 
-    def put(self, transaction: Any, documents: Sequence[Split], vectors: np.ndarray[Any, Any]) -> set[bytes]:
+    def put(
+        self, transaction: Any, documents: Sequence[Split], vectors: np.ndarray[Any, Any], fingerprint: str, ratio: int
+    ) -> set[bytes]:
         """Write documents over those of the same source.
 
         Args:
             transaction: A writing one.
             documents: With their passages.
             vectors: (passages of all of them, width) float16.
+            fingerprint: Of the embedder that compressed them.
+            ratio: The finest that they were compressed at.
 
         Returns:
             The refs of the passages that the documents of the same source had.
@@ -116,6 +120,7 @@ class Catalogue:
                 offset += size
                 number += 1
             record = _described(one.document) | {"passages": [first, number]}
+            record |= {"fingerprint": fingerprint, "ratio": ratio}
             transaction.put(key, json.dumps(record).encode(), db=database("documents"))
             transaction.put(key, one.document.text.encode(), db=database("texts"))
         self.change(transaction, next_id=number)
@@ -145,7 +150,8 @@ class Catalogue:
         return ["ext:" + ref.hex() for ref in refs if not cursor.set_range(ref) or bytes(cursor.key())[:16] != ref]
 
     def record(self, transaction: Any, source: str) -> dict[str, Any] | None:
-        """What is known of a document: source, title, ref, n_chars, metadata, and its passages' first and last id."""
+        """What is known of a document: source, title, ref, n_chars, metadata, its passages' first and last id, and
+        the embedder and the ratio that it was compressed with."""
         database = self._environment.database("documents")
         data = None if database is None else transaction.get(_key(source), db=database)
         record: dict[str, Any] | None = None if data is None else json.loads(bytes(data))
@@ -213,9 +219,10 @@ class Catalogue:
         return 0 if database is None else int(transaction.stat(database)["entries"])
 
 
-def is_of(record: Mapping[str, Any], document: Document) -> bool:
-    """Whether a record is of this very document, title and metadata included."""
-    return all(record[name] == value for name, value in _described(document).items())
+def is_of(record: Mapping[str, Any], document: Document, fingerprint: str, ratio: int) -> bool:
+    """Whether a record is of this very document, title and metadata included, compressed as it would be now."""
+    same = all(record[name] == value for name, value in _described(document).items())
+    return same and record["fingerprint"] == fingerprint and ratio % int(record["ratio"]) == 0
 
 
 def _described(document: Document) -> dict[str, Any]:
