@@ -37,6 +37,9 @@ def forked(work: Callable[[Callable[[int], None]], None]) -> tuple[int, int]:
     if not child:
         code = 1
         try:
+            torch.set_num_threads(
+                1
+            )  # the parent's threads are not here, and the first parallel work would wait for them
             os.close(reader)
             work(lambda number: os.write(writer, number.to_bytes(4, "big")))  # type: ignore[arg-type, return-value]
             code = 0
@@ -161,11 +164,13 @@ def test_writers_and_readers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with EmbeddingStore.open(tmp_path / "s") as store:
         store.put(TEXTS[0])
 
+    large = [compressed(f"large {at}", n_tokens=40_000, chunk_size=40_000) for at in range(60)]
+
     def write(numbers: range) -> Callable[[Callable[[int], None]], None]:
         def work(acknowledge: Callable[[int], None]) -> None:
             with EmbeddingStore.open(tmp_path / "s") as store:
                 for at in numbers:
-                    store.put(TEXTS[at], compressed(f"large {at}", n_tokens=40_000, chunk_size=40_000))
+                    store.put(TEXTS[at], large[at])
                     acknowledge(at)
 
         return work
