@@ -20,9 +20,12 @@ _ACCEPTED = (
 )
 
 
+REF_PREFIX = "ext:"
+
+
 def text_ref(text: str) -> str:
     """`ext:` and 32 hex digits of the text's sha256: what names a document everywhere."""
-    return "ext:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return REF_PREFIX + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -17,18 +19,20 @@ def push(path: Path) -> None:
         os.close(handle)
 
 
-def settle(temporary: Path, place: Path) -> None:
-    """Give a finished file its name, over one that has it; both are of one folder."""
-    push(temporary)
-    temporary.replace(place)
-    push(place.parent)
+@contextmanager
+def whole(place: Path) -> Iterator[Path]:
+    """A name to write a file under, beside its place: it takes the place at the end, and is gone after an error."""
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        push(temporary)
+        temporary.replace(place)
+        push(place.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text file beside its place and give it its name when it is whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    """Write a text file that is whole or not there."""
+    with whole(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        settle(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -175,13 +175,14 @@ class Library:
         self.store.environment.require_writable()
         counts = dict.fromkeys(("added", "updated", "unchanged", "n_passages", "n_tokens", "compressed_tokens"), 0)
         every = _as_documents(documents)
+        fingerprint, finest = lm.embedder.fingerprint, self._finest(lm)
         with progress("add", len(every), show_progress) as advance:
             batch: list[Split] = []
             waiting = 0
             for document in every:
                 with self.store.environment.read() as transaction:
                     known = self._catalogue.record(transaction, document.source)
-                if known is not None and is_of(known, document, lm.embedder.fingerprint, self._finest(lm)):
+                if known is not None and is_of(known, document, fingerprint, finest):
                     counts["unchanged"] += 1
                     advance(1)
                     continue
@@ -291,7 +292,8 @@ class Library:
         texts = [text for one in batch for text in one.texts]
         vectors = self.encoder.encode(texts).astype("<f2")
         finest, fingerprint = self._finest(lm), lm.embedder.fingerprint
-        wanted = {text_ref(text): lm.llm.encode(text) for text in texts}
+        refs = [text_ref(text) for text in texts]
+        wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
         missing = [ref for ref in wanted if self.store.get(ref, fingerprint, finest) is None]
         made = lm.embedder.compress_ids(
             [wanted[ref] for ref in missing], refs=missing, ratio=finest, show_progress=False
@@ -299,13 +301,12 @@ class Library:
         self.store.put(*made)
 
         def work(transaction: Any) -> None:
-            before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest)
-            self._catalogue.change(transaction, encoder=self.encoder.name, width=self.encoder.width)
+            before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, self.encoder.name)
             self._drop_orphans(transaction, before)
 
         self.store.write(work)
         counts["n_passages"] += len(texts)
-        counts["n_tokens"] += sum(len(wanted[text_ref(text)]) for text in texts)
+        counts["n_tokens"] += sum(len(wanted[ref]) for ref in refs)
         counts["compressed_tokens"] += sum(one.n_tokens for one in made)
 
     def _drop_orphans(self, transaction: Any, refs: Iterable[bytes]) -> None:

@@ -18,11 +18,11 @@ import xxhash
 
 from extemb_core.documents import Document, text_ref
 from extemb_core.store.environment import Environment
+from extemb_core.store.records import ref_bytes, ref_of
 
 _PASSAGE = struct.Struct("<16s16sQQQQ")  # document, ref, first and last byte, first and last character
 _ID = struct.Struct(">Q")
 _SETTINGS = b"library"
-_PAGE = 1000  # documents that are listed in one transaction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,13 @@ class Catalogue:
         transaction.put(_SETTINGS, data, db=self._environment.database("settings"))
 
     def put(
-        self, transaction: Any, documents: Sequence[Split], vectors: np.ndarray[Any, Any], fingerprint: str, ratio: int
+        self,
+        transaction: Any,
+        documents: Sequence[Split],
+        vectors: np.ndarray[Any, Any],
+        fingerprint: str,
+        ratio: int,
+        encoder: str,
     ) -> set[bytes]:
         """Write documents over those of the same source.
 
@@ -98,6 +104,7 @@ class Catalogue:
             vectors: (passages of all of them, width) float16.
             fingerprint: Of the embedder that compressed them.
             ratio: The finest that they were compressed at.
+            encoder: Name of the text encoder that made the vectors.
 
         Returns:
             The refs of the passages that the documents of the same source had.
@@ -112,7 +119,7 @@ class Catalogue:
             first, offset = number, 0
             for (start, end), text in zip(one.spans, one.texts, strict=True):
                 size = len(text.encode())
-                ref, name = _bytes_of(text_ref(text)), _ID.pack(number)
+                ref, name = ref_bytes(text_ref(text)), _ID.pack(number)
                 place = _PASSAGE.pack(key, ref, offset, offset + size, start, end)
                 transaction.put(name, place, db=database("passages"))
                 transaction.put(name, next(rows).tobytes(), db=database("vectors"))
@@ -123,7 +130,7 @@ class Catalogue:
             record |= {"fingerprint": fingerprint, "ratio": ratio}
             transaction.put(key, json.dumps(record).encode(), db=database("documents"))
             transaction.put(key, one.document.text.encode(), db=database("texts"))
-        self.change(transaction, next_id=number)
+        self.change(transaction, next_id=number, encoder=encoder, width=vectors.shape[1])
         return before
 
     def forget(self, transaction: Any, source: str) -> set[bytes] | None:
@@ -147,7 +154,7 @@ class Catalogue:
     def orphans(self, transaction: Any, refs: Iterable[bytes]) -> list[str]:
         """Those of some refs that no passage has any more."""
         cursor = transaction.cursor(db=self._environment.database("refs"))
-        return ["ext:" + ref.hex() for ref in refs if not cursor.set_range(ref) or bytes(cursor.key())[:16] != ref]
+        return [ref_of(ref) for ref in refs if not cursor.set_range(ref) or bytes(cursor.key())[:16] != ref]
 
     def record(self, transaction: Any, source: str) -> dict[str, Any] | None:
         """What is known of a document: source, title, ref, n_chars, metadata, its passages' first and last id, and
@@ -190,28 +197,16 @@ class Catalogue:
             key, ref, first, last, start, end = _PASSAGE.unpack(data)
             record = json.loads(bytes(transaction.get(key, db=database("documents"))))
             text = bytes(transaction.get(key, db=database("texts"))[first:last]).decode()
-            made = {"source": record["source"], "title": record["title"], "ref": "ext:" + ref.hex()}
+            made = {"source": record["source"], "title": record["title"], "ref": ref_of(ref)}
             passages.append(Passage(id=number, text=text, start=start, end=end, score=score, **made))
         return passages
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Every record, with the number of passages, a page at a time: no transaction stays open in between."""
-        last: bytes | None = None
-        while True:
-            page: list[dict[str, Any]] = []
-            with self._environment.read() as transaction:
-                database = self._environment.database("documents")
-                cursor = None if database is None else transaction.cursor(db=database)
-                found = cursor is not None and (cursor.first() if last is None else cursor.set_range(last + b"\0"))
-                while cursor is not None and found and len(page) < _PAGE:
-                    record = json.loads(bytes(cursor.value()))
-                    first, end = record.pop("passages")
-                    page.append(record | {"n_passages": end - first})
-                    last = bytes(cursor.key())
-                    found = cursor.next()
-            if not page:
-                return
-            yield from page
+        """Every record, with the number of passages; no transaction stays open while the caller works."""
+        for _, value in self._environment.items("documents"):
+            record = json.loads(value)
+            first, end = record.pop("passages")
+            yield record | {"n_passages": end - first}
 
     def count(self, transaction: Any) -> int:
         """Documents."""
@@ -238,7 +233,3 @@ def _described(document: Document) -> dict[str, Any]:
 
 def _key(source: str) -> bytes:
     return xxhash.xxh3_128(source.encode()).digest()
-
-
-def _bytes_of(ref: str) -> bytes:
-    return bytes.fromhex(ref.removeprefix("ext:"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from extemb_core.errors import ConfigError, MissingExtraError, StoreError
-from extemb_core.files import settle, write_whole
+from extemb_core.files import whole, write_whole
 from extemb_core.models.sources import sha256_of
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -95,17 +94,14 @@ class VectorIndex:
             StoreError: The disk refuses.
         """
         faiss = _faiss()
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
-            faiss.write_index(self._index, str(temporary))
-            said = description | {"factory": self.factory, "width": self.width, "sha256": sha256_of(temporary),
-                                  "gone": sorted(self._gone)}  # fmt: skip
-            settle(temporary, file)
+            with whole(file) as temporary:
+                faiss.write_index(self._index, str(temporary))
+                said = description | {"factory": self.factory, "width": self.width, "sha256": sha256_of(temporary),
+                                      "gone": sorted(self._gone)}  # fmt: skip
             write_whole(_description_of(file), json.dumps(said) + "\n")
         except (OSError, RuntimeError) as error:
             raise StoreError(f"{file} could not be written ({error}); it is made anew when next needed") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, file: Path, width: int, factory: str | None = None, **description: Any) -> VectorIndex | None:

@@ -18,10 +18,9 @@ from extemb_core.errors import StoreCorruptError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.coding import DTYPES, Dtype, decode
 from extemb_core.store.environment import Environment
-from extemb_core.store.records import COUNT, NUMBER, Block, Entry, Kind, key_of, ref_of
+from extemb_core.store.records import COUNT, NUMBER, Block, Entry, Kind, key_of, ref_bytes, ref_of
 
 BLOCK_BYTES = 4 * 2**20
-_PAGE = 1000  # entries that are listed in one transaction
 
 
 class Blocks:
@@ -36,35 +35,28 @@ class Blocks:
 
     def at(self, transaction: Any, key: bytes, ratio: int | None = None) -> Compressed | None:
         """The document of a key, at a ratio or at the one it is kept at."""
-        entries, blocks = self.databases("entries", "blocks")
+        entries = self.environment.database("entries")
         data = None if entries is None else transaction.get(key, db=entries)
         if data is None:
             return None
         entry = Entry.unpack(data)
         if ratio is not None and ratio % entry.ratio:
             return None
-        kept = self.read(transaction, blocks, key, entry, self.kind(transaction, entry.kind))
+        kind = self.kind(transaction, entry.kind)
+        payload = self.payload(transaction, key, entry, kind)
+        embeddings = decode(payload, entry.n_embeddings, kind.width, DTYPES[entry.dtype])
+        kept = kind.compressed(embeddings, ref=ref_of(key), ratio=entry.ratio, n_tokens=entry.n_tokens)
         return kept if ratio in (None, kept.ratio) else kept.at_ratio(ratio)
 
     def entries(self) -> Iterator[tuple[bytes, Entry, Kind]]:
-        """Everything that is here, with its key."""
-        last: bytes | None = None
-        while True:  # a page at a time: no transaction stays open while the caller works
-            with self.environment.read() as transaction:
-                (entries,) = self.databases("entries")
-                if entries is None:
-                    return
-                cursor = transaction.cursor(db=entries)
-                found = cursor.first() if last is None else cursor.set_range(last + b"\0")
-                page: list[tuple[bytes, Entry, Kind]] = []
-                while found and len(page) < _PAGE:
-                    entry = Entry.unpack(cursor.value())
-                    page.append((bytes(cursor.key()), entry, self.kind(transaction, entry.kind)))
-                    found = cursor.next()
-            if not page:
-                return
-            last = page[-1][0]
-            yield from page
+        """Everything that is here, with its key; no transaction stays open while the caller works."""
+        for key, value in self.environment.items("entries"):
+            entry = Entry.unpack(value)
+            kind = self.kinds.get(entry.kind)
+            if kind is None:
+                with self.environment.read() as transaction:
+                    kind = self.kind(transaction, entry.kind)
+            yield key, entry, kind
 
     def kind(self, transaction: Any, number: int) -> Kind:
         """Raises `StoreCorruptError` when it is not there."""
@@ -77,9 +69,9 @@ class Blocks:
             self.kinds[number] = Kind.parse(data)
         return self.kinds[number]
 
-    def read(self, transaction: Any, blocks: Any, key: bytes, entry: Entry, kind: Kind) -> Compressed:
-        """Raises `StoreCorruptError` when the bytes are not what was written."""
-        block = transaction.get(NUMBER.pack(entry.block), db=blocks)
+    def payload(self, transaction: Any, key: bytes, entry: Entry, kind: Kind) -> memoryview:
+        """A document's bytes, a view of the file. Raises `StoreCorruptError` when they are not what was written."""
+        block = transaction.get(NUMBER.pack(entry.block), db=self.environment.database("blocks"))
         size = entry.size(kind.width)
         payload = memoryview(b"" if block is None else block)[entry.offset : entry.offset + size]
         if len(payload) != size or entry.sum_of(key, payload) != entry.checksum:
@@ -87,16 +79,7 @@ class Blocks:
                 f"{self.environment.folder}: the embeddings of {ref_of(key)} are not what was written; remove "
                 "that ref and compress the document again"
             )
-        return Compressed(
-            embeddings=decode(payload, entry.n_embeddings, kind.width, DTYPES[entry.dtype]),
-            ratio=entry.ratio,
-            n_tokens=entry.n_tokens,
-            ref=ref_of(key),
-            fingerprint=kind.fingerprint,
-            chunk_size=kind.chunk_size,
-            ratios=kind.ratios,
-            downscaling=kind.downscaling,
-        )
+        return payload
 
     def put(self, transaction: Any, coded: Sequence[tuple[bytes, Compressed, bytes, Dtype]]) -> None:
         """Write documents with their keys and bytes, but those that are here at a ratio at least as fine."""
@@ -158,7 +141,7 @@ class Blocks:
         if fingerprint is not None:
             key = key_of(ref, fingerprint)
             return [key] if transaction.get(key, db=entries) is not None else []
-        start = key_of(ref, "")[:16]
+        start = ref_bytes(ref)
         cursor = transaction.cursor(db=entries)
         keys = []
         found = cursor.set_range(start)

@@ -23,6 +23,7 @@ DATA_FILE = "data.mdb"
 DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
              "documents", "texts", "passages", "vectors", "refs", "settings")  # of a library  # fmt: skip
 _READERS = 1024
+_PAGE = 1000  # items that are listed in one transaction
 _FIRST_MAP_BYTES = 64 * 2**20
 
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.VersionMismatchError)
@@ -69,6 +70,25 @@ class Environment:
                 yield transaction
         finally:
             self._leave()
+
+    def items(self, name: str) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values of a database, a page at a time: no transaction stays open while the caller works."""
+        last: bytes | None = None
+        while True:
+            page: list[tuple[bytes, bytes]] = []
+            with self.read() as transaction:
+                database = self.database(name)
+                if database is None:
+                    return
+                cursor = transaction.cursor(db=database)
+                found = cursor.first() if last is None else cursor.set_range(last + b"\0")
+                while found and len(page) < _PAGE:
+                    page.append((bytes(cursor.key()), bytes(cursor.value())))
+                    found = cursor.next()
+            if not page:
+                return
+            last = page[-1][0]
+            yield from page
 
     def write(self, work: Callable[[Any], T]) -> T:
         """Run `work(transaction)` and commit: all of it is on disk when this returns, or none of it.

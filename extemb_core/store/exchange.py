@@ -8,6 +8,7 @@ from pathlib import Path
 from extemb_core.errors import ConfigError, StoreError
 from extemb_core.models.compressed import Compressed
 from extemb_core.progress import progress
+from extemb_core.store.records import Kind
 from extemb_core.store.shards import MANIFEST, Shard, read_manifest, read_shard, write_manifest, write_shard
 from extemb_core.store.store import EmbeddingStore
 
@@ -89,7 +90,7 @@ def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[list[Compressed
             text = store.finest(ref, own) if own == fingerprint else None
             if text is None:  # of another embedder, or removed meanwhile
                 continue
-            if group and not _alike(text, group[0]):
+            if group and Kind.of(text) != Kind.of(group[0]):  # a fingerprint leaves some settings out
                 yield group
                 group, size = [], 0
             group.append(text)
@@ -99,8 +100,3 @@ def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[list[Compressed
                 group, size = [], 0
         if group:
             yield group
-
-
-def _alike(one: Compressed, other: Compressed) -> bool:
-    """Whether they were made with the same settings, of which the fingerprint leaves some out."""
-    return (one.chunk_size, one.ratios, one.downscaling) == (other.chunk_size, other.ratios, other.downscaling)

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import xxhash
+from torch import Tensor
 
+from extemb_core.documents import REF_PREFIX
 from extemb_core.errors import ConfigError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.coding import DTYPES, n_bytes
 
 COUNT = struct.Struct("<Q")
 NUMBER = struct.Struct(">Q")  # big-endian: keys in order
-_PREFIX = "ext:"
 _ENTRY = struct.Struct("<QQQIIIIQ")  # block, offset, n_tokens, n_embeddings, ratio, kind, dtype, checksum
 
 
@@ -70,6 +71,19 @@ class Kind:
         values = json.loads(bytes(data))
         return cls(**(values | {"ratios": tuple(values["ratios"])}))
 
+    def compressed(self, embeddings: Tensor, *, ref: str, ratio: int, n_tokens: int) -> Compressed:
+        """A document of this kind."""
+        return Compressed(
+            embeddings=embeddings,
+            ratio=ratio,
+            n_tokens=n_tokens,
+            ref=ref,
+            fingerprint=self.fingerprint,
+            chunk_size=self.chunk_size,
+            ratios=self.ratios,
+            downscaling=self.downscaling,
+        )
+
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
@@ -84,15 +98,20 @@ class Block:
 
 def key_of(ref: str, fingerprint: str) -> bytes:
     """32 bytes: those of the ref, then a hash of the fingerprint."""
-    digits = ref.removeprefix(_PREFIX)
+    return ref_bytes(ref) + xxhash.xxh3_128(fingerprint.encode()).digest()
+
+
+def ref_bytes(ref: str) -> bytes:
+    """The 16 bytes of a ref. Raises `ConfigError` when it is none."""
     try:
-        own = bytes.fromhex(digits)
+        own = bytes.fromhex(ref.removeprefix(REF_PREFIX))
     except ValueError:
         own = b""
-    if not ref.startswith(_PREFIX) or len(own) != 16:
-        raise ConfigError(f"ref={ref!r} is not a document's ref ({_PREFIX} and 32 hex digits); pass document.ref")
-    return own + xxhash.xxh3_128(fingerprint.encode()).digest()
+    if not ref.startswith(REF_PREFIX) or len(own) != 16:
+        raise ConfigError(f"ref={ref!r} is not a document's ref ({REF_PREFIX} and 32 hex digits); pass document.ref")
+    return own
 
 
-def ref_of(key: bytes) -> str:
-    return _PREFIX + key[:16].hex()
+def ref_of(data: bytes) -> str:
+    """The ref that a key, or the bytes of a ref, begin with."""
+    return REF_PREFIX + data[:16].hex()

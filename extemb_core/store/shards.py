@@ -12,11 +12,9 @@ one with a shard's name is whole; the manifest comes last and names every shard 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
-from extemb_core.files import settle, write_whole
+from extemb_core.files import whole, write_whole
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.sources import sha256_of
-from extemb_core.store.coding import DTYPES, Dtype, decode, encode, n_bytes
+from extemb_core.store.coding import Dtype, check_dtype, decode, encode, n_bytes
+from extemb_core.store.records import Kind, ref_bytes, ref_of
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "extemb-shards", 1
@@ -57,25 +56,25 @@ def write_shard(folder: Path, name: str, texts: Sequence[Compressed], dtype: Dty
         ConfigError: There are none, or they are of several embedders.
         StoreError: The disk refuses; nothing is left of it.
     """
-    kinds = {(t.fingerprint, t.chunk_size, t.ratios, t.downscaling, t.embeddings.shape[1]) for t in texts}
+    kinds = {Kind.of(text) for text in texts}
     if len(kinds) != 1:
         raise ConfigError(f"a shard holds documents of one embedder, and {len(kinds)} were passed; write one for each")
     coded = [encode(text.embeddings, dtype) for text in texts]
     if any(own != dtype for _, own in coded):
         dtype = "float32"
         coded = [encode(text.embeddings, dtype) for text in texts]
-    (fingerprint, chunk_size, ratios, downscaling, width) = kinds.pop()
+    kind = kinds.pop()
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "fingerprint": fingerprint,
-        "chunk_size": str(chunk_size),
-        "trained_ratios": json.dumps(ratios),
-        "downscaling": downscaling,
-        "width": str(width),
+        "fingerprint": kind.fingerprint,
+        "chunk_size": str(kind.chunk_size),
+        "trained_ratios": json.dumps(kind.ratios),
+        "downscaling": kind.downscaling,
+        "width": str(kind.width),
         "dtype": dtype,
     }
-    refs = [np.frombuffer(bytes.fromhex(text.ref.removeprefix("ext:")), np.uint8) for text in texts]
+    refs = [np.frombuffer(ref_bytes(text.ref), np.uint8) for text in texts]
     tensors = {
         "refs": torch.from_numpy(np.stack(refs)),
         "n_tokens": torch.tensor([text.n_tokens for text in texts]),
@@ -84,16 +83,13 @@ def write_shard(folder: Path, name: str, texts: Sequence[Compressed], dtype: Dty
         "payload": torch.from_numpy(np.frombuffer(bytearray(b"".join(data for data, _ in coded)), np.uint8)),
     }
     place = folder / f"{name}{_SUFFIX}"
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata)
-        settle(temporary, place)
+        with whole(place) as temporary:
+            save_file(tensors, temporary, metadata)
         return Shard(place.name, sha256_of(place), place.stat().st_size, len(texts))
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{place} could not be written ({error}); nothing of it was kept, see to the disk") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_shard(file: Path) -> Iterator[Compressed]:
@@ -109,17 +105,17 @@ def read_shard(file: Path) -> Iterator[Compressed]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
         if (metadata["format"], metadata["version"]) != (FORMAT, str(VERSION)):
             raise StoreError(f"{file} is {metadata['format']!r} version {metadata['version']!r}; write it anew")
-        dtype: Any = metadata["dtype"]
-        width = int(metadata["width"])
+        dtype = check_dtype(metadata["dtype"])
+        kind = Kind(
+            fingerprint=metadata["fingerprint"],
+            chunk_size=int(metadata["chunk_size"]),
+            ratios=tuple(json.loads(metadata["trained_ratios"])),
+            downscaling=metadata["downscaling"],
+            width=int(metadata["width"]),
+        )
         rows = zip(*(tensors[name].tolist() for name in ("n_tokens", "n_embeddings", "ratios")), strict=True)
         refs, payload = tensors["refs"].numpy(), memoryview(tensors["payload"].numpy())
-        common: dict[str, Any] = {
-            "fingerprint": metadata["fingerprint"],
-            "chunk_size": int(metadata["chunk_size"]),
-            "ratios": tuple(json.loads(metadata["trained_ratios"])),
-            "downscaling": metadata["downscaling"],
-        }
-        sizes = [n_bytes(count, width, DTYPES[DTYPES.index(dtype)]) for count in tensors["n_embeddings"].tolist()]
+        sizes = [n_bytes(count, kind.width, dtype) for count in tensors["n_embeddings"].tolist()]
         if sum(sizes) != len(payload):
             raise ValueError(f"{len(payload)} bytes of embeddings where {sum(sizes)} belong")
     except FileNotFoundError as error:
@@ -132,13 +128,8 @@ def read_shard(file: Path) -> Iterator[Compressed]:
     for at, (n_tokens, count, ratio) in enumerate(rows):
         data = payload[start : start + sizes[at]]
         start += sizes[at]
-        yield Compressed(
-            embeddings=decode(data, count, width, dtype),
-            ratio=ratio,
-            n_tokens=n_tokens,
-            ref="ext:" + refs[at].tobytes().hex(),
-            **common,
-        )
+        embeddings = decode(data, count, kind.width, dtype)
+        yield kind.compressed(embeddings, ref=ref_of(refs[at].tobytes()), ratio=ratio, n_tokens=n_tokens)
 
 
 def write_manifest(folder: Path, shards: Iterable[Shard]) -> None:

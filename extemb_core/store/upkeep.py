@@ -94,7 +94,7 @@ def verify(blocks: Blocks) -> Verified:
             try:
                 kind = blocks.kind(transaction, entry.kind)
                 found[entry.block] = found.get(entry.block, 0) + entry.size(kind.width)
-                blocks.read(transaction, values, key, entry, kind)
+                blocks.payload(transaction, key, entry, kind)
                 good += 1
             except StoreCorruptError as error:
                 name = blocks.kinds[entry.kind].fingerprint if entry.kind in blocks.kinds else "?"
@@ -124,14 +124,12 @@ def sparse(blocks: Blocks) -> list[tuple[int, int]]:
 
 def move(blocks: Blocks, transaction: Any, numbers: set[int]) -> None:
     """Write the documents of some blocks anew, together."""
-    entries, values = blocks.databases("entries", "blocks")
+    entries = blocks.environment.database("entries")
     moved = [(bytes(key), Entry.unpack(value)) for key, value in transaction.cursor(db=entries)
              if Entry.unpack(value).block in numbers]  # fmt: skip
     block = Block()
     for key, entry in moved:
-        kind = blocks.kind(transaction, entry.kind)
-        blocks.read(transaction, values, key, entry, kind)  # damage is not to be sealed with a new checksum
-        value = transaction.get(NUMBER.pack(entry.block), db=values)
-        payload = bytes(value[entry.offset : entry.offset + entry.size(kind.width)])
+        # Checked, as damage is not to be sealed with a new checksum; a copy, as writing may move what it is a view of.
+        payload = bytes(blocks.payload(transaction, key, entry, blocks.kind(transaction, entry.kind)))
         blocks.add(transaction, block, key, entry, payload)
     blocks.put_block(transaction, block)
