@@ -1,14 +1,42 @@
-"""How a script ends: its report as JSON, or one line that says what is wrong."""
+"""What scripts share: sections, a report as JSON with where it is from, and an ending of one line when it fails."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import ExtembError
+from extemb_core.evaluation.provenance import provenance
+
+
+def report(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measure what the command line asks for; print the table, and write the report with its provenance to --json."""
+    options = parser.parse_args(argv)
+    where = provenance(["python", *(sys.argv if argv is None else [sys.argv[0], *argv])])
+    found = {**where, **measure(options)}
+    print(table(found))
+    if options.json:
+        write_json(found, options.json)
+
+
+def measured(sections: Mapping[str, Callable[[], dict[str, Any]]], only: Sequence[str] | None) -> dict[str, Any]:
+    """The results of some sections, or of all, one after another, with a note when each is done."""
+    found = {}
+    for name in only or sections:
+        start = time.perf_counter()
+        found[name] = sections[name]()
+        note(f"{name}: {time.perf_counter() - start:.0f} s")
+    return found
 
 
 def write_json(report: dict[str, Any], file: Path) -> None:

@@ -10,7 +10,6 @@ cache of the same text), rounding (what float16 and int8 cost the LLM), open (a 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,14 +17,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import ending
 import numpy as np
 import torch
-from ending import note, run, write_json
 from memory import sample_text
 from timing import alternate, compare
 
 from extemb_core.documents import Document, text_ref
-from extemb_core.evaluation.provenance import provenance, short_name
+from extemb_core.evaluation.provenance import short_name
 from extemb_core.library import Library
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.compressed import Compressed
@@ -40,12 +39,7 @@ FINGERPRINT = "00" * 16
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
-    where = provenance(["python", *(sys.argv if argv is None else [sys.argv[0], *argv])])
-    report = {**where, **measure(options)}
-    print(table(report))
-    if options.json:
-        write_json(report, options.json)
+    ending.report(_parser(), argv, measure, table)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -73,11 +67,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         report: dict[str, Any] = {
             "config": {"llm": short_name(options.llm), "rounds": rounds, "quick": quick, "seed": 0}
         }
-        for name in options.only or SECTIONS:
-            start = time.perf_counter()
-            report[name] = sections[name]()
-            note(f"{name}: {time.perf_counter() - start:.0f} s")
-    return report
+        return report | ending.measured(sections, options.only)
 
 
 def made(name: object, count: int, width: int, ratio: int = 8) -> Compressed:
@@ -310,4 +300,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run(main)
+    ending.run(main)

@@ -9,18 +9,16 @@ memory (1 MB against 10 MB of text), size (what the base install takes on disk).
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ending import note, run, write_json
+import ending
 from install_size import install_size
 from memory import growth, sample_text
 from timing import cold_start, compress_cost, first_token
 
-from extemb_core.evaluation.provenance import provenance, short_name
+from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.weights import resolve_embedder
 
@@ -28,12 +26,7 @@ SECTIONS = ("start", "compress", "first_token", "memory", "size")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
-    where = provenance(["python", *(sys.argv if argv is None else [sys.argv[0], *argv])])
-    report = {**where, **measure(options)}
-    print(table(report))
-    if options.json:
-        write_json(report, options.json)
+    ending.report(_parser(), argv, measure, table)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -83,10 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "thorough": options.thorough,
         }
     }
-    for name in options.only or SECTIONS:
-        start = time.perf_counter()
-        report[name] = sections[name]()
-        note(f"{name}: {time.perf_counter() - start:.0f} s")
+    report |= ending.measured(sections, options.only)
     if loaded:
         report["config"]["fingerprint"] = lm().embedder.fingerprint
         report["config"]["dtype"] = str(lm().llm.dtype).removeprefix("torch.")
@@ -131,4 +121,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run(main)
+    ending.run(main)
