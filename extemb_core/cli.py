@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 
 from extemb_core import __version__
-from extemb_core.commands import asking, compressing, doctoring, evaluating, indexing, storing, training, weights
+from extemb_core.commands import (
+    asking,
+    compressing,
+    doctoring,
+    evaluating,
+    indexing,
+    scaling,
+    storing,
+    training,
+    weights,
+)
 from extemb_core.commands.inputs import SeveralValues
 from extemb_core.commands.reporting import EXIT_CODES, ExitCode, debugging
 
@@ -30,6 +40,7 @@ app.add_typer(training.app, name="train")
 app.add_typer(evaluating.app, name="eval")
 app.add_typer(indexing.app, name="index")
 app.add_typer(storing.app, name="store")
+app.add_typer(scaling.app, name="scale")
 app.add_typer(weights.app, name="weights")
 app.command()(doctoring.doctor)
 

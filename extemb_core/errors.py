@@ -82,5 +82,11 @@ class TrainingError(ExtembError, RuntimeError):
 class MissingExtraError(ExtembError, ImportError):
     """An optional dependency that is not installed."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {package}, which is not installed; run: pip install 'extemb[{extra}]'")
+    def __init__(self, package: str, extra: str | None, purpose: str) -> None:
+        """The package, the extra that brings it (None where it is installed by its own name), and what needs it."""
+        install = package if extra is None else f"'extemb[{extra}]'"
+        super().__init__(f"{purpose} needs {package}, which is not installed; run: pip install {install}")
+        self._given = package, extra, purpose
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str | None, str]]:
+        return type(self), self._given

@@ -1,11 +1,15 @@
-"""Files that are whole or not there, whenever the process or the machine stops."""
+"""Files that are whole or not there, whenever the process or the machine stops, and what tells one from another."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+_BLOCK_BYTES = 1 << 20
 
 
 def push(path: Path) -> None:
@@ -36,3 +40,11 @@ def write_whole(file: Path, text: str) -> None:
     """Write a text file that is whole or not there."""
     with whole(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of_stream(stream: BinaryIO) -> str:
+    """The hash of what is left of a stream, read block by block."""
+    digest = hashlib.sha256()
+    while block := stream.read(_BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()

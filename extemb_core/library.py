@@ -20,6 +20,7 @@ from extemb_core.documents import Document, text_ref
 from extemb_core.errors import ConfigError, DocumentError, MismatchError
 from extemb_core.progress import progress
 from extemb_core.readers import read_documents
+from extemb_core.retrieval import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.retrieval.catalogue import Catalogue, Passage, Split, is_of
 from extemb_core.retrieval.encoders import SENTENCE_TRANSFORMERS, TextEncoder, as_encoder
 from extemb_core.retrieval.fusion import fuse
@@ -31,7 +32,6 @@ from extemb_core.store.store import EmbeddingStore
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
-PASSAGE_TOKENS = 256
 INDEX_FILE = "passages.faiss"
 _BATCH_TOKENS = 32_768  # compressed and written together
 _CHARS_PER_TOKEN = 4  # about: how much is waiting to be written is no more than a guess
@@ -239,7 +239,7 @@ class Library:
 
     # -- questions --------------------------------------------------------------------------------------------
 
-    def search(self, question: str, k: int = 8, *, hybrid: bool = True) -> list[Passage]:
+    def search(self, question: str, k: int = N_PASSAGES, *, hybrid: bool = True) -> list[Passage]:
         """The passages nearest to a question, best first.
 
         Args:
@@ -253,7 +253,7 @@ class Library:
         if not question.strip():
             raise ConfigError("the question is empty; ask something")
         if k < 1:
-            raise ConfigError(f"k={k} is below 1; pass e.g. 8")
+            raise ConfigError(f"k={k} is below 1; pass e.g. {N_PASSAGES}")
         with self._lock:
             index = self._index()
             if not index.ids:
@@ -266,7 +266,7 @@ class Library:
             with self.store.environment.read() as transaction:
                 return self._catalogue.passages(transaction, near)[:k]
 
-    def ask(self, question: str, *, k: int = 8, hybrid: bool = True, **settings: Any) -> Answer:
+    def ask(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> Answer:
         """Answer from the passages nearest to the question: `search`, then `ExtensibleLM.ask`.
 
         Args:
@@ -277,7 +277,7 @@ class Library:
         """
         return self.stream(question, k=k, hybrid=hybrid, **settings).finish()
 
-    def stream(self, question: str, *, k: int = 8, hybrid: bool = True, **settings: Any) -> AnswerStream:
+    def stream(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> AnswerStream:
         """`ask`, piece by piece."""
         lm = self._need_lm()
         found = [passage.to_document() for passage in self.search(question, k, hybrid=hybrid)]

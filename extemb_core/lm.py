@@ -81,7 +81,8 @@ class ExtensibleLM:
         Args:
             llm: A local folder, a known name (`extemb weights list`) or a Hugging Face id.
             embedder: A folder or hub id; the one shipped for a known LLM when not given.
-            store: Folder of an `EmbeddingStore`, made if it is not there, or a store; in memory when not given.
+            store: Folder of an `EmbeddingStore`, made if it is not there; folder or URL of shards (`ShardStore`); or a
+                store. In memory when not given.
             device: "auto" or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.
 
@@ -91,9 +92,10 @@ class ExtensibleLM:
             StoreError: The store cannot be opened.
         """
         if isinstance(store, str | Path):
+            from extemb_core.store.sharded import ShardStore, is_sharded
             from extemb_core.store.store import EmbeddingStore
 
-            store = EmbeddingStore.open(store)
+            store = ShardStore(store) if is_sharded(store) else EmbeddingStore.open(store)
         where = resolve_embedder(embedder, str(llm))
         loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
         return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded), store)
@@ -298,7 +300,7 @@ class ExtensibleLM:
                 ratio=ratio,
                 show_progress=show_progress,
             )
-            if not getattr(self.store, "readonly", False):  # one to read is read; what it lacks serves this call alone
+            if not self.store.readonly:  # one to read is read; what it lacks serves this call alone
                 self.store.put(*made)
             for place, compressed in zip(places, made, strict=True):
                 # As kept, which on disk is rounded: the first answer is what later ones will be.

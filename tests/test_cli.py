@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import typer.main
 from safetensors import safe_open
-from tiny import random_embedder, tiny_llm, tiny_model, tiny_tokenizer
+from tiny import random_embedder, save_tiny, tiny_llm
 from typer.testing import CliRunner
 
 import extemb_core
@@ -48,9 +48,7 @@ class Models:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder = tmp_path_factory.mktemp("models")
-    tiny_model("llama").save_pretrained(folder / "llm")
-    tiny_tokenizer().save_pretrained(folder / "llm")
-    random_embedder(tiny_llm()).save_pretrained(folder / "embedder")
+    save_tiny(folder)
     return Models(folder / "llm", folder / "embedder")
 
 

@@ -52,3 +52,6 @@ def test_the_message_is_shown_as_written_and_survives_pickling(cls: type[errors.
 def test_a_missing_extra_says_what_to_type() -> None:
     error = errors.MissingExtraError("pypdf", "documents", "reading a.pdf")
     assert str(error) == ("reading a.pdf needs pypdf, which is not installed; run: pip install 'extemb[documents]'")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    error = errors.MissingExtraError("s3fs", None, "reading s3://a")
+    assert str(error) == "reading s3://a needs s3fs, which is not installed; run: pip install s3fs"

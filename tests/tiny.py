@@ -100,6 +100,13 @@ def random_embedder(llm: Any, *, seed: int = 1, **settings: Any) -> Any:
     return embedder
 
 
+def save_tiny(folder: Any) -> None:
+    """A tiny LLM in `folder`/llm and an embedder for it in `folder`/embedder."""
+    tiny_model("llama").save_pretrained(folder / "llm")
+    tiny_tokenizer().save_pretrained(folder / "llm")
+    random_embedder(tiny_llm()).save_pretrained(folder / "embedder")
+
+
 class RawEmbedder:
     """A perfect embedder: at ratio 1 its embeddings are those of the tokens themselves, so nothing is lost."""
 

@@ -33,6 +33,7 @@ from extemb_core.commands.inputs import (
 from extemb_core.commands.reporting import code_of, emit, harmless, library_output, note, reported, tell
 from extemb_core.commands.tables import show_context
 from extemb_core.errors import DocumentError
+from extemb_core.retrieval import N_PASSAGES
 
 if TYPE_CHECKING:
     from extemb_core.answers import Answer, AnswerStream
@@ -57,7 +58,7 @@ def ask(
         str | None,
         typer.Option("--library", metavar="DIR", help="Ask the documents of a library (`extemb index add`)."),
     ] = None,
-    k: Annotated[int, typer.Option("--k", metavar="N", help="Passages of the library at most.")] = 8,
+    k: Annotated[int, typer.Option("--k", metavar="N", help="Passages of the library at most.")] = N_PASSAGES,
     max_new_tokens: MaxNewTokensOption = DEFAULT_MAX_NEW_TOKENS,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,

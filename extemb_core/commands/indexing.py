@@ -19,6 +19,7 @@ from extemb_core.commands.inputs import (
 from extemb_core.commands.reporting import emit, harmless, library_output, note, reported
 from extemb_core.commands.storing import verify
 from extemb_core.commands.tables import show_table
+from extemb_core.retrieval import N_PASSAGES, PASSAGE_TOKENS
 
 app = typer.Typer(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
 
@@ -52,7 +53,7 @@ def add(
     ] = None,
     passage_tokens: Annotated[
         int, typer.Option("--passage-tokens", metavar="N", help="Tokens of a passage at most.")
-    ] = 256,
+    ] = PASSAGE_TOKENS,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="NAME", help="Of embeddings on disk: float16, int8 or float32.")
     ] = "float16",
@@ -103,7 +104,7 @@ def remove(
 def search(
     library: LibraryArgument,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What the passages should be about.")],
-    k: Annotated[int, typer.Option("--k", metavar="N", help="Passages at most.")] = 8,
+    k: Annotated[int, typer.Option("--k", metavar="N", help="Passages at most.")] = N_PASSAGES,
     as_json: JsonOption = False,
 ) -> None:
     """Show the passages nearest to a question, best first."""

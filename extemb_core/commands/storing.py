@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -105,7 +104,7 @@ def export_(
 @reported
 def import_(
     store: StoreArgument,
-    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="A folder of shards with its manifest.")],
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="A folder of shards with its manifest, or its URL.")],
     as_json: JsonOption = False,
 ) -> None:
     """Put the documents of a folder of shards into a store, which is made if it is not there."""
@@ -113,7 +112,7 @@ def import_(
     from extemb_core.store.shards import read_manifest
     from extemb_core.store.store import EmbeddingStore
 
-    read_manifest(Path(shards), verify=False)  # before a store is made for nothing
+    read_manifest(shards, verify=False)  # before a store is made for nothing
     with library_output(), EmbeddingStore.open(store) as opened:
         count = import_shards(opened, shards)
     if as_json:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from extemb_core.errors import WeightsCorruptError, WeightsNotFoundError
+from extemb_core.files import sha256_of_stream
 from extemb_core.models.known import KnownModel, Part
 from extemb_core.progress import progress as progress_bar
 
@@ -19,11 +20,8 @@ _BLOCK_BYTES = 1 << 20
 
 def sha256_of(file: Path) -> str:
     """The hash of a file, read block by block."""
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of_stream(stream)
 
 
 def installed_file(part: Part) -> Path | None:

@@ -97,9 +97,7 @@ class SentenceTransformerEncoder:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
-            raise MissingExtraError(
-                "sentence-transformers", "sentence-transformers", f"the text encoder {model!r}"
-            ) from error
+            raise MissingExtraError("sentence-transformers", None, f"the text encoder {model!r}") from error
         self._model = SentenceTransformer(model)
         self.name = SENTENCE_TRANSFORMERS + model
         self.width = int(self._model.get_sentence_embedding_dimension() or 0)

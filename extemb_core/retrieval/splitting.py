@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from extemb_core.errors import ConfigError
+from extemb_core.retrieval import PASSAGE_TOKENS
 
 # Where a text may be cut, best first: after a paragraph, a line, a sentence, a word.
 _CUTS = tuple(re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"(?<=[.!?])[\"')\]]*\s+", r"\s+"))
@@ -29,7 +30,7 @@ def split_passages(
         ConfigError: `max_tokens` is not positive.
     """
     if max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens} is below 1; pass e.g. 256")
+        raise ConfigError(f"max_tokens={max_tokens} is below 1; pass e.g. {PASSAGE_TOKENS}")
     pieces = _pieces(text, 0, len(text), max_tokens, count, 0) if text else []
     found: list[tuple[int, int]] = []
     start, taken = 0, 0

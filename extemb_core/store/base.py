@@ -10,6 +10,10 @@ from extemb_core.models.compressed import Compressed
 class Store(Protocol):
     """Keeps compressed documents by ref and fingerprint: `MemoryStore`, `EmbeddingStore`, or your own."""
 
+    @property
+    def readonly(self) -> bool:
+        """Whether nothing can be put."""
+
     def get(self, ref: str, fingerprint: str, ratio: int) -> Compressed | None:
         """The text at `ratio`, if it is here at that ratio or at a finer one it can be derived from."""
 

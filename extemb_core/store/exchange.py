@@ -8,8 +8,9 @@ from pathlib import Path
 from extemb_core.errors import ConfigError, StoreError
 from extemb_core.models.compressed import Compressed
 from extemb_core.progress import progress
+from extemb_core.store.places import Place
 from extemb_core.store.records import Kind
-from extemb_core.store.shards import MANIFEST, Shard, read_manifest, read_shard, write_manifest, write_shard
+from extemb_core.store.shards import MANIFEST, Shard, ShardReader, read_manifest, write_manifest, write_shard
 from extemb_core.store.store import EmbeddingStore
 
 SHARD_BYTES = 256 * 2**20
@@ -36,7 +37,8 @@ def export_store(
     target = Path(folder)
     if (target / MANIFEST).exists():
         raise StoreError(f"{target} holds an export already; pass another folder")
-    foreign = sorted(file.name for file in target.glob("*") if not file.name.startswith(("shard-", ".shard-")))
+    own = ("shard-", ".shard-", f".{MANIFEST}.")  # with what a write that was killed leaves
+    foreign = sorted(file.name for file in target.glob("*") if not file.name.startswith(own))
     if foreign:
         raise StoreError(f"{target} holds {foreign[0]!r}, which is no shard; pass a new folder")
     for leftover in target.glob("*"):  # of an export that was interrupted
@@ -56,6 +58,11 @@ def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: b
 
     Every file is compared with the manifest before the first document is put; a call that was interrupted is repeated.
 
+    Args:
+        store: To put them into.
+        folder: A path, or a URL that fsspec knows, with shards and their manifest.
+        show_progress: Show a bar; None shows it on a terminal.
+
     Returns:
         Documents read.
 
@@ -63,13 +70,14 @@ def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: b
         StoreNotFoundError, StoreCorruptError: The shards are not what was written.
         StoreError: The store is read-only, or the disk refuses.
     """
-    files = read_manifest(Path(folder))
+    place = Place(folder)
+    shards = read_manifest(place)
     count = 0
-    with progress("import", len(files), show_progress) as advance:
-        for file in files:
+    with progress("import", len(shards), show_progress) as advance:
+        for shard in shards:
             waiting: list[Compressed] = []
             size = 0
-            for text in read_shard(file):
+            for text in ShardReader(place, shard.file).texts():
                 waiting.append(text)
                 size += text.embeddings.numel() * 4
                 count += 1

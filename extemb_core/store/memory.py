@@ -16,6 +16,8 @@ class MemoryStore:
         max_bytes: What the embeddings may take together.
     """
 
+    readonly = False
+
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
         if max_bytes < 0:
             raise ConfigError(f"max_bytes={max_bytes} is below 0; pass 0 to keep nothing")

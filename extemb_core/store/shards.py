@@ -3,6 +3,7 @@
 A shard holds documents of one embedder in one dtype:
 
     refs (E, 16) uint8, n_tokens (E,) int64, n_embeddings (E,) int64, ratios (E,) int64: the documents, in order
+    checksums (E,) int64: of each, see `records.Entry.sum_of`
     payload (sum of bytes,) uint8: their embeddings as `coding` has them, one after another
 
 Its settings are in the file's metadata. A file is written beside its place, pushed to the disk and renamed, so that
@@ -15,22 +16,27 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
-from extemb_core.files import whole, write_whole
 from extemb_core.models.compressed import Compressed
-from extemb_core.models.sources import sha256_of
-from extemb_core.store.coding import Dtype, check_dtype, decode, encode, n_bytes
-from extemb_core.store.records import Kind, ref_bytes, ref_of
+from extemb_core.store.coding import DTYPES, Dtype, check_dtype, decode, encode, n_bytes
+from extemb_core.store.places import Place
+from extemb_core.store.records import Entry, Kind, key_of, ref_bytes, ref_of
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "extemb-shards", 1
-_SUFFIX = ".safetensors"
+SUFFIX = ".safetensors"
+_LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
+_MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_LISTS = {"n_tokens": "I64", "n_embeddings": "I64", "ratios": "I64", "checksums": "I64", "refs": "U8"}
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,11 @@ class Shard:
     n_documents: int
 
 
-def write_shard(folder: Path, name: str, texts: Sequence[Compressed], dtype: Dtype = "float16") -> Shard:
-    """Write one shard, `folder/name.safetensors`; one of that name is replaced.
+def write_shard(folder: str | Path | Place, name: str, texts: Sequence[Compressed], dtype: Dtype = "float16") -> Shard:
+    """Write one shard, `name`.safetensors; one of that name is replaced.
 
     Args:
-        folder: Is made if it is not there.
+        folder: A path, which is made if it is not there, or a URL that fsspec knows.
         name: Without a suffix.
         texts: Of one embedder.
         dtype: Of the embeddings; float32 for all if a value is beyond it.
@@ -56,6 +62,7 @@ def write_shard(folder: Path, name: str, texts: Sequence[Compressed], dtype: Dty
         ConfigError: There are none, or they are of several embedders.
         StoreError: The disk refuses; nothing is left of it.
     """
+    place = folder if isinstance(folder, Place) else Place(folder)
     kinds = {Kind.of(text) for text in texts}
     if len(kinds) != 1:
         raise ConfigError(f"a shard holds documents of one embedder, and {len(kinds)} were passed; write one for each")
@@ -75,105 +82,172 @@ def write_shard(folder: Path, name: str, texts: Sequence[Compressed], dtype: Dty
         "dtype": dtype,
     }
     refs = [np.frombuffer(ref_bytes(text.ref), np.uint8) for text in texts]
+    sums = [_sum_of(text.ref, text.n_tokens, len(text), text.ratio, kind, dtype, data)
+            for text, (data, _) in zip(texts, coded, strict=True)]  # fmt: skip
     tensors = {
         "refs": torch.from_numpy(np.stack(refs)),
         "n_tokens": torch.tensor([text.n_tokens for text in texts]),
         "n_embeddings": torch.tensor([len(text) for text in texts]),
         "ratios": torch.tensor([text.ratio for text in texts]),
+        "checksums": torch.from_numpy(np.array(sums, np.uint64).view(np.int64)),
         "payload": torch.from_numpy(np.frombuffer(bytearray(b"".join(data for data, _ in coded)), np.uint8)),
     }
-    place = folder / f"{name}{_SUFFIX}"
+    file = f"{name}{SUFFIX}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(place) as temporary:
-            save_file(tensors, temporary, metadata)
-        return Shard(place.name, sha256_of(place), place.stat().st_size, len(texts))
+        sha256, size = place.write(file, lambda target: save_file(tensors, target, metadata))
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{place} could not be written ({error}); nothing of it was kept, see to the disk") from error
+        raise StoreError(
+            f"{file} could not be written to {place} ({error}); nothing of it was kept, see to the disk"
+        ) from error
+    return Shard(file, sha256, size, len(texts))
 
 
-def read_shard(file: Path) -> Iterator[Compressed]:
-    """The documents of a shard, in order.
+class ShardReader:
+    """One shard, of which no more is read than what is asked for.
+
+    Attributes:
+        kind: What its documents have in common.
+        dtype: Of the embeddings.
+        refs: (E, 16) uint8.
+        n_tokens: (E,) int64; so are n_embeddings and ratios.
 
     Raises:
         StoreNotFoundError: There is no such file.
         StoreCorruptError: It is not a whole shard.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-        if (metadata["format"], metadata["version"]) != (FORMAT, str(VERSION)):
-            raise StoreError(f"{file} is {metadata['format']!r} version {metadata['version']!r}; write it anew")
-        dtype = check_dtype(metadata["dtype"])
-        kind = Kind(
+
+    def __init__(self, folder: str | Path | Place, file: str) -> None:
+        self.place = folder if isinstance(folder, Place) else Place(folder)
+        self.file = file
+        try:
+            self._read_header()
+        except FileNotFoundError as error:
+            raise StoreNotFoundError(f"{self} does not exist; check the path") from error
+        except (KeyError, ValueError, TypeError, OSError, RecursionError) as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreCorruptError(f"{self} is not a whole shard ({error}); get it again") from error
+
+    def __str__(self) -> str:
+        return f"{str(self.place).rstrip('/')}/{self.file}"
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def text(self, at: int) -> Compressed:
+        """A document by its place.
+
+        Raises:
+            StoreCorruptError: Its bytes are not what was written.
+        """
+        begin, end = int(self._begins[at]), int(self._begins[at + 1])
+        return self._text(at, self.place.read(self.file, begin, end))
+
+    def texts(self) -> Iterator[Compressed]:
+        """All documents, in order."""
+        with self.place.open(self.file) as stream:
+            stream.seek(int(self._begins[0]))
+            for at in range(len(self)):
+                yield self._text(at, stream.read(int(self._begins[at + 1] - self._begins[at])))
+
+    def _text(self, at: int, data: bytes) -> Compressed:
+        ref, ratio = ref_of(self.refs[at].tobytes()), int(self.ratios[at])
+        n_tokens, count = int(self.n_tokens[at]), int(self.n_embeddings[at])
+        if _sum_of(ref, n_tokens, count, ratio, self.kind, self.dtype, data) != int(self._sums[at]):
+            raise StoreCorruptError(f"{self} has another checksum for {ref} than was written; get it again")
+        embeddings = decode(data, count, self.kind.width, self.dtype)
+        return self.kind.compressed(embeddings, ref=ref, ratio=ratio, n_tokens=n_tokens)
+
+    def _read_header(self) -> None:
+        """What the file says it holds, compared with its size. By hand: safetensors reads no parts of remote files."""
+        size = self.place.size(self.file)
+        if size is None:
+            raise FileNotFoundError(self.file)
+        with self.place.open(self.file) as stream:
+            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            if length > min(size, _MOST_HEADER_BYTES):
+                raise ValueError(f"a header of {length:,} bytes")
+            header = json.loads(stream.read(length))
+            metadata = header.pop("__metadata__")
+            if (metadata["format"], metadata["version"]) != (FORMAT, str(VERSION)):
+                raise StoreError(f"{self} is {metadata['format']!r} version {metadata['version']!r}; write it anew")
+            start = _LENGTH_BYTES + length
+            spans = {name: [start + int(at) for at in tensor["data_offsets"]] for name, tensor in header.items()}
+            if max(end for _, end in spans.values()) != size:
+                raise ValueError(f"{size:,} bytes where {max(end for _, end in spans.values()):,} belong")
+            lists = {name: self._list(stream, header[name]["dtype"], name, spans[name]) for name in _LISTS}
+        self.dtype = check_dtype(metadata["dtype"])
+        self.kind = Kind(
             fingerprint=metadata["fingerprint"],
             chunk_size=int(metadata["chunk_size"]),
             ratios=tuple(json.loads(metadata["trained_ratios"])),
             downscaling=metadata["downscaling"],
             width=int(metadata["width"]),
         )
-        rows = zip(*(tensors[name].tolist() for name in ("n_tokens", "n_embeddings", "ratios")), strict=True)
-        refs, payload = tensors["refs"].numpy(), memoryview(tensors["payload"].numpy())
-        sizes = [n_bytes(count, kind.width, dtype) for count in tensors["n_embeddings"].tolist()]
-        if sum(sizes) != len(payload):
-            raise ValueError(f"{len(payload)} bytes of embeddings where {sum(sizes)} belong")
-    except FileNotFoundError as error:
-        raise StoreNotFoundError(f"{file} does not exist; check the path") from error
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreCorruptError(f"{file} is not a whole shard ({error}); get it again") from error
-    start = 0
-    for at, (n_tokens, count, ratio) in enumerate(rows):
-        data = payload[start : start + sizes[at]]
-        start += sizes[at]
-        embeddings = decode(data, count, kind.width, dtype)
-        yield kind.compressed(embeddings, ref=ref_of(refs[at].tobytes()), ratio=ratio, n_tokens=n_tokens)
+        self.refs = lists["refs"].reshape(-1, 16)
+        self.n_tokens, self.n_embeddings, self.ratios = (lists[name] for name in ("n_tokens", "n_embeddings", "ratios"))
+        self._sums = lists["checksums"].view(np.uint64)
+        if {len(self.refs)} != {len(values) for name, values in lists.items() if name != "refs"}:
+            raise ValueError("lists of unequal length")
+        sizes = [n_bytes(int(count), self.kind.width, self.dtype) for count in self.n_embeddings]
+        begin, end = spans["payload"]
+        if min(sizes, default=0) < 0 or sum(sizes) != end - begin:
+            raise ValueError(f"{end - begin:,} bytes of embeddings where {sum(sizes):,} belong")
+        self._begins = begin + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+
+    def _list(self, stream: Any, dtype: str, name: str, span: Sequence[int]) -> Array:
+        if dtype != _LISTS[name]:
+            raise ValueError(f"{name} of type {dtype}")
+        stream.seek(span[0])
+        return np.frombuffer(stream.read(span[1] - span[0]), np.uint8 if dtype == "U8" else "<i8")
 
 
-def write_manifest(folder: Path, shards: Iterable[Shard]) -> None:
+def write_manifest(folder: str | Path | Place, shards: Iterable[Shard]) -> None:
     """Name the shards of a folder: it is whole from now on."""
+    place = folder if isinstance(folder, Place) else Place(folder)
     content = {"format": FORMAT, "version": VERSION, "shards": [asdict(shard) for shard in shards]}
     try:
-        write_whole(folder / MANIFEST, json.dumps(content, indent=2) + "\n")
+        place.write_text(MANIFEST, json.dumps(content, indent=2) + "\n")
     except OSError as error:
-        raise StoreError(f"{folder / MANIFEST} could not be written ({error.strerror}); see to the disk") from error
+        raise StoreError(f"{MANIFEST} could not be written to {place} ({error}); see to the disk") from error
 
 
-def read_manifest(folder: Path, *, verify: bool = True) -> list[Path]:
-    """The files of the shards of a folder.
+def read_manifest(folder: str | Path | Place, *, verify: bool = True) -> list[Shard]:
+    """The shards of a folder.
 
     Args:
-        folder: With a manifest.
+        folder: A path, or a URL that fsspec knows, with a manifest.
         verify: Compare every file with its sha256, and not only its size.
 
     Raises:
         StoreNotFoundError: There is no manifest.
         StoreCorruptError: It is damaged, names what is not in its folder, or a shard is not what was written.
     """
-    file = folder / MANIFEST
+    place = folder if isinstance(folder, Place) else Place(folder)
+    where = f"{str(place).rstrip('/')}/{MANIFEST}"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(place.read_text(MANIFEST))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
-            raise StoreError(f"{file} is {content['format']!r} version {content['version']!r}; export it anew")
+            raise StoreError(f"{where} is {content['format']!r} version {content['version']!r}; export it anew")
         shards = [Shard(**shard) for shard in content["shards"]]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreNotFoundError(
-            f"{folder} has no {MANIFEST}, so its shards are not known to be whole; export again"
+            f"{place} has no {MANIFEST}, so its shards are not known to be whole; export again"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreCorruptError(f"{file} is not a manifest of shards ({error}); export again") from error
-    found = []
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreCorruptError(f"{where} is not a manifest of shards ({error}); export again") from error
     for shard in shards:
-        if Path(shard.file).name != shard.file or not shard.file.endswith(_SUFFIX):
+        if Path(shard.file).name != shard.file or not shard.file.endswith(SUFFIX):
             raise StoreCorruptError(
-                f"{file} names {shard.file!r}, which is no shard beside it; do not trust this folder"
+                f"{where} names {shard.file!r}, which is no shard beside it; do not trust this folder"
             )
-        place = folder / shard.file
-        if not place.is_file() or place.is_symlink() or place.stat().st_size != shard.size_bytes:
-            raise StoreCorruptError(f"{place} is missing or of another size than {MANIFEST} says; export again")
-        if verify and sha256_of(place) != shard.sha256:
-            raise StoreCorruptError(f"{place} is not what was written (another sha256); export again")
-        found.append(place)
-    return found
+        if place.size(shard.file) != shard.size_bytes:
+            raise StoreCorruptError(f"{shard.file} is missing or of another size than {where} says; export again")
+        if verify and place.sha256(shard.file) != shard.sha256:
+            raise StoreCorruptError(f"{shard.file} is not what was written (another sha256 than in {where})")
+    return shards
+
+
+def _sum_of(ref: str, n_tokens: int, count: int, ratio: int, kind: Kind, dtype: Dtype, data: Any) -> int:
+    entry = Entry(0, 0, n_tokens, count, ratio, 0, DTYPES.index(dtype), 0)
+    return entry.sum_of(key_of(ref, kind.fingerprint), data)

@@ -65,6 +65,8 @@ def read_recipe(name: str | Path) -> Recipe:
         where = f"recipe {name}, stage {number}"
         if not isinstance(stage, dict) or not stage.get("name") or not stage.get("share", 0) > 0:
             raise ConfigError(f'{where} needs a "name" and a "share" of the tokens above 0; add them')
+        if not isinstance(stage["name"], str):
+            raise ConfigError(f"{where} has the name {stage['name']!r}, which YAML takes for no text; put it in quotes")
         unknown = sorted(stage.keys() - {"name", "share"} - set(_STAGE_FIELDS))
         if unknown:
             raise ConfigError(f"{where}: {unknown[0]!r} is not one of {', '.join(_STAGE_FIELDS)}; mend or drop it")

@@ -11,7 +11,7 @@ from made import compressed
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.store.exchange import export_store, import_shards
-from extemb_core.store.shards import read_manifest, read_shard, write_shard
+from extemb_core.store.shards import ShardReader, read_manifest, write_shard
 from extemb_core.store.store import EmbeddingStore
 
 OTHER = "77" * 16
@@ -54,7 +54,7 @@ def test_an_empty_store_is_exported_too(tmp_path):
 def test_a_shard_holds_what_was_written(tmp_path, dtype):
     texts = [compressed(at, n_tokens=at, scale=30.0) for at in (0, 5, 70)]
     write_shard(tmp_path, "a", texts, dtype)
-    found = list(read_shard(tmp_path / "a.safetensors"))
+    found = list(ShardReader(tmp_path, "a.safetensors").texts())
     assert [text.ref for text in found] == [text.ref for text in texts]
     for one, other in zip(texts, found, strict=True):
         assert torch.allclose(one.embeddings, other.embeddings, atol={"float16": 0.1, "int8": 0.6, "float32": 0}[dtype])
@@ -63,7 +63,7 @@ def test_a_shard_holds_what_was_written(tmp_path, dtype):
 def test_a_value_beyond_float16_makes_the_shard_float32(tmp_path):
     texts = [compressed("a"), compressed("b", scale=1e6)]
     write_shard(tmp_path, "a", texts)
-    for one, other in zip(texts, read_shard(tmp_path / "a.safetensors"), strict=True):
+    for one, other in zip(texts, ShardReader(tmp_path, "a.safetensors").texts(), strict=True):
         assert torch.equal(one.embeddings, other.embeddings)
 
 
@@ -79,6 +79,7 @@ def test_an_interrupted_export_is_begun_again_and_other_files_are_not_touched(st
     export_store(store, out, shard_bytes=20_000)
     (out / "manifest.json").unlink()
     (out / ".shard-00009.1.tmp").write_bytes(b"half")
+    (out / ".manifest.json.1.tmp").write_bytes(b"half")
     with (
         EmbeddingStore.open(tmp_path / "copy") as copy,
         pytest.raises(StoreNotFoundError, match="not known to be whole"),
@@ -137,10 +138,10 @@ def test_a_damaged_or_hostile_folder_is_refused_before_anything_is_put(store, tm
 
 def test_a_file_that_is_no_shard(tmp_path):
     with pytest.raises(StoreNotFoundError):
-        list(read_shard(tmp_path / "none.safetensors"))
+        list(ShardReader(tmp_path, "none.safetensors").texts())
     (tmp_path / "a.safetensors").write_bytes(b"words")
     with pytest.raises(StoreCorruptError, match="is not a whole shard"):
-        list(read_shard(tmp_path / "a.safetensors"))
+        list(ShardReader(tmp_path, "a.safetensors").texts())
 
 
 def test_documents_of_one_fingerprint_with_other_ratios_are_kept_apart(tmp_path):
@@ -150,5 +151,6 @@ def test_documents_of_one_fingerprint_with_other_ratios_are_kept_apart(tmp_path)
         store.put(compressed("a"), replace(compressed("b"), ratios=(4, 8)))
         shards = export_store(store, tmp_path / "out")
         assert len(shards) == 2
-        found = {text.ref: text.ratios for file in read_manifest(tmp_path / "out") for text in read_shard(file)}
+        readers = [ShardReader(tmp_path / "out", shard.file) for shard in read_manifest(tmp_path / "out")]
+        found = {text.ref: text.ratios for reader in readers for text in reader.texts()}
     assert found == {compressed("a").ref: (2, 4, 8, 16), compressed("b").ref: (4, 8)}

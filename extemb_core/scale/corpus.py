@@ -1,0 +1,199 @@
+"""A corpus compressed by Ray Data: rows from Parquet or JSON Lines in, shards and a manifest out."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, MissingExtraError
+from extemb_core.progress import progress
+from extemb_core.scale import ROWS_PER_BATCH
+from extemb_core.scale.worker import Batch, CompressWorker, check_output, finished, seal
+from extemb_core.store.coding import Dtype
+from extemb_core.store.places import Place
+from extemb_core.store.shards import Shard
+
+PARQUET = (".parquet",)
+ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
+_ERROR = "error"
+_CONTEXT = {
+    "target_max_block_size": 2**20,  # bytes of text handed to a worker at a time, about: what is lost with it at most
+    "enable_progress_bars": False,
+    "print_on_execution_start": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """What a run did.
+
+    Attributes:
+        batch: All batches together.
+        shards: In the folder now, those of earlier runs included.
+        seconds: That it took, without the start of Ray.
+    """
+
+    batch: Batch
+    shards: tuple[Shard, ...]
+    seconds: float
+
+
+def compress_corpus(
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    llm: str | Path,
+    embedder: str | Path | None = None,
+    ratio: int | None = None,
+    dtype: Dtype = "float16",
+    passage_tokens: int | None = None,
+    column: str = "text",
+    rows_per_batch: int = ROWS_PER_BATCH,
+    workers: int = 1,
+    cpus_per_worker: float = 1,
+    gpus_per_worker: float = 0,
+    ray_address: str | None = None,
+    show_progress: bool | None = None,
+) -> Compression:
+    """Compress the texts of a corpus into a folder of shards, on one machine or many.
+
+    What is in the folder already is not compressed again, so the same call goes on after an interruption and adds what
+    came to the corpus. A batch whose worker is lost is handed to another.
+
+    Args:
+        inputs: Files or folders of Parquet or JSON Lines (.gz, .zst), or URLs of such that Ray Data knows.
+        output: Folder that all machines see, or a URL that fsspec knows.
+        llm, embedder: As for `ExtensibleLM.from_pretrained`; every machine needs the weights.
+        ratio: The finest ratio that will be asked for; the finest trained one when not given.
+        dtype: Of the embeddings on disk: "float16", "int8" or "float32".
+        passage_tokens: Cut documents into the passages of a `Library` with this setting; None compresses them whole.
+        column: Of the rows, which holds the text.
+        rows_per_batch: What a worker compresses at once, loses at most, and puts into one shard.
+        workers: Processes.
+        cpus_per_worker, gpus_per_worker: That Ray gives each.
+        ray_address: Of a cluster ("auto" for the one of this machine); a new one on this machine when not given.
+        show_progress: Show a bar; None shows it on a terminal.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        DocumentNotFoundError, ConfigError: The input is missing, of a type that is not read, or lacks the column.
+        StoreError: The output holds something else, or cannot be written to.
+    """
+    for name, value in (("rows_per_batch", rows_per_batch), ("workers", workers)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} is below 1; pass a positive whole number")
+    kind, files = _inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
+    check_output(output)
+    done = finished(output)
+    with _cluster(ray_address) as data:
+        start = time.perf_counter()
+        read = data.read_parquet if kind == PARQUET else data.read_json
+        # Reading takes no processor of its own: there may be as many workers as there are processors.
+        results = read(files, num_cpus=0).map_batches(
+            _RayWorker,
+            fn_constructor_args=[CompressWorker, Place(output).absolute()],
+            fn_constructor_kwargs={
+                "llm": _absolute(llm),
+                "embedder": None if embedder is None else _absolute(embedder),
+                "ratio": ratio,
+                "dtype": dtype,
+                "passage_tokens": passage_tokens,
+                "column": column,
+                "done": done,
+            },
+            batch_size=rows_per_batch,
+            batch_format="numpy",
+            compute=data.ActorPoolStrategy(size=workers),
+            num_cpus=cpus_per_worker,
+            num_gpus=gpus_per_worker,
+        )
+        total = Batch()
+        with progress("compress", None, show_progress) as advance:
+            for row in results.iter_rows():
+                if row[_ERROR]:
+                    raise pickle.loads(row[_ERROR])
+                del row[_ERROR]
+                batch = Batch(**{name: int(value) for name, value in row.items()})
+                total += batch
+                advance(batch.n_rows)
+        return Compression(batch=total, shards=tuple(seal(output)), seconds=time.perf_counter() - start)
+
+
+class _RayWorker:
+    """A `CompressWorker` whose errors are results: Ray hides what is raised, and restarts what fails to start."""
+
+    def __init__(self, worker: Any, *args: Any, **kwargs: Any) -> None:
+        self._failed: ExtembError | None = None
+        try:
+            self._worker = worker(*args, **kwargs)
+        except ExtembError as error:
+            self._failed = error
+
+    def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        try:
+            if self._failed is not None:
+                raise self._failed
+            return {**self._worker(rows), _ERROR: [b""]}
+        except ExtembError as error:
+            return {**{name: [0] for name in asdict(Batch())}, _ERROR: [pickle.dumps(error)]}
+
+
+def _inputs(inputs: Sequence[str | Path]) -> tuple[tuple[str, ...], list[str]]:
+    """The files to read, and of which kind they are; what is a URL is taken as it is."""
+    files: list[str] = []
+    for one in inputs:
+        path = Path(one)
+        if "://" in str(one):
+            files.append(str(one))
+        elif path.is_dir():
+            files += [str(file) for file in sorted(path.rglob("*")) if file.name.endswith((*PARQUET, *ROWS))]
+        elif path.is_file():
+            files.append(str(path.resolve()))
+        else:
+            raise DocumentNotFoundError(f"{one} does not exist; pass files or folders of Parquet or JSON Lines")
+    for kind in (PARQUET, ROWS):
+        if files and all(file.rstrip("/").endswith(kind) for file in files):
+            return kind, files
+    raise ConfigError(
+        f"inputs={', '.join(map(str, inputs)) or '[]'} are not all Parquet ({PARQUET[0]}) or all JSON Lines "
+        f"({', '.join(ROWS)}); pass one kind at a time"
+    )
+
+
+def _absolute(where: str | Path) -> str:
+    """A model's folder for a process that works in another one; a name stays."""
+    return str(Path(where).absolute()) if Path(where).is_dir() else str(where)
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    """Ray Data, connected, with our settings while it is used."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise MissingExtraError("ray", "ray", "compressing a corpus") from error
+    connected = ray.is_initialized()
+    context = ray.data.DataContext.get_current()
+    before = {name: getattr(context, name) for name in _CONTEXT}
+    if not connected:
+        try:
+            ray.init(address=address or "local", log_to_driver=False, configure_logging=False)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"ray_address={address!r} is no running cluster ({error}); start one with: ray start --head"
+            ) from error
+    try:
+        for name, value in _CONTEXT.items():
+            setattr(context, name, value)
+        yield ray.data
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        if not connected:
+            ray.shutdown()

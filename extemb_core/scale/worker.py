@@ -1,0 +1,263 @@
+"""The work that every engine hands out: texts in, a shard of embeddings and its receipt out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from extemb_core.documents import Document
+from extemb_core.errors import ConfigError, DocumentError, StoreCorruptError, StoreError
+from extemb_core.retrieval.splitting import split_passages
+from extemb_core.store.coding import Dtype, check_dtype
+from extemb_core.store.places import Place
+from extemb_core.store.records import ref_bytes
+from extemb_core.store.shards import MANIFEST, SUFFIX, Shard, ShardReader, read_manifest, write_manifest, write_shard
+
+if TYPE_CHECKING:
+    from extemb_core.models.compressed import Compressed
+
+logger = logging.getLogger(__name__)
+
+_RECEIPT = ".json"
+Refs = np.ndarray[Any, Any]
+Done = Mapping[tuple[str, int], Refs]  # (fingerprint, ratio) -> refs, (E,) of 16 bytes, sorted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What became of one batch, or of all batches together.
+
+    Attributes:
+        n_rows: Handed in.
+        n_empty: Of these, without any text.
+        n_unreadable: Of these, with something that is no text.
+        n_texts: Documents, or passages of them, each counted once in its batch.
+        n_present: Of these, in the shards already.
+        n_tokens: Of those that were compressed now.
+        n_embeddings: That these became.
+        n_bytes: What they take on disk.
+    """
+
+    n_rows: int = 0
+    n_empty: int = 0
+    n_unreadable: int = 0
+    n_texts: int = 0
+    n_present: int = 0
+    n_tokens: int = 0
+    n_embeddings: int = 0
+    n_bytes: int = 0
+
+    def __add__(self, other: Batch) -> Batch:
+        return Batch(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
+
+
+class CompressWorker:
+    """Compresses batches of rows into shards. A callable for any engine that keeps an object for each process.
+
+    Every batch becomes one shard, whose name follows from what is in it, and a receipt beside it once it is whole. So a
+    batch that is handed out again, after a worker or its machine was lost, replaces what is not whole and is not
+    compressed again where it is.
+
+    Args:
+        output: Folder, or URL that fsspec knows, of the shards: the same for all workers.
+        llm, embedder, device: Of `ExtensibleLM.from_pretrained`.
+        ratio: The finest ratio that will be asked for; the finest trained one when not given.
+        dtype: Of the embeddings on disk: "float16", "int8" or "float32".
+        passage_tokens: Cut documents into the passages of a `Library` with this setting; None compresses them whole.
+        column: Of the rows, which holds the text.
+        batch_size: Chunks per forward pass.
+        done: What is in the shards already (see `finished`).
+
+    Raises:
+        RatioError: The ratio was not trained.
+        WeightsError: Files are missing or damaged.
+        StoreError: The output cannot be reached.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        *,
+        llm: str | Path,
+        embedder: str | Path | None = None,
+        ratio: int | None = None,
+        dtype: Dtype = "float16",
+        passage_tokens: int | None = None,
+        column: str = "text",
+        batch_size: int = 4,
+        device: str = "auto",
+        done: Done | None = None,
+    ) -> None:
+        from extemb_core.lm import ExtensibleLM
+
+        self._place = Place(output)
+        self._dtype = check_dtype(dtype)
+        self._passage_tokens = passage_tokens
+        self._column = column
+        self._batch_size = batch_size
+        self._embedder = ExtensibleLM.from_pretrained(llm, embedder, device=device).embedder
+        config = self._embedder.config
+        self._ratio = min(config.ratios) if ratio is None else config.require_ratio(ratio)
+        own = self._embedder.fingerprint
+        self._done = [
+            refs
+            for (fingerprint, there), refs in (done or {}).items()
+            if fingerprint == own and self._ratio % there == 0
+        ]
+
+    def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[int]]:
+        """Compress the texts of some rows, given as columns.
+
+        Returns:
+            One row: the fields of `Batch`.
+
+        Raises:
+            ConfigError: There is no such column.
+            StoreError: The shard could not be written.
+        """
+        if self._column not in rows:
+            raise ConfigError(f"column={self._column!r} is none of the input's: {', '.join(sorted(rows))}; pass one")
+        read = [_document(value) for value in rows[self._column]]
+        documents = [document for document in read if document is not None]
+        texts = {text.ref: text.text for document in documents for text in self._passages(document)}
+        missing = self._missing(list(texts))
+        name = self._name(missing)
+        if missing and _receipt(self._place, name) is not None:
+            missing = []
+        made = self._embedder.compress(
+            [texts[ref] for ref in missing], ratio=self._ratio, batch_size=self._batch_size, show_progress=False
+        )
+        shard = self._write(name, made) if made else None
+        batch = Batch(
+            n_rows=len(read),
+            n_empty=sum(not document.text for document in documents),
+            n_unreadable=len(read) - len(documents),
+            n_texts=len(texts),
+            n_present=len(texts) - len(made),
+            n_tokens=sum(one.n_tokens for one in made),
+            n_embeddings=sum(map(len, made)),
+            n_bytes=shard.size_bytes if shard else 0,
+        )
+        return {name: [value] for name, value in asdict(batch).items()}
+
+    def _passages(self, document: Document) -> list[Document]:
+        if not document.text:
+            return []
+        if self._passage_tokens is None:
+            return [document]
+        spans = split_passages(document.text, self._passage_tokens, self._n_tokens)
+        return [Document(document.text[begin:end]) for begin, end in spans]
+
+    def _n_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(self._embedder.llm.encode(text)) for text in texts]
+
+    def _missing(self, refs: list[str]) -> list[str]:
+        if not refs or not self._done:
+            return refs
+        wanted = _sortable([ref_bytes(ref) for ref in refs])
+        there = np.zeros(len(refs), bool)
+        for done in self._done:
+            at = np.searchsorted(done, wanted).clip(max=max(0, len(done) - 1))
+            there |= done[at] == wanted if len(done) else False
+        return [ref for ref, found in zip(refs, there, strict=True) if not found]
+
+    def _name(self, refs: Sequence[str]) -> str:
+        """What a shard of these texts is called."""
+        digest = hashlib.sha256(f"{self._embedder.fingerprint} {self._ratio} {self._dtype}".encode())
+        for ref in sorted(refs):
+            digest.update(ref.encode())
+        return f"shard-{digest.hexdigest()[:32]}"
+
+    def _write(self, name: str, texts: Sequence[Compressed]) -> Shard:
+        """A shard, then its receipt."""
+        shard = write_shard(self._place, name, texts, self._dtype)
+        self._place.write_text(name + _RECEIPT, json.dumps(asdict(shard)))
+        return shard
+
+
+def _document(value: Any) -> Document | None:
+    """The text of a row; None where it is none."""
+    try:
+        return Document("" if value is None else value)
+    except DocumentError as error:
+        logger.warning("a row is left out: %s", error)
+        return None
+
+
+def receipts(output: str | Path) -> Iterator[Shard]:
+    """The shards in a folder that are whole, by their receipts. Others are what a lost worker left."""
+    place = Place(output)
+    for name in place.names():
+        if name.startswith("shard-") and name.endswith(_RECEIPT):
+            shard = _receipt(place, name.removesuffix(_RECEIPT))
+            if shard is not None:
+                yield shard
+
+
+def _receipt(place: Place, name: str) -> Shard | None:
+    """The receipt of a shard; None where there is none, or not that shard."""
+    try:
+        shard = Shard(**json.loads(place.read_text(name + _RECEIPT)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise StoreCorruptError(f"{place}/{name}{_RECEIPT} is no receipt of a shard ({error}); remove it") from error
+    return shard if shard.file == name + SUFFIX and place.size(shard.file) == shard.size_bytes else None
+
+
+def finished(output: str | Path) -> dict[tuple[str, int], Refs]:
+    """What is in the shards of a folder: for each fingerprint and ratio the refs, sorted, for `CompressWorker(done=)`.
+
+    Of every shard no more is read than its list of documents.
+    """
+    found: dict[tuple[str, int], list[Refs]] = {}
+    place = Place(output)
+    for shard in receipts(output):
+        reader = ShardReader(place, shard.file)
+        for ratio in np.unique(reader.ratios):
+            own = reader.refs[reader.ratios == ratio]
+            found.setdefault((reader.kind.fingerprint, int(ratio)), []).append(_sortable(own))
+    return {key: np.unique(np.concatenate(refs)) for key, refs in found.items()}
+
+
+def seal(output: str | Path) -> list[Shard]:
+    """Name the whole shards of a folder in its manifest, and remove what lost workers left. Returns them.
+
+    For when all workers are done.
+    """
+    place = Place(output)
+    shards = list(receipts(output))
+    write_manifest(place, shards)
+    whole = {name for shard in shards for name in (shard.file, shard.file.removesuffix(SUFFIX) + _RECEIPT)}
+    for name in place.names():
+        if name.startswith(("shard-", ".shard-")) and name not in whole:
+            place.remove(name)
+    return shards
+
+
+def check_output(output: str | Path) -> None:
+    """See that a folder is empty or of earlier runs.
+
+    Raises:
+        StoreError: It holds something else, which `seal` must not touch.
+    """
+    place = Place(output)
+    names = place.names()
+    foreign = [name for name in names if not name.startswith(("shard-", ".shard-", MANIFEST, f".{MANIFEST}"))]
+    if foreign:
+        raise StoreError(f"{place} holds {foreign[0]!r}, which is no shard; pass a new folder")
+    of_runs = {shard.file for shard in receipts(output)}
+    if MANIFEST in names and any(shard.file not in of_runs for shard in read_manifest(place, verify=False)):
+        raise StoreError(f"{place} holds the export of a store; pass another folder")
+
+
+def _sortable(refs: Any) -> Refs:
+    """(E,) of 16 bytes each, to sort and compare as one."""
+    return np.frombuffer(b"".join(bytes(ref) for ref in refs), "S16")

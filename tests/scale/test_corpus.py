@@ -1,0 +1,112 @@
+"""A corpus over a real cluster of two nodes: whole and the same as in one process, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import random_embedder, save_tiny, tiny_llm
+
+from extemb_core.errors import ConfigError, DocumentNotFoundError, MissingExtraError
+from extemb_core.scale.corpus import PARQUET, ROWS, _inputs, _RayWorker, compress_corpus
+from extemb_core.store.sharded import ShardStore
+
+TEXTS = [f"The tower number {at} was built in {1700 + at}. " * (1 + at % 3) for at in range(60)]
+JOB = Path(__file__).with_name("ray_job.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a run left, with what it said in found.json."""
+    pytest.importorskip("ray.data")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("corpus")
+    save_tiny(folder)
+    rows = [{"id": at, "text": text} for at, text in enumerate(TEXTS)] + [{"id": 60, "text": ""}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "more").mkdir()
+    pq.write_table(pa.table({"text": [*TEXTS, "The station is new.", None]}), folder / "more" / "a.parquet")
+    done = subprocess.run([sys.executable, JOB, folder], capture_output=True, text=True, timeout=300)
+    assert (folder / "found.json").is_file(), done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_nodes_and_a_killed_worker_give_what_one_process_gives(folder, found):
+    assert (found["nodes"], found["used"]) == (2, 2)
+    assert (folder / "killed").exists()
+    assert {name: found["killed"][name] for name in ("n_rows", "n_texts", "n_empty", "n_present")} == {
+        "n_rows": 61, "n_texts": 60, "n_empty": 1, "n_present": 0}  # fmt: skip
+    assert found["killed"]["shards"] >= 4
+    assert found["left"] == {".safetensors": found["killed"]["shards"], ".json": found["killed"]["shards"] + 1}
+    store = ShardStore(folder / "out", verify=True)
+    embedder = random_embedder(tiny_llm())
+    for text in embedder.compress(TEXTS, ratio=2):
+        kept = store.get(text.ref, embedder.fingerprint, 2)
+        assert torch.allclose(kept.embeddings, text.embeddings, rtol=2**-10, atol=1e-5)
+        assert kept.n_tokens == text.n_tokens
+
+
+@pytest.mark.slow
+def test_another_run_compresses_what_is_new(folder, found):
+    again = found["again"]
+    assert (again["n_rows"], again["n_texts"], again["n_present"], again["n_empty"]) == (62, 61, 60, 1)
+    assert again["shards"] == found["killed"]["shards"] + 1
+    assert len(ShardStore(folder / "out")) == 61
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_as_it_was_where_it_happened(folder, found):
+    assert found["column"]["error"] == "ConfigError"
+    assert found["column"]["message"].startswith("column='body' is none of the input's: id, text")
+    assert not (folder / "other").exists()
+
+
+def test_an_error_of_a_worker_is_a_row():
+    class Failing:
+        def __init__(self, wrong=None):
+            if wrong:
+                raise ConfigError(wrong)
+
+        def __call__(self, rows):
+            if rows["text"] == ["bad"]:
+                raise MissingExtraError("a", "b", "c")
+            return {"n_rows": [1]}
+
+    worker = _RayWorker(Failing)
+    assert worker({"text": ["good"]}) == {"n_rows": [1], "error": [b""]}
+    assert "c needs a" in str(pickle.loads(worker({"text": ["bad"]})["error"][0]))
+    assert str(pickle.loads(_RayWorker(Failing, "no such llm")({"text": ["good"]})["error"][0])) == "no such llm"
+
+
+def test_inputs_are_of_one_kind(tmp_path):
+    for name in ("a.jsonl", "b.jsonl.zst", "c.parquet", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "d.json").touch()
+    assert _inputs([tmp_path / "rows", tmp_path / "a.jsonl"]) == (
+        ROWS, [str(tmp_path / "rows" / "d.json"), str(tmp_path / "a.jsonl")])  # fmt: skip
+    assert _inputs(["s3://bucket/a.parquet"]) == (PARQUET, ["s3://bucket/a.parquet"])
+    for wrong in ([], [tmp_path], [tmp_path / "notes.txt"], [tmp_path / "a.jsonl", tmp_path / "c.parquet"]):
+        with pytest.raises(ConfigError, match="pass one kind at a time"):
+            _inputs(wrong)
+    with pytest.raises(DocumentNotFoundError, match="does not exist; pass files or folders"):
+        _inputs([tmp_path / "none.jsonl"])
+
+
+@pytest.mark.parametrize("setting", ["rows_per_batch", "workers"])
+def test_settings_are_checked_before_anything_starts(tmp_path, setting):
+    with pytest.raises(ConfigError, match=f"{setting}=0 is below 1"):
+        compress_corpus(tmp_path / "a.jsonl", tmp_path / "out", llm="x", **{setting: 0})

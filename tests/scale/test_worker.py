@@ -1,0 +1,173 @@
+"""The work an engine hands out: shards that are whole, done once, and the same whoever does it."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from retrieval_encoder import by_words
+from tiny import random_embedder, save_tiny, tiny_llm
+
+from extemb_core import Document, ExtensibleLM
+from extemb_core.documents import text_ref
+from extemb_core.errors import ConfigError, RatioError, StoreCorruptError, StoreError
+from extemb_core.library import Library
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.scale.worker import Batch, CompressWorker, check_output, finished, receipts, seal
+from extemb_core.store.exchange import export_store, import_shards
+from extemb_core.store.sharded import ShardStore
+from extemb_core.store.store import EmbeddingStore
+
+TEXTS = [f"The mill number {at} was built in {1800 + at}. " * (1 + at % 4) for at in range(12)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder)
+    return {"llm": folder / "llm", "embedder": folder / "embedder"}
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def batch_of(made):
+    return Batch(**{name: value for name, (value,) in made.items()})
+
+
+def test_a_batch_becomes_one_shard_of_what_compressing_gives(models, out):
+    worker = CompressWorker(out, **models, ratio=2)
+    made = batch_of(worker({"text": [*TEXTS, TEXTS[0]], "id": list(range(13))}))
+    assert (made.n_rows, made.n_texts, made.n_present) == (13, 12, 0)
+    (shard,) = seal(out)
+    assert (shard.n_documents, shard.size_bytes) == (12, made.n_bytes)
+    store = ShardStore(out, verify=True)
+    embedder = random_embedder(tiny_llm())
+    expected = embedder.compress(TEXTS, ratio=2)
+    for text in expected:
+        found = store.get(text.ref, embedder.fingerprint, 2)
+        assert torch.allclose(found.embeddings, text.embeddings, rtol=2**-10, atol=1e-6)
+        assert found.n_tokens == text.n_tokens
+    assert made.n_tokens == sum(text.n_tokens for text in expected)
+    assert made.n_embeddings == sum(map(len, expected))
+
+
+def test_rows_without_text_are_counted_and_the_others_compressed(models, out):
+    made = batch_of(CompressWorker(out, **models)({"text": [TEXTS[0], "", None, 7, "lone \ud800", b"bytes"]}))
+    assert (made.n_rows, made.n_empty, made.n_unreadable, made.n_texts) == (6, 2, 3, 1)
+    nothing = batch_of(CompressWorker(out, **models)({"text": [""]}))
+    assert (nothing.n_texts, nothing.n_bytes) == (0, 0)
+    assert len(seal(out)) == 1
+
+
+def test_a_column_that_is_not_there(models, out):
+    with pytest.raises(ConfigError, match="column='text' is none of the input's: body, id; pass one"):
+        CompressWorker(out, **models)({"body": ["a"], "id": [1]})
+    assert batch_of(CompressWorker(out, **models, column="body")({"body": ["a"]})).n_texts == 1
+    with pytest.raises(RatioError):
+        CompressWorker(out, **models, ratio=3)
+
+
+def counting(monkeypatch):
+    made = []
+    whole = ExtensibleEmbedder.compress
+
+    def compress(self, texts, **settings):
+        made.extend(texts)
+        return whole(self, texts, **settings)
+
+    monkeypatch.setattr(ExtensibleEmbedder, "compress", compress)
+    return made
+
+
+def test_a_batch_handed_out_again_is_compressed_again_only_where_its_shard_is_not_whole(models, out, monkeypatch):
+    worker = CompressWorker(out, **models)
+    worker({"text": TEXTS})
+    made = counting(monkeypatch)
+    assert batch_of(CompressWorker(out, **models)({"text": TEXTS[::-1]})).n_present == 12
+    assert made == []
+    (shard,) = receipts(out)
+    for lost in (shard.file, shard.file.replace(".safetensors", ".json")):
+        made.clear()
+        (out / lost).unlink()
+        assert list(receipts(out)) == []
+        assert batch_of(CompressWorker(out, **models)({"text": TEXTS})).n_present == 0
+        assert sorted(made) == sorted(TEXTS)
+        assert [(again.file, again.n_documents) for again in receipts(out)] == [(shard.file, 12)]
+
+
+def test_what_earlier_runs_compressed_is_not_compressed_again(models, out, monkeypatch):
+    CompressWorker(out, **models, ratio=4)({"text": TEXTS[:5]})
+    CompressWorker(out, **models, ratio=4)({"text": TEXTS[5:8]})
+    made = counting(monkeypatch)
+    done = finished(out)
+    assert {ratio: len(refs) for (_, ratio), refs in done.items()} == {4: 8}
+    result = batch_of(CompressWorker(out, **models, ratio=8, done=done)({"text": TEXTS}))
+    assert (result.n_texts, result.n_present) == (12, 8)  # 8 is derived from 4
+    assert sorted(made) == sorted(TEXTS[8:])
+    made.clear()
+    result = batch_of(CompressWorker(out, **models, ratio=2, done=finished(out))({"text": TEXTS}))
+    assert (result.n_present, len(made)) == (0, 12)  # 2 is not
+    other = {("77" * 16, ratio): refs for (_, ratio), refs in done.items()}
+    worker = CompressWorker(out, **models, ratio=4, done=other)
+    assert worker._missing([text_ref(text) for text in TEXTS]) == [text_ref(text) for text in TEXTS]
+
+
+def test_settings_make_another_shard_of_the_same_texts(models, out):
+    for settings in ({"ratio": 2}, {"ratio": 4}, {"ratio": 4, "dtype": "int8"}):
+        CompressWorker(out, **models, **settings)({"text": TEXTS})
+    assert len(seal(out)) == 3
+
+
+def test_a_library_finds_its_passages_in_what_workers_compressed(models, out, tmp_path):
+    CompressWorker(out, **models, passage_tokens=40, ratio=2, dtype="float32")({"text": TEXTS})
+    seal(out)
+    lm = ExtensibleLM.from_pretrained(**models)
+    with EmbeddingStore.open(tmp_path / "lib") as store:
+        import_shards(store, out)
+    with Library(tmp_path / "lib", lm, encoder=by_words, passage_tokens=40, ratio=2) as library:
+        added = library.add([Document(text, title=str(at)) for at, text in enumerate(TEXTS)])
+        assert (added.added, added.compressed_tokens) == (12, 0)
+        assert added.n_passages > 12
+        assert library.search("1807", 1)[0].text in TEXTS[7]
+
+
+def test_sealing_removes_what_lost_workers_left(models, out):
+    CompressWorker(out, **models)({"text": TEXTS})
+    (shard,) = receipts(out)
+    (out / "shard-00.safetensors").write_bytes((out / shard.file).read_bytes())  # no receipt
+    (out / ".shard-01.safetensors.17.tmp").write_bytes(b"half")
+    check_output(out)
+    assert seal(out) == [shard]
+    assert sorted(os.listdir(out)) == sorted(["manifest.json", shard.file, shard.file.replace(".safetensors", ".json")])
+
+
+def test_a_folder_of_something_else_is_not_touched(models, out, tmp_path):
+    check_output(out)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("words")
+    with pytest.raises(StoreError, match="holds 'letter.txt', which is no shard"):
+        check_output(tmp_path / "mine")
+    with EmbeddingStore.open(tmp_path / "store") as store:
+        store.put(*random_embedder(tiny_llm()).compress(TEXTS[:2]))
+        export_store(store, tmp_path / "export")
+    with pytest.raises(StoreError, match="holds the export of a store"):
+        check_output(tmp_path / "export")
+    CompressWorker(out, **models)({"text": TEXTS})
+    (shard,) = seal(out)
+    receipt = out / shard.file.replace(".safetensors", ".json")
+    receipt.write_text(json.dumps({"file": "../else"}))
+    with pytest.raises(StoreCorruptError, match="is no receipt of a shard"):
+        check_output(out)
+
+
+def test_workers_write_behind_a_url_too(models, tmp_path):
+    where = f"memory://{tmp_path.name}/out"
+    CompressWorker(where, **models)({"text": TEXTS})
+    assert [shard.n_documents for shard in seal(where)] == [12]
+    assert len(ShardStore(where, verify=True)) == 12
+    assert sum(map(len, finished(where).values())) == 12
