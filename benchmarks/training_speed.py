@@ -9,20 +9,19 @@ included) would take at the rate of one product of the layers' largest size, mea
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import ending
 import numpy as np
 import torch
-from ending import run, write_json
 from timing import alternate, compare
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from extemb_core.evaluation.provenance import provenance, short_name
+from extemb_core.evaluation.provenance import short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training.attention import attention_by_rows
@@ -35,6 +34,18 @@ _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    ending.report(_parser(), argv, measure, table)
+
+
+def table(report: dict[str, Any]) -> str:
+    share, single = report["against_floor"]["ratio"], report["against_one_call_per_chunk"]["ratio"]
+    return (
+        f"{report['tokens_per_second']:.0f} tokens/s, {1 / share:.0%} of the arithmetic floor\n"
+        f"one call per chunk takes {1 / single:.2f}x as long"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llm", default="smollm2-135m-instruct")
     parser.add_argument("--data", type=Path, required=True, help="text to train on")
@@ -46,14 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratio", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
-    where = provenance(["python", *(sys.argv if argv is None else [sys.argv[0], *argv])])
-    report = {**where, **measure(options)}
-    packed = report["against_floor"]
-    print(f"{report['tokens_per_second']:.0f} tokens/s, {1 / packed['ratio']:.0%} of the arithmetic floor")
-    print(f"one call per chunk takes {1 / report['against_one_call_per_chunk']['ratio']:.2f}x as long")
-    if options.json:
-        write_json(report, options.json)
+    return parser
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -149,4 +153,4 @@ def _samples(llm: LLM, file: Path, count: int, length: int) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    run(main)
+    ending.run(main)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 _BLOCK_BYTES = 1 << 20
+_LEFT_SECONDS = 3600
 
 
 def push(path: Path) -> None:
@@ -25,7 +28,14 @@ def push(path: Path) -> None:
 
 @contextmanager
 def whole(place: Path) -> Iterator[Path]:
-    """A name to write a file under, beside its place: it takes the place at the end, and is gone after an error."""
+    """A name to write a file under, beside its place: it takes the place at the end, and is gone after an error.
+
+    What processes left there that were killed is removed an hour later.
+    """
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                left.unlink()
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         yield temporary

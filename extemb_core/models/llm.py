@@ -184,6 +184,11 @@ class LLM:
         return int(self.model.get_input_embeddings().embedding_dim)
 
     @property
+    def has_sliding_window(self) -> bool:
+        """Whether layers see a limited number of tokens back, and caches let go of those before."""
+        return bool(getattr(self.text_config, "sliding_window", None))
+
+    @property
     def window(self) -> int:
         """Positions the LLM was trained for."""
         return int(self.text_config.max_position_embeddings)
@@ -424,7 +429,7 @@ class LLM:
 
     def _shared(self, rows: Sequence[Tensor]) -> int:
         """Positions that all begin with, where reading them once is worth it; each keeps one of its own."""
-        if getattr(self.text_config, "sliding_window", None):  # counts the padding after the prefix
+        if self.has_sliding_window:  # counts the padding after the prefix
             return 0
         length = min(map(len, rows)) - 1
         for row in rows[1:]:

@@ -33,7 +33,7 @@ class Prefix:
     @staticmethod
     def suits(llm: LLM) -> bool:
         """Whether what was read can be taken back: not where a cache of a sliding window has let go of tokens."""
-        return not getattr(llm.text_config, "sliding_window", None)
+        return not llm.has_sliding_window
 
     def __len__(self) -> int:
         return int(self._cache.get_seq_length())

@@ -83,6 +83,42 @@ def test_the_report_of_the_library_is_whole(folders, tmp_path, monkeypatch):
     assert all(line.endswith(("met", "MISSED")) for line in lines)
 
 
+# -- scale.py -------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_of_a_corpus_is_arithmetic_on_what_was_measured(folders, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    scale = script("scale")
+    monkeypatch.setattr(scale, "compress_corpus", _without_ray)
+    file = tmp_path / "report.json"
+    scale.main(["--llm", str(folders / "tiny-llm"), "--embedder", str(folders / "tiny-embedder"), "--quick",
+                "--json", str(file)])  # fmt: skip
+    report = json.loads(file.read_text())
+    speed = report["throughput"]["tokens_per_second"]
+    assert report["throughput"]["samples_ray"][0]["n_tokens"] == report["throughput"]["samples"][0]["n_tokens"]
+    size = report["size"]["bytes_per_token"]
+    assert set(size) == {f"{ratio}-{dtype}" for ratio in (2, 4, 8) for dtype in ("float16", "int8")}
+    assert size["8-int8"]["shards"] < size["8-float16"]["shards"] < size["4-float16"]["shards"]
+    assert size["8-float16"]["shards"] > 2 * report["size"]["width"] / 8
+    vectors = report["index"]["bytes_per_vector"]
+    assert vectors["Flat"] < vectors["HNSW32"]
+    assert vectors["Flat"] == pytest.approx(256 * 4 + 8, rel=0.01)
+    for row in report["plan"]:
+        assert row["machines"] * speed * 86_400 == pytest.approx(row["tokens_per_day"])
+        assert row["gb_per_day"]["float16"] * 1e9 == pytest.approx(row["tokens_per_day"] * size["8-float16"]["shards"])
+        assert row["index_gb"]["Flat"] * 1e9 == pytest.approx(row["tokens_per_day"] / 256 * vectors["Flat"])
+    assert "10,000,000,000 tokens a day" in scale.table(report)
+
+
+def _without_ray(corpus, output, *, workers, rows_per_batch, show_progress, **settings):
+    from extemb_core.scale.corpus import Compression
+    from extemb_core.scale.worker import Batch, CompressWorker
+
+    rows = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    made = CompressWorker(output, **settings)({"text": rows})
+    return Compression(batch=Batch(**{name: values[0] for name, values in made.items()}), shards=(), seconds=1.0)
+
+
 # -- timing.py ------------------------------------------------------------------------------------------------
 
 

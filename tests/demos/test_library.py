@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -58,3 +59,21 @@ def test_a_folder_of_the_user_and_one_that_is_not_there(run, capsys, tmp_path):
     assert "mill.txt:0-27" in capsys.readouterr().out
     assert run("--documents", tmp_path / "none") == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(monkeypatch, tmp_path, capsys):
+    llm = tiny_llm()
+    lm = ExtensibleLM(llm, random_embedder(llm))
+    monkeypatch.setattr(ExtensibleLM, "from_pretrained", classmethod(lambda cls, name: lm))
+    monkeypatch.setattr("extemb_core.retrieval.encoders._default", lambda: CallableEncoder(by_words))
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads(SCRIPT.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = {}
+    for cell in cells:
+        few = cell.replace("N_TOPICS = 40", "N_TOPICS = 2").replace("max_new_tokens=32", "max_new_tokens=2")
+        exec(compile(few.replace("k=4", "k=1"), "cell", "exec"), names)
+    shown = capsys.readouterr().out
+    assert "2 added, 0 unchanged" in shown
+    assert "from disk" in shown
+    assert "2 documents; True that nothing was compressed" in shown

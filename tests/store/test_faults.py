@@ -13,11 +13,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from made import FINGERPRINT, compressed
 
 from extemb_core.errors import StoreError
+from extemb_core.retrieval.index import VectorIndex
 from extemb_core.store.exchange import export_store, import_shards
 from extemb_core.store.store import EmbeddingStore
 
@@ -37,9 +39,8 @@ def forked(work: Callable[[Callable[[int], None]], None]) -> tuple[int, int]:
     if not child:
         code = 1
         try:
-            torch.set_num_threads(
-                1
-            )  # the parent's threads are not here, and the first parallel work would wait for them
+            # The parent's threads are not here, and the first parallel work would wait for them.
+            torch.set_num_threads(1)
             os.close(reader)
             work(lambda number: os.write(writer, number.to_bytes(4, "big")))  # type: ignore[arg-type, return-value]
             code = 0
@@ -125,6 +126,37 @@ def test_killed_while_exporting_the_next_export_is_whole(tmp_path: Path) -> None
             export_store(store, out, shard_bytes=200_000)
             assert import_shards(copy, out) == 400
             assert copy.verify().n_documents == 400
+
+
+def test_killed_while_saving_an_index_what_is_read_is_whole_or_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    draw = random.Random(4)
+    vectors = np.random.default_rng(0).standard_normal((3000, 64)).astype(np.float32)
+    indices = []
+    for count in (2000, 3000):
+        index = VectorIndex(64)
+        index.add(range(count), vectors[:count])
+        indices.append(index)
+    file = tmp_path / "passages.faiss"
+    found = []
+    for _ in range(KILLS):
+
+        def work(acknowledge: Callable[[int], None]) -> None:
+            while True:
+                for index in indices:
+                    index.save(file, encoder="e")
+
+        killed(work, draw.uniform(0.0, 0.2))
+        loaded = VectorIndex.load(file, 64, encoder="e")
+        if loaded is not None:
+            same = next(index for index in indices if index.ids == loaded.ids)
+            assert loaded.search(vectors[7], 5) == same.search(vectors[7], 5)
+        found.append(loaded)
+        indices[0].save(file, encoder="e")
+        again = VectorIndex.load(file, 64, encoder="e")
+        assert again is not None
+        assert len(again.ids) == 2000
+    assert any(loaded is not None for loaded in found)
 
 
 def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,200 @@
+"""What a corpus costs: tokens per second of a process, bytes of a token, and from these machines and disks for a day.
+
+    python benchmarks/scale.py --json benchmarks/results/scale.json
+
+Sections: throughput (`CompressWorker` in this process on all cores, and Ray Data with a process for each core), size
+(bytes of shards and of a store per token, at every ratio), index (bytes of a passage's vector in each kind of index).
+The plan that follows is arithmetic on them: so many tokens every day, compressed as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ending
+import numpy as np
+from memory import sample_text
+
+from extemb_core.evaluation.provenance import short_name
+from extemb_core.lm import ExtensibleLM
+from extemb_core.models.weights import resolve_embedder
+from extemb_core.retrieval import PASSAGE_TOKENS
+from extemb_core.retrieval.index import VectorIndex
+from extemb_core.scale.corpus import compress_corpus
+from extemb_core.scale.worker import CompressWorker, seal
+from extemb_core.store.exchange import import_shards
+from extemb_core.store.store import EmbeddingStore
+
+SECTIONS = ("throughput", "size", "index")
+DAYS = (1_000_000, 100_000_000, 10_000_000_000)  # tokens
+_SECONDS = 24 * 60 * 60
+INDICES = ("Flat", "HNSW32", "IVF1024,PQ32")
+_VECTOR_WIDTH = 256  # of the default text encoder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    ending.report(_parser(), argv, measure, table)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The report without its provenance."""
+    models = {"llm": options.llm, "embedder": str(resolve_embedder(options.embedder, options.llm))}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        rows = 4 if options.quick else options.rows
+        corpus = Corpus(500 if options.quick else 8_000)
+        sections: dict[str, Callable[[], dict[str, Any]]] = {
+            "throughput": lambda: throughput(folder, models, corpus, rows, 1 if options.quick else options.rounds),
+            "size": lambda: size(folder, models, corpus, rows),
+            "index": lambda: index(folder, 1_000 if options.quick else 100_000, INDICES[: 2 if options.quick else 3]),
+        }
+        report = {
+            "config": {
+                "llm": short_name(options.llm), "rows": rows, "rounds": options.rounds, "quick": options.quick,
+                "passage_tokens": PASSAGE_TOKENS, "cores": os.cpu_count(), "seed": 0,
+            }
+        } | ending.measured(sections, options.only)  # fmt: skip
+    if options.only is None:
+        report["plan"] = plan(report)
+    return report
+
+
+class Corpus:
+    """Parts of the Python reference, of so many characters each, none equal to another."""
+
+    def __init__(self, chars: int) -> None:
+        self.chars = chars
+
+    def texts(self, rows: int, first: int = 0) -> list[str]:
+        whole = sample_text(self.chars * (first + rows))
+        return [f"Part {at}.\n" + whole[self.chars * at :][: self.chars] for at in range(first, first + rows)]
+
+
+def throughput(folder: Path, models: dict[str, str], corpus: Corpus, rows: int, rounds: int) -> dict[str, Any]:
+    """Tokens per second, each round with other texts: one process on all cores, and Ray with a process for each core.
+
+    Without the start of the process or of Ray and its workers, which is told on its own.
+    """
+    own: list[dict[str, float]] = []
+    by_ray: list[dict[str, float]] = []
+    worker = CompressWorker(folder / "own", **models, passage_tokens=PASSAGE_TOKENS)
+    worker({"text": corpus.texts(1)})
+    for at in range(rounds):
+        columns = {"text": corpus.texts(rows, first=1 + at * rows)}
+        start = time.perf_counter()
+        made = worker(columns)
+        own.append({"n_tokens": made["n_tokens"][0], "seconds": time.perf_counter() - start})
+        file = folder / f"corpus-{at}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in columns["text"]), encoding="utf-8")
+        cores = os.cpu_count() or 1
+        start = time.perf_counter()
+        done = compress_corpus(file, folder / f"ray-{at}", **models, passage_tokens=PASSAGE_TOKENS, workers=cores,
+                               rows_per_batch=max(1, rows // (4 * cores)), show_progress=False)  # fmt: skip
+        by_ray.append({"n_tokens": done.batch.n_tokens, "seconds": done.seconds,
+                       "seconds_with_start": time.perf_counter() - start})  # fmt: skip
+    return {
+        "tokens_per_second": median(one["n_tokens"] / one["seconds"] for one in own),
+        "tokens_per_second_ray": median(one["n_tokens"] / one["seconds"] for one in by_ray),
+        "samples": own,
+        "samples_ray": by_ray,
+    }
+
+
+def size(folder: Path, models: dict[str, str], corpus: Corpus, rows: int) -> dict[str, Any]:
+    """Bytes per token of text, receipts and manifest included, and in a store that took them in."""
+    found: dict[str, Any] = {}
+    lm = ExtensibleLM.from_pretrained(**models)
+    for ratio in lm.embedder.config.ratios:
+        for dtype in ("float16", "int8"):
+            name = f"{ratio}-{dtype}"
+            worker = CompressWorker(folder / name, **models, ratio=ratio, dtype=dtype,  # type: ignore[arg-type]
+                                    passage_tokens=PASSAGE_TOKENS)  # fmt: skip
+            n_tokens = worker({"text": corpus.texts(rows)})["n_tokens"][0]
+            seal(folder / name)
+            shards = sum(file.stat().st_size for file in (folder / name).iterdir())
+            with EmbeddingStore.open(folder / f"{name}-store", dtype=dtype) as store:  # type: ignore[arg-type]
+                empty = store.stats().file_bytes
+                import_shards(store, folder / name, show_progress=False)
+                taken = store.stats().file_bytes - empty
+            found[name] = {"n_tokens": n_tokens, "shards": shards / n_tokens, "store": taken / n_tokens}
+    return {"bytes_per_token": found, "width": lm.llm.width}
+
+
+def index(folder: Path, count: int, factories: Sequence[str]) -> dict[str, Any]:
+    """Bytes of a vector in the index of a library, which is in memory while it is searched."""
+    vectors = np.random.default_rng(0).standard_normal((count, _VECTOR_WIDTH)).astype(np.float32)
+    found = {}
+    for factory in factories:
+        made = VectorIndex(_VECTOR_WIDTH, factory)
+        made.add(range(count), vectors)
+        file = folder / f"{factory}.faiss"
+        made.save(file)
+        found[factory] = file.stat().st_size / count
+    return {"n_vectors": count, "width": _VECTOR_WIDTH, "bytes_per_vector": found}
+
+
+def plan(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Machines like this one that keep up with a day's tokens, and what a day adds on disk and in memory."""
+    speed = report["throughput"]["tokens_per_second"]
+    bytes_per_token = report["size"]["bytes_per_token"]
+    ratio = "8" if "8-float16" in bytes_per_token else next(iter(bytes_per_token)).split("-")[0]
+    rows = []
+    for tokens in DAYS:
+        passages = tokens / PASSAGE_TOKENS
+        rows.append(
+            {
+                "tokens_per_day": tokens,
+                "machine_hours": tokens / speed / 3600,
+                "machines": tokens / speed / _SECONDS,
+                "ratio": int(ratio),
+                "gb_per_day": {dtype: tokens * bytes_per_token[f"{ratio}-{dtype}"]["shards"] / 1e9
+                               for dtype in ("float16", "int8")},
+                "passages": passages,
+                "index_gb": {name: passages * size / 1e9
+                             for name, size in report["index"]["bytes_per_vector"].items()},
+            }
+        )  # fmt: skip
+    return rows
+
+
+def table(report: dict[str, Any]) -> str:
+    """What was measured, and the plan, as plain text."""
+    lines: list[str] = []
+    if row := report.get("throughput"):
+        lines.append(f"tokens/s: {row['tokens_per_second']:,.0f}, through Ray {row['tokens_per_second_ray']:,.0f}")
+    for name, row in report.get("size", {}).get("bytes_per_token", {}).items():
+        lines.append(f"bytes per token, {name}: {row['shards']:.1f} in shards, {row['store']:.1f} in a store")
+    for name, value in report.get("index", {}).get("bytes_per_vector", {}).items():
+        lines.append(f"bytes per vector, {name}: {value:.0f}")
+    for row in report.get("plan", []):
+        indices = ", ".join(f"{name} {value:,.3f}" for name, value in row["index_gb"].items())
+        lines.append(
+            f"{row['tokens_per_day']:,} tokens a day: {row['machines']:,.2f} machines, "
+            f"{row['gb_per_day']['float16']:,.2f} GB (int8 {row['gb_per_day']['int8']:,.2f}); index GB: {indices}"
+        )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", default="smollm2-135m-instruct", help="known name, folder or hub id")
+    parser.add_argument("--embedder", help="folder or hub id; the shipped one when not given")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections; there is no plan then")
+    parser.add_argument("--rows", type=int, default=24, help="documents of 8,000 characters in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to work; the system's temporary folder when not given")
+    parser.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
+    parser.add_argument("--json", type=Path, help="where to write the report")
+    return parser
+
+
+if __name__ == "__main__":
+    ending.run(main)
