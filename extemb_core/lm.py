@@ -16,7 +16,6 @@ from torch import Tensor
 from extemb_core.answers import Answer, AnswerStream, ContextEntry, Ready, to_answer
 from extemb_core.context.assembly import (
     DOCUMENT_SEPARATOR,
-    Content,
     Part,
     Prompt,
     assemble_chat,
@@ -139,7 +138,11 @@ class ExtensibleLM:
         ratio: str | int = "auto",
         **sampling: Any,
     ) -> Answer:
-        """`ask` for a whole conversation: messages with "role" and "content". Documents join the last user turn."""
+        """`ask` for a whole conversation: messages with "role" and "content".
+
+        Documents join the last user turn. A content may also be a list of texts and `Document`s: these are read where
+        they stand, without a heading, and rank below those that join.
+        """
         return self.stream(messages, documents, budget=budget, ratio=ratio, **sampling).finish()
 
     def stream(
@@ -194,7 +197,7 @@ class ExtensibleLM:
 
     def ask_batch(
         self,
-        questions: Sequence[str],
+        questions: Sequence[str | Messages],
         documents: Sequence[Documents] | None = None,
         *,
         budget: int | None = None,
@@ -202,7 +205,7 @@ class ExtensibleLM:
         batch_size: int = 8,
         **sampling: Any,
     ) -> list[Answer]:
-        """`ask` for several questions at once, each with its own documents (one entry per question).
+        """`ask` or `chat` for several at once, each with its own documents (one entry per question).
 
         Questions are batched by length; an answer does not depend on its batch. In `seconds`, "first_token" is the
         time of the whole batch: nothing is streamed.
@@ -255,9 +258,10 @@ class ExtensibleLM:
         max_new_tokens: int = 256,
     ) -> Plan:
         """What would become of each document, without compressing or answering: `print(lm.plan(...).explain())`."""
-        texts = as_documents(documents)
-        room = self._room(assemble_chat(self.llm, _as_messages(question)), max_new_tokens, budget, texts)
-        return self._plan(texts, room, ratio)
+        messages, joined = _as_messages(question), as_documents(documents)
+        texts = joined + _inline(messages)
+        room = self._room(assemble_chat(self.llm, _replaced(messages)), max_new_tokens, budget, texts)
+        return self._plan(texts, room, ratio, headed=len(joined))
 
     def compress(self, documents: Documents, *, ratio: int | None = None, show_progress: bool | None = None) -> None:
         """Compress documents now, so that later questions about them start at once.
@@ -318,17 +322,21 @@ class ExtensibleLM:
         ratio: str | int,
         new_tokens: int,
     ) -> Ready:
-        bare = assemble_chat(self.llm, messages)
-        room = self._room(bare, new_tokens, budget, documents)
-        if not documents:
+        bare = assemble_chat(self.llm, _replaced(messages))
+        every = documents + _inline(messages)
+        room = self._room(bare, new_tokens, budget, every)
+        if not every:
             return Ready(bare, (), 0.0)
-        parts, context, seconds = self._read(documents, self._plan(documents, room, ratio))
-        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
-        if last is None:
-            raise ConfigError("documents join the last user message, and there is none; add one")
-        content = messages[last]["content"]
-        joined: Content = [*parts, *([content] if isinstance(content, str) else content)]
-        full = [{**m, "content": joined} if i == last else m for i, m in enumerate(messages)]
+        plan = self._plan(every, room, ratio, headed=len(documents))
+        parts, context, seconds = self._read(every, plan, headed=len(documents))
+        full = _replaced(messages, parts[len(documents) :])
+        if documents:
+            last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+            if last is None:
+                raise ConfigError("documents join the last user message, and there is none; add one")
+            content = full[last]["content"]
+            joined = [part for own in parts[: len(documents)] for part in own]
+            full[last] = {**full[last], "content": [*joined, *([content] if isinstance(content, str) else content)]}
         return Ready(assemble_chat(self.llm, full), context, seconds)
 
     def _continue_from(
@@ -336,7 +344,8 @@ class ExtensibleLM:
     ) -> Ready:
         room = self._room(assemble_text(self.llm, [prompt]), new_tokens, budget, documents)
         parts, context, seconds = self._read(documents, self._plan(documents, room, ratio))
-        return Ready(assemble_text(self.llm, [*parts, prompt]), context, seconds)
+        joined = [part for own in parts for part in own]
+        return Ready(assemble_text(self.llm, [*joined, prompt]), context, seconds)
 
     def _room(self, bare: Prompt, new_tokens: int, budget: int | None, documents: Sequence[Document]) -> int:
         """Positions that the documents may take."""
@@ -358,7 +367,8 @@ class ExtensibleLM:
             )
         return budget
 
-    def _plan(self, documents: Sequence[Document], room: int, ratio: str | int) -> Plan:
+    def _plan(self, documents: Sequence[Document], room: int, ratio: str | int, *, headed: int | None = None) -> Plan:
+        """What becomes of documents, of which the first `headed` (all when not given) get a heading."""
         config = self.embedder.config
         if isinstance(ratio, int):
             config.require_ratio(ratio)
@@ -369,26 +379,36 @@ class ExtensibleLM:
             ratios=config.ratios,
             chunk_size=config.chunk_size,
             overhead=[
-                len(self.llm.encode(document_heading(i, d.title) + DOCUMENT_SEPARATOR)) for i, d in enumerate(documents)
+                len(self.llm.encode(document_heading(i, d.title) + DOCUMENT_SEPARATOR))
+                if headed is None or i < headed
+                else 0
+                for i, d in enumerate(documents)
             ],
         )
 
-    def _read(self, documents: Sequence[Document], plan: Plan) -> tuple[list[Part], tuple[ContextEntry, ...], float]:
-        """The documents as message parts: heading, then text or embeddings."""
+    def _read(
+        self, documents: Sequence[Document], plan: Plan, *, headed: int | None = None
+    ) -> tuple[list[list[Part]], tuple[ContextEntry, ...], float]:
+        """Each document as message parts: its heading if it gets one (see `_plan`), then text or embeddings."""
         start = time.perf_counter()
         compressed = [(d, p.fidelity) for d, p in zip(documents, plan.documents, strict=True) if _is_ratio(p.fidelity)]
         embeddings, cached = self._compressed(compressed)  # type: ignore[arg-type]
         seconds = time.perf_counter() - start
         ready = iter(zip(embeddings, cached, strict=True))
-        parts: list[Part] = []
+        parts: list[list[Part]] = []
         entries = []
         for document, planned in zip(documents, plan.documents, strict=True):
             from_store = False
+            with_heading = headed is None or planned.index < headed
+            before = document_heading(planned.index, document.title) if with_heading else ""
+            after = DOCUMENT_SEPARATOR if with_heading else ""
             if planned.fidelity == "raw":
-                parts += [document_heading(planned.index, document.title) + document.text + DOCUMENT_SEPARATOR]
-            elif planned.fidelity != "dropped":
+                parts.append([before + document.text + after])
+            elif planned.fidelity == "dropped":
+                parts.append([])
+            else:
                 vectors, from_store = next(ready)
-                parts += [document_heading(planned.index, document.title), vectors, DOCUMENT_SEPARATOR]
+                parts.append([part for part in (before, vectors, after) if not isinstance(part, str) or part])
             entries.append(
                 ContextEntry(
                     source=document.source,
@@ -410,6 +430,28 @@ def as_documents(documents: Documents) -> list[Document]:
     if not isinstance(documents, Iterable):
         raise DocumentError(f"documents is a {type(documents).__name__}; pass texts, Documents, or a list of them")
     return [Document.from_any(document) for document in documents]
+
+
+def _inline(messages: Messages) -> list[Document]:
+    """The documents inside messages, in order."""
+    contents = [message["content"] for message in messages if not isinstance(message.get("content", ""), str)]
+    return [part for content in contents for part in content or () if isinstance(part, Document)]
+
+
+def _replaced(messages: Messages, parts: Sequence[Sequence[Part]] | None = None) -> list[dict[str, Any]]:
+    """Messages with what each document inside them became in its place; without them when `parts` is not given."""
+    left = None if parts is None else iter(parts)
+    found = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            pieces: list[Any] = []
+            for part in content:
+                inside = isinstance(part, Document)
+                pieces += (() if left is None else next(left)) if inside else [part]
+            content = pieces
+        found.append({**message, "content": content})
+    return found
 
 
 def _as_messages(question: str | Messages) -> Messages:

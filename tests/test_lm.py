@@ -15,6 +15,7 @@ from extemb_core.errors import BudgetError, ConfigError, DocumentError, Mismatch
 from extemb_core.models.llm import Sampling
 
 QUESTION = "How many ships?"
+LONG = SENTENCES[:150]
 
 
 @pytest.fixture
@@ -228,3 +229,48 @@ def test_a_store_on_disk_answers_in_another_process_without_the_embedder(lm, tmp
         coarser = ExtensibleLM(lm.llm, lm.embedder, store).ask("What?", documents, ratio=8, max_new_tokens=8)
     assert again.text == first.text
     assert [entry.cached for entry in (*again.context, *coarser.context)] == [True] * 4
+
+
+# -- documents inside messages ----------------------------------------------------------------------------------
+
+
+def test_a_document_inside_a_message_is_read_where_it_stands(lm):
+    mill = Document(LONG, title="mill")
+    messages = [
+        {"role": "system", "content": ["Answer from this: ", mill, " Be brief."]},
+        {"role": "user", "content": "When was it built?"},
+    ]
+    answer = lm.chat(messages, ratio=4, max_new_tokens=3)
+    vectors = lm.embedder.compress(LONG, ratio=4).embeddings
+    by_hand = [{"role": "system", "content": ["Answer from this: ", vectors, " Be brief."]}, messages[1]]
+    prompt = assemble_chat(lm.llm, by_hand)
+    assert answer.text == lm.llm.generate([prompt.inputs(lm.llm)], Sampling(max_new_tokens=3))[0].text
+    assert answer.prompt_positions == len(prompt)
+    (entry,) = answer.context
+    assert (entry.source, entry.positions, entry.fidelity) == ("mill", len(vectors), 4)
+    assert lm.plan(messages, (), ratio=4, max_new_tokens=3).positions == len(vectors)
+
+
+def test_documents_that_join_rank_before_those_inside_and_one_object_may_stand_twice(lm):
+    inside = Document(LONG, title="inside")
+    messages = [{"role": "user", "content": [inside, "\n", inside, "\nWhen?"]}]
+    free = lm.chat(messages, [Document(LONG + " More.", title="joined")], ratio=8, max_new_tokens=2)
+    assert [entry.source for entry in free.context] == ["joined", "inside", "inside"]
+    room = free.context[0].positions + free.context[1].positions
+    tight = lm.chat(messages, [Document(LONG + " More.", title="joined")], ratio=8, budget=room, max_new_tokens=2)
+    assert [entry.fidelity for entry in tight.context] == [8, 8, "dropped"]
+    assert tight.prompt_positions == free.prompt_positions - free.context[2].positions
+
+
+def test_a_raw_document_inside_a_message_is_its_text_as_data(lm):
+    text = "A <|im_end|> B"
+    answer = lm.chat([{"role": "user", "content": [Document(text), " What?"]}], ratio="raw", max_new_tokens=2)
+    plain = lm.chat([{"role": "user", "content": text + " What?"}], max_new_tokens=2)
+    assert (answer.text, answer.prompt_positions) == (plain.text, plain.prompt_positions)
+
+
+def test_a_batch_takes_conversations_too(lm):
+    messages = [{"role": "user", "content": [Document(LONG), " When?"]}]
+    batch = lm.ask_batch([messages, "When?"], ratio=4, max_new_tokens=3)
+    assert batch[0].text == lm.chat(messages, ratio=4, max_new_tokens=3).text
+    assert batch[1].text == lm.ask("When?", max_new_tokens=3).text

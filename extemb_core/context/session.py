@@ -76,7 +76,8 @@ class Session:
             if not 0 <= room <= self._window:
                 raise BudgetError(f"budget={room} is not between 0 and the session's window of {self._window}")
             plan = lm._plan(self._documents, room, ratio)
-            self._parts, self._context, self._compress_seconds = lm._read(self._documents, plan)
+            parts, self._context, self._compress_seconds = lm._read(self._documents, plan)
+            self._parts = [part for own in parts for part in own]
         self._condensed: list[Compressed] = []
         self._timeline: list[_Turn] = []
         self._lock = threading.Lock()
