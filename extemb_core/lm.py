@@ -28,6 +28,7 @@ from extemb_core.errors import BudgetError, ConfigError, DocumentError, Mismatch
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
 from extemb_core.models.weights import resolve_embedder
+from extemb_core.refs import Refs
 from extemb_core.store.base import Store
 from extemb_core.store.memory import MemoryStore
 
@@ -52,6 +53,9 @@ class ExtensibleLM:
         llm: The frozen LLM.
         embedder: Made for that LLM.
         store: Where compressed documents are kept; in memory, 512 MiB, when not given.
+
+    Attributes:
+        refs: The documents that frameworks were handed refs of.
     """
 
     def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, store: Store | None = None) -> None:
@@ -62,6 +66,7 @@ class ExtensibleLM:
         self.llm = llm
         self.embedder = embedder
         self.store: Store = store if store is not None else MemoryStore()
+        self.refs = Refs(self.store)
         self._ids: OrderedDict[str, np.ndarray[Any, Any]] = OrderedDict()
         self._ids_lock = threading.Lock()
 

@@ -21,7 +21,8 @@ from extemb_core.errors import StoreCorruptError, StoreError, StoreNotFoundError
 
 DATA_FILE = "data.mdb"
 DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
-             "documents", "texts", "passages", "vectors", "refs", "settings")  # of a library  # fmt: skip
+             "documents", "texts", "passages", "vectors", "refs", "settings",  # of a library
+             "handed")  # documents behind refs  # fmt: skip
 _READERS = 1024
 _PAGE = 1000  # items that are listed in one transaction
 _FIRST_MAP_BYTES = 64 * 2**20
