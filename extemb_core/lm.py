@@ -160,10 +160,23 @@ class ExtensibleLM:
         **sampling: Any,
     ) -> AnswerStream:
         """`ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what there is."""
-        settings = Sampling(**sampling)
         start = time.perf_counter()
-        ready = self._prepare(_as_messages(question), as_documents(documents), budget, ratio, settings.max_new_tokens)
+        ready, settings = self.prepare(question, documents, budget=budget, ratio=ratio, **sampling)
         return AnswerStream(self.llm, ready, settings, start)
+
+    def prepare(
+        self,
+        question: str | Messages,
+        documents: Documents = (),
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+        **sampling: Any,
+    ) -> tuple[Ready, Sampling]:
+        """What `ask` or `chat` hands to the LLM, before it is: the documents are compressed, the prompt is whole."""
+        settings = Sampling(**sampling)
+        ready = self._prepare(_as_messages(question), as_documents(documents), budget, ratio, settings.max_new_tokens)
+        return ready, settings
 
     def generate(
         self,
@@ -215,7 +228,6 @@ class ExtensibleLM:
         Questions are batched by length; an answer does not depend on its batch. In `seconds`, "first_token" is the
         time of the whole batch: nothing is streamed.
         """
-        settings = Sampling(**sampling)
         each = [()] * len(questions) if documents is None else list(documents)
         if len(each) != len(questions):
             raise ConfigError(
@@ -223,8 +235,9 @@ class ExtensibleLM:
             )
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
+        settings = Sampling(**sampling)
         prepared = [
-            self._prepare(_as_messages(question), as_documents(texts), budget, ratio, settings.max_new_tokens)
+            self.prepare(question, texts, budget=budget, ratio=ratio, **sampling)[0]
             for question, texts in zip(questions, each, strict=True)
         ]
         order = sorted(range(len(prepared)), key=lambda index: len(prepared[index].prompt))

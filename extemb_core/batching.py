@@ -1,0 +1,141 @@
+"""Requests that come at once, from any number of threads, answered in batches."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from extemb_core.answers import Answer, AnswerStream, Ready, to_answer
+from extemb_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from extemb_core.lm import ExtensibleLM
+    from extemb_core.models.llm import Sampling
+
+_GATHER_SECONDS = 0.2  # at most, for the requests that were announced
+
+
+@dataclass(eq=False)
+class _Request:
+    ready: Ready
+    sampling: Sampling
+    start: float
+    cancelled: threading.Event
+    answer: Answer | None = None
+    error: BaseException | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Batcher:
+    """Answers one batch at a time: whoever finds the LLM free answers all that wait, the others find theirs answered.
+
+    Args:
+        lm: Answers.
+        batch_size: Requests of a batch at most.
+    """
+
+    def __init__(self, lm: ExtensibleLM, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
+        self.lm = lm
+        self.batch_size = batch_size
+        self._answering = threading.Lock()
+        self._waiting: list[_Request] = []
+        self._changed = threading.Condition()
+        self._announced = 0
+
+    @contextmanager
+    def expecting(self, count: int) -> Iterator[None]:
+        """So many requests are about to come at once: the first of them waits a moment for the others."""
+        with self._changed:
+            self._announced += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._announced = max(0, self._announced - count)
+                self._changed.notify_all()
+
+    def answer(
+        self,
+        question: Any,
+        documents: Any = (),
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+        cancelled: threading.Event | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """`ExtensibleLM.chat`, together with what other threads ask meanwhile. An answer does not depend on the others.
+
+        Args:
+            question, documents, budget, ratio, **sampling: See `ExtensibleLM.chat`.
+            cancelled: When it is set, the answer is what was written so far (of a request in a batch: nothing, or all).
+        """
+        start = time.perf_counter()
+        ready, settings = self.lm.prepare(question, documents, budget=budget, ratio=ratio, **sampling)
+        request = _Request(ready, settings, start, cancelled or threading.Event())
+        with self._changed:
+            self._waiting.append(request)
+            self._changed.notify_all()
+        while not request.done.is_set():
+            with self._answering:
+                if not request.done.is_set():
+                    self._answer_some(request)
+        if request.error is not None:
+            raise request.error
+        assert request.answer is not None
+        return request.answer
+
+    def _answer_some(self, own: _Request) -> None:
+        """One batch, with `own` in it."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: len(self._waiting) >= min(self._announced, self.batch_size), timeout=_GATHER_SECONDS
+            )
+            batch = [request for request in self._waiting if request is own or _may_join(request, own)]
+            batch = [own, *(request for request in batch if request is not own)][: self.batch_size]
+            self._waiting = [request for request in self._waiting if request not in batch]
+        try:
+            if len(batch) == 1:
+                _alone(self.lm, own)
+            else:
+                _together(self.lm, batch)
+        except BaseException as error:
+            for request in batch:
+                request.error = error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            for request in batch:
+                request.done.set()
+
+
+def _may_join(request: _Request, other: _Request) -> bool:
+    """Draws with a seed are those of a prompt on its own."""
+    return request.sampling == other.sampling and request.sampling.seed is None
+
+
+def _alone(lm: ExtensibleLM, request: _Request) -> None:
+    with AnswerStream(lm.llm, request.ready, request.sampling, request.start) as stream:
+        if not request.cancelled.is_set():
+            for _ in stream:
+                if request.cancelled.is_set():
+                    break
+    request.answer = stream.answer
+
+
+def _together(lm: ExtensibleLM, batch: list[_Request]) -> None:
+    from extemb_core.models.llm import Generated
+
+    live = [request for request in batch if not request.cancelled.is_set()]
+    made = lm.llm.generate([request.ready.prompt.inputs(lm.llm) for request in live], batch[0].sampling)
+    generated = dict(zip(map(id, live), made, strict=True))
+    for request in batch:
+        seconds = time.perf_counter() - request.start
+        own = generated.get(id(request), Generated(finish_reason="cancelled"))
+        request.answer = to_answer(request.ready, own, first_token=seconds, total=seconds)
