@@ -89,11 +89,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ready:
-    """A prompt that is ready for the LLM, and what became of the documents in it."""
+    """A prompt that is ready for the LLM, what became of the documents in it, and when it was asked for."""
 
     prompt: Prompt
     context: tuple[ContextEntry, ...]
     compress_seconds: float
+    start: float
 
 
 class AnswerStream(Iterator[str]):
@@ -107,13 +108,12 @@ class AnswerStream(Iterator[str]):
         llm: LLM,
         ready: Ready,
         sampling: Sampling,
-        start: float,
         on_answer: Callable[[Answer], None] | None = None,
     ) -> None:
         from extemb_core.models.llm import Generated  # here, so that Answer alone does not load torch
 
         self._ready = ready
-        self._start = start
+        self._start = ready.start
         self._generated = Generated()
         self._pieces = llm.stream(ready.prompt.inputs(llm), sampling, self._generated)
         self._first_token: float | None = None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from extemb_core.answers import Answer, AnswerStream, Ready, to_answer
 from extemb_core.errors import ConfigError
@@ -23,7 +23,6 @@ _GATHER_SECONDS = 0.2  # at most, for the requests that were announced
 class _Request:
     ready: Ready
     sampling: Sampling
-    start: float
     cancelled: threading.Event
     answer: Answer | None = None
     error: BaseException | None = None
@@ -60,36 +59,38 @@ class Batcher:
                 self._announced = max(0, self._announced - count)
                 self._changed.notify_all()
 
-    def answer(
-        self,
-        question: Any,
-        documents: Any = (),
-        *,
-        budget: int | None = None,
-        ratio: str | int = "auto",
-        cancelled: threading.Event | None = None,
-        **sampling: Any,
-    ) -> Answer:
-        """`ExtensibleLM.chat`, together with what other threads ask meanwhile. An answer does not depend on the others.
+    def answer(self, ready: Ready, sampling: Sampling, cancelled: threading.Event | None = None) -> Answer:
+        """Answer what `ExtensibleLM.prepare` made, with what other threads ask meanwhile.
+
+        An answer does not depend on the others.
 
         Args:
-            question, documents, budget, ratio, **sampling: See `ExtensibleLM.chat`.
-            cancelled: When it is set, the answer is what was written so far (of a request in a batch: nothing, or all).
+            ready, sampling: What to answer, and how.
+            cancelled: When it is set, the answer is what was written so far: of a request in a batch nothing, or all.
         """
-        start = time.perf_counter()
-        ready, settings = self.lm.prepare(question, documents, budget=budget, ratio=ratio, **sampling)
-        request = _Request(ready, settings, start, cancelled or threading.Event())
+        return self.answer_all([(ready, sampling)], cancelled)[0]
+
+    def answer_all(
+        self, prepared: Sequence[tuple[Ready, Sampling]], cancelled: threading.Event | None = None
+    ) -> list[Answer]:
+        """`answer` for several at once."""
+        never = threading.Event()
+        requests = [_Request(ready, sampling, cancelled or never) for ready, sampling in prepared]
         with self._changed:
-            self._waiting.append(request)
+            self._waiting += requests
             self._changed.notify_all()
-        while not request.done.is_set():
-            with self._answering:
-                if not request.done.is_set():
-                    self._answer_some(request)
-        if request.error is not None:
-            raise request.error
-        assert request.answer is not None
-        return request.answer
+        for request in requests:
+            while not request.done.is_set():
+                with self._answering:
+                    if not request.done.is_set():
+                        self._answer_some(request)
+        answers = []
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+            assert request.answer is not None
+            answers.append(request.answer)
+        return answers
 
     def _answer_some(self, own: _Request) -> None:
         """One batch, with `own` in it."""
@@ -121,7 +122,7 @@ def _may_join(request: _Request, other: _Request) -> bool:
 
 
 def _alone(lm: ExtensibleLM, request: _Request) -> None:
-    with AnswerStream(lm.llm, request.ready, request.sampling, request.start) as stream:
+    with AnswerStream(lm.llm, request.ready, request.sampling) as stream:
         if not request.cancelled.is_set():
             for _ in stream:
                 if request.cancelled.is_set():
@@ -136,6 +137,6 @@ def _together(lm: ExtensibleLM, batch: list[_Request]) -> None:
     made = lm.llm.generate([request.ready.prompt.inputs(lm.llm) for request in live], batch[0].sampling)
     generated = dict(zip(map(id, live), made, strict=True))
     for request in batch:
-        seconds = time.perf_counter() - request.start
+        seconds = time.perf_counter() - request.ready.start
         own = generated.get(id(request), Generated(finish_reason="cancelled"))
         request.answer = to_answer(request.ready, own, first_token=seconds, total=seconds)

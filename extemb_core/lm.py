@@ -95,14 +95,10 @@ class ExtensibleLM:
             MismatchError: The embedder was made for another LLM.
             StoreError: The store cannot be opened.
         """
-        if isinstance(store, str | Path):
-            from extemb_core.store.sharded import ShardStore, is_sharded
-            from extemb_core.store.store import EmbeddingStore
-
-            store = ShardStore(store) if is_sharded(store) else EmbeddingStore.open(store)
+        opened = open_store(store)
         where = resolve_embedder(embedder, str(llm))
         loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
-        return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded), store)
+        return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded), opened)
 
     # -- asking -----------------------------------------------------------------------------------------------
 
@@ -160,9 +156,7 @@ class ExtensibleLM:
         **sampling: Any,
     ) -> AnswerStream:
         """`ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what there is."""
-        start = time.perf_counter()
-        ready, settings = self.prepare(question, documents, budget=budget, ratio=ratio, **sampling)
-        return AnswerStream(self.llm, ready, settings, start)
+        return AnswerStream(self.llm, *self.prepare(question, documents, budget=budget, ratio=ratio, **sampling))
 
     def prepare(
         self,
@@ -180,18 +174,30 @@ class ExtensibleLM:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[str | Document],
         documents: Documents = (),
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
         **sampling: Any,
     ) -> Answer:
-        """Continue a plain prompt after the documents, without a chat template."""
+        """Continue a plain prompt, without a chat template, after the documents and with those that stand in it."""
+        return AnswerStream(
+            self.llm, *self.prepare_text(prompt, documents, budget=budget, ratio=ratio, **sampling)
+        ).finish()
+
+    def prepare_text(
+        self,
+        prompt: str | Sequence[str | Document],
+        documents: Documents = (),
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+        **sampling: Any,
+    ) -> tuple[Ready, Sampling]:
+        """What `generate` hands to the LLM, before it is."""
         settings = Sampling(**sampling)
-        start = time.perf_counter()
-        ready = self._continue_from(prompt, as_documents(documents), budget, ratio, settings.max_new_tokens)
-        return AnswerStream(self.llm, ready, settings, start).finish()
+        return self._continue_from(prompt, as_documents(documents), budget, ratio, settings.max_new_tokens), settings
 
     def score(
         self,
@@ -281,6 +287,21 @@ class ExtensibleLM:
         room = self._room(assemble_chat(self.llm, _replaced(messages)), max_new_tokens, budget, texts)
         return self._plan(texts, room, ratio, headed=len(joined))
 
+    def positions(
+        self,
+        question: str | Messages,
+        documents: Documents = (),
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+    ) -> int:
+        """Positions of the window that a prompt takes, its documents included; nothing is compressed."""
+        messages = _as_messages(question)
+        bare = len(assemble_chat(self.llm, _replaced(messages)))
+        if not as_documents(documents) and not _inline(messages):
+            return bare
+        return bare + self.plan(messages, documents, budget=budget, ratio=ratio, max_new_tokens=0).positions
+
     def compress(self, documents: Documents, *, ratio: int | None = None, show_progress: bool | None = None) -> None:
         """Compress documents now, so that later questions about them start at once.
 
@@ -340,11 +361,12 @@ class ExtensibleLM:
         ratio: str | int,
         new_tokens: int,
     ) -> Ready:
+        start = time.perf_counter()
         bare = assemble_chat(self.llm, _replaced(messages))
         every = documents + _inline(messages)
         room = self._room(bare, new_tokens, budget, every)
         if not every:
-            return Ready(bare, (), 0.0)
+            return Ready(bare, (), 0.0, start)
         plan = self._plan(every, room, ratio, headed=len(documents))
         parts, context, seconds = self._read(every, plan, headed=len(documents))
         full = _replaced(messages, parts[len(documents) :])
@@ -355,15 +377,28 @@ class ExtensibleLM:
             content = full[last]["content"]
             joined = [part for own in parts[: len(documents)] for part in own]
             full[last] = {**full[last], "content": [*joined, *([content] if isinstance(content, str) else content)]}
-        return Ready(assemble_chat(self.llm, full), context, seconds)
+        return Ready(assemble_chat(self.llm, full), context, seconds, start)
 
     def _continue_from(
-        self, prompt: str, documents: list[Document], budget: int | None, ratio: str | int, new_tokens: int
+        self,
+        prompt: str | Sequence[str | Document],
+        documents: list[Document],
+        budget: int | None,
+        ratio: str | int,
+        new_tokens: int,
     ) -> Ready:
-        room = self._room(assemble_text(self.llm, [prompt]), new_tokens, budget, documents)
-        parts, context, seconds = self._read(documents, self._plan(documents, room, ratio))
-        joined = [part for own in parts for part in own]
-        return Ready(assemble_text(self.llm, [*joined, prompt]), context, seconds)
+        start = time.perf_counter()
+        pieces = [prompt] if isinstance(prompt, str) else list(prompt)
+        every = documents + [piece for piece in pieces if isinstance(piece, Document)]
+        bare = assemble_text(self.llm, [piece for piece in pieces if not isinstance(piece, Document)])
+        room = self._room(bare, new_tokens, budget, every)
+        plan = self._plan(every, room, ratio, headed=len(documents))
+        parts, context, seconds = self._read(every, plan, headed=len(documents))
+        inside = iter(parts[len(documents) :])
+        joined = [part for own in parts[: len(documents)] for part in own]
+        for piece in pieces:
+            joined += next(inside) if isinstance(piece, Document) else [piece]
+        return Ready(assemble_text(self.llm, joined), context, seconds, start)
 
     def _room(self, bare: Prompt, new_tokens: int, budget: int | None, documents: Sequence[Document]) -> int:
         """Positions that the documents may take."""
@@ -439,6 +474,16 @@ class ExtensibleLM:
                 )
             )
         return parts, tuple(entries), seconds
+
+
+def open_store(store: str | Path | Store | None) -> Store | None:
+    """The store of a folder or URL; one that is open already stays as it is."""
+    if not isinstance(store, str | Path):
+        return store
+    from extemb_core.store.sharded import ShardStore, is_sharded
+    from extemb_core.store.store import EmbeddingStore
+
+    return ShardStore(store) if is_sharded(store) else EmbeddingStore.open(store)
 
 
 def as_documents(documents: Documents) -> list[Document]:

@@ -36,9 +36,20 @@ def batches(monkeypatch):
     return sizes
 
 
+def ask(batcher, question, documents=(), cancelled=None, **settings):
+    return batcher.answer(*batcher.lm.prepare(question, documents, **settings), cancelled)
+
+
 def ask_all(batcher, questions, **settings):
     with ThreadPoolExecutor(len(questions)) as pool, batcher.expecting(len(questions)):
-        return list(pool.map(lambda question: batcher.answer(question, **settings), questions))
+        return list(pool.map(lambda question: ask(batcher, question, **settings), questions))
+
+
+def test_a_list_is_one_batch(lm, batches):
+    answers = Batcher(lm).answer_all([lm.prepare(question, max_new_tokens=3) for question in QUESTIONS])
+    assert batches == [8]
+    assert [answer.text for answer in answers] == [lm.ask(question, max_new_tokens=3).text for question in QUESTIONS]
+    assert Batcher(lm).answer_all([]) == []
 
 
 def test_what_comes_at_once_is_answered_together_and_as_alone(lm, batches):
@@ -52,7 +63,7 @@ def test_what_comes_at_once_is_answered_together_and_as_alone(lm, batches):
 def test_a_request_alone_does_not_wait_for_others(lm, batches):
     batcher = Batcher(lm)
     document = Document(SENTENCES[:100])
-    answer = batcher.answer("What?", [document], ratio=4, max_new_tokens=3)
+    answer = ask(batcher, "What?", [document], ratio=4, max_new_tokens=3)
     again = lm.ask("What?", [document], ratio=4, max_new_tokens=3)
     assert (answer.text, answer.context[0].fidelity) == (again.text, 4)
     assert batches == []
@@ -65,7 +76,7 @@ def test_a_batch_has_a_size_and_other_settings_another_batch(lm, batches):
     batches.clear()
     batcher = Batcher(lm)
     with ThreadPoolExecutor(8) as pool, batcher.expecting(8):
-        made = list(pool.map(lambda at: batcher.answer(QUESTIONS[at], max_new_tokens=2 + at % 2), range(8)))
+        made = list(pool.map(lambda at: ask(batcher, QUESTIONS[at], max_new_tokens=2 + at % 2), range(8)))
     assert batches == [4, 4]
     assert [answer.new_tokens for answer in made] == [2, 3] * 4
     batches.clear()
@@ -79,14 +90,14 @@ def test_a_batch_has_a_size_and_other_settings_another_batch(lm, batches):
 def test_an_error_is_of_the_request_that_made_it(lm):
     batcher = Batcher(lm)
 
-    def ask(question):
+    def text(question):
         try:
-            return batcher.answer(question, max_new_tokens=2).text
+            return ask(batcher, question, max_new_tokens=2).text
         except BudgetError as error:
             return error
 
     with ThreadPoolExecutor(4) as pool, batcher.expecting(4):
-        made = list(pool.map(ask, ["a?", "b " * 400, "c?", "d?"]))
+        made = list(pool.map(text, ["a?", "b " * 400, "c?", "d?"]))
     assert [isinstance(one, BudgetError) for one in made] == [False, True, False, False]
 
 
@@ -99,7 +110,7 @@ def test_a_failing_pass_fails_all_in_it_and_none_after(lm, monkeypatch):
 
     monkeypatch.setattr(LLM, "generate", fail)
     with ThreadPoolExecutor(2) as pool, batcher.expecting(2):
-        made = [pool.submit(batcher.answer, question, max_new_tokens=2) for question in QUESTIONS[:2]]
+        made = [pool.submit(ask, batcher, question, max_new_tokens=2) for question in QUESTIONS[:2]]
         assert all(isinstance(one.exception(), MemoryError) for one in made)
     monkeypatch.setattr(LLM, "generate", whole)
     assert ask_all(batcher, QUESTIONS[:2], max_new_tokens=2)[0].new_tokens == 2
@@ -109,11 +120,11 @@ def test_who_gives_up_gets_what_there_is(lm):
     batcher = Batcher(lm)
     cancelled = threading.Event()
     cancelled.set()
-    answer = batcher.answer("What?", max_new_tokens=4, cancelled=cancelled)
+    answer = ask(batcher, "What?", max_new_tokens=4, cancelled=cancelled)
     assert (answer.text, answer.finish_reason) == ("", "cancelled")
     with ThreadPoolExecutor(2) as pool, batcher.expecting(2):
-        gone = pool.submit(batcher.answer, "What?", max_new_tokens=4, cancelled=cancelled)
-        stays = pool.submit(batcher.answer, "Who?", max_new_tokens=4)
+        gone = pool.submit(ask, batcher, "What?", max_new_tokens=4, cancelled=cancelled)
+        stays = pool.submit(ask, batcher, "Who?", max_new_tokens=4)
     assert gone.result().finish_reason == "cancelled"
     assert stays.result().text == lm.ask("Who?", max_new_tokens=4).text
 

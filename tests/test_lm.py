@@ -10,7 +10,7 @@ import torch
 from tiny import SENTENCES, random_embedder, tiny_llm
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
-from extemb_core.context.assembly import assemble_chat
+from extemb_core.context.assembly import assemble_chat, assemble_text
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError, RatioError
 from extemb_core.models.llm import Sampling
 
@@ -274,3 +274,19 @@ def test_a_batch_takes_conversations_too(lm):
     batch = lm.ask_batch([messages, "When?"], ratio=4, max_new_tokens=3)
     assert batch[0].text == lm.chat(messages, ratio=4, max_new_tokens=3).text
     assert batch[1].text == lm.ask("When?", max_new_tokens=3).text
+
+
+def test_a_plain_prompt_may_have_documents_in_it(lm):
+    vectors = lm.embedder.compress(LONG, ratio=4).embeddings
+    answer = lm.generate(["Text: ", Document(LONG), "\nSummary:"], ratio=4, max_new_tokens=3)
+    prompt = assemble_text(lm.llm, ["Text: ", vectors, "\nSummary:"])
+    assert answer.text == lm.llm.generate([prompt.inputs(lm.llm)], Sampling(max_new_tokens=3))[0].text
+    assert answer.context[0].positions == len(vectors)
+
+
+def test_positions_are_counted_without_compressing(lm, monkeypatch):
+    messages = [{"role": "user", "content": [Document(LONG), " When?"]}]
+    answers = [lm.chat(messages, ratio=4, max_new_tokens=2), lm.ask("When?", max_new_tokens=2)]
+    monkeypatch.setattr(type(lm.embedder), "compress_ids", lambda *args, **kwargs: pytest.fail("compressed"))
+    assert lm.positions(messages, ratio=4) == answers[0].prompt_positions
+    assert lm.positions("When?") == answers[1].prompt_positions

@@ -110,9 +110,9 @@ class Session:
             asked = _Turn("user", text)
             self._make_room([asked], settings.max_new_tokens)
             prompt = self._prompt([asked])
-        ready = Ready(prompt, self._context, self._compress_seconds)
+        ready = Ready(prompt, self._context, self._compress_seconds, start)
         self._compress_seconds = 0.0  # the documents are compressed once, and the first answer says so
-        return AnswerStream(self._lm.llm, ready, settings, start, lambda answer: self._finished(asked, answer))
+        return AnswerStream(self._lm.llm, ready, settings, lambda answer: self._finished(asked, answer))
 
     # -- the timeline -----------------------------------------------------------------------------------------
 

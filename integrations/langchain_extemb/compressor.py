@@ -1,0 +1,35 @@
+"""Documents compressed on their way from a retriever to a chain, which carries a ref of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, Document
+
+from extemb_core.documents import Document as ExtensibleDocument
+from langchain_extemb.models import LoadedWhenNeeded
+
+REF = "extemb_ref"
+
+
+class ExtensibleCompressor(LoadedWhenNeeded, BaseDocumentCompressor):
+    """Compresses documents into the store and adds `metadata["extemb_ref"]`; all else about them stays as it was.
+
+    For `ContextualCompressionRetriever` and LCEL. A chain that formats documents with
+    `PromptTemplate.from_template("{extemb_ref}")` then hands refs to a `ChatExtensible` or `ExtensibleLLM` of the same
+    model and store, which reads the embeddings in their places.
+    """
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """The same documents, ids and all, with a ref in the metadata of each. The query makes no difference."""
+        lm = self.lm
+        ours = [ExtensibleDocument.from_any(document) for document in documents]
+        if self.ratio != "raw":
+            lm.compress(ours, ratio=None if self.ratio == "auto" else int(self.ratio), show_progress=False)
+        return [
+            document.model_copy(update={"metadata": {**document.metadata, REF: mark}})
+            for document, mark in zip(documents, lm.refs.put(*ours), strict=True)
+        ]

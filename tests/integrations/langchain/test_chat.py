@@ -1,0 +1,327 @@
+"""The chat model: documents from everywhere, answers as the core's, many at once, and what is told about them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.prompts import ChatPromptTemplate
+from tiny import SENTENCES, random_embedder, tiny_llm
+
+from extemb_core import ExtensibleLM
+from extemb_core.errors import BudgetError, ConfigError, DocumentError
+from extemb_core.models.llm import LLM
+from langchain_extemb import ChatExtensible
+
+
+def fates(message):
+    return [(one["source"], one["fidelity"]) for one in message.response_metadata["extemb"]["documents"]]
+
+
+def test_documents_of_a_call_are_compressed_and_told_of(chat, lm, documents):
+    message = chat.invoke("How many ships?", documents=documents)
+    expected = lm.ask("How many ships?", documents, ratio=4, max_new_tokens=4)
+    assert message.content == expected.text
+    assert fates(message) == [("ships.txt", 4), ("wires.txt", 4)]
+    told = message.response_metadata["extemb"]["documents"][0]
+    assert told["raw_tokens"] == len(lm.llm.encode(documents[0].page_content))
+    assert told["id"] == expected.context[0].ref
+    assert message.usage_metadata == {
+        "input_tokens": expected.prompt_positions, "output_tokens": 4,
+        "total_tokens": expected.prompt_positions + 4}  # fmt: skip
+    assert (message.response_metadata["finish_reason"], message.response_metadata["model_name"]) == (
+        "length", "tiny-llama")  # fmt: skip
+    assert chat.invoke("How many ships?", documents=documents).response_metadata["extemb"]["documents"][0]["cached"]
+
+
+@pytest.mark.parametrize(
+    "handed",
+    [
+        lambda text: Document(page_content=text),
+        lambda text: text,
+        lambda text: {"text": text},
+        lambda text: {"id": "1", "data": text},
+        lambda text: {"id": "1", "data": {"text": text}},
+        lambda text: [{"page_content": text, "metadata": {"source": "x"}}],
+    ],
+)
+def test_documents_come_in_many_shapes(chat, documents, handed):
+    text = documents[0].page_content
+    message = chat.bind(documents=handed(text)).invoke("How many?")
+    (told,) = message.response_metadata["extemb"]["documents"]
+    assert told["id"].startswith("ext:")
+    assert told["raw_tokens"] == len(chat.lm.llm.encode(text))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda text: {"type": "text-plain", "text": text, "mime_type": "text/plain", "title": "Log"},
+        lambda text: {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": text}},
+        lambda text: {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": text}]}},
+        lambda text: {"type": "search_result", "source": "log.txt", "title": "Log", "content": [
+            {"type": "text", "text": text}]},
+    ],
+)  # fmt: skip
+def test_documents_in_blocks_are_read_where_they_stand(chat, lm, documents, block):
+    text = documents[0].page_content
+    message = chat.invoke([HumanMessage([block(text), {"type": "text", "text": "How many?"}])])
+    vectors = lm.embedder.compress(text, ratio=4).embeddings
+    assert message.content == lm.chat([{"role": "user", "content": [vectors, "How many?"]}], max_new_tokens=4).text
+    assert message.response_metadata["extemb"]["documents"][0]["positions"] == len(vectors)
+
+
+def test_the_documents_of_a_retriever_tool_take_the_place_of_its_text(chat, documents):
+    called = AIMessage("", tool_calls=[{"name": "search", "args": {"query": "ships"}, "id": "1"}])
+    serialised = "\n\n".join(one.page_content for one in documents)
+    result = ToolMessage(serialised, tool_call_id="1", artifact=documents)
+    message = chat.invoke([HumanMessage("How many ships?"), called, result])
+    assert fates(message) == [("ships.txt", 4), ("wires.txt", 4)]
+    plain = chat.invoke([HumanMessage("How many ships?"), called, ToolMessage("none", tool_call_id="1", artifact=[])])
+    assert fates(plain) == []
+    assert message.usage_metadata["input_tokens"] < plain.usage_metadata["input_tokens"] + 80
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "image", "url": "https://example.org/a.png"},
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+        {"type": "document", "source": {"type": "base64", "data": "AAAA", "media_type": "application/pdf"}},
+        {"type": "text-plain", "file_id": "7", "mime_type": "text/plain"},
+    ],
+)
+def test_blocks_without_text_are_an_error(chat, block):
+    with pytest.raises(DocumentError, match="holds no text that can be read here; pass text"):
+        chat.invoke([HumanMessage([block, {"type": "text", "text": "What?"}])])
+
+
+def test_bad_input_is_an_error_or_told(chat, documents):
+    assert fates(chat.invoke("How many?", documents=[])) == []
+    assert fates(chat.invoke("How many?", documents=None)) == []
+    empty = chat.invoke("How many?", documents=[Document(page_content=""), documents[0]])
+    assert fates(empty)[1] == ("ships.txt", 4)
+    assert empty.response_metadata["extemb"]["documents"][0]["reason"] == "empty"
+    twice = chat.invoke("How many?", documents=[documents[0], documents[0]])
+    assert fates(twice) == [("ships.txt", 4)] * 2
+    tight = chat.invoke("How many?", documents=documents, budget=40)
+    assert fates(tight)[1] == ("wires.txt", "dropped")
+    huge = Document(page_content="Short.", metadata={"blob": "x" * 10**6})
+    assert len(fates(chat.invoke("How many?", documents=[huge]))) == 1
+    with pytest.raises(DocumentError, match="documents is a int"):
+        chat.invoke("How many?", documents=7)
+    with pytest.raises(BudgetError, match="budget=9999 is more than"):
+        chat.invoke("How many?", documents=documents, budget=9999)
+    with pytest.raises(ConfigError, match="tools=.* is no setting of a call"):
+        chat.invoke("How many?", tools=[1])
+
+
+def test_settings_of_a_call_go_before_those_of_the_model(chat, lm):
+    assert chat.invoke("Count.", max_tokens=2).usage_metadata["output_tokens"] == 2
+    drawn = [chat.invoke("Count.", temperature=1.0, seed=seed, max_tokens=8).content for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+    assert drawn[0] == lm.ask("Count.", temperature=1.0, seed=1, max_new_tokens=8).text
+    text = chat.invoke("Count.", max_tokens=8).content
+    assert chat.invoke("Count.", max_tokens=8, stop=[text[3]]).content == text[: text.index(text[3])]
+
+
+def test_a_stream_is_the_answer_in_pieces(chat, documents):
+    chunks = list(chat.stream("How many?", documents=documents))
+    whole = chat.invoke("How many?", documents=documents)
+    merged = chunks[0]
+    for chunk in chunks[1:]:
+        merged += chunk
+    assert merged.content == whole.content
+    assert merged.usage_metadata == whole.usage_metadata
+    assert fates(merged) == fates(whole)
+    assert len([chunk for chunk in chunks if chunk.content]) > 1
+
+
+def test_who_stops_reading_a_stream_stops_the_llm(chat, lm, monkeypatch):
+    steps = counted(monkeypatch, lm)
+    stream = chat.stream("How many?", max_tokens=150)
+    next(stream)
+    stream.close()
+    settled(steps)
+    assert len(steps) < 40
+
+
+async def test_who_stops_reading_an_async_stream_stops_the_llm(chat, lm, monkeypatch):
+    steps = counted(monkeypatch, lm)
+    async for chunk in chat.astream("How many?", max_tokens=150):
+        if chunk.content:
+            break
+    await asyncio.sleep(0)
+    gc.collect()
+    await asyncio.get_running_loop().run_in_executor(None, settled, steps)
+    assert len(steps) < 60
+
+
+async def test_a_cancelled_call_stops_the_llm(chat, lm, monkeypatch):
+    steps = counted(monkeypatch, lm)
+    call = asyncio.create_task(chat.ainvoke("How many?", max_tokens=180))
+    while len(steps) < 3:
+        await asyncio.sleep(0.005)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await asyncio.get_running_loop().run_in_executor(None, settled, steps)
+    assert len(steps) < 100
+
+
+def counted(monkeypatch, lm):
+    """One entry for each pass of the LLM."""
+    steps = []
+    hook = lm.llm.model.register_forward_pre_hook(lambda *_: steps.append(time.perf_counter()))
+    monkeypatch.setattr(lm, "_hook", hook, raising=False)
+    return steps
+
+
+def settled(steps):
+    """Wait until there are no more."""
+    while steps and time.perf_counter() - steps[-1] < 0.2:
+        time.sleep(0.05)
+
+
+def test_a_batch_is_answered_together_as_each_alone(chat, monkeypatch):
+    sizes = []
+    whole = LLM.generate
+    monkeypatch.setattr(
+        LLM, "generate", lambda self, prompts, sampling: (sizes.append(len(prompts)), whole(self, prompts, sampling))[1]
+    )
+    questions = [f"What is {at} and {at}?" for at in range(8)]
+    answers = chat.batch(questions)
+    assert sizes == [8]
+    assert [one.content for one in answers] == [chat.invoke(question).content for question in questions]
+    sizes.clear()
+    chat.batch(questions, config={"max_concurrency": 2})
+    assert max(sizes) == 2
+    assert chat.batch([]) == []
+
+
+async def test_32_at_once_do_not_block_the_loop(chat):
+    beats = []
+
+    async def beat():
+        while True:
+            beats.append(time.perf_counter())
+            await asyncio.sleep(0.01)
+
+    heart = asyncio.create_task(beat())
+    answers = await chat.abatch([f"What is {at}?" for at in range(32)], max_tokens=20)
+    heart.cancel()
+    assert len(answers) == 32
+    assert answers[7].content == chat.invoke("What is 7?", max_tokens=20).content
+    assert await chat.abatch([]) == []
+    assert len(beats) > 3
+
+
+def test_an_error_in_a_batch_is_of_its_own_prompt(chat):
+    made = chat.batch(["a?", "b " * 400, "c?"], return_exceptions=True)
+    assert [isinstance(one, BudgetError) for one in made] == [False, True, False]
+    with pytest.raises(BudgetError):
+        chat.batch(["a?", "b " * 400])
+
+
+def test_16_threads_get_their_own_answers(chat, documents):
+    expected = {at: chat.invoke(f"What is {at}?", documents=documents[: at % 3]).content for at in range(16)}
+    with ThreadPoolExecutor(16) as pool:
+        made = list(
+            pool.map(
+                lambda at: chat.invoke(f"What is {at % 16}?", documents=documents[: at % 16 % 3]).content, range(48)
+            )
+        )
+    assert made == [expected[at % 16] for at in range(48)]
+
+
+def test_answers_at_two_ratios_or_of_two_documents_share_no_cache_entry(lm, documents):
+    calls = []
+    cache = InMemoryCache()
+    lookup = cache.lookup
+    cache.lookup = lambda prompt, llm_string: (calls.append(llm_string), lookup(prompt, llm_string))[1]
+    two, four = (ChatExtensible.from_lm(lm, ratio=ratio, max_tokens=3, cache=cache) for ratio in (2, 4))
+    for chat in (two, four):
+        for handed in (documents[:1], documents[1:]):
+            chat.invoke("How many?", documents=handed)
+    assert len(set(calls)) == 4
+    again = four.invoke("How many?", documents=documents[1:])
+    assert len(set(calls)) == 4
+    assert again.response_metadata["extemb"]["documents"][0]["source"] == "wires.txt"
+    other = ExtensibleLM(lm.llm, random_embedder(lm.llm, seed=9))
+    ChatExtensible.from_lm(other, ratio=4, max_tokens=3, cache=cache).invoke("How many?", documents=documents[1:])
+    assert len(set(calls)) == 5
+
+
+def test_no_weights_are_loaded_before_they_are_needed(monkeypatch):
+    loaded = []
+    monkeypatch.setattr("langchain_extemb.models.share", lambda *args, **kwargs: loaded.append(args))
+    chat = ChatExtensible.from_model_id("smollm2-135m-instruct", budget=100)
+    repr(chat)
+    ChatPromptTemplate.from_messages([("human", "{question}")]) | chat.bind(documents=["a"])
+    assert loaded == []
+
+
+def test_weights_are_shared_within_a_process(tmp_path):
+    from tiny import save_tiny
+
+    save_tiny(tmp_path)
+    settings = {"model": str(tmp_path / "llm"), "embedder": str(tmp_path / "embedder")}
+    one, two = ChatExtensible(**settings), ChatExtensible(**settings, ratio=8)
+    stored = ChatExtensible(**settings, store=str(tmp_path / "store"))
+    assert one.lm is two.lm
+    assert stored.lm is not one.lm
+    assert stored.lm.llm is one.lm.llm
+    assert stored.lm.store.path == tmp_path / "store"
+    stored.lm.store.close()
+
+
+def test_positions_are_counted_as_they_are_used(chat, documents):
+    content = [{"type": "text-plain", "text": documents[0].page_content}, {"type": "text", "text": "How many?"}]
+    messages = [SystemMessage("Be brief."), HumanMessage(content)]
+    assert chat.get_num_tokens_from_messages(messages) == chat.invoke(messages).usage_metadata["input_tokens"]
+    assert chat.get_num_tokens("one two") == len(tiny_llm().encode("one two"))
+
+
+def test_tokens_are_called_back(chat):
+    from langchain_core.callbacks import BaseCallbackHandler
+
+    class Handler(BaseCallbackHandler):
+        def __init__(self):
+            self.tokens, self.ended = [], []
+
+        def on_llm_new_token(self, token, **kwargs):
+            self.tokens.append(token)
+
+        def on_llm_end(self, response, **kwargs):
+            self.ended.append(response)
+
+    handler = Handler()
+    text = "".join(chunk.content for chunk in chat.stream("How many?", config={"callbacks": [handler]}))
+    assert "".join(handler.tokens) == text
+    assert len(handler.ended) == 1
+
+
+def test_a_failing_llm_is_told_and_the_next_call_works(chat, lm, monkeypatch):
+    whole = LLM._run
+    monkeypatch.setattr(LLM, "_run", lambda *args: (_ for _ in ()).throw(MemoryError("too large")))
+    with pytest.raises(MemoryError):
+        chat.invoke("How many?")
+    with pytest.raises(MemoryError):
+        list(chat.stream("How many?"))
+    monkeypatch.setattr(LLM, "_run", whole)
+    assert chat.invoke("How many?").usage_metadata["output_tokens"] == 4
+    assert threading.active_count() < 60
+
+
+def test_the_text_of_control_tokens_is_text(chat, lm):
+    message = chat.invoke("a <|im_end|> b", documents=[SENTENCES[:60] + "<|im_start|>"])
+    assert message.usage_metadata["input_tokens"] > 0
+    assert lm.llm.control_tokens

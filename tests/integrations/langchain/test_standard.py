@@ -1,0 +1,99 @@
+"""The suites that LangChain holds every integration to, as they are.
+
+What is skipped, and why:
+
+- Tools, structured output, JSON mode: `ChatExtensible` does not bind tools, and says so; `has_tool_calling` and
+  `has_structured_output` follow from that by themselves.
+- Images, audio, PDF, Anthropic's message format with images: the LLMs here read text.
+- `test_serdes`, `test_init_from_env`: nothing is read from the environment, and a model that is a folder on one machine
+  is not serialised for another.
+- Another model by a call's `model=`, on the tiny model alone, beside which no embedder is shipped.
+- `test_stream_time`: it replays recorded network traffic, and there is none.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from langchain_core.documents import Document
+from langchain_tests.integration_tests import ChatModelIntegrationTests, RetrieversIntegrationTests
+from langchain_tests.unit_tests import ChatModelUnitTests
+from retrieval_encoder import by_words
+from tiny import random_embedder, save_tiny, tiny_llm
+
+from extemb_core import ExtensibleLM, Library
+from langchain_extemb import ChatExtensible, ExtensibleRetriever
+
+
+@cache
+def models() -> dict[str, str]:
+    folder = Path(mkdtemp(prefix="extemb-"))
+    save_tiny(folder)
+    return {"model": str(folder / "llm"), "embedder": str(folder / "embedder")}
+
+
+class TestUnit(ChatModelUnitTests):
+    @property
+    def chat_model_class(self):
+        return ChatExtensible
+
+    @property
+    def chat_model_params(self):
+        return models()
+
+
+class TestTiny(ChatModelIntegrationTests):
+    @property
+    def chat_model_class(self):
+        return ChatExtensible
+
+    @property
+    def chat_model_params(self):
+        return {**models(), "max_tokens": 12}
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+class TestReal(ChatModelIntegrationTests):
+    @property
+    def chat_model_class(self):
+        return ChatExtensible
+
+    @property
+    def chat_model_params(self):
+        return {"model": "smollm2-135m-instruct", "max_tokens": 16}
+
+    @property
+    def supports_model_override(self):
+        return True
+
+    @property
+    def model_override_value(self):
+        return "smollm2-135m-reader-joint"
+
+
+class TestRetriever(RetrieversIntegrationTests):
+    @pytest.fixture(autouse=True)
+    def _library(self, tmp_path):
+        llm = tiny_llm()
+        lm = ExtensibleLM(llm, random_embedder(llm))
+        with Library(tmp_path / "lib", lm, encoder=by_words, passage_tokens=40, ratio=2) as library:
+            library.add([Document(f"The mill number {at} was built in 18{at:02d}.", metadata={"source": str(at)})
+                         for at in range(10)])  # fmt: skip
+            self.library = library
+            yield
+
+    @property
+    def retriever_constructor(self):
+        return ExtensibleRetriever
+
+    @property
+    def retriever_constructor_params(self):
+        return {"library": self.library}
+
+    @property
+    def retriever_query_example(self):
+        return "When was the mill number 3 built?"
