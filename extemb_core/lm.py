@@ -153,10 +153,12 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        condense: bool = False,
         **sampling: Any,
     ) -> AnswerStream:
         """`ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what there is."""
-        return AnswerStream(self.llm, *self.prepare(question, documents, budget=budget, ratio=ratio, **sampling))
+        prepared = self.prepare(question, documents, budget=budget, ratio=ratio, condense=condense, **sampling)
+        return AnswerStream(self.llm, *prepared)
 
     def prepare(
         self,
@@ -165,12 +167,19 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        condense: bool = False,
         **sampling: Any,
     ) -> tuple[Ready, Sampling]:
-        """What `ask` or `chat` hands to the LLM, before it is: the documents are compressed, the prompt is whole."""
+        """What `ask` or `chat` hands to the LLM, before it is: the documents are compressed, the prompt is whole.
+
+        Args:
+            question, documents, budget, ratio, **sampling: See `ask` and `chat`.
+            condense: Compress the older turns of a conversation that the window does not hold, instead of refusing it;
+                the answer's context tells what became of each.
+        """
         settings = Sampling(**sampling)
-        ready = self._prepare(_as_messages(question), as_documents(documents), budget, ratio, settings.max_new_tokens)
-        return ready, settings
+        messages, texts = _as_messages(question), as_documents(documents)
+        return self._prepare(messages, texts, budget, ratio, settings.max_new_tokens, condense), settings
 
     def generate(
         self,
@@ -360,24 +369,60 @@ class ExtensibleLM:
         budget: int | None,
         ratio: str | int,
         new_tokens: int,
+        condense: bool = False,
     ) -> Ready:
         start = time.perf_counter()
+        if condense:
+            messages = self._condensed(messages, new_tokens)
         bare = assemble_chat(self.llm, _replaced(messages))
-        every = documents + _inline(messages)
+        inside = _inline(messages)
+        turns = [at for at, document in enumerate(inside) if isinstance(document, _Turn)]
+        every = documents + [document for document in inside if not isinstance(document, _Turn)]
         room = self._room(bare, new_tokens, budget, every)
-        if not every:
+        if not every and not turns:
             return Ready(bare, (), 0.0, start)
         plan = self._plan(every, room, ratio, headed=len(documents))
         parts, context, seconds = self._read(every, plan, headed=len(documents))
-        full = _replaced(messages, parts[len(documents) :])
+        own = iter(parts[len(documents) :])
+        in_place: list[list[Part]] = [[] if isinstance(document, _Turn) else next(own) for document in inside]
+        if turns:  # they take what documents leave; the newest is the best of them
+            latest = [inside[at] for at in reversed(turns)]
+            left = self.llm.window - len(bare) - new_tokens - plan.positions
+            read, told, more = self._read(latest, self._plan(latest, left, "auto", headed=0), headed=0)
+            for at, own_parts in zip(reversed(turns), read, strict=True):
+                in_place[at] = own_parts
+            context, seconds = context + told, seconds + more
+        full = _replaced(messages, in_place)
         if documents:
             last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
             if last is None:
                 raise ConfigError("documents join the last user message, and there is none; add one")
             content = full[last]["content"]
-            joined = [part for own in parts[: len(documents)] for part in own]
+            joined = [part for own_parts in parts[: len(documents)] for part in own_parts]
             full[last] = {**full[last], "content": [*joined, *([content] if isinstance(content, str) else content)]}
         return Ready(assemble_chat(self.llm, full), context, seconds, start)
+
+    def _condensed(self, messages: Messages, new_tokens: int) -> Messages:
+        """A conversation that the window does not hold, with its older turns as documents: all but the system's and
+        those from the last user message on, the oldest first, until what stays text takes half of the room."""
+        room = self.llm.window - new_tokens
+        length = len(assemble_chat(self.llm, _replaced(messages)))
+        if length <= room:
+            return messages
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
+        found = [dict(message) for message in messages]
+        for number, message in enumerate(found[:last], start=1):
+            if length <= room // 2:
+                break
+            content = message["content"]
+            pieces = [content] if isinstance(content, str) else list(content)
+            if message["role"] != "system":
+                title = f"turn {number}, {message['role']}"
+                message["content"] = [
+                    _Turn(piece, title=title) if isinstance(piece, str) and piece else piece for piece in pieces
+                ]
+                length -= sum(len(self.llm.encode(piece)) for piece in pieces if isinstance(piece, str))
+        return found
 
     def _continue_from(
         self,
@@ -474,6 +519,10 @@ class ExtensibleLM:
                 )
             )
         return parts, tuple(entries), seconds
+
+
+class _Turn(Document):
+    """A turn of a conversation that is compressed for room."""
 
 
 def open_store(store: str | Path | Store | None) -> Store | None:

@@ -290,3 +290,58 @@ def test_positions_are_counted_without_compressing(lm, monkeypatch):
     monkeypatch.setattr(type(lm.embedder), "compress_ids", lambda *args, **kwargs: pytest.fail("compressed"))
     assert lm.positions(messages, ratio=4) == answers[0].prompt_positions
     assert lm.positions("When?") == answers[1].prompt_positions
+
+
+# -- conversations longer than the window -----------------------------------------------------------------------
+
+
+def turns(count):
+    """A conversation of some 60 tokens a turn."""
+    found = [{"role": "system", "content": "Be brief."}]
+    for number in range(count):
+        found.append({"role": "user", "content": f"Question {number}: " + SENTENCES[5 * number % 200 :][:90]})
+        found.append({"role": "assistant", "content": f"Answer {number}: " + SENTENCES[7 * number % 200 :][:60]})
+    return [*found, {"role": "user", "content": "What was the first question?"}]
+
+
+def test_old_turns_of_a_conversation_past_three_windows_are_condensed(lm):
+    messages = turns(10)
+    length = len(assemble_chat(lm.llm, messages))
+    assert length > 3 * lm.llm.window
+    with pytest.raises(BudgetError, match="use a session"):
+        lm.chat(messages, max_new_tokens=4)
+    ready, _ = lm.prepare(messages, condense=True, max_new_tokens=4)
+    assert len(ready.prompt) <= lm.llm.window - 4
+    assert not ready.prompt.text_only
+    told = {entry.source: entry for entry in ready.context}
+    assert "turn 2, user" in told
+    assert "turn 1, system" not in told
+    assert len(told) <= 20
+    kept = [entry for entry in ready.context if entry.fidelity != "dropped"]
+    assert kept == list(ready.context[: len(kept)])  # the newest first, and none behind one that did not fit
+    assert [int(entry.source.split()[1].rstrip(",")) for entry in ready.context] == sorted(
+        (int(entry.source.split()[1].rstrip(",")) for entry in ready.context), reverse=True
+    )
+    with lm.stream(messages, condense=True, max_new_tokens=4) as stream:
+        assert stream.finish().new_tokens == 4
+
+
+def test_a_conversation_that_fits_is_left_as_it_is(lm):
+    messages = turns(2)
+    ready, _ = lm.prepare(messages, condense=True, max_new_tokens=4)
+    assert ready.context == ()
+    assert ready.prompt.inputs(lm.llm) == assemble_chat(lm.llm, messages).inputs(lm.llm)
+
+
+def test_documents_come_before_old_turns(lm):
+    messages = turns(6)
+    ready, _ = lm.prepare(messages, [Document(LONG, title="mill")], ratio=4, condense=True, max_new_tokens=4)
+    assert (ready.context[0].source, ready.context[0].fidelity) == ("mill", 4)
+    assert all(entry.source.startswith("turn ") for entry in ready.context[1:])
+    assert len(ready.prompt) <= lm.llm.window - 4
+
+
+def test_a_last_question_that_does_not_fit_is_refused(lm):
+    messages = [*turns(3), {"role": "user", "content": "word " * 400}]
+    with pytest.raises(BudgetError, match="shorten the question"):
+        lm.prepare(messages, condense=True, max_new_tokens=4)

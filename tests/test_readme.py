@@ -26,6 +26,18 @@ def test_the_example_prints_what_the_readme_shows(monkeypatch):
     assert printed.getvalue() == found[2]
 
 
+@pytest.mark.real_model
+def test_the_first_lines_of_the_langchain_guide_run(monkeypatch, capsys):
+    pytest.importorskip("langchain_core")
+    guide = (ROOT / "docs" / "langchain.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- example -->\n```python\n(.*?)```", guide, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(compile(found[1], "langchain.md", "exec"), {})
+    answer, positions = capsys.readouterr().out.strip().splitlines()
+    assert "Python" in answer
+    assert 150 < int(positions.split()[0]) < 400
+
+
 def test_links_in_the_documentation_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

@@ -37,7 +37,7 @@ class ChatExtensible(Answering, BaseChatModel):
     Documents are read wherever LangChain puts them: `documents=` of a call or of `bind` (they join the last human
     message), `text-plain`, `document` and `search_result` content blocks, the artifact of a retriever tool's message,
     and refs that an `ExtensibleCompressor` left in a prompt. `response_metadata["extemb"]["documents"]` says what
-    became of each.
+    became of each. Of a conversation that the window does not hold the older turns are compressed too.
     """
 
     @property
@@ -179,13 +179,14 @@ class ChatExtensible(Answering, BaseChatModel):
     ) -> Answer:
         shared = self._shared(settings.get("model"), settings.get("embedder"))
         documents = to_documents(settings.get("documents"))
-        prepared = shared.lm.prepare(to_messages(messages, shared.lm.refs), documents, **self._asked(stop, settings))
+        asked = to_messages(messages, shared.lm.refs)
+        prepared = shared.lm.prepare(asked, documents, condense=True, **self._asked(stop, settings))
         return shared.batcher.answer(*prepared, cancelled)
 
     def _opened(self, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]) -> AnswerStream:
         lm = self._shared(settings.get("model"), settings.get("embedder")).lm
         documents = to_documents(settings.get("documents"))
-        return lm.stream(to_messages(messages, lm.refs), documents, **self._asked(stop, settings))
+        return lm.stream(to_messages(messages, lm.refs), documents, condense=True, **self._asked(stop, settings))
 
 
 def _result(answer: Answer, model: str) -> ChatResult:

@@ -325,3 +325,22 @@ def test_the_text_of_control_tokens_is_text(chat, lm):
     message = chat.invoke("a <|im_end|> b", documents=[SENTENCES[:60] + "<|im_start|>"])
     assert message.usage_metadata["input_tokens"] > 0
     assert lm.llm.control_tokens
+
+
+@pytest.mark.filterwarnings("ignore:The class:langchain_core._api.deprecation.LangChainDeprecationWarning")
+def test_a_conversation_with_history_goes_on_past_three_windows(chat, lm):
+    from langchain_core.chat_history import InMemoryChatMessageHistory
+    from langchain_core.runnables.history import RunnableWithMessageHistory
+
+    history = InMemoryChatMessageHistory()
+    talk = RunnableWithMessageHistory(chat, lambda: history)
+    told = []
+    for number in range(14):
+        question = f"Question {number}: " + SENTENCES[9 * number % 150 :][:120]
+        message = talk.invoke([HumanMessage(question)], config={"configurable": {}})
+        told.append(message.response_metadata["extemb"]["documents"])
+    length = lm.positions([{"role": "user", "content": "".join(str(one.content) for one in history.messages)}])
+    assert length > 3 * lm.llm.window
+    assert told[0] == []
+    assert {one["fidelity"] for one in told[-1]} & {2, 4, 8}
+    assert len(history.messages) == 28
