@@ -327,7 +327,7 @@ def test_the_text_of_control_tokens_is_text(chat, lm):
     assert lm.llm.control_tokens
 
 
-@pytest.mark.filterwarnings("ignore:The class:langchain_core._api.deprecation.LangChainDeprecationWarning")
+@pytest.mark.filterwarnings("ignore::langchain_core._api.deprecation.LangChainDeprecationWarning")
 def test_a_conversation_with_history_goes_on_past_three_windows(chat, lm):
     from langchain_core.chat_history import InMemoryChatMessageHistory
     from langchain_core.runnables.history import RunnableWithMessageHistory
