@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LLM = "smollm2-135m-instruct"
 
+_EARLIER = "Earlier in this conversation:\n"
 _KEPT_TOKEN_IDS = 64  # recent documents whose token ids stay in memory
 
 Messages = Sequence[Mapping[str, Any]]
@@ -403,26 +404,46 @@ class ExtensibleLM:
         return Ready(assemble_chat(self.llm, full), context, seconds, start)
 
     def _condensed(self, messages: Messages, new_tokens: int) -> Messages:
-        """A conversation that the window does not hold, with its older turns as documents: all but the system's and
-        those from the last user message on, the oldest first, until what stays text takes half of the room."""
+        """A conversation that the window does not hold, with its older turns as documents before the first that stays.
+
+        Turns stay text from the newest backwards as far as they take half of the room, and begin with the user's.
+        """
+
+        def length(some: Messages) -> int:
+            return len(assemble_chat(self.llm, _replaced(some)))
+
         room = self.llm.window - new_tokens
-        length = len(assemble_chat(self.llm, _replaced(messages)))
-        if length <= room:
+        if length(messages) <= room:
             return messages
-        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
-        found = [dict(message) for message in messages]
-        for number, message in enumerate(found[:last], start=1):
-            if length <= room // 2:
+        system = [message for message in messages if message["role"] == "system"]
+        starts = [at for at, message in enumerate(messages) if message["role"] == "user"]
+        if not starts:
+            return messages
+        first = starts[-1]
+        for start in reversed(starts[:-1]):
+            if length([*system, *messages[start:]]) > room // 2:
                 break
-            content = message["content"]
-            pieces = [content] if isinstance(content, str) else list(content)
+            first = start
+        turns: list[Any] = []
+        for number, message in enumerate(messages[:first], start=1):
             if message["role"] != "system":
+                pieces = [message["content"]] if isinstance(message["content"], str) else message["content"]
+                text = "".join(map(self._text_of, pieces))
                 title = f"turn {number}, {message['role']}"
-                message["content"] = [
-                    _Turn(piece, title=title) if isinstance(piece, str) and piece else piece for piece in pieces
-                ]
-                length -= sum(len(self.llm.encode(piece)) for piece in pieces if isinstance(piece, str))
-        return found
+                turns.append(_Turn(f"{message['role']}: {text}\n", title=title))
+        own = messages[first]["content"]
+        content = [_EARLIER, *turns, "\n", *([own] if isinstance(own, str) else own)]
+        kept = [message for message in messages[first + 1 :] if message["role"] != "system"]
+        return [*system, {**messages[first], "content": content if turns else own}, *kept]
+
+    def _text_of(self, piece: Part | Document) -> str:
+        if isinstance(piece, str | Document):
+            return piece if isinstance(piece, str) else piece.text
+        if isinstance(piece, Tensor):
+            raise ConfigError(
+                "an older turn holds embeddings, which cannot be condensed; pass the Document that they are of"
+            )
+        return self.llm.decode(piece.tolist())
 
     def _continue_from(
         self,

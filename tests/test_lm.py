@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tiny import SENTENCES, random_embedder, tiny_llm
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
 from extemb_core.context.assembly import assemble_chat, assemble_text
+from extemb_core.documents import text_ref
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError, RatioError
 from extemb_core.models.llm import Sampling
 
@@ -305,9 +307,9 @@ def turns(count):
 
 
 def test_old_turns_of_a_conversation_past_three_windows_are_condensed(lm):
-    messages = turns(10)
+    messages = turns(24)
     length = len(assemble_chat(lm.llm, messages))
-    assert length > 3 * lm.llm.window
+    assert length > 6 * lm.llm.window
     with pytest.raises(BudgetError, match="use a session"):
         lm.chat(messages, max_new_tokens=4)
     ready, _ = lm.prepare(messages, condense=True, max_new_tokens=4)
@@ -316,7 +318,7 @@ def test_old_turns_of_a_conversation_past_three_windows_are_condensed(lm):
     told = {entry.source: entry for entry in ready.context}
     assert "turn 2, user" in told
     assert "turn 1, system" not in told
-    assert len(told) <= 20
+    assert 40 <= len(told) <= 48
     kept = [entry for entry in ready.context if entry.fidelity != "dropped"]
     assert kept == list(ready.context[: len(kept)])  # the newest first, and none behind one that did not fit
     assert [int(entry.source.split()[1].rstrip(",")) for entry in ready.context] == sorted(
@@ -339,6 +341,17 @@ def test_documents_come_before_old_turns(lm):
     assert (ready.context[0].source, ready.context[0].fidelity) == ("mill", 4)
     assert all(entry.source.startswith("turn ") for entry in ready.context[1:])
     assert len(ready.prompt) <= lm.llm.window - 4
+
+
+def test_what_an_old_turn_holds_besides_text_is_condensed_or_refused(lm):
+    old = [Document(LONG), np.array(lm.llm.encode("from ids"))]
+    messages = [{"role": "user", "content": old}, {"role": "assistant", "content": "Yes."}, *turns(6)[1:]]
+    ready, _ = lm.prepare(messages, condense=True, max_new_tokens=4)
+    oldest = ready.context[-1]
+    assert (oldest.source, oldest.ref) == ("turn 1, user", text_ref(f"user: {LONG}from ids\n"))
+    messages[0] = {"role": "user", "content": [torch.zeros(3, lm.llm.width)]}
+    with pytest.raises(ConfigError, match="an older turn holds embeddings"):
+        lm.prepare(messages, condense=True, max_new_tokens=4)
 
 
 def test_a_last_question_that_does_not_fit_is_refused(lm):
