@@ -119,6 +119,24 @@ def _without_ray(corpus, output, *, workers, rows_per_batch, show_progress, **se
     return Compression(batch=Batch(**{name: values[0] for name, values in made.items()}), shards=(), seconds=1.0)
 
 
+# -- langchain.py ---------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_langchain_is_whole(folders, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("langchain_core")
+    file = tmp_path / "report.json"
+    arguments = ["--llm", str(folders / "tiny-llm"), "--embedder", str(folders / "tiny-embedder")]
+    script("langchain_cost").main([*arguments, "--quick", "--json", str(file)])
+    report = json.loads(file.read_text())
+    assert report["first_token"]["n_documents"] == 4
+    assert report["first_token"]["n"] == 2
+    assert len(report["batch"]["samples_seconds"]["batch"]) == 2
+    assert report["construct"]["n"] == 5
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 3
+    assert all(line.endswith(("met", "MISSED")) for line in lines)
+
+
 # -- timing.py ------------------------------------------------------------------------------------------------
 
 
