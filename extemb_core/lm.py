@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from extemb_core.context.assembly import (
     document_heading,
 )
 from extemb_core.context.planning import Fidelity, Plan, plan_context
+from extemb_core.context.tools import Tool
 from extemb_core.documents import Document
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -154,12 +157,13 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
-        condense: bool = False,
-        **sampling: Any,
+        **settings: Any,
     ) -> AnswerStream:
-        """`ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what there is."""
-        prepared = self.prepare(question, documents, budget=budget, ratio=ratio, condense=condense, **sampling)
-        return AnswerStream(self.llm, *prepared)
+        """`ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what there is.
+
+        Settings are those of `prepare`.
+        """
+        return AnswerStream(self.llm, *self.prepare(question, documents, budget=budget, ratio=ratio, **settings))
 
     def prepare(
         self,
@@ -169,6 +173,8 @@ class ExtensibleLM:
         budget: int | None = None,
         ratio: str | int = "auto",
         condense: bool = False,
+        tools: Sequence[Tool] = (),
+        opening: str = "",
         **sampling: Any,
     ) -> tuple[Ready, Sampling]:
         """What `ask` or `chat` hands to the LLM, before it is: the documents are compressed, the prompt is whole.
@@ -177,10 +183,16 @@ class ExtensibleLM:
             question, documents, budget, ratio, **sampling: See `ask` and `chat`.
             condense: Compress the older turns of a conversation that the window does not hold, instead of refusing it;
                 the answer's context tells what became of each.
+            tools: Functions in OpenAI's form that the LLM may call, where its template has a place for them; see
+                `context.tools`.
+            opening: What the answer begins with; it is not repeated in it.
         """
         settings = Sampling(**sampling)
         messages, texts = _as_messages(question), as_documents(documents)
-        return self._prepare(messages, texts, budget, ratio, settings.max_new_tokens, condense), settings
+        assemble = partial(assemble_chat, self.llm, tools=tools, opening=opening)
+        if condense:
+            messages = self._condensed(messages, settings.max_new_tokens, assemble)
+        return self._prepare(messages, texts, budget, ratio, settings.max_new_tokens, assemble), settings
 
     def generate(
         self,
@@ -370,12 +382,10 @@ class ExtensibleLM:
         budget: int | None,
         ratio: str | int,
         new_tokens: int,
-        condense: bool = False,
+        assemble: Callable[[Messages], Prompt],
     ) -> Ready:
         start = time.perf_counter()
-        if condense:
-            messages = self._condensed(messages, new_tokens)
-        bare = assemble_chat(self.llm, _replaced(messages))
+        bare = assemble(_replaced(messages))
         inside = _inline(messages)
         turns = [at for at, document in enumerate(inside) if isinstance(document, _Turn)]
         every = documents + [document for document in inside if not isinstance(document, _Turn)]
@@ -401,16 +411,16 @@ class ExtensibleLM:
             content = full[last]["content"]
             joined = [part for own_parts in parts[: len(documents)] for part in own_parts]
             full[last] = {**full[last], "content": [*joined, *([content] if isinstance(content, str) else content)]}
-        return Ready(assemble_chat(self.llm, full), context, seconds, start)
+        return Ready(assemble(full), context, seconds, start)
 
-    def _condensed(self, messages: Messages, new_tokens: int) -> Messages:
+    def _condensed(self, messages: Messages, new_tokens: int, assemble: Callable[[Messages], Prompt]) -> Messages:
         """A conversation that the window does not hold, with its older turns as documents before the first that stays.
 
         Turns stay text from the newest backwards as far as they take half of the room, and begin with the user's.
         """
 
         def length(some: Messages) -> int:
-            return len(assemble_chat(self.llm, _replaced(some)))
+            return len(assemble(_replaced(some)))
 
         room = self.llm.window - new_tokens
         if length(messages) <= room:
@@ -429,6 +439,7 @@ class ExtensibleLM:
             if message["role"] != "system":
                 pieces = [message["content"]] if isinstance(message["content"], str) else message["content"]
                 text = "".join(map(self._text_of, pieces))
+                text += json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
                 title = f"turn {number}, {message['role']}"
                 turns.append(_Turn(f"{message['role']}: {text}\n", title=title))
         own = messages[first]["content"]

@@ -20,6 +20,15 @@ CHAT_TEMPLATE = (
 )
 
 
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nTools:\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n"
+    "{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 @cache
 def tiny_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -81,6 +90,17 @@ def tiny_llm(architecture: str = "llama", seed: int = 0) -> Any:
     from extemb_core.models.llm import LLM
 
     return LLM(tiny_model(architecture, seed=seed), tiny_tokenizer(), name=f"tiny-{architecture}")
+
+
+def tool_llm() -> Any:
+    """A tiny LLM whose chat template has a place for tools."""
+    from copy import deepcopy
+
+    from extemb_core.models.llm import LLM
+
+    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    return LLM(tiny_model("llama", max_position_embeddings=2048), tokenizer, name="tiny-tools")
 
 
 def random_embedder(llm: Any, *, seed: int = 1, **settings: Any) -> Any:

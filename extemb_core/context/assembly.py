@@ -8,7 +8,7 @@ text get placeholders too, and are put back as the ids of their characters: data
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extemb_core.context.tools import require_tools
 from extemb_core.errors import ConfigError
 from extemb_core.models.llm import LLM
 
@@ -61,24 +62,40 @@ def document_heading(index: int, title: str | None = None) -> str:
     return f"[{index + 1}] {title or 'Document'}\n"
 
 
-def assemble_chat(llm: LLM, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> Prompt:
+def assemble_chat(
+    llm: LLM,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] = (),
+    opening: str = "",
+) -> Prompt:
     """Render messages through the LLM's chat template.
 
     Args:
         llm: Whose template and tokenizer are used.
-        messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids and (N, D) embeddings.
+        messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids and (N, D) embeddings. An
+            assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}].
         add_generation_prompt: End with the opening of the assistant's turn.
+        tools: Functions in OpenAI's form, for templates that have a place for them.
+        opening: What the assistant's turn begins with.
 
     Raises:
         ConfigError: A message is not of that form, or the template refuses or drops it.
     """
     contents = [_checked_content(message) for message in messages]
-    marks = _Placeholders(llm, contents)
+    if tools:
+        require_tools(llm)
+    called = [message.get("tool_calls", []) for message in messages]
+    marks = _Placeholders(llm, [*contents, list(_texts_in([called, tools]))])
     plain = [
         {**message, "content": "".join(marks.mark(part) for part in parts)}
         for message, parts in zip(messages, contents, strict=True)
     ]
-    prompt = marks.resolve(_render(llm, plain, add_generation_prompt))
+    for message, calls in zip(plain, called, strict=True):
+        if calls:
+            message["tool_calls"] = marks.mark_within(calls)
+    prompt = marks.resolve(_render(llm, plain, add_generation_prompt, marks.mark_within(list(tools))) + opening)
     missing = [index for index, segment in enumerate(marks.segments) if index not in marks.used and len(segment)]
     if missing:
         raise ConfigError(
@@ -114,6 +131,14 @@ class _Placeholders:
             return part
         return self._control.sub(lambda match: self._number(self._llm.encode(match[0])), part)
 
+    def mark_within(self, value: Any) -> Any:
+        """Lists and mappings with all texts in them marked."""
+        if isinstance(value, str):
+            return self.mark(value)
+        if isinstance(value, Mapping):
+            return {self.mark_within(key): self.mark_within(one) for key, one in value.items()}
+        return [self.mark_within(one) for one in value] if isinstance(value, list | tuple) else value
+
     def _number(self, segment: np.ndarray[Any, Any] | Tensor) -> str:
         self.segments.append(segment)
         return f"{self._fence}{len(self.segments) - 1}{self._fence}"
@@ -142,7 +167,20 @@ def _checked_content(message: Mapping[str, Any]) -> list[Part]:
     return list(parts)
 
 
-def _render(llm: LLM, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _texts_in([key, one])
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts_in(one)
+
+
+def _render(
+    llm: LLM, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]]
+) -> str:
     if not llm.tokenizer.chat_template:  # a base model: the contents alone
         bos = str(llm.tokenizer.decode([llm.bos_token_id])) if llm.bos_token_id is not None else ""
         return bos + "".join(f"{message['content']}\n\n" for message in messages)
@@ -151,6 +189,7 @@ def _render(llm: LLM, messages: Sequence[Mapping[str, Any]], add_generation_prom
     try:
         rendered = llm.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )

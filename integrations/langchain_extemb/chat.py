@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, cast
+from typing import Any, ClassVar, cast
+from uuid import uuid4
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LangSmithParams
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from extemb_core.answers import Answer, AnswerStream
+from extemb_core.context.tools import opening_of, parse_calls
+from extemb_core.lm import ExtensibleLM
 from langchain_extemb.messages import to_documents, to_messages
 from langchain_extemb.models import Answering, told
 
@@ -39,6 +46,8 @@ class ChatExtensible(Answering, BaseChatModel):
     and refs that an `ExtensibleCompressor` left in a prompt. `response_metadata["extemb"]["documents"]` says what
     became of each. Of a conversation that the window does not hold the older turns are compressed too.
     """
+
+    _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream", "tools", "tool_choice", "ls_structured_output_format"})
 
     @property
     def _llm_type(self) -> str:
@@ -70,7 +79,7 @@ class ChatExtensible(Answering, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _result(self._answer(messages, stop, kwargs, None), kwargs.get("model") or self.model)
+        return self._result(self._answer(messages, stop, kwargs, None), kwargs)
 
     async def _agenerate(
         self,
@@ -85,7 +94,7 @@ class ChatExtensible(Answering, BaseChatModel):
         except asyncio.CancelledError:
             cancelled.set()
             raise
-        return _result(answer, kwargs.get("model") or self.model)
+        return self._result(answer, kwargs)
 
     def _stream(
         self,
@@ -94,6 +103,9 @@ class ChatExtensible(Answering, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
+        if kwargs.get("tools"):
+            yield _as_chunk(self._generate(messages, stop, run_manager, **kwargs).generations[0].message)
+            return
         with self._opened(messages, stop, kwargs) as stream:
             for piece in stream:
                 chunk = _chunk(piece)
@@ -109,6 +121,10 @@ class ChatExtensible(Answering, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
+        if kwargs.get("tools"):
+            made = await self._agenerate(messages, stop, run_manager, **kwargs)
+            yield _as_chunk(made.generations[0].message)
+            return
         opening = _pool.submit(self._opened, messages, stop, kwargs)
         working: Future[Any] = opening
         try:
@@ -160,6 +176,30 @@ class ChatExtensible(Answering, BaseChatModel):
         with shared.batcher.expecting(min(at_once, len(inputs))):
             return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Let the LLM call tools, where its chat template has a place for them (Qwen's has, SmolLM2-135M's has not).
+
+        Args:
+            tools: As for any chat model.
+            tool_choice: The name of a tool, or "any": the answer then begins with a call. What the LLM writes of it is
+                its own; a call that is none is in `invalid_tool_calls`.
+            **kwargs: Further settings of the calls; `strict` and `parallel_tool_calls` make no difference here.
+
+        Raises:
+            ConfigError: No tool has that name. That the template has no place for tools is told by the first call.
+        """
+        formatted = [convert_to_openai_tool(tool) for tool in tools]
+        choice = ("any" if tool_choice else None) if isinstance(tool_choice, bool) else tool_choice
+        opening_of(formatted, choice)  # whether there is such a tool is to be known now
+        settings = {name: value for name, value in kwargs.items() if name not in ("strict", "parallel_tool_calls")}
+        return self.bind(tools=formatted, tool_choice=choice, **settings)
+
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Positions of the window that messages take with these settings, their documents included."""
         lm = self.lm
@@ -178,20 +218,67 @@ class ChatExtensible(Answering, BaseChatModel):
         cancelled: threading.Event | None,
     ) -> Answer:
         shared = self._shared(settings.get("model"), settings.get("embedder"))
-        documents = to_documents(settings.get("documents"))
-        asked = to_messages(messages, shared.lm.refs)
-        prepared = shared.lm.prepare(asked, documents, condense=True, **self._asked(stop, settings))
-        return shared.batcher.answer(*prepared, cancelled)
+        return shared.batcher.answer(
+            *shared.lm.prepare(**self._prepared(shared.lm, messages, stop, settings)), cancelled
+        )
 
     def _opened(self, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]) -> AnswerStream:
         lm = self._shared(settings.get("model"), settings.get("embedder")).lm
-        documents = to_documents(settings.get("documents"))
-        return lm.stream(to_messages(messages, lm.refs), documents, condense=True, **self._asked(stop, settings))
+        return lm.stream(**self._prepared(lm, messages, stop, settings))
+
+    def _prepared(
+        self, lm: ExtensibleLM, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What `ExtensibleLM.prepare` takes."""
+        tools = settings.get("tools") or ()
+        return self._asked(stop, settings) | {
+            "question": to_messages(messages, lm.refs),
+            "documents": to_documents(settings.get("documents")),
+            "condense": True,
+            "tools": tools if settings.get("tool_choice") != "none" else (),
+            "opening": opening_of(tools, settings.get("tool_choice")) if tools else "",
+        }
+
+    def _result(self, answer: Answer, settings: dict[str, Any]) -> ChatResult:
+        tools = settings.get("tools")
+        opening = opening_of(tools, settings.get("tool_choice")) if tools else ""
+        text, calls = parse_calls(opening + answer.text) if tools else (answer.text, [])
+        message = AIMessage(
+            content=text,
+            tool_calls=[
+                tool_call(name=one.name, args=dict(one.arguments), id=f"call_{uuid4().hex}")
+                for one in calls
+                if one.arguments is not None
+            ],
+            invalid_tool_calls=[
+                invalid_tool_call(name=None, args=one.text, id=f"call_{uuid4().hex}", error="no call of a tool in JSON")
+                for one in calls
+                if one.arguments is None
+            ],
+            usage_metadata=_usage(answer),
+            response_metadata=told(answer, settings.get("model") or self.model),
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
 
 
-def _result(answer: Answer, model: str) -> ChatResult:
-    message = AIMessage(content=answer.text, usage_metadata=_usage(answer), response_metadata=told(answer, model))
-    return ChatResult(generations=[ChatGeneration(message=message)])
+def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:
+    """A whole message as the one chunk of a stream: a call of a tool is none before its end."""
+    assert isinstance(message, AIMessage)
+    chunk = AIMessageChunk(
+        content=message.content,
+        tool_call_chunks=[
+            tool_call_chunk(name=one["name"], args=json.dumps(one["args"]), id=one["id"], index=at)
+            for at, one in enumerate(message.tool_calls)
+        ]
+        + [
+            tool_call_chunk(name=one["name"], args=one["args"], id=one["id"], index=len(message.tool_calls) + at)
+            for at, one in enumerate(message.invalid_tool_calls)
+        ],
+        usage_metadata=message.usage_metadata,
+        response_metadata=message.response_metadata,
+        chunk_position="last",
+    )
+    return ChatGenerationChunk(message=chunk)
 
 
 def _last(answer: Answer, model: str) -> ChatGenerationChunk:

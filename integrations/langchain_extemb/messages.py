@@ -35,10 +35,16 @@ def to_messages(messages: Iterable[BaseMessage], refs: Refs) -> list[dict[str, A
     Raises:
         DocumentError: A block holds what is no text, or a ref's document is not kept any more.
     """
-    return [
-        {"role": _role(message), "content": [found for part in _parts(message) for found in _found(part, refs)]}
-        for message in messages
-    ]
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        content: list[Part] = [piece for part in _parts(message) for piece in _found(part, refs)]
+        found.append({"role": _role(message), "content": content})
+        if isinstance(message, AIMessage) and message.tool_calls:
+            found[-1]["tool_calls"] = [
+                {"type": "function", "function": {"name": call["name"], "arguments": call["args"]}}
+                for call in message.tool_calls
+            ]
+    return found
 
 
 def to_documents(documents: Any) -> list[Document]:

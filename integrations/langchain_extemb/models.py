@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, PrivateAttr
 from typing_extensions import Self
@@ -12,7 +12,6 @@ from extemb_core.errors import ConfigError
 from extemb_core.lm import ExtensibleLM
 from extemb_core.sharing import Shared, share, wrap
 
-_IGNORED = {"stream", "ls_structured_output_format"}  # of LangChain's own
 _PER_CALL = {
     "model", "embedder", "documents", "budget", "ratio", "max_tokens", "temperature", "top_p", "top_k",
     "repetition_penalty", "seed",
@@ -65,6 +64,8 @@ class LoadedWhenNeeded(BaseModel):
 class Answering(LoadedWhenNeeded):
     """How it answers."""
 
+    _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream"})  # settings of a call that are not an answer's
+
     budget: int | None = None
     """Positions of the window that documents may take; all that is free when not given."""
     max_tokens: int = 256
@@ -93,7 +94,7 @@ class Answering(LoadedWhenNeeded):
         Raises:
             ConfigError: One is unknown.
         """
-        unknown = sorted(settings.keys() - _PER_CALL - _IGNORED)
+        unknown = sorted(settings.keys() - _PER_CALL - self._ELSEWHERE)
         if unknown:
             raise ConfigError(
                 f"{unknown[0]}={settings[unknown[0]]!r:.80} is no setting of a call; pass one of "

@@ -119,8 +119,8 @@ def test_bad_input_is_an_error_or_told(chat, documents):
         chat.invoke("How many?", documents=7)
     with pytest.raises(BudgetError, match="budget=9999 is more than"):
         chat.invoke("How many?", documents=documents, budget=9999)
-    with pytest.raises(ConfigError, match="tools=.* is no setting of a call"):
-        chat.invoke("How many?", tools=[1])
+    with pytest.raises(ConfigError, match="frequency_penalty=1 is no setting of a call"):
+        chat.invoke("How many?", frequency_penalty=1)
 
 
 def test_settings_of_a_call_go_before_those_of_the_model(chat, lm):

@@ -1,0 +1,79 @@
+"""Tools, as far as a chat template carries them: the calls that an LLM writes, and how to make it write one.
+
+Understood is the form of Hermes and Qwen, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from extemb_core.errors import ConfigError
+from extemb_core.models.llm import LLM
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_CALL = re.compile(rf"{OPEN}\s*(.*?)\s*(?:{CLOSE}|\Z)", re.DOTALL)
+
+Tool = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that an LLM wrote. `arguments` is None where what it wrote, `text`, is no such call."""
+
+    name: str
+    arguments: Mapping[str, Any] | None
+    text: str
+
+
+def require_tools(llm: LLM) -> None:
+    """See that an LLM's chat template has a place for tools, in the form that is understood here.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    template = llm.tokenizer.chat_template or ""
+    if "tools" not in template or OPEN not in template:
+        raise ConfigError(
+            f"the chat template of {llm.name} has no place for tools in the form {OPEN}; take an LLM whose template "
+            "has one, such as qwen2.5-coder-0.5b-instruct, or leave the tools out"
+        )
+
+
+def opening_of(tools: Sequence[Tool], choice: str | None) -> str:
+    """How the LLM's turn begins, so that it goes on with a call: of one tool, of any ("any"), or freely (None, "auto").
+
+    Args:
+        tools: Functions in OpenAI's form.
+        choice: The name of a tool, "any", "required", "auto", "none" or None.
+
+    Raises:
+        ConfigError: No tool has that name.
+    """
+    names = [str(tool["function"]["name"]) for tool in tools]
+    if choice in (None, "auto", "none"):
+        return ""
+    if choice in ("any", "required"):
+        choice = names[0] if len(names) == 1 else None
+    elif choice not in names:
+        raise ConfigError(f"tool_choice={choice!r} is none of the tools {', '.join(names)}; pass one of them, or 'any'")
+    start = f'{OPEN}\n{{"name": '
+    return start + (f'{json.dumps(choice)}, "arguments": ' if choice else '"')
+
+
+def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
+    """What an LLM wrote as text and calls, in order."""
+    calls = []
+    for match in _CALL.finditer(text):
+        try:
+            written = json.loads(match[1])
+            name, arguments = written["name"], written.get("arguments", {})
+            if not isinstance(name, str) or not isinstance(arguments, dict):
+                raise TypeError("a name and arguments belong there")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            name, arguments = "", None
+        calls.append(ToolCall(name, arguments, match[1]))
+    return _CALL.sub("", text).strip() if calls else text, calls

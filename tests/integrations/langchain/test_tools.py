@@ -1,0 +1,141 @@
+"""Tools and agents, with an LLM whose template has a place for tools and whose words are written here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from langchain.agents import create_agent
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.tools import create_retriever_tool, tool
+from pydantic import BaseModel
+from tiny import random_embedder, tiny_llm, tool_llm
+
+from extemb_core import ExtensibleLM, Library
+from extemb_core.errors import ConfigError
+from extemb_core.models.llm import LLM, Generated
+from langchain_extemb import ChatExtensible, ExtensibleRetriever
+
+
+class Mill(BaseModel):
+    """A mill."""
+
+    name: str
+    year: int
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+@pytest.fixture
+def lm():
+    llm = tool_llm()
+    return ExtensibleLM(llm, random_embedder(llm))
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """What the LLM will write, and the prompts it was given, as text."""
+    words, prompts = [], []
+
+    def stream(self, prompt, sampling, result=None):
+        prompts.append(self.decode(prompt) if isinstance(prompt, list) else prompt)
+        result.text, result.token_ids, result.finish_reason = words.pop(0), [1], "stop"
+        yield result.text
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    monkeypatch.setattr(LLM, "generate", lambda *args: pytest.fail("one prompt at a time here"))
+    return words, prompts
+
+
+def call(name, **arguments):
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def test_calls_come_back_as_calls(lm, says):
+    words, prompts = says
+    words.append("Adding. " + call("add", a=2, b=3))
+    message = ChatExtensible.from_lm(lm).bind_tools([add]).invoke("What is 2 and 3?")
+    assert message.content == "Adding."
+    (made,) = message.tool_calls
+    assert (made["name"], made["args"]) == ("add", {"a": 2, "b": 3})
+    assert made["id"].startswith("call_")
+    assert '"name": "add"' in prompts[0]
+
+
+def test_a_chosen_tool_is_begun_and_what_is_no_call_is_told(lm, says):
+    words, prompts = says
+    words += ['{"a": 1, "b": 2}}\n</tool_call>', '{"a": 1', call("add", a=1, b=1), "No call."]
+    chat = ChatExtensible.from_lm(lm)
+    message = chat.bind_tools([add], tool_choice="add").invoke("Add.")
+    assert message.tool_calls[0]["args"] == {"a": 1, "b": 2}
+    assert prompts[0].endswith('<tool_call>\n{"name": "add", "arguments": ')
+    message = chat.bind_tools([add], tool_choice="any").invoke("Add.")
+    assert message.tool_calls == []
+    assert '{"a": 1' in message.invalid_tool_calls[0]["args"]
+    streamed = list(chat.bind_tools([add]).stream("Add."))
+    assert [chunk.tool_calls[0]["args"] for chunk in streamed if chunk.tool_calls] == [{"a": 1, "b": 1}]
+    assert chat.bind_tools([add], tool_choice="none").invoke("Add.").content == "No call."
+    assert '"name": "add"' not in prompts[-1]
+    with pytest.raises(ConfigError, match="tool_choice='sub' is none of the tools add"):
+        chat.bind_tools([add], tool_choice="sub")
+
+
+async def test_calls_come_back_from_async_streams_too(lm, says):
+    says[0].append(call("add", a=1, b=1))
+    chunks = [chunk async for chunk in ChatExtensible.from_lm(lm).bind_tools([add]).astream("Add.")]
+    assert [chunk.tool_calls[0]["name"] for chunk in chunks if chunk.tool_calls] == ["add"]
+
+
+def test_structured_output_is_a_call_that_is_begun(lm, says):
+    words, _ = says
+    words.append('{"name": "Old mill", "year": 1820}}')
+    chat = ChatExtensible.from_lm(lm)
+    assert chat.with_structured_output(Mill).invoke("Which mill?") == Mill(name="Old mill", year=1820)
+
+
+def test_a_conversation_with_calls_is_rendered_by_the_template(lm, says):
+    words, prompts = says
+    words.append("5")
+    asked = AIMessage("", tool_calls=[{"name": "add", "args": {"a": 2, "b": 3}, "id": "1"}])
+    ChatExtensible.from_lm(lm).bind_tools([add]).invoke(
+        [HumanMessage("Add."), asked, ToolMessage("5", tool_call_id="1")]
+    )
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>' in prompts[0]
+    assert prompts[0].endswith("tool\n5\nassistant\n")
+
+
+def test_an_llm_without_a_place_for_tools_says_so():
+    llm = tiny_llm()
+    chat = ChatExtensible.from_lm(ExtensibleLM(llm, random_embedder(llm)))
+    with pytest.raises(ConfigError, match="has no place for tools"):
+        chat.bind_tools([add]).invoke("Add.")
+
+
+@pytest.mark.filterwarnings("ignore::langchain_core._api.deprecation.LangChainDeprecationWarning")
+def test_an_agent_with_a_retriever_tool_reads_what_it_found_as_embeddings(lm, says, tmp_path, monkeypatch):
+    from retrieval_encoder import by_words
+
+    words, prompts = says
+    words += [call("search", query="When was the mill built?"), "In 1820."]
+    with Library(tmp_path / "lib", lm, encoder=by_words, passage_tokens=60, ratio=4) as library:
+        library.add({"text": "The old mill was built in 1820 by the river. It ground corn.", "title": "Mill"})
+        search = create_retriever_tool(
+            ExtensibleRetriever(library=library, k=1), "search", "Searches.", response_format="content_and_artifact"
+        )
+        agent = create_agent(ChatExtensible.from_lm(lm, ratio=4), tools=[search])
+        result = agent.invoke({"messages": [HumanMessage("When was the mill built?")]})
+    assert [type(message) for message in result["messages"]] == [HumanMessage, AIMessage, ToolMessage, AIMessage]
+    assert result["messages"][-1].content == "In 1820."
+    (told,) = result["messages"][-1].response_metadata["extemb"]["documents"]
+    assert told["fidelity"] == 4
+    assert told["source"].startswith("Mill")
+    assert isinstance(prompts[0], str)
+    assert prompts[1].shape[1] == lm.llm.width  # embeddings among the tokens
+
+
+def test_generated_is_what_the_fixture_fills():
+    assert set(Generated().__dataclass_fields__) == {"text", "token_ids", "finish_reason"}
