@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RECEIPT = ".json"
+_READ_AT_ONCE = 16  # shards, whose headers are two requests to object storage each
 Refs = np.ndarray[Any, Any]
 Done = Mapping[tuple[str, int], Refs]  # (fingerprint, ratio) -> refs, (E,) of 16 bytes, sorted
 
@@ -191,25 +193,31 @@ def _document(value: Any) -> Document | None:
         return None
 
 
-def receipts(output: str | Path) -> Iterator[Shard]:
+def receipts(output: str | Path) -> list[Shard]:
     """The shards in a folder that are whole, by their receipts. Others are what a lost worker left."""
     place = Place(output)
-    for name in place.names():
-        if name.startswith("shard-") and name.endswith(_RECEIPT):
-            shard = _receipt(place, name.removesuffix(_RECEIPT))
-            if shard is not None:
-                yield shard
+    sizes = place.sizes()
+    names = [name for name in sorted(sizes) if name.startswith("shard-") and name.endswith(_RECEIPT)]
+    shards = [_parsed(place, name, text) for name, text in place.read_texts(names).items()]
+    return [shard for shard in shards if shard is not None and sizes.get(shard.file) == shard.size_bytes]
 
 
 def _receipt(place: Place, name: str) -> Shard | None:
     """The receipt of a shard; None where there is none, or not that shard."""
     try:
-        shard = Shard(**json.loads(place.read_text(name + _RECEIPT)))
+        shard = _parsed(place, name + _RECEIPT, place.read_text(name + _RECEIPT))
     except FileNotFoundError:
         return None
+    return shard if shard is not None and place.size(shard.file) == shard.size_bytes else None
+
+
+def _parsed(place: Place, name: str, text: str) -> Shard | None:
+    """A receipt; None where it is that of another shard."""
+    try:
+        shard = Shard(**json.loads(text))
     except (ValueError, TypeError) as error:
-        raise StoreCorruptError(f"{place}/{name}{_RECEIPT} is no receipt of a shard ({error}); remove it") from error
-    return shard if shard.file == name + SUFFIX and place.size(shard.file) == shard.size_bytes else None
+        raise StoreCorruptError(f"{place}/{name} is no receipt of a shard ({error}); remove it") from error
+    return shard if shard.file == name.removesuffix(_RECEIPT) + SUFFIX else None
 
 
 def finished(output: str | Path) -> dict[tuple[str, int], Refs]:
@@ -219,8 +227,9 @@ def finished(output: str | Path) -> dict[tuple[str, int], Refs]:
     """
     found: dict[tuple[str, int], list[Refs]] = {}
     place = Place(output)
-    for shard in receipts(output):
-        reader = ShardReader(place, shard.file)
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        readers = list(pool.map(lambda shard: ShardReader(place, shard.file), receipts(output)))
+    for reader in readers:
         for ratio in np.unique(reader.ratios):
             own = reader.refs[reader.ratios == ratio]
             found.setdefault((reader.kind.fingerprint, int(ratio)), []).append(_sortable(own))
@@ -233,7 +242,7 @@ def seal(output: str | Path) -> list[Shard]:
     For when all workers are done.
     """
     place = Place(output)
-    shards = list(receipts(output))
+    shards = receipts(output)
     write_manifest(place, shards)
     whole = {name for shard in shards for name in (shard.file, shard.file.removesuffix(SUFFIX) + _RECEIPT)}
     for name in place.names():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -41,15 +41,25 @@ class Place:
         return self.where if self.local is None else str(self.local)
 
     def names(self) -> list[str]:
-        """The files here, sorted; none where there is no such folder."""
+        """What is here, sorted; nothing where there is no such folder."""
+        return sorted(self._listed())
+
+    def sizes(self) -> dict[str, int]:
+        """The files here and their bytes, from one listing; links are none."""
+        found = self._listed()
+        return {
+            name: int(one["size"]) for name, one in found.items() if one["type"] == "file" and not one.get("islink")
+        }
+
+    def _listed(self) -> dict[str, dict[str, Any]]:
         try:
             self._files.invalidate_cache()
-            found = self._files.ls(self._root, detail=False)
+            found = self._files.ls(self._root, detail=True)
         except FileNotFoundError:
-            return []
-        if found == [self._root]:
+            return {}
+        if [one["name"] for one in found] == [self._root] and found[0]["type"] == "file":
             raise StoreError(f"{self} is a file; pass a folder")
-        return sorted(PurePosixPath(name).name for name in found)
+        return {PurePosixPath(one["name"]).name: one for one in found}
 
     def size(self, name: str) -> int | None:
         """Of a file in bytes; None where there is none of that name, or a link."""
@@ -103,6 +113,13 @@ class Place:
     def read_text(self, name: str) -> str:
         with self.open(name) as stream:
             return stream.read().decode("utf-8")
+
+    def read_texts(self, names: Sequence[str]) -> dict[str, str]:
+        """Several small text files, at once where the file system can."""
+        if not names:
+            return {}
+        found = self._files.cat([self._path(name) for name in names])
+        return {PurePosixPath(path).name: data.decode("utf-8") for path, data in found.items()}
 
     def remove(self, name: str) -> None:
         self._files.rm_file(self._path(name))

@@ -31,6 +31,9 @@ def test_what_is_written_is_there_whole(place):
     assert place.read_text("a.txt") == "fünf"
     assert (place.size("b.bin"), place.size("none")) == (10, None)
     assert place.sha256("b.bin") == sha256
+    assert place.sizes() == {"a.txt": 5, "b.bin": 10}
+    assert place.read_texts(["a.txt"]) == {"a.txt": "fünf"}
+    assert place.read_texts([]) == {}
     assert place.read("b.bin", 2, 5) == b"234"
     with place.open("b.bin") as stream:
         stream.seek(8)
@@ -71,4 +74,5 @@ def test_a_link_is_not_a_file_of_the_folder(tmp_path):
     (tmp_path / "secret").write_text("words")
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "a").symlink_to(tmp_path / "secret")
-    assert Place(tmp_path / "shards").size("a") is None
+    place = Place(tmp_path / "shards")
+    assert (place.size("a"), place.sizes(), place.names()) == (None, {}, ["a"])
