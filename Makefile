@@ -28,8 +28,8 @@ demo: $(VENV)/.installed-demos ## answer questions about a long document; DOCUME
 test: $(VENV)/.installed-dev ## run the tests; ARGS="-k planning" for some of them
 	$(BIN)/pytest $(ARGS)
 
-soak: $(VENV)/.installed-dev ## kill writers of a store 200 times, at random moments
-	EXTEMB_SOAK=200 $(BIN)/pytest tests/store/test_faults.py $(ARGS)
+soak: $(VENV)/.installed-dev ## kill writers of a store, an index and a library 200 times each, at random moments
+	EXTEMB_SOAK=200 $(BIN)/pytest tests/store/test_faults.py tests/test_library.py -k killed $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .
