@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -180,7 +178,7 @@ class Indifferent:
 
     bos_token_id = None
     window = 64
-    text_config = SimpleNamespace(sliding_window=64)
+    has_sliding_window = True
 
     def embed(self, ids):
         return torch.as_tensor(ids)[..., None].float()
