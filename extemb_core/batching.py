@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from extemb_core.answers import Answer, AnswerStream, Ready, to_answer
@@ -26,7 +26,10 @@ class _Request:
     cancelled: threading.Event
     answer: Answer | None = None
     error: BaseException | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def done(self) -> bool:
+        return self.answer is not None or self.error is not None
 
 
 class Batcher:
@@ -42,9 +45,9 @@ class Batcher:
             raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
         self.lm = lm
         self.batch_size = batch_size
-        self._answering = threading.Lock()
+        self._changed = threading.Condition()  # what follows, and whether a request is done
+        self._answering = False
         self._waiting: list[_Request] = []
-        self._changed = threading.Condition()
         self._announced = 0
 
     @contextmanager
@@ -80,10 +83,7 @@ class Batcher:
             self._waiting += requests
             self._changed.notify_all()
         for request in requests:
-            while not request.done.is_set():
-                with self._answering:
-                    if not request.done.is_set():
-                        self._answer_some(request)
+            self._answer_with_others(request)
         answers = []
         for request in requests:
             if request.error is not None:
@@ -92,16 +92,16 @@ class Batcher:
             answers.append(request.answer)
         return answers
 
-    def _answer_some(self, own: _Request) -> None:
-        """One batch, with `own` in it."""
+    def _answer_with_others(self, own: _Request) -> None:
+        """Wait until `own` is answered, or nobody answers: then answer a batch with it."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: len(self._waiting) >= min(self._announced, self.batch_size), timeout=_GATHER_SECONDS
-            )
-            batch = [request for request in self._waiting if request is own or _may_join(request, own)]
-            batch = [own, *(request for request in batch if request is not own)][: self.batch_size]
-            self._waiting = [request for request in self._waiting if request not in batch]
+            self._changed.wait_for(lambda: own.done or not self._answering)
+            if own.done:
+                return
+            self._answering = True
+        batch = [own]
         try:
+            batch = self._gathered(own)
             if len(batch) == 1:
                 _alone(self.lm, own)
             else:
@@ -112,8 +112,20 @@ class Batcher:
             if not isinstance(error, Exception):
                 raise
         finally:
-            for request in batch:
-                request.done.set()
+            with self._changed:
+                self._answering = False
+                self._changed.notify_all()
+
+    def _gathered(self, own: _Request) -> list[_Request]:
+        """A batch of what waits, `own` first."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: len(self._waiting) >= min(self._announced, self.batch_size), timeout=_GATHER_SECONDS
+            )
+            others = [request for request in self._waiting if request is not own and _may_join(request, own)]
+            batch = [own, *others][: self.batch_size]
+            self._waiting = [request for request in self._waiting if request not in batch]
+        return batch
 
 
 def _may_join(request: _Request, other: _Request) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -85,6 +86,32 @@ def test_a_batch_has_a_size_and_other_settings_another_batch(lm, batches):
     assert [answer.text for answer in seeded] == [
         lm.ask(question, max_new_tokens=3, temperature=1.0, seed=5).text for question in QUESTIONS[:3]
     ]
+
+
+def test_who_is_answered_does_not_wait_for_the_batches_of_others(lm, monkeypatch):
+    monkeypatch.setattr("extemb_core.batching._GATHER_SECONDS", 1)  # for all of them, in this order
+    batcher = Batcher(lm)
+    go_on = threading.Event()
+    whole = LLM.stream
+
+    def stream(self, prompt, sampling, result=None):
+        if sampling.max_new_tokens == 3:
+            assert go_on.wait(30)
+        yield from whole(self, prompt, sampling, result)
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    with ThreadPoolExecutor(3) as pool, batcher.expecting(3):
+        lengths = (2, 3, 2)  # the slow one is second in the queue
+        made = []
+        for at, length in enumerate(lengths):
+            made.append(pool.submit(ask, batcher, QUESTIONS[at], max_new_tokens=length))
+            while at < 2 and not (batcher._answering and len(batcher._waiting) > at):
+                time.sleep(0.001)
+        try:
+            assert [made[at].result(timeout=20).new_tokens for at in (0, 2)] == [2, 2]
+        finally:
+            go_on.set()
+        assert made[1].result().new_tokens == 3
 
 
 def test_an_error_is_of_the_request_that_made_it(lm):
