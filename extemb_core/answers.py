@@ -113,7 +113,6 @@ class AnswerStream(Iterator[str]):
         from extemb_core.models.llm import Generated  # here, so that Answer alone does not load torch
 
         self._ready = ready
-        self._start = ready.start
         self._generated = Generated()
         self._pieces = llm.stream(ready.prompt.inputs(llm), sampling, self._generated)
         self._first_token: float | None = None
@@ -138,7 +137,7 @@ class AnswerStream(Iterator[str]):
             self._settle()
             raise
         if self._first_token is None:
-            self._first_token = time.perf_counter() - self._start
+            self._first_token = time.perf_counter() - self._ready.start
         return piece
 
     def finish(self) -> Answer:
@@ -162,7 +161,7 @@ class AnswerStream(Iterator[str]):
 
     def _settle(self) -> None:
         if self._answer is None:
-            total = time.perf_counter() - self._start
+            total = time.perf_counter() - self._ready.start
             first = self._first_token if self._first_token is not None else total
             self._answer = to_answer(self._ready, self._generated, first_token=first, total=total)
             if self._on_answer is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from extemb_core.answers import Answer, AnswerStream, ContextEntry, Ready, to_answer
+from extemb_core.batching import Batcher
 from extemb_core.context.assembly import (
     DOCUMENT_SEPARATOR,
     Part,
@@ -60,6 +61,7 @@ class ExtensibleLM:
 
     Attributes:
         refs: The documents that frameworks were handed refs of.
+        batcher: Answers what several threads ask at once.
     """
 
     def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, store: Store | None = None) -> None:
@@ -71,6 +73,7 @@ class ExtensibleLM:
         self.embedder = embedder
         self.store: Store = store if store is not None else MemoryStore()
         self.refs = Refs(self.store)
+        self.batcher = Batcher(self)
         self._ids: OrderedDict[str, np.ndarray[Any, Any]] = OrderedDict()
         self._ids_lock = threading.Lock()
 
@@ -304,10 +307,7 @@ class ExtensibleLM:
         max_new_tokens: int = 256,
     ) -> Plan:
         """What would become of each document, without compressing or answering: `print(lm.plan(...).explain())`."""
-        messages, joined = _as_messages(question), as_documents(documents)
-        texts = joined + _inline(messages)
-        room = self._room(assemble_chat(self.llm, _replaced(messages)), max_new_tokens, budget, texts)
-        return self._plan(texts, room, ratio, headed=len(joined))
+        return self._planned(_as_messages(question), as_documents(documents), max_new_tokens, budget, ratio)[1]
 
     def positions(
         self,
@@ -318,11 +318,19 @@ class ExtensibleLM:
         ratio: str | int = "auto",
     ) -> int:
         """Positions of the window that a prompt takes, its documents included; nothing is compressed."""
-        messages = _as_messages(question)
-        bare = len(assemble_chat(self.llm, _replaced(messages)))
-        if not as_documents(documents) and not _inline(messages):
-            return bare
-        return bare + self.plan(messages, documents, budget=budget, ratio=ratio, max_new_tokens=0).positions
+        messages, joined = _as_messages(question), as_documents(documents)
+        if not joined and not _inline(messages):
+            return len(assemble_chat(self.llm, messages))
+        bare, plan = self._planned(messages, joined, 0, budget, ratio)
+        return len(bare) + plan.positions
+
+    def _planned(
+        self, messages: Messages, joined: list[Document], new_tokens: int, budget: int | None, ratio: str | int
+    ) -> tuple[Prompt, Plan]:
+        """A prompt without its documents, and what becomes of them."""
+        texts = joined + _inline(messages)
+        bare = assemble_chat(self.llm, _replaced(messages))
+        return bare, self._plan(texts, self._room(bare, new_tokens, budget, texts), ratio, headed=len(joined))
 
     def compress(self, documents: Documents, *, ratio: int | None = None, show_progress: bool | None = None) -> None:
         """Compress documents now, so that later questions about them start at once.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, ClassVar, cast
 from uuid import uuid4
@@ -25,7 +25,7 @@ from extemb_core.answers import Answer, AnswerStream
 from extemb_core.context.tools import opening_of, parse_calls
 from extemb_core.lm import ExtensibleLM
 from langchain_extemb.messages import to_documents, to_messages
-from langchain_extemb.models import Answering, told
+from langchain_extemb.models import Answering
 
 MOST_AT_ONCE = 32
 _pool = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="extemb")  # of all models: none of them blocks a loop
@@ -52,10 +52,6 @@ class ChatExtensible(Answering, BaseChatModel):
     @property
     def _llm_type(self) -> str:
         return "extemb-chat"
-
-    @property
-    def _identifying_params(self) -> dict[str, Any]:
-        return self._identity()
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         settings = {name: kwargs.get(name, getattr(self, name)) for name in ("temperature", "max_tokens")}
@@ -112,7 +108,7 @@ class ChatExtensible(Answering, BaseChatModel):
                 if run_manager:
                     run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
-        yield _last(stream.answer, kwargs.get("model") or self.model)
+        yield self._last(stream.answer, kwargs)
 
     async def _astream(
         self,
@@ -138,7 +134,7 @@ class ChatExtensible(Answering, BaseChatModel):
                 if run_manager:
                     await run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
-            yield _last(stream.answer, kwargs.get("model") or self.model)
+            yield self._last(stream.answer, kwargs)
         finally:  # whoever stops reading stops the LLM
             _pool.submit(_close, opening, working)
 
@@ -153,10 +149,8 @@ class ChatExtensible(Answering, BaseChatModel):
         """Prompts answered together, up to `max_concurrency` of the config at a time."""
         if not inputs:
             return []
-        configs = get_config_list(config, len(inputs))
-        at_once = configs[0].get("max_concurrency") or min(MOST_AT_ONCE, len(inputs))
-        configs = [{**one, "max_concurrency": at_once} for one in configs]
-        with self._shared().batcher.expecting(min(at_once, len(inputs))):
+        configs, at_once = _at_once(config, len(inputs))
+        with self._lm_of(kwargs).batcher.expecting(at_once):
             return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     async def abatch(
@@ -170,10 +164,9 @@ class ChatExtensible(Answering, BaseChatModel):
         """`batch` without blocking the event loop."""
         if not inputs:
             return []
-        configs = get_config_list(config, len(inputs))
-        at_once = configs[0].get("max_concurrency") or MOST_AT_ONCE
-        shared = await asyncio.wrap_future(_pool.submit(self._shared))
-        with shared.batcher.expecting(min(at_once, len(inputs))):
+        configs, at_once = _at_once(config, len(inputs))
+        lm = await asyncio.wrap_future(_pool.submit(self._lm_of, kwargs))
+        with lm.batcher.expecting(at_once):
             return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     def bind_tools(
@@ -205,9 +198,6 @@ class ChatExtensible(Answering, BaseChatModel):
         lm = self.lm
         return lm.positions(to_messages(messages, lm.refs), budget=self.budget, ratio=self.ratio)
 
-    def get_token_ids(self, text: str) -> list[int]:
-        return [int(one) for one in self.lm.llm.encode(text)]
-
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _answer(
@@ -217,32 +207,28 @@ class ChatExtensible(Answering, BaseChatModel):
         settings: dict[str, Any],
         cancelled: threading.Event | None,
     ) -> Answer:
-        shared = self._shared(settings.get("model"), settings.get("embedder"))
-        return shared.batcher.answer(
-            *shared.lm.prepare(**self._prepared(shared.lm, messages, stop, settings)), cancelled
-        )
+        lm = self._lm_of(settings)
+        return lm.batcher.answer(*lm.prepare(**self._prepared(lm, messages, stop, settings)), cancelled)
 
     def _opened(self, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]) -> AnswerStream:
-        lm = self._shared(settings.get("model"), settings.get("embedder")).lm
+        lm = self._lm_of(settings)
         return lm.stream(**self._prepared(lm, messages, stop, settings))
 
     def _prepared(
         self, lm: ExtensibleLM, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]
     ) -> dict[str, Any]:
         """What `ExtensibleLM.prepare` takes."""
-        tools = settings.get("tools") or ()
         return self._asked(stop, settings) | {
             "question": to_messages(messages, lm.refs),
             "documents": to_documents(settings.get("documents")),
             "condense": True,
-            "tools": tools if settings.get("tool_choice") != "none" else (),
-            "opening": opening_of(tools, settings.get("tool_choice")) if tools else "",
+            "tools": settings.get("tools") or () if settings.get("tool_choice") != "none" else (),
+            "opening": _opening(settings),
         }
 
     def _result(self, answer: Answer, settings: dict[str, Any]) -> ChatResult:
-        tools = settings.get("tools")
-        opening = opening_of(tools, settings.get("tool_choice")) if tools else ""
-        text, calls = parse_calls(opening + answer.text) if tools else (answer.text, [])
+        called = bool(settings.get("tools"))
+        text, calls = parse_calls(_opening(settings) + answer.text) if called else (answer.text, [])
         message = AIMessage(
             content=text,
             tool_calls=[
@@ -256,9 +242,19 @@ class ChatExtensible(Answering, BaseChatModel):
                 if one.arguments is None
             ],
             usage_metadata=_usage(answer),
-            response_metadata=told(answer, settings.get("model") or self.model),
+            response_metadata=self._told(answer, settings),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _last(self, answer: Answer, settings: Mapping[str, Any]) -> ChatGenerationChunk:
+        """What is known when all was written."""
+        message = AIMessageChunk(
+            content="",
+            usage_metadata=_usage(answer),
+            response_metadata=self._told(answer, settings),
+            chunk_position="last",
+        )
+        return ChatGenerationChunk(message=message)
 
 
 def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:
@@ -281,12 +277,16 @@ def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=chunk)
 
 
-def _last(answer: Answer, model: str) -> ChatGenerationChunk:
-    """What is known when all was written."""
-    message = AIMessageChunk(
-        content="", usage_metadata=_usage(answer), response_metadata=told(answer, model), chunk_position="last"
-    )
-    return ChatGenerationChunk(message=message)
+def _at_once(config: RunnableConfig | list[RunnableConfig] | None, count: int) -> tuple[list[RunnableConfig], int]:
+    """Configs of a batch, and how many of its prompts run at once: as many as they allow, or as a batch holds."""
+    configs = get_config_list(config, count)
+    at_once = min(configs[0].get("max_concurrency") or MOST_AT_ONCE, count)
+    return [{**one, "max_concurrency": at_once} for one in configs], at_once
+
+
+def _opening(settings: Mapping[str, Any]) -> str:
+    tools = settings.get("tools")
+    return opening_of(tools, settings.get("tool_choice")) if tools else ""
 
 
 def _chunk(piece: str) -> ChatGenerationChunk:

@@ -11,7 +11,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from extemb_core.answers import AnswerStream
 from langchain_extemb.messages import to_documents
-from langchain_extemb.models import Answering, told
+from langchain_extemb.models import Answering
 
 
 class ExtensibleLLM(Answering, BaseLLM):
@@ -24,10 +24,6 @@ class ExtensibleLLM(Answering, BaseLLM):
     def _llm_type(self) -> str:
         return "extemb"
 
-    @property
-    def _identifying_params(self) -> dict[str, Any]:
-        return self._identity()
-
     def _generate(
         self,
         prompts: list[str],
@@ -35,13 +31,13 @@ class ExtensibleLLM(Answering, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        shared = self._shared(kwargs.get("model"), kwargs.get("embedder"))
+        lm = self._lm_of(kwargs)
         documents, settings = to_documents(kwargs.get("documents")), self._asked(stop, kwargs)
-        prepared = [shared.lm.prepare_text(shared.lm.refs.find(prompt), documents, **settings) for prompt in prompts]
+        prepared = [lm.prepare_text(lm.refs.find(prompt), documents, **settings) for prompt in prompts]
         return LLMResult(
             generations=[
-                [Generation(text=answer.text, generation_info=told(answer, kwargs.get("model") or self.model))]
-                for answer in shared.batcher.answer_all(prepared)
+                [Generation(text=answer.text, generation_info=self._told(answer, kwargs))]
+                for answer in lm.batcher.answer_all(prepared)
             ]
         )
 
@@ -52,7 +48,7 @@ class ExtensibleLLM(Answering, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        lm = self._shared(kwargs.get("model"), kwargs.get("embedder")).lm
+        lm = self._lm_of(kwargs)
         prepared = lm.prepare_text(
             lm.refs.find(prompt), to_documents(kwargs.get("documents")), **self._asked(stop, kwargs)
         )
@@ -62,7 +58,4 @@ class ExtensibleLLM(Answering, BaseLLM):
                 if run_manager:
                     run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
-        yield GenerationChunk(text="", generation_info=told(stream.answer, kwargs.get("model") or self.model))
-
-    def get_token_ids(self, text: str) -> list[int]:
-        return [int(one) for one in self.lm.llm.encode(text)]
+        yield GenerationChunk(text="", generation_info=self._told(stream.answer, kwargs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, PrivateAttr
@@ -10,7 +11,7 @@ from typing_extensions import Self
 from extemb_core.answers import Answer
 from extemb_core.errors import ConfigError
 from extemb_core.lm import ExtensibleLM
-from extemb_core.sharing import Shared, share, wrap
+from extemb_core.sharing import share
 
 _PER_CALL = {
     "model", "embedder", "documents", "budget", "ratio", "max_tokens", "temperature", "top_p", "top_k",
@@ -51,14 +52,9 @@ class LoadedWhenNeeded(BaseModel):
     @property
     def lm(self) -> ExtensibleLM:
         """The model; it is loaded now if it was not."""
-        return self._shared().lm
-
-    def _shared(self, model: str | None = None, embedder: str | None = None) -> Shared:
-        """The model, or another one with the same store."""
-        if model is None and self._given is not None:
-            return wrap(self._given)
-        which = (self.model, self.embedder) if model is None else (model, embedder)
-        return share(*which, store=self.store, device=self.device, dtype=self.dtype)
+        if self._given is not None:
+            return self._given
+        return share(self.model, self.embedder, store=self.store, device=self.device, dtype=self.dtype)
 
 
 class Answering(LoadedWhenNeeded):
@@ -79,7 +75,8 @@ class Answering(LoadedWhenNeeded):
     stop: list[str] | None = None
     """Texts that end an answer."""
 
-    def _identity(self) -> dict[str, Any]:
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
         """All that an answer depends on, besides the messages."""
         settings = {
             name: getattr(self, name)
@@ -88,7 +85,39 @@ class Answering(LoadedWhenNeeded):
         }  # fmt: skip
         return settings | {"embedder": self.lm.embedder.fingerprint, "dtype": str(self.lm.llm.dtype)}
 
-    def _asked(self, stop: list[str] | None, settings: dict[str, Any]) -> dict[str, Any]:
+    def get_token_ids(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return [int(one) for one in self.lm.llm.encode(text)]
+
+    def _lm_of(self, settings: Mapping[str, Any]) -> ExtensibleLM:
+        """The model of one call, which may name another than this object's."""
+        model = settings.get("model")
+        if model is None:
+            return self.lm
+        return share(model, settings.get("embedder"), store=self.store, device=self.device, dtype=self.dtype)
+
+    def _told(self, answer: Answer, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Metadata of a response: what became of each document, and how the answer ended."""
+        documents = [
+            {
+                "id": entry.ref,
+                "source": entry.source,
+                "raw_tokens": entry.n_tokens,
+                "positions": entry.positions,
+                "fidelity": entry.fidelity,
+                "cached": entry.cached,
+                "reason": entry.reason,
+            }
+            for entry in answer.context
+        ]
+        return {
+            "model_name": settings.get("model") or self.model,
+            "model_provider": "extemb",
+            "finish_reason": answer.finish_reason,
+            "extemb": {"documents": documents, "seconds": dict(answer.seconds)},
+        }
+
+    def _asked(self, stop: list[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of one call, for `ExtensibleLM.stream`, without its documents.
 
         Raises:
@@ -104,25 +133,3 @@ class Answering(LoadedWhenNeeded):
                   for name in _PER_CALL - {"model", "embedder", "documents"}}  # fmt: skip
         chosen["max_new_tokens"] = chosen.pop("max_tokens")
         return chosen | {"stop": [*(stop or self.stop or [])]}
-
-
-def told(answer: Answer, model: str) -> dict[str, Any]:
-    """Metadata of a response: what became of each document, and how the answer ended."""
-    documents = [
-        {
-            "id": entry.ref,
-            "source": entry.source,
-            "raw_tokens": entry.n_tokens,
-            "positions": entry.positions,
-            "fidelity": entry.fidelity,
-            "cached": entry.cached,
-            "reason": entry.reason,
-        }
-        for entry in answer.context
-    ]
-    return {
-        "model_name": model,
-        "model_provider": "extemb",
-        "finish_reason": answer.finish_reason,
-        "extemb": {"documents": documents, "seconds": dict(answer.seconds)},
-    }
