@@ -169,7 +169,6 @@ class Environment:
                 readonly=self.readonly,
                 lock=writable or not self.readonly,
                 readahead=False,
-                meminit=False,
             )
         except lmdb.Error as error:
             raise _damaged_or_refused(self.folder, error) from error

@@ -279,3 +279,12 @@ def test_a_ref_that_is_none_is_an_error(store):
     for ref in ("ext:12", "12" * 16, "ext:" + "zz" * 16, ""):
         with pytest.raises(ConfigError, match="is not a document's ref"):
             store.get(ref, FINGERPRINT, 4)
+
+
+def test_the_file_holds_nothing_but_what_was_put(tmp_path):
+    texts = [compressed(at) for at in range(6)]
+    for number in range(10):  # memory that was used before has copies of them
+        with EmbeddingStore.open(tmp_path / str(number)) as store:
+            store.put(*texts)
+        content = (tmp_path / str(number) / "data.mdb").read_bytes()
+        assert [content.count(text.embeddings.half().numpy().tobytes()) for text in texts] == [1] * 6
