@@ -52,6 +52,12 @@ def write_whole(file: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def sha256_of(file: Path) -> str:
+    """The hash of a file, read block by block."""
+    with file.open("rb") as stream:
+        return sha256_of_stream(stream)
+
+
 def sha256_of_stream(stream: BinaryIO) -> str:
     """The hash of what is left of a stream, read block by block."""
     digest = hashlib.sha256()

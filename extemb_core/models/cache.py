@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import WeightsCorruptError, WeightsError
-from extemb_core.files import push
+from extemb_core.files import push, sha256_of
 from extemb_core.models.dequantise import CONVERSION_VERSION
 from extemb_core.models.known import KnownModel
-from extemb_core.models.sources import sha256_of
 
 MANIFEST = "extemb-weights.json"
 

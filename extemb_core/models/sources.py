@@ -11,17 +11,11 @@ from pathlib import Path
 from typing import IO
 
 from extemb_core.errors import WeightsCorruptError, WeightsNotFoundError
-from extemb_core.files import sha256_of_stream
+from extemb_core.files import sha256_of
 from extemb_core.models.known import KnownModel, Part
 from extemb_core.progress import progress as progress_bar
 
 _BLOCK_BYTES = 1 << 20
-
-
-def sha256_of(file: Path) -> str:
-    """The hash of a file, read block by block."""
-    with file.open("rb") as stream:
-        return sha256_of_stream(stream)
 
 
 def installed_file(part: Part) -> Path | None:

@@ -15,8 +15,9 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from extemb_core.errors import ConfigError, MissingExtraError, WeightsCorruptError, WeightsNotFoundError
+from extemb_core.files import sha256_of
 from extemb_core.models.known import Part
-from extemb_core.models.sources import installed_file, sha256_of
+from extemb_core.models.sources import installed_file
 
 SENTENCE_TRANSFORMERS = "sentence-transformers:"  # begins the names of its encoders
 

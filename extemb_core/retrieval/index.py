@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from extemb_core.errors import ConfigError, MissingExtraError, StoreError
-from extemb_core.files import whole, write_whole
-from extemb_core.models.sources import sha256_of
+from extemb_core.files import sha256_of, whole, write_whole
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 _FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds

@@ -13,9 +13,9 @@ from typing import Any
 from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, MissingExtraError
 from extemb_core.progress import progress
 from extemb_core.scale import ROWS_PER_BATCH
-from extemb_core.scale.worker import Batch, CompressWorker, check_output, finished, seal
+from extemb_core.scale.worker import Batch, CompressWorker, finished, seal
 from extemb_core.store.coding import Dtype
-from extemb_core.store.places import Place
+from extemb_core.store.places import Place, is_url
 from extemb_core.store.shards import Shard
 
 PARQUET = (".parquet",)
@@ -88,7 +88,6 @@ def compress_corpus(
         if value < 1:
             raise ConfigError(f"{name}={value} is below 1; pass a positive whole number")
     kind, files = _inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
-    check_output(output)
     done = finished(output)
     with _cluster(ray_address) as data:
         start = time.perf_counter()
@@ -148,7 +147,7 @@ def _inputs(inputs: Sequence[str | Path]) -> tuple[tuple[str, ...], list[str]]:
     files: list[str] = []
     for one in inputs:
         path = Path(one)
-        if "://" in str(one):
+        if is_url(one):
             files.append(str(one))
         elif path.is_dir():
             files += [str(file) for file in sorted(path.rglob("*")) if file.name.endswith((*PARQUET, *ROWS))]

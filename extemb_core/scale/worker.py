@@ -19,7 +19,16 @@ from extemb_core.retrieval.splitting import split_passages
 from extemb_core.store.coding import Dtype, check_dtype
 from extemb_core.store.places import Place
 from extemb_core.store.records import ref_bytes
-from extemb_core.store.shards import MANIFEST, SUFFIX, Shard, ShardReader, read_manifest, write_manifest, write_shard
+from extemb_core.store.shards import (
+    MANIFEST,
+    SUFFIX,
+    Shard,
+    ShardReader,
+    read_manifest,
+    require_only_shards,
+    write_manifest,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from extemb_core.models.compressed import Compressed
@@ -216,19 +225,36 @@ def _parsed(place: Place, name: str, text: str) -> Shard | None:
     try:
         shard = Shard(**json.loads(text))
     except (ValueError, TypeError) as error:
-        raise StoreCorruptError(f"{place}/{name} is no receipt of a shard ({error}); remove it") from error
+        raise StoreCorruptError(f"{place.naming(name)} is no receipt of a shard ({error}); remove it") from error
     return shard if shard.file == name.removesuffix(_RECEIPT) + SUFFIX else None
+
+
+def check_output(output: str | Path) -> list[Shard]:
+    """See that a folder is empty or of earlier runs. Returns their whole shards.
+
+    Raises:
+        StoreError: It holds something else, which `seal` must not touch.
+    """
+    place = Place(output)
+    names, shards = require_only_shards(place), receipts(output)
+    of_runs = {shard.file for shard in shards}
+    if MANIFEST in names and any(shard.file not in of_runs for shard in read_manifest(place, verify=False)):
+        raise StoreError(f"{place} holds the export of a store; pass another folder")
+    return shards
 
 
 def finished(output: str | Path) -> dict[tuple[str, int], Refs]:
     """What is in the shards of a folder: for each fingerprint and ratio the refs, sorted, for `CompressWorker(done=)`.
 
     Of every shard no more is read than its list of documents.
+
+    Raises:
+        StoreError: See `check_output`.
     """
     found: dict[tuple[str, int], list[Refs]] = {}
     place = Place(output)
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        readers = list(pool.map(lambda shard: ShardReader(place, shard.file), receipts(output)))
+        readers = list(pool.map(lambda shard: ShardReader(place, shard.file), check_output(output)))
     for reader in readers:
         for ratio in np.unique(reader.ratios):
             own = reader.refs[reader.ratios == ratio]
@@ -249,22 +275,6 @@ def seal(output: str | Path) -> list[Shard]:
         if name.startswith(("shard-", ".shard-")) and name not in whole:
             place.remove(name)
     return shards
-
-
-def check_output(output: str | Path) -> None:
-    """See that a folder is empty or of earlier runs.
-
-    Raises:
-        StoreError: It holds something else, which `seal` must not touch.
-    """
-    place = Place(output)
-    names = place.names()
-    foreign = [name for name in names if not name.startswith(("shard-", ".shard-", MANIFEST, f".{MANIFEST}"))]
-    if foreign:
-        raise StoreError(f"{place} holds {foreign[0]!r}, which is no shard; pass a new folder")
-    of_runs = {shard.file for shard in receipts(output)}
-    if MANIFEST in names and any(shard.file not in of_runs for shard in read_manifest(place, verify=False)):
-        raise StoreError(f"{place} holds the export of a store; pass another folder")
 
 
 def _sortable(refs: Any) -> Refs:

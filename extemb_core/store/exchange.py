@@ -10,7 +10,15 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.progress import progress
 from extemb_core.store.places import Place
 from extemb_core.store.records import Kind
-from extemb_core.store.shards import MANIFEST, Shard, ShardReader, read_manifest, write_manifest, write_shard
+from extemb_core.store.shards import (
+    MANIFEST,
+    Shard,
+    ShardReader,
+    read_manifest,
+    require_only_shards,
+    write_manifest,
+    write_shard,
+)
 from extemb_core.store.store import EmbeddingStore
 
 SHARD_BYTES = 256 * 2**20
@@ -24,7 +32,7 @@ def export_store(
 
     Args:
         store: Is read while others may write; documents that come meanwhile may be among them or not.
-        folder: A new or empty one, or one whose export was interrupted.
+        folder: A path or a URL that fsspec knows: a new or empty one, or one whose export was interrupted.
         shard_bytes: Of the embeddings of a shard, about.
         show_progress: Show a bar; None shows it on a terminal.
 
@@ -34,22 +42,18 @@ def export_store(
     """
     if shard_bytes < 1:
         raise ConfigError(f"shard_bytes={shard_bytes} is below 1; pass e.g. {SHARD_BYTES}")
-    target = Path(folder)
-    if (target / MANIFEST).exists():
-        raise StoreError(f"{target} holds an export already; pass another folder")
-    own = ("shard-", ".shard-", f".{MANIFEST}.")  # with what a write that was killed leaves
-    foreign = sorted(file.name for file in target.glob("*") if not file.name.startswith(own))
-    if foreign:
-        raise StoreError(f"{target} holds {foreign[0]!r}, which is no shard; pass a new folder")
-    for leftover in target.glob("*"):  # of an export that was interrupted
-        leftover.unlink()
+    place = Place(folder)
+    names = require_only_shards(place)
+    if MANIFEST in names:
+        raise StoreError(f"{place} holds an export already; pass another folder")
+    for leftover in names:  # of an export that was interrupted
+        place.remove(leftover)
     shards: list[Shard] = []
     with progress("export", len(store), show_progress) as advance:
         for texts in _groups(store, shard_bytes):
-            shards.append(write_shard(target, f"shard-{len(shards):05d}", texts, store.dtype))
+            shards.append(write_shard(place, f"shard-{len(shards):05d}", texts, store.dtype))
             advance(len(texts))
-    target.mkdir(parents=True, exist_ok=True)
-    write_manifest(target, shards)
+    write_manifest(place, shards)
     return shards
 
 

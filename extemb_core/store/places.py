@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from extemb_core.errors import StoreError
-from extemb_core.files import sha256_of_stream, whole
+from extemb_core.files import sha256_of, sha256_of_stream, whole
 
 
 class Place:
@@ -33,8 +33,17 @@ class Place:
         self.where = str(where)
         self.local = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
 
+    @classmethod
+    def of(cls, where: str | Path | Place) -> Place:
+        """A folder by its path or URL, or one that is one already."""
+        return where if isinstance(where, Place) else cls(where)
+
     def __str__(self) -> str:
         return self.where
+
+    def naming(self, name: str) -> str:
+        """A file here, to be told."""
+        return f"{self.where.rstrip('/')}/{name}"
 
     def absolute(self) -> str:
         """The same place for a process that works in another folder."""
@@ -94,13 +103,13 @@ class Place:
             self.local.mkdir(parents=True, exist_ok=True)
             with whole(self.local / name) as temporary:
                 fill(temporary)
-                return _sha256_and_size(temporary)
+                return sha256_of(temporary), temporary.stat().st_size
         with tempfile.TemporaryDirectory(prefix="extemb-") as folder:
             temporary = Path(folder) / name
             fill(temporary)
             self._files.makedirs(self._root, exist_ok=True)
             self._files.put_file(str(temporary), self._path(name))  # object storage shows no half of it
-            return _sha256_and_size(temporary)
+            return sha256_of(temporary), temporary.stat().st_size
 
     def write_text(self, name: str, text: str) -> None:
         """`write` for a small text file."""
@@ -128,6 +137,6 @@ class Place:
         return f"{self._root.rstrip('/')}/{name}"
 
 
-def _sha256_and_size(file: Path) -> tuple[str, int]:
-    with file.open("rb") as stream:
-        return sha256_of_stream(stream), file.stat().st_size
+def is_url(where: str | Path) -> bool:
+    """Whether this is a URL and no path."""
+    return "://" in str(where)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from extemb_core.errors import StoreError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.places import Place
+from extemb_core.store.places import Place, is_url
 from extemb_core.store.records import ref_bytes
 from extemb_core.store.shards import MANIFEST, ShardReader, read_manifest
 
@@ -62,4 +62,4 @@ class ShardStore:
 
 def is_sharded(where: str | Path) -> bool:
     """Whether a store to be opened is a folder of shards: a URL, or a folder with a manifest."""
-    return "://" in str(where) or (Path(where) / MANIFEST).is_file()
+    return is_url(where) or (Path(where) / MANIFEST).is_file()

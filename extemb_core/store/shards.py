@@ -62,7 +62,7 @@ def write_shard(folder: str | Path | Place, name: str, texts: Sequence[Compresse
         ConfigError: There are none, or they are of several embedders.
         StoreError: The disk refuses; nothing is left of it.
     """
-    place = folder if isinstance(folder, Place) else Place(folder)
+    place = Place.of(folder)
     kinds = {Kind.of(text) for text in texts}
     if len(kinds) != 1:
         raise ConfigError(f"a shard holds documents of one embedder, and {len(kinds)} were passed; write one for each")
@@ -117,7 +117,7 @@ class ShardReader:
     """
 
     def __init__(self, folder: str | Path | Place, file: str) -> None:
-        self.place = folder if isinstance(folder, Place) else Place(folder)
+        self.place = Place.of(folder)
         self.file = file
         try:
             self._read_header()
@@ -129,7 +129,7 @@ class ShardReader:
             raise StoreCorruptError(f"{self} is not a whole shard ({error}); get it again") from error
 
     def __str__(self) -> str:
-        return f"{str(self.place).rstrip('/')}/{self.file}"
+        return self.place.naming(self.file)
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -204,7 +204,7 @@ class ShardReader:
 
 def write_manifest(folder: str | Path | Place, shards: Iterable[Shard]) -> None:
     """Name the shards of a folder: it is whole from now on."""
-    place = folder if isinstance(folder, Place) else Place(folder)
+    place = Place.of(folder)
     content = {"format": FORMAT, "version": VERSION, "shards": [asdict(shard) for shard in shards]}
     try:
         place.write_text(MANIFEST, json.dumps(content, indent=2) + "\n")
@@ -223,8 +223,8 @@ def read_manifest(folder: str | Path | Place, *, verify: bool = True) -> list[Sh
         StoreNotFoundError: There is no manifest.
         StoreCorruptError: It is damaged, names what is not in its folder, or a shard is not what was written.
     """
-    place = folder if isinstance(folder, Place) else Place(folder)
-    where = f"{str(place).rstrip('/')}/{MANIFEST}"
+    place = Place.of(folder)
+    where = place.naming(MANIFEST)
     try:
         content = json.loads(place.read_text(MANIFEST))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
@@ -247,6 +247,20 @@ def read_manifest(folder: str | Path | Place, *, verify: bool = True) -> list[Sh
         if verify and place.sha256(shard.file) != shard.sha256:
             raise StoreCorruptError(f"{shard.file} is not what was written (another sha256 than in {where})")
     return shards
+
+
+def require_only_shards(folder: str | Path | Place) -> list[str]:
+    """The names of what is in a folder of shards, whole ones and what writes that were killed left.
+
+    Raises:
+        StoreError: There is something else, which is not ours to remove.
+    """
+    place = Place.of(folder)
+    names = place.names()
+    foreign = [name for name in names if not name.startswith(("shard-", ".shard-", MANIFEST, f".{MANIFEST}."))]
+    if foreign:
+        raise StoreError(f"{place} holds {foreign[0]!r}, which is no shard; pass a new folder")
+    return names
 
 
 def _sum_of(ref: str, n_tokens: int, count: int, ratio: int, kind: Kind, dtype: Dtype, data: Any) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.evaluation.scoring import f1
+from extemb_core.files import sha256_of
 from extemb_core.models.llm import LLM, Sampling
-from extemb_core.models.sources import sha256_of
 from extemb_core.progress import progress
 from extemb_core.questions import Question, read_questions, template_for, templates
 
