@@ -187,7 +187,7 @@ class Library:
                     advance(1)
                     continue
                 counts["added" if known is None else "updated"] += 1
-                spans = split_passages(document.text, self.passage_tokens, self._n_tokens)
+                spans = split_passages(document.text, self.passage_tokens, lm.llm.lengths)
                 batch.append(Split(document, spans, [document.text[begin:end] for begin, end in spans]))
                 waiting += len(document.text) // _CHARS_PER_TOKEN
                 if waiting >= _BATCH_TOKENS:
@@ -356,15 +356,12 @@ class Library:
         return self._words[1]
 
     def _finest(self, lm: ExtensibleLM) -> int:
-        return min(lm.embedder.config.ratios) if self.ratio is None else self.ratio
+        return lm.embedder.config.finest(self.ratio)
 
     def _need_lm(self) -> ExtensibleLM:
         if self.lm is None:
             raise ConfigError("this library was opened without an LLM; pass lm=ExtensibleLM.from_pretrained(...)")
         return self.lm
-
-    def _n_tokens(self, texts: Sequence[str]) -> list[int]:
-        return [len(self._need_lm().llm.encode(text)) for text in texts]
 
 
 def _as_documents(documents: Any) -> list[Document]:

@@ -340,10 +340,8 @@ class ExtensibleLM:
             ratio: The finest ratio that will be asked for; the finest trained one when not given.
             show_progress: Show a bar; None shows it on a terminal.
         """
-        self._compressed(
-            [(text, min(self.embedder.config.ratios) if ratio is None else ratio) for text in as_documents(documents)],
-            show_progress,
-        )
+        finest = self.embedder.config.finest(ratio)
+        self._compressed([(text, finest) for text in as_documents(documents)], show_progress)
 
     def token_ids(self, text: str, ref: str) -> np.ndarray[Any, Any]:
         """(T,) ids of a document's text, remembered for recent documents."""

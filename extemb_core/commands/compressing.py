@@ -64,7 +64,7 @@ def compress(
         from extemb_core.lm import ExtensibleLM
 
         loaded = ExtensibleLM.from_pretrained(llm, embedder, device=device).embedder
-        finest = min(loaded.config.ratios) if ratio is None else loaded.config.require_ratio(ratio)
+        finest = loaded.config.finest(ratio)
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
     try:

@@ -12,9 +12,11 @@ from extemb_core.commands.inputs import (
     DEFAULT_LLM,
     DeviceOption,
     EmbedderOption,
+    FinestRatioOption,
     JsonOption,
     LlmOption,
     SeveralValues,
+    StoredDtypeOption,
 )
 from extemb_core.commands.reporting import emit, harmless, library_output, note, reported
 from extemb_core.commands.storing import verify
@@ -45,18 +47,11 @@ def add(
     llm: LlmOption = DEFAULT_LLM,
     embedder: EmbedderOption = None,
     encoder: EncoderOption = None,
-    ratio: Annotated[
-        int | None,
-        typer.Option(
-            "--ratio", metavar="N", help="The finest ratio that will be asked for.", show_default="the finest trained"
-        ),
-    ] = None,
+    ratio: FinestRatioOption = None,
     passage_tokens: Annotated[
         int, typer.Option("--passage-tokens", metavar="N", help="Tokens of a passage at most.")
     ] = PASSAGE_TOKENS,
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="NAME", help="Of embeddings on disk: float16, int8 or float32.")
-    ] = "float16",
+    dtype: StoredDtypeOption = "float16",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:

@@ -85,6 +85,15 @@ EmbedderOption = Annotated[
         show_default="the one shipped for the LLM",
     ),
 ]
+FinestRatioOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ratio", metavar="N", help="The finest ratio that will be asked for.", show_default="the finest trained"
+    ),
+]
+StoredDtypeOption = Annotated[
+    str, typer.Option("--dtype", metavar="NAME", help="Of embeddings on disk: float16, int8 or float32.")
+]
 StoreOption = Annotated[
     str | None,
     typer.Option(

@@ -11,14 +11,22 @@ from typing import Annotated
 
 import typer
 
-from extemb_core.commands.inputs import DEFAULT_LLM, EmbedderOption, JsonOption, LlmOption, SeveralValues
+from extemb_core.commands.inputs import (
+    DEFAULT_LLM,
+    EmbedderOption,
+    FinestRatioOption,
+    JsonOption,
+    LlmOption,
+    SeveralValues,
+    StoredDtypeOption,
+)
 from extemb_core.commands.reporting import debugging, emit, library_output, note, reported
 from extemb_core.scale import ROWS_PER_BATCH
 
-app = typer.Typer(no_args_is_help=True, help="A corpus: compressed over many processes and machines.")
+app = typer.Typer(no_args_is_help=True)
 
 
-@app.callback()
+@app.callback()  # without it a group of one command would be that command
 def scale() -> None:
     """A corpus: compressed over many processes and machines."""
 
@@ -53,15 +61,8 @@ def compress(
     ],
     llm: LlmOption = DEFAULT_LLM,
     embedder: EmbedderOption = None,
-    ratio: Annotated[
-        int | None,
-        typer.Option(
-            "--ratio", metavar="N", help="The finest ratio that will be asked for.", show_default="the finest trained"
-        ),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="NAME", help="Of embeddings on disk: float16, int8 or float32.")
-    ] = "float16",
+    ratio: FinestRatioOption = None,
+    dtype: StoredDtypeOption = "float16",
     passage_tokens: Annotated[
         int | None,
         typer.Option(

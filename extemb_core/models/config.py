@@ -82,6 +82,14 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         super().__init__(**kwargs)
         self.bos_token_id = bos_token_id
 
+    def finest(self, ratio: int | None = None) -> int:
+        """`ratio`, which must be a trained one; the finest trained one when not given.
+
+        Raises:
+            RatioError: It is none of `ratios`.
+        """
+        return min(self.ratios) if ratio is None else self.require_ratio(ratio)
+
     def require_ratio(self, ratio: int) -> int:
         """Return `ratio` if it was trained, else raise a `RatioError` that names the legal ones."""
         if ratio not in self.ratios:

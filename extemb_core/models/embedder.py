@@ -364,7 +364,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         show_progress: bool | None,
     ) -> list[Compressed]:
         """Compress texts that come as pieces of ids; what a piece counts for on the bar comes with it."""
-        ratio = min(self.config.ratios) if ratio is None else self.config.require_ratio(ratio)
+        ratio = self.config.finest(ratio)
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
         made = [_Rows(self.config.hidden_size) for _ in texts]

@@ -257,6 +257,10 @@ class LLM:
             ids.frombytes(piece.tobytes())
         return np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32)
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each of some texts."""
+        return [len(self.encode(text)) for text in texts]
+
     def encode_pieces(self, text: str) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
         """`encode` piece by piece, so that a long text's ids need not be in memory together.
 

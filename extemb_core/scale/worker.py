@@ -114,8 +114,7 @@ class CompressWorker:
         self._column = column
         self._batch_size = batch_size
         self._embedder = ExtensibleLM.from_pretrained(llm, embedder, device=device).embedder
-        config = self._embedder.config
-        self._ratio = min(config.ratios) if ratio is None else config.require_ratio(ratio)
+        self._ratio = self._embedder.config.finest(ratio)
         own = self._embedder.fingerprint
         self._done = [
             refs
@@ -163,11 +162,8 @@ class CompressWorker:
             return []
         if self._passage_tokens is None:
             return [document]
-        spans = split_passages(document.text, self._passage_tokens, self._n_tokens)
+        spans = split_passages(document.text, self._passage_tokens, self._embedder.llm.lengths)
         return [Document(document.text[begin:end]) for begin, end in spans]
-
-    def _n_tokens(self, texts: Sequence[str]) -> list[int]:
-        return [len(self._embedder.llm.encode(text)) for text in texts]
 
     def _missing(self, refs: list[str]) -> list[str]:
         if not refs or not self._done:
