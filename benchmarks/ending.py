@@ -14,6 +14,22 @@ from extemb_core.errors import ExtembError
 from extemb_core.evaluation.provenance import provenance
 
 
+def parser(description: str | None, sections: Sequence[str]) -> argparse.ArgumentParser:
+    """What every script of sections takes; each adds its own."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--llm", default="smollm2-135m-instruct", help="known name, folder or hub id")
+    made.add_argument("--embedder", help="folder or hub id; the shipped one when not given")
+    made.add_argument("--only", nargs="+", choices=sections, help="some sections")
+    made.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
+    made.add_argument("--json", type=Path, help="where to write the report")
+    return made
+
+
+def verdicts(rows: Sequence[tuple[str, str, str, bool]]) -> list[str]:
+    """Lines of what was measured, its value, its target, and whether that was met."""
+    return [f"{what:<58}{value:>12}  {target:<14} {'met' if met else 'MISSED'}" for what, value, target, met in rows]
+
+
 def report(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,

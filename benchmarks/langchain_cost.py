@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -114,20 +113,13 @@ def table(report: dict[str, Any]) -> str:
         )
     if row := report.get("construct"):
         rows.append(("making the object", f"{row['median_ms']:.2f} ms", "< 5 ms", row["met"]))
-    return "\n".join(
-        f"{what:<40}{value:>12}  {target:<10} {'met' if met else 'MISSED'}" for what, value, target, met in rows
-    )
+    return "\n".join(ending.verdicts(rows))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", default="smollm2-135m-instruct", help="known name, folder or hub id")
-    parser.add_argument("--embedder", help="folder or hub id; the shipped one when not given")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections")
+    parser = ending.parser(__doc__, SECTIONS)
     parser.add_argument("--rounds", type=int, default=15, help="of first_token")
     parser.add_argument("--batch-rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
-    parser.add_argument("--json", type=Path, help="where to write the report")
     return parser
 
 

@@ -280,22 +280,17 @@ def table(report: dict[str, Any]) -> str:
     if row := report.get("search"):
         what = f"search in {row['n_vectors']:,}, recall {row['recall']:.3f}"
         rows.append((what, f"{row['median_ms']['HNSW32']:.2f} ms", "< 5 ms, 0.95", row["met"]))
-    lines += [f"{what:<58}{value:>12}  {target:<14} {'met' if met else 'MISSED'}" for what, value, target, met in rows]
+    lines += ending.verdicts(rows)
     return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", default="smollm2-135m-instruct", help="known name, folder or hub id")
-    parser.add_argument("--embedder", help="folder or hub id; the shipped one when not given")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections")
+    parser = ending.parser(__doc__, SECTIONS)
     parser.add_argument("--rounds", type=int, default=9, help="of the sections that alternate")
     parser.add_argument("--first-rounds", type=int, default=3, help="of first_token, which takes long")
     parser.add_argument("--documents", type=int, default=10_000, help="of the corpus that is added twice")
     parser.add_argument("--vectors", type=int, default=1_000_000, help="to search")
     parser.add_argument("--folder", type=Path, help="where to work; the system's temporary folder when not given")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
-    parser.add_argument("--json", type=Path, help="where to write the report")
     return parser
 
 

@@ -4,7 +4,7 @@
 
 Sections: throughput (`CompressWorker` in this process on all cores, and Ray Data with a process for each core), size
 (bytes of shards and of a store per token, at every ratio), index (bytes of a passage's vector in each kind of index).
-The plan that follows is arithmetic on them: so many tokens every day, compressed as they come.
+The plan that follows is arithmetic on all of them: so many tokens every day, compressed as they come.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         rows = 4 if options.quick else options.rows
-        corpus = Corpus(500 if options.quick else 8_000)
+        chars = 500 if options.quick else 8_000
         sections: dict[str, Callable[[], dict[str, Any]]] = {
-            "throughput": lambda: throughput(folder, models, corpus, rows, 1 if options.quick else options.rounds),
-            "size": lambda: size(folder, models, corpus, rows),
+            "throughput": lambda: throughput(folder, models, chars, rows, 1 if options.quick else options.rounds),
+            "size": lambda: size(folder, models, chars, rows),
             "index": lambda: index(folder, 1_000 if options.quick else 100_000, INDICES[: 2 if options.quick else 3]),
         }
         report = {
@@ -67,34 +67,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-class Corpus:
+def texts(chars: int, rows: int, first: int = 0) -> list[str]:
     """Parts of the Python reference, of so many characters each, none equal to another."""
-
-    def __init__(self, chars: int) -> None:
-        self.chars = chars
-
-    def texts(self, rows: int, first: int = 0) -> list[str]:
-        whole = sample_text(self.chars * (first + rows))
-        return [f"Part {at}.\n" + whole[self.chars * at :][: self.chars] for at in range(first, first + rows)]
+    whole = sample_text(chars * (first + rows))
+    return [f"Part {at}.\n" + whole[chars * at :][:chars] for at in range(first, first + rows)]
 
 
-def throughput(folder: Path, models: dict[str, str], corpus: Corpus, rows: int, rounds: int) -> dict[str, Any]:
+def throughput(folder: Path, models: dict[str, str], chars: int, rows: int, rounds: int) -> dict[str, Any]:
     """Tokens per second, each round with other texts: one process on all cores, and Ray with a process for each core.
 
     Without the start of the process or of Ray and its workers, which is told on its own.
     """
     own: list[dict[str, float]] = []
     by_ray: list[dict[str, float]] = []
+    cores = os.cpu_count() or 1
     worker = CompressWorker(folder / "own", **models, passage_tokens=PASSAGE_TOKENS)
-    worker({"text": corpus.texts(1)})
+    worker({"text": texts(chars, 1)})
     for at in range(rounds):
-        columns = {"text": corpus.texts(rows, first=1 + at * rows)}
+        columns = {"text": texts(chars, rows, first=1 + at * rows)}
         start = time.perf_counter()
         made = worker(columns)
         own.append({"n_tokens": made["n_tokens"][0], "seconds": time.perf_counter() - start})
         file = folder / f"corpus-{at}.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in columns["text"]), encoding="utf-8")
-        cores = os.cpu_count() or 1
         start = time.perf_counter()
         done = compress_corpus(file, folder / f"ray-{at}", **models, passage_tokens=PASSAGE_TOKENS, workers=cores,
                                rows_per_batch=max(1, rows // (4 * cores)), show_progress=False)  # fmt: skip
@@ -108,7 +103,7 @@ def throughput(folder: Path, models: dict[str, str], corpus: Corpus, rows: int, 
     }
 
 
-def size(folder: Path, models: dict[str, str], corpus: Corpus, rows: int) -> dict[str, Any]:
+def size(folder: Path, models: dict[str, str], chars: int, rows: int) -> dict[str, Any]:
     """Bytes per token of text, receipts and manifest included, and in a store that took them in."""
     found: dict[str, Any] = {}
     lm = ExtensibleLM.from_pretrained(**models)
@@ -117,7 +112,7 @@ def size(folder: Path, models: dict[str, str], corpus: Corpus, rows: int) -> dic
             name = f"{ratio}-{dtype}"
             worker = CompressWorker(folder / name, **models, ratio=ratio, dtype=dtype,  # type: ignore[arg-type]
                                     passage_tokens=PASSAGE_TOKENS)  # fmt: skip
-            n_tokens = worker({"text": corpus.texts(rows)})["n_tokens"][0]
+            n_tokens = worker({"text": texts(chars, rows)})["n_tokens"][0]
             seal(folder / name)
             shards = sum(file.stat().st_size for file in (folder / name).iterdir())
             with EmbeddingStore.open(folder / f"{name}-store", dtype=dtype) as store:  # type: ignore[arg-type]
@@ -184,15 +179,10 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", default="smollm2-135m-instruct", help="known name, folder or hub id")
-    parser.add_argument("--embedder", help="folder or hub id; the shipped one when not given")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections; there is no plan then")
+    parser = ending.parser(__doc__, SECTIONS)
     parser.add_argument("--rows", type=int, default=24, help="documents of 8,000 characters in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work; the system's temporary folder when not given")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
-    parser.add_argument("--json", type=Path, help="where to write the report")
     return parser
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import ending
@@ -97,7 +96,7 @@ def table(report: dict[str, Any]) -> str:
         small, large = (size / 1e6 for size in row["bytes"])
         what = f"peak memory, {large:g} MB / {small:g} MB of text, {name.replace('_', ' ')}"
         rows.append((what, f"{row['ratio']:.3f}x", f"<= {row['target']:.2f}x", row["met"]))
-    lines = [f"{what:<58}{value:>12}  {target:<10} {'met' if met else 'MISSED'}" for what, value, target, met in rows]
+    lines = ending.verdicts(rows)
     if size := report.get("size"):
         lines.append(
             f"base install: {size['extemb_code_mb']:.1f} MB code, {size['extemb_weights_mb']:.1f} MB weights, "
@@ -108,15 +107,10 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", default="smollm2-135m-instruct", help="known name, folder or hub id")
-    parser.add_argument("--embedder", help="folder or hub id; the shipped one when not given")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections")
+    parser = ending.parser(__doc__, SECTIONS)
     parser.add_argument("--rounds", type=int, default=9, help="of the sections that alternate")
     parser.add_argument("--tokens", type=int, default=8192, help="to compress per round")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
     parser.add_argument("--thorough", action="store_true", help="memory of the LLM itself too, 1 MB against 2 MB")
-    parser.add_argument("--json", type=Path, help="where to write the report")
     return parser
 
 
