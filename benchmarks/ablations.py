@@ -1,13 +1,15 @@
 """Short trainings that differ in one thing each, on the same samples, and what comes of them.
 
-    python benchmarks/ablations.py benchmarks/ablations.yaml --llm runs/reader/reader --data train_text.jsonl.zst \
-        --questions train_qa.jsonl.zst --dev-questions dev_squad.jsonl.zst --dev-text dev_books.jsonl.zst \
-        --output runs/ablations --json benchmarks/results/ablations.json
+    python benchmarks/ablations.py benchmarks/ablations.yaml --llm smollm2-135m-instruct --data train_text.jsonl.zst \
+        --dev-text dev_books.jsonl.zst --output runs/ablations --json benchmarks/results/ablations.json
+    python benchmarks/ablations.py benchmarks/ablations_reader.yaml --llm smollm2-135m-reader --ratios 2 \
+        --data train_text.jsonl.zst --questions train_qa.jsonl.zst --dev-questions dev_squad.jsonl.zst \
+        --dev-text dev_books.jsonl.zst --output runs/ablations --json benchmarks/results/ablations_reader.json
 
 The YAML file has `base`, fields of `TrainingConfig` that all arms have, and `arms`, by name what each has besides.
 Measured are losses, which tell small differences that answers to a few hundred questions do not:
 
-    answers   of the reference answer after the question, the text given in several forms
+    answers   of the reference answer after the question, the text given in several forms; with --dev-questions
     text      of the next 255 tokens of books, 512 tokens of context given in several forms
 
 A stopped run goes on; arms that are in the JSON are not trained again.
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--start-from", help="folder of an earlier run, for all arms")
     parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--questions", nargs="+", default=[])
-    parser.add_argument("--dev-questions", required=True)
+    parser.add_argument("--dev-questions")
     parser.add_argument("--dev-text", required=True)
     parser.add_argument("--ratios", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--limit", type=int, default=100, help="questions")
@@ -84,14 +86,15 @@ def arm_config(args: argparse.Namespace, name: str, settings: dict[str, Any]) ->
 
 
 def measure(
-    trained: Trained, questions: str, text: str, ratios: tuple[int, ...], limit: int
+    trained: Trained, questions: str | None, text: str, ratios: tuple[int, ...], limit: int
 ) -> dict[str, dict[str, Any]]:
     """Losses in nats, with intervals over documents; "answers/full" and so on."""
     found: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
-        losses, documents = answer_losses(trained, questions, ratios, limit)
-        for arm, values in losses.items():
-            found[f"answers/{arm}"] = mean_with_interval(np.array(values), np.array(documents))
+        if questions is not None:
+            losses, documents = answer_losses(trained, questions, ratios, limit)
+            for arm, values in losses.items():
+                found[f"answers/{arm}"] = mean_with_interval(np.array(values), np.array(documents))
         config = PerplexityConfig(
             llm="", data=(text,), ratios=ratios, contexts=(512,), target=256, limit=20, batch_size=10
         )
