@@ -19,11 +19,11 @@ help: ## show this list
 unexport DOCUMENT QUESTION
 export DEMO_DOCUMENT := $(value DOCUMENT)
 export DEMO_QUESTION := $(value QUESTION)
-demo: $(VENV)/.installed-demos ## answer questions about a long document; DOCUMENT=file QUESTION="..." for your own
+demo: $(VENV)/.installed-demos ## find and answer in the Python reference; DOCUMENT=file-or-folder QUESTION="..." for your own
 	@set --; \
-	if [ -n "$$DEMO_DOCUMENT" ]; then set -- "$$@" --document "$$DEMO_DOCUMENT"; fi; \
+	if [ -n "$$DEMO_DOCUMENT" ]; then set -- "$$@" --documents "$$DEMO_DOCUMENT"; fi; \
 	if [ -n "$$DEMO_QUESTION" ]; then set -- "$$@" --question "$$DEMO_QUESTION"; fi; \
-	$(BIN)/python demos/python_reference.py "$$@"
+	$(BIN)/python demos/library.py "$$@"
 
 test: $(VENV)/.installed-dev ## run the tests; ARGS="-k planning" for some of them
 	$(BIN)/pytest $(ARGS)

@@ -1,7 +1,9 @@
 """Put documents into a library once, then find and ask them in any later run.
 
 The documents are the topics of the Python language reference that ships inside every CPython (`pydoc_data.topics`), or
-the files of a folder of yours. The first run compresses them, which takes a while; the second finds them unchanged.
+a file or folder of yours. The first run compresses them, which takes a while; the second finds them unchanged and reads
+their embeddings from disk. Each question is answered three ways from the same passages: as text, as text cut to the
+positions that the embeddings take, and as embeddings. Nothing is smoothed over: a small LLM gets some of it wrong.
 
     python demos/library.py
     python demos/library.py --documents notes/ --question "Who signed it?"
@@ -10,21 +12,24 @@ the files of a folder of yours. The first run compresses them, which takes a whi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from extemb_core import Answer, Document, ExtembError, ExtensibleLM, Library
+from extemb_core import Document, ExtembError, ExtensibleLM, Library
 from extemb_core.models.cache import cache_root
 
 QUESTIONS = (
-    "Which special method implements the built-in function len()?",
+    "What does the for statement iterate over?",
+    "Which module is the debugger?",
     "Which two values does the Boolean type have?",
-    "Which debugger command continues execution until a breakpoint is met?",
+    "Which special method implements the built-in function len()?",
+    "What is raised when an assertion fails?",
 )
 NEW_TOKENS = 32
 
@@ -35,15 +40,17 @@ def main() -> int:
     parser.add_argument("--question", action="append", help="what to ask; may be given several times")
     parser.add_argument("--library", type=Path, help="the library's folder; one in the cache when not given")
     parser.add_argument("--topics", type=int, help="how many topics of the Python reference; all when not given")
-    parser.add_argument("--llm", default="smollm2-135m-instruct", help="a path, known name or hub id")
+    parser.add_argument("--llm", default="smollm2-135m-reader-joint", help="a path, known name or hub id")
     parser.add_argument("--embedder", help="a path or hub id; the shipped one when not given")
-    parser.add_argument("--ratio", type=int, default=8, help="tokens per embedding")
-    parser.add_argument("--passages", type=int, default=6, help="to read for each question")
+    parser.add_argument("--ratio", type=int, default=4, help="tokens per embedding")
+    parser.add_argument("--passages", type=int, default=4, help="to read for each question")
     arguments = parser.parse_args()
+    if arguments.documents and not arguments.question:
+        parser.error("--documents needs a --question: those there are, are about Python")
     console = Console()
     try:
         lm = ExtensibleLM.from_pretrained(arguments.llm, arguments.embedder)
-        folder = arguments.library or cache_root() / "demo-library.extemb"
+        folder = arguments.library or _folder(arguments, lm)
         with Library(folder, lm, ratio=arguments.ratio) as library:
             added = library.add(arguments.documents or _topics(arguments.topics))
             console.print(
@@ -61,6 +68,12 @@ def main() -> int:
     return 0
 
 
+def _folder(arguments: argparse.Namespace, lm: ExtensibleLM) -> Path:
+    """In the cache, one for each collection of documents, embedder and ratio."""
+    of = (str(arguments.documents and arguments.documents.resolve()), lm.embedder.fingerprint, str(arguments.ratio))
+    return cache_root() / f"demo-{hashlib.sha256(' '.join(of).encode()).hexdigest()[:12]}.extemb"
+
+
 def _topics(count: int | None) -> list[Document]:
     from pydoc_data.topics import topics
 
@@ -69,19 +82,36 @@ def _topics(count: int | None) -> list[Document]:
 
 
 def _show(library: Library, question: str, arguments: argparse.Namespace, console: Console) -> None:
-    start = time.perf_counter()
-    answer = library.ask(question, k=arguments.passages, ratio=arguments.ratio, max_new_tokens=NEW_TOKENS)
-    table = Table(title=escape(question), title_justify="left", caption=_told(answer, time.perf_counter() - start))
-    for name in ("read", "tokens", "positions", "from"):
-        table.add_column(name, justify="left" if name in ("read", "from") else "right")
-    for entry in answer.context:
-        where = "disk" if entry.cached else "computed"
-        table.add_row(escape(entry.source), f"{entry.n_tokens:,}", f"{entry.positions:,}", where)
+    def ask(**settings: Any) -> Any:
+        return library.ask(question, k=arguments.passages, max_new_tokens=NEW_TOKENS, stop="\n", **settings)
+
+    embedded = ask(ratio=arguments.ratio)
+    taken = sum(entry.positions for entry in embedded.context)
+    ways = {
+        "as text": ask(ratio="raw"),
+        "as text, cut to as many positions": ask(ratio="raw", budget=taken),
+        "as embeddings": embedded,
+    }
+    from_disk = all(entry.cached for entry in embedded.context)
+    table = Table(
+        title=escape(question),
+        title_justify="left",
+        caption=f"{'from disk' if from_disk else 'computed'}: "
+        + escape(", ".join(f"{entry.source} ({entry.n_tokens})" for entry in embedded.context)),
+        caption_justify="left",
+    )
+    for name in ("passages", "read", "positions", "first token", "answer"):
+        table.add_column(name, justify="left" if name in ("passages", "answer") else "right", overflow="fold")
+    for way, answer in ways.items():
+        read = [entry for entry in answer.context if entry.fidelity != "dropped"]
+        table.add_row(
+            way,
+            f"{len(read)} of {len(answer.context)}",
+            f"{sum(entry.positions for entry in read):,}",
+            f"{answer.seconds['first_token']:.2f} s",
+            escape(" ".join(answer.text.split())),
+        )
     console.print(table)
-
-
-def _told(answer: Answer, seconds: float) -> str:
-    return f"{escape(' '.join(answer.text.split()))}\n({seconds:.1f} s)"
 
 
 if __name__ == "__main__":

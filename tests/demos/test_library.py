@@ -45,11 +45,12 @@ def test_topics_are_compressed_once_and_asked(run, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "3 documents added, 0 brought up to date, 0 unchanged" in shown
     assert "topics/" in shown
+    assert [way in shown for way in ("as text", "cut to as many positions", "as embeddings")] == [True] * 3
     monkeypatch.setattr(ExtensibleEmbedder, "compress_ids", lambda *args, **kwargs: pytest.fail("compressed again"))
     assert run(*arguments) == 0
     shown = capsys.readouterr().out
     assert "3 unchanged: 0 tokens compressed" in shown
-    assert "disk" in shown
+    assert "from disk: topics/" in shown
 
 
 def test_a_folder_of_the_user_and_one_that_is_not_there(run, capsys, tmp_path):
@@ -57,8 +58,13 @@ def test_a_folder_of_the_user_and_one_that_is_not_there(run, capsys, tmp_path):
     (tmp_path / "docs" / "mill.txt").write_text("The mill was built in 1820.")
     assert run("--documents", tmp_path / "docs", "--question", "When?") == 0
     assert "mill.txt:0-27" in capsys.readouterr().out
-    assert run("--documents", tmp_path / "none") == 1
+    assert run("--question", "When?", "--topics", "1") == 0  # in a library of its own
+    assert "mill.txt" not in capsys.readouterr().out
+    assert run("--documents", tmp_path / "none", "--question", "When?") == 1
     assert "error: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--documents", tmp_path / "docs")
+    assert "--documents needs a --question" in capsys.readouterr().err
 
 
 def test_the_notebook_runs_from_its_first_cell_to_its_last(monkeypatch, tmp_path, capsys):
@@ -71,7 +77,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(monkeypatch, tmp_path
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     names = {}
     for cell in cells:
-        few = cell.replace("N_TOPICS = 40", "N_TOPICS = 2").replace("max_new_tokens=32", "max_new_tokens=2")
+        few = cell.replace("N_TOPICS = 40", "N_TOPICS = 2").replace('max_new_tokens=32, stop="\\n"', "max_new_tokens=2")
         exec(compile(few.replace("k=4", "k=1"), "cell", "exec"), names)
     shown = capsys.readouterr().out
     assert "2 added, 0 unchanged" in shown

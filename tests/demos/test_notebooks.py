@@ -1,0 +1,24 @@
+"""The notebooks as they are shipped: short, and with the outputs of one run from top to bottom."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+DEMOS = Path(__file__).resolve().parents[2] / "demos"
+
+
+@pytest.mark.parametrize("path", sorted(DEMOS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_is_short_and_has_its_outputs(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert len(cells) <= 15
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    printing = [cell for cell in code if "print(" in "".join(cell["source"])]
+    assert printing
+    for cell in printing:
+        assert cell["outputs"], cell["source"]
+    assert {output["output_type"] for cell in code for output in cell["outputs"]} == {"stream"}
+    assert "/root" not in path.read_text(encoding="utf-8")
