@@ -9,10 +9,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.models.llm import LLM
+
+if TYPE_CHECKING:
+    from extemb_core.models.llm import LLM
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _CALL = re.compile(rf"{OPEN}\s*(.*?)\s*(?:{CLOSE}|\Z)", re.DOTALL)
@@ -29,14 +31,19 @@ class ToolCall:
     text: str
 
 
+def takes_tools(llm: LLM) -> bool:
+    """Whether an LLM's chat template has a place for tools, in the form that is understood here."""
+    template = llm.tokenizer.chat_template or ""
+    return "tools" in template and OPEN in template
+
+
 def require_tools(llm: LLM) -> None:
-    """See that an LLM's chat template has a place for tools, in the form that is understood here.
+    """See that an LLM's chat template has a place for tools.
 
     Raises:
         ConfigError: It has none.
     """
-    template = llm.tokenizer.chat_template or ""
-    if "tools" not in template or OPEN not in template:
+    if not takes_tools(llm):
         raise ConfigError(
             f"the chat template of {llm.name} has no place for tools in the form {OPEN}; take an LLM whose template "
             "has one, such as qwen2.5-coder-0.5b-instruct, or leave the tools out"

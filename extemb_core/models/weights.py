@@ -7,6 +7,7 @@ once into a folder of safetensors and JSON, where ``extemb-weights.json`` says w
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -29,6 +30,7 @@ __all__ = [
     "resolve_llm",
     "resolve_reader",
     "verify",
+    "window_of",
 ]
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
@@ -83,6 +85,25 @@ def resolve_reader(name: str | os.PathLike[str]) -> Path | None:
     """The folder of a reader's adapters, if this names one: a local folder, or one that is shipped."""
     folder = _local_path(name) or _shipped(_READER).get(str(name))
     return folder if folder is not None and (folder / "adapter_config.json").is_file() else None
+
+
+def window_of(name: str | os.PathLike[str]) -> int | None:
+    """Positions of an LLM's window, if a file on this machine says so; nothing is loaded or fetched for it.
+
+    Raises:
+        WeightsError: See `resolve_llm`, of a path.
+    """
+    if (reader := resolve_reader(name)) is not None:
+        base = json.loads((reader / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return window_of(base)
+    folder = _local_path(name)
+    if folder is None and (model := KNOWN_MODELS.get(str(name))) is not None:
+        folder = cache.folder_of(model)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = config.get("text_config", config).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
 
 
 def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str) -> Path | str:

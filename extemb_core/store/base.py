@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from extemb_core.models.compressed import Compressed
+if TYPE_CHECKING:
+    from extemb_core.models.compressed import Compressed
 
 
 class Store(Protocol):

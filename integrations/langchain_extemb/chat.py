@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 from uuid import uuid4
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -20,12 +20,18 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
+from typing_extensions import Self
 
 from extemb_core.answers import Answer, AnswerStream
-from extemb_core.context.tools import opening_of, parse_calls
-from extemb_core.lm import ExtensibleLM
+from extemb_core.context.tools import opening_of, parse_calls, takes_tools
+from extemb_core.models.weights import window_of
 from langchain_extemb.messages import to_documents, to_messages
 from langchain_extemb.models import Answering
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import ModelProfile
+
+    from extemb_core.lm import ExtensibleLM
 
 MOST_AT_ONCE = 32
 _pool = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="extemb")  # of all models: none of them blocks a loop
@@ -52,6 +58,35 @@ class ChatExtensible(Answering, BaseChatModel):
     @property
     def _llm_type(self) -> str:
         return "extemb-chat"
+
+    @classmethod
+    def from_lm(cls, lm: ExtensibleLM, **settings: Any) -> Self:
+        """Over a model that is loaded already."""
+        made = super().from_lm(lm, **settings)
+        if settings.get("profile") is None:
+            made.profile = made._resolve_model_profile()  # of which more is known now
+        return made
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        """What the LLM can do, as far as that is known before its weights are loaded."""
+        profile: ModelProfile = {
+            "text_inputs": True,
+            "image_inputs": False,
+            "audio_inputs": False,
+            "video_inputs": False,
+            "pdf_inputs": False,
+            "max_output_tokens": self.max_tokens,
+            "text_outputs": True,
+            "structured_output": False,
+            "reasoning_output": False,
+            "temperature": True,
+        }
+        if self._given is not None:
+            profile["tool_calling"] = takes_tools(self._given.llm)
+        window = self._given.llm.window if self._given is not None else window_of(self.model)
+        if window is not None:
+            profile["max_input_tokens"] = window
+        return profile
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         settings = {name: kwargs.get(name, getattr(self, name)) for name in ("temperature", "max_tokens")}

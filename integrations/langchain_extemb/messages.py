@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.documents.base import BaseMedia
@@ -11,7 +11,9 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMe
 
 from extemb_core.documents import TEXT_KEYS, Document
 from extemb_core.errors import DocumentError
-from extemb_core.refs import Refs
+
+if TYPE_CHECKING:
+    from extemb_core.refs import Refs
 
 _SILENT = {"reasoning", "tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "thinking"}
 _TEXTS = {"text", "input_text", "output_text"}

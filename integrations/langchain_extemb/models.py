@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, PrivateAttr
 from typing_extensions import Self
 
 from extemb_core.answers import Answer
 from extemb_core.errors import ConfigError
-from extemb_core.lm import ExtensibleLM
 from extemb_core.sharing import share
+
+if TYPE_CHECKING:
+    from extemb_core.lm import ExtensibleLM
 
 _PER_CALL = {
     "model", "embedder", "documents", "budget", "ratio", "max_tokens", "temperature", "top_p", "top_k",

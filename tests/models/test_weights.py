@@ -447,6 +447,21 @@ def test_a_shipped_reader_has_a_name(site: Path, tmp_path: Path) -> None:
         weights.resolve_embedder(None, "tiny-reader")
 
 
+def test_a_window_is_known_where_a_file_says_so(site: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "llm")
+    assert weights.window_of(folder) is None
+    (folder / "config.json").write_text('{"max_position_embeddings": 96}')
+    assert weights.window_of(folder) == 96
+    reader = tmp_path / "pretrained" / "tiny-reader" / "reader"
+    reader.mkdir(parents=True)
+    (reader / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{folder}"}}')
+    assert weights.window_of("tiny-reader") == 96
+    (folder / "config.json").write_text('{"text_config": {"max_position_embeddings": 64}}')
+    assert weights.window_of("tiny-reader") == 64
+    assert weights.window_of(NAME) is None
+    assert weights.window_of("someone/else") is None
+
+
 def test_the_embedder_is_the_shipped_one_or_the_named_one(site: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="embedder=None.*extemb train --llm tiny"):
         weights.resolve_embedder(None, NAME)

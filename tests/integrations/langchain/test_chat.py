@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.prompts import ChatPromptTemplate
 from tiny import SENTENCES, random_embedder, tiny_llm
 
+import langchain_extemb
 from extemb_core import ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
 from extemb_core.models.llm import LLM
@@ -290,6 +293,32 @@ def test_positions_are_counted_as_they_are_used(chat, documents):
     assert chat.get_num_tokens("one two") == len(tiny_llm().encode("one two"))
 
 
+def test_the_profile_says_what_is_known_before_weights_are_loaded(chat, lm):
+    from tiny import tool_llm
+
+    named = ChatExtensible.from_model_id("nobody/knows", max_tokens=7).profile
+    assert named["max_output_tokens"] == 7
+    assert not named["image_inputs"]
+    assert not {"max_input_tokens", "tool_calling"} & named.keys()
+    assert chat.profile["max_input_tokens"] == lm.llm.window
+    assert not chat.profile["tool_calling"]
+    with_tools = tool_llm()
+    assert ChatExtensible.from_lm(ExtensibleLM(with_tools, random_embedder(with_tools))).profile["tool_calling"]
+    assert ChatExtensible.from_lm(lm, profile={"max_input_tokens": 9}).profile == {"max_input_tokens": 9}
+
+
+def test_importing_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys, langchain_extemb; langchain_extemb.ChatExtensible.from_model_id('smollm2-135m-instruct'); "
+        "print([name for name in ('torch', 'transformers', 'faiss') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    assert dir(langchain_extemb) == sorted(dir(langchain_extemb))
+    assert set(langchain_extemb.__all__) <= set(dir(langchain_extemb))
+    with pytest.raises(AttributeError, match="no attribute 'Chat'"):
+        _ = langchain_extemb.Chat
+
+
 def test_tokens_are_called_back(chat):
     from langchain_core.callbacks import BaseCallbackHandler
 
@@ -344,3 +373,31 @@ def test_a_conversation_with_history_goes_on_past_three_windows(chat, lm):
     assert told[0] == []
     assert {one["fidelity"] for one in told[-1]} & {2, 4, 8}
     assert len(history.messages) == 48
+
+
+@pytest.mark.filterwarnings("ignore::langchain_core._api.deprecation.LangChainDeprecationWarning")
+async def test_a_conversation_of_a_checkpointer_goes_on_past_three_windows(chat, lm):
+    from langchain.agents import create_agent
+    from langgraph.checkpoint.memory import InMemorySaver
+
+    agent = create_agent(chat, tools=[], system_prompt="Be brief.", checkpointer=InMemorySaver())
+    thread = {"configurable": {"thread_id": "1"}}
+    answers = []
+    for number in range(24):
+        question = f"Question {number}: " + SENTENCES[9 * number % 150 :][:120]
+        state = {"messages": [{"role": "user", "content": question}]}
+        result = await agent.ainvoke(state, thread) if number % 2 else agent.invoke(state, thread)
+        answers.append(result["messages"][-1])
+    assert len(result["messages"]) == 48
+    length = lm.positions([{"role": "user", "content": "".join(str(one.content) for one in result["messages"])}])
+    assert length > 3 * lm.llm.window
+    assert max(one.usage_metadata["total_tokens"] for one in answers) <= lm.llm.window
+    assert answers[0].response_metadata["extemb"]["documents"] == []
+    condensed = answers[-1].response_metadata["extemb"]["documents"]
+    assert {one["fidelity"] for one in condensed} & {2, 4, 8}
+    assert (
+        agent.invoke({"messages": [{"role": "user", "content": "Hm?"}]}, {"configurable": {"thread_id": "2"}})[
+            "messages"
+        ][-1].response_metadata["extemb"]["documents"]
+        == []
+    )
