@@ -32,7 +32,7 @@ from extemb_core.errors import BudgetError, ConfigError, DocumentError, Mismatch
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
 from extemb_core.models.weights import resolve_embedder
-from extemb_core.refs import Refs
+from extemb_core.refs import Handed, Refs
 from extemb_core.store.base import Store
 from extemb_core.store.memory import MemoryStore
 
@@ -520,6 +520,7 @@ class ExtensibleLM:
                 else 0
                 for i, d in enumerate(documents)
             ],
+            finest=[document.finest if isinstance(document, Handed) else None for document in documents],
         )
 
     def _read(

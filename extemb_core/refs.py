@@ -1,9 +1,9 @@
 """Refs: what stands for a document in the text that a framework handles, and what finds the document again.
 
 A framework formats prompts, caches them and writes them to logs. What passes through it in a document's place is a
-mark, `[[ext:REF:SEAL]]`, of characters that templates and splitters leave alone. The seal is made with a secret of the
-store that keeps the document, so that nobody can write a mark who was not handed it: what merely looks like one, in a
-user's or a document's text, is text.
+mark, `[[ext:REF:SEAL]]`, of characters that templates and splitters leave alone; `[[ext:REF/8:SEAL]]` where the text
+is to be read at ratio 8 or coarser. The seal is made with a secret of the store that keeps the document, so that nobody
+can write a mark who was not handed it: what merely looks like one, in a user's or a document's text, is text.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import secrets
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from extemb_core.documents import REF_PREFIX, Document
@@ -28,13 +30,20 @@ from extemb_core.store.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
 
-MARK = re.compile(r"\[\[ext:([0-9a-f]{32}):([0-9a-f]{32})\]\]")
+MARK = re.compile(r"\[\[ext:([0-9a-f]{32}(?:/[1-9][0-9]{0,3})?):([0-9a-f]{32})\]\]")
 """What a mark looks like; whether it is one only its store can tell."""
 
 _SECRET = b"refs"
 _SECRET_BYTES = 32
 _SEAL_DIGITS = 32
 _KEPT_CHARS = 2**28  # of documents in memory
+
+
+@dataclass(frozen=True)
+class Handed(Document):
+    """A document that a mark stood for, and the finest ratio that it is to be read at; None is no limit."""
+
+    finest: int | None = field(default=None, kw_only=True)
 
 
 class Refs:
@@ -50,15 +59,24 @@ class Refs:
         if isinstance(store, EmbeddingStore):
             self._keepers.insert(1 if store.readonly else 0, _OnDisk(store.environment))
 
-    def put(self, *documents: Document) -> list[str]:
+    def put(self, *documents: Document, finest: Sequence[int | None] | None = None) -> list[str]:
         """Keep documents. Returns the mark of each; equal texts have equal marks, and the last title and source.
+
+        Args:
+            documents: What the marks will stand for.
+            finest: For each, the finest ratio that it is to be read at, or None.
 
         Raises:
             StoreError: The disk refuses.
         """
         keeper = self._keepers[0]
         keeper.put(documents)
-        return [f"[[{document.ref}:{_seal(keeper.secret(), document.ref)}]]" for document in documents]
+        limits = [None] * len(documents) if finest is None else finest
+        named = [
+            document.ref if limit is None else f"{document.ref}/{limit}"
+            for document, limit in zip(documents, limits, strict=True)
+        ]
+        return [f"[[{name}:{_seal(keeper.secret(), name)}]]" for name in named]
 
     def find(self, text: str) -> list[str | Document]:
         """A text as what it is made of: texts, and the documents that marks in it stand for, in order.
@@ -79,9 +97,10 @@ class Refs:
 
     def _document(self, match: re.Match[str]) -> Document | None:
         """What a mark stands for; None where it is none of ours."""
-        ref = REF_PREFIX + match[1]
+        name = REF_PREFIX + match[1]
+        ref, _, limit = name.partition("/")
         for keeper in self._keepers:
-            if not hmac.compare_digest(match[2], _seal(keeper.secret(), ref)):
+            if not hmac.compare_digest(match[2], _seal(keeper.secret(), name)):
                 continue
             document = keeper.get(ref)
             if document is None:
@@ -89,7 +108,8 @@ class Refs:
                     f"{match[0]} stands for a document that is not kept any more; compress the document again, or use "
                     "a store on disk"
                 )
-            return document
+            finest = int(limit) if limit else None
+            return Handed(document.text, title=document.title, metadata=document.metadata, finest=finest)
         logger.warning("%s looks like a ref, and was not made by this store; it is read as text", match[0])
         return None
 
@@ -184,5 +204,5 @@ class _OnDisk:
         return document
 
 
-def _seal(secret: bytes, ref: str) -> str:
-    return hmac.new(secret, ref.encode(), hashlib.sha256).hexdigest()[:_SEAL_DIGITS]
+def _seal(secret: bytes, name: str) -> str:
+    return hmac.new(secret, name.encode(), hashlib.sha256).hexdigest()[:_SEAL_DIGITS]

@@ -114,3 +114,16 @@ def test_memory_is_bounded_and_threads_may_share(monkeypatch):
     last = next(reversed(kept._documents))
     assert refs.find(marks[[document.ref for document in documents].index(last)])[0].ref == last
     assert text_ref(documents[0].text) == documents[0].ref
+
+
+def test_a_mark_may_say_the_finest_ratio_and_its_seal_covers_it(store, caplog):
+    refs = Refs(store)
+    plain, limited = refs.put(MILL, MILL, finest=[None, 8])
+    assert MARK.fullmatch(limited)
+    assert limited != plain
+    found = refs.find(f"{limited} or {plain}")
+    assert [(part.text, part.finest) for part in found if part != " or "] == [(MILL.text, 8), (MILL.text, None)]
+    forged = limited.replace("/8:", "/2:")
+    with caplog.at_level(logging.WARNING):
+        assert refs.find(forged) == [forged]
+    assert "looks like a ref" in caplog.text

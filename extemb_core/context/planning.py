@@ -92,6 +92,7 @@ def plan_context(
     chunk_size: int = 512,
     raw_below: int = 64,
     overhead: Sequence[int] | int = 0,
+    finest: Sequence[int | None] | None = None,
 ) -> Plan:
     """Choose the fidelity of each document so that the whole fits the budget.
 
@@ -112,9 +113,11 @@ def plan_context(
         raw_below: The longest document, in tokens, that counts as short.
         overhead: Positions that a kept document costs besides its content (title line, separators), for each
             document or one number for all.
+        finest: For each document, the finest ratio that it may have, or None where there is no limit. It is no limit
+            when "raw" is asked for.
 
     Raises:
-        RatioError: ratio is not one of ratios.
+        RatioError: ratio, or one of finest, is not one of ratios.
         BudgetError: budget is negative or not a whole number.
         ConfigError: another number outside its legal values.
     """
@@ -122,7 +125,7 @@ def plan_context(
     budget = _whole(budget, "budget", error=BudgetError)
     chunk_size = _whole(chunk_size, "chunk_size", least=1)
     raw_below = _whole(raw_below, "raw_below")
-    ladder = _ladder(ratio, ratios)
+    ladders = _ladders(ratio, ratios, finest, len(lengths))
     extra = _overheads(overhead, len(lengths))
 
     def cost(index: int, fidelity: Fidelity) -> int:
@@ -131,21 +134,23 @@ def plan_context(
         return content + extra[index]
 
     # One that the whole budget could not hold is set aside: the others need not go because of it.
-    too_large = {index for index, length in enumerate(lengths) if length and cost(index, ladder[0]) > budget}
+    too_large = {index for index, length in enumerate(lengths) if length and cost(index, ladders[index][0]) > budget}
     documents = [index for index, length in enumerate(lengths) if length and index not in too_large]
-    kept, left = _longest_run(documents, budget, lambda index: cost(index, ladder[0]))
-    short = {index for index in kept if lengths[index] <= raw_below} if ratio == "auto" else set()
-    chosen = _climb(kept, short, ladder, left, cost)
+    kept, left = _longest_run(documents, budget, lambda index: cost(index, ladders[index][0]))
+    short = {index for index in kept if lengths[index] <= raw_below and len(ladders[index]) > 1}
+    short = {index for index in short if ladders[index][-1] == "raw"}
+    chosen = _climb(kept, short, ladders, left, cost)
 
     def plan(index: int, length: int) -> DocumentPlan:
         fidelity: Fidelity = chosen.get(index, "dropped")
         if fidelity == "dropped":
             reason = "ranked below a document that does not fit" if length else "empty"
-            at = f"even {_at(ladder[0])}" if len(ladder) > 1 else _at(ladder[0])
+            coarsest = ladders[index][0]
+            at = f"even {_at(coarsest)}" if len(ladders[index]) > 1 else _at(coarsest)
             if index in too_large:
-                reason = f"larger than the budget {at}: needs {cost(index, ladder[0])} positions"
+                reason = f"larger than the budget {at}: needs {cost(index, coarsest)} positions"
             elif documents[len(kept) : len(kept) + 1] == [index]:  # the first that did not fit
-                reason = f"over budget {at}: needs {cost(index, ladder[0])} positions, {left} left"
+                reason = f"over budget {at}: needs {cost(index, coarsest)} positions, {left} left"
         elif isinstance(fidelity, int) and cost(index, fidelity) == cost(index, "raw"):
             fidelity, reason = "raw", f"{_name(fidelity)} would save nothing"
         elif ratio != "auto":
@@ -172,12 +177,12 @@ def _longest_run(documents: list[int], budget: int, cost: Callable[[int], int]) 
 def _climb(
     kept: list[int],
     short: set[int],
-    ladder: Sequence[Fidelity],
+    ladders: Sequence[Sequence[Fidelity]],
     left: int,
     cost: Callable[[int, Fidelity], int],
 ) -> dict[int, Fidelity]:
-    """Raise the kept documents from the foot of the ladder with the positions that are left."""
-    chosen = dict.fromkeys(kept, ladder[0])
+    """Raise the kept documents from the feet of their ladders with the positions that are left."""
+    chosen = {index: ladders[index][0] for index in kept}
 
     def rise(index: int, fidelity: Fidelity) -> bool:
         nonlocal left
@@ -189,16 +194,32 @@ def _climb(
         return True
 
     ranked = kept
-    if sum(cost(index, "raw") - cost(index, ladder[0]) for index in short) <= left:
+    if sum(cost(index, "raw") - cost(index, chosen[index]) for index in short) <= left:
         ranked = [index for index in kept if index not in short or not rise(index, "raw")]
-    for fidelity in ladder[1:]:
+    for fidelity in max((ladders[index] for index in ranked), key=len, default=())[1:]:
         for index in ranked:
-            if not rise(index, fidelity):
+            if fidelity in ladders[index] and not rise(index, fidelity):
                 break  # not past it: that would lift lower ranks above it
     for index in kept:
         if index in short:
             rise(index, "raw")
     return chosen
+
+
+def _ladders(
+    ratio: object, ratios: Sequence[int], finest: Sequence[int | None] | None, count: int
+) -> Sequence[Sequence[Fidelity]]:
+    """The fidelities that each document may have, coarsest first."""
+    ladder = _ladder(ratio, ratios)
+    if finest is None or ratio == "raw":
+        return [ladder] * count
+    if len(finest) != count:
+        raise ConfigError(f"finest has {len(finest)} entries for {count} documents; pass one for each, or None")
+    limited: dict[int | None, Sequence[Fidelity]] = {None: ladder}
+    for limit in {limit for limit in finest if limit is not None}:
+        lowest = _ladder(limit, ratios)
+        limited[limit] = [rung for rung in ladder if isinstance(rung, int) and rung >= limit] or lowest
+    return [limited[limit] for limit in finest]
 
 
 def _ladder(ratio: object, ratios: Sequence[int]) -> list[Fidelity]:

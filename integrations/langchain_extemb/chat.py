@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from uuid import uuid4
 
@@ -23,6 +21,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from typing_extensions import Self
 
 from extemb_core.answers import Answer, AnswerStream
+from extemb_core.asynchronous import MOST_AT_ONCE, AsyncAnswerStream, in_thread, until_cancelled
 from extemb_core.context.tools import opening_of, parse_calls, takes_tools
 from extemb_core.models.weights import window_of
 from langchain_extemb.messages import to_documents, to_messages
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from langchain_core.language_models import ModelProfile
 
     from extemb_core.lm import ExtensibleLM
-
-MOST_AT_ONCE = 32
-_pool = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="extemb")  # of all models: none of them blocks a loop
 
 
 class ChatExtensible(Answering, BaseChatModel):
@@ -119,12 +115,7 @@ class ChatExtensible(Answering, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        cancelled = threading.Event()
-        try:
-            answer = await asyncio.wrap_future(_pool.submit(self._answer, messages, stop, kwargs, cancelled))
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
+        answer = await until_cancelled(lambda cancelled: self._answer(messages, stop, kwargs, cancelled))
         return self._result(answer, kwargs)
 
     def _stream(
@@ -156,22 +147,13 @@ class ChatExtensible(Answering, BaseChatModel):
             made = await self._agenerate(messages, stop, run_manager, **kwargs)
             yield _as_chunk(made.generations[0].message)
             return
-        opening = _pool.submit(self._opened, messages, stop, kwargs)
-        working: Future[Any] = opening
-        try:
-            stream = await asyncio.wrap_future(opening)
-            while True:
-                working = _pool.submit(next, stream, None)
-                piece = await asyncio.wrap_future(working)
-                if piece is None:
-                    break
+        async with AsyncAnswerStream(lambda: self._opened(messages, stop, kwargs)) as stream:
+            async for piece in stream:
                 chunk = _chunk(piece)
                 if run_manager:
                     await run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
             yield self._last(stream.answer, kwargs)
-        finally:  # whoever stops reading stops the LLM
-            _pool.submit(_close, opening, working)
 
     def batch(
         self,
@@ -200,7 +182,7 @@ class ChatExtensible(Answering, BaseChatModel):
         if not inputs:
             return []
         configs, at_once = _at_once(config, len(inputs))
-        lm = await asyncio.wrap_future(_pool.submit(self._lm_of, kwargs))
+        lm = await in_thread(self._lm_of, kwargs)
         with lm.batcher.expecting(at_once):
             return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
@@ -332,10 +314,3 @@ def _usage(answer: Answer) -> UsageMetadata:
     """Positions that were really used."""
     read, written = answer.prompt_positions, answer.new_tokens
     return cast(UsageMetadata, {"input_tokens": read, "output_tokens": written, "total_tokens": read + written})
-
-
-def _close(opening: Future[AnswerStream], working: Future[Any]) -> None:
-    """Close a stream, once the step that is under way is done."""
-    wait([opening, working])
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()

@@ -8,7 +8,7 @@ from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 
 from extemb_core.documents import Document as ExtensibleDocument
-from langchain_extemb.models import LoadedWhenNeeded
+from extemb_core.frameworks import LoadedWhenNeeded
 
 REF = "extemb_ref"
 

@@ -294,3 +294,31 @@ def test_twenty_thousand_documents_take_less_than_a_second(ratio: Any) -> None:
     plan.explain()
     assert time.process_time() - started < 1
     assert len(plan.documents) == 20_000
+
+
+@given(cases(), st.data())
+def test_no_document_is_finer_than_it_may_be_and_the_budget_still_holds(
+    case: dict[str, Any], data: st.DataObject
+) -> None:
+    count = len(case["n_tokens"])
+    limits = data.draw(st.lists(st.sampled_from([None, *RATIOS]), min_size=count, max_size=count))
+    plan = plan_context(**case, ratios=RATIOS, finest=limits)
+    assert plan.positions <= plan.budget
+    for document, limit in zip(plan.documents, limits, strict=True):
+        if limit is None or case["ratio"] == "raw" or document.fidelity == "dropped":
+            continue
+        if document.fidelity == "raw":  # only where the limit saves nothing
+            assert price(case, document.index, limit) == price(case, document.index, "raw")
+        else:
+            assert document.fidelity >= limit
+    assert plan_context(**case, ratios=RATIOS, finest=[None] * count) == plan_context(**case, ratios=RATIOS)
+
+
+def test_a_limited_document_does_not_stop_those_below_it_from_rising() -> None:
+    plan = plan_context([800, 800], budget=1000, finest=[8, None])
+    assert fidelities(plan) == [8, "raw"]
+    assert fidelities(plan_context([800, 800], budget=1000, ratio=2, finest=[8, None])) == [8, 2]
+    with pytest.raises(RatioError, match="ratio=3 is not one of the trained ratios"):
+        plan_context([800], budget=100, finest=[3])
+    with pytest.raises(ConfigError, match="finest has 1 entries for 2 documents"):
+        plan_context([800, 800], budget=100, finest=[4])

@@ -21,7 +21,7 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "demos" / "langchain.ipynb"
 def test_the_notebook_runs_from_its_first_cell_to_its_last(monkeypatch, capsys):
     llm = LLM(tiny_model("llama", max_position_embeddings=4096), tiny_tokenizer(), name="tiny")
     lm = ExtensibleLM(llm, random_embedder(llm))
-    monkeypatch.setattr("langchain_extemb.models.share", lambda *args, **settings: lm)
+    monkeypatch.setattr("extemb_core.frameworks.share", lambda *args, **settings: lm)
     monkeypatch.setattr("extemb_core.retrieval.encoders._default", lambda: CallableEncoder(by_words))
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     names = {}

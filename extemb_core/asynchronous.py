@@ -1,0 +1,74 @@
+"""Answers for event loops: the work is done in threads, and stops when nobody waits for it any more."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Any, TypeVar
+
+from extemb_core.answers import Answer, AnswerStream
+
+MOST_AT_ONCE = 32
+_pool = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="extemb")  # of all models: none of them blocks a loop
+
+T = TypeVar("T")
+
+
+async def in_thread(work: Callable[..., T], *args: Any) -> T:
+    """Work of a thread, awaited; it goes on to its end even if nobody waits any more."""
+    return await asyncio.wrap_future(_pool.submit(work, *args))
+
+
+async def until_cancelled(work: Callable[[threading.Event], T]) -> T:
+    """Work of a thread, which is told through its event when whoever waits for it is cancelled."""
+    cancelled = threading.Event()
+    try:
+        return await in_thread(work, cancelled)
+    except asyncio.CancelledError:
+        cancelled.set()
+        raise
+
+
+class AsyncAnswerStream:
+    """An answer, piece by piece: `async with AsyncAnswerStream(open) as stream: async for piece in stream`.
+
+    Leaving it stops the LLM, once the step that is under way is done.
+
+    Args:
+        opened: Gives the stream; called in a thread, as it may load and compress.
+    """
+
+    def __init__(self, opened: Callable[[], AnswerStream]) -> None:
+        self._opening = _pool.submit(opened)
+        self._working: Future[Any] = self._opening
+
+    async def __aenter__(self) -> AsyncAnswerStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _pool.submit(_close, self._opening, self._working)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        stream = await asyncio.wrap_future(self._opening)
+        while True:
+            self._working = _pool.submit(next, stream, None)
+            piece = await asyncio.wrap_future(self._working)
+            if piece is None:
+                return
+            yield piece
+
+    @property
+    def answer(self) -> Answer:
+        """What there is, once the pieces are read."""
+        return self._opening.result().answer
+
+
+def _close(opening: Future[AnswerStream], working: Future[Any]) -> None:
+    wait([opening, working])
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
