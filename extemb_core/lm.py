@@ -25,7 +25,7 @@ from extemb_core.context.assembly import (
     assemble_text,
     document_heading,
 )
-from extemb_core.context.planning import Fidelity, Plan, plan_context
+from extemb_core.context.planning import Fidelity, Plan, compressed_positions, plan_context
 from extemb_core.context.tools import Tool
 from extemb_core.documents import Document
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError
@@ -323,6 +323,18 @@ class ExtensibleLM:
             return len(assemble_chat(self.llm, messages))
         bare, plan = self._planned(messages, joined, 0, budget, ratio)
         return len(bare) + plan.positions
+
+    def positions_of(self, parts: Iterable[str | Document]) -> int:
+        """Positions that a piece of a prompt takes: its texts, and its documents at the finest ratio each may have."""
+        config, positions = self.embedder.config, 0
+        for part in parts:
+            if isinstance(part, Document):
+                limit = part.finest if isinstance(part, Handed) else None
+                length = len(self.token_ids(part.text, part.ref))
+                positions += compressed_positions(length, config.finest(limit), config.chunk_size)
+            else:
+                positions += len(self.llm.encode(part))
+        return positions
 
     def _planned(
         self, messages: Messages, joined: list[Document], new_tokens: int, budget: int | None, ratio: str | int

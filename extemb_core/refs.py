@@ -184,8 +184,14 @@ class _OnDisk:
             for key, value in rows:
                 transaction.put(key, value, db=self._environment.database("handed"))
 
-        if rows:
+        if rows and not self._are_kept(rows):
             self._environment.write(work)
+
+    def _are_kept(self, rows: list[tuple[bytes, bytes]]) -> bool:
+        """Whether all is there already; most often it is, and a write waits for the disk."""
+        with self._environment.read() as transaction:
+            handed = self._environment.database("handed")
+            return handed is not None and all(transaction.get(key, db=handed) == value for key, value in rows)
 
     def get(self, ref: str) -> Document | None:
         with self._environment.read() as transaction:

@@ -1,0 +1,195 @@
+"""The LLM: completions and chats, streamed or not, in threads or an event loop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+)
+from llama_index.core.llms import CustomLLM
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+
+from extemb_core.answers import Answer, AnswerStream, Ready
+from extemb_core.asynchronous import AsyncAnswerStream, until_cancelled
+from extemb_core.frameworks import Answering
+from extemb_core.models.weights import window_of
+from llama_index.llms.extemb.messages import to_messages
+
+
+class ExtensibleLLM(Answering, CustomLLM):
+    """A frozen LLM whose documents are compressed instead of truncated.
+
+    ```python
+    from llama_index.llms.extemb import ExtensibleLLM
+    from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor
+
+    llm = ExtensibleLLM.from_model_id("smollm2-135m-instruct", store="docs.extemb")
+    index.as_query_engine(llm=llm, node_postprocessors=[ExtensibleEmbeddingPostprocessor(llm=llm, budget=1024)])
+    ```
+
+    Documents are read where they stand: behind the refs that an `ExtensibleEmbeddingPostprocessor` leaves in the place
+    of a node's text, in citable and document blocks of a chat, and from `documents=` of a call. `raw["extemb"]` of a
+    response says what became of each. Of a chat that the window does not hold the older turns are compressed too.
+    """
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "ExtensibleLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """The LLM's window, and the longest answer."""
+        window = window_of(self.model) if self._given is None else self._given.llm.window
+        return LLMMetadata(
+            context_window=window if window is not None else self.lm.llm.window,
+            num_output=self.max_tokens,
+            is_chat_model=True,
+            model_name=self.model,
+        )
+
+    # -- chats ------------------------------------------------------------------------------------------------
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        return self._as_chat(self._answer(self._asked_of_chat, messages, kwargs), kwargs)
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        stream = self._opened(self._asked_of_chat, messages, kwargs)
+
+        def pieces() -> ChatResponseGen:
+            text = ""
+            with stream:
+                for piece in stream:
+                    text += piece
+                    yield ChatResponse(message=_said(text), delta=piece)
+            yield self._as_chat(stream.answer, kwargs, delta="")
+
+        return pieces()
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        answer = await until_cancelled(lambda event: self._answer(self._asked_of_chat, messages, kwargs, event))
+        return self._as_chat(answer, kwargs)
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        async def pieces() -> ChatResponseAsyncGen:
+            text = ""
+            async with AsyncAnswerStream(lambda: self._opened(self._asked_of_chat, messages, kwargs)) as stream:
+                async for piece in stream:
+                    text += piece
+                    yield ChatResponse(message=_said(text), delta=piece)
+                yield self._as_chat(stream.answer, kwargs, delta="")
+
+        return pieces()
+
+    # -- completions ------------------------------------------------------------------------------------------
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """The answer to a prompt; with `formatted`, what follows on it, without a chat template."""
+        return self._as_completion(self._answer(self._asked_of_completion(formatted), prompt, kwargs), kwargs)
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        stream = self._opened(self._asked_of_completion(formatted), prompt, kwargs)
+
+        def pieces() -> CompletionResponseGen:
+            text = ""
+            with stream:
+                for piece in stream:
+                    text += piece
+                    yield CompletionResponse(text=text, delta=piece)
+            yield self._as_completion(stream.answer, kwargs, delta="")
+
+        return pieces()
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        asked = self._asked_of_completion(formatted)
+        answer = await until_cancelled(lambda event: self._answer(asked, prompt, kwargs, event))
+        return self._as_completion(answer, kwargs)
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        asked = self._asked_of_completion(formatted)
+
+        async def pieces() -> CompletionResponseAsyncGen:
+            text = ""
+            async with AsyncAnswerStream(lambda: self._opened(asked, prompt, kwargs)) as stream:
+                async for piece in stream:
+                    text += piece
+                    yield CompletionResponse(text=text, delta=piece)
+                yield self._as_completion(stream.answer, kwargs, delta="")
+
+        return pieces()
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _asked_of_chat(self, messages: Sequence[ChatMessage], settings: dict[str, Any]) -> tuple[Ready, Any]:
+        lm = self._lm_of(settings)
+        return lm.prepare(
+            to_messages(messages, lm.refs),
+            settings.get("documents") or (),
+            condense=True,
+            **self._settings(settings),
+        )
+
+    def _asked_of_completion(self, formatted: bool) -> Any:
+        def of_chat(prompt: str, settings: dict[str, Any]) -> tuple[Ready, Any]:
+            return self._asked_of_chat([ChatMessage(prompt)], settings)
+
+        def of_text(prompt: str, settings: dict[str, Any]) -> tuple[Ready, Any]:
+            lm = self._lm_of(settings)
+            return lm.prepare_text(lm.refs.find(prompt), settings.get("documents") or (), **self._settings(settings))
+
+        return of_text if formatted else of_chat
+
+    def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        stop = settings.get("stop")
+        others = {name: value for name, value in settings.items() if name != "stop"}
+        return self._asked([stop] if isinstance(stop, str) else stop, others)
+
+    def _answer(
+        self, asked: Any, given: Any, settings: dict[str, Any], cancelled: threading.Event | None = None
+    ) -> Answer:
+        ready, sampling = asked(given, settings)
+        return self._lm_of(settings).batcher.answer(ready, sampling, cancelled)
+
+    def _opened(self, asked: Any, given: Any, settings: dict[str, Any]) -> AnswerStream:
+        return AnswerStream(self._lm_of(settings).llm, *asked(given, settings))
+
+    def _as_chat(self, answer: Answer, settings: dict[str, Any], delta: str | None = None) -> ChatResponse:
+        return ChatResponse(
+            message=_said(answer.text), delta=delta, raw=self._raw(answer, settings), additional_kwargs=_usage(answer)
+        )
+
+    def _as_completion(self, answer: Answer, settings: dict[str, Any], delta: str | None = None) -> CompletionResponse:
+        return CompletionResponse(
+            text=answer.text, delta=delta, raw=self._raw(answer, settings), additional_kwargs=_usage(answer)
+        )
+
+    def _raw(self, answer: Answer, settings: dict[str, Any]) -> dict[str, Any]:
+        return {**self._told(answer, settings), "usage": _usage(answer)}
+
+
+def _said(text: str) -> ChatMessage:
+    return ChatMessage(text, role=MessageRole.ASSISTANT)
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    """Positions of the window that were really used."""
+    read, written = answer.prompt_positions, answer.new_tokens
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

@@ -1,0 +1,87 @@
+"""LlamaIndex's chat messages as ours: texts, and the documents in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.types import (
+    CachePoint,
+    ChatMessage,
+    CitableBlock,
+    CitationBlock,
+    DocumentBlock,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+
+from extemb_core.documents import Document
+from extemb_core.errors import DocumentError
+from extemb_core.readers import read_document
+
+if TYPE_CHECKING:
+    from extemb_core.refs import Refs
+
+_ROLES = {
+    MessageRole.DEVELOPER: "system",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+    MessageRole.FUNCTION: "tool",
+}
+_SILENT = (CachePoint, ThinkingBlock, ToolCallBlock)
+
+
+def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, Any]]:
+    """Messages with "role" and "content", a list of texts and documents.
+
+    Raises:
+        DocumentError: A block holds what is no text, or a ref's document is not kept any more.
+    """
+    return [
+        {
+            "role": _ROLES.get(message.role, message.role.value),
+            "content": [part for block in message.blocks for part in _parts(block, refs)],
+        }
+        for message in messages
+    ]
+
+
+def _parts(block: Any, refs: Refs) -> list[str | Document]:
+    if isinstance(block, TextBlock):
+        return refs.find(block.text)
+    if isinstance(block, _SILENT):
+        return []
+    if isinstance(block, CitableBlock):
+        texts = [_text_of(one) for one in block.content]
+        return [Document("\n".join(texts), title=block.title, metadata={"source": block.source})]
+    if isinstance(block, CitationBlock):
+        return [_text_of(block.cited_content)]
+    if isinstance(block, DocumentBlock):
+        return [Document(_text_of(block), title=block.title, metadata={"source": str(block.path or block.title)})]
+    raise _no_text(block)
+
+
+def _text_of(block: Any) -> str:
+    if isinstance(block, TextBlock):
+        return block.text
+    if not isinstance(block, DocumentBlock):
+        raise _no_text(block)
+    if block.path is not None and block.data is None:
+        return read_document(str(block.path)).text
+    if block.data is None:
+        raise DocumentError(f"the document {block.title!r} is a URL, and nothing is fetched; pass its text or a path")
+    try:
+        return str(block.resolve_document().read(), "utf-8")
+    except UnicodeDecodeError as error:
+        raise DocumentError(
+            f"the document {block.title!r} ({block.document_mimetype}) is no text in UTF-8; pass path= for files of "
+            "other formats"
+        ) from error
+
+
+def _no_text(block: Any) -> DocumentError:
+    return DocumentError(
+        f"a {type(block).__name__} holds no text that can be read here; pass text, document and citable blocks"
+    )

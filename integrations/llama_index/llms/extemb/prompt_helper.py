@@ -1,0 +1,118 @@
+"""A prompt helper that counts what refs really take, and never splits one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core import PromptHelper
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.indices.prompt_helper import DEFAULT_PADDING
+from llama_index.core.prompts import BasePromptTemplate, SelectorPromptTemplate
+from llama_index.core.prompts.prompt_utils import get_empty_prompt_messages
+from pydantic import PrivateAttr
+
+from extemb_core.refs import MARK
+from llama_index.llms.extemb.base import ExtensibleLLM
+from llama_index.llms.extemb.messages import to_messages
+
+_BETWEEN = "\n\n"
+
+
+def extensible_prompt_helper(llm: ExtensibleLLM, **settings: Any) -> PromptHelper:
+    """For `Settings.prompt_helper` or `get_response_synthesizer(prompt_helper=...)`; it loads the LLM.
+
+    Texts with refs in them are packed whole and counted in positions; the prompt is counted through the LLM's chat
+    template; texts without refs are packed as LlamaIndex does.
+
+    Args:
+        llm: Whose positions are counted.
+        **settings: Of `PromptHelper`: chunk_overlap_ratio, chunk_size_limit, separator.
+    """
+    return ExtensiblePromptHelper(llm, **settings)
+
+
+class ExtensiblePromptHelper(PromptHelper):
+    """See `extensible_prompt_helper`."""
+
+    _llm: ExtensibleLLM = PrivateAttr()
+
+    def __init__(self, llm: ExtensibleLLM, **settings: Any) -> None:
+        lm = llm.lm
+
+        def tokenizer(text: str) -> Sequence[int]:
+            return range(lm.positions_of(lm.refs.find(text)))
+
+        metadata = llm.metadata
+        super().__init__(metadata.context_window, metadata.num_output, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
+        self._llm = llm
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "ExtensiblePromptHelper"
+
+    def _get_available_chunk_size(
+        self,
+        prompt: BasePromptTemplate,
+        num_chunks: int = 1,
+        padding: int = DEFAULT_PADDING,
+        llm: Any = None,
+        tools: Any = None,
+    ) -> int:
+        if isinstance(prompt, SelectorPromptTemplate):
+            prompt = prompt.select(llm or self._llm)
+        messages = get_empty_prompt_messages(prompt)
+        if system_prompt := getattr(llm, "system_prompt", None):
+            messages = [ChatMessage(system_prompt, role=MessageRole.SYSTEM), *messages]
+        lm = self._llm.lm
+        size = self._get_available_context_size(lm.positions(to_messages(messages, lm.refs))) // num_chunks - padding
+        size -= size // 64  # a splitter counts word by word, which comes to a little less than the whole
+        return size if self.chunk_size_limit is None else min(size, self.chunk_size_limit)
+
+    def repack(
+        self,
+        prompt: BasePromptTemplate,
+        text_chunks: Sequence[str],
+        padding: int = DEFAULT_PADDING,
+        llm: Any = None,
+        tools: Any = None,
+    ) -> list[str]:
+        """Few texts that each fill the window, in order; a text with a ref in it is in one of them whole."""
+        if not any(map(MARK.search, text_chunks)):
+            return super().repack(prompt, text_chunks, padding, llm, tools)
+        size = self._get_available_chunk_size(prompt, padding=padding, llm=llm, tools=tools)
+        count = self._token_counter.get_string_tokens
+        pieces: list[str] = []
+        for chunk in filter(None, (chunk.strip() for chunk in text_chunks)):
+            if MARK.search(chunk) or count(chunk) <= size:
+                pieces.append(chunk)
+            else:
+                pieces += super().repack(prompt, [chunk], padding, llm, tools)
+        packed: list[str] = []
+        for piece in pieces:
+            joined = packed[-1] + _BETWEEN + piece if packed else piece
+            if packed and count(joined) <= size:
+                packed[-1] = joined
+            else:
+                packed.append(piece)
+        return packed
+
+    def truncate(
+        self,
+        prompt: BasePromptTemplate,
+        text_chunks: Sequence[str],
+        padding: int = DEFAULT_PADDING,
+        llm: Any = None,
+        tools: Any = None,
+    ) -> list[str]:
+        """Texts cut so that all fit the window together; those with refs in them stay whole."""
+        count = self._token_counter.get_string_tokens
+        marked = [chunk for chunk in text_chunks if MARK.search(chunk)]
+        if not marked:
+            return super().truncate(prompt, text_chunks, padding, llm, tools)
+        plain = [chunk for chunk in text_chunks if not MARK.search(chunk)]
+        size = self._get_available_chunk_size(prompt, padding=padding, llm=llm, tools=tools)
+        share = (size - sum(map(count, marked))) // max(1, len(plain))
+        limited = self.model_copy(update={"chunk_size_limit": max(1, share)})
+        cut = iter(PromptHelper.truncate(limited, prompt, plain, padding, llm, tools))
+        return [chunk if MARK.search(chunk) else next(cut) for chunk in text_chunks]

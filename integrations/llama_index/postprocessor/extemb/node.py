@@ -1,0 +1,70 @@
+"""A node with its text for whoever asks, and a ref of its embeddings for the LLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama_index.core.base.llms.types import TextBlock
+from llama_index.core.schema import BaseNode, MediaResource, MetadataMode, Node, TextNode
+
+from extemb_core.documents import Document, text_ref
+
+_SOURCES = ("source", "file_path", "file_name", "url", "title")
+
+
+class ExtensibleNode(TextNode):
+    """A node whose text the LLM reads as extensible embeddings. All else about it is as it was, its text included.
+
+    Attributes:
+        extemb_mark: What the LLM is given in the text's place (see `extemb_core.refs`).
+        extemb_ref: Of the text that the mark stands for: a node whose text is changed is text again.
+        extemb_ratio: Tokens per embedding.
+        extemb_tokens: Length of the text.
+        extemb_positions: What it takes of the LLM's window, its metadata not counted.
+    """
+
+    extemb_mark: str
+    extemb_ref: str
+    extemb_ratio: int
+    extemb_tokens: int
+    extemb_positions: int
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "ExtensibleNode"
+
+    def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
+        """The node's content; in LLM mode with the mark in the text's place."""
+        if metadata_mode != MetadataMode.LLM or not self.stands:
+            return super().get_content(metadata_mode)
+        metadata = self.get_metadata_str(mode=metadata_mode).strip()
+        if not metadata:
+            return self.extemb_mark
+        return self.text_template.format(content=self.extemb_mark, metadata_str=metadata).strip()
+
+    def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[Any]:
+        """`get_content` as blocks of a chat message."""
+        if metadata_mode != MetadataMode.LLM or not self.stands:
+            return super().get_content_blocks(metadata_mode)
+        return [*self.get_metadata_content_blocks(metadata_mode), TextBlock(text=self.extemb_mark)]
+
+    @property
+    def stands(self) -> bool:
+        """Whether the text is still what the mark stands for."""
+        return text_ref(self.text) == self.extemb_ref
+
+
+def text_of(node: BaseNode) -> str | None:
+    """The text of a node that is nothing but text; None for images, links to other things, and the like."""
+    if type(node) in (TextNode, ExtensibleNode):
+        return node.get_content(MetadataMode.NONE)
+    resources = ("image_resource", "audio_resource", "video_resource")
+    if isinstance(node, Node) and isinstance(node.text_resource, MediaResource):
+        return node.text_resource.text if not any(getattr(node, name, None) for name in resources) else None
+    return None
+
+
+def to_document(node: BaseNode, text: str) -> Document:
+    """A node as our document, which cites the node's source or else its id."""
+    named = next((node.metadata[key] for key in _SOURCES if node.metadata.get(key)), node.node_id)
+    return Document(text, metadata={"source": str(named)})

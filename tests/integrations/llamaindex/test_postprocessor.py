@@ -1,0 +1,332 @@
+"""The postprocessor: the LLM gets refs, everybody else finds nodes as they were, and every engine can use them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+
+import pytest
+from llama_index.core import Document, Settings, VectorStoreIndex
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
+from llama_index.core.embeddings import BaseEmbedding
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.llms import CustomLLM
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
+from llama_index.core.response_synthesizers import ResponseMode
+from llama_index.core.retrievers import BaseRetriever
+from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, TextNode
+from llama_index.core.storage.docstore import SimpleDocumentStore
+from retrieval_encoder import by_words
+from tiny import SENTENCES, random_embedder
+
+from extemb_core import EmbeddingStore, ExtensibleLM
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.refs import MARK
+from llama_index.llms.extemb import ExtensibleLLM, extensible_prompt_helper
+from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor, ExtensibleNode, ExtensibleTransform
+
+LONG = " ".join(SENTENCES.split()) + " "
+
+
+class Fixed(BaseRetriever):
+    """Retrieves what it is given."""
+
+    def __init__(self, nodes):
+        self._nodes = nodes
+        super().__init__()
+
+    def _retrieve(self, query_bundle):
+        return list(self._nodes)
+
+
+class ByWords(BaseEmbedding):
+    def _get_text_embedding(self, text):
+        return by_words([text])[0].tolist()
+
+    def _get_query_embedding(self, query):
+        return self._get_text_embedding(query)
+
+    async def _aget_query_embedding(self, query):
+        return self._get_text_embedding(query)
+
+
+@pytest.fixture
+def long_nodes():
+    """Four of about 900 tokens each, more than the window of 2,048 together."""
+    return [
+        NodeWithScore(
+            node=TextNode(id_=str(at), text=(LONG * 9)[at : at + 3000], metadata={"at": at}), score=1 - at / 9
+        )
+        for at in range(4)
+    ]
+
+
+@pytest.fixture
+def calls(lm, monkeypatch):
+    """Positions of every prompt that the LLM was given."""
+    made = []
+    whole = lm.batcher.answer
+
+    def answer(ready, sampling, cancelled=None):
+        made.append(len(ready.prompt))
+        assert len(ready.prompt) + sampling.max_new_tokens <= lm.llm.window
+        return whole(ready, sampling, cancelled)
+
+    monkeypatch.setattr(lm.batcher, "answer", answer)
+    return made
+
+
+def test_names_are_those_of_the_ecosystem():
+    assert BaseNodePostprocessor.__name__ in [one.__name__ for one in ExtensibleEmbeddingPostprocessor.__mro__]
+    assert "CustomLLM" in [one.__name__ for one in ExtensibleLLM.__mro__]
+    for one in (ExtensibleEmbeddingPostprocessor, ExtensibleLLM, ExtensibleTransform, ExtensibleNode):
+        assert one.class_name() == one.__name__
+
+
+def test_the_llm_gets_refs_and_everybody_else_finds_nodes_as_they_were(llm, lm, nodes):
+    before = [found.model_copy(deep=True) for found in nodes]
+    processed = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4, min_tokens=20).postprocess_nodes(
+        nodes, query_str="?"
+    )
+    assert nodes == before
+    assert len(processed) == 3
+    for found, old in zip(processed, before, strict=True):
+        assert (found.score, found.node_id, found.text) == (old.score, old.node_id, old.text)
+        for name in ("metadata", "relationships", "excluded_llm_metadata_keys", "start_char_idx", "hash", "embedding"):
+            assert getattr(found.node, name) == getattr(old.node, name)
+        for mode in (MetadataMode.NONE, MetadataMode.ALL, MetadataMode.EMBED):
+            assert found.get_content(mode) == old.get_content(mode)
+            assert found.node.get_content_blocks(mode) == old.node.get_content_blocks(mode)
+    first = processed[0].node
+    said = first.get_content(MetadataMode.LLM)
+    assert said == f"file_name: 0.txt\n\n{first.extemb_mark}"
+    assert [block.text for block in first.get_content_blocks(MetadataMode.LLM)] == [
+        "file_name: 0.txt",
+        first.extemb_mark,
+    ]
+    assert lm.refs.find(said)[1].text == first.text
+    assert first.extemb_ratio == 4
+    assert first.extemb_positions == -(-first.extemb_tokens // 4)
+    assert type(processed[2].node) is TextNode
+    first.set_content("Other text.")
+    assert first.get_content(MetadataMode.LLM) == "file_name: 0.txt\n\nOther text."
+
+
+async def test_async_is_the_same(llm, nodes):
+    post = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4)
+    made = await post.apostprocess_nodes(nodes, query_str="?")
+    assert [found.node for found in made] == [found.node for found in post.postprocess_nodes(nodes, query_str="?")]
+
+
+def test_ranks_become_fidelities_within_the_budget(llm, lm, long_nodes, caplog):
+    def ratios(**settings):
+        made = ExtensibleEmbeddingPostprocessor(llm=llm, **settings).postprocess_nodes(long_nodes)
+        return [getattr(found.node, "extemb_ratio", "raw") for found in made], made
+
+    chosen, made = ratios(budget=800)
+    assert chosen == sorted(chosen)
+    assert sum(found.node.extemb_positions for found in made) <= 800
+    assert chosen[0] < chosen[-1]
+    assert ratios(ratio="raw")[0] == ["raw"] * 4
+    assert ratios(ratio=8, top_raw=2)[0] == ["raw", "raw", 8, 8]
+    assert ratios(budget=9000, ratio="auto")[0] == ["raw"] * 4
+    with caplog.at_level(logging.WARNING):
+        chosen, made = ratios(ratio=2, budget=1300)
+    assert [found.node_id for found in made] == ["0", "1"]
+    assert "2 of 4 nodes are left out, as budget=1300 does not hold them: 2, 3" in caplog.text
+    huge = [NodeWithScore(node=TextNode(text=(LONG * 200)[at:40000])) for at in range(2)]
+    made = ExtensibleEmbeddingPostprocessor(llm=llm).postprocess_nodes(huge)
+    assert [found.node.extemb_ratio for found in made] == [lm.embedder.config.ratios[-1]] * 2
+
+
+def test_what_is_no_text_stays_what_it_is(llm):
+    nodes = [
+        NodeWithScore(node=ImageNode(text=LONG, image_url="http://none/a.png")),
+        NodeWithScore(node=TextNode(text="")),
+        NodeWithScore(node=TextNode(text="  \n")),
+        NodeWithScore(node=Document(text=LONG, metadata={"file_name": "a"})),
+    ]
+    made = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4).postprocess_nodes(nodes)
+    assert [type(found.node) for found in made] == [ImageNode, TextNode, TextNode, ExtensibleNode]
+    assert made[3].node.text == LONG
+    assert ExtensibleEmbeddingPostprocessor(llm=llm).postprocess_nodes([]) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "plain_calls", "ours"),
+    [
+        (ResponseMode.COMPACT, None, 1),
+        (ResponseMode.REFINE, 4, 4),
+        (ResponseMode.TREE_SUMMARIZE, None, 1),
+        (ResponseMode.SIMPLE_SUMMARIZE, 1, 1),
+        (ResponseMode.ACCUMULATE, 4, 4),
+        (ResponseMode.COMPACT_ACCUMULATE, None, 1),
+    ],
+)
+def test_every_response_mode_with_and_without(mode, plain_calls, ours, llm, lm, calls, long_nodes, monkeypatch):
+    """How often the LLM is called, that no call overflows the window (`calls`), and what the sources are."""
+    monkeypatch.setattr(Settings, "_prompt_helper", extensible_prompt_helper(llm))
+
+    def ask(*post):
+        calls.clear()
+        engine = RetrieverQueryEngine.from_args(
+            Fixed(long_nodes), llm=llm, response_mode=mode, node_postprocessors=list(post)
+        )
+        return engine.query("What is counted?"), len(calls)
+
+    _, without = ask()
+    response, count = ask(ExtensibleEmbeddingPostprocessor(llm=llm))
+    assert count == ours
+    assert without == plain_calls if plain_calls else without > ours
+    assert [node.text for node in response.source_nodes] == [node.text for node in long_nodes]
+    assert [node.score for node in response.source_nodes] == [node.score for node in long_nodes]
+    assert str(response)
+
+
+def test_the_helper_of_llamaindex_itself_does_as_well(llm, calls, long_nodes):
+    """A ref is counted as the text that it looks like there, which is little; the plan already fits the window."""
+    engine = RetrieverQueryEngine.from_args(
+        Fixed(long_nodes), llm=llm, node_postprocessors=[ExtensibleEmbeddingPostprocessor(llm=llm)]
+    )
+    engine.query("What is counted?")
+    assert len(calls) == 1
+
+
+def test_the_helper_counts_positions_and_splits_no_ref(llm, lm, long_nodes):
+    helper = extensible_prompt_helper(llm)
+    made = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=2).postprocess_nodes(long_nodes)
+    chunks = [found.get_content(MetadataMode.LLM) for found in made]
+    from llama_index.core import PromptTemplate
+
+    prompt = PromptTemplate("Context: {context_str}\nQuestion: {query_str}")
+    packed = helper.repack(prompt, [*chunks, LONG * 12])
+    assert len(packed) > 2
+    assert sum(len(MARK.findall(text)) for text in packed) == 4
+    for text in packed:
+        assert lm.positions_of(lm.refs.find(text)) <= lm.llm.window
+    assert "".join("".join(packed).split()).count("forty-one") >= 12
+    cut = helper.truncate(prompt, [*chunks[:2], LONG * 12])
+    assert cut[:2] == chunks[:2]
+    assert LONG.startswith(cut[2][:200])
+    assert sum(lm.positions_of(lm.refs.find(text)) for text in cut) <= lm.llm.window
+    plain = [LONG * 12, LONG]
+    from llama_index.core import PromptHelper
+
+    assert helper.repack(prompt, plain) == PromptHelper.repack(helper, prompt, plain)
+    assert helper.truncate(prompt, plain) == PromptHelper.truncate(helper, prompt, plain)
+
+
+def test_chat_engines_and_streams(llm, nodes, calls):
+    post = [ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4, min_tokens=20)]
+    for kind in (ContextChatEngine, CondensePlusContextChatEngine):
+        memory = ChatMemoryBuffer.from_defaults(token_limit=1000)
+        engine = kind.from_defaults(retriever=Fixed(nodes), llm=llm, node_postprocessors=post, memory=memory)
+        assert [node.text for node in engine.chat("What is counted?").source_nodes] == [node.text for node in nodes]
+        assert "".join(engine.stream_chat("And then?").response_gen)
+        assert len(engine.chat_history) == 4
+    engine = RetrieverQueryEngine.from_args(Fixed(nodes), llm=llm, node_postprocessors=post, streaming=True)
+    streamed = engine.query("What is counted?")
+    assert "".join(streamed.response_gen)
+    assert len(streamed.source_nodes) == 3
+
+
+def test_an_engine_that_cuts_texts_up_gets_texts(llm, nodes, calls):
+    """CitationQueryEngine numbers pieces of the nodes' texts, so they are read as text."""
+    engine = CitationQueryEngine.from_args(
+        VectorStoreIndex([found.node for found in nodes], embed_model=ByWords()),
+        llm=llm,
+        retriever=Fixed(nodes),
+        node_postprocessors=[ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4)],
+    )
+    response = engine.query("What is counted?")
+    assert response.source_nodes[0].text.startswith("Source 1:\n" + nodes[0].text[:40])
+    assert not any(MARK.search(found.get_content(MetadataMode.LLM)) for found in response.source_nodes)
+
+
+def test_another_llm_gets_the_text(llm, nodes):
+    class Plain(CustomLLM):
+        """Says how long its prompt is."""
+
+        @property
+        def metadata(self):
+            return llm.metadata.model_copy(update={"is_chat_model": False})
+
+        def complete(self, prompt, formatted=False, **kwargs):
+            from llama_index.core.base.llms.types import CompletionResponse
+
+            return CompletionResponse(text=prompt)
+
+        def stream_complete(self, prompt, formatted=False, **kwargs):
+            raise NotImplementedError
+
+    made = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4).postprocess_nodes(nodes)
+    texts = [found.node.get_content() for found in made]
+    assert Plain().complete(texts[0]).text == nodes[0].text
+
+
+def test_processed_nodes_are_kept_as_json(llm, nodes, tmp_path):
+    made = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4).postprocess_nodes(nodes)
+    store = SimpleDocumentStore()
+    store.add_documents([found.node for found in made])
+    store.persist(str(tmp_path / "docs.json"))
+    again = SimpleDocumentStore.from_persist_path(str(tmp_path / "docs.json"))
+    for found in nodes:
+        kept = again.get_document(found.node_id)
+        assert (kept.text, kept.metadata, kept.hash) == (found.text, found.metadata, found.node.hash)
+    json.dumps(ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4).to_dict())
+
+
+async def test_16_queries_at_once(llm, nodes):
+    def engine(found):
+        return RetrieverQueryEngine.from_args(
+            Fixed(found), llm=llm, node_postprocessors=[ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4)]
+        )
+
+    engines = [engine(nodes[at % 2 : at % 2 + 1]) for at in range(16)]
+    alone = [str(engines[at].query("What is counted?")) for at in range(2)]
+    together = await asyncio.gather(*(one.aquery("What is counted?") for one in engines))
+    assert [str(one) for one in together] == alone * 8
+
+
+def test_ingestion_compresses_each_text_once(lm, tmp_path, monkeypatch, nodes):
+    compressed = []
+    whole = ExtensibleEmbedder.compress_ids
+
+    def count(self, ids, **settings):
+        compressed.extend(settings["refs"])
+        return whole(self, ids, **settings)
+
+    monkeypatch.setattr(ExtensibleEmbedder, "compress_ids", count)
+    with EmbeddingStore.open(tmp_path / "store") as store:
+        stored = ExtensibleLLM.from_lm(ExtensibleLM(lm.llm, lm.embedder, store), max_tokens=2)
+        transform = ExtensibleTransform(llm=stored, ratio=4, show_progress=False)
+        pipeline = IngestionPipeline(transformations=[transform], disable_cache=True)
+        texts = [found.node for found in nodes[:2]]
+        assert pipeline.run(nodes=[*texts, texts[0].model_copy(update={"id_": "again"})]) is not None
+        assert len(compressed) == 2
+        pipeline.run(nodes=[*texts, TextNode(text="One more node, " + LONG)])
+        assert len(compressed) == 3
+        made = ExtensibleEmbeddingPostprocessor(llm=stored, ratio=4).postprocess_nodes(nodes[:2])
+        assert len(compressed) == 3
+        assert all(isinstance(found.node, ExtensibleNode) for found in made)
+    json.dumps(transform.to_dict())
+
+
+def test_a_model_and_store_instead_of_an_llm(lm, nodes, monkeypatch):
+    asked = []
+    monkeypatch.setattr("extemb_core.frameworks.share", lambda *args, **settings: asked.append((args, settings)) or lm)
+    post = ExtensibleEmbeddingPostprocessor.from_model_id("some-llm", store="docs.extemb", ratio=4)
+    assert asked == []
+    assert isinstance(post.postprocess_nodes(nodes)[0].node, ExtensibleNode)
+    assert asked[0] == (("some-llm", None), {"store": "docs.extemb", "device": "auto", "dtype": "auto"})
+
+
+def test_refs_of_another_store_are_text(llm, lm, nodes):
+    other = ExtensibleLLM.from_lm(ExtensibleLM(lm.llm, random_embedder(lm.llm)), max_tokens=2)
+    made = ExtensibleEmbeddingPostprocessor(llm=other, ratio=4).postprocess_nodes(nodes)
+    response = llm.chat([ChatMessage(made[0].get_content(MetadataMode.LLM), role=MessageRole.USER)])
+    assert response.raw["extemb"]["documents"] == []
