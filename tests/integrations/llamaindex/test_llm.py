@@ -1,0 +1,204 @@
+"""The LLM: all forms give the core's answers, documents in blocks are read, and loops are not blocked."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import time
+
+import pytest
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    CitableBlock,
+    CitationBlock,
+    DocumentBlock,
+    ImageBlock,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+)
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.prompts import PromptTemplate
+from tiny import SENTENCES
+
+from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.models.llm import LLM
+from llama_index.llms.extemb import ExtensibleLLM
+
+QUESTION = "How many ships?"
+
+
+def told(response):
+    return [(one["source"], one["fidelity"]) for one in response.raw["extemb"]["documents"]]
+
+
+def test_all_forms_give_the_answer_of_the_core(llm, lm):
+    wanted = lm.ask(QUESTION, max_new_tokens=4).text
+    messages = [ChatMessage(QUESTION)]
+    assert llm.complete(QUESTION).text == wanted
+    chat = llm.chat(messages)
+    assert (chat.message.content, chat.message.role) == (wanted, MessageRole.ASSISTANT)
+    pieces = list(llm.stream_chat(messages))
+    assert "".join(piece.delta for piece in pieces) == pieces[-1].message.content == wanted
+    pieces = list(llm.stream_complete(QUESTION))
+    assert "".join(piece.delta for piece in pieces) == pieces[-1].text == wanted
+    assert pieces[-1].raw["usage"] == chat.raw["usage"]
+    assert llm.predict(PromptTemplate("{question}"), question=QUESTION) == wanted
+    plain = lm.generate(QUESTION, max_new_tokens=4).text
+    assert llm.complete(QUESTION, formatted=True).text == plain
+    assert "".join(piece.delta for piece in llm.stream_complete(QUESTION, formatted=True)) == plain
+
+
+async def test_async_forms_give_it_too(llm, lm):
+    wanted = lm.ask(QUESTION, max_new_tokens=4).text
+    messages = [ChatMessage(QUESTION)]
+    assert (await llm.acomplete(QUESTION)).text == wanted
+    assert (await llm.achat(messages)).message.content == wanted
+    assert "".join([piece.delta async for piece in await llm.astream_chat(messages)]) == wanted
+    assert "".join([piece.delta async for piece in await llm.astream_complete(QUESTION)]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("block", "source"),
+    [
+        (CitableBlock(title="Ships", source="ships.txt", content=[TextBlock(text=SENTENCES)]), "ships.txt"),
+        (CitableBlock(title="Ships", source="ships.txt", content=SENTENCES), "ships.txt"),
+        (DocumentBlock(data=base64.b64encode(SENTENCES.encode()), title="ships.txt"), "ships.txt"),
+    ],
+)
+def test_documents_in_blocks_are_read_where_they_stand(llm, lm, block, source):
+    message = ChatMessage(blocks=[block, TextBlock(text="\n" + QUESTION)])
+    response = llm.chat([message], ratio=4)
+    assert told(response) == [(source, 4)]
+    assert response.raw["usage"]["prompt_tokens"] < len(lm.llm.encode(SENTENCES))
+    handed = llm.chat([ChatMessage(QUESTION)], documents=[SENTENCES], ratio=4)
+    assert [one["fidelity"] for one in handed.raw["extemb"]["documents"]] == [4]
+
+
+def test_documents_of_files(llm, tmp_path):
+    file = tmp_path / "ships.md"
+    file.write_text(SENTENCES, encoding="utf-8")
+    response = llm.chat([ChatMessage(blocks=[DocumentBlock(path=file, title="Ships"), TextBlock(text="?")])], ratio=4)
+    assert told(response) == [(str(file), 4)]
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        (ImageBlock(url="http://none/a.png"), "a ImageBlock holds no text"),
+        (DocumentBlock(url="http://none/a.txt", title="a"), "is a URL, and nothing is fetched"),
+        (DocumentBlock(data=base64.b64encode(b"\xff\xfe\x00"), title="a"), "is no text in UTF-8"),
+    ],
+)
+def test_blocks_without_text_are_an_error(llm, block, said):
+    with pytest.raises(DocumentError, match=said):
+        llm.chat([ChatMessage(blocks=[block, TextBlock(text="?")])])
+
+
+def test_other_blocks_and_roles(llm, lm):
+    cited = CitationBlock(cited_content="41 ships", source="a", title="a", additional_location_info={})
+    messages = [
+        ChatMessage("Be brief.", role=MessageRole.DEVELOPER),
+        ChatMessage("How many?", role=MessageRole.USER),
+        ChatMessage(blocks=[ThinkingBlock(content="hm"), TextBlock(text="41 "), cited], role=MessageRole.MODEL),
+        ChatMessage("Why?", role=MessageRole.USER),
+    ]
+    ours = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How many?"},
+        {"role": "assistant", "content": "41 41 ships"},
+        {"role": "user", "content": "Why?"},
+    ]
+    assert llm.chat(messages).message.content == lm.chat(ours, max_new_tokens=4).text
+
+
+def test_settings_of_a_call_go_before_those_of_the_object(llm, lm):
+    assert llm.complete(QUESTION, max_tokens=2).raw["usage"]["completion_tokens"] == 2
+    first = llm.complete(QUESTION).text[0]
+    assert first not in llm.complete(QUESTION, stop=first).text
+    with pytest.raises(ConfigError, match="colour='red' is no setting of a call"):
+        llm.complete(QUESTION, colour="red")
+
+
+def test_the_metadata_is_the_llms(llm, lm):
+    assert (llm.metadata.context_window, llm.metadata.num_output) == (lm.llm.window, 4)
+    assert llm.metadata.is_chat_model
+    assert ExtensibleLLM.from_model_id("smollm2-135m-reader-joint").metadata.model_name == "smollm2-135m-reader-joint"
+    assert "from_model_id" not in llm.to_dict()
+
+
+def test_a_chat_goes_on_past_three_windows(llm, lm):
+    messages = []
+    for number in range(60):
+        messages.append(ChatMessage(f"Question {number}: " + SENTENCES[:250], role=MessageRole.USER))
+        response = llm.chat(messages)
+        messages.append(response.message)
+    assert response.raw["usage"]["total_tokens"] <= lm.llm.window
+    assert len(lm.llm.encode("".join(str(one.content) for one in messages))) > 3 * lm.llm.window
+    assert {one["fidelity"] for one in response.raw["extemb"]["documents"]} & {2, 4, 8}
+
+
+def test_tokens_are_counted_by_the_callbacks_of_llamaindex(llm):
+    counter = TokenCountingHandler(tokenizer=lambda text: [0] * 1000)
+    llm.callback_manager = CallbackManager([counter])
+    usage = llm.complete(QUESTION).raw["usage"]
+    assert counter.prompt_llm_token_count == usage["prompt_tokens"]
+    assert counter.completion_llm_token_count == usage["completion_tokens"]
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Every step of the LLM takes a while; counts them."""
+    steps = []
+    whole = LLM._run
+
+    def run(self, *args, **settings):
+        steps.append(1)
+        time.sleep(0.02)
+        return whole(self, *args, **settings)
+
+    monkeypatch.setattr(LLM, "_run", run)
+    return steps
+
+
+async def test_the_loop_is_not_blocked_and_cancelling_stops_the_llm(llm, slow):
+    ticks = 0
+
+    async def tick():
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0.005)
+
+    ticking = asyncio.create_task(tick())
+    await llm.achat([ChatMessage(QUESTION)], max_tokens=10)
+    assert ticks > 5
+    ticking.cancel()
+    working = asyncio.create_task(llm.achat([ChatMessage(QUESTION)], max_tokens=400))
+    await asyncio.sleep(0.1)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    await asyncio.sleep(0.2)
+    done = len(slow)
+    await asyncio.sleep(0.2)
+    assert len(slow) == done < 100
+
+
+async def test_who_stops_reading_stops_the_llm(llm, slow):
+    stream = await llm.astream_chat([ChatMessage(QUESTION)], max_tokens=400)
+    async for _ in stream:
+        break
+    await stream.aclose()
+    await asyncio.sleep(0.2)
+    done = len(slow)
+    await asyncio.sleep(0.2)
+    assert len(slow) == done < 100
+    pieces = llm.stream_chat([ChatMessage(QUESTION)], max_tokens=400)
+    next(pieces)
+    pieces.close()
+    gc.collect()
+    done = len(slow)
+    await asyncio.sleep(0.2)
+    assert len(slow) == done < 200
