@@ -17,7 +17,7 @@ import secrets
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ _SECRET = b"refs"
 _SECRET_BYTES = 32
 _SEAL_DIGITS = 32
 _KEPT_CHARS = 2**28  # of documents in memory
+_KEPT_NAMES = 2**14  # of documents on disk that need not be written again
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class _OnDisk:
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
         self._known_secret: bytes | None = None
+        self._written: OrderedDict[tuple[str, str | None, str], None] = OrderedDict()  # recently, by this process
 
     def secret(self) -> bytes:
         """Made with the first document; until then, one that seals nothing."""
@@ -170,12 +172,12 @@ class _OnDisk:
         return self._known_secret
 
     def put(self, documents: tuple[Document, ...]) -> None:
+        names = {(document.ref, document.title, document.source): document for document in documents}
+        if not names or self._are_there(names):
+            return  # most often; a write waits for the disk
         rows = [
-            (
-                ref_bytes(document.ref),
-                zlib.compress(json.dumps([document.text, document.title, document.source]).encode()),
-            )
-            for document in documents
+            (ref_bytes(one.ref), zlib.compress(json.dumps([one.text, one.title, one.source]).encode()))
+            for one in names.values()
         ]
 
         def work(transaction: Any) -> None:
@@ -184,14 +186,19 @@ class _OnDisk:
             for key, value in rows:
                 transaction.put(key, value, db=self._environment.database("handed"))
 
-        if rows and not self._are_kept(rows):
-            self._environment.write(work)
+        self._environment.write(work)
+        self._written.update(dict.fromkeys(names))
+        while len(self._written) > _KEPT_NAMES:
+            self._written.popitem(last=False)
 
-    def _are_kept(self, rows: list[tuple[bytes, bytes]]) -> bool:
-        """Whether all is there already; most often it is, and a write waits for the disk."""
+    def _are_there(self, names: Iterable[tuple[str, str | None, str]]) -> bool:
+        if not all(name in self._written for name in names):
+            return False
         with self._environment.read() as transaction:
             handed = self._environment.database("handed")
-            return handed is not None and all(transaction.get(key, db=handed) == value for key, value in rows)
+            return handed is not None and all(
+                transaction.get(ref_bytes(ref), db=handed) is not None for ref, _, _ in names
+            )
 
     def get(self, ref: str) -> Document | None:
         with self._environment.read() as transaction:

@@ -27,12 +27,13 @@ def test_the_example_prints_what_the_readme_shows(monkeypatch):
 
 
 @pytest.mark.real_model
-def test_the_first_lines_of_the_langchain_guide_run(monkeypatch, capsys):
-    pytest.importorskip("langchain_core")
-    guide = (ROOT / "docs" / "langchain.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "needs"), [("langchain", "langchain_core"), ("llamaindex", "llama_index.core")])
+def test_the_first_lines_of_a_guide_run(name, needs, monkeypatch, capsys):
+    pytest.importorskip(needs)
+    guide = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     found = re.search(r"<!-- example -->\n```python\n(.*?)```", guide, re.DOTALL)
     monkeypatch.chdir(ROOT)
-    exec(compile(found[1], "langchain.md", "exec"), {})
+    exec(compile(found[1], f"{name}.md", "exec"), {})
     answer, positions = capsys.readouterr().out.strip().splitlines()
     assert "Python" in answer
     assert 150 < int(positions.split()[0]) < 400

@@ -131,6 +131,10 @@ class ExtensibleEmbedder(PreTrainedModel):
         ).to(llm.device)
         self.register_buffer("llm_probe", _probe(llm, config.num_layers), persistent=True)
         self._own_names = [name for name, p in self.named_parameters() if id(p) not in shared]
+        parents = ((name, *name.rpartition(".")[::2]) for name in self._own_names)
+        self._own_places = {
+            name: (self.get_submodule(parent), leaf) for name, parent, leaf in parents
+        }  # quick to look up
         self._fingerprint: tuple[int, str] | None = None
         self.train(False)
 
@@ -213,8 +217,10 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def own_state_dict(self) -> dict[str, Tensor]:
         """The tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""
-        own = {name: self.get_parameter(name).detach() for name in self._own_names}
-        return own | {"llm_probe": self.llm_probe.detach()}
+        own = {name: module._parameters[leaf] for name, (module, leaf) in self._own_places.items()}
+        return {name: tensor.detach() for name, tensor in own.items() if tensor is not None} | {
+            "llm_probe": self.llm_probe.detach()
+        }
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors (the embedder's own tensors only)."""

@@ -137,6 +137,25 @@ def test_the_report_of_langchain_is_whole(folders, tmp_path, monkeypatch, capsys
     assert all(line.endswith(("met", "MISSED")) for line in lines)
 
 
+# -- llamaindex_cost.py ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_report_of_llamaindex_is_whole(folders, tmp_path, capsys):
+    pytest.importorskip("llama_index.core")
+    file = tmp_path / "report.json"
+    arguments = ["--llm", str(folders / "tiny-llm"), "--embedder", str(folders / "tiny-embedder")]
+    script("llamaindex_cost").main([*arguments, "--quick", "--json", str(file)])
+    report = json.loads(file.read_text())
+    assert set(report["calls"]["modes"]) == {"compact", "tree_summarize", "refine", "accumulate"}
+    for row in report["calls"]["modes"].values():
+        assert row["sources_kept"]
+        assert max(row["plain_positions"] + row["our_positions"]) <= report["config"]["window"]
+    assert report["query"]["n"] == 1
+    assert report["postprocessor"]["n"] == 3
+    assert len(capsys.readouterr().out.strip().splitlines()) == 6
+
+
 # -- timing.py ------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
 from llama_index.core.embeddings import BaseEmbedding
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.llms import CustomLLM
+from llama_index.core.llms import CustomLLM, MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
@@ -24,6 +24,7 @@ from retrieval_encoder import by_words
 from tiny import SENTENCES, random_embedder
 
 from extemb_core import EmbeddingStore, ExtensibleLM
+from extemb_core.errors import RatioError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.refs import MARK
 from llama_index.llms.extemb import ExtensibleLLM, extensible_prompt_helper
@@ -330,3 +331,21 @@ def test_refs_of_another_store_are_text(llm, lm, nodes):
     made = ExtensibleEmbeddingPostprocessor(llm=other, ratio=4).postprocess_nodes(nodes)
     response = llm.chat([ChatMessage(made[0].get_content(MetadataMode.LLM), role=MessageRole.USER)])
     assert response.raw["extemb"]["documents"] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"llm": MockLLM()}, "a MockLLM reads text alone; pass an ExtensibleLLM"),
+        ({"min_tokens": -1}, "greater than or equal to 0"),
+        ({"top_raw": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_bad_settings_are_an_error(settings, said):
+    with pytest.raises(ValueError, match=said):
+        ExtensibleEmbeddingPostprocessor(**settings)
+
+
+def test_a_ratio_that_was_not_trained_is_an_error(llm, nodes):
+    with pytest.raises(RatioError, match="ratio=3 is not one of the trained ratios"):
+        ExtensibleEmbeddingPostprocessor(llm=llm, ratio=3).postprocess_nodes(nodes)

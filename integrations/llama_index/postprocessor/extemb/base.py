@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from pydantic import Field
 
-from extemb_core.context.planning import Fidelity, plan_context
-from extemb_core.documents import Document
-from extemb_core.frameworks import LoadedWhenNeeded
-from llama_index.postprocessor.extemb.node import ExtensibleNode, text_of, to_document
+from extemb_core.context.planning import Fidelity, compressed_positions, plan_context
+from llama_index.postprocessor.extemb.node import extensible, text_of, to_document
+from llama_index.postprocessor.extemb.reader import ForReader
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ExtensibleEmbeddingPostprocessor(LoadedWhenNeeded, BaseNodePostprocessor):
+class ExtensibleEmbeddingPostprocessor(ForReader, BaseNodePostprocessor):
     """Nodes go to the LLM as extensible embeddings; `source_nodes` keep text, scores, ids, metadata and relationships.
 
     ```python
@@ -32,8 +31,6 @@ class ExtensibleEmbeddingPostprocessor(LoadedWhenNeeded, BaseNodePostprocessor):
     anything else that asks a node for its text gets its text.
     """
 
-    llm: Any = Field(default=None, exclude=True)
-    """The `ExtensibleLLM` that will read the nodes; in its place, `model`, `embedder` and `store`."""
     budget: int | None = None
     """Positions of the window that the nodes may take together. Those that do not fit are left out, with a warning.
     When not given, "auto" aims at half of the window, and nothing is left out: LlamaIndex asks several times then."""
@@ -46,14 +43,6 @@ class ExtensibleEmbeddingPostprocessor(LoadedWhenNeeded, BaseNodePostprocessor):
     def class_name(cls) -> str:
         return "ExtensibleEmbeddingPostprocessor"
 
-    @property
-    def lm(self) -> ExtensibleLM:
-        """The model; it is loaded now if it was not."""
-        if self.llm is not None:
-            lm: ExtensibleLM = self.llm.lm
-            return lm
-        return super().lm
-
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
@@ -62,11 +51,16 @@ class ExtensibleEmbeddingPostprocessor(LoadedWhenNeeded, BaseNodePostprocessor):
         documents = {at: to_document(nodes[at].node, text) for at, text in enumerate(texts) if text and text.strip()}
         tokens = {at: len(lm.token_ids(one.text, one.ref)) for at, one in documents.items()}
         chosen = self._chosen(lm, nodes, tokens)
-        for ratio in sorted({ratio for ratio in chosen.values() if isinstance(ratio, int)}):
-            lm.compress([documents[at] for at, one in chosen.items() if one == ratio], ratio=ratio, show_progress=False)
-        places = [at for at, ratio in chosen.items() if isinstance(ratio, int)]
-        marks = lm.refs.put(*(documents[at] for at in places), finest=[_ratio(chosen[at]) for at in places])
-        marked = dict(zip(places, marks, strict=True))
+        ratios = {at: fidelity for at, fidelity in chosen.items() if isinstance(fidelity, int)}
+        for ratio in sorted(set(ratios.values())):
+            lm.compress([documents[at] for at, one in ratios.items() if one == ratio], ratio=ratio, show_progress=False)
+        marks = lm.refs.put(*(documents[at] for at in ratios), finest=list(ratios.values()))
+        made: dict[int, BaseNode] = {}
+        for (at, ratio), mark in zip(ratios.items(), marks, strict=True):
+            positions = compressed_positions(tokens[at], ratio, lm.embedder.config.chunk_size)
+            made[at] = extensible(
+                nodes[at].node, documents[at], mark=mark, ratio=ratio, tokens=tokens[at], positions=positions
+            )
         dropped = [at for at, fidelity in chosen.items() if fidelity == "dropped"]
         if dropped:
             logger.warning(
@@ -74,9 +68,7 @@ class ExtensibleEmbeddingPostprocessor(LoadedWhenNeeded, BaseNodePostprocessor):
                 len(dropped), len(nodes), self.budget, ", ".join(nodes[at].node_id for at in dropped),
             )  # fmt: skip
         return [
-            found.model_copy(update={"node": self._replaced(lm, found, documents[at], chosen[at], marked[at])})
-            if at in marked
-            else found
+            found.model_copy(update={"node": made[at]}) if at in made else found
             for at, found in enumerate(nodes)
             if at not in dropped
         ]
@@ -107,23 +99,3 @@ class ExtensibleEmbeddingPostprocessor(LoadedWhenNeeded, BaseNodePostprocessor):
             forced = document.fidelity == "dropped" and self.budget is None
             chosen[at] = config.ratios[-1] if forced else document.fidelity
         return chosen
-
-    def _replaced(
-        self, lm: ExtensibleLM, found: NodeWithScore, document: Document, ratio: Fidelity, mark: str
-    ) -> ExtensibleNode:
-        node = found.node
-        own = {name: getattr(node, name) for name in ExtensibleNode.model_fields if hasattr(node, name)}
-        own |= {
-            "text": document.text,
-            "extemb_mark": mark,
-            "extemb_ref": document.ref,
-            "extemb_ratio": ratio,
-            "extemb_tokens": len(lm.token_ids(document.text, document.ref)),
-            "extemb_positions": lm.positions_of(lm.refs.find(mark)),
-        }
-        return ExtensibleNode.model_construct(**own)
-
-
-def _ratio(fidelity: Fidelity) -> int:
-    assert isinstance(fidelity, int)
-    return fidelity

@@ -68,3 +68,19 @@ def to_document(node: BaseNode, text: str) -> Document:
     """A node as our document, which cites the node's source or else its id."""
     named = next((node.metadata[key] for key in _SOURCES if node.metadata.get(key)), node.node_id)
     return Document(text, metadata={"source": str(named)})
+
+
+def extensible(
+    node: BaseNode, document: Document, *, mark: str, ratio: int, tokens: int, positions: int
+) -> ExtensibleNode:
+    """The node, with a mark for the LLM; nothing of it is copied or checked anew."""
+    own = {name: getattr(node, name) for name in ExtensibleNode.model_fields if hasattr(node, name)}
+    own |= {
+        "text": document.text,
+        "extemb_mark": mark,
+        "extemb_ref": document.ref,
+        "extemb_ratio": ratio,
+        "extemb_tokens": tokens,
+        "extemb_positions": positions,
+    }
+    return ExtensibleNode.model_construct(**own)

@@ -6,21 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode, TransformComponent
-from pydantic import Field
 
-from extemb_core.frameworks import LoadedWhenNeeded
 from llama_index.postprocessor.extemb.node import text_of, to_document
+from llama_index.postprocessor.extemb.reader import ForReader
 
 
-class ExtensibleTransform(LoadedWhenNeeded, TransformComponent):
+class ExtensibleTransform(ForReader, TransformComponent):
     """Compresses nodes into the store, each text once; the nodes go on unchanged.
 
     The last transformation of an `IngestionPipeline`, after the splitter. A node whose text is in the store already
     costs a look-up. Give `ratio` the finest one that will be asked for, or "auto" for the finest trained one.
     """
 
-    llm: Any = Field(default=None, exclude=True)
-    """The `ExtensibleLLM` that will read the nodes; in its place, `model`, `embedder` and `store`."""
     show_progress: bool | None = None
     """Show a bar; None shows it on a terminal."""
 
@@ -30,9 +27,8 @@ class ExtensibleTransform(LoadedWhenNeeded, TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         if self.ratio != "raw":
-            lm = self.lm if self.llm is None else self.llm.lm
             found = (to_document(node, text) for node in nodes if (text := text_of(node)) and text.strip())
             documents = list({document.ref: document for document in found}.values())
             ratio = None if self.ratio == "auto" else int(self.ratio)
-            lm.compress(documents, ratio=ratio, show_progress=self.show_progress)
+            self.lm.compress(documents, ratio=ratio, show_progress=self.show_progress)
         return nodes
