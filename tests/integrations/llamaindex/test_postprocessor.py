@@ -15,11 +15,13 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import CustomLLM, MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
-from llama_index.core.response_synthesizers import ResponseMode
+from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine, SubQuestionQueryEngine
+from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
+from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.tools import QueryEngineTool
 from retrieval_encoder import by_words
 from tiny import SENTENCES, random_embedder
 
@@ -349,3 +351,38 @@ def test_bad_settings_are_an_error(settings, said):
 def test_a_ratio_that_was_not_trained_is_an_error(llm, nodes):
     with pytest.raises(RatioError, match="ratio=3 is not one of the trained ratios"):
         ExtensibleEmbeddingPostprocessor(llm=llm, ratio=3).postprocess_nodes(nodes)
+
+
+def test_sub_questions_are_answered_from_embeddings(llm, nodes, calls):
+    class Two(BaseQuestionGenerator):
+        def generate(self, tools, query):
+            return [SubQuestion(sub_question=f"Part {at}?", tool_name="ships") for at in range(2)]
+
+        async def agenerate(self, tools, query):
+            return self.generate(tools, query)
+
+        def _get_prompts(self):
+            return {}
+
+        def _update_prompts(self, prompts):
+            pass
+
+    post = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4, min_tokens=20)
+    inner = RetrieverQueryEngine.from_args(Fixed(nodes), llm=llm, node_postprocessors=[post])
+    tool = QueryEngineTool.from_defaults(inner, name="ships", description="Ships.")
+    engine = SubQuestionQueryEngine.from_defaults([tool], llm=llm, question_gen=Two(), use_async=False, verbose=False)
+    response = engine.query("What is counted?")
+    assert len(calls) == 3
+    assert [node.text for node in response.source_nodes if node.text in {one.text for one in nodes}] == 2 * [
+        node.text for node in nodes
+    ]
+
+
+def test_synthesizers_of_blocks_read_embeddings_too(llm, nodes, calls):
+    post = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4, min_tokens=20)
+    synthesizer = get_response_synthesizer(llm=llm, response_mode=ResponseMode.COMPACT, multimodal=True)
+    with_blocks = RetrieverQueryEngine(Fixed(nodes), synthesizer, node_postprocessors=[post]).query("What is counted?")
+    assert len(calls) == 1
+    as_text = RetrieverQueryEngine(Fixed(nodes), synthesizer).query("What is counted?")
+    assert calls[0] < calls[1]
+    assert [found.text for found in with_blocks.source_nodes] == [found.text for found in as_text.source_nodes]
