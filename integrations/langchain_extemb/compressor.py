@@ -18,7 +18,7 @@ class ExtensibleCompressor(LoadedWhenNeeded, BaseDocumentCompressor):
 
     For `ContextualCompressionRetriever` and LCEL. A chain that formats documents with
     `PromptTemplate.from_template("{extemb_ref}")` then hands refs to a `ChatExtensible` or `ExtensibleLLM` of the same
-    model and store, which reads the embeddings in their places.
+    model and store, which reads the embeddings in their places: at the ratio given here or a coarser one.
     """
 
     def compress_documents(
@@ -27,9 +27,10 @@ class ExtensibleCompressor(LoadedWhenNeeded, BaseDocumentCompressor):
         """The same documents, ids and all, with a ref in the metadata of each. The query makes no difference."""
         lm = self.lm
         ours = [ExtensibleDocument.from_any(document) for document in documents]
+        ratio = None if self.ratio in ("auto", "raw") else int(self.ratio)
         if self.ratio != "raw":
-            lm.compress(ours, ratio=None if self.ratio == "auto" else int(self.ratio), show_progress=False)
+            lm.compress(ours, ratio=ratio, show_progress=False)
         return [
             document.model_copy(update={"metadata": {**document.metadata, REF: mark}})
-            for document, mark in zip(documents, lm.refs.put(*ours), strict=True)
+            for document, mark in zip(documents, lm.refs.put(*ours, finest=[ratio] * len(ours)), strict=True)
         ]

@@ -11,7 +11,7 @@ from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
 
 from extemb_core.documents import text_ref
-from extemb_core.errors import DocumentError
+from extemb_core.errors import DocumentError, RatioError
 from langchain_extemb import ChatExtensible, ExtensibleCompressor, ExtensibleLLM
 
 STUFF = ChatPromptTemplate.from_messages([("system", "Answer from this:\n{context}"), ("human", "{input}")])
@@ -117,3 +117,14 @@ async def test_the_completion_model_is_async_too(lm):
     assert await llm.ainvoke("One") == llm.invoke("One")
     assert "".join([piece async for piece in llm.astream("One")]) == llm.invoke("One")
     assert llm._identifying_params["embedder"] == lm.embedder.fingerprint
+
+
+def test_a_compressors_ratio_is_the_finest_that_its_refs_are_read_at(lm, documents, monkeypatch):
+    compressed = ExtensibleCompressor.from_lm(lm, ratio=4).compress_documents(documents, "any")
+    monkeypatch.setattr(type(lm.embedder), "compress_ids", lambda *args, **kwargs: pytest.fail("compressed again"))
+    refs = " ".join(one.metadata["extemb_ref"] for one in compressed)
+    for ratio, read in (("auto", 4), (2, 4), (8, 8)):
+        message = ChatExtensible.from_lm(lm, ratio=ratio, max_tokens=2).invoke(refs)
+        assert [one["fidelity"] for one in message.response_metadata["extemb"]["documents"]] == [read, read]
+    with pytest.raises(RatioError, match="ratio=3"):
+        ExtensibleCompressor.from_lm(lm, ratio=3).compress_documents(documents, "any")
