@@ -23,12 +23,18 @@ State = Literal["ok", "note", "problem"]
 
 # Large enough that a CPU which advertises bfloat16 units does use them.
 _BFLOAT16_PROBE = """
-import torch
-layer = torch.nn.Linear(512, 512, dtype=torch.bfloat16)
-with torch.no_grad():
-    out = layer(torch.randn(256, 512).bfloat16())
-    out = out @ out.T
-assert torch.isfinite(out.float()).all()
+import time, torch
+def seconds(dtype):
+    layer, rows = torch.nn.Linear(512, 512, dtype=dtype), torch.randn(256, 512).to(dtype)
+    with torch.no_grad():
+        out = layer(rows)
+        assert torch.isfinite((out @ out.T).float()).all()
+        start = time.perf_counter()
+        layer(rows)
+    return time.perf_counter() - start
+longer = min(seconds(torch.bfloat16) for _ in range(3)) / min(seconds(torch.float32) for _ in range(3))
+if longer > 3:
+    raise SystemExit(f"takes {longer:.0f} times as long as in float32")
 """
 _PROBE_SECONDS = 120
 _NEEDED = ("torch", "transformers", "peft")
@@ -178,7 +184,7 @@ def _device() -> Iterator[Check]:
 
 
 def _bfloat16() -> Iterator[Check]:
-    """Whether the CPU survives bfloat16; some are advertised to and die, so a process of its own finds out."""
+    """Whether the CPU survives bfloat16 and gains by it; some die of it, so a process of its own finds out."""
     from extemb_core.models.llm import choose_device
 
     if choose_device().type == "cuda":
@@ -195,7 +201,7 @@ def _bfloat16() -> Iterator[Check]:
     else:
         yield Check(
             name="bfloat16",
-            value=f"not safe on this CPU: a matrix product {how_it_ended}",
+            value=f"not for this CPU: a matrix product {how_it_ended}",
             state="note",
             remedy='keep to float32, which dtype="auto" takes',
         )
@@ -215,7 +221,7 @@ def _probe(code: str) -> str | None:
         return f"kills the process ({name})"
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        return f"fails ({last[:200]})"
+        return last if last.startswith("takes ") else f"fails ({last[:200]})"
     return None
 
 

@@ -116,6 +116,7 @@ def test_an_illegal_instruction_kills_the_probe_alone(monkeypatch: pytest.Monkey
 def test_a_probe_that_fails_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._probe("pass") is None
     assert doctor._probe("raise SystemExit('no such unit')") == "fails (no such unit)"
+    assert doctor._probe("raise SystemExit('takes 100 times as long')") == "takes 100 times as long"
 
     def hangs(*args: Any, timeout: float, **kwargs: Any) -> Any:
         raise subprocess.TimeoutExpired("python", timeout)
