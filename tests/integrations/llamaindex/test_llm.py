@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import subprocess
+import sys
 import time
 
 import pytest
@@ -202,3 +204,17 @@ async def test_who_stops_reading_stops_the_llm(llm, slow):
     done = len(slow)
     await asyncio.sleep(0.2)
     assert len(slow) == done < 200
+
+
+def test_importing_and_naming_a_model_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys; from llama_index.llms.extemb import ExtensibleLLM; "
+        "from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor as Post; "
+        "Post(llm=ExtensibleLLM.from_model_id('smollm2-135m-instruct')); "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    import llama_index.llms.extemb as package
+
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = package.other

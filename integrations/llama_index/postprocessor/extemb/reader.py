@@ -21,7 +21,7 @@ class ForReader(LoadedWhenNeeded):
     @field_validator("llm")
     @classmethod
     def _reads_embeddings(cls, llm: Any) -> Any:
-        if llm is not None and not hasattr(llm, "lm"):
+        if llm is not None and not hasattr(type(llm), "lm"):  # of the object it would load weights
             raise ValueError(
                 f"a {type(llm).__name__} reads text alone; pass an ExtensibleLLM, or model=, or leave it out"
             )
