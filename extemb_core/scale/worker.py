@@ -106,14 +106,14 @@ class CompressWorker:
         device: str = "auto",
         done: Done | None = None,
     ) -> None:
-        from extemb_core.lm import ExtensibleLM
+        from extemb_core.sharing import share
 
         self._place = Place(output)
         self._dtype = check_dtype(dtype)
         self._passage_tokens = passage_tokens
         self._column = column
         self._batch_size = batch_size
-        self._embedder = ExtensibleLM.from_pretrained(llm, embedder, device=device).embedder
+        self._embedder = share(llm, embedder, device=device).embedder  # workers of one process load once
         self._ratio = self._embedder.config.finest(ratio)
         own = self._embedder.fingerprint
         self._done = [
