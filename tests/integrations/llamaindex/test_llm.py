@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from llama_index.core.base.llms import types
 from llama_index.core.base.llms.types import (
     ChatMessage,
     CitableBlock,
@@ -18,7 +19,6 @@ from llama_index.core.base.llms.types import (
     ImageBlock,
     MessageRole,
     TextBlock,
-    ThinkingBlock,
 )
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
@@ -99,11 +99,12 @@ def test_blocks_without_text_are_an_error(llm, block, said):
 
 
 def test_other_blocks_and_roles(llm, lm):
+    thought = [types.ThinkingBlock(content="hm")] if hasattr(types, "ThinkingBlock") else []  # not in 0.13
     cited = CitationBlock(cited_content="41 ships", source="a", title="a", additional_location_info={})
     messages = [
         ChatMessage("Be brief.", role=MessageRole.DEVELOPER),
         ChatMessage("How many?", role=MessageRole.USER),
-        ChatMessage(blocks=[ThinkingBlock(content="hm"), TextBlock(text="41 "), cited], role=MessageRole.MODEL),
+        ChatMessage(blocks=[*thought, TextBlock(text="41 "), cited], role=MessageRole.MODEL),
         ChatMessage("Why?", role=MessageRole.USER),
     ]
     ours = [

@@ -103,7 +103,8 @@ def test_the_llm_gets_refs_and_everybody_else_finds_nodes_as_they_were(llm, lm, 
             assert getattr(found.node, name) == getattr(old.node, name)
         for mode in (MetadataMode.NONE, MetadataMode.ALL, MetadataMode.EMBED):
             assert found.get_content(mode) == old.get_content(mode)
-            assert found.node.get_content_blocks(mode) == old.node.get_content_blocks(mode)
+            if hasattr(old.node, "get_content_blocks"):  # not in 0.13
+                assert found.node.get_content_blocks(mode) == old.node.get_content_blocks(mode)
     first = processed[0].node
     said = first.get_content(MetadataMode.LLM)
     assert said == f"file_name: 0.txt\n\n{first.extemb_mark}"
@@ -378,6 +379,7 @@ def test_sub_questions_are_answered_from_embeddings(llm, nodes, calls):
     ]
 
 
+@pytest.mark.skipif(not hasattr(TextNode, "get_content_blocks"), reason="LlamaIndex 0.13 has none")
 def test_synthesizers_of_blocks_read_embeddings_too(llm, nodes, calls):
     post = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4, min_tokens=20)
     synthesizer = get_response_synthesizer(llm=llm, response_mode=ResponseMode.COMPACT, multimodal=True)

@@ -6,15 +6,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import (
-    CachePoint,
     ChatMessage,
     CitableBlock,
     CitationBlock,
     DocumentBlock,
     MessageRole,
     TextBlock,
-    ThinkingBlock,
-    ToolCallBlock,
 )
 
 from extemb_core.documents import Document
@@ -30,7 +27,7 @@ _ROLES = {
     MessageRole.MODEL: "assistant",
     MessageRole.FUNCTION: "tool",
 }
-_SILENT = (CachePoint, ThinkingBlock, ToolCallBlock)
+_SILENT = {"cache", "thinking", "tool_call"}  # by name: not all versions have their classes
 
 
 def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, Any]]:
@@ -51,7 +48,7 @@ def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, A
 def _parts(block: Any, refs: Refs) -> list[str | Document]:
     if isinstance(block, TextBlock):
         return refs.find(block.text)
-    if isinstance(block, _SILENT):
+    if block.block_type in _SILENT:
         return []
     if isinstance(block, CitableBlock):
         texts = [_text_of(one) for one in block.content]

@@ -9,7 +9,6 @@ from llama_index.core import PromptHelper
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.indices.prompt_helper import DEFAULT_PADDING
 from llama_index.core.prompts import BasePromptTemplate, SelectorPromptTemplate
-from llama_index.core.prompts.prompt_utils import get_empty_prompt_messages
 from pydantic import PrivateAttr
 
 from extemb_core.refs import MARK
@@ -61,7 +60,8 @@ class ExtensiblePromptHelper(PromptHelper):
     ) -> int:
         if isinstance(prompt, SelectorPromptTemplate):
             prompt = prompt.select(llm or self._llm)
-        messages = get_empty_prompt_messages(prompt)
+        empty = dict.fromkeys(prompt.template_vars, "")
+        messages = prompt.format_messages(llm=None, **(empty | prompt.kwargs))
         if system_prompt := getattr(llm, "system_prompt", None):
             messages = [ChatMessage(system_prompt, role=MessageRole.SYSTEM), *messages]
         lm = self._llm.lm
@@ -107,12 +107,13 @@ class ExtensiblePromptHelper(PromptHelper):
     ) -> list[str]:
         """Texts cut so that all fit the window together; those with refs in them stay whole."""
         count = self._token_counter.get_string_tokens
-        marked = [chunk for chunk in text_chunks if MARK.search(chunk)]
-        if not marked:
-            return super().truncate(prompt, text_chunks, padding, llm, tools)
         plain = [chunk for chunk in text_chunks if not MARK.search(chunk)]
+        if len(plain) == len(text_chunks):
+            return super().truncate(prompt, text_chunks, padding, llm, tools)
+        if not plain:
+            return list(text_chunks)
         size = self._get_available_chunk_size(prompt, padding=padding, llm=llm, tools=tools)
-        share = (size - sum(map(count, marked))) // max(1, len(plain))
+        share = (size - sum(count(chunk) for chunk in text_chunks if MARK.search(chunk))) // len(plain)
         limited = self.model_copy(update={"chunk_size_limit": max(1, share)})
         cut = iter(PromptHelper.truncate(limited, prompt, plain, padding, llm, tools))
         return [chunk if MARK.search(chunk) else next(cut) for chunk in text_chunks]

@@ -46,7 +46,8 @@ class ExtensibleNode(TextNode):
         """`get_content` as blocks of a chat message."""
         if metadata_mode != MetadataMode.LLM or not self.stands:
             return super().get_content_blocks(metadata_mode)
-        return [*self.get_metadata_content_blocks(metadata_mode), TextBlock(text=self.extemb_mark)]
+        metadata = self.get_metadata_str(mode=metadata_mode).strip()
+        return [TextBlock(text=text) for text in (metadata, self.extemb_mark) if text]
 
     @property
     def stands(self) -> bool:
