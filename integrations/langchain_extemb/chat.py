@@ -59,7 +59,7 @@ class ChatExtensible(Answering, BaseChatModel):
     def from_lm(cls, lm: ExtensibleLM, **settings: Any) -> Self:
         """Over a model that is loaded already."""
         made = super().from_lm(lm, **settings)
-        if settings.get("profile") is None:
+        if "profile" in cls.model_fields and settings.get("profile") is None:  # langchain-core 1.0 has none
             made.profile = made._resolve_model_profile()  # of which more is known now
         return made
 
