@@ -18,17 +18,20 @@ from extemb_core.errors import StoreCorruptError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.coding import DTYPES, Dtype, decode
 from extemb_core.store.environment import Environment
-from extemb_core.store.records import COUNT, NUMBER, Block, Entry, Kind, key_of, ref_bytes, ref_of
+from extemb_core.store.records import COUNT, NUMBER, Block, Entry, Kind, key_of, name_in, ref_bytes, ref_of
 
 BLOCK_BYTES = 4 * 2**20
 
 
 class Blocks:
-    """The databases of a store. Every method but `entries` works within a transaction of its environment."""
+    """The databases of a store. Every method but `entries` works within a transaction of its environment.
+
+    Nothing is remembered from one to the next: what a transaction wrote is there once it is committed, which it may
+    never be.
+    """
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
-        self.kinds: dict[int, Kind] = {}
 
     def databases(self, *names: str) -> list[Any]:
         return [self.environment.database(name) for name in names]
@@ -42,7 +45,7 @@ class Blocks:
         entry = Entry.unpack(data)
         if ratio is not None and ratio % entry.ratio:
             return None
-        kind = self.kind(transaction, entry.kind)
+        kind = self.kind(transaction, key, entry)
         payload = self.payload(transaction, key, entry, kind)
         embeddings = decode(payload, entry.n_embeddings, kind.width, DTYPES[entry.dtype])
         kept = kind.compressed(embeddings, ref=ref_of(key), ratio=entry.ratio, n_tokens=entry.n_tokens)
@@ -50,30 +53,42 @@ class Blocks:
 
     def entries(self) -> Iterator[tuple[bytes, Entry, Kind]]:
         """Everything that is here, with its key; no transaction stays open while the caller works."""
+        kinds: dict[tuple[int, bytes], Kind] = {}  # committed, and rows never go
         for key, value in self.environment.items("entries"):
             entry = Entry.unpack(value)
-            kind = self.kinds.get(entry.kind)
-            if kind is None:
+            own = entry.kind, name_in(key)
+            if own not in kinds:
                 with self.environment.read() as transaction:
-                    kind = self.kind(transaction, entry.kind)
-            yield key, entry, kind
+                    kinds[own] = self.kind(transaction, key, entry)
+            yield key, entry, kinds[own]
 
-    def kind(self, transaction: Any, number: int) -> Kind:
-        """Raises `StoreCorruptError` when it is not there."""
-        if number not in self.kinds:
-            data = transaction.get(NUMBER.pack(number), db=self.environment.database("kinds"))
-            if data is None:
-                raise StoreCorruptError(
-                    f"{self.environment.folder}: an entry is of kind {number}, which is not there; compress it again"
-                )
-            self.kinds[number] = Kind.parse(data)
-        return self.kinds[number]
+    def kind(self, transaction: Any, key: bytes, entry: Entry) -> Kind:
+        """What a document is of. Raises `StoreCorruptError` when that is lost."""
+        data = transaction.get(NUMBER.pack(entry.kind), db=self.environment.database("kinds"))
+        if data is not None and Kind.parse(data).made(key):
+            return Kind.parse(data)
+        # Earlier versions lost rows, and the numbers became other embedders'. With the next document that its embedder
+        # puts there is a row again, under whatever number.
+        for _, kind in self._kinds(transaction):
+            if kind.made(key):
+                return kind
+        raise StoreCorruptError(
+            f"{self.environment.folder}: the settings of the embedder of {ref_of(key)} are lost; compress any new "
+            "document with that embedder, which brings them back, or remove that ref and compress the document again"
+        )
+
+    def size(self, transaction: Any, key: bytes, entry: Entry) -> int:
+        """Bytes of a document's embeddings, by their checksum where its kind is lost. 0 where they are damaged too: a
+        count of the block that stays too high keeps the others in it."""
+        try:
+            return entry.size(self.kind(transaction, key, entry).width)
+        except StoreCorruptError:
+            return entry.size_in(key, self._from(transaction, entry))
 
     def payload(self, transaction: Any, key: bytes, entry: Entry, kind: Kind) -> memoryview:
         """A document's bytes, a view of the file. Raises `StoreCorruptError` when they are not what was written."""
-        block = transaction.get(NUMBER.pack(entry.block), db=self.environment.database("blocks"))
         size = entry.size(kind.width)
-        payload = memoryview(b"" if block is None else block)[entry.offset : entry.offset + size]
+        payload = self._from(transaction, entry)[:size]
         if len(payload) != size or entry.sum_of(key, payload) != entry.checksum:
             raise StoreCorruptError(
                 f"{self.environment.folder}: the embeddings of {ref_of(key)} are not what was written; remove "
@@ -86,10 +101,11 @@ class Blocks:
         entries = self.environment.database("entries")
         block = Block()
         for key, text, payload, dtype in coded:
+            # Before what is here is left as it is: it also makes documents readable whose kind was lost.
+            kind = self._number_of(transaction, Kind.of(text))
             there = transaction.get(key, db=entries)
             if there is not None and Entry.unpack(there).ratio <= text.ratio:
                 continue
-            kind = self._number_of(transaction, Kind.of(text))
             entry = Entry(0, 0, text.n_tokens, len(text), text.ratio, kind, DTYPES.index(dtype), 0)
             self.add(transaction, block, key, entry, payload)
         self.put_block(transaction, block)
@@ -109,13 +125,11 @@ class Blocks:
             return
         cursor = transaction.cursor(db=live)
         number = NUMBER.unpack(cursor.key())[0] + 1 if cursor.last() else 0
-        total = 0
         for key, entry in block.entries:
             self.forget(transaction, key)
             transaction.put(key, replace(entry, block=number).pack(), db=entries)
-            total += entry.size(self.kinds[entry.kind].width)
         transaction.put(NUMBER.pack(number), bytes(block.payload), db=blocks)
-        transaction.put(NUMBER.pack(number), COUNT.pack(total), db=live)
+        transaction.put(NUMBER.pack(number), COUNT.pack(len(block.payload)), db=live)
         block.payload, block.entries = bytearray(), []
 
     def forget(self, transaction: Any, key: bytes) -> None:
@@ -125,7 +139,7 @@ class Blocks:
         if data is None:
             return
         entry = Entry.unpack(data)
-        size = entry.size(self.kind(transaction, entry.kind).width)
+        size = self.size(transaction, key, entry)
         transaction.delete(key, db=entries)
         name = NUMBER.pack(entry.block)
         left = COUNT.unpack(transaction.get(name, db=live) or COUNT.pack(0))[0] - size
@@ -150,17 +164,19 @@ class Blocks:
             found = cursor.next()
         return keys
 
+    def _from(self, transaction: Any, entry: Entry) -> memoryview:
+        """A block from a document on, a view of the file."""
+        block = transaction.get(NUMBER.pack(entry.block), db=self.environment.database("blocks"))
+        return memoryview(b"" if block is None else block)[entry.offset :]
+
+    def _kinds(self, transaction: Any) -> Iterator[tuple[int, Kind]]:
+        for key, value in transaction.cursor(db=self.environment.database("kinds")):
+            yield int(NUMBER.unpack(key)[0]), Kind.parse(value)
+
     def _number_of(self, transaction: Any, kind: Kind) -> int:
-        for number, known in self.kinds.items():
+        number = -1
+        for number, known in self._kinds(transaction):
             if known == kind:
                 return number
-        kinds = self.environment.database("kinds")
-        for key, value in transaction.cursor(db=kinds):
-            number = int(NUMBER.unpack(key)[0])
-            self.kinds[number] = Kind.parse(value)
-            if self.kinds[number] == kind:
-                return number
-        number = int(transaction.stat(kinds)["entries"])
-        transaction.put(NUMBER.pack(number), kind.to_bytes(), db=kinds)
-        self.kinds[number] = kind
-        return number
+        transaction.put(NUMBER.pack(number + 1), kind.to_bytes(), db=self.environment.database("kinds"))
+        return number + 1

@@ -94,7 +94,8 @@ class Environment:
     def write(self, work: Callable[[Any], T]) -> T:
         """Run `work(transaction)` and commit: all of it is on disk when this returns, or none of it.
 
-        `work` may run more than once: when the map is full it is grown, and the transaction begins anew.
+        `work` may run more than once: when the map is full it is grown, and the transaction begins anew. What it wrote
+        is therefore not to be remembered outside the transaction before this returns.
 
         Raises:
             StoreError: The environment is read-only, or the disk refuses (then nothing of it was kept).

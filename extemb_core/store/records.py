@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from itertools import count
 from typing import Any
 
 import xxhash
@@ -18,6 +20,7 @@ from extemb_core.store.coding import DTYPES, n_bytes
 COUNT = struct.Struct("<Q")
 NUMBER = struct.Struct(">Q")  # big-endian: keys in order
 _ENTRY = struct.Struct("<QQQIIIIQ")  # block, offset, n_tokens, n_embeddings, ratio, kind, dtype, checksum
+_REF_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,28 @@ class Entry:
 
     def sum_of(self, key: bytes, payload: Any) -> int:
         """The checksum of what is stored: of everything but where it is, which `gc` may change."""
-        digest = xxhash.xxh3_64(key)
-        digest.update(_ENTRY.pack(0, 0, self.n_tokens, self.n_embeddings, self.ratio, self.kind, self.dtype, 0))
+        digest = self._sum_begun(key)
         digest.update(payload)
         return digest.intdigest()
+
+    def size_in(self, key: bytes, payload: Any) -> int:
+        """`size` without the width: the one that the checksum fits, of bytes that begin with the embeddings; else 0."""
+        digest = self._sum_begun(key)
+        end = 0
+        for width in count(1):
+            size = self.size(width)
+            if not end < size <= len(payload):
+                break
+            digest.update(payload[end:size])
+            end = size
+            if digest.intdigest() == self.checksum:
+                return size
+        return 0
+
+    def _sum_begun(self, key: bytes) -> xxhash.xxh3_64:
+        digest = xxhash.xxh3_64(key)
+        digest.update(_ENTRY.pack(0, 0, self.n_tokens, self.n_embeddings, self.ratio, self.kind, self.dtype, 0))
+        return digest
 
 
 @dataclass(frozen=True)
@@ -68,8 +89,16 @@ class Kind:
 
     @classmethod
     def parse(cls, data: Any) -> Kind:
-        values = json.loads(bytes(data))
-        return cls(**(values | {"ratios": tuple(values["ratios"])}))
+        return _parsed(bytes(data))
+
+    @cached_property
+    def name(self) -> bytes:
+        """What the keys of its documents end with."""
+        return _name(self.fingerprint)
+
+    def made(self, key: bytes) -> bool:
+        """Whether a document is of this embedder."""
+        return name_in(key) == self.name
 
     def compressed(self, embeddings: Tensor, *, ref: str, ratio: int, n_tokens: int) -> Compressed:
         """A document of this kind."""
@@ -98,7 +127,12 @@ class Block:
 
 def key_of(ref: str, fingerprint: str) -> bytes:
     """32 bytes: those of the ref, then a hash of the fingerprint."""
-    return ref_bytes(ref) + xxhash.xxh3_128(fingerprint.encode()).digest()
+    return ref_bytes(ref) + _name(fingerprint)
+
+
+def name_in(key: bytes) -> bytes:
+    """The part of a key that stands for the embedder."""
+    return key[_REF_BYTES:]
 
 
 def ref_bytes(ref: str) -> bytes:
@@ -107,11 +141,21 @@ def ref_bytes(ref: str) -> bytes:
         own = bytes.fromhex(ref.removeprefix(REF_PREFIX))
     except ValueError:
         own = b""
-    if not ref.startswith(REF_PREFIX) or len(own) != 16:
+    if not ref.startswith(REF_PREFIX) or len(own) != _REF_BYTES:
         raise ConfigError(f"ref={ref!r} is not a document's ref ({REF_PREFIX} and 32 hex digits); pass document.ref")
     return own
 
 
 def ref_of(data: bytes) -> str:
     """The ref that a key, or the bytes of a ref, begin with."""
-    return REF_PREFIX + data[:16].hex()
+    return REF_PREFIX + data[:_REF_BYTES].hex()
+
+
+def _name(fingerprint: str) -> bytes:
+    return xxhash.xxh3_128(fingerprint.encode()).digest()
+
+
+@lru_cache  # every document that is read asks for it
+def _parsed(data: bytes) -> Kind:
+    values = json.loads(data)
+    return Kind(**(values | {"ratios": tuple(values["ratios"])}))

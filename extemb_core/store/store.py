@@ -195,11 +195,7 @@ class EmbeddingStore:
 
     def write(self, work: Callable[[Any], T]) -> T:
         """Run `work(transaction)` over the databases of this folder and commit: see `Environment.write`."""
-        try:
-            return self.environment.write(work)
-        except BaseException:
-            self._blocks.kinds.clear()  # a number that was not committed may become another's
-            raise
+        return self.environment.write(work)
 
     def _move(self, numbers: set[int]) -> None:
         self.write(lambda transaction: move(self._blocks, transaction, numbers))

@@ -90,14 +90,14 @@ def verify(blocks: Blocks) -> Verified:
             return Verified(n_documents=0)
         found: dict[int, int] = {}
         for data, value in transaction.cursor(db=entries):
-            key, entry = bytes(data), Entry.unpack(value)
+            key, entry, name = bytes(data), Entry.unpack(value), "?"
+            found[entry.block] = found.get(entry.block, 0) + blocks.size(transaction, key, entry)
             try:
-                kind = blocks.kind(transaction, entry.kind)
-                found[entry.block] = found.get(entry.block, 0) + entry.size(kind.width)
+                kind = blocks.kind(transaction, key, entry)
+                name = kind.fingerprint
                 blocks.payload(transaction, key, entry, kind)
                 good += 1
             except StoreCorruptError as error:
-                name = blocks.kinds[entry.kind].fingerprint if entry.kind in blocks.kinds else "?"
                 damaged.append((ref_of(key), name, str(error)))
         counted = {NUMBER.unpack(key)[0]: COUNT.unpack(value)[0] for key, value in transaction.cursor(db=live)}
         present = {NUMBER.unpack(key)[0] for key in transaction.cursor(db=values).iternext(values=False)}
@@ -130,6 +130,6 @@ def move(blocks: Blocks, transaction: Any, numbers: set[int]) -> None:
     block = Block()
     for key, entry in moved:
         # Checked, as damage is not to be sealed with a new checksum; a copy, as writing may move what it is a view of.
-        payload = bytes(blocks.payload(transaction, key, entry, blocks.kind(transaction, entry.kind)))
+        payload = bytes(blocks.payload(transaction, key, entry, blocks.kind(transaction, key, entry)))
         blocks.add(transaction, block, key, entry, payload)
     blocks.put_block(transaction, block)
