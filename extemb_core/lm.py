@@ -30,6 +30,7 @@ from extemb_core.context.tools import Tool
 from extemb_core.documents import Document
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError
 from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.llm import LLM, Sampling
 from extemb_core.models.weights import resolve_embedder
 from extemb_core.refs import Handed, Refs
@@ -86,16 +87,19 @@ class ExtensibleLM:
         store: str | Path | Store | None = None,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
+        adapt: bool = False,
     ) -> ExtensibleLM:
         """Load an LLM and its embedder.
 
         Args:
             llm: A local folder, a known name (`extemb weights list`) or a Hugging Face id.
-            embedder: A folder or hub id; the one shipped for a known LLM when not given.
+            embedder: A folder or hub id; "untrained", the LLM's own first layers as they are; or when not given the one
+                shipped for a known LLM, untrained for any other.
             store: Folder of an `EmbeddingStore`, made if it is not there; folder or URL of shards (`ShardStore`); or a
                 store. In memory when not given.
             device: "auto" or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.
+            adapt: Take an embedder for an LLM with other tensors too: see `ExtensibleEmbedder.from_pretrained`.
 
         Raises:
             WeightsError: Files are missing or damaged.
@@ -105,7 +109,7 @@ class ExtensibleLM:
         opened = open_store(store)
         where = resolve_embedder(embedder, str(llm))
         loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
-        return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded), opened)
+        return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt), opened)
 
     # -- asking -----------------------------------------------------------------------------------------------
 
@@ -242,7 +246,7 @@ class ExtensibleLM:
         ready = self._continue_from(prompt, as_documents(documents), budget, ratio, len(targets))
         if not len(ready.prompt) or not len(targets):
             raise ConfigError("score needs a continuation and something before it; pass a prompt or a document")
-        return float(self.llm.score(ready.prompt.embeddings(self.llm), targets).sum())
+        return float(self.llm.score(ready.prompt.inputs(self.llm), targets).sum())
 
     def ask_batch(
         self,
@@ -370,8 +374,8 @@ class ExtensibleLM:
 
     def _compressed(
         self, wanted: Sequence[tuple[Document, int]], show_progress: bool | None = None
-    ) -> tuple[list[Tensor], list[bool]]:
-        """Embeddings of documents at their ratios, and whether each was in the store."""
+    ) -> tuple[list[Part], list[bool]]:
+        """What documents at their ratios are in a prompt, and whether each was in the store."""
         fingerprint = self.embedder.fingerprint
         found = [self.store.get(document.ref, fingerprint, ratio) for document, ratio in wanted]
         cached = [kept is not None for kept in found]
@@ -389,7 +393,7 @@ class ExtensibleLM:
                 # As kept, which on disk is rounded: the first answer is what later ones will be.
                 kept = self.store.get(compressed.ref, fingerprint, ratio)
                 found[place] = compressed if kept is None else kept
-        return [kept.embeddings for kept in found if kept is not None], cached
+        return [kept.part for kept in found if kept is not None], cached
 
     # -- prompts ----------------------------------------------------------------------------------------------
 
@@ -468,7 +472,7 @@ class ExtensibleLM:
     def _text_of(self, piece: Part | Document) -> str:
         if isinstance(piece, str | Document):
             return piece if isinstance(piece, str) else piece.text
-        if isinstance(piece, Tensor):
+        if isinstance(piece, Tensor | AnchoredStates):
             raise ConfigError(
                 "an older turn holds embeddings, which cannot be condensed; pass the Document that they are of"
             )
@@ -520,11 +524,15 @@ class ExtensibleLM:
         config = self.embedder.config
         if isinstance(ratio, int):
             config.require_ratio(ratio)
+        finest = [document.finest if isinstance(document, Handed) else None for document in documents]
+        ladder = (
+            config.ratios if isinstance(ratio, int) else {*config.plan_ratios, *(r for r in finest if r is not None)}
+        )
         return plan_context(
             [len(self.token_ids(document.text, document.ref)) for document in documents],
             room,
             ratio=ratio,  # type: ignore[arg-type]
-            ratios=config.ratios,
+            ratios=sorted(ladder),
             chunk_size=config.chunk_size,
             overhead=[
                 len(self.llm.encode(document_heading(i, d.title) + DOCUMENT_SEPARATOR))
@@ -532,7 +540,7 @@ class ExtensibleLM:
                 else 0
                 for i, d in enumerate(documents)
             ],
-            finest=[document.finest if isinstance(document, Handed) else None for document in documents],
+            finest=finest,
         )
 
     def _read(

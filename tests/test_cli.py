@@ -348,7 +348,7 @@ def test_damaged_pdf_is_one_line(models: Models, tmp_path: Path) -> None:
 
 
 def test_ratio_that_was_not_trained(models: Models, novel: Path, tmp_path: Path) -> None:
-    assert "ratio=3 is not one of the trained ratios" in refused(
+    assert "ratio=3 is not one of the ratios" in refused(
         ExitCode.SETTINGS, *ask_about(models, novel, "--ratio", "3")
     )
     assert "ratio=3" in refused(

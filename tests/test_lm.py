@@ -169,7 +169,7 @@ def test_answers_serialise_and_print(lm):
     ("arguments", "error", "words"),
     [
         ({"question": "  "}, ConfigError, "question is empty"),
-        ({"ratio": 3}, RatioError, "ratio=3 is not one of the trained ratios"),
+        ({"ratio": 3}, RatioError, "ratio=3 is not one of the ratios"),
         ({"ratio": "fine"}, ConfigError, "fine"),
         ({"budget": -1}, BudgetError, "budget=-1"),
         ({"budget": 10_000}, BudgetError, "budget=10000 is more than"),

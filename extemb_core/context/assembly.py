@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from extemb_core.context.tools import require_tools
-from extemb_core.errors import ConfigError
-from extemb_core.models.llm import LLM
+from extemb_core.errors import ConfigError, MismatchError
+from extemb_core.models.entry import AnchoredPrompt, AnchoredStates
+from extemb_core.models.llm import LLM, PromptInputs
 
-Part = str | np.ndarray[Any, Any] | Tensor
+Segment = np.ndarray[Any, Any] | Tensor | AnchoredStates
+Part = str | Segment
 Content = str | Sequence[Part]
 
 DOCUMENT_SEPARATOR = "\n\n"  # after each document of a message
@@ -30,9 +32,9 @@ _FENCES = [chr(point) for point in range(0xF0000, 0xF0100)]
 
 @dataclass(frozen=True)
 class Prompt:
-    """Segments in reading order: (T,) integer ids, or (N, D) extensible embeddings."""
+    """Segments in reading order: (T,) integer ids, or extensible embeddings: (N, D), or states with their anchors."""
 
-    segments: tuple[np.ndarray[Any, Any] | Tensor, ...]
+    segments: tuple[Segment, ...]
 
     def __len__(self) -> int:
         """Positions it takes in the LLM's window."""
@@ -40,18 +42,41 @@ class Prompt:
 
     @property
     def text_only(self) -> bool:
-        return not any(isinstance(segment, Tensor) for segment in self.segments)
+        return all(isinstance(segment, np.ndarray) for segment in self.segments)
 
-    def inputs(self, llm: LLM) -> list[int] | Tensor:
-        """What `LLM.generate` and `LLM.stream` take: ids if there is only text, else (T, D) embeddings."""
+    def inputs(self, llm: LLM) -> PromptInputs:
+        """What an `LLM` reads: ids if there is only text, else (T, D) embeddings, or ids with states.
+
+        Raises:
+            MismatchError: An anchor is a control token, which no text becomes; or embeddings of several entry layers
+                stand in the prompt.
+        """
         if self.text_only:
-            return [int(index) for segment in self.segments for index in segment]
-        return self.embeddings(llm)
+            return [int(index) for segment in self.segments for index in segment]  # type: ignore[union-attr]
+        if any(isinstance(segment, Tensor) for segment in self.segments):
+            return self.embeddings(llm)
+        segments: list[Any] = list(self.segments)
+        for segment in segments:
+            if isinstance(segment, AnchoredStates) and np.isin(segment.anchors, llm.control_ids).any():
+                raise MismatchError(
+                    f"an anchor is a control token of {llm.name}, which no document's text becomes; compress the "
+                    "document again"
+                )
+        return AnchoredPrompt.of(segments, llm.width, llm.device, llm.dtype)
 
     def embeddings(self, llm: LLM) -> Tensor:
-        """(T, D) in the LLM's dtype and device; positions are contiguous from 0."""
+        """(T, D) in the LLM's dtype and device, for entry layer 0; positions are contiguous from 0.
+
+        Raises:
+            MismatchError: A segment enters at a later layer.
+        """
+        if any(isinstance(segment, AnchoredStates) for segment in self.segments):
+            raise MismatchError(
+                "states for an entry layer above 0 stand in a prompt that is read from layer 0; compress its documents "
+                "with one embedder, and hand the LLM Prompt.inputs"
+            )
         pieces = [
-            segment.to(llm.device, llm.dtype) if isinstance(segment, Tensor) else llm.embed(segment)
+            segment.to(llm.device, llm.dtype) if isinstance(segment, Tensor) else llm.embed(segment)  # type: ignore[arg-type]
             for segment in self.segments
         ]
         return torch.cat(pieces) if pieces else torch.empty(0, llm.width, device=llm.device, dtype=llm.dtype)
@@ -74,8 +99,8 @@ def assemble_chat(
 
     Args:
         llm: Whose template and tokenizer are used.
-        messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids and (N, D) embeddings. An
-            assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}].
+        messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids and embeddings (see
+            `Prompt`). An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}].
         add_generation_prompt: End with the opening of the assistant's turn.
         tools: Functions in OpenAI's form, for templates that have a place for them.
         opening: What the assistant's turn begins with.
@@ -107,7 +132,7 @@ def assemble_chat(
 
 def assemble_text(llm: LLM, parts: Sequence[Part]) -> Prompt:
     """A plain prompt, no chat template: the LLM's BOS if it has one, then the parts in order, text as data."""
-    start: list[np.ndarray[Any, Any] | Tensor] = [np.array([llm.bos_token_id])] if llm.bos_token_id is not None else []
+    start: list[Segment] = [np.array([llm.bos_token_id])] if llm.bos_token_id is not None else []
     rest = [llm.encode(part) if isinstance(part, str) else part for part in parts]
     return Prompt(tuple(segment for segment in start + rest if len(segment)))
 
@@ -121,7 +146,7 @@ class _Placeholders:
         self._fence = next(fence for fence in _FENCES if not any(fence in text for text in texts))
         tokens = sorted(llm.control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, tokens))) if tokens else None
-        self.segments: list[np.ndarray[Any, Any] | Tensor] = []
+        self.segments: list[Segment] = []
         self.used: set[int] = set()
 
     def mark(self, part: Part) -> str:
@@ -139,12 +164,12 @@ class _Placeholders:
             return {self.mark_within(key): self.mark_within(one) for key, one in value.items()}
         return [self.mark_within(one) for one in value] if isinstance(value, list | tuple) else value
 
-    def _number(self, segment: np.ndarray[Any, Any] | Tensor) -> str:
+    def _number(self, segment: Segment) -> str:
         self.segments.append(segment)
         return f"{self._fence}{len(self.segments) - 1}{self._fence}"
 
     def resolve(self, rendered: str) -> Prompt:
-        segments: list[np.ndarray[Any, Any] | Tensor] = []
+        segments: list[Segment] = []
         for place, piece in enumerate(rendered.split(self._fence)):
             if place % 2:  # between two fences stands a number
                 self.used.add(int(piece))
@@ -160,9 +185,9 @@ def _checked_content(message: Mapping[str, Any]) -> list[Part]:
     if not isinstance(role, str) or not isinstance(parts, Sequence):
         raise ConfigError(f"a message is {dict(message)!r:.80}; it must have a role and a content of text")
     for part in parts:
-        if not isinstance(part, str | np.ndarray | Tensor):
+        if not isinstance(part, str | np.ndarray | Tensor | AnchoredStates):
             raise ConfigError(
-                f"a message's content holds a {type(part).__name__}; pass str, (T,) token ids or (N, D) embeddings"
+                f"a message's content holds a {type(part).__name__}; pass str, (T,) token ids or embeddings"
             )
     return list(parts)
 

@@ -236,7 +236,7 @@ def _ladder(ratio: object, ratios: Sequence[int]) -> list[Fidelity]:
     remedy = "pass one of them, 'auto' or 'raw'"
     if isinstance(ratio, int) and ratio > 0:
         remedy += f", or train with ratios=[..., {ratio}]"
-    raise RatioError(f"ratio={ratio!r} is not one of the trained ratios {trained}; {remedy}")
+    raise RatioError(f"ratio={ratio!r} is not one of the ratios {trained}; {remedy}")
 
 
 def _overheads(overhead: Sequence[int] | int, count: int) -> list[int]:

@@ -127,7 +127,7 @@ class Session:
         parts = list(self._parts)
         streamed = [turn.text for turn in self._timeline if turn.role is None]
         if self._condensed or streamed:
-            parts += [_EARLIER, *[kept.embeddings for kept in self._condensed], "".join(streamed), "\n\n"]
+            parts += [_EARLIER, *[kept.part for kept in self._condensed], "".join(streamed), "\n\n"]
         turns = [turn for turn in self._timeline + coming if turn.role is not None]
         if not turns or turns[0].role != "user":
             turns.insert(0, _Turn("user", ""))
@@ -166,7 +166,7 @@ class Session:
             turn.text = rest
         if turn.role is not None and source is self._timeline:
             ids = np.concatenate([ids, self._lm.llm.encode("\n")])
-        ratios = self._lm.embedder.config.ratios
+        ratios = self._lm.embedder.config.plan_ratios
         ratio = next((r for r in ratios if r >= _FIRST_RATIO), ratios[-1])
         if len(ids):
             self._condensed += self._lm.embedder.compress_ids([ids], ratio=ratio, show_progress=False)
@@ -174,7 +174,7 @@ class Session:
 
     def _relieve(self, limit: int) -> None:
         """Coarsen the oldest embeddings until all take at most `limit` positions; then drop the oldest."""
-        ratios = self._lm.embedder.config.ratios
+        ratios = self._lm.embedder.config.plan_ratios
         while sum(map(len, self._condensed)) > limit:
             finest = min((kept.ratio for kept in self._condensed), default=ratios[-1])
             if finest == ratios[-1]:

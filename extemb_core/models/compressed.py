@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from extemb_core.errors import RatioError
-from extemb_core.models.downscaling import Downscaling, chunk_lengths, coarsen, n_embeddings
+from extemb_core.models.downscaling import Downscaling, chunk_lengths, coarsen, n_embeddings, picks
+from extemb_core.models.entry import AnchoredStates
+from extemb_core.models.pooling import Groups, coarsen_groups, rescaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,8 +26,13 @@ class Compressed:
         ref: The text's content hash.
         fingerprint: Of the embedder that made them.
         chunk_size: Tokens per chunk.
-        ratios: The trained ratios.
+        ratios: Those that may be asked for.
         downscaling: How outputs were picked.
+        entry_layer: J, the layer of the LLM at whose input they take their place.
+        anchors: (N,) int32, the last token of each group; None at entry layer 0, as are the next three.
+        mean_norms: (N,) float32, |m| of each group (see `pooling`). Coarser ratios are derived from these three.
+        norms: (N,) float32, the length of each embedding.
+        weights: (N,) float32, sum(w) of each group.
     """
 
     embeddings: Tensor
@@ -34,16 +43,28 @@ class Compressed:
     chunk_size: int
     ratios: tuple[int, ...]
     downscaling: Downscaling
+    entry_layer: int = 0
+    anchors: np.ndarray[Any, Any] | None = None
+    mean_norms: Tensor | None = None
+    norms: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         """Positions it takes in the LLM's window."""
         return int(self.embeddings.shape[0])
 
+    @property
+    def part(self) -> Tensor | AnchoredStates:
+        """What stands in a prompt for the text."""
+        return (
+            self.embeddings if self.anchors is None else AnchoredStates(self.anchors, self.embeddings, self.entry_layer)
+        )
+
     def at_ratio(self, ratio: int) -> Compressed:
         """The same text at a coarser ratio, without another forward pass.
 
         Raises:
-            RatioError: `ratio` was not trained or is not a multiple of the ratio at hand.
+            RatioError: `ratio` may not be asked for, or is not a multiple of the ratio at hand.
         """
         if ratio not in self.ratios or ratio % self.ratio:
             derivable = tuple(r for r in self.ratios if r % self.ratio == 0)
@@ -53,10 +74,30 @@ class Compressed:
             )
         if ratio == self.ratio or not self.n_tokens:
             return replace(self, ratio=ratio)
-        parts, start = [], 0
-        for length in chunk_lengths(self.n_tokens, self.chunk_size):
-            count = n_embeddings(length, self.ratio)
-            chunk = self.embeddings[start : start + count]
-            parts.append(coarsen(chunk, length, self.ratio, ratio, self.downscaling))
-            start += count
-        return replace(self, embeddings=torch.cat(parts), ratio=ratio)
+        lengths = chunk_lengths(self.n_tokens, self.chunk_size)
+        counts = [n_embeddings(length, self.ratio) for length in lengths]
+        if self.anchors is None:
+            chunks = zip(self.embeddings.split(counts), lengths, strict=True)
+            made = [coarsen(chunk, length, self.ratio, ratio, self.downscaling) for chunk, length in chunks]
+            return replace(self, embeddings=torch.cat(made), ratio=ratio)
+        fine = self._groups()
+        each = zip(*(part.split(counts) for part in fine), strict=True)
+        pooled = [coarsen_groups(Groups(*chunk), ratio // self.ratio) for chunk in each]
+        groups = Groups(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
+        ends = np.concatenate([picks("strided", count, ratio // self.ratio).numpy() for count in counts])
+        starts = np.repeat(np.cumsum([0, *counts[:-1]]), [len(chunk.weights) for chunk in pooled])
+        return replace(
+            self,
+            embeddings=groups.states,
+            ratio=ratio,
+            anchors=self.anchors[starts + ends],
+            mean_norms=groups.means.norm(dim=-1),
+            norms=groups.norms,
+            weights=groups.weights,
+        )
+
+    def _groups(self) -> Groups:
+        assert self.mean_norms is not None
+        assert self.norms is not None
+        assert self.weights is not None
+        return Groups(rescaled(self.embeddings, self.mean_norms), self.weights, self.norms)

@@ -8,43 +8,66 @@ from transformers import PretrainedConfig
 
 from extemb_core.errors import ConfigError, RatioError
 from extemb_core.models.downscaling import Downscaling, check_ratios, is_count
+from extemb_core.models.pooling import TokenWeighting
 
-Adaptation = Literal["lora", "full"]
+Adaptation = Literal["none", "lora", "full"]
 Connector = Literal["none", "linear", "mlp", "conv"]
 
 
 class ExtensibleEmbedderConfig(PretrainedConfig):
     """Configuration of an `ExtensibleEmbedder`.
 
+    Defaults depend on the entry layer: at 0 they are the papers', above 0 those of states that the LLM knows already.
+
     Args:
-        num_layers: How many of the LLM's first layers the embedder uses (twin paper, section 2: 8).
-        adaptation: "lora" trains low-rank adapters over the LLM's own tensors, "full" trains a copy of the layers.
-        downscaling: Which outputs become extensible embeddings (see `models/downscaling.py`).
-        connector: What stands between the layers' outputs and the LLM's input space (see `models/connector.py`).
+        num_layers: How many of the LLM's first layers the embedder uses; 8 (twin paper, section 2), or `entry_layer`.
+        adaptation: "lora" trains low-rank adapters over the LLM's own tensors, "full" trains a copy of the layers,
+            "none" takes them as they are (entry layers above 0 only).
+        downscaling: Which outputs become extensible embeddings: "strided", or above entry layer 0 "mean", weighted
+            (see `models/downscaling.py` and `models/pooling.py`).
+        connector: What stands between the layers' outputs and the LLM: "linear", or above entry layer 0 "none" (see
+            `models/connector.py`).
         chunk_size: Tokens per chunk; chunks are compressed independently.
-        ratios: The trained ratios, finest first.
-        residual_window: With a connector: each output starts from the mean of this many token embeddings; "conv" has a
-            map for each of them. It does not depend on the ratio, so a coarser ratio stays a slice of a finer one.
+        ratios: The ratios that may be asked for, finest first: those trained, (2, 4, 8, 16, 32), or above entry layer 0
+            1 as well.
+        residual_window: With a connector at entry layer 0: each output starts from the mean of this many token
+            embeddings; "conv" has a map for each of them. It does not depend on the ratio, so a coarser ratio stays a
+            slice of a finer one.
         lora_rank: Rank of the adapters; their scale is `2 * rank`, as usual.
+        entry_layer: J, the layer of the LLM at whose input the embeddings take their place; at 0 they stand among the
+            input embeddings.
+        kept_ratio: The ratio that a text is compressed at where none is asked for; coarser ones are derived from it.
+            The finest, or above entry layer 0 2.
+        plan_ratios: The ratios that a plan chooses from by itself: all, or above entry layer 0 2, 4 and 8.
+        token_weighting: Above entry layer 0, how much each token counts in its group (see `models/pooling.py`).
+        token_weights_digest: sha256 of the table of counted weights, where there is one.
         hidden_size: Width of the LLM's input embeddings, D.
         llm_name: What the LLM was called when the embedder was made; only for messages and defaults.
         llm_layers_type: The LLM's `model_type`; an embedder is not moved between architectures.
         bos_token_id: Put before every chunk where the LLM's tokenizer does so itself; its output is not used.
         tokenizer_digest: sha256 of the tokenizer's vocabulary and rules.
+
+    Raises:
+        ConfigError: A setting is not legal, or has no meaning at this entry layer.
     """
 
     model_type = "extemb"
 
     def __init__(
         self,
-        num_layers: int = 8,
+        num_layers: int | None = None,
         adaptation: Adaptation = "lora",
-        downscaling: Downscaling = "strided",
-        connector: Connector = "linear",
+        downscaling: Downscaling | None = None,
+        connector: Connector | None = None,
         chunk_size: int = 512,
-        ratios: tuple[int, ...] | list[int] = (2, 4, 8, 16, 32),
-        residual_window: int = 8,
+        ratios: tuple[int, ...] | list[int] | None = None,
+        residual_window: int | None = None,
         lora_rank: int = 16,
+        entry_layer: int = 0,
+        kept_ratio: int | None = None,
+        plan_ratios: tuple[int, ...] | list[int] | None = None,
+        token_weighting: TokenWeighting = "rank",
+        token_weights_digest: str = "",
         hidden_size: int = 0,
         llm_name: str = "",
         llm_layers_type: str = "",
@@ -52,17 +75,38 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         tokenizer_digest: str = "",
         **kwargs: Any,
     ) -> None:
+        if not is_count(entry_layer) and entry_layer != 0:
+            raise ConfigError(
+                f"entry_layer={entry_layer!r} is not 0 or a positive whole number; pass a layer of the LLM"
+            )
+        enters = entry_layer > 0
+        num_layers = (entry_layer or 8) if num_layers is None else num_layers
+        downscaling = ("mean" if enters else "strided") if downscaling is None else downscaling
+        connector = ("none" if enters else "linear") if connector is None else connector
+        if ratios is None:
+            allowed = (1, 2, 4, 8, 16, 32) if enters else (2, 4, 8, 16, 32)
+            ratios = tuple(ratio for ratio in allowed if not is_count(chunk_size) or ratio <= chunk_size)
+        if enters:
+            _check_entry(entry_layer, num_layers, downscaling, connector, residual_window)
+        elif adaptation == "none":
+            raise ConfigError(
+                "adaptation='none' needs an entry_layer above 0: at 0 nothing that is untrained can be read; pass "
+                "entry_layer=J, or adaptation='lora' and train"
+            )
+        elif residual_window is None:
+            residual_window = 8
         for name, value, legal in (
             ("adaptation", adaptation, get_args(Adaptation)),
             ("downscaling", downscaling, get_args(Downscaling)),
             ("connector", connector, get_args(Connector)),
+            ("token_weighting", token_weighting, get_args(TokenWeighting)),
         ):
             if value not in legal:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
         for name, number in (
             ("num_layers", num_layers),
             ("chunk_size", chunk_size),
-            ("residual_window", residual_window),
+            ("residual_window", 1 if enters else residual_window),
             ("lora_rank", lora_rank),
         ):
             if not is_count(number):
@@ -75,6 +119,15 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         self.ratios = list(check_ratios(ratios, chunk_size))
         self.residual_window = residual_window
         self.lora_rank = lora_rank
+        self.entry_layer = entry_layer
+        if kept_ratio is None:
+            kept_ratio = min((r for r in self.ratios if r >= 2), default=self.ratios[0]) if enters else self.ratios[0]
+        self.kept_ratio = self.require_ratio(kept_ratio)
+        if plan_ratios is None:
+            plan_ratios = [r for r in self.ratios if 2 <= r <= 8] or self.ratios if enters else self.ratios
+        self.plan_ratios = [self.require_ratio(ratio) for ratio in check_ratios(plan_ratios, chunk_size)]
+        self.token_weighting = token_weighting
+        self.token_weights_digest = token_weights_digest
         self.hidden_size = hidden_size
         self.llm_name = llm_name
         self.llm_layers_type = llm_layers_type
@@ -83,19 +136,34 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         self.bos_token_id = bos_token_id
 
     def finest(self, ratio: int | None = None) -> int:
-        """`ratio`, which must be a trained one; the finest trained one when not given.
+        """`ratio`, which must be one that may be asked for; the one that is kept when not given.
 
         Raises:
             RatioError: It is none of `ratios`.
         """
-        return min(self.ratios) if ratio is None else self.require_ratio(ratio)
+        return self.kept_ratio if ratio is None else self.require_ratio(ratio)
 
     def require_ratio(self, ratio: int) -> int:
-        """Return `ratio` if it was trained, else raise a `RatioError` that names the legal ones."""
+        """Return `ratio` if it may be asked for, else raise a `RatioError` that names the legal ones."""
         if ratio not in self.ratios:
-            trained = tuple(self.ratios)
+            legal = tuple(self.ratios)
             raise RatioError(
-                f"ratio={ratio} is not one of the trained ratios {trained}; "
-                f"pass one of them or train with ratios=[..., {ratio}]"
+                f"ratio={ratio} is not one of the ratios {legal} of this embedder; "
+                f"pass one of them or make it with ratios=[..., {ratio}]"
             )
         return ratio
+
+
+def _check_entry(
+    entry_layer: int, num_layers: int, downscaling: Downscaling, connector: Connector, residual_window: int | None
+) -> None:
+    """Raise `ConfigError` for settings without meaning above entry layer 0."""
+    wrong = (
+        ("num_layers", num_layers, num_layers == entry_layer, f"{entry_layer}, the layers below the entry"),
+        ("downscaling", downscaling, downscaling == "mean", "'mean', which keeps what a group's states have in common"),
+        ("connector", connector, connector != "conv", "'none', 'linear' or 'mlp', which map each state by itself"),
+        ("residual_window", residual_window, residual_window is None, "left out: states start from themselves"),
+    )
+    for name, value, legal, rule in wrong:
+        if not legal:
+            raise ConfigError(f"{name}={value!r} has no meaning at entry_layer={entry_layer}; it must be {rule}")

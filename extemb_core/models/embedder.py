@@ -1,12 +1,14 @@
 """The extensible embedder: the LLM's first layers, read out every `ratio` tokens (twin paper, section 2).
 
-A document is cut into chunks, each chunk runs through the layers on its own with ordinary causal attention, the
-down-scaling picks outputs and the connector moves them into the LLM's input space.
+A document is cut into chunks, and each chunk runs through the layers on its own with ordinary causal attention. At
+entry layer 0 the down-scaling then picks outputs and the connector moves them into the LLM's input space. At an entry
+layer J above 0 the embedder is the LLM's first J layers, and the weighted mean of each group's outputs is what the LLM
+reads at the input of layer J (see `entry` and `pooling`): states that it knows, also when nothing was trained.
 
-With `adaptation="lora"` the layers' base parameters *are* the LLM's tensors in memory; the embedder has modules
-of its own around them, and the adapters live only there. The LLM is never touched, so one thread may compress
-while another generates. With `adaptation="full"` the layers are a trained copy. Token embeddings are the LLM's
-own, and frozen, in both.
+With `adaptation="lora"` or "none" the layers' base parameters share the LLM's memory; the embedder has modules of its
+own around them, and the adapters live only there. The LLM is never touched, so one thread may compress while another
+generates, and `half()`, `to()` or `requires_grad_()` of the embedder do not reach it. With `adaptation="full"` the
+layers are a trained copy. Token embeddings are the LLM's own, and frozen, in all of them.
 """
 
 from __future__ import annotations
@@ -34,14 +36,17 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.connector import OutputConnector, recent_embeddings, trailing_means
 from extemb_core.models.downscaling import downscale, n_embeddings, picks
+from extemb_core.models.entry import AnchoredStates, decoder_layers, final_norm, shared_parameters
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
+from extemb_core.models.pooling import Groups, digest_of, pool, token_weights
+from extemb_core.models.weights import UNTRAINED
 from extemb_core.progress import progress
 
-# The base tensors of an LLM are recognised by a sample of their values. Loading in bfloat16 moves these by about
-# 0.2% (relative L2), another model by about 140%.
+# The base tensors of an LLM are recognised by a sample of their values, rounded to bfloat16: the same LLM in another
+# dtype has the same (through float16, to a unit in the last place). A derivative differs by some percent (relative L2)
+# and is taken, but is another embedder; another model differs by about 140%.
 _PROBE_VALUES = 16
 _PROBE_TOLERANCE = 0.01
-_FINAL_NORMS = ("norm", "final_layernorm")
 _SORT_WINDOW_BATCHES = 64
 _SETTINGS, _TENSORS = "config.json", "model.safetensors"
 _FINGERPRINTED = (
@@ -56,14 +61,26 @@ _FINGERPRINTED = (
     "bos_token_id",
     "tokenizer_digest",
 )
+_FINGERPRINTED_ABOVE_0 = (
+    "entry_layer", "num_layers", "adaptation", "downscaling", "connector", "chunk_size", "lora_rank", "token_weighting",
+    "token_weights_digest", "llm_layers_type", "bos_token_id", "tokenizer_digest",
+)  # fmt: skip
+_ANCHOR = "last"  # of a group's tokens
 
 
 class ChunkOutputs(NamedTuple):
-    """What the layers give for a batch of chunks, and were given. All (B, T, D); `residuals` is in float32."""
+    """What the layers give for a batch of chunks, and were given.
 
+    Attributes:
+        ids: (B, T) token ids.
+        hidden: (B, T, D).
+        residuals, embedded: (B, T, D), the first in float32; at entry layer 0.
+    """
+
+    ids: Tensor
     hidden: Tensor
-    residuals: Tensor
-    embedded: Tensor
+    residuals: Tensor | None = None
+    embedded: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,31 @@ class _Rows:
         return torch.frombuffer(self._buffer, dtype=torch.float32).view(-1, self._width)
 
 
+class _Made:
+    """What a text comes to: its embeddings, and above entry layer 0 each group's |m|, s and sum(w), and its anchor."""
+
+    def __init__(self, width: int, *, anchored: bool) -> None:
+        self.embeddings = _Rows(width)
+        self._measures = _Rows(3)
+        self._anchors: dict[int, np.ndarray[Any, Any]] | None = {} if anchored else None
+
+    def write(self, offset: int, groups: Groups, anchors: np.ndarray[Any, Any]) -> None:
+        assert self._anchors is not None
+        self.embeddings.write(offset, groups.states)
+        self._measures.write(offset, torch.stack([groups.means.norm(dim=-1), groups.norms, groups.weights], dim=1))
+        self._anchors[offset] = anchors
+
+    def fields(self) -> dict[str, Any]:
+        """Of `Compressed`."""
+        fields: dict[str, Any] = {"embeddings": self.embeddings.tensor()}
+        if self._anchors is not None:
+            mean_norms, norms, weights = (column.contiguous() for column in self._measures.tensor().unbind(1))
+            anchors = [self._anchors[offset] for offset in sorted(self._anchors)]
+            fields |= {"mean_norms": mean_norms, "norms": norms, "weights": weights}
+            fields["anchors"] = np.concatenate(anchors) if anchors else np.empty(0, np.int32)
+        return fields
+
+
 class ExtensibleEmbedder(PreTrainedModel):
     """Turns text into extensible embeddings for one LLM.
 
@@ -106,6 +148,7 @@ class ExtensibleEmbedder(PreTrainedModel):
     config_class = ExtensibleEmbedderConfig
     config: ExtensibleEmbedderConfig
     llm_probe: Tensor
+    token_weights: Tensor
     base_model_prefix = ""
     main_input_name = "input_ids"
     _supports_sdpa = True
@@ -115,21 +158,28 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def __init__(self, config: ExtensibleEmbedderConfig, llm: LLM) -> None:
         super().__init__(config)
-        available = int(llm.text_config.num_hidden_layers)
-        if config.num_layers > available:
+        available = len(decoder_layers(llm.model, llm.name))
+        if config.num_layers > available or config.entry_layer >= available:
+            what = "num_layers" if config.num_layers > available else "entry_layer"
             raise ConfigError(
-                f"num_layers={config.num_layers} is above the {available} layers of {llm.name}; pass fewer"
+                f"{what}={getattr(config, what)} is beyond the {available} layers of {llm.name}; pass at most "
+                f"{available - (what == 'entry_layer')}"
             )
         self.llm = llm
         stack, shared = _first_layers(llm, config.num_layers, copied=config.adaptation == "full")
         self.stack: Any = stack
         if config.adaptation == "lora":
             add_adapters(stack.layers, config.lora_rank)
-        rms = float(llm.model.get_input_embeddings().weight.float().pow(2).mean().sqrt())
-        self.connector: OutputConnector = OutputConnector(
-            config.connector, config.hidden_size, rms, config.residual_window
-        ).to(llm.device)
+        embedding = llm.model.get_input_embeddings()
+        self.connector: OutputConnector | None = None
+        if not (config.entry_layer and config.connector == "none"):
+            rms = float(embedding.weight.float().pow(2).mean().sqrt())
+            self.connector = OutputConnector(config.connector, config.hidden_size, rms, self._residual_window)
+            self.connector.to(llm.device)
         self.register_buffer("llm_probe", _probe(llm, config.num_layers), persistent=True)
+        weighting = "uniform" if config.token_weighting == "frequency" else config.token_weighting  # until it is loaded
+        table = token_weights(weighting, int(embedding.num_embeddings)).to(llm.device)
+        self.register_buffer("token_weights", table, persistent=False)
         self._own_names = [name for name, p in self.named_parameters() if id(p) not in shared]
         parents = ((name, *name.rpartition(".")[::2]) for name in self._own_names)
         self._own_places = {
@@ -138,15 +188,31 @@ class ExtensibleEmbedder(PreTrainedModel):
         self._fingerprint: tuple[int, str] | None = None
         self.train(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> ExtensibleEmbedder:
+        """Train, or no longer, the embedder's own tensors; the LLM's are never trained through it."""
+        for name in self._own_names:
+            self.get_parameter(name).requires_grad_(requires_grad)
+        return self
+
     # -- making, saving, loading ------------------------------------------------------------------------------
 
     @classmethod
-    def from_llm(cls, llm: LLM, **settings: Any) -> ExtensibleEmbedder:
-        """An untrained embedder for `llm`; `settings` are those of `ExtensibleEmbedderConfig`.
+    def from_llm(cls, llm: LLM, *, token_counts: Tensor | None = None, **settings: Any) -> ExtensibleEmbedder:
+        """Make an untrained embedder for `llm`; `settings` are those of `ExtensibleEmbedderConfig`.
+
+        Args:
+            llm: The LLM whose layers it shares.
+            token_counts: (V,) how often each token occurs in text, for `token_weighting="frequency"` and the default
+                where they are given.
 
         Raises:
             ConfigError: A setting is not legal, or the LLM has fewer layers or an unsupported layout.
         """
+        table: Tensor | None = None
+        if token_counts is not None or settings.get("token_weighting") == "frequency":
+            size = int(llm.model.get_input_embeddings().num_embeddings)
+            table = token_weights("frequency", size, token_counts).half()
+            settings |= {"token_weighting": "frequency", "token_weights_digest": digest_of(table)}
         config = ExtensibleEmbedderConfig(
             **settings,
             hidden_size=llm.width,
@@ -155,16 +221,35 @@ class ExtensibleEmbedder(PreTrainedModel):
             bos_token_id=llm.bos_token_id,
             tokenizer_digest=llm.tokenizer_digest,
         )
-        return cls(config, llm)
+        model = cls(config, llm)
+        if table is not None:
+            model.token_weights.copy_(table)
+        return model
+
+    @classmethod
+    def untrained(cls, llm: LLM, entry_layer: int | None = None, **settings: Any) -> ExtensibleEmbedder:
+        """Make an embedder that is the LLM's own first layers as they are: for any LLM, without training or files.
+
+        Args:
+            llm: The LLM.
+            entry_layer: J; `default_entry_layer` of the LLM when not given.
+            **settings: Further ones of `ExtensibleEmbedderConfig`.
+
+        Raises:
+            ConfigError: See `from_llm`.
+        """
+        layer = default_entry_layer(llm) if entry_layer is None else entry_layer
+        return cls.from_llm(llm, entry_layer=layer, adaptation="none", **settings)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, *, llm: LLM, adapt: bool = False, **hub: Any
     ) -> ExtensibleEmbedder:
-        """Load a trained embedder for the LLM it was trained with.
+        """Load an embedder for the LLM it was made with.
 
         Args:
-            pretrained_model_name_or_path: A folder with config.json and model.safetensors, or a hub id.
+            pretrained_model_name_or_path: A folder with config.json and model.safetensors, a hub id, or "untrained"
+                (see `untrained`).
             llm: The LLM whose tensors it shares.
             adapt: Take it for an LLM with other tensors too, a fine-tuned relative of its own; it is then another
                 embedder, with another fingerprint.
@@ -174,6 +259,8 @@ class ExtensibleEmbedder(PreTrainedModel):
             WeightsNotFoundError, WeightsCorruptError: The files are missing or damaged.
             MismatchError: The embedder was made for another LLM.
         """
+        if str(pretrained_model_name_or_path) == UNTRAINED:
+            return cls.untrained(llm)
         folder = _local_folder(pretrained_model_name_or_path, hub)
         config = _read_config(folder / _SETTINGS)
         check_llm(config, llm)
@@ -191,7 +278,12 @@ class ExtensibleEmbedder(PreTrainedModel):
             ) from error
         except (SafetensorError, OSError) as error:
             raise WeightsCorruptError(f"{file} is not a whole safetensors file ({error}); get it again") from error
-        probe = tensors.pop("llm_probe", None)
+        probe, table = tensors.pop("llm_probe", None), tensors.pop("token_weights", None)
+        counted = self.config.token_weighting == "frequency"
+        if counted and (table is None or digest_of(table) != self.config.token_weights_digest):
+            raise WeightsCorruptError(
+                f"{file} does not hold the token weights that config.json names; get the folder again"
+            )
         own = {name: self.get_parameter(name) for name in self._own_names}
         wrong = sorted(n for n in own.keys() | tensors.keys() if n not in own or n not in tensors)
         wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
@@ -212,7 +304,9 @@ class ExtensibleEmbedder(PreTrainedModel):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
-            if distance <= _PROBE_TOLERANCE:
+            if counted and table is not None:
+                self.token_weights.copy_(table)
+            if _same_in_bfloat16(here, probe, steps=int(self.llm.dtype == torch.float16)):
                 self.llm_probe.copy_(probe)  # as trained, so that the fingerprint does not depend on the dtype
 
     def own_state_dict(self) -> dict[str, Tensor]:
@@ -224,7 +318,10 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors (the embedder's own tensors only)."""
-        kwargs["state_dict"] = {name: t.contiguous().cpu() for name, t in self.own_state_dict().items()}
+        tensors = self.own_state_dict()
+        if self.config.token_weighting == "frequency":
+            tensors["token_weights"] = self.token_weights.half()
+        kwargs["state_dict"] = {name: t.contiguous().cpu() for name, t in tensors.items()}
         with quiet_transformers():
             super().save_pretrained(save_directory, **kwargs)
         # safetensors leaves its file readable by its owner alone; config.json has the mode that files have here.
@@ -241,8 +338,10 @@ class ExtensibleEmbedder(PreTrainedModel):
         version = sum(t._version for t in own.values())
         if self._fingerprint is None or self._fingerprint[0] != version:
             digest = hashlib.sha256()
-            settings = self.config.to_dict()
-            digest.update(json.dumps({key: settings[key] for key in _FINGERPRINTED}, sort_keys=True).encode())
+            values = self.config.to_dict()
+            names = _FINGERPRINTED_ABOVE_0 if self.config.entry_layer else _FINGERPRINTED
+            settings = {key: values[key] for key in names} | ({"anchor": _ANCHOR} if self.config.entry_layer else {})
+            digest.update(json.dumps(settings, sort_keys=True).encode())
             for name in sorted(own):
                 digest.update(name.encode())
                 digest.update(own[name].to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
@@ -261,17 +360,22 @@ class ExtensibleEmbedder(PreTrainedModel):
             input_ids: (B, T) token ids.
 
         Returns:
-            Outputs, residuals and token embeddings, (B, T, D) each.
+            See `ChunkOutputs`.
         """
         bos = self.config.bos_token_id
-        if bos is not None:
-            input_ids = torch.nn.functional.pad(input_ids, (1, 0), value=bos)
-        embedded = self.stack.get_input_embeddings()(input_ids)
+        ids = input_ids if bos is None else nn.functional.pad(input_ids, (1, 0), value=bos)
+        embedded = self.stack.get_input_embeddings()(ids)
         hidden = self.stack(inputs_embeds=embedded.to(self._layer_dtype), use_cache=False).last_hidden_state
         first = int(bos is not None)
-        embedded = embedded[:, first:]
-        window = 1 if self.config.connector == "conv" else self.config.residual_window
-        return ChunkOutputs(hidden[:, first:], trailing_means(embedded, window), embedded)
+        hidden, embedded = hidden[:, first:], embedded[:, first:]
+        if self.config.entry_layer:
+            return ChunkOutputs(input_ids, hidden if self.connector is None else self.connector(hidden, hidden))
+        window = 1 if self.config.connector == "conv" else self._residual_window
+        return ChunkOutputs(input_ids, hidden, trailing_means(embedded, window), embedded)
+
+    @property
+    def _residual_window(self) -> int:
+        return self.config.residual_window or 1  # None above entry layer 0, where it has no meaning
 
     @property
     def _layer_dtype(self) -> torch.dtype:
@@ -287,17 +391,42 @@ class ExtensibleEmbedder(PreTrainedModel):
             parameter = self.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
 
-    def read_out(self, outputs: ChunkOutputs, row: int, length: int, ratio: int) -> Tensor:
-        """The extensible embeddings of one chunk of a batch: (ceil(length / ratio), D) in float32."""
+    def read_out(
+        self, outputs: ChunkOutputs, row: int, length: int, ratio: int, start: int = 0
+    ) -> Tensor | AnchoredStates:
+        """The extensible embeddings of one chunk of a batch, in float32, as they stand in a prompt.
+
+        Args:
+            outputs: Of the batch.
+            row: The chunk's.
+            length: Tokens of the chunk, or where a part of it ends.
+            ratio: Tokens per embedding.
+            start: Where a part begins; only above entry layer 0.
+
+        Returns:
+            (ceil((length - start) / ratio), D), with the groups' anchors above entry layer 0.
+        """
+        if self.config.entry_layer:
+            states = self.pool(outputs, row, length, ratio, start).states
+            anchors = outputs.ids[row, start:length][picks("strided", length - start, ratio).to(outputs.ids.device)]
+            return AnchoredStates(anchors.cpu().numpy().astype(np.int32), states, self.config.entry_layer)
+        assert outputs.residuals is not None
+        assert outputs.embedded is not None
+        assert self.connector is not None
         hidden, residuals = outputs.hidden[row, :length], outputs.residuals[row, :length]
         method = self.config.downscaling
         chosen = torch.arange(length) if method == "mean" else picks(method, length, ratio)
         chosen = chosen.to(hidden.device)
         recent = None
         if self.config.connector == "conv":
-            recent = recent_embeddings(outputs.embedded[row, :length], chosen, self.config.residual_window)
+            recent = recent_embeddings(outputs.embedded[row, :length], chosen, self._residual_window)
         made: Tensor = self.connector(hidden[chosen], residuals[chosen], recent)
         return downscale(made, ratio, method) if method == "mean" else made
+
+    def pool(self, outputs: ChunkOutputs, row: int, length: int, ratio: int, start: int = 0) -> Groups:
+        """The groups of one chunk of a batch, or of its tokens from `start` on (see `read_out`)."""
+        weights = self.token_weights[outputs.ids[row, start:length]]
+        return pool(outputs.hidden[row, start:length], weights, ratio)
 
     # -- compressing ------------------------------------------------------------------------------------------
 
@@ -373,7 +502,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         ratio = self.config.finest(ratio)
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
-        made = [_Rows(self.config.hidden_size) for _ in texts]
+        anchored = self.config.entry_layer > 0
+        made = [_Made(self.config.hidden_size, anchored=anchored) for _ in texts]
         n_tokens = [0] * len(texts)
         chunks = self._chunks(texts, ratio, n_tokens)
         with progress("compress", total, show_progress) as advance:
@@ -386,7 +516,6 @@ class ExtensibleEmbedder(PreTrainedModel):
         fingerprint = self.fingerprint
         return [
             Compressed(
-                embeddings=rows.tensor(),
                 ratio=ratio,
                 n_tokens=count,
                 ref=ref,
@@ -394,8 +523,10 @@ class ExtensibleEmbedder(PreTrainedModel):
                 chunk_size=self.config.chunk_size,
                 ratios=tuple(self.config.ratios),
                 downscaling=self.config.downscaling,
+                entry_layer=self.config.entry_layer,
+                **each.fields(),
             )
-            for rows, count, ref in zip(made, n_tokens, refs, strict=True)
+            for each, count, ref in zip(made, n_tokens, refs, strict=True)
         ]
 
     def _chunks(
@@ -409,13 +540,28 @@ class ExtensibleEmbedder(PreTrainedModel):
                 offset += n_embeddings(len(ids), ratio)
                 n_tokens[text] += len(ids)
 
-    def _compress_batch(self, batch: list[_Chunk], ratio: int, made: list[_Rows]) -> None:
+    def _compress_batch(self, batch: list[_Chunk], ratio: int, made: list[_Made]) -> None:
         padded = np.zeros((len(batch), len(batch[0].ids)), dtype=np.int64)
         for row, chunk in enumerate(batch):
             padded[row, : len(chunk.ids)] = chunk.ids
         outputs = self(torch.from_numpy(padded).to(self.llm.device))
         for row, chunk in enumerate(batch):
-            made[chunk.text].write(chunk.offset, self.read_out(outputs, row, len(chunk.ids), ratio))
+            length = len(chunk.ids)
+            if not self.config.entry_layer:
+                made[chunk.text].embeddings.write(chunk.offset, self.read_out(outputs, row, length, ratio))  # type: ignore[arg-type]
+                continue
+            groups = self.pool(outputs, row, length, ratio)
+            if not torch.isfinite(groups.norms).all():
+                raise MismatchError(
+                    f"layer {self.config.entry_layer} of {self.llm.name} gives states that are not finite in "
+                    f"{self.llm.dtype}; load the LLM in float32, or choose an earlier entry_layer"
+                )
+            made[chunk.text].write(chunk.offset, groups, chunk.ids[picks("strided", length, ratio).numpy()])
+
+
+def default_entry_layer(llm: LLM) -> int:
+    """The entry layer where none is known: about a quarter of the LLM's layers, and at least 1."""
+    return max(1, round(len(decoder_layers(llm.model, llm.name)) / 4))
 
 
 def _regrouped(
@@ -458,27 +604,30 @@ def _first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]
     Returns:
         The stack, and the ids of the parameters that it shares with the LLM (all but the layers' if `copied`).
     """
-    decoder = llm.model.base_model
-    layers = getattr(decoder, "layers", None)
-    norm = next((name for name in _FINAL_NORMS if hasattr(decoder, name)), None)
-    if not isinstance(layers, nn.ModuleList) or norm is None or decoder is llm.model:
-        raise ConfigError(
-            f"{llm.name}: a {llm.text_config.model_type} model has no decoder of plain layers and a final norm; "
-            "use a Llama-, Qwen-, Mistral-, Gemma- or Phi-style causal LM"
-        )
+    layers = decoder_layers(llm.model, llm.name)
+    decoder: Any = llm.model.base_model
     kept = list(layers[:count])
-    keep_shared = [decoder.get_input_embeddings()] + ([] if copied else kept)
-    shared = {id(p): p for module in keep_shared for p in module.parameters()}
     # deepcopy takes from `memo` what it must not copy: the shared parameters, and empty modules in place of what
     # the embedder does not use.
-    memo: dict[int, Any] = dict(shared)
+    memo: dict[int, Any] = {}
+    for module in [decoder.get_input_embeddings()] + ([] if copied else kept):
+        memo |= shared_parameters(module)
+    shared = {id(parameter) for parameter in memo.values()}
     memo[id(layers)] = nn.ModuleList([copy.deepcopy(layer, memo) for layer in kept])
-    memo[id(getattr(decoder, norm))] = nn.Identity()
+    memo[id(getattr(decoder, str(final_norm(decoder))))] = nn.Identity()
     stack = copy.deepcopy(decoder, memo)
     stack.config.num_hidden_layers = count
     if copied:
         stack.layers.requires_grad_(True)
-    return stack, set(shared)
+    return stack, shared
+
+
+def _same_in_bfloat16(here: Tensor, there: Tensor, *, steps: int) -> bool:
+    """Compare two probes as bfloat16; values may be `steps` units in the last place apart."""
+    if here.shape != there.shape:
+        return False
+    a, b = (probe.to("cpu", torch.bfloat16).contiguous().view(torch.int16).int() for probe in (here, there))
+    return bool(((a - b).abs() <= steps).all())
 
 
 def _probe(llm: LLM, count: int) -> Tensor:

@@ -43,6 +43,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, WeightsError
+from extemb_core.models.entry import AnchoredPrompt, reading_model
 from extemb_core.models.weights import resolve_llm, resolve_reader
 
 # Long texts are tokenised in pieces of at most this many characters, so that memory does not grow with the text.
@@ -52,6 +53,8 @@ _PIECE_CHARS = 32_768
 _WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _FEWEST_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
+_POSITIONS_AT_ONCE = 4096  # of one pass that scores, padding included
+PromptInputs = Tensor | Sequence[int] | AnchoredPrompt  # (T, D) input embeddings, ids, or ids with states
 _TOKENIZER_PROBE = "The 3 quick brown foxes\n\n\tjumped over naïve 東京 dogs; x_1 += 42.5  # ok?"
 
 
@@ -124,6 +127,8 @@ class LLM:
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model.config, "_name_or_path", ""))
         self._template_lock = threading.Lock()
+        self._reading: dict[int, PreTrainedModel] = {}
+        self._reading_lock = threading.Lock()
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> LLM:
@@ -180,8 +185,22 @@ class LLM:
 
     @property
     def width(self) -> int:
-        """D, the width of an input embedding."""
+        """D, the width of an input embedding and of the states between layers."""
         return int(self.model.get_input_embeddings().embedding_dim)
+
+    def reading_model(self, layer: int) -> PreTrainedModel:
+        """The model that reads compressed text at entry layer `layer`: made once, over the LLM's own tensors.
+
+        Raises:
+            ConfigError: See `entry.reading_model`.
+        """
+        own: PreTrainedModel = self.model
+        if getattr(own, "entry_layer", None) == layer:
+            return own
+        with self._reading_lock:
+            if layer not in self._reading:
+                self._reading[layer] = reading_model(self.model, layer, self.name)
+            return self._reading[layer]
 
     @property
     def has_sliding_window(self) -> bool:
@@ -223,7 +242,7 @@ class LLM:
         return {token.content: int(index) for index, token in sorted(added.items()) if token.content.strip()}
 
     @cached_property
-    def _control_ids(self) -> np.ndarray[Any, Any]:
+    def control_ids(self) -> np.ndarray[Any, Any]:
         """Ids that no text may become. A character outside the vocabulary becomes the unknown token, rightly."""
         ids = (index for index in self.control_tokens.values() if index != self.tokenizer.unk_token_id)
         return np.array(list(ids), dtype=np.int64)
@@ -277,13 +296,13 @@ class LLM:
     def _encode_piece(self, text: str) -> np.ndarray[Any, Any]:
         encoding = self._plain_encoder.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int32)
-        if not np.isin(ids, self._control_ids).any():
+        if not np.isin(ids, self.control_ids).any():
             return ids
         # Added tokens that the tokenizer does not flag as special are still recognised: take them apart, by
         # encoding their first character on its own.
         parts: list[np.ndarray[Any, Any]] = []
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if index in self._control_ids and end - start > 1:
+            if index in self.control_ids and end - start > 1:
                 parts += [self._encode_piece(text[start : start + 1]), self._encode_piece(text[start + 1 : end])]
             else:
                 parts.append(np.array([index], dtype=np.int32))
@@ -312,12 +331,19 @@ class LLM:
             mask: (B, T) with 0 for padding, or (B, 1, T, T) boolean with True where a query may look.
             positions: (B, T); contiguous from 0 when not given.
         """
-        if mask is not None and mask.ndim == 4:  # additive: the form that every attention implementation reads
-            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
         outputs = self.model.base_model(
-            inputs_embeds=inputs_embeds.to(self.dtype), attention_mask=mask, position_ids=positions, use_cache=False
+            inputs_embeds=inputs_embeds.to(self.dtype),
+            attention_mask=self._additive(mask),
+            position_ids=positions,
+            use_cache=False,
         )
         return torch.as_tensor(outputs.last_hidden_state)
+
+    def _additive(self, mask: Tensor | None) -> Tensor | None:
+        """A (B, 1, T, T) boolean mask in the form that every attention implementation reads; others as they are."""
+        if mask is None or mask.ndim != 4:
+            return mask
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, (..., D) -> (..., V)."""
@@ -325,53 +351,80 @@ class LLM:
         cap = getattr(self.text_config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
+    def hidden_of(
+        self, prompts: Sequence[PromptInputs], *, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """`hidden` of prompts, padded on the right: (B, T, D)."""
+        model, rows = self._rows(prompts)
+        inputs = {name: torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for name, each in rows.items()}
+        if "entry_states" not in inputs:
+            embedded = inputs["inputs_embeds"] if "inputs_embeds" in inputs else self.embed(inputs["input_ids"])
+            return self.hidden(embedded, mask=mask, positions=positions)
+        outputs = model.base_model(
+            **inputs, attention_mask=self._additive(mask), position_ids=positions, use_cache=False
+        )
+        return torch.as_tensor(outputs.last_hidden_state)
+
     @torch.no_grad()
-    def score(self, inputs_embeds: Tensor, targets: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
-        """Log-probability of each target token after a prompt.
+    def log_probs(
+        self, prompts: Sequence[PromptInputs], targets: Sequence[Sequence[int] | np.ndarray[Any, Any]]
+    ) -> list[Tensor]:
+        """Log-probability of each token that follows each prompt.
 
         Args:
-            inputs_embeds: (T, D), the prompt; at least one position.
-            targets: (S,) ids that follow it.
+            prompts: (T, D) embeddings, ids, or ids with states; at least one position each.
+            targets: (S,) ids that follow each prompt.
 
         Returns:
-            (S,) float32 natural logarithms.
+            (S,) float32 natural logarithms for each.
         """
-        if not len(inputs_embeds):
+        if any(not len(prompt) for prompt in prompts):
             raise ConfigError("the prompt has 0 positions; at least one is needed to predict what follows")
-        ids = torch.as_tensor(np.asarray(targets), dtype=torch.long, device=self.device)
-        prompt = inputs_embeds.to(self.device, self.dtype)
-        whole = torch.cat([prompt, self.embed(ids[:-1])]) if len(ids) > 1 else prompt
-        hidden = self.hidden(whole[None])[0, prompt.shape[0] - 1 :]
-        return self.logits(hidden).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        ids = [[int(index) for index in each] for each in targets]
+        whole = [self._continued(prompt, own[:-1]) for prompt, own in zip(prompts, ids, strict=True)]
+        found: dict[int, Tensor] = {}
+        order = sorted(range(len(whole)), key=lambda at: -len(whole[at]))
+        while order:
+            size = max(1, _POSITIONS_AT_ONCE // len(whole[order[0]]))
+            group, order = order[:size], order[size:]
+            for at, states in zip(group, self.hidden_of([whole[at] for at in group]), strict=True):
+                first = len(prompts[at]) - 1
+                scores = self.logits(states[first : first + len(ids[at])]).float().log_softmax(-1)
+                found[at] = scores.gather(1, torch.tensor(ids[at], device=scores.device, dtype=torch.long)[:, None])[
+                    :, 0
+                ]
+        return [found[at] for at in range(len(prompts))]
 
-    def generate(self, prompts: Sequence[Tensor | Sequence[int]], sampling: Sampling) -> list[Generated]:
-        """Continue a batch of prompts, each (T, D) embeddings or a list of ids.
+    def score(self, prompt: PromptInputs, targets: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+        """`log_probs` of one prompt: (S,)."""
+        return self.log_probs([prompt], [targets])[0]
+
+    def generate(self, prompts: Sequence[PromptInputs], sampling: Sampling) -> list[Generated]:
+        """Continue a batch of prompts: (T, D) embeddings, ids, or ids with states (`Prompt.inputs`).
 
         Prompts are padded on the left and positions counted from each prompt's own start, so that the answer to
         one does not depend on the others. What all have in common at their start is read once.
         """
         if not prompts:
             return []
-        rows = self._run(self._batch(prompts), sampling)
+        rows = self._run(*self._batch(prompts), sampling)
         return [self._finish(row, sampling) for row in rows.tolist()]
 
-    def stream(
-        self, prompt: Tensor | Sequence[int], sampling: Sampling, result: Generated | None = None
-    ) -> Iterator[str]:
+    def stream(self, prompt: PromptInputs, sampling: Sampling, result: Generated | None = None) -> Iterator[str]:
         """Continue one prompt, yielding text as it comes. Closing the iterator stops the LLM at the next token.
 
         Args:
-            prompt: (T, D) embeddings or ids.
+            prompt: (T, D) embeddings, ids, or ids with states.
             sampling: How tokens are chosen.
             result: Filled with the whole of it as the stream goes on.
         """
         result = result if result is not None else Generated()
         relay = _TokenRelay()
-        inputs = self._batch([prompt])
+        model, inputs = self._batch([prompt])
 
         def work() -> None:
             try:
-                self._run(inputs, sampling, relay)
+                self._run(model, inputs, sampling, relay)
             except BaseException as error:
                 relay.fail(error)
             finally:
@@ -403,47 +456,81 @@ class LLM:
             relay.cancel()
             worker.join()
 
-    def _batch(self, prompts: Sequence[Tensor | Sequence[int]]) -> dict[str, Any]:
+    def _rows(self, prompts: Sequence[PromptInputs]) -> tuple[PreTrainedModel, dict[str, list[Tensor]]]:
+        """The model that reads these prompts, and its inputs by name, one tensor for each prompt."""
+        anchored = next((prompt for prompt in prompts if isinstance(prompt, AnchoredPrompt)), None)
+        if anchored is not None:
+            rows = [p if isinstance(p, AnchoredPrompt) else AnchoredPrompt.of_text(p, anchored) for p in prompts]  # type: ignore[arg-type]
+            named = {
+                "input_ids": [row.ids for row in rows],
+                "entry_states": [row.states for row in rows],
+                "entry_mask": [row.mask for row in rows],
+            }
+            return self.reading_model(max(row.layer for row in rows)), named
+        if any(isinstance(prompt, Tensor) for prompt in prompts):
+            embedded = [p.to(self.device, self.dtype) if isinstance(p, Tensor) else self.embed(p) for p in prompts]  # type: ignore[arg-type]
+            return self.model, {"inputs_embeds": embedded}
+        ids = [torch.tensor([int(index) for index in prompt], device=self.device) for prompt in prompts]  # type: ignore[union-attr]
+        return self.model, {"input_ids": ids}
+
+    def _continued(self, prompt: PromptInputs, ids: Sequence[int]) -> PromptInputs:
+        """A prompt with text after it."""
+        if isinstance(prompt, AnchoredPrompt):
+            more = AnchoredPrompt.of_text(ids, prompt)
+            joined = {n: torch.cat([getattr(prompt, n), getattr(more, n)]) for n in ("ids", "states", "mask")}
+            return AnchoredPrompt(**joined, layer=prompt.layer)
+        if isinstance(prompt, Tensor):
+            return torch.cat([prompt.to(self.device, self.dtype), self.embed(list(ids))]) if len(ids) else prompt
+        return [*prompt, *ids]
+
+    def _batch(self, prompts: Sequence[PromptInputs]) -> tuple[PreTrainedModel, dict[str, Any]]:
         """What transformers continues; with the cache of what the prompts share at their start, if that is much."""
         if any(len(prompt) == 0 for prompt in prompts):
             raise ConfigError("a prompt has 0 positions; at least one token is needed to continue from")
-        if any(isinstance(prompt, Tensor) for prompt in prompts):
-            name = "inputs_embeds"
-            rows = [p.to(self.device, self.dtype) if isinstance(p, Tensor) else self.embed(p) for p in prompts]
-        else:
-            name = "input_ids"
-            rows = [torch.tensor([int(index) for index in prompt], device=self.device) for prompt in prompts]
-        shared = self._shared(rows)
-        longest = max(map(len, rows))
-        mask = torch.ones(len(rows), longest, dtype=torch.long, device=self.device)
-        padded = []
-        for row, visible in zip(rows, mask, strict=True):
-            gap = longest - len(row)
-            visible[shared : shared + gap] = 0
+        model, named = self._rows(prompts)
+        shared = self._shared(named)
+        lengths = [len(row) for row in next(iter(named.values()))]
+        longest = max(lengths)
+        mask = torch.ones(len(lengths), longest, dtype=torch.long, device=self.device)
+        for visible, length in zip(mask, lengths, strict=True):
+            visible[shared : shared + longest - length] = 0
+        inputs: dict[str, Any] = {"attention_mask": mask}
+        for name, rows in named.items():
             # Padding is masked, but a repetition penalty counts its ids: repeat one that the prompt has anyway.
-            padded.append(torch.cat([row[:shared], row[:1].expand(gap, *row.shape[1:]), row[shared:]]))
-        inputs: dict[str, Any] = {name: torch.stack(padded), "attention_mask": mask}
+            inputs[name] = torch.stack(
+                [
+                    torch.cat([row[:shared], row[:1].expand(longest - len(row), *row.shape[1:]), row[shared:]])
+                    for row in rows
+                ]
+            )
         if shared:
             cache = DynamicCache(config=self.model.config)
+            start = {name: inputs[name][:1, :shared] for name in named}
             with torch.no_grad():
-                self.model(**{name: inputs[name][:1, :shared]}, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache.batch_repeat_interleave(len(rows))
+                model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(lengths))
             inputs["past_key_values"] = cache
-        return inputs
+        return model, inputs
 
-    def _shared(self, rows: Sequence[Tensor]) -> int:
-        """Positions that all begin with, where reading them once is worth it; each keeps one of its own."""
+    def _shared(self, named: dict[str, list[Tensor]]) -> int:
+        """Positions that all begin with, where reading them once is worth it; each keeps one of its own.
+
+        Texts with the same anchors are the same only if their states are.
+        """
         if self.has_sliding_window:  # counts the padding after the prefix
             return 0
-        length = min(map(len, rows)) - 1
-        for row in rows[1:]:
-            differs = (row[:length] != rows[0][:length]).unsqueeze(-1).flatten(1).any(1).nonzero()
-            length = int(differs[0]) if len(differs) else length
-        return length if length * (len(rows) - 1) >= _FEWEST_SHARED_POSITIONS else 0
+        count = len(next(iter(named.values())))
+        length = min(len(row) for row in next(iter(named.values()))) - 1
+        for rows in named.values():
+            for row in rows[1:]:
+                differs = (row[:length] != rows[0][:length]).unsqueeze(-1).flatten(1).any(1).nonzero()
+                length = int(differs[0]) if len(differs) else length
+        return length if length * (count - 1) >= _FEWEST_SHARED_POSITIONS else 0
 
-    def _run(self, inputs: dict[str, Any], sampling: Sampling, relay: _TokenRelay | None = None) -> Tensor:
+    def _run(self, model: Any, inputs: dict[str, Any], sampling: Sampling, relay: _TokenRelay | None = None) -> Tensor:
         """New token ids, (B, S), padded on the right with a stop token."""
         stop_ids = self.stop_token_ids
+        prompt_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             repetition_penalty=1.0,
@@ -456,14 +543,15 @@ class LLM:
         if sampling.stop:
             criteria.append(_StopStrings(self, sampling))
         with torch.no_grad():
-            output: Tensor = self.model.generate(
+            # Anchors are no text that was said: beside compressed text a repetition penalty counts the answer alone.
+            ignored = prompt_length if "entry_states" in inputs else None
+            output: Tensor = model.generate(
                 **inputs,
                 generation_config=config,
-                logits_processor=_processors(sampling, inputs["attention_mask"].shape[0]),
+                logits_processor=_processors(sampling, inputs["attention_mask"].shape[0], ignored),
                 stopping_criteria=criteria,
                 streamer=relay,
             )
-        prompt_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         return output[:, prompt_length:]
 
     def _visible(self, ids: list[int], sampling: Sampling, *, final: bool) -> tuple[str, bool]:
@@ -549,11 +637,11 @@ class _Draw(LogitsProcessor):
         return scores + gumbel.to(scores.device, scores.dtype)
 
 
-def _processors(sampling: Sampling, rows: int) -> LogitsProcessorList:
+def _processors(sampling: Sampling, rows: int, ignored: int | None = None) -> LogitsProcessorList:
     """What transformers runs over the scores; given whole, so that a model's own defaults add nothing."""
     steps: list[LogitsProcessor] = []
     if sampling.repetition_penalty != 1:
-        steps.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        steps.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty), ignored))
     if sampling.temperature > 0:
         steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k:

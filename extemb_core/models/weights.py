@@ -22,6 +22,7 @@ from extemb_core.progress import progress as progress_bar
 
 __all__ = [
     "KNOWN_MODELS",
+    "UNTRAINED",
     "KnownModel",
     "ModelStatus",
     "get",
@@ -35,6 +36,8 @@ __all__ = [
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 _EMBEDDER, _READER = "config.json", "reader/adapter_config.json"  # what shows that there is one
+
+UNTRAINED = "untrained"  # names the embedder that has no files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -107,21 +110,18 @@ def window_of(name: str | os.PathLike[str]) -> int | None:
 
 
 def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str) -> Path | str:
-    """Find the files of an embedder: None means the one that is shipped for ``llm_name``.
+    """Find the files of an embedder: None means the one that is shipped for ``llm_name``, or else ``UNTRAINED``.
 
     Raises:
-        ConfigError: No embedder is shipped for this LLM, or the name is neither a folder nor a hub id.
+        ConfigError: The name is neither a folder nor a hub id.
         WeightsError: The path is not a folder with an extemb ``config.json`` and ``model.safetensors``.
     """
     shipped = _shipped(_EMBEDDER)
     have = f"embedders are shipped for {', '.join(shipped) or 'no LLM'}"
     if name_or_path is None:
-        if llm_name not in shipped:
-            raise ConfigError(
-                f"embedder=None needs an embedder shipped for {llm_name!r}, and {have}; pass "
-                f"embedder=FOLDER, or train one: extemb train --llm {llm_name} --data FILE --output FOLDER"
-            )
-        name_or_path = shipped[llm_name]
+        name_or_path = shipped.get(llm_name, UNTRAINED)
+    if str(name_or_path) == UNTRAINED:
+        return UNTRAINED
     if (path := _local_path(name_or_path)) is None:
         name = str(name_or_path)
         if name not in shipped:

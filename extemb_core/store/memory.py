@@ -58,4 +58,6 @@ class MemoryStore:
 
 
 def _n_bytes(compressed: Compressed) -> int:
-    return compressed.embeddings.numel() * compressed.embeddings.element_size()
+    kept = (compressed.embeddings, compressed.mean_norms, compressed.norms, compressed.weights)
+    anchors = 0 if compressed.anchors is None else compressed.anchors.nbytes
+    return anchors + sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)

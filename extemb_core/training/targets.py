@@ -17,7 +17,7 @@ from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.evaluation.scoring import f1
 from extemb_core.files import sha256_of
-from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.llm import LLM, PromptInputs, Sampling
 from extemb_core.progress import progress
 from extemb_core.questions import Question, read_questions, template_for, templates
 
@@ -97,7 +97,7 @@ def make_targets(
 
 
 def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> list[dict[str, Any]]:
-    prompts: dict[int, list[int]] = {}
+    prompts: dict[int, PromptInputs] = {}
     longest = 0
     for at, question in enumerate(questions):
         template = templates()[template_for(question.answers)]
@@ -106,7 +106,7 @@ def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> 
         prompt = assemble_chat(llm, [{"role": "user", "content": content}])
         new = template["max_new_tokens"]
         if len(ids) <= max_document_tokens and len(prompt) + new <= llm.window:
-            prompts[at] = [int(index) for segment in prompt.segments for index in segment]
+            prompts[at] = prompt.inputs(llm)
             longest = max(longest, new)
     made = llm.generate(list(prompts.values()), Sampling(max_new_tokens=max(1, longest)))
     answers = dict(zip(prompts, (generated.text.strip() for generated in made), strict=True))

@@ -236,7 +236,7 @@ def test_explain() -> None:
     ("ratio", "said"),
     [
         (3, "pass one of them, 'auto' or 'raw', or train with ratios=[..., 3]"),
-        (0, "ratio=0 is not one of the trained ratios [2, 4, 8, 16, 32]; pass one of them, 'auto' or 'raw'"),
+        (0, "ratio=0 is not one of the ratios [2, 4, 8, 16, 32]; pass one of them, 'auto' or 'raw'"),
         (-8, "ratio=-8 is not"),
         (8.0, "ratio=8.0 is not"),
         ("8", "ratio='8' is not"),
@@ -318,7 +318,7 @@ def test_a_limited_document_does_not_stop_those_below_it_from_rising() -> None:
     plan = plan_context([800, 800], budget=1000, finest=[8, None])
     assert fidelities(plan) == [8, "raw"]
     assert fidelities(plan_context([800, 800], budget=1000, ratio=2, finest=[8, None])) == [8, 2]
-    with pytest.raises(RatioError, match="ratio=3 is not one of the trained ratios"):
+    with pytest.raises(RatioError, match="ratio=3 is not one of the ratios"):
         plan_context([800], budget=100, finest=[3])
     with pytest.raises(ConfigError, match="finest has 1 entries for 2 documents"):
         plan_context([800, 800], budget=100, finest=[4])

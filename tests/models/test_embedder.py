@@ -23,7 +23,7 @@ from extemb_core.errors import (
     WeightsCorruptError,
     WeightsNotFoundError,
 )
-from extemb_core.models.config import Adaptation, Connector
+from extemb_core.models.config import Connector
 from extemb_core.models.downscaling import Downscaling
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
@@ -51,7 +51,7 @@ def positions(n_tokens, ratio, chunk_size=16):
 
 
 @pytest.mark.parametrize("connector", get_args(Connector))
-@pytest.mark.parametrize("adaptation", get_args(Adaptation))
+@pytest.mark.parametrize("adaptation", ("lora", "full"))
 @pytest.mark.parametrize("downscaling", get_args(Downscaling))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_matrix(architecture, downscaling, adaptation, connector, tmp_path):
@@ -81,7 +81,7 @@ def test_matrix(architecture, downscaling, adaptation, connector, tmp_path):
 # -- contract 1: the LLM is never modified ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adaptation", get_args(Adaptation))
+@pytest.mark.parametrize("adaptation", ("lora", "full"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_llm_is_bit_equal_after_everything(architecture, adaptation):
     llm = LLM(tiny_model(architecture), tiny_tokenizer(), name="own")
@@ -201,7 +201,7 @@ def test_coarser_equals_compressed_again(by_method, length, method, seed):
 def test_the_finest_ratio_is_the_default_and_an_untrained_one_is_refused(llm):
     embedder = random_embedder(llm)
     assert embedder.compress("abc").ratio == 2
-    with pytest.raises(RatioError, match="ratio=3 is not one of the trained ratios"):
+    with pytest.raises(RatioError, match="ratio=3 is not one of the ratios"):
         embedder.compress("abc", ratio=3)
     with pytest.raises(ConfigError, match="batch_size=0"):
         embedder.compress("abc", batch_size=0)
@@ -348,7 +348,7 @@ def test_an_embedder_of_another_llm(llm, saved):
         ExtensibleEmbedder.from_pretrained(saved, llm=LLM(llm.model, other, name="other words"))
 
 
-@pytest.mark.parametrize("adaptation", get_args(Adaptation))
+@pytest.mark.parametrize("adaptation", ("lora", "full"))
 def test_the_same_llm_in_bfloat16_is_the_same(llm, tmp_path, adaptation):
     embedder = random_embedder(llm, adaptation=adaptation)
     embedder.save_pretrained(tmp_path)
@@ -361,7 +361,7 @@ def test_the_same_llm_in_bfloat16_is_the_same(llm, tmp_path, adaptation):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi"])
-@pytest.mark.parametrize("adaptation", get_args(Adaptation))
+@pytest.mark.parametrize("adaptation", ("lora", "full"))
 def test_training_in_float32_over_an_llm_in_bfloat16(adaptation, architecture):
     llm = LLM(tiny_model(architecture).to(torch.bfloat16), tiny_tokenizer(), name="half")
     embedder = random_embedder(llm, adaptation=adaptation)

@@ -350,7 +350,7 @@ def test_bad_settings_are_an_error(settings, said):
 
 
 def test_a_ratio_that_was_not_trained_is_an_error(llm, nodes):
-    with pytest.raises(RatioError, match="ratio=3 is not one of the trained ratios"):
+    with pytest.raises(RatioError, match="ratio=3 is not one of the ratios"):
         ExtensibleEmbeddingPostprocessor(llm=llm, ratio=3).postprocess_nodes(nodes)
 
 

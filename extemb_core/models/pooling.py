@@ -1,0 +1,113 @@
+"""From the states of a group's tokens to the one state that stands for them (entry layers above 0).
+
+A group's state is the norm-keeping weighted mean of its tokens' states h: with weights w, the mean
+m = sum(w h) / sum(w), rescaled to the weighted mean of the norms, s = sum(w |h|) / sum(w). A plain mean of states is
+shorter than any of them, and the layers that read it expect states of the usual length. Rare tokens say more than
+frequent ones, so w falls with a token's frequency.
+
+Groups *nest*: m, sum(w) and s at a coarser ratio are weighted means of those at a finer one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from extemb_core.errors import ConfigError
+
+TokenWeighting = Literal["uniform", "rank", "frequency"]
+
+_LEAST_WEIGHT = 0.01  # of a token that is nearly all there is: no group is without weight
+_HARMONIC = (
+    11.4  # sum of 1/rank over a vocabulary of some 50,000: by Zipf's law a token of rank r has a share of 1/(r H)
+)
+
+
+class Groups(NamedTuple):
+    """N groups of consecutive tokens.
+
+    Attributes:
+        means: (N, D) float32, sum(w h) / sum(w).
+        weights: (N,) float32, sum(w).
+        norms: (N,) float32, sum(w |h|) / sum(w).
+    """
+
+    means: Tensor
+    weights: Tensor
+    norms: Tensor
+
+    @property
+    def states(self) -> Tensor:
+        """(N, D) float32: the means, rescaled to `norms`; zero where a mean is."""
+        return rescaled(self.means, self.norms)
+
+
+def rescaled(means: Tensor, norms: Tensor) -> Tensor:
+    """Give each row of `means`, (N, D), the length in `norms`, (N,); a row of zeros stays one."""
+    lengths = means.norm(dim=-1, keepdim=True)
+    return torch.mul(means, norms[:, None] / lengths.clamp_min(torch.finfo(means.dtype).tiny))
+
+
+def pool(states: Tensor, weights: Tensor, ratio: int) -> Groups:
+    """Pool every `ratio` consecutive states of one chunk; a tail is a group like any other.
+
+    Summed inside each group, never as a difference of running sums: a state far longer than the others, such as a
+    sequence's first, would cost the groups after it their digits.
+
+    Args:
+        states: (L, D).
+        weights: (L,), above 0.
+        ratio: Tokens per group.
+    """
+    h, w = states.float(), weights.float()
+    return _pooled(Groups(h, w, h.norm(dim=-1)), ratio)
+
+
+def coarsen_groups(groups: Groups, times: int) -> Groups:
+    """Pool every `times` consecutive groups of one chunk: equal to `pool` at the coarser ratio, to rounding."""
+    return groups if times == 1 else _pooled(groups, times)
+
+
+def _pooled(fine: Groups, span: int) -> Groups:
+    count = -(-len(fine.weights) // span)
+    padding = count * span - len(fine.weights)
+    w = nn.functional.pad(fine.weights, (0, padding)).view(count, span)
+    total = w.sum(1)
+    share = w / total[:, None]
+    means = nn.functional.pad(fine.means, (0, 0, 0, padding)).view(count, span, -1)
+    norms = nn.functional.pad(fine.norms, (0, padding)).view(count, span)
+    return Groups((means * share[..., None]).sum(1), total, (norms * share).sum(1))
+
+
+def token_weights(weighting: TokenWeighting, vocab_size: int, counts: Tensor | None = None) -> Tensor:
+    """Weight of every token of a vocabulary, (V,) float32 above 0.
+
+    Args:
+        weighting: "uniform"; "frequency", log(N / count) from counted tokens; or "rank", the same by Zipf's law, with a
+            token's id for its rank: a BPE vocabulary lists its merges by frequency.
+        vocab_size: V.
+        counts: (V,) how often each token was seen, for "frequency". Tokens that were not count as seen once.
+
+    Raises:
+        ConfigError: "frequency" without counts of every token.
+    """
+    if weighting == "uniform":
+        return torch.ones(vocab_size)
+    if weighting == "rank":
+        return (_HARMONIC * torch.arange(1, vocab_size + 1, dtype=torch.float32)).log()
+    if counts is None or counts.shape != (vocab_size,) or not (counts >= 0).all() or not counts.sum() > 0:
+        given = "none" if counts is None else f"counts of shape {tuple(counts.shape)}"
+        raise ConfigError(
+            f"token_weighting='frequency' needs how often each of {vocab_size} tokens occurs, and got {given}; count "
+            "them in text of the kind that will be compressed, or pass token_weighting='rank'"
+        )
+    seen = counts.double().clamp_min(1)
+    return (seen.sum() / seen).log().clamp_min(_LEAST_WEIGHT).float()
+
+
+def digest_of(weights: Tensor) -> str:
+    """sha256 (32 hex digits) of a table of weights, which is kept in float16."""
+    return hashlib.sha256(weights.to("cpu", torch.float16).contiguous().numpy().tobytes()).hexdigest()[:32]
