@@ -1,6 +1,6 @@
 """What else the same positions could hold: plain tokens chosen from the text in several ways, and noise.
 
-Each is a pure function of token ids (T,), or of embeddings, and of how many positions there are.
+Each is a pure function of a text or its token ids (T,), or of embeddings, and of how many positions there are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from extemb_core.errors import ConfigError
 from extemb_core.models.llm import LLM
 from extemb_core.models.prefix import Prefix
+from extemb_core.retrieval.lexical import WordIndex
+from extemb_core.retrieval.splitting import split_sentences
 
 _LOGITS_AT_ONCE = 256  # positions: logits are wide
 
@@ -133,6 +135,43 @@ def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
         if prefix is not None:
             prefix.read(chosen)
     return kept
+
+
+def choose_sentences(llm: LLM, text: str, question: str, n: int) -> Ids:
+    """Choose the sentences of a text that a question is about: what retrieval can do within the same positions.
+
+    Sentences (`split_sentences`) are ranked by BM25 against the question, those without a word of it after all others,
+    and the earlier first among equals. They are taken in that order until `n` tokens are full: of the sentence that
+    does not fit any more, its first tokens are. What was taken stands in the order of the text.
+
+    Args:
+        llm: Whose tokens are counted; each sentence is encoded by itself, with the white space before it.
+        text: What is chosen from.
+        question: What is asked.
+        n: Tokens.
+
+    Returns:
+        (min(n, T),) ids, T being the tokens of all sentences.
+
+    Raises:
+        MissingExtraError: bm25s is not installed.
+    """
+    _require_count(n)
+    sentences = [text[start:end] for start, end in split_sentences(text)]
+    best = [at for at, _ in WordIndex(range(len(sentences)), sentences).search(question, len(sentences))]
+    chosen: dict[int, Ids] = {}
+    for at in dict.fromkeys([*best, *range(len(sentences))]):
+        if not n:
+            break
+        chosen[at] = llm.encode(sentences[at])[:n]
+        n -= len(chosen[at])
+    return np.concatenate([np.empty(0, np.int32), *(chosen[at] for at in sorted(chosen))])
+
+
+def random_tokens(llm: LLM, n: int, seed: int) -> Ids:
+    """Draw `n` token ids, each of those that text may become with equal chance. Returns (n,) int32."""
+    ordinary = np.setdiff1d(np.arange(len(llm.tokenizer)), llm.control_ids)
+    return np.random.default_rng(seed).choice(ordinary, n).astype(np.int32)
 
 
 def random_embeddings(like: Tensor, seed: int) -> Tensor:

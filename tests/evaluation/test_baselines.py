@@ -11,9 +11,11 @@ from tiny import tiny_llm
 
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.baselines import (
+    choose_sentences,
     head,
     nearest,
     random_embeddings,
+    random_tokens,
     select_tokens,
     sinks_and_window,
     token_information,
@@ -217,6 +219,54 @@ def test_a_segment_holds_at_least_one_token(llm):
         select_tokens(llm, text(10), 5, 0)
 
 
+# -- sentences by their words ------------------------------------------------------------------------------------
+
+STORY = "It rained. The mill burned in May. A grey cat slept. The mill was rebuilt by masons in spring. Nobody knew."
+
+
+def chosen(question, n, story=STORY):
+    return tiny_llm().decode(choose_sentences(tiny_llm(), story, question, n).tolist())
+
+
+def length(text):
+    return len(tiny_llm().encode(text))
+
+
+def test_the_best_sentences_come_first_and_stand_in_the_order_of_the_text():
+    best, second = " The mill was rebuilt by masons in spring.", " The mill burned in May."
+    question = "Which masons had rebuilt the mill?"
+    assert chosen(question, length(best)) == best
+    assert chosen(question, length(best) + length(second)) == second + best
+    rest = length(best) + length(second) + length("It rained.")
+    assert chosen(question, rest) == "It rained." + second + best  # of those without its words, the first
+
+
+def test_the_last_sentence_is_cut_to_what_is_left():
+    best, second = " The mill was rebuilt by masons in spring.", " The mill burned in May."
+    for left in range(length(second)):
+        ids = choose_sentences(tiny_llm(), STORY, "Which masons had rebuilt the mill?", length(best) + left)
+        expected = [*tiny_llm().encode(second)[:left], *tiny_llm().encode(best)]
+        assert ids.tolist() == expected
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(["the mill", "xyz", "", "rained rained spring"]), st.integers(0, 200))
+def test_chosen_sentences_fill_the_positions_exactly(question, n):
+    ids = choose_sentences(tiny_llm(), STORY, question, n)
+    text = tiny_llm().encode(STORY)
+    assert ids.dtype == np.int32
+    assert len(ids) == min(n, len(text))
+    if n >= len(text):
+        assert ids.tolist() == text.tolist()
+    elif question in ("xyz", ""):  # nothing to go by
+        assert ids.tolist() == text[:n].tolist()
+
+
+def test_a_text_of_white_space_or_none_has_no_sentences_to_rank():
+    assert chosen("the mill", 5, "") == ""
+    assert chosen("the mill", 5, " \n") == " \n"
+
+
 # -- noise --------------------------------------------------------------------------------------------------------
 
 
@@ -240,3 +290,12 @@ def test_random_embeddings_leave_the_global_generator_alone():
     assert random_embeddings(torch.zeros(0, 8), 0).shape == (0, 8)
     random_embeddings(torch.ones(2, 8), 0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_tokens_are_ordinary_and_evenly_drawn():
+    llm = tiny_llm()
+    drawn = random_tokens(llm, 20_000, 3)
+    assert drawn.dtype == np.int32
+    assert set(drawn) == set(range(len(llm.tokenizer))) - set(llm.control_ids)
+    assert np.bincount(drawn).max() < 2.5 * len(drawn) / len(llm.tokenizer)
+    assert drawn[:50].tolist() == random_tokens(llm, 50, 3).tolist() != random_tokens(llm, 50, 4).tolist()
