@@ -102,10 +102,21 @@ def qa(
         typer.Option(
             "--controls",
             metavar="NAME...",
-            help="Besides none and full: truncated, lingua, random, wrong.",
-            show_default="all",
+            help="Besides none and full: truncated, chosen, lingua, random, wrong; for embeddings that enter above layer "
+            "0, anchors and random_states.",
+            show_default="all that can be made",
         ),
     ] = None,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate/--loss-only",
+            help="Let the LLM answer, or measure the loss of the right answers alone: quicker.",
+        ),
+    ] = True,
+    one_per_text: Annotated[
+        bool, typer.Option("--one-per-text/--all-questions", help="One question about each text, drawn by the seed.")
+    ] = False,
     limit: LimitOption = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 8,
@@ -113,7 +124,7 @@ def qa(
     dtype: DtypeOption = "auto",
     resume: ResumeOption = True,
 ) -> None:
-    """Answers to questions about texts, scored by the rules of SQuAD, beside every control."""
+    """Answers to questions about texts, and the loss of the right answers, beside every control."""
     from extemb_core.evaluation.qa import QaConfig, QaExperiment
 
     _run(QaConfig, QaExperiment, context.params)

@@ -1,14 +1,7 @@
-"""Question answering: what an LLM answers, by the form in which it is given the text.
+"""Question answering: what an LLM answers, and how likely the right answer is to it, by the form of the text.
 
-Every arm fills the same prompt, through the LLM's own chat template, with another form of the same text:
-
-    none            nothing
-    full            the whole text; where it does not fit the window, its first tokens, and the sample says "cut"
-    truncated/k     the text's first tokens: as many positions as ratio k takes
-    lingua/k        its most informative tokens, as many (`select_tokens`)
-    extensible/k    extensible embeddings at ratio k
-    random/k        random vectors in their place, of the same norms
-    wrong/k         the extensible embeddings of another text
+Every arm fills the same prompt, through the LLM's own chat template, with another form of the same text: see `forms`.
+Where the whole text does not fit the window, "full" has its first tokens, and the sample says "cut".
 
 With `passages` above 1 the text is that many passages: the question's own and others of the same files; the rank of
 the question's own goes round, so that every rank has its share of the questions.
@@ -17,24 +10,24 @@ the question's own goes round, so that every rank has its share of the questions
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from extemb_core.context.assembly import Part, Prompt, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.evaluation import scoring
-from extemb_core.evaluation.baselines import head, random_embeddings, select_tokens
+from extemb_core.evaluation.baselines import head
+from extemb_core.evaluation.forms import CONTROLS, Forms, controls_for
 from extemb_core.evaluation.runs import Measured, Sample
 from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.llm import LLM, PromptInputs, Sampling
 from extemb_core.questions import Question, read_questions, template_for, templates
 from extemb_core.rows import evenly
+from extemb_core.training.tasks import turn_end
 
 Ids = np.ndarray[Any, Any]
 
@@ -44,7 +37,6 @@ METRICS = {
     "contained": scoring.contained,
     "rouge_l": scoring.rouge_l,
 }
-CONTROLS = ("none", "truncated", "lingua", "random", "wrong", "full")
 _POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
 
 
@@ -55,33 +47,43 @@ class QaConfig(CommonConfig):
     Attributes:
         passages: Passages of the text: the question's own and others.
         template: A name in `templates.json`; "auto" goes by the reference answers.
-        controls: Which other arms are measured; "none" and "full" always are.
+        controls: Which other arms are measured, all that can be where it is None; "none" and "full" always are.
+        generate: Without it, the loss of the reference answers is all that is measured: no answers, which take longer.
+        one_per_text: Of the questions about one text, draw one.
     """
 
     passages: int = 1
     template: str = "auto"
-    controls: tuple[str, ...] = CONTROLS
+    controls: tuple[str, ...] | None = None
+    generate: bool = True
+    one_per_text: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_counts(self, "passages")
         if not self.data:
             raise ConfigError("data is empty; pass files of questions")
-        for name, legal in (("template", ("auto", *templates())), ("controls", CONTROLS)):
-            given = getattr(self, name)
-            wrong = next((each for each in ([given] if name == "template" else given) if each not in legal), None)
-            if wrong is not None:
-                raise ConfigError(f"{name}={wrong!r} is not one of {', '.join(legal)}; pass one of them")
+        for name, given, legal in (
+            ("template", (self.template,), ("auto", *templates())),
+            ("controls", self.controls or (), CONTROLS),
+        ):
+            for value in given:
+                if value not in legal:
+                    raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
 
 
 class QaExperiment(Measured):
-    """See the module. Without an embedder only "none", "full", "truncated" and "lingua" are measured."""
+    """See the module. Without an embedder only "none", "full", "truncated", "chosen" and "lingua" are measured.
+
+    Raises:
+        ConfigError: There are too few texts, or a control is asked for that the embedder does not allow.
+    """
 
     kind: ClassVar[str] = "qa"
 
     def __init__(self, config: QaConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
         super().__init__(config, llm, embedder)
-        self.config = config
+        self.config = replace(config, controls=controls_for(embedder, config.controls))
         questions = read_questions(config.data)
         self._texts = {question.document: question.context for question in questions}
         if len(self._texts) < max(2, config.passages):
@@ -92,11 +94,16 @@ class QaExperiment(Measured):
         answers = [answer for question in questions for answer in question.answers]
         self.template_name = template_for(answers) if config.template == "auto" else config.template
         self.template = templates()[self.template_name]
+        self.metrics = [*(self.template["metrics"] if config.generate else ()), "loss"]
+        if config.one_per_text:
+            questions = draw_one_per_text(questions, config.seed)
         self._ranks = {question.id: at % config.passages for at, question in enumerate(questions)}
         self._questions = {question.id: question for question in evenly(questions, config.limit)}
         self._sampling = Sampling(max_new_tokens=self.template["max_new_tokens"])
-        self._ids: dict[str, Ids] = {}
-        self._recent: tuple[list[str], dict[str, list[Part]]] = ([], {})
+        self._forms = Forms(
+            llm, embedder, self._texts, separator=self.template["separator"], ratios=config.ratios,
+            controls=self.config.controls or (), seed=config.seed,
+        )  # fmt: skip
 
     def questions(self) -> list[Question]:
         """Those that are put."""
@@ -118,10 +125,12 @@ class QaExperiment(Measured):
         }
         for batch in _batches({arm: max(map(len, made)) for arm, made in prompts.items()}, len(questions)):
             inputs = [prompt.inputs(self.llm) for arm in batch for prompt in prompts[arm]]
-            texts = iter(self.llm.generate(inputs, self._sampling))
+            losses = iter(self._losses(inputs, questions * len(batch)))
+            texts = iter(self.llm.generate(inputs, self._sampling) if self.config.generate else ())
             for arm in batch:
                 for row, (question, form) in enumerate(zip(questions, forms, strict=True)):
-                    answered[row][arm] = self._scored(question, arm, next(texts).text.strip(), form[arm])
+                    answer = next(texts).text.strip() if self.config.generate else None
+                    answered[row][arm] = self._scored(question, arm, answer, next(losses), form[arm])
         for question, arms in zip(questions, answered, strict=True):
             yield {
                 "id": question.id,
@@ -132,52 +141,45 @@ class QaExperiment(Measured):
                 "arms": arms,
             }
 
-    def _scored(self, question: Question, arm: str, prediction: str, parts: Sequence[Part]) -> dict[str, Any]:
-        positions = sum(map(len, parts))
-        scores = {name: round(METRICS[name](prediction, question.answers), 4) for name in self.template["metrics"]}
-        cut = {"cut": True} if arm == "full" and self._was_cut(question, positions) else {}
-        return {"positions": positions, "prediction": prediction, **scores, **cut}
+    def _losses(self, inputs: Sequence[PromptInputs], questions: Sequence[Question]) -> list[float]:
+        """The loss of each question's reference answer after a prompt: nats per token, the mean over its tokens."""
+        scores = self.llm.log_probs(inputs, [self.reference(question) for question in questions])
+        return [round(-float(score.mean()), 6) for score in scores]
+
+    def _scored(
+        self, question: Question, arm: str, prediction: str | None, loss: float, parts: Sequence[Part]
+    ) -> dict[str, Any]:
+        sample: dict[str, Any] = {"positions": sum(map(len, parts))}
+        if prediction is not None:
+            sample["prediction"] = prediction
+            sample |= {name: round(METRICS[name](prediction, question.answers), 4) for name in self.template["metrics"]}
+        sample["loss"] = loss
+        if arm == "full" and sample["positions"] < sum(map(len, self._forms.tokens(self.passages(question)))):
+            sample["cut"] = True
+        return sample
 
     def forms(self, question: Question) -> dict[str, list[Part]]:
-        """What each arm puts in the place of the text: parts of (T,) token ids and of (N, D) embeddings."""
+        """Make what each arm puts in the place of the text: parts of a prompt.
+
+        Raises:
+            BudgetError: The text does not fit the window at the finest ratio.
+        """
         passages = self.passages(question)
-        room = self.llm.window - len(self.prompt(question, [])) - self._sampling.max_new_tokens
-        if self._recent[0] != passages:  # questions about one text come side by side
-            self._recent = passages, self._forms_of(passages)
-        forms = dict(self._recent[1])
+        forms = self._forms.of(passages, question.question)
+        answer = max(self._sampling.max_new_tokens, len(self.reference(question)))
+        room = self.llm.window - len(self.prompt(question, [])) - answer
         largest = max(sum(map(len, parts)) for arm, parts in forms.items() if arm != "full")
         if room < max(1, largest):
             raise BudgetError(
                 f"question {question.id!r} leaves {room} positions and its text takes {largest} at the finest ratio; "
                 "pass coarser --ratios, or drop its row"
             )
-        return forms | {"full": [head(np.concatenate(forms["full"]), room)]}
-
-    @torch.no_grad()
-    def _forms_of(self, passages: list[str]) -> dict[str, list[Part]]:
-        """Every arm's form of some passages; "full" is not cut."""
-        raw = self._joined([self._tokens(passage) for passage in passages])
-        flat: Ids = np.concatenate(raw)
-        forms: dict[str, list[Part]] = {"none": [], "full": list(raw)}
-        ours = self._compressed(passages)
-        others = self._compressed(self._wrong(passages)) if "wrong" in self.config.controls else {}
-        for ratio in self.config.ratios:
-            positions = sum(-(-len(part) // ratio) for part in raw)
-            if ours:
-                positions = sum(len(part) for part in ours[ratio])
-                forms[f"extensible/{ratio}"] = ours[ratio]
-            if "truncated" in self.config.controls:
-                forms[f"truncated/{ratio}"] = [head(flat, positions)]
-            if "lingua" in self.config.controls:
-                forms[f"lingua/{ratio}"] = [select_tokens(self.llm, flat, positions)]
-            if "random" in self.config.controls and ours:
-                forms[f"random/{ratio}"] = [
-                    random_embeddings(part, self.config.seed + at) if isinstance(part, Tensor) else part
-                    for at, part in enumerate(ours[ratio])
-                ]
-            if others:
-                forms[f"wrong/{ratio}"] = others[ratio]
+        forms["full"] = [head(np.concatenate(self._forms.tokens(passages)), room)]
         return forms
+
+    def reference(self, question: Question) -> Ids:
+        """Encode the first reference answer and what ends the assistant's turn: the tokens that training scores."""
+        return np.append(self.llm.encode(question.answers[0].strip()), np.int32(turn_end(self.llm)))
 
     def prompt(self, question: Question, parts: Sequence[Part]) -> Prompt:
         """The chat prompt with these parts in the place of the text."""
@@ -193,8 +195,7 @@ class QaExperiment(Measured):
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
         names = [arm for arm in self._arm_names() if all(arm in sample["arms"] for sample in samples)]
         groups = np.array([sample["document"] for sample in samples])
-        metrics = list(self.template["metrics"])
-        seed = self.config.seed
+        metrics, seed = self.metrics, self.config.seed
 
         def values(arm: str, metric: str) -> np.ndarray[Any, Any]:
             return np.array([sample["arms"][arm][metric] for sample in samples], dtype=float)
@@ -221,10 +222,13 @@ class QaExperiment(Measured):
             }
             for ratio in ours
         }
-        none, full = values("none", "f1"), values("full", "f1")
-        summary["retained"] = {
-            str(ratio): share(values(f"extensible/{ratio}", "f1") - none, full - none, groups, seed) for ratio in ours
-        }
+        for name, metric, gain in (("retained", "f1", 1), ("retained_loss", "loss", -1)):
+            if metric in metrics:
+                none, full = gain * values("none", metric), gain * values("full", metric)
+                summary[name] = {
+                    str(r): share(gain * values(f"extensible/{r}", metric) - none, full - none, groups, seed)
+                    for r in ours
+                }
         summary["by_rank"] = {}
         for rank in sorted({sample["rank"] for sample in samples} - {None}):
             at = np.array([sample["rank"] == rank for sample in samples])
@@ -234,57 +238,27 @@ class QaExperiment(Measured):
             }
         return summary
 
-    # -- texts ------------------------------------------------------------------------------------------------
-
-    def _tokens(self, document: str) -> Ids:
-        if document not in self._ids:
-            self._ids[document] = self.llm.encode(self._texts[document])
-        return self._ids[document]
-
-    def _joined(self, parts: Sequence[Ids]) -> list[Ids]:
-        """Parts with the separator's ids between them."""
-        separator = self.llm.encode(self.template["separator"])
-        joined: list[Ids] = []
-        for part in parts:
-            joined += [separator, part] if joined else [part]
-        return joined
-
-    def _compressed(self, passages: Sequence[str]) -> dict[int, list[Part]]:
-        """Ratio -> the passages as embeddings, each compressed on its own, with the separator between them."""
-        if self.embedder is None:
-            return {}
-        ids = [self._tokens(passage) for passage in passages]
-        made = self.embedder.compress_ids(ids, ratio=min(self.config.ratios), show_progress=False)
-        separator = self.llm.encode(self.template["separator"])
-        parts: dict[int, list[Part]] = {}
-        for ratio in self.config.ratios:
-            parts[ratio] = []
-            for each in made:
-                parts[ratio] += [separator] if parts[ratio] else []
-                parts[ratio].append(each.at_ratio(ratio).embeddings)
-        return parts
-
     def _others(self, question: Question, count: int) -> list[str]:
         """Other texts than the question's, drawn by the seed and the question's id."""
         names = [name for name in self._texts if name != question.document]
         draw = np.random.default_rng([self.config.seed, int.from_bytes(question.id.encode()[-6:], "big")])
         return [names[int(at)] for at in draw.permutation(len(names))[:count]]
 
-    def _wrong(self, passages: Sequence[str]) -> list[str]:
-        """For each passage the text nearest to it in length that is none of them; one may come twice."""
-        names = [name for name in self._texts if name not in passages]
-        if not names:
-            raise ConfigError(f"all {len(self._texts)} texts are used as passages; pass more rows or fewer --passages")
-        lengths = {name: len(self._texts[name]) for name in self._texts}
-        return [min(names, key=lambda name: (abs(lengths[name] - lengths[own]), name)) for own in passages]
-
-    def _was_cut(self, question: Question, positions: int) -> bool:
-        return positions < sum(map(len, self._joined([self._tokens(p) for p in self.passages(question)])))
-
     def _arm_names(self) -> list[str]:
         """The arms in the order in which they are shown."""
-        kinds = ("random", "wrong", "truncated", "lingua", "extensible")
+        kinds = ("random", "random_states", "wrong", "anchors", "truncated", "lingua", "chosen", "extensible")
         return ["none", *(f"{kind}/{ratio}" for kind in kinds for ratio in self.config.ratios), "full"]
+
+
+def draw_one_per_text(questions: Sequence[Question], seed: int) -> list[Question]:
+    """Draw one of the questions about each text: which one does not depend on the other texts."""
+    by_text: dict[str, list[Question]] = {}
+    for question in questions:
+        by_text.setdefault(question.document, []).append(question)
+    return [
+        own[int(np.random.default_rng([seed, int(document, 16)]).integers(len(own)))]
+        for document, own in by_text.items()
+    ]
 
 
 def _batches(lengths: Mapping[str, int], rows: int) -> Iterator[list[str]]:

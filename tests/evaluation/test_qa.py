@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from anchored import OwnStates, scores_of, untrained
 from tiny import RawEmbedder, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import BudgetError, ConfigError
@@ -50,6 +51,11 @@ def measured(experiment):
     return [found[name] for name in sorted(found)]
 
 
+def alike(arm):
+    """An arm's measurements, and a loss that may differ by rounding, as it does between batches."""
+    return arm | {"loss": pytest.approx(arm["loss"], abs=1e-4)}
+
+
 def question(experiment, name):
     return experiment._questions[name]
 
@@ -57,8 +63,8 @@ def question(experiment, name):
 def test_a_perfect_embedder_answers_as_the_full_text_does(make, llm):
     for sample in measured(make(RawEmbedder(llm), ratios=(1,))):
         arms = sample["arms"]
-        for arm in ("extensible/1", "truncated/1", "lingua/1"):
-            assert arms[arm] == arms["full"]
+        for arm in ("extensible/1", "truncated/1", "lingua/1", "chosen/1"):
+            assert alike(arms[arm]) == arms["full"]
         assert arms["full"]["positions"] > arms["none"]["positions"] == 0
         assert arms["full"]["prediction"] != arms["none"]["prediction"]
 
@@ -68,12 +74,12 @@ def test_an_embedder_of_another_document_has_the_wrong_documents_row(make, llm):
 
     class Elsewhere(RawEmbedder):
         def compress_ids(self, ids, **settings):
-            names = {right._tokens(name).tobytes(): name for name in right._texts}
-            others = [right._tokens(*right._wrong([names[tokens.tobytes()]])) for tokens in ids]
-            return super().compress_ids(others, **settings)
+            names = {right._forms.tokens([name])[0].tobytes(): name for name in right._texts}
+            others = [right._forms.tokens(right._forms.wrong([names[tokens.tobytes()]])) for tokens in ids]
+            return super().compress_ids([tokens for (tokens,) in others], **settings)
 
     for honest, fooled in zip(measured(right), measured(make(Elsewhere(llm), ratios=(1,))), strict=True):
-        assert fooled["arms"]["extensible/1"] == honest["arms"]["wrong/1"]
+        assert alike(fooled["arms"]["extensible/1"]) == honest["arms"]["wrong/1"]
         assert fooled["arms"]["extensible/1"]["prediction"] != fooled["arms"]["full"]["prediction"]
 
 
@@ -83,7 +89,8 @@ def test_controls_take_the_positions_of_the_embeddings(make, llm):
         forms = experiment.forms(question(experiment, name))
         n = {arm: sum(map(len, parts)) for arm, parts in forms.items()}
         for ratio in (2, 4):
-            assert n[f"truncated/{ratio}"] == n[f"lingua/{ratio}"] == n[f"random/{ratio}"] == n[f"extensible/{ratio}"]
+            for kind in ("truncated", "lingua", "random", "chosen"):
+                assert n[f"{kind}/{ratio}"] == n[f"extensible/{ratio}"]
         assert n["none"] == 0 < n["extensible/4"] < n["extensible/2"] < n["full"]
 
 
@@ -120,7 +127,68 @@ def test_an_answer_does_not_depend_on_its_batch_nor_on_shared_prefixes(make, llm
     embedder = random_embedder(llm)
     together = measured(make(embedder, batch_size=8))
     alone = measured(make(embedder, batch_size=1))
-    assert together == alone
+    for one, other in zip(together, alone, strict=True):
+        assert one | {"arms": {name: alike(arm) for name, arm in one["arms"].items()}} == other
+
+
+# -- the loss of the reference answer -------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_the_first_answer_and_the_end_of_the_turn(make, llm):
+    data = [row | {"answers": [f" {row['answers'][0]} ", "another"]} for row in rows()]
+    experiment = make(RawEmbedder(llm), data=data, ratios=(1,))
+    for sample in measured(experiment):
+        one = question(experiment, sample["id"])
+        target = [*llm.encode(one.answers[0].strip()), llm.tokenizer.eos_token_id]
+        for arm in ("none", "full", "wrong/1"):
+            prompt = experiment.prompt(one, experiment.forms(one)[arm])
+            scores = llm.model(inputs_embeds=prompt.embeddings(llm)[None]).logits  # of the prompt alone
+            assert sample["arms"][arm]["loss"] != pytest.approx(-float(scores[0, -1].log_softmax(-1)[target[0]]))
+            whole = torch.cat([prompt.embeddings(llm), llm.embed(target)])[None]
+            with torch.no_grad():
+                logits = llm.model(inputs_embeds=whole).logits[0].log_softmax(-1)
+            expected = [-float(logits[len(prompt) - 1 + at, index]) for at, index in enumerate(target)]
+            assert sample["arms"][arm]["loss"] == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_above_layer_0_every_arm_scores_what_the_llm_with_its_states_overwritten_does(make, llm):
+    experiment = make(untrained(llm), ratios=(1, 2, 4))
+    for sample in measured(make(untrained(llm), ratios=(1, 2, 4), limit=3)):
+        one = question(experiment, sample["id"])
+        for arm, parts in experiment.forms(one).items():
+            expected = scores_of(llm, experiment.prompt(one, parts).segments, experiment.reference(one))
+            assert sample["arms"][arm]["loss"] == pytest.approx(-np.mean(expected), abs=1e-4), arm
+
+
+def test_a_perfect_embedder_above_layer_0_answers_as_the_full_text_does(make, llm):
+    """Each text's states are those that the LLM has in the very prompt, so replacing them changes nothing."""
+    before = next(iter(make().prompt(question(make(), "0-0"), [np.array([5])]).segments))
+    for sample in measured(make(OwnStates(llm, before), ratios=(1, 2))):
+        arms = sample["arms"]
+        for arm in ("extensible/1", "anchors/1", "chosen/1"):
+            assert alike(arms[arm]) == arms["full"]
+        names = ("none", "full", "random/1", "random_states/1", "wrong/1", "extensible/2", "anchors/2", "random/2")
+        assert len({arms[arm]["loss"] for arm in names}) == len(names)  # the others read something else
+
+
+def test_the_loss_alone_is_the_same_without_an_answer(make, llm, monkeypatch):
+    whole = measured(make(untrained(llm), ratios=(2,)))
+    monkeypatch.setattr(llm, "generate", lambda *how: pytest.fail("nothing is to be generated"))
+    experiment = make(untrained(llm), ratios=(2,), generate=False)
+    samples = measured(experiment)
+    for one, other in zip(samples, whole, strict=True):
+        for arm, own in one["arms"].items():
+            assert set(own) == {"positions", "loss"}
+            assert own["loss"] == pytest.approx(other["arms"][arm]["loss"], abs=1e-5)
+            assert own["positions"] == other["arms"][arm]["positions"]
+    summary = experiment.summarise(samples)
+    assert summary["metrics"] == ["loss"]
+    assert "retained" not in summary
+    assert set(summary["retained_loss"]) == {"2"}
+    assert set(summary["minus"]["2"]["anchors"]) == {"loss"}
+
+
+# -- batches, texts, templates --------------------------------------------------------------------------------
 
 
 def test_short_arms_are_answered_together_and_long_ones_apart():
@@ -177,6 +245,21 @@ def test_a_limit_takes_questions_evenly(make):
     assert ids == {"0-0", "2-0", "4-1"}
 
 
+def test_one_question_per_text_is_drawn_by_the_seed(make):
+    def asked(**changes):
+        return sorted(name for group in make(one_per_text=True, **changes).groups() for name in group)
+
+    drawn = {seed: asked(seed=seed) for seed in range(8)}
+    for ids in drawn.values():
+        assert [name[0] for name in ids] == ["0", "1", "2", "3", "4"]
+    assert asked() == drawn[0]
+    assert {name for ids in drawn.values() for name in ids} == {row["id"] for row in rows()}
+    assert asked(data=rows(3)) == drawn[0][:3]  # other texts do not matter
+    assert asked(limit=2) == [drawn[0][0], drawn[0][4]]
+    experiment = make(one_per_text=True, passages=3)
+    assert [experiment._ranks[name] for name in experiment._questions] == [0, 1, 2, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("answers", "template"),
     [(["yes", "No"], "yes_no"), (["yes", "1870"], "short"), (["a sentence that goes on " * 4], "long")],
@@ -192,7 +275,8 @@ def test_the_template_goes_by_the_answers(make, answers, template):
 def hand_made(none, full, ours):
     return [
         {"id": str(at), "document": str(at), "rank": None, "arms": {
-            arm: {"positions": 10, "prediction": "", "em": 0.0, "f1": values[at], "contained": 0.0}
+            arm: {"positions": 10, "prediction": "", "em": 0.0, "f1": values[at], "contained": 0.0,
+                  "loss": 3.0 - 2 * values[at]}
             for arm, values in {"none": none, "extensible/4": ours, "full": full}.items()
         }}
         for at in range(len(none))
@@ -205,12 +289,23 @@ def test_the_tables_are_those_of_hand_made_samples(make, llm):
     assert summary["minus"]["4"]["full"]["f1"]["mean"] == pytest.approx(-0.4)
     assert set(summary["minus"]["4"]) == {"none", "full"}
     assert summary["retained"]["4"]["mean"] == pytest.approx(0.5)
+    assert summary["metrics"] == ["em", "f1", "contained", "loss"]
+    assert summary["arms"]["extensible/4"]["loss"] == {"mean": 2.0, "interval": pytest.approx([1.8, 2.2]), "n": 2}
+    assert summary["minus"]["4"]["full"]["loss"]["mean"] == pytest.approx(0.8)
+    assert summary["retained_loss"]["4"] == {"mean": pytest.approx(0.5), "interval": pytest.approx([0.5, 0.5])}
 
 
 def test_the_retained_share_is_refused_where_the_full_text_gains_nothing(make, llm):
     summary = make(random_embedder(llm)).summarise(hand_made([0.5, 0.2, 0.9], [0.6, 0.3, 0.5], [0.4, 0.6, 0.1]))
-    assert "mean" not in summary["retained"]["4"]
-    assert summary["retained"]["4"]["refused"]
+    for retained in (summary["retained"]["4"], summary["retained_loss"]["4"]):
+        assert "mean" not in retained
+        assert retained["refused"]
+
+
+def test_the_record_says_which_controls_were_measured(make, llm):
+    assert make().config.controls == ("none", "truncated", "chosen", "lingua", "full")
+    with pytest.raises(ConfigError, match="controls='anchors' needs an embedder with an entry layer above 0"):
+        make(random_embedder(llm), controls=("anchors",))
 
 
 @pytest.mark.parametrize(
