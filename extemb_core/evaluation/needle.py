@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
-from extemb_core.context.assembly import Prompt, assemble_chat
+from extemb_core.context.assembly import Prompt, Segment, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
 from extemb_core.evaluation.baselines import head
 from extemb_core.evaluation.runs import Measured, Sample
@@ -198,8 +197,8 @@ class NeedleExperiment(Measured):
             return _passkey(self.llm, case, draw, self._texts)
         return _key_value(self.llm, case, draw)
 
-    def forms(self, haystack: Haystack) -> dict[str, Ids | Tensor]:
-        """What each arm that fits puts in the place of the text: (T,) token ids or (N, D) embeddings."""
+    def forms(self, haystack: Haystack) -> dict[str, Segment]:
+        """Make what each arm that fits puts in the place of the text: (T,) token ids, or compressed text."""
         ids = haystack.ids
         prompt = len(self.prompt(haystack, ids[:0]))
         room = self.llm.window - prompt - self.config.max_new_tokens
@@ -211,16 +210,16 @@ class NeedleExperiment(Measured):
             )
         positions = {ratio: positions_at(len(ids), ratio, self.embedder) for ratio in self.config.ratios}
         fitting = [ratio for ratio in self.config.ratios if positions[ratio] <= room]
-        forms: dict[str, Ids | Tensor] = {"none": ids[:0]}
+        forms: dict[str, Segment] = {"none": ids[:0]}
         forms |= {f"truncated/{ratio}": head(ids, positions[ratio]) for ratio in fitting}
         if self.embedder is not None and fitting:
             made = self.embedder.compress_ids([ids], ratio=min(fitting), show_progress=False)[0]
-            forms |= {f"extensible/{ratio}": made.at_ratio(ratio).embeddings for ratio in fitting}
+            forms |= {f"extensible/{ratio}": made.at_ratio(ratio).part for ratio in fitting}
         if len(ids) <= room:
             forms["full"] = ids
         return forms
 
-    def prompt(self, haystack: Haystack, form: Ids | Tensor) -> Prompt:
+    def prompt(self, haystack: Haystack, form: Segment) -> Prompt:
         """The chat prompt with this form in the place of the text; around it, id for id the same for every form."""
         content = [PROMPTS[haystack.task]["before"], form, haystack.question]
         return assemble_chat(self.llm, [{"role": "user", "content": content}])
@@ -262,8 +261,7 @@ class NeedleExperiment(Measured):
         """What the LLM answers to each arm's prompt; short ones are read together."""
         answers: dict[str, str] = {}
         for batch in batches({arm: len(prompt) for arm, prompt in prompts.items()}, self.config.batch_size):
-            # As embeddings, those of plain tokens too, so that every arm runs through the very same code.
-            made = self.llm.generate([prompts[arm].embeddings(self.llm) for arm in batch], self._sampling)
+            made = self.llm.generate([prompts[arm].inputs(self.llm) for arm in batch], self._sampling)
             answers |= {arm: generated.text.strip() for arm, generated in zip(batch, made, strict=True)}
         return answers
 

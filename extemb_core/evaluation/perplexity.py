@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extemb_core.context.assembly import Prompt, Segment, assemble_text
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.baselines import nearest, sinks_and_window
 from extemb_core.evaluation.runs import Measured, Sample
@@ -36,7 +37,6 @@ from extemb_core.models.llm import LLM
 from extemb_core.rows import evenly
 from extemb_core.training.data import read_texts
 
-_PASS_POSITIONS = 4096  # per forward pass, so that memory does not grow with the batch
 _BASELINES = ("none", "nearest", "streaming", "full")
 
 
@@ -118,7 +118,7 @@ class PerplexityExperiment(Measured):
             arms = {arm: target_losses(self.llm, form, spans[:, context:]).mean(1) for arm, form in forms.items()}
             for place, row in enumerate(rows):
                 found[row][str(context)] = {
-                    arm: {"loss": round(float(losses[place]), 6), "positions": int(forms[arm].shape[1])}
+                    arm: {"loss": round(float(losses[place]), 6), "positions": len(forms[arm][place])}
                     for arm, losses in arms.items()
                 }
         for name, window, contexts in zip(group, windows, found, strict=True):
@@ -127,41 +127,35 @@ class PerplexityExperiment(Measured):
                     arms_of["streaming"] = arms_of["full"]
             yield {"id": name, "document": window.document, "contexts": contexts}
 
-    @torch.no_grad()
-    def forms(self, contexts: np.ndarray[Any, Any]) -> dict[str, Tensor]:
-        """What each arm puts before the target tokens.
+    def forms(self, contexts: np.ndarray[Any, Any]) -> dict[str, list[Prompt]]:
+        """Make what each arm puts before the target tokens.
 
         Args:
             contexts: (B, C) token ids.
 
         Returns:
-            Arm -> (B, P, D), P its positions; arms that do not fit are absent, and "streaming" is where it is "full".
+            Arm -> B prompts of one length; arms that do not fit are absent, and "streaming" is where it is "full".
         """
         length = contexts.shape[1]
-        made: dict[str, Tensor | np.ndarray[Any, Any]] = {"none": contexts[:, :0]}
+        made: dict[str, list[Segment]] = {"none": list(contexts[:, :0])}
         compressed = []
         if self.embedder is not None:
             compressed = self.embedder.compress_ids(list(contexts), ratio=min(self.config.ratios), show_progress=False)
         for ratio in self.config.ratios:
             count = -(-length // ratio)
             if compressed:
-                rows = torch.stack([each.at_ratio(ratio).embeddings for each in compressed])
-                count = rows.shape[1]
-                made[f"extensible/{ratio}"] = rows
-            made[f"nearest/{ratio}"] = np.stack([nearest(row, count) for row in contexts])
+                made[f"extensible/{ratio}"] = [each.at_ratio(ratio).part for each in compressed]
+                count = len(made[f"extensible/{ratio}"][0])
+            made[f"nearest/{ratio}"] = [nearest(row, count) for row in contexts]
         if length <= self._room:
-            made["full"] = contexts
+            made["full"] = list(contexts)
         else:
-            made["streaming"] = np.stack([sinks_and_window(row, self._room, self.config.sinks) for row in contexts])
-        bos = self.llm.bos_token_id
-        start = [self.llm.embed([bos]).expand(len(contexts), 1, -1)] if bos is not None else []
-        forms = {}
-        for arm, form in made.items():
-            if form.shape[1] > self._room:
-                continue
-            rows = form.to(self.llm.device, self.llm.dtype) if isinstance(form, Tensor) else self.llm.embed(form)
-            forms[arm] = torch.cat([*start, rows], dim=1)
-        return forms
+            made["streaming"] = [sinks_and_window(row, self._room, self.config.sinks) for row in contexts]
+        return {
+            arm: [assemble_text(self.llm, [part]) for part in parts]
+            for arm, parts in made.items()
+            if len(parts[0]) <= self._room
+        }
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
         return {
@@ -196,28 +190,19 @@ def spread_windows(lengths: Sequence[int], per_document: int, contexts: Sequence
     return windows
 
 
-@torch.no_grad()
-def target_losses(llm: LLM, form: Tensor, targets: np.ndarray[Any, Any]) -> Tensor:
+def target_losses(llm: LLM, prompts: Sequence[Prompt], targets: np.ndarray[Any, Any]) -> Tensor:
     """Negative log-likelihood in nats of every target token but the first.
 
     Args:
         llm: Predicts them.
-        form: (B, P, D), what stands before the target tokens; P may be 0.
+        prompts: B of them, what stands before the target tokens; they may have no positions.
         targets: (B, S) ids.
 
     Returns:
         (B, S - 1) in float32, on the CPU.
     """
-    ids = torch.as_tensor(targets, dtype=torch.long, device=llm.device)
-    rows = max(1, _PASS_POSITIONS // (form.shape[1] + ids.shape[1]))
-    losses = []
-    for at in range(0, len(ids), rows):
-        own = ids[at : at + rows]
-        hidden = llm.hidden(torch.cat([form[at : at + rows], llm.embed(own)], dim=1)[:, :-1])[:, form.shape[1] :]
-        for row, following in zip(hidden, own[:, 1:], strict=True):  # one row at a time: logits are wide
-            logits = llm.logits(row).float()
-            losses.append(torch.nn.functional.cross_entropy(logits, following, reduction="none"))
-    return torch.stack(losses).cpu()
+    begun = [Prompt((*prompt.segments, row[:1])).inputs(llm) for prompt, row in zip(prompts, targets, strict=True)]
+    return -torch.stack(llm.log_probs(begun, [row[1:] for row in targets])).cpu()
 
 
 def _table(samples: Sequence[Sample], context: str, config: PerplexityConfig) -> dict[str, Any]:

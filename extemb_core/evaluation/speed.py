@@ -40,13 +40,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extemb_core.context.assembly import Prompt, assemble_chat
+from extemb_core.context.assembly import Prompt, Segment, assemble_chat
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.needle import filler, positions_at, read_filler
 from extemb_core.evaluation.runs import Measured, Sample
 from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.llm import LLM
+from extemb_core.models.entry import AnchoredPrompt
+from extemb_core.models.llm import LLM, PromptInputs
 from extemb_core.rows import evenly
 
 Ids = np.ndarray[Any, Any]
@@ -83,10 +84,10 @@ class SpeedConfig(CommonConfig):
 
 @dataclass(frozen=True)
 class Document:
-    """One length's text as (T,) `ids`, as embeddings by ratio, and the sides that fit with the positions they take."""
+    """One length's text as (T,) `ids`, compressed by ratio, and the sides that fit with the positions they take."""
 
     ids: Ids
-    embeddings: dict[int, Tensor]
+    compressed: dict[int, Segment]
     sides: dict[str, int]
 
 
@@ -141,8 +142,8 @@ class SpeedExperiment(Measured):
             positions |= {f"{kind}/{k}": positions_at(tokens, k, self.embedder) for k in self.config.ratios}
         return {side: count for side, count in positions.items() if count <= room}
 
-    def prompt(self, form: Ids | Tensor) -> Prompt:
-        """The chat prompt with this form of the text: (T,) token ids or (N, D) embeddings."""
+    def prompt(self, form: Segment) -> Prompt:
+        """Make the chat prompt with this form of the text: (T,) token ids, or compressed text."""
         return assemble_chat(self.llm, [{"role": "user", "content": [BEFORE, form, AFTER]}])
 
     @torch.no_grad()
@@ -154,10 +155,10 @@ class SpeedExperiment(Measured):
         if kind == "online" and self.embedder is not None:
             made = self.embedder.compress_ids([document.ids], ratio=int(ratio), show_progress=False)
             compressed = time.perf_counter()
-            form: Ids | Tensor = made[0].embeddings
+            form: Segment = made[0].part
         else:
-            form = document.embeddings[int(ratio)] if ratio else document.ids
-        _, times = greedy(self.llm, self.prompt(form).embeddings(self.llm), self.config.new_tokens)
+            form = document.compressed[int(ratio)] if ratio else document.ids
+        _, times = greedy(self.llm, self.prompt(form).inputs(self.llm), self.config.new_tokens)
         found = {
             "first_token_s": round(times[0] - start, 6),
             "decode_tokens_per_s": round((len(times) - 1) / (times[-1] - times[0]), 3),
@@ -176,11 +177,11 @@ class SpeedExperiment(Measured):
     def _document_of(self, tokens: int) -> Document:
         ids, sides = self._ids[:tokens], self.sides(tokens)
         ratios = [ratio for ratio in self.config.ratios if f"offline/{ratio}" in sides]
-        embeddings = {}
+        compressed: dict[int, Segment] = {}
         if self.embedder is not None and ratios:
             made = self.embedder.compress_ids([ids], ratio=min(ratios), show_progress=False)[0]
-            embeddings = {ratio: made.at_ratio(ratio).embeddings for ratio in ratios}
-        return Document(ids, embeddings, sides)
+            compressed = {ratio: made.at_ratio(ratio).part for ratio in ratios}
+        return Document(ids, compressed, sides)
 
     def _prepared(self, tokens: int) -> Document:
         """The text of a length; where it is another than the last, after the pass that is not timed."""
@@ -203,22 +204,31 @@ class SpeedExperiment(Measured):
 
 
 @torch.no_grad()
-def greedy(llm: LLM, prompt: Tensor, count: int) -> tuple[list[int], list[float]]:
+def greedy(llm: LLM, prompt: PromptInputs, count: int) -> tuple[list[int], list[float]]:
     """The LLM's likeliest next token, `count` times one after the other; stop tokens are tokens like any other.
 
     Args:
         llm: Goes on from the prompt.
-        prompt: (T, D) in the LLM's dtype and on its device.
+        prompt: Of at least one position.
         count: At least 1.
 
     Returns:
         The token ids, and the time (`time.perf_counter`) at which each was known.
     """
-    inputs: dict[str, Any] = {"inputs_embeds": prompt[None]}
+    model: Any = llm.model
+    inputs: dict[str, Any]
+    if isinstance(prompt, AnchoredPrompt):
+        model = llm.reading_model(prompt.layer)
+        inputs = {"input_ids": prompt.ids, "entry_states": prompt.states, "entry_mask": prompt.mask}
+    elif isinstance(prompt, Tensor):
+        inputs = {"inputs_embeds": prompt}
+    else:
+        inputs = {"input_ids": torch.tensor(prompt, device=llm.device)}
+    inputs = {name: row[None] for name, row in inputs.items()}
     ids: list[int] = []
     times: list[float] = []
     for _ in range(count):
-        output = llm.model(**inputs, use_cache=True, logits_to_keep=1)
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
         ids.append(int(output.logits[0, -1].argmax()))  # waits for the device
         times.append(time.perf_counter())
         inputs = {

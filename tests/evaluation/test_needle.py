@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from anchored import OwnStates, untrained
 from tiny import SENTENCES as TEXT
 from tiny import RawEmbedder, random_embedder, tiny_model, tiny_tokenizer
 
@@ -143,11 +144,12 @@ def test_a_perfect_embedder_answers_as_the_full_text_does(make, llm):
 
 
 def perfect_reader(llm, monkeypatch):
-    """Has the LLM answer with what stands in its prompt, read from the embeddings themselves."""
+    """Has the LLM answer with what stands in its prompt, of embeddings those of the nearest tokens."""
     table = llm.model.get_input_embeddings().weight.detach()
 
     def generate(prompts, sampling):
-        texts = [llm.decode(torch.cdist(prompt, table).argmin(1).tolist()) for prompt in prompts]
+        rows = [torch.cdist(p, table).argmin(1).tolist() if isinstance(p, torch.Tensor) else p for p in prompts]
+        texts = [llm.decode(row) for row in rows]
         keys = [re.search(r"begins with (\w+)\?", text) for text in texts]
         patterns = [rf"\n{key[1]}: (\w{{6}})\n" if key else r"pass key is (\d{5});" for key in keys]
         found = [re.search(pattern, text) for pattern, text in zip(patterns, texts, strict=True)]
@@ -166,6 +168,28 @@ def test_a_perfect_reader_finds_what_it_is_given_and_nothing_else(make, llm, mon
     for sample in measured(make(ratios=(2,), tokens=(300,), depths=4)):  # controls alone
         assert list(sample["arms"]) == ["none", "truncated/2", "full"]
         assert sample["arms"]["truncated/2"]["correct"] == (sample["at"] < 120), sample["id"]
+
+
+def test_a_perfect_embedder_above_layer_0_answers_as_the_full_text_does(make, llm):
+    experiment = make(tasks=("passkey",), tokens=(96,))
+    found = experiment.haystack(cases(experiment)[0])
+    before = experiment.prompt(found, found.ids).segments[0]
+    for sample in measured(make(OwnStates(llm, before), tasks=("passkey",), ratios=(1, 4), max_new_tokens=8)):
+        arms = sample["arms"]
+        assert arms["extensible/1"] == arms["full"]
+        assert arms["extensible/4"]["positions"] == 24
+        assert arms["extensible/4"]["prediction"] != arms["full"]["prediction"]
+
+
+def test_forms_above_layer_0_are_states_with_their_anchors(make, llm):
+    embedder = untrained(llm)
+    experiment = make(embedder, tokens=(101,), ratios=(2, 8))
+    found = experiment.haystack(cases(experiment)[0])
+    for ratio in (2, 8):
+        form = experiment.forms(found)[f"extensible/{ratio}"]
+        expected = embedder.compress_ids([found.ids], ratio=ratio)[0]
+        assert form.anchors.tolist() == expected.anchors.tolist()
+        torch.testing.assert_close(form.states, expected.embeddings)
 
 
 def test_what_is_truncated_away_is_not_given(make, llm):

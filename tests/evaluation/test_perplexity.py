@@ -8,8 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from anchored import OwnStates, scores_of, untrained
 from tiny import SENTENCES, RawEmbedder, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
 
+from extemb_core.context.assembly import Prompt
 from extemb_core.errors import ConfigError, RatioError
 from extemb_core.evaluation.perplexity import (
     PerplexityConfig,
@@ -26,18 +28,15 @@ CONTEXT, TARGET, RATIOS = 48, 20, (2, 4, 8)
 class Bigram:
     """An LLM that reads one token back: the next number of four follows with 1/2, any other with 1/6."""
 
-    bos_token_id = None
-    device = torch.device("cpu")
-
-    def embed(self, ids):
-        return torch.nn.functional.one_hot(torch.as_tensor(ids), 4).float()
-
-    def hidden(self, inputs_embeds):
-        return inputs_embeds
-
-    def logits(self, hidden):
-        following = torch.eye(4).roll(1, dims=1)
-        return hidden @ torch.log(following / 2 + (1 - following) / 6)
+    def log_probs(self, prompts, targets):
+        found = []
+        for prompt, own in zip(prompts, targets, strict=True):
+            read = [*prompt, *own]
+            pairs = itertools.pairwise(read[len(prompt) - 1 :])
+            found.append(
+                torch.tensor([math.log(1 / 2 if after == (before + 1) % 4 else 1 / 6) for before, after in pairs])
+            )
+        return found
 
 
 @pytest.fixture
@@ -66,8 +65,8 @@ def ids(length, seed=0):
 @pytest.mark.parametrize("positions", [0, 1, 3])
 def test_every_target_token_but_the_first_is_scored(positions):
     likely, unlikely = math.log(2), math.log(6)
-    context = Bigram().embed([[1, 1, 1]])[:, :positions]  # 1 -> 0 is unlikely: scoring the 0 would show
-    losses = target_losses(Bigram(), context, np.array([[0, 1, 3, 0]]))
+    context = Prompt((np.array([1, 1, 1])[:positions],))  # 1 -> 0 is unlikely: scoring the 0 would show
+    losses = target_losses(Bigram(), [context], np.array([[0, 1, 3, 0]]))
     assert losses.tolist() == [pytest.approx([likely, unlikely, likely])]
 
 
@@ -91,6 +90,24 @@ def test_a_perfect_embedder_has_the_full_texts_numbers_exactly(make, llm):
     for sample in samples:
         for arms in sample["contexts"].values():
             assert arms["extensible/1"] == arms["nearest/1"] == arms["streaming"] == arms["full"] != arms["none"]
+
+
+def test_above_layer_0_the_loss_is_that_of_the_llm_with_its_states_overwritten(make, llm):
+    experiment = make(untrained(llm), contexts=(CONTEXT,))
+    for sample in measured(experiment):
+        span = experiment._span(experiment._windows[sample["id"]], CONTEXT).astype(np.int64)
+        for ratio in RATIOS:
+            (prompt,) = experiment.forms(span[None, :CONTEXT])[f"extensible/{ratio}"]
+            expected = scores_of(llm, [*prompt.segments, span[CONTEXT : CONTEXT + 1]], span[CONTEXT + 1 :])
+            found = sample["contexts"][str(CONTEXT)][f"extensible/{ratio}"]
+            assert found == {"loss": pytest.approx(-np.mean(expected), abs=1e-5), "positions": CONTEXT // ratio}
+
+
+def test_a_perfect_embedder_above_layer_0_has_the_full_texts_numbers(make, llm):
+    for sample in measured(make(OwnStates(llm), ratios=(1, 2))):
+        for arms in sample["contexts"].values():
+            assert arms["extensible/1"]["loss"] == pytest.approx(arms["full"]["loss"], abs=1e-5)
+            assert arms["extensible/2"]["loss"] != pytest.approx(arms["full"]["loss"], abs=1e-3)
 
 
 def test_embeddings_of_another_text_are_not_those_of_the_right_one(make, llm):
@@ -117,25 +134,24 @@ def test_arms_take_the_same_positions_and_one_pass_serves_all_ratios(make, llm):
     context = ids(CONTEXT)[None]
     forms = make(embedder).forms(context)
     for ratio in RATIOS:
-        assert forms[f"extensible/{ratio}"].shape == forms[f"nearest/{ratio}"].shape == (1, CONTEXT // ratio, llm.width)
-        alone = embedder.compress_ids(list(context), ratio=ratio)[0].embeddings
-        torch.testing.assert_close(forms[f"extensible/{ratio}"][0], alone)
-        torch.testing.assert_close(forms[f"nearest/{ratio}"][0], llm.embed(context[0, -(CONTEXT // ratio) :]))
+        (ours,), (nearest,) = (forms[f"{kind}/{ratio}"][0].segments for kind in ("extensible", "nearest"))
+        assert len(ours) == len(nearest) == CONTEXT // ratio
+        torch.testing.assert_close(ours, embedder.compress_ids(list(context), ratio=ratio)[0].embeddings)
+        assert nearest.tolist() == context[0, -(CONTEXT // ratio) :].tolist()
 
 
 def test_tails_of_chunks_count_as_positions(make, llm):
     forms = make(random_embedder(llm), ratios=(2, 8)).forms(ids(21)[None])
-    assert forms["extensible/8"].shape[1] == forms["nearest/8"].shape[1] == 3  # chunks of 16 and 5 tokens
+    assert len(forms["extensible/8"][0]) == len(forms["nearest/8"][0]) == 3  # chunks of 16 and 5 tokens
 
 
 def test_what_does_not_fit_the_window_is_absent_and_streaming_keeps_both_ends(make, llm):
     context = ids(112)[None]
     forms = make(random_embedder(llm), window=60, sinks=3).forms(context)
-    assert {arm: form.shape[1] for arm, form in forms.items()} == {
+    assert {arm: len(form[0]) for arm, form in forms.items()} == {
         "none": 0, "extensible/4": 28, "nearest/4": 28, "extensible/8": 14, "nearest/8": 14, "streaming": 40,
     }  # fmt: skip
-    kept = np.concatenate([context[0, :3], context[0, -37:]])
-    torch.testing.assert_close(forms["streaming"][0], llm.embed(kept))
+    assert forms["streaming"][0].segments[0].tolist() == [*context[0, :3], *context[0, -37:]]
 
 
 def test_a_window_does_not_depend_on_its_batch(make, llm):
@@ -163,9 +179,9 @@ def test_a_bos_goes_first_in_every_arm(make):
 
     llm = WithBos(tiny_model("llama"), tiny_tokenizer())
     forms = make(llm=llm, ratios=(4,)).forms(ids(CONTEXT)[None])
-    assert {arm: form.shape[1] for arm, form in forms.items()} == {"none": 1, "nearest/4": 13, "full": 49}
-    for form in forms.values():
-        torch.testing.assert_close(form[0, 0], llm.embed([1])[0])
+    assert {arm: len(form[0]) for arm, form in forms.items()} == {"none": 1, "nearest/4": 13, "full": 49}
+    for (prompt,) in forms.values():
+        assert prompt.segments[0].tolist() == [1]
 
 
 def test_windows_are_spread_evenly_and_do_not_overlap():

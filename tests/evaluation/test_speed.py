@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from anchored import LAYER, OwnStates, rows_of, untrained
 from tiny import SENTENCES as TEXT
 from tiny import RawEmbedder, random_embedder, tiny_model, tiny_tokenizer
 
@@ -77,7 +78,7 @@ def test_every_side_of_a_perfect_embedder_reads_the_same(make, llm, monkeypatch)
     assert {side["positions"] for side in sample["sides"].values()} == {64}
     full, *others = read[-3:]
     for other in others:
-        torch.testing.assert_close(other, full)
+        torch.testing.assert_close(other, llm.embed(full))
 
 
 def test_online_and_offline_read_the_same_embeddings(make, llm, monkeypatch):
@@ -92,6 +93,32 @@ def test_online_and_offline_read_the_same_embeddings(make, llm, monkeypatch):
     torch.testing.assert_close(online_2, offline_2)
     torch.testing.assert_close(online_8, offline_8)
     assert len(online_2) - len(online_8) == 35 - 9
+
+
+def test_online_and_offline_read_the_same_states_above_layer_0(make, llm, monkeypatch):
+    read = []
+    plain = speed.greedy
+    monkeypatch.setattr(speed, "greedy", lambda *how: read.append(how[1]) or plain(*how))
+    sample = next(make(untrained(llm), tokens=(70,), ratios=(2,)).measure(["70:0"]))
+    assert [side["positions"] for side in sample["sides"].values()] == [70, 35, 35]
+    full, online, offline = read[-3:]
+    assert isinstance(full, list)
+    assert online.layer == offline.layer == LAYER
+    for name in ("ids", "states", "mask"):
+        torch.testing.assert_close(getattr(online, name), getattr(offline, name))
+    assert int(online.mask.sum()) == 35
+
+
+def test_the_plain_loop_reads_states_at_their_layer(make, llm):
+    experiment = make()
+    ids = llm.encode(TEXT)[:40]
+    before = experiment.prompt(ids).segments[0]
+    for ratio in (1, 4):
+        (compressed,) = OwnStates(llm, before).compress_ids([ids], ratio=ratio)
+        prompt = experiment.prompt(compressed.part)
+        chosen, _ = greedy(llm, prompt.inputs(llm), 6)
+        assert chosen == rows_of(llm, prompt.segments, chosen).argmax(-1).tolist()
+        assert (chosen == greedy(llm, experiment.prompt(ids).inputs(llm), 6)[0]) == (ratio == 1)
 
 
 def test_what_is_timed(make, llm, clock, monkeypatch):
