@@ -180,8 +180,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         weighting = "uniform" if config.token_weighting == "frequency" else config.token_weighting  # until it is loaded
         table = token_weights(weighting, int(embedding.num_embeddings)).to(llm.device)
         self.register_buffer("token_weights", table, persistent=False)
-        self._own_names = [name for name, p in self.named_parameters() if id(p) not in shared]
-        parents = ((name, *name.rpartition(".")[::2]) for name in self._own_names)
+        self.own_names = [name for name, p in self.named_parameters() if id(p) not in shared]
+        parents = ((name, *name.rpartition(".")[::2]) for name in self.own_names)
         self._own_places = {
             name: (self.get_submodule(parent), leaf) for name, parent, leaf in parents
         }  # quick to look up
@@ -190,7 +190,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def requires_grad_(self, requires_grad: bool = True) -> ExtensibleEmbedder:
         """Train, or no longer, the embedder's own tensors; the LLM's are never trained through it."""
-        for name in self._own_names:
+        for name in self.own_names:
             self.get_parameter(name).requires_grad_(requires_grad)
         return self
 
@@ -284,7 +284,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             raise WeightsCorruptError(
                 f"{file} does not hold the token weights that config.json names; get the folder again"
             )
-        own = {name: self.get_parameter(name) for name in self._own_names}
+        own = {name: self.get_parameter(name) for name in self.own_names}
         wrong = sorted(n for n in own.keys() | tensors.keys() if n not in own or n not in tensors)
         wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
         if probe is None or wrong:
@@ -387,7 +387,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def own_to(self, dtype: torch.dtype) -> None:
         """Hold the embedder's own tensors in `dtype` (training needs float32); the LLM's stay as they are."""
-        for name in self._own_names:
+        for name in self.own_names:
             parameter = self.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
 

@@ -190,11 +190,10 @@ def reading_model(model: PreTrainedModel, layer: int, name: str = "") -> PreTrai
                 f"layer {layer}; use entry_layer=0, or a newer transformers"
             )
     made: Any = copy.deepcopy(model, shared_parameters(model))
-    kind: Any = type(model)
-    made.__class__ = _reading_class(kind)
+    entered: Any = made.base_model.layers[layer]
+    kinds: list[Any] = [type(made), type(entered)]
+    made.__class__, entered.__class__ = _reading_class(kinds[0]), _entered_class(kinds[1])
     made.entry_layer = layer
-    entered = made.base_model.layers[layer]
-    entered.__class__ = _entered_class(type(entered))
     return made  # type: ignore[no-any-return]
 
 

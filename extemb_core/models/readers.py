@@ -68,7 +68,7 @@ def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
 def save_reader(llm: LLM, config: LoraConfig, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the folder of the reader that `add_reader` began."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in _adapters(llm).items()}
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in reader_adapters(llm).items()}
     save_file(tensors, folder / TENSORS)
     config.save_pretrained(str(folder))
     (folder / TENSORS).chmod((folder / SETTINGS).stat().st_mode)
@@ -82,7 +82,7 @@ def load_reader(llm: LLM, folder: Path) -> None:
         MismatchError: The adapters are another LLM's, or of another rank.
     """
     tensors = _read_tensors(folder)
-    own = _adapters(llm)
+    own = reader_adapters(llm)
     wrong = sorted(n for n in own.keys() | tensors.keys() if n not in tensors or n not in own)
     wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
     if wrong:
@@ -129,7 +129,7 @@ def merged(llm: LLM, folder: Path, name: str) -> LLM:
     return LLM(llm.model, llm.tokenizer, name=name)
 
 
-def _adapters(llm: LLM) -> dict[str, nn.Parameter]:
+def reader_adapters(llm: LLM) -> dict[str, nn.Parameter]:
     """By the names that peft gives them in its files."""
     return {
         _PREFIX + name.replace(f".{_ADAPTER}.", "."): parameter

@@ -15,7 +15,7 @@ import torch
 from extemb_core.models.llm import LLM
 from extemb_core.training.data import Samples
 from extemb_core.training.objectives import Reading
-from extemb_core.training.tasks import QuestionReadings, recall, reconstruction
+from extemb_core.training.tasks import QuestionReadings, recall, reconstruction, shuffled
 
 
 class Batches:
@@ -80,8 +80,7 @@ class Batches:
         """Sample number `place` of an endless stream; each round over the samples is another order."""
         assert self._samples is not None
         rounds, at = divmod(place, len(self._samples))
-        order = np.random.default_rng([self._seed, 1, rounds]).permutation(len(self._samples))
-        return self._samples[int(order[at])]["input_ids"]  # type: ignore[no-any-return]
+        return self._samples[int(shuffled(len(self._samples), self._seed, 1, rounds)[at])]["input_ids"]  # type: ignore[no-any-return]
 
     def _spans_of(self, ids: np.ndarray[Any, Any], batch: int, index: int) -> list[Reading]:
         """Spans side by side, from anywhere in the sample: a span is read twice, so they take half its length."""

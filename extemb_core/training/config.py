@@ -39,12 +39,18 @@ class TrainingConfig:
         most_per_source: Questions of each source (the id up to its number) in one round over them.
         raw_share: Of a question's documents, the share that stays text, so that what learns to read embeddings goes on
             reading text.
+        mixed_share: Of the others, the share that is compressed around a part that stays text; only at entry layers
+            above 0.
         sample_length: Tokens of a training sample, and of a question's documents at most.
         spans: Tokens of the spans to reconstruct, at the start of the run and at its end: short ones first.
         chunk_sizes: Chunk lengths in training, one drawn per batch; the embedder's own when empty.
         ratios: Ratios drawn per sample; the embedder's own when empty.
         ratios_per_sample: How many; one pass of the embedder serves them all.
         total_tokens: Tokens to train on; steps follow from it.
+        warmup_steps: Steps in which the learning rate rises to its peak.
+        decay_steps: Steps at the end of the run in which it falls to 0; all after the warm-up when None. With 0 it
+            stays, so that the run's end need not be known: a later resume goes on with more tokens, or with a decay.
+        save_minutes: Save a checkpoint this often, besides every `save_steps`.
         max_minutes: Stop cleanly after this long; the next run resumes.
         connector_lr_factor: The connector's learning rate over the layers'.
         eval_samples: Held-out samples used.
@@ -68,6 +74,7 @@ class TrainingConfig:
     reader_first_layer: int = 0
     most_per_source: int = 4000
     raw_share: float = 0.15
+    mixed_share: float = 0.0
     sample_length: int = 1536
     spans: tuple[int, int] = (32, 256)
     chunk_sizes: tuple[int, ...] = ()
@@ -79,12 +86,14 @@ class TrainingConfig:
     learning_rate: float = 3e-4
     connector_lr_factor: float = 5.0
     warmup_steps: int = 20
+    decay_steps: int | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     save_steps: int = 50
     eval_steps: int = 50
     eval_samples: int = 16
     logging_steps: int = 10
+    save_minutes: float | None = None
     max_minutes: float | None = None
     seed: int = 0
     device: str = "auto"
@@ -111,8 +120,14 @@ class TrainingConfig:
         for name in ("connector_lr_factor", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not above 0; pass e.g. 1.0")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ConfigError(f"max_minutes={self.max_minutes} is not above 0; pass minutes, or None for no limit")
+        for name in ("max_minutes", "save_minutes"):
+            minutes = getattr(self, name)
+            if minutes is not None and not minutes > 0:
+                raise ConfigError(f"{name}={minutes} is not above 0; pass minutes, or None for no limit")
+        if self.decay_steps is not None and not (self.decay_steps == 0 or is_count(self.decay_steps)):
+            raise ConfigError(
+                f"decay_steps={self.decay_steps!r} is not a whole number of at least 0; pass steps, or None"
+            )
         if self.trained not in TRAINED:
             raise ConfigError(f"trained={self.trained!r} is not one of {', '.join(TRAINED)}; pass one of them")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -127,14 +142,17 @@ class TrainingConfig:
         shares = list(self.objectives.values())
         if not shares or min(shares) < 0 or sum(shares) <= 0:
             raise ConfigError(f"objectives={dict(self.objectives)!r}: shares are at least 0 and not all 0; pass e.g. 1")
-        for name in ("distillation", "raw_share"):
+        for name in ("distillation", "raw_share", "mixed_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not between 0 and 1; pass e.g. 0.5")
         wanted = {name for name, share in self.objectives.items() if share}
         if wanted - {"questions"} and not self.data:
             raise ConfigError("data is empty; pass at least one text file to train on")
-        if self.trained == "reader" and wanted != {"questions"}:
-            raise ConfigError('a reader learns from questions alone; pass objectives={"questions": 1}')
+        if self.trained == "reader" and wanted != {"questions"} and not self.embedder.get("entry_layer"):
+            raise ConfigError(
+                'a reader of text learns from questions alone; pass objectives={"questions": 1}, or an embedder with '
+                "an entry_layer, whose embeddings it then reads"
+            )
         if self.trained == "reader" and self.eval_data:
             raise ConfigError("eval_data is text for an embedder's loss, and a reader has none; leave it out")
         if "questions" in wanted and not self.questions:

@@ -21,19 +21,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.errors import ConfigError
 from extemb_core.models.downscaling import chunk_lengths, n_embeddings
+from extemb_core.models.entry import AnchoredStates
 
 _LEAST_FILLED, _FEWEST_POSITIONS = 0.8, 1024  # of a group of rows that go through the LLM together
 
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
-    from extemb_core.models.llm import LLM
+    from extemb_core.models.llm import LLM, PromptInputs
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def two_stream_loss(
     ratios: Sequence[Sequence[int]],
     chunk_size: int,
     *,
+    llm: LLM | None = None,
     window: int | None = None,
     distillation: float = 0.0,
 ) -> Tensor:
@@ -155,13 +159,14 @@ def two_stream_loss(
         samples: (T,) token ids each, longer than one chunk.
         ratios: Of each sample; one pass of the embedder serves all of them.
         chunk_size: Tokens per chunk.
+        llm: Predicts; the embedder's own when not given.
         window: Positions per LLM pass; the LLM's own when not given.
         distillation: Weight of the divergence from the LLM that reads the whole sample, instead of the tokens.
 
     Returns:
         A scalar with gradient to the embedder's own parameters.
     """
-    llm = embedder.llm
+    llm = embedder.llm if llm is None else llm
     window = llm.window if window is None else window
     device = llm.device
     lengths = [chunk_lengths(len(sample), chunk_size) for sample in samples]
@@ -175,13 +180,13 @@ def two_stream_loss(
     outputs = embedder(torch.stack(rows).to(device))
     bos = llm.bos_token_id
     n_prefix = int(bos is not None)
-    embeddings: dict[tuple[int, int], Tensor] = {}
+    embeddings: dict[tuple[int, int], Segment] = {}
     runs: list[tuple[int, Pass]] = []  # with their ratios
     row = 0
     for index, (parts, wanted) in enumerate(zip(lengths, ratios, strict=True)):
         for ratio in wanted:
             chunks = [embedder.read_out(outputs, row + i, chunk_size, ratio) for i in range(len(parts) - 1)]
-            embeddings[index, ratio] = torch.cat(chunks).to(llm.dtype)
+            embeddings[index, ratio] = _joined(llm, chunks)
             runs += [(ratio, run) for run in plan_passes(parts, ratio, window, index, n_prefix)]
         row += len(parts) - 1
 
@@ -190,28 +195,42 @@ def two_stream_loss(
     longest = max(len(layout.positions) for layout in layouts)
     inputs, masks, positions, sources, targets, owners = [], [], [], [], [], []
     for index, ((ratio, run), layout) in enumerate(zip(runs, layouts, strict=True)):
-        sample = samples[run.sample].to(device)
-        pieces = [embeddings[run.sample, ratio][: layout.n_embedded], llm.embed(sample[slice(*layout.raw)])]
-        if bos is not None:
-            pieces.insert(0, llm.embed([bos]))
+        sample = samples[run.sample]
+        before = np.array([bos] * n_prefix, dtype=np.int64)
+        own = embeddings[run.sample, ratio][: layout.n_embedded]
+        inputs.append(Prompt((before, own, sample[slice(*layout.raw)].numpy())).inputs(llm))
         padding = longest - len(layout.positions)
-        inputs.append(torch.nn.functional.pad(torch.cat(pieces), (0, 0, 0, padding)))
         masks.append(_padded_mask(layout.mask, padding))
         positions.append(torch.nn.functional.pad(layout.positions, (0, padding)))
         sources.append(layout.sources + index * longest)
-        targets.append(sample[layout.targets.to(device)])
+        targets.append(sample[layout.targets].to(device))
         owners.append((run.sample, layout.targets))
-    hidden = llm.hidden(
-        torch.stack(inputs), mask=torch.stack(masks)[:, None].to(device), positions=torch.stack(positions).to(device)
+    hidden = llm.hidden_of(
+        inputs, mask=torch.stack(masks)[:, None].to(device), positions=torch.stack(positions).to(device)
     )
     scored = hidden.flatten(0, 1)[torch.cat(sources).to(device)]
     teacher = None
     if distillation:
-        start = llm.embed([bos]) if bos is not None else llm.embed(samples[0][:0])
-        whole = [torch.cat([start, llm.embed(sample)]) for sample in samples]
+        whole = [[*([bos] * n_prefix), *sample.tolist()] for sample in samples]
         # A token is predicted at the place before it, and a BOS moves all places by one.
         teacher = _read(llm, whole, [(index, at + n_prefix - 1) for index, at in owners])
     return _mixed_loss(llm, scored, torch.cat(targets), teacher, distillation)
+
+
+class Span(NamedTuple):
+    """A part of a document that is read as extensible embeddings, at entry layers above 0.
+
+    The document's chunks are encoded whole, as a store holds them; groups are counted from the span's start, and never
+    cross a chunk's border.
+
+    Attributes:
+        document: (L,) token ids; spans of one document share the tensor.
+        start, stop: The tokens of it.
+    """
+
+    document: Tensor
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -220,10 +239,10 @@ class Reading:
 
     Attributes:
         parts: (T,) token ids and what they are, in order: "text"; a "document", which is read as extensible
-            embeddings; or an "answer", which is scored. The last one is an answer.
+            embeddings and may be a `Span`; or an "answer", which is scored. The last one is an answer.
     """
 
-    parts: tuple[tuple[Tensor, Literal["text", "document", "answer"]], ...]
+    parts: tuple[tuple[Tensor | Span, Literal["text", "document", "answer"]], ...]
 
 
 def reading_loss(
@@ -251,17 +270,17 @@ def reading_loss(
     if any(not reading.parts or reading.parts[-1][1] != "answer" for reading in readings):
         raise ConfigError("a reading does not end with an answer, so there is nothing to score; add one")
     compressed = _compressed(embedder, readings, ratios, chunk_size) if embedder is not None else {}
-    inputs: list[Tensor] = []
+    inputs: list[PromptInputs] = []
     places, targets, texts, expected = [], [], [], []
     for index, reading in enumerate(readings):
-        answers = [ids for ids, role in reading.parts if role == "answer"]
-        plain = [llm.embed(ids) for ids, _ in reading.parts]
+        answers = [_ids_of(part) for part, role in reading.parts if role == "answer"]
+        plain = [_ids_of(part).numpy() for part, _ in reading.parts]
         if distillation:
-            texts.append(torch.cat(plain)[:-1])
+            texts.append(_prompt(llm, plain))
         for ratio in ratios[index] if embedder is not None else (1,):
-            rows = [compressed.get((index, number, ratio), row) for number, row in enumerate(plain)]
-            places.append((len(inputs), _answers_at(reading, rows)))
-            inputs.append(torch.cat(rows)[:-1])  # nothing is predicted after the last token
+            row = [compressed.get((index, number, ratio), ids) for number, ids in enumerate(plain)]
+            places.append((len(inputs), _answers_at(reading, row)))
+            inputs.append(_prompt(llm, row))
             targets += answers
             expected.append((index, _answers_at(reading, plain)))
     scored = _read(llm, inputs, places, frozen=False)
@@ -269,32 +288,62 @@ def reading_loss(
     return _mixed_loss(llm, scored, torch.cat(targets).to(llm.device), teacher, distillation)
 
 
+def _prompt(llm: LLM, row: Sequence[Segment]) -> PromptInputs:
+    """A row without its last token, after which nothing is predicted."""
+    return Prompt((*row[:-1], row[-1][:-1])).inputs(llm)
+
+
+def _ids_of(part: Tensor | Span) -> Tensor:
+    """The tokens of a part. (T,)"""
+    return part.document[part.start : part.stop] if isinstance(part, Span) else part
+
+
 def _compressed(
     embedder: ExtensibleEmbedder, readings: Sequence[Reading], ratios: Sequence[Sequence[int]], chunk_size: int | None
-) -> dict[tuple[int, int, int], Tensor]:
-    """(reading, piece, ratio) -> (N, D): every chunk of every piece in one batch, padded on the right."""
+) -> dict[tuple[int, int, int], Segment]:
+    """(reading, part, ratio) -> embeddings: every chunk of every document in one batch, padded on the right."""
     size = embedder.config.chunk_size if chunk_size is None else chunk_size
-    chunks = [
-        (index, number, chunk)
+    spans = {
+        (index, number): part if isinstance(part, Span) else Span(part, 0, len(part))
         for index, reading in enumerate(readings)
-        for number, (ids, role) in enumerate(reading.parts)
+        for number, (part, role) in enumerate(reading.parts)
         if role == "document"
-        for chunk in ids.split(size)
-    ]
-    if not chunks:
+    }
+    documents = {id(span.document): span.document for span in spans.values()}
+    if not documents:
         return {}
-    outputs = embedder(
-        torch.nn.utils.rnn.pad_sequence([chunk for *_, chunk in chunks], batch_first=True).to(embedder.llm.device)
-    )
-    made: dict[tuple[int, int, int], list[Tensor]] = {}
-    for row, (index, number, chunk) in enumerate(chunks):
+    chunks = {(key, at): chunk for key, ids in documents.items() for at, chunk in enumerate(ids.split(size))}
+    rows = {key: row for row, key in enumerate(chunks)}
+    outputs = embedder(torch.nn.utils.rnn.pad_sequence(list(chunks.values()), batch_first=True).to(embedder.llm.device))
+    made: dict[tuple[int, int, int], Segment] = {}
+    for (index, number), span in spans.items():
         for ratio in ratios[index]:
-            made.setdefault((index, number, ratio), []).append(embedder.read_out(outputs, row, len(chunk), ratio))
-    return {key: torch.cat(parts).to(embedder.llm.dtype) for key, parts in made.items()}
+            made[index, number, ratio] = _joined(
+                embedder.llm,
+                [
+                    embedder.read_out(
+                        outputs,
+                        rows[id(span.document), at],
+                        min(span.stop - at * size, size),
+                        ratio,
+                        max(span.start - at * size, 0),
+                    )
+                    for at in range(span.start // size, -(-span.stop // size))
+                ],
+            )
+    return made
 
 
-def _answers_at(reading: Reading, rows: Sequence[Tensor]) -> Tensor:
-    """(S,) places before each token of the answers, in a row of (T, D) parts."""
+def _joined(llm: LLM, parts: Sequence[Tensor | AnchoredStates]) -> Segment:
+    """Embeddings of consecutive chunks as one segment of a prompt."""
+    anchored = [part for part in parts if isinstance(part, AnchoredStates)]
+    if anchored:
+        return AnchoredStates.cat(anchored)
+    return torch.cat([part for part in parts if isinstance(part, Tensor)]).to(llm.dtype)
+
+
+def _answers_at(reading: Reading, rows: Sequence[Segment]) -> Tensor:
+    """(S,) places before each token of the answers, in a row of parts."""
     places, start = [], 0
     for (_, role), row in zip(reading.parts, rows, strict=True):
         if role == "answer":
@@ -303,12 +352,14 @@ def _answers_at(reading: Reading, rows: Sequence[Tensor]) -> Tensor:
     return torch.cat(places)
 
 
-def _read(llm: LLM, inputs: Sequence[Tensor], places: Sequence[tuple[int, Tensor]], *, frozen: bool = True) -> Tensor:
+def _read(
+    llm: LLM, inputs: Sequence[PromptInputs], places: Sequence[tuple[int, Tensor]], *, frozen: bool = True
+) -> Tensor:
     """The LLM's hidden states at some places of some inputs.
 
     Args:
-        llm: Reads them in one batch, padded on the right.
-        inputs: (T, D) each.
+        llm: Reads them, those of like length in one batch.
+        inputs: Prompts.
         places: Number of an input and (S,) places in it, each.
         frozen: Without gradient.
 
@@ -318,8 +369,7 @@ def _read(llm: LLM, inputs: Sequence[Tensor], places: Sequence[tuple[int, Tensor
     rows: dict[int, Tensor] = {}
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         for group in groups_of_like_length([len(row) for row in inputs]):
-            padded = torch.nn.utils.rnn.pad_sequence([inputs[index] for index in group], batch_first=True)
-            rows |= zip(group, llm.hidden(padded), strict=True)
+            rows |= zip(group, llm.hidden_of([inputs[index] for index in group]), strict=True)
         return torch.cat([rows[index][at.to(llm.device)] for index, at in places])
 
 

@@ -10,6 +10,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat
 from extemb_core.errors import TrainingError
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, template_for, templates
-from extemb_core.training.objectives import Reading
+from extemb_core.training.objectives import Reading, Span
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ _LONGEST_CUE, _LONGEST_RECALLED, _MOST_CUES = 4, 7, 12
 _CHARS_PER_TOKEN = 3  # few enough that a cut by characters seldom has too many tokens
 _MOST_DISTRACTORS = 3
 _SHORTEST_DISTRACTOR = 32
+_SPAN_GRID = 8  # raw spans inside compressed text begin and end at such places: group borders of the ratios up to it
+_LONGEST_RAW = 64
 _SOURCE = re.compile(r"[A-Za-z_-]+(?::[A-Za-z-]+(?=:))?")
 
 
@@ -78,6 +81,8 @@ class QuestionReadings:
         most_per_source: Rows of each source (the id up to its number) in one round over the questions.
         missing_share: Of the questions with a literal answer, how many lose their document.
         raw_share: Of the documents, how many stay text.
+        mixed_share: Of the others, how many are compressed around a part that stays text, as a plan would have it that
+            finds something in it; at entry layers above 0.
         most_further: Further questions about the same document.
         seed: Of all that is drawn.
 
@@ -95,6 +100,7 @@ class QuestionReadings:
         most_per_source: int = 4000,
         missing_share: float = 0.1,
         raw_share: float = 0.15,
+        mixed_share: float = 0.0,
         most_further: int = 3,
         seed: int = 0,
     ) -> None:
@@ -103,6 +109,7 @@ class QuestionReadings:
         self._max_answer_tokens = max_answer_tokens
         self._missing_share = missing_share
         self._raw_share = raw_share
+        self._mixed_share = mixed_share
         self._most_further = most_further
         self._seed = seed
         self._most_chars = _CHARS_PER_TOKEN * max_tokens
@@ -131,8 +138,7 @@ class QuestionReadings:
     def reading(self, index: int) -> Reading:
         """The reading of question number `index` of an endless stream: each round over them is another order."""
         rounds, place = divmod(index, len(self))
-        order = np.random.default_rng([self._seed, rounds]).permutation(len(self))
-        question = self.questions[int(order[place])]
+        question = self.questions[int(shuffled(len(self), self._seed, rounds)[place])]
         draw = np.random.default_rng([self._seed, 1, index])
         answer = question.answers[int(draw.integers(len(question.answers)))].strip()
         missing = answer in question.context and draw.random() < self._missing_share
@@ -146,13 +152,43 @@ class QuestionReadings:
         turns = [(question.question, NOT_FOUND if missing else answer)]
         if own:
             turns += self._further(question, own[0], draw)
-        compressed = {id(ids) for ids, raw in zip(documents, stays, strict=True) if not raw}
-        return self._conversation(documents, turns, compressed, bool(draw.random() < 0.5))
+        as_asked = bool(draw.random() < 0.5)
+        pieces = [
+            [ids] if raw else self._pieces(ids, draw) for ids, raw in zip(documents, stays, strict=True)
+        ]  # parts of each document
+        spans: dict[int, Tensor | Span] = {}
+        for ids, own_pieces, raw in zip(documents, pieces, stays, strict=True):
+            whole, start = _tensor(ids), 0
+            for number, piece in enumerate(own_pieces):
+                if not raw and number % 2 == 0:  # every second piece, if there are several, stays text
+                    span = Span(whole, start, start + len(piece))
+                    spans[id(piece)] = whole if len(own_pieces) == 1 else span
+                start += len(piece)
+        return self._conversation(pieces, turns, spans, as_asked)
+
+    def _pieces(self, ids: Ids, draw: np.random.Generator) -> list[Ids]:
+        """A document's compressed, raw and compressed pieces; itself alone if it is compressed whole."""
+        if not self._mixed_share or draw.random() >= self._mixed_share or len(ids) <= 2 * _SPAN_GRID:
+            return [ids]
+        start = _SPAN_GRID * int(draw.integers(len(ids) // _SPAN_GRID))
+        length = _SPAN_GRID * int(draw.integers(1, _LONGEST_RAW // _SPAN_GRID + 1))
+        return [ids[:start], ids[start : start + length], ids[start + length :]]
 
     def _conversation(
-        self, documents: Sequence[Ids], turns: Sequence[tuple[str, str]], compressed: set[int], as_asked: bool
+        self,
+        documents: Sequence[Sequence[Ids]],
+        turns: Sequence[tuple[str, str]],
+        compressed: Mapping[int, Tensor | Span],
+        as_asked: bool,
     ) -> Reading:
-        """Half the prompts are those of `ExtensibleLM.ask`, half those of the evaluation."""
+        """Half the prompts are those of `ExtensibleLM.ask`, half those of the evaluation.
+
+        Args:
+            documents: The pieces of each.
+            turns: Questions and answers.
+            compressed: What is read in the place of a piece, by its `id`.
+            as_asked: In the prompt of `ExtensibleLM.ask`.
+        """
         messages: list[dict[str, Any]] = []
         answers = [self._llm.encode(answer) for _, answer in turns]
         for (question, text), ids in zip(turns, answers, strict=True):
@@ -165,15 +201,19 @@ class QuestionReadings:
         prompt = assemble_chat(self._llm, messages[:-1])
         end = turn_end(self._llm)
         scored = {id(ids) for ids in answers}
-        found: list[tuple[Tensor, Role]] = []
+        found: list[tuple[Tensor | Span, Role]] = []
         for segment in prompt.segments:
             part = _tensor(segment)
-            if found and found[-1][1] == "answer" and part[0] == end:  # the end of a turn is part of the answer
-                found[-1] = torch.cat([found[-1][0], part[:1]]), "answer"
+            before = found[-1][0] if found and found[-1][1] == "answer" else None
+            if isinstance(before, Tensor) and part[0] == end:  # the end of a turn is part of the answer
+                found[-1] = torch.cat([before, part[:1]]), "answer"
                 part = part[1:]
-            found.append((part, "answer" if id(segment) in scored else _role(id(segment) in compressed)))
+            if id(segment) in compressed:
+                found.append((compressed[id(segment)], "document"))
+            elif len(part):
+                found.append((part, "answer" if id(segment) in scored else "text"))
         last = torch.cat([_tensor(answers[-1]), torch.tensor([end])])
-        return Reading((*(part for part in found if len(part[0])), (last, "answer")))
+        return Reading((*found, (last, "answer")))
 
     def _further(self, question: Question, own: Ids, draw: np.random.Generator) -> list[tuple[str, str]]:
         """More questions about a document, as far as it holds their answers: with their answers."""
@@ -221,18 +261,24 @@ class QuestionReadings:
         return found
 
 
-def _asked(documents: Sequence[Ids]) -> list[Part]:
+def _asked(documents: Sequence[Sequence[Ids]]) -> list[Part]:
     parts: list[Part] = []
-    for number, ids in enumerate(documents):
-        parts += [document_heading(number), ids, DOCUMENT_SEPARATOR]
+    for number, pieces in enumerate(documents):
+        parts += [document_heading(number), *pieces, DOCUMENT_SEPARATOR]
     return parts
 
 
-def _evaluated(documents: Sequence[Ids], template: Mapping[str, Any]) -> list[Part]:
+def _evaluated(documents: Sequence[Sequence[Ids]], template: Mapping[str, Any]) -> list[Part]:
     parts: list[Part] = [template["before"]]
-    for number, ids in enumerate(documents):
-        parts += [template["separator"], ids] if number else [ids]
+    for number, pieces in enumerate(documents):
+        parts += [template["separator"], *pieces] if number else pieces
     return parts
+
+
+@lru_cache(maxsize=8)
+def shuffled(count: int, *seed: int) -> np.ndarray[Any, Any]:
+    """An order of `count` things, kept for the next who asks: a round over a million samples is drawn once."""
+    return np.random.default_rng(seed).permutation(count)
 
 
 def _role(compressed: bool) -> Role:

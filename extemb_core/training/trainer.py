@@ -16,18 +16,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from extemb_core.errors import ConfigError, TrainingError
 from extemb_core.files import push, write_whole
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.downscaling import chunk_lengths
 from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.entry import reading_model
 from extemb_core.models.llm import LLM, choose_device
-from extemb_core.models.readers import add_reader, load_reader, save_reader
+from extemb_core.models.readers import add_reader, load_reader, reader_adapters, save_reader
 from extemb_core.progress import progress
 from extemb_core.questions import read_questions
 from extemb_core.training.attention import attention_by_rows
@@ -41,12 +44,17 @@ logger = logging.getLogger(__name__)
 
 READER = "reader"
 _COMPLETE = "complete.json"
+_OPTIMIZER = "optimizer.safetensors"
+_LOG = "log.jsonl"
+# What a checkpoint's tensors depend on; all else may change when a run goes on, and the log says so.
+_FIXED = ("llm", "embedder", "trained", "reader_rank", "reader_first_layer", "start_from")
 
 
 class Trained(nn.Module):
     """What is trained, with its losses: an embedder, a reader (adapters on the LLM), or both.
 
-    An LLM without a reader is not a submodule, so that it is neither moved nor saved.
+    An LLM without a reader is not a submodule, so that it is neither moved nor saved. Above entry layer 0, a reader's
+    adapters are put on a reading model of their own (see `models/entry.py`), and `llm` is that.
     """
 
     def __init__(
@@ -73,7 +81,7 @@ class Trained(nn.Module):
         distillation = self.distillation if self.training else 0.0
         if samples is not None:
             assert self.embedder is not None
-            loss = two_stream_loss(self.embedder, samples, ratios, chunk_size, distillation=distillation)
+            loss = two_stream_loss(self.embedder, samples, ratios, chunk_size, llm=self.llm, distillation=distillation)
         else:
             loss = reading_loss(
                 self.llm,
@@ -89,6 +97,15 @@ class Trained(nn.Module):
         super().train(mode)
         self.llm.model.train(False)  # its dropout stays off
         return self
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the names that it has in the files: other versions of the code have the same."""
+        embedder, reader = {}, {}
+        if self.embedder is not None:
+            embedder = {f"embedder.{n}": self.embedder.get_parameter(n) for n in self.embedder.own_names}
+        if self.reader is not None:
+            reader = {f"reader.{name}": parameter for name, parameter in reader_adapters(self.llm).items()}
+        return {name: parameter for name, parameter in (embedder | reader).items() if parameter.requires_grad}
 
     def save(self, folder: Path) -> None:
         if self.embedder is not None:
@@ -109,8 +126,16 @@ class RunTrainer(Trainer):
     model: Trained
     eval_dataset: Samples | None
 
-    def __init__(self, *args: Any, connector_lr_factor: float, eval_collators: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        connector_lr_factor: float,
+        decay_steps: int | None = None,
+        eval_collators: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._decay_steps = decay_steps
         self._connector_lr_factor = connector_lr_factor
         self._eval_collators = eval_collators
         self.model_accepts_loss_kwargs = False  # the loss is a mean; accumulation averages it
@@ -139,6 +164,20 @@ class RunTrainer(Trainer):
                 logs |= {f"loss_{name}": float(torch.stack(each).mean()) for name, each in self._by_objective.items()}
             self._by_objective.clear()
         super().log(logs, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
+        """Warm up, stay, and fall to 0 over the last steps."""
+        if self.lr_scheduler is None:
+            chosen: Any = self.optimizer if optimizer is None else optimizer
+            warm, last = self.args.warmup_steps, num_training_steps
+            fall = last - warm if self._decay_steps is None else self._decay_steps
+
+            def rate(step: int) -> float:
+                return min(1.0, step / max(1, warm) if warm else 1.0, (last - step) / fall if fall > 0 else 1.0)
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, rate)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -179,6 +218,55 @@ class RunTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load(Path(resume_from_checkpoint))
 
+    def _rates(self, step: int) -> list[float]:
+        """Of each group of parameters at a step."""
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+        return [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Keep the optimiser's state as safetensors, by parameter name; the schedule follows from the step."""
+        optimizer: Any = self.optimizer
+        state = {
+            f"{name}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+            for name, parameter in self.model.trainable().items()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        if self.args.should_save and state:
+            save_file(state, Path(output_dir) / _OPTIMIZER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Take what is known of each parameter, by its name; one that is new begins anew."""
+        if checkpoint is None:
+            return
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        file = Path(checkpoint) / _OPTIMIZER
+        kept: dict[str, dict[str, Tensor]] = {}
+        for key, value in (load_file(file) if file.is_file() else {}).items():
+            name, _, what = key.rpartition("/")
+            kept.setdefault(name, {})[what] = value
+        parameters = self.model.trainable()
+        for name, parameter in parameters.items():
+            state = kept.get(name, {})
+            if state and all(value.shape in ((), parameter.shape) for value in state.values()):
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device, parameter.dtype)
+                    for key, value in state.items()
+                }
+        fresh = sorted(name for name, parameter in parameters.items() if parameter not in optimizer.state)
+        if fresh:
+            logger.warning("the optimiser begins anew for %d of %d tensors", len(fresh), len(parameters))
+        step = self.state.global_step
+        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1})
+        for group, rate in zip(optimizer.param_groups, self._rates(step), strict=True):
+            group["lr"] = rate
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing: all that is drawn follows from the seed and the batch's number."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: see `_save_rng_state`."""
+
 
 class _RunCallback(TrainerCallback):
     """Marks whole checkpoints, writes the log as JSON Lines, moves the progress bar, and stops in time."""
@@ -186,8 +274,8 @@ class _RunCallback(TrainerCallback):
     def __init__(self, config: TrainingConfig, advance: Callable[[int], None]) -> None:
         self._config = config
         self._advance = advance
-        self._log = Path(config.output) / "log.jsonl"
-        self._start = time.monotonic()
+        self._log = Path(config.output) / _LOG
+        self._start = self._saved = time.monotonic()
         self._logged: tuple[float, int] | None = None  # when, and at which step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -207,16 +295,19 @@ class _RunCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(1)
-        limit = self._config.max_minutes
+        limit, every = self._config.max_minutes, self._config.save_minutes
+        if every is not None and time.monotonic() - self._saved > 60 * every:
+            control.should_save = True
         if limit is not None and time.monotonic() - self._start > 60 * limit:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = time.monotonic()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for file in filter(Path.is_file, folder.rglob("*")):
                 push(file)
-            mark = {"step": state.global_step, "config": _identity(self._config)}
+            mark = {"step": state.global_step, "config": _settings(self._config)}
             write_whole(folder / _COMPLETE, json.dumps(mark, indent=2))
 
 
@@ -258,12 +349,21 @@ def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
             data_collator=Collator(ratios, chunk_sizes, config.seed, config.ratios_per_sample),
             callbacks=[_RunCallback(config, advance), *_tensorboard(output)],
             connector_lr_factor=config.connector_lr_factor,
+            decay_steps=config.decay_steps,
             eval_collators={f"ratio_{r}": Collator([r], [max(chunk_sizes)], 0) for r in ratios},
         )
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
+            if checkpoint is not None and (changed := changed_settings(checkpoint, config)):
+                row = {"step": int(checkpoint.name.rsplit("-", 1)[1]), "changed": changed}
+                with (output / _LOG).open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(row) + "\n")
             _write_config(config, output)
-        with attention_by_rows(llm.model, *([model.embedder.stack] if model.embedder is not None else [])):
+        with attention_by_rows(
+            model.llm.model,
+            *_read_through(model.llm, settings),
+            *([model.embedder.stack] if model.embedder is not None else []),
+        ):
             if held_out is not None and checkpoint is None:
                 trainer.evaluate()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -271,6 +371,11 @@ def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
     if trainer.is_world_process_zero():
         model.save(output)
     return model
+
+
+def _read_through(llm: LLM, settings: ExtensibleEmbedderConfig) -> list[PreTrainedModel]:
+    """The model that reads embeddings, where it is another than the LLM's."""
+    return [llm.reading_model(settings.entry_layer)] if settings.entry_layer else []
 
 
 def is_finished(config: TrainingConfig) -> bool:
@@ -309,6 +414,7 @@ def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequenc
             max_tokens=config.sample_length,
             most_per_source=config.most_per_source,
             raw_share=config.raw_share,
+            mixed_share=config.mixed_share,
             seed=config.seed,
         )
     return Batches(
@@ -353,7 +459,9 @@ def _device(config: TrainingConfig) -> str:
 
 
 def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
-    embedder = reader = None
+    embedder: ExtensibleEmbedder | None = None
+    reader: LoraConfig | None = None
+    layer = int(config.embedder.get("entry_layer", 0))
     before = Path(config.start_from) if config.start_from is not None else None
     torch.manual_seed(config.seed)
     if config.trained != "reader":
@@ -364,18 +472,41 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
                 f"llm={f'{config.start_from}/{READER}'!r} for an embedder that is trained for it"
             )
         if before is None or reader_alone:
-            embedder = ExtensibleEmbedder.from_llm(llm, **config.embedder)
+            embedder = ExtensibleEmbedder.from_llm(llm, token_counts=_token_counts(config, llm), **config.embedder)
         else:
             embedder = ExtensibleEmbedder.from_pretrained(before, llm=llm, adapt=True)
         embedder.own_to(torch.float32)  # in bfloat16 a small update would round to none
+        layer = embedder.config.entry_layer
+    elif layer:  # a reader of what the LLM's first layers give as they are
+        settings = {**config.embedder, "adaptation": "none"}
+        embedder = ExtensibleEmbedder.from_llm(llm, token_counts=_token_counts(config, llm), **settings)
+    if config.mixed_share and not layer:
+        raise ConfigError(
+            f"mixed_share={config.mixed_share} needs an embedder with an entry_layer above 0, and this one's is 0; "
+            "leave it out"
+        )
     if config.trained == "connector" and embedder is not None:
         embedder.stack.requires_grad_(False)
     if config.trained in ("reader", "both"):
         shared = embedder.config.num_layers if embedder is not None else 0
+        if layer:
+            llm = LLM(reading_model(llm.model, layer, llm.name), llm.tokenizer, name=llm.name)
         reader = add_reader(llm, config.reader_rank, max(shared, config.reader_first_layer))
         if before is not None and _has_reader(before):
             load_reader(llm, before / READER)
     return Trained(llm, embedder, reader, config.distillation)
+
+
+def _token_counts(config: TrainingConfig, llm: LLM) -> Tensor | None:
+    """How often each token occurs in the training text, if the embedder weighs them by that."""
+    if config.embedder.get("token_weighting") != "frequency":
+        return None
+    if not config.data:
+        raise ConfigError("token_weighting='frequency' counts tokens in data, and data is empty; pass text files")
+    tokens = TokenFile.build([Path(file) for file in config.data], llm, config.token_cache).tokens
+    size = int(llm.model.get_input_embeddings().num_embeddings)
+    parts = (tokens[at : at + 2**24] for at in range(0, len(tokens), 2**24))
+    return torch.from_numpy(sum(np.bincount(part, minlength=size) for part in parts))
 
 
 def _has_reader(folder: Path) -> bool:
@@ -426,12 +557,9 @@ def _tensorboard(output: Path) -> list[TrainerCallback]:
     return [TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))]
 
 
-def _identity(config: TrainingConfig) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on from."""
+def _settings(config: TrainingConfig) -> dict[str, Any]:
+    """The settings of a run as JSON has them."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    for free in ("output", "cache", "max_minutes", "device", "save_steps", "eval_steps", "logging_steps",
-                 "eval_samples", "eval_data"):  # fmt: skip
-        values.pop(free)
     return values
 
 
@@ -451,15 +579,24 @@ def _last_checkpoint(config: TrainingConfig) -> Path | None:
     last = last_checkpoint(output)
     if last is None:
         return None
-    before = _config_of(last)
-    now = _identity(config)
-    changed = [key for key, value in now.items() if before.get(key) != value]
-    if changed:
+    other = next((name for name in changed_settings(last, config) if name in _FIXED), None)
+    if other is not None:
+        before, now = changed_settings(last, config)[other]
         raise TrainingError(
-            f"{output} holds checkpoints of a run with another {changed[0]} ({before.get(changed[0])!r}, now "
-            f"{now[changed[0]]!r}); use another output folder, or train without resuming"
+            f"{output} holds checkpoints of a run with another {other} ({before!r}, now {now!r}); use another output "
+            "folder, or train without resuming"
         )
     return last
+
+
+def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tuple[Any, Any]]:
+    """What is another setting now than when a checkpoint was made: name -> (then, now).
+
+    One that the checkpoint's version did not know was its default.
+    """
+    defaults = _settings(TrainingConfig(llm="", data=("",), output=""))
+    before = defaults | {"data": [], "llm": ""} | _config_of(checkpoint)
+    return {name: (before[name], now) for name, now in _settings(config).items() if before[name] != now}
 
 
 def _config_of(checkpoint: Path) -> dict[str, Any]:

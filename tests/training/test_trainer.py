@@ -139,26 +139,40 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, tmp_path):
 
 def test_checkpoints_of_another_run_are_refused(config):
     train(replace(config, total_tokens=96))
-    with pytest.raises(TrainingError, match="another learning_rate"):
-        train(replace(config, total_tokens=96, learning_rate=1e-3))
     with pytest.raises(TrainingError, match="another embedder"):
         train(replace(config, total_tokens=96, embedder={**config.embedder, "connector": "mlp"}))
     # Also when a run that was not to resume has meanwhile written its own settings beside the old checkpoints.
     (Path(config.output) / "training.json").write_text("{}")
-    with pytest.raises(TrainingError, match="another learning_rate"):
-        train(replace(config, total_tokens=96, learning_rate=1e-3))
-    train(replace(config, total_tokens=96, eval_steps=1, max_minutes=5.0))  # these are free to change
+    with pytest.raises(TrainingError, match="another trained"):
+        train(replace(config, total_tokens=96, trained="both"))
 
 
 def test_checkpoints_of_the_first_version_name_their_run_in_its_folder(config):
     train(replace(config, total_tokens=96))
     (mark,) = Path(config.output).glob("checkpoint-*/complete.json")
     mark.write_text('{"step": 1}')
-    with pytest.raises(TrainingError, match="another seed"):
-        train(replace(config, total_tokens=96, seed=9))
+    with pytest.raises(TrainingError, match="another trained"):
+        train(replace(config, total_tokens=96, trained="both"))
     (Path(config.output) / "training.json").unlink()
     with pytest.raises(TrainingError, match="does not say what run"):
         train(replace(config, total_tokens=96))
+
+
+def test_a_run_goes_on_with_other_settings_and_the_log_says_so(config):
+    train(replace(config, total_tokens=96))
+    (mark,) = Path(config.output).glob("checkpoint-*/complete.json")
+    values = json.loads(mark.read_text())
+    step = values["step"]
+    del values["config"]["decay_steps"], values["config"]["mixed_share"]  # an earlier version did not know them
+    mark.write_text(json.dumps(values))
+    further = replace(config, total_tokens=192, learning_rate=1e-3, dtype="bfloat16", ratios=(4,), sample_length=40)
+    train(further)
+    rows = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
+    (changed,) = [row for row in rows if "changed" in row]
+    assert changed["step"] == step
+    assert changed["changed"].keys() == {"total_tokens", "learning_rate", "dtype", "ratios", "sample_length"}
+    assert changed["changed"]["learning_rate"] == [config.learning_rate, 1e-3]
+    assert rows[-1]["step"] > step
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
@@ -184,7 +198,7 @@ def test_what_cannot_be_trained_on(config, folder, tmp_path):
         train(replace(config, eval_data=(str(tmp_path / "short.txt"),)))
     with pytest.raises(ConfigError, match="sample_length=16 leaves nothing to predict"):
         train(replace(config, sample_length=16))
-    with pytest.raises(ConfigError, match="ratio=8 is not one of the trained"):
+    with pytest.raises(ConfigError, match="ratio=8 is not one of the ratios"):
         train(replace(config, ratios=(2, 8)))
 
 
@@ -425,7 +439,10 @@ def test_settings_of_objectives_that_do_not_go_together(asked):
         ({"distillation": 1.5}, "distillation=1.5 is not between 0 and 1"),
         ({"raw_share": -0.1}, "raw_share=-0.1 is not between 0 and 1"),
         ({"trained": "all"}, "trained='all' is not one of embedder, connector, reader, both"),
-        ({"trained": "reader", "data": ("a.txt",), "objectives": {"two_stream": 1}}, "a reader learns from questions"),
+        (
+            {"trained": "reader", "data": ("a.txt",), "objectives": {"two_stream": 1}},
+            "a reader of text learns from questions",
+        ),
         ({"trained": "reader", "eval_data": ("a.txt",)}, "eval_data is text for an embedder's loss"),
     ):
         with pytest.raises(ConfigError, match=message):
