@@ -94,12 +94,16 @@ class Batches:
 
 
 class Collator:
-    """Draws the ratios of each sample and the chunk size of the batch, from the place of its first item."""
+    """Draws the ratios of each sample and the chunk size of the batch, from the place of its first item.
+
+    A ratio that is named twice is drawn twice as often, but never twice for one sample.
+    """
 
     def __init__(
         self, ratios: Sequence[int], chunk_sizes: Sequence[int], seed: int, ratios_per_sample: int = 1
     ) -> None:
-        self.ratios = list(ratios)
+        self.ratios = sorted(set(ratios))
+        self._shares = np.array([list(ratios).count(ratio) for ratio in self.ratios]) / len(ratios)
         self.chunk_sizes = list(chunk_sizes)
         self.seed = seed
         self.ratios_per_sample = min(ratios_per_sample, len(self.ratios))
@@ -111,6 +115,7 @@ class Collator:
         else:
             inputs = {"readings": [reading for item in items for reading in item["readings"]]}
         (rows,) = inputs.values()
-        ratios = [sorted(map(int, draw.choice(self.ratios, self.ratios_per_sample, replace=False))) for _ in rows]
+        count, shares = self.ratios_per_sample, self._shares
+        ratios = [sorted(map(int, draw.choice(self.ratios, count, replace=False, p=shares))) for _ in rows]
         named = {"objective": items[0]["objective"]} if "objective" in items[0] else {}
         return inputs | named | {"ratios": ratios, "chunk_size": int(draw.choice(self.chunk_sizes))}

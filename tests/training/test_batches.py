@@ -120,3 +120,12 @@ def test_readings_of_all_items_join_one_batch():
     batch = Collator([2], [16], 0)([{"readings": readings[:2], "index": 0}, {"readings": readings[2:], "index": 1}])
     assert batch["readings"] == readings
     assert batch["ratios"] == [[2]] * 3
+
+
+def test_a_ratio_named_twice_comes_twice_as_often_and_once_a_sample():
+    collate = Collator((2, 4, 4, 8), (16,), seed=0, ratios_per_sample=2)
+    drawn = [collate([{"sample": torch.arange(3), "index": at}])["ratios"][0] for at in range(400)]
+    assert all(len(set(ratios)) == 2 for ratios in drawn)
+    alone = Collator((2, 4, 4), (16,), seed=0)
+    counts = [alone([{"sample": torch.arange(3), "index": at}])["ratios"][0][0] for at in range(400)].count(4)
+    assert 230 < counts < 300
