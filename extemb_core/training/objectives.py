@@ -265,7 +265,7 @@ def reading_loss(
         distillation: Weight of the divergence from the LLM that reads every piece as text, instead of the tokens.
 
     Raises:
-        ConfigError: A reading does not end with an answer.
+        ConfigError: A reading does not end with an answer, or holds a part of a document at entry layer 0.
     """
     if any(not reading.parts or reading.parts[-1][1] != "answer" for reading in readings):
         raise ConfigError("a reading does not end with an answer, so there is nothing to score; add one")
@@ -309,6 +309,12 @@ def _compressed(
         for number, (part, role) in enumerate(reading.parts)
         if role == "document"
     }
+    part = next((span for span in spans.values() if span.stop - span.start < len(span.document)), None)
+    if part is not None and not embedder.config.entry_layer:
+        raise ConfigError(
+            f"a reading holds tokens {part.start} to {part.stop} of a document of {len(part.document)} alone, and at "
+            "entry layer 0 documents are read whole; leave out mixed_share, or train with an entry_layer above 0"
+        )
     documents = {id(span.document): span.document for span in spans.values()}
     if not documents:
         return {}

@@ -91,6 +91,8 @@ class Trained(nn.Module):
                 chunk_size=chunk_size,
                 distillation=distillation,
             )
+        if self.training and not loss.requires_grad:  # nothing but raw text in this batch, and an embedder alone learns
+            loss = loss + 0 * next(iter(self.trainable().values())).sum()
         return {"loss": loss}
 
     def train(self, mode: bool = True) -> Trained:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, random_embedder, tiny_llm
 
+from extemb_core.context.assembly import Prompt
 from extemb_core.errors import ConfigError
 from extemb_core.models.downscaling import chunk_lengths
-from extemb_core.training.objectives import Reading, lay_out, plan_passes, reading_loss, two_stream_loss
+from extemb_core.training.objectives import Reading, Span, lay_out, plan_passes, reading_loss, two_stream_loss
 
 CHUNK = 16
 
@@ -221,3 +222,97 @@ def test_without_an_embedder_every_piece_is_text(llm):
 def test_a_reading_without_an_answer_is_an_error(llm):
     with pytest.raises(ConfigError, match="does not end with an answer"):
         reading_loss(llm, [Reading(((torch.tensor([3]), "text"),))])
+
+
+# -- entry layers above 0 -----------------------------------------------------------------------------------------
+
+
+def entering(architecture="llama", **settings):
+    """A plain LLM, and an embedder for its middle layer with adapters that do something."""
+    llm = tiny_llm(architecture)
+    chosen = {"num_layers": None, "ratios": (1, 2, 4, 8), "entry_layer": 2, "lora_rank": 2} | settings
+    return llm, random_embedder(llm, **chosen)
+
+
+def state_rows(embedder, chunk, ratio, start=0):
+    """A chunk's groups in the plainest form: one loop over groups, one over their tokens."""
+    hidden = embedder(chunk[None]).hidden[0]
+    rows = []
+    for at in range(start, len(chunk), ratio):
+        group = slice(at, min(at + ratio, len(chunk)))
+        w = embedder.token_weights[chunk[group]]
+        mean = sum(weight * state for weight, state in zip(w, hidden[group], strict=True)) / w.sum()
+        norm = sum(weight * state.norm() for weight, state in zip(w, hidden[group], strict=True)) / w.sum()
+        rows.append((int(chunk[group][-1]), mean / mean.norm() * norm))
+    return rows
+
+
+def plain_logits(llm, layer, row):
+    """Logits of a row of (id, state or None), by a loop over the LLM's own layers."""
+    decoder = llm.model.model
+    hidden = llm.embed([index for index, _ in row])[None]
+    places = torch.arange(len(row))[None]
+    rotary = decoder.rotary_emb(hidden, places)
+    for number, block in enumerate(decoder.layers):
+        if number == layer:
+            hidden = torch.stack([h if state is None else state for h, (_, state) in zip(hidden[0], row, strict=True)])
+            hidden = hidden[None]
+        hidden = block(hidden, attention_mask=None, position_ids=places, position_embeddings=rotary)
+    return llm.logits(decoder.norm(hidden))[0]
+
+
+def test_a_reading_slices_the_states_of_whole_chunks_and_keeps_its_gradients():
+    llm, embedder = entering()
+    head, document, middle, answer = samples_of([5, 40, 3, 6], len(llm.tokenizer))
+    parts = (
+        (head, "text"), (Span(document, 0, 12), "document"), (document[12:20], "text"),
+        (Span(document, 20, 40), "document"), (middle, "text"), (answer, "answer"),
+    )  # fmt: skip
+    fast = reading_loss(llm, [Reading(parts)], embedder=embedder, ratios=[[4]], chunk_size=CHUNK)
+    chunks = document.split(CHUNK)
+    text = [[(int(index), None) for index in ids] for ids in (head, document[12:20], middle, answer)]
+    row = [
+        *text[0], *state_rows(embedder, chunks[0], 4)[:3], *text[1],
+        *state_rows(embedder, chunks[1], 4, start=4), *state_rows(embedder, chunks[2], 4), *text[2], *text[3],
+    ]  # fmt: skip
+    logits = plain_logits(llm, 2, row)[-len(answer) - 1 : -1]
+    slow = torch.nn.functional.cross_entropy(logits, answer)
+    assert fast.item() == pytest.approx(slow.item(), abs=1e-5)
+    quick, plain = gradients(embedder, fast), gradients(embedder, slow)
+    assert any(grad.abs().max() > 1e-3 for grad in plain.values())
+    for name, grad in plain.items():
+        torch.testing.assert_close(quick[name], grad, atol=1e-5, rtol=1e-3, msg=name)
+    assert all(p.grad is None for p in llm.model.parameters())
+
+
+def test_a_reading_reads_what_is_served():
+    llm, embedder = entering()
+    head, document, answer = samples_of([5, 40, 6], len(llm.tokenizer))
+    reading = Reading(((head, "text"), (document, "document"), (answer, "answer")))
+    for ratio in (1, 2, 8):
+        served = embedder.compress_ids([document.numpy()], ratio=ratio)[0].part
+        prompt = Prompt((head.numpy(), served)).inputs(llm)
+        trained = reading_loss(llm, [reading], embedder=embedder, ratios=[[ratio]])
+        assert trained.item() == pytest.approx(-llm.score(prompt, answer.numpy()).mean().item(), abs=1e-5)
+
+
+def test_two_streams_enter_where_they_are_served():
+    llm, embedder = entering()
+    (sample,) = samples_of([40], len(llm.tokenizer))
+    chunks = sample.split(CHUNK)
+    losses = []
+    for ratio in (2, 8):
+        scores = []
+        for number in (1, 2):
+            before = [embedder.compress_ids([chunk.numpy()], ratio=ratio)[0].part for chunk in chunks[:number]]
+            scores.append(llm.score(Prompt(tuple(before)).inputs(llm), chunks[number].numpy()))
+        losses.append(-torch.cat(scores).mean())
+    packed = two_stream_loss(embedder, [sample], [[2, 8]], CHUNK)
+    assert packed.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+
+
+def test_a_span_of_a_document_needs_an_entry_layer_above_0(llm):
+    (document, answer) = samples_of([20, 3], len(llm.tokenizer))
+    reading = Reading(((Span(document, 4, 20), "document"), (answer, "answer")))
+    with pytest.raises(ConfigError, match="tokens 4 to 20 of a document of 20 .* entry layer 0"):
+        reading_loss(llm, [reading], embedder=random_embedder(llm), ratios=[[2]], chunk_size=CHUNK)

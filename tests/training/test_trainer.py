@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import SENTENCES, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
 
+from extemb_core.context.assembly import assemble_text
 from extemb_core.errors import ConfigError, MismatchError, TrainingError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
@@ -447,3 +448,107 @@ def test_settings_of_objectives_that_do_not_go_together(asked):
     ):
         with pytest.raises(ConfigError, match=message):
             replace(asked, **change)
+
+
+# -- entry layers above 0 -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def entering(asked, config):
+    return replace(
+        asked, data=config.data, trained="both", reader_rank=4, mixed_share=0.5, ratios=(1, 2, 4, 8),
+        embedder={"entry_layer": 2, "chunk_size": 16, "ratios": (1, 2, 4, 8), "lora_rank": 4,
+                  "token_weighting": "frequency"},
+        objectives={"questions": 0.4, "recall": 0.2, "reconstruction": 0.2, "two_stream": 0.2},
+    )  # fmt: skip
+
+
+def read_through(llm, embedder):
+    """Hidden states over a compressed text and a question."""
+    part = embedder.compress("When was the mill built? It burned down twice. " * 3, ratio=4).part
+    return llm.hidden_of([assemble_text(llm, [part, " When?"]).inputs(llm)])
+
+
+@pytest.mark.parametrize("trained", ["both", "reader", "embedder"])
+def test_what_was_trained_above_layer_0_is_loaded_by_name(entering, trained):
+    run = replace(entering, trained=trained, total_tokens=40 * 96, logging_steps=10)
+    model = train(run)
+    found = list(losses(run).values())
+    assert trained == "embedder" or found[-1] < found[0] - 0.1  # a random LLM reads nothing however it is told
+    base = LLM.from_pretrained(run.llm)
+    llm = LLM.from_pretrained(Path(run.output) / "reader") if trained != "embedder" else base
+    embedder = ExtensibleEmbedder.from_pretrained(run.output, llm=llm)
+    assert embedder.config.adaptation == ("none" if trained == "reader" else "lora")
+    torch.testing.assert_close(embedder.token_weights, model.embedder.token_weights)
+    assert len(embedder.token_weights.unique()) > 10
+    tuned = read_through(model.llm, model.embedder)
+    torch.testing.assert_close(read_through(llm, embedder), tuned, atol=1e-4, rtol=1e-3)
+    untrained = ExtensibleEmbedder.untrained(base, 2, chunk_size=16)
+    assert (read_through(base, untrained) - tuned).abs().max() > 1e-2
+    if trained != "embedder":
+        assert all(".layers.2." in name for name in reader_tensors(run))  # below, the embedder's layers are the LLM's
+
+
+def test_a_run_above_layer_0_goes_on_where_it_was_killed(entering, tmp_path):
+    train(entering)
+    stopped = replace(entering, output=str(tmp_path / "stopped"), decay_steps=0)
+    whole = replace(stopped, output=str(tmp_path / "whole"))
+    train(whole)
+    train(replace(stopped, total_tokens=entering.total_tokens // 2))
+    train(stopped)
+    assert losses(stopped) == pytest.approx(losses(whole), abs=1e-5)
+    assert losses(whole) != pytest.approx(losses(entering), abs=1e-5)  # whose rate fell
+
+
+def test_the_optimiser_is_kept_by_the_names_in_the_files(entering, monkeypatch, caplog):
+    """So that another version of the code, with other modules around the tensors, goes on as well."""
+    half = replace(entering, total_tokens=entering.total_tokens // 2, decay_steps=0)
+    train(half)
+    (kept,) = Path(half.output).glob(f"checkpoint-{half.max_steps}")
+    state = load_file(kept / "optimizer.safetensors")
+    names = {f"embedder.{name}" for name in load_file(kept / "model.safetensors") if "lora_" in name}
+    names |= {f"reader.{name}" for name in load_file(kept / "reader" / "adapter_model.safetensors")}
+    assert {name.rpartition("/")[0] for name in state} == names
+    assert not [file for file in kept.rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
+
+    class Renamed(trainer_module.Trained):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.weights_of_the_reader = self.adapted
+            del self.adapted
+
+    monkeypatch.setattr(trainer_module, "Trained", Renamed)
+    further = replace(entering, decay_steps=0)
+    train(further)
+    whole = replace(further, output=further.output + "-whole")
+    train(whole)
+    assert losses(further) == pytest.approx(losses(whole), abs=1e-5)
+    assert "begins anew" not in caplog.text
+
+
+def test_a_lost_optimiser_begins_anew_and_says_so(entering, caplog):
+    half = replace(entering, total_tokens=entering.total_tokens // 2)
+    train(half)
+    for file in Path(half.output).rglob("optimizer.safetensors"):
+        file.unlink()
+    train(entering)
+    assert "the optimiser begins anew for" in caplog.text
+
+
+def test_what_needs_an_entry_layer_above_0(asked, entering):
+    with pytest.raises(ConfigError, match="mixed_share=0.5 needs an embedder with an entry_layer above 0"):
+        train(replace(asked, mixed_share=0.5, trained="embedder"))
+    with pytest.raises(ConfigError, match="counts tokens in data, and data is empty"):
+        train(replace(entering, data=(), objectives={"questions": 1}))
+    with pytest.raises(ConfigError, match="decay_steps=-1 is not a whole number of at least 0"):
+        replace(entering, decay_steps=-1)
+    with pytest.raises(ConfigError, match="save_minutes=0 is not above 0"):
+        replace(entering, save_minutes=0)
+
+
+def test_a_rate_rises_stays_and_falls(config):
+    run = replace(config, total_tokens=12 * 96, warmup_steps=3, decay_steps=4, learning_rate=0.01)
+    train(run)
+    rates = [row["learning_rate"] for row in log_of(run) if "learning_rate" in row]
+    expected = [0.01 * rate for rate in (0, 1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4)]
+    assert rates == pytest.approx(expected)
