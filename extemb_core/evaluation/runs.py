@@ -26,6 +26,9 @@ Sample = dict[str, Any]
 
 # What may differ between the parts of one run: how many samples, and how they are computed.
 _FREE = ("limit", "batch_size", "device")
+_EMBEDDER_SETTINGS = (
+    "entry_layer", "num_layers", "adaptation", "downscaling", "token_weighting", "connector", "chunk_size", "llm_name",
+)  # fmt: skip
 
 
 class Experiment(Protocol):
@@ -35,6 +38,7 @@ class Experiment(Protocol):
         kind: "ppl", "qa", "needle" or "speed".
         config: A frozen dataclass of JSON-able settings, `data` (paths) and `limit` among them.
         fingerprint: Of the embedder; None when only the controls are measured.
+        embedder_settings: What kind of embedder it is; None likewise.
     """
 
     kind: ClassVar[str]
@@ -44,6 +48,9 @@ class Experiment(Protocol):
 
     @property
     def fingerprint(self) -> str | None: ...
+
+    @property
+    def embedder_settings(self) -> dict[str, Any] | None: ...
 
     def groups(self) -> list[list[str]]:
         """The ids of all samples, in the groups in which they are measured together."""
@@ -71,6 +78,12 @@ class Measured:
     @property
     def fingerprint(self) -> str | None:
         return self.embedder.fingerprint if self.embedder is not None else None
+
+    @property
+    def embedder_settings(self) -> dict[str, Any] | None:
+        if self.embedder is None:
+            return None
+        return {name: getattr(self.embedder.config, name) for name in _EMBEDDER_SETTINGS}
 
 
 def run(
@@ -119,6 +132,7 @@ def run(
         "config": identity["config"] | {name: getattr(experiment.config, name) for name in _FREE},
         "data": data,
         "fingerprint": experiment.fingerprint,
+        "embedder": experiment.embedder_settings,
         "provenance": origin,
         "parts": journal.parts,
         "n": len(samples),

@@ -6,10 +6,12 @@ import json
 from dataclasses import dataclass, field, replace
 
 import pytest
+from anchored import untrained
+from tiny import tiny_llm
 
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.evaluation import runs
-from extemb_core.evaluation.runs import read_record, run
+from extemb_core.evaluation.runs import Measured, read_record, run
 from extemb_core.evaluation.settings import CommonConfig
 
 
@@ -19,6 +21,7 @@ class Squares:
 
     config: CommonConfig
     fingerprint: str | None = "f1"
+    embedder_settings: dict | None = None
     stop_at: str = ""
     asked: list[str] = field(default_factory=list)
     kind = "squares"
@@ -36,6 +39,17 @@ class Squares:
 
     def summarise(self, samples):
         return {"sum": sum(sample["square"] for sample in samples)}
+
+
+class MeasuredSquares(Measured):
+    """The same for an LLM and an embedder."""
+
+    kind = "squares"
+    groups, measure, summarise = Squares.groups, Squares.measure, Squares.summarise
+
+    def __init__(self, config, llm, embedder):
+        super().__init__(config, llm, embedder)
+        self.config, self.stop_at, self.asked = config, "", []
 
 
 @pytest.fixture
@@ -158,3 +172,15 @@ def test_what_was_added_is_on_disk_before_the_next_group(config, out, monkeypatc
     monkeypatch.setattr(runs.os, "fsync", lambda handle: synced.append(len(partial(out).read_text().splitlines())))
     run(Squares(config), out)
     assert synced[:3] == [3, 5, 7]
+
+
+def test_a_record_says_what_kind_of_embedder_was_measured(config, out):
+    embedder = untrained(tiny_llm(), ratios=(4,), token_weighting="uniform")
+    record = run(MeasuredSquares(replace(config, ratios=(4,)), tiny_llm(), embedder), out)
+    assert record["fingerprint"] == embedder.fingerprint
+    assert record["embedder"] == {
+        "entry_layer": 1, "num_layers": 1, "adaptation": "none", "downscaling": "mean", "token_weighting": "uniform",
+        "connector": "none", "chunk_size": 16, "llm_name": tiny_llm().name,
+    }  # fmt: skip
+    assert read_record(out)["embedder"] == record["embedder"]
+    assert run(MeasuredSquares(config, tiny_llm(), None), out.with_name("controls.json"))["embedder"] is None
