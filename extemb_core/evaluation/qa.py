@@ -138,11 +138,12 @@ class QaExperiment(Measured):
                 "rank": self._ranks[question.id] if self.config.passages > 1 else None,
                 "question": question.question,
                 "answers": list(question.answers),
+                "answer_tokens": len(self.reference(question)),
                 "arms": arms,
             }
 
     def _losses(self, inputs: Sequence[PromptInputs], questions: Sequence[Question]) -> list[float]:
-        """The loss of each question's reference answer after a prompt: nats per token, the mean over its tokens."""
+        """The loss of each question's reference answer after a prompt: the mean over its tokens, in nats."""
         scores = self.llm.log_probs(inputs, [self.reference(question) for question in questions])
         return [round(-float(score.mean()), 6) for score in scores]
 
@@ -196,19 +197,25 @@ class QaExperiment(Measured):
         names = [arm for arm in self._arm_names() if all(arm in sample["arms"] for sample in samples)]
         groups = np.array([sample["document"] for sample in samples])
         metrics, seed = self.metrics, self.config.seed
+        # Each question counts the same for a score; for the loss, each token does.
+        weights = dict.fromkeys(metrics, np.ones(len(samples)))
+        weights["loss"] = np.array([sample["answer_tokens"] for sample in samples], dtype=float)
 
         def values(arm: str, metric: str) -> np.ndarray[Any, Any]:
             return np.array([sample["arms"][arm][metric] for sample in samples], dtype=float)
 
+        def mean(numbers: np.ndarray[Any, Any], metric: str) -> dict[str, Any]:
+            return mean_with_interval(numbers, groups, seed, weights[metric])
+
         def compared(arm: str, other: str) -> dict[str, Any]:
-            return {m: mean_with_interval(values(arm, m) - values(other, m), groups, seed) for m in metrics}
+            return {metric: mean(values(arm, metric) - values(other, metric), metric) for metric in metrics}
 
         arms = {
             arm: {
                 "n": len(samples),
                 "positions": round(float(values(arm, "positions").mean()), 1),
                 "cut": sum(bool(sample["arms"][arm].get("cut")) for sample in samples),
-                **{metric: mean_with_interval(values(arm, metric), groups, seed) for metric in metrics},
+                **{metric: mean(values(arm, metric), metric) for metric in metrics},
             }
             for arm in names
         }
@@ -224,16 +231,18 @@ class QaExperiment(Measured):
         }
         for name, metric, gain in (("retained", "f1", 1), ("retained_loss", "loss", -1)):
             if metric in metrics:
-                none, full = gain * values("none", metric), gain * values("full", metric)
+                none, full = (gain * weights[metric] * values(arm, metric) for arm in ("none", "full"))
                 summary[name] = {
-                    str(r): share(gain * values(f"extensible/{r}", metric) - none, full - none, groups, seed)
-                    for r in ours
+                    str(ratio): share(gain * weights[metric] * values(arm, metric) - none, full - none, groups, seed)
+                    for ratio in ours
+                    for arm in [f"extensible/{ratio}"]
                 }
         summary["by_rank"] = {}
         for rank in sorted({sample["rank"] for sample in samples} - {None}):
             at = np.array([sample["rank"] == rank for sample in samples])
             summary["by_rank"][str(rank)] = {
-                arm: {"n": int(at.sum()), **{metric: float(values(arm, metric)[at].mean()) for metric in metrics}}
+                arm: {"n": int(at.sum())}
+                | {m: float(np.average(values(arm, m)[at], weights=weights[m][at])) for m in metrics}
                 for arm in names
             }
         return summary

@@ -18,33 +18,38 @@ _DRAWS_AT_ONCE = 2_000_000  # so that memory does not grow with the number of gr
 Values = np.ndarray[Any, Any]
 
 
-def bootstrap_interval(values: Values, groups: Values, seed: int = 0) -> tuple[float, float] | None:
+def bootstrap_interval(
+    values: Values, groups: Values, seed: int = 0, weights: Values | None = None
+) -> tuple[float, float] | None:
     """95% interval of the mean by resampling whole groups.
 
     Args:
         values: (W,).
         groups: (W,) the document of each value.
         seed: Of the resampling; the same seed and groups give the same resamples for any values.
+        weights: (W,) what each value counts, such as its tokens; all the same when not given.
 
     Returns:
         The 2.5% and the 97.5% quantile; None with fewer than two groups.
     """
-    resampled = _resampled_sums([values, np.ones(len(values))], groups, seed)
+    weights = np.ones(len(values)) if weights is None else weights
+    resampled = _resampled_sums([values * weights, weights], groups, seed)
     return _quantiles(resampled[0] / resampled[1]) if resampled is not None else None
 
 
-def mean_with_interval(values: Values, groups: Values, seed: int = 0) -> dict[str, Any]:
+def mean_with_interval(values: Values, groups: Values, seed: int = 0, weights: Values | None = None) -> dict[str, Any]:
     """The mean of all values, its 95% interval over groups as a list or None, and their number `n`.
 
     Args:
         values: (W,), at least one.
         groups: (W,) the document of each value.
         seed: Of the resampling.
+        weights: (W,) what each value counts; all the same when not given.
     """
     _require_values(values)
-    interval = bootstrap_interval(values, groups, seed)
+    interval = bootstrap_interval(values, groups, seed, weights)
     return {
-        "mean": float(np.mean(values)),
+        "mean": float(np.average(values, weights=weights)),
         "interval": list(interval) if interval is not None else None,
         "n": len(values),
     }

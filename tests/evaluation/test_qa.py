@@ -149,6 +149,7 @@ def test_the_loss_is_that_of_the_first_answer_and_the_end_of_the_turn(make, llm)
                 logits = llm.model(inputs_embeds=whole).logits[0].log_softmax(-1)
             expected = [-float(logits[len(prompt) - 1 + at, index]) for at, index in enumerate(target)]
             assert sample["arms"][arm]["loss"] == pytest.approx(np.mean(expected), abs=1e-5)
+        assert sample["answer_tokens"] == len(target)
 
 
 def test_above_layer_0_every_arm_scores_what_the_llm_with_its_states_overwritten_does(make, llm):
@@ -274,7 +275,7 @@ def test_the_template_goes_by_the_answers(make, answers, template):
 
 def hand_made(none, full, ours):
     return [
-        {"id": str(at), "document": str(at), "rank": None, "arms": {
+        {"id": str(at), "document": str(at), "rank": None, "answer_tokens": 1 + 2 * at, "arms": {
             arm: {"positions": 10, "prediction": "", "em": 0.0, "f1": values[at], "contained": 0.0,
                   "loss": 3.0 - 2 * values[at]}
             for arm, values in {"none": none, "extensible/4": ours, "full": full}.items()
@@ -290,9 +291,29 @@ def test_the_tables_are_those_of_hand_made_samples(make, llm):
     assert set(summary["minus"]["4"]) == {"none", "full"}
     assert summary["retained"]["4"]["mean"] == pytest.approx(0.5)
     assert summary["metrics"] == ["em", "f1", "contained", "loss"]
-    assert summary["arms"]["extensible/4"]["loss"] == {"mean": 2.0, "interval": pytest.approx([1.8, 2.2]), "n": 2}
-    assert summary["minus"]["4"]["full"]["loss"]["mean"] == pytest.approx(0.8)
-    assert summary["retained_loss"]["4"] == {"mean": pytest.approx(0.5), "interval": pytest.approx([0.5, 0.5])}
+
+
+def test_tables_by_rank_are_means_of_the_same_kind(make, llm):
+    samples = hand_made([0.0, 0.2, 0.9], [0.8, 0.4, 1.0], [0.4, 0.6, 0.5])
+    samples[0]["rank"] = samples[1]["rank"] = 0
+    samples[2]["rank"] = 1
+    by_rank = make(random_embedder(llm), passages=2).summarise(samples)["by_rank"]
+    assert by_rank["0"]["full"] == {
+        "n": 2, "em": 0.0, "f1": pytest.approx(0.6), "contained": 0.0, "loss": pytest.approx((1.4 + 3 * 2.2) / 4),
+    }  # fmt: skip
+    assert by_rank["1"]["none"]["loss"] == pytest.approx(1.2)
+
+
+def test_every_token_counts_the_same_for_the_loss(make, llm):
+    """Of 1 and of 3 tokens: 3.0 and 2.6 without a text, 2.2 and 1.8 from the embeddings, 1.4 and 2.0 from all of it."""
+    summary = make(random_embedder(llm)).summarise(hand_made([0.0, 0.2], [0.8, 0.5], [0.4, 0.6]))
+    found = summary["arms"]["extensible/4"]["loss"]
+    assert found == {"mean": pytest.approx(1.9), "interval": pytest.approx([1.8, 2.2]), "n": 2}
+    found = summary["minus"]["4"]["full"]["loss"]
+    assert found == {"mean": pytest.approx((0.8 - 3 * 0.2) / 4), "interval": pytest.approx([-0.2, 0.8]), "n": 2}
+    found = summary["retained_loss"]["4"]
+    assert found["mean"] == pytest.approx((0.8 + 3 * 0.8) / (1.6 + 3 * 0.6))
+    assert found["interval"] == pytest.approx([0.5, 0.8 / 0.6])
 
 
 def test_the_retained_share_is_refused_where_the_full_text_gains_nothing(make, llm):

@@ -46,6 +46,18 @@ def test_the_interval_of_a_mean_is_an_obvious_bootstrap(few_resamples, monkeypat
     }
 
 
+def test_values_may_count_by_their_weights(few_resamples):
+    def mean(places):
+        return (GAINS[places] * ROOM[places]).sum() / ROOM[places].sum()
+
+    expected = obvious_bootstrap(mean, GROUPS, 5, few_resamples)
+    assert mean_with_interval(GAINS, GROUPS, seed=5, weights=ROOM) == {
+        "mean": pytest.approx(mean(range(7))),
+        "interval": pytest.approx(expected),
+        "n": 7,
+    }
+
+
 def test_the_interval_of_a_share_is_an_obvious_bootstrap_of_the_ratio_of_means(few_resamples):
     expected = obvious_bootstrap(lambda places: GAINS[places].mean() / ROOM[places].mean(), GROUPS, 5, few_resamples)
     found = share(GAINS, ROOM, GROUPS, seed=5)
