@@ -150,6 +150,42 @@ def qa_record(passages: int = 3) -> dict[str, Any]:
     return record("qa", summary, 200, "dev_squad.jsonl.zst", passages=passages)
 
 
+def loss_record() -> dict[str, Any]:
+    """By the loss alone, of an embedder that enters at layer 8: worse than chosen sentences at 4, level at 8."""
+    made = qa_record()
+    summary = made["summary"]
+    arms = {"none": 4.0, "full": 0.75}
+    for ratio in RATIOS:
+        ours = 2.0 + 0.5 * math.log2(ratio / 4)
+        arms |= {f"extensible/{ratio}": ours, f"anchors/{ratio}": ours + 0.6, f"truncated/{ratio}": ours + 0.3}
+        arms |= {f"random_states/{ratio}": 4.1, f"chosen/{ratio}": ours + 0.2 * math.log2(ratio / 8)}
+    summary |= {
+        "metrics": ["loss"],
+        "arms": {
+            arm: {"n": 200, "positions": 0 if arm == "none" else 100.5, "cut": 0, "loss": measured(loss, 0.2, 200)}
+            for arm, loss in arms.items()
+        },
+        "minus": {
+            str(ratio): {
+                kind: {"loss": measured(arms[f"extensible/{ratio}"] - arms[arm], 0.1, 200)}
+                for kind in ("none", "random_states", "anchors", "truncated", "chosen", "full")
+                for arm in [kind if kind in arms else f"{kind}/{ratio}"]
+            }
+            for ratio in RATIOS
+        },
+        "retained_loss": {
+            str(ratio): measured((4.0 - arms[f"extensible/{ratio}"]) / 3.25, 0.05, 200) for ratio in RATIOS[:-1]
+        }
+        | {"32": {"refused": "the gain is within noise"}},
+        "by_rank": {
+            str(rank): {arm: {"n": 100, "loss": loss + 0.1 * rank} for arm, loss in arms.items()} for rank in (0, 1)
+        },
+    }
+    del summary["retained"]
+    made["embedder"] = {"entry_layer": 8, "adaptation": "none", "downscaling": "mean", "token_weighting": "rank"}
+    return made
+
+
 def needle_record() -> dict[str, Any]:
     """Raw text fits up to 8,192 tokens; embeddings at ratio 32 find nothing."""
     lengths, depths = (1024, 2048, 4096, 8192, 32768, 131072), (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -19,19 +19,25 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 
-ARM_KINDS = ("none", "random", "wrong", "truncated", "nearest", "streaming", "lingua", "extensible", "full")
+ARM_KINDS = (
+    "none", "random", "random_states", "wrong", "anchors", "truncated", "nearest", "streaming", "lingua", "chosen",
+    "extensible", "full",
+)  # fmt: skip
 SIDE_KINDS = ("full", "online", "offline")
-METRIC_NAMES = {"em": "EM", "f1": "F1", "contained": "contained", "rouge_l": "ROUGE-L"}
+METRIC_NAMES = {"em": "EM", "f1": "F1", "contained": "contained", "rouge_l": "ROUGE-L", "loss": "loss"}
 
 # kind -> colour, marker
 _STYLES = {
     "none": ("#666666", "x"),
     "random": ("#999999", "d"),
+    "random_states": ("#999999", "p"),
     "wrong": ("#CC79A7", "v"),
+    "anchors": ("#56B4E9", "<"),
     "truncated": ("#D55E00", "s"),
     "nearest": ("#D55E00", "s"),
     "streaming": ("#E69F00", "P"),
     "lingua": ("#009E73", "^"),
+    "chosen": ("#E69F00", "D"),
     "extensible": ("#0072B2", "o"),
     "full": ("#000000", "*"),
     "online": ("#D55E00", "s"),
@@ -65,7 +71,9 @@ def source(record: Record) -> str:
 def figures(record: Record) -> dict[str, Figure]:
     """Every plot of a record, by a short name that goes into its file's name."""
     if record["kind"] == "qa":
-        return {"quality": quality(record)}
+        metrics = record["summary"]["metrics"]
+        drawn = {"quality": quality(record)} if metrics != ["loss"] else {}
+        return drawn | ({"loss": quality(record, "loss")} if "loss" in metrics else {})
     if record["kind"] == "ppl":
         return {"perplexity": perplexity(record)}
     if record["kind"] == "speed":
@@ -79,7 +87,7 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def quality(record: Record, metric: str | None = None) -> Figure:
-    """Question answering: a score against the mean positions that the text takes.
+    """Question answering: a score, or the loss, against the mean positions that the text takes.
 
     One line per kind of arm, a point per ratio with its 95% interval; "none" and "full", which take no ratio, are
     horizontal lines over bands of their intervals.
@@ -94,12 +102,16 @@ def quality(record: Record, metric: str | None = None) -> Figure:
     summary = record["summary"]
     metric = metric or ("f1" if "f1" in summary["metrics"] else summary["metrics"][0])
     name = METRIC_NAMES.get(metric, metric)
-    figure = _figure(4.6, f"{name} against the positions that the text takes", source(record))
+    title = "Loss of the reference answer" if metric == "loss" else name
+    figure = _figure(4.6, f"{title} against the positions that the text takes", source(record))
     from matplotlib.ticker import PercentFormatter
 
     axes = figure.add_subplot()
     points = {arm: point[metric] | {"positions": point["positions"]} for arm, point in summary["arms"].items()}
     _against_positions(figure, axes, points)
+    if metric == "loss":
+        axes.set_ylabel("loss in nats per token (mean, 95% interval)")
+        return figure
     axes.set_ylabel(f"{name} (mean, 95% interval)")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(bottom=0)

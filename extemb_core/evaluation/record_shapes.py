@@ -74,6 +74,7 @@ _MAYBE_NUMBER = _Is("a number or null", lambda value: value is None or _is_numbe
 _INTERVAL = _Is("[low, high] or null", _is_interval)
 _SHARE = _Is('a mean with its interval, or why it is "refused"', _is_share)
 _OBJECT = _Is("an object", lambda value: isinstance(value, dict))
+_MAYBE_OBJECT = _Is("an object or null", lambda value: value is None or isinstance(value, dict))
 _LIST = _Is("a list", lambda value: isinstance(value, list))
 _WORD = _Is(
     "a word of letters, digits, - and _", lambda value: isinstance(value, str) and bool(_PLAIN.fullmatch(value))
@@ -97,6 +98,7 @@ _SUMMARIES: dict[str, Any] = {
         "arms": _Each({"n": _COUNT, "positions": _NUMBER}),
         "minus": _Optional(_Each(_Each(_Each(_MEAN)), numbered=True)),
         "retained": _Optional(_Each(_SHARE, numbered=True)),
+        "retained_loss": _Optional(_Each(_SHARE, numbered=True)),
         "by_rank": _Optional(_Each(_Each(_Each(_NUMBER)), numbered=True)),
     },
     "needle": {
@@ -134,6 +136,7 @@ _HEAD: dict[str, Any] = {
     "config": {"llm": _TEXT, "embedder": _MAYBE_TEXT, "seed": _NUMBER},
     "data": _Each({"file": _TEXT}, items=True),
     "fingerprint": _MAYBE_TEXT,
+    "embedder": _Optional(_MAYBE_OBJECT),  # records of 0.1.0 have none, nor the loss of a reference answer
     "provenance": {"command": _TEXT, "date": _TEXT, "git": _OBJECT, "hardware": _OBJECT},
     "n": _COUNT,
     "samples": _LIST,

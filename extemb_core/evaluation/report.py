@@ -33,12 +33,15 @@ LLM is given in the place of a text:
 | arm | the LLM reads |
 |---|---|
 | `none` | nothing: what it knows without the text |
-| `random/k` | random vectors, as many as `extensible/k` has |
+| `random/k` | random vectors, as many as `extensible/k` has; above entry layer 0 in the place of random tokens |
+| `random_states/k` | above entry layer 0: random vectors in the place of the text's own anchors |
 | `wrong/k` | the extensible embeddings of another text |
+| `anchors/k` | above entry layer 0: the anchors (the last token of each group of k) alone, as ordinary tokens |
 | `truncated/k` | the first raw tokens of the text, as many as `extensible/k` takes positions |
 | `nearest/k` | the last raw tokens of the context, as many as `extensible/k` takes positions |
 | `streaming` | the first few tokens and the most recent, as many as the window holds; `full` where that fits |
 | `lingua/k` | the text's most informative tokens (LLMLingua's criterion), as many as `extensible/k` takes positions |
+| `chosen/k` | the text's sentences that share most words with the question (BM25), as many tokens as that |
 | `extensible/k` | extensible embeddings at ratio k: one position for k tokens |
 | `full` | the whole text: what there is to gain |
 | `online/k`, `offline/k` | speed only: embeddings made while the user waits, or read from an earlier run |
@@ -139,6 +142,7 @@ def _origin(path: Path, record: Record) -> str:
     embedder = "none: controls only"
     if record["fingerprint"] is not None:
         embedder = f"{code(str(config['embedder']))}, fingerprint {code(record['fingerprint'][:8])}"
+        embedder += _embedder(record.get("embedder") or {})
     git = origin["git"]
     revision = code(git["revision"][:8]) if git.get("revision") else "unknown revision"
     revision += " with uncommitted changes" if git.get("dirty") else ""
@@ -153,6 +157,15 @@ def _origin(path: Path, record: Record) -> str:
         ["record", code(path.name)],
     ]
     return table(["run", ""], rows, right=False)
+
+
+def _embedder(settings: Record) -> str:
+    """What kind of embedder it is, in words; what is not known is left out."""
+    words = {"entry_layer": "entry layer {}", "adaptation": "adaptation {}", "downscaling": "pooling {}",
+             "token_weighting": "weights {}"}  # fmt: skip
+    if not settings.get("entry_layer"):
+        del words["token_weighting"]  # means nothing there
+    return "".join(f", {escaped(form.format(settings[key]))}" for key, form in words.items() if key in settings)
 
 
 def _hardware(machine: Record) -> str:

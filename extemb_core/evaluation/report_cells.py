@@ -50,6 +50,16 @@ def positions(arm: Scored) -> str:
     return f"{arm['positions']:,.1f}".removesuffix(".0")
 
 
+def loss(scored: Scored) -> str:
+    """Nats per token with their interval."""
+    return _with_interval(scored["mean"], scored["interval"], plain_loss)
+
+
+def plain_loss(value: float | None) -> str:
+    """Nats per token that have no interval."""
+    return ABSENT if value is None else f"{value:.3f}"
+
+
 def percent(scored: Scored) -> str:
     """A score of 0 to 1 with its interval."""
     return _with_interval(scored["mean"], scored["interval"], lambda value: f"{100 * value:.1f}", unit="%")
@@ -105,19 +115,22 @@ def remarks_by_length(found: Mapping[tuple[str, str], Mapping[int, Scored]]) -> 
     ]
 
 
-def remarks_by_control(found: Mapping[str, Mapping[str, Scored]], metric: str) -> list[str]:
+def remarks_by_control(
+    found: Mapping[str, Mapping[str, Scored]], metric: str, *, lower_is_better: bool = False
+) -> list[str]:
     """What the intervals of differences of a score say; ratios of which the same can be said share a line.
 
     Args:
         found: Ratio -> control -> difference of the score, extensible minus control.
         metric: The score's name.
+        lower_is_better: Of that score.
     """
     words = ("better than", "not distinguishable from", "worse than", "without an interval against")
     ratios: dict[str, list[str]] = {}
     for ratio, controls in found.items():
         told: dict[str, list[str]] = {name: [] for name in _VERDICTS}
         for control, scored in controls.items():
-            told[_verdict(scored)].append(code(control, cell=False))
+            told[_verdict(scored, lower_is_better=lower_is_better)].append(code(control, cell=False))
         said = [f"{word} {', '.join(own)}" for word, own in zip(words, told.values(), strict=True) if own]
         ratios.setdefault("; ".join(said), []).append(ratio)
     return [f"At {_ratios(own)}, by {metric}: {said}." for said, own in ratios.items() if said]

@@ -56,40 +56,47 @@ def ppl(summary: Summary) -> list[str]:
 
 
 def qa(summary: Summary) -> list[str]:
-    """Scores, paired differences, retained share, scores by the rank of the passage with the answer."""
-    metrics, arms = summary["metrics"], sorted(summary["arms"], key=arm_key)
-    names = [_named(metric) for metric in metrics]
-    rows = [
-        [cells.code(arm), cells.positions(own), *(cells.percent(own[metric]) for metric in metrics)]
-        for arm, own in ((arm, summary["arms"][arm]) for arm in arms)
-    ]
-    parts = ["Scores:\n", cells.table(["arm", "positions", *names], rows)]
+    """Scores and the loss of the reference answer, paired differences, retained shares, and all by rank."""
+    metrics = [metric for metric in summary["metrics"] if metric != "loss"]
+    has_loss = "loss" in summary["metrics"]
     minus = summary.get("minus", {})
-    if minus:
-        parts += [_POINTS, _points(minus, metrics)]
-    retained = {ratio: summary["retained"][ratio] for ratio in _numbered(summary.get("retained", ()))}
-    if retained:
-        rows = [
-            [
-                cells.code(f"extensible/{ratio}"),
-                f"refused: {cells.escaped(own['refused'])}" if "refused" in own else cells.share(own),
+    parts: list[str] = []
+    if metrics:
+        parts += ["Scores:\n", _scores(summary, dict.fromkeys(metrics, cells.percent))]
+        parts += [_POINTS, _points(minus, metrics)] if minus else []
+        title = "Retained share of what the full text gains, (extensible - none) / (full - none), by F1:\n"
+        parts += _retained(title, summary.get("retained", {}))
+    if has_loss:
+        parts += ["Loss of the reference answer, in nats per token (lower is better):\n"]
+        parts += [_scores(summary, {"loss": cells.loss})]
+        if minus:
+            rows = [
+                [_minus(ratio, control), cells.difference(minus[ratio][control].get("loss"))]
+                for ratio in _numbered(minus)
+                for control in sorted(minus[ratio], key=arm_key)
             ]
-            for ratio, own in retained.items()
-        ]
-        parts += ["Retained share of what the full text gains, (extensible - none) / (full - none), by F1:\n"]
-        parts += [cells.table(["arm", "retained"], rows)]
+            parts += ["Difference of that loss, in nats per token (below 0: the embeddings are better):\n"]
+            parts += [cells.table(["difference", "loss"], rows)]
+        title = "Share of what the full text gains in loss, (none - extensible) / (none - full):\n"
+        parts += _retained(title, summary.get("retained_loss", {}))
     by_rank = [(rank, summary["by_rank"][rank]) for rank in _numbered(summary.get("by_rank", ()))]
     heads = [f"rank {rank} (n {max((own['n'] for own in found.values()), default=0):,})" for rank, found in by_rank]
-    for metric in (metric for metric in metrics if by_rank and metric != "em"):
+    for metric in (metric for metric in summary["metrics"] if by_rank and metric != "em"):
         scores = [{arm: own.get(metric) for arm, own in found.items()} for _, found in by_rank]
         parts += [f"{_named(metric)} by the rank of the passage with the answer (0 stands first):\n"]
-        parts += [_by_arm(heads, scores, cells.plain_percent)]
-    main = "f1" if "f1" in metrics else metrics[0]
-    cut = [(arm, own["cut"], own["n"]) for arm, own in summary["arms"].items() if own.get("cut")]
-    lines = [
-        f"{few:,} of {n:,} texts of {cells.code(arm, cell=False)} were cut to fit the window." for arm, few, n in cut
+        parts += [_by_arm(heads, scores, cells.plain_loss if metric == "loss" else cells.plain_percent)]
+    remarks: list[str] = []
+    if metrics:
+        main = "f1" if "f1" in metrics else metrics[0]
+        remarks += _remarks(minus, main, _named(main))
+    if has_loss:
+        remarks += _remarks(minus, "loss", "loss", lower_is_better=True)
+    remarks += [
+        f"{own['cut']:,} of {own['n']:,} texts of {cells.code(arm, cell=False)} were cut to fit the window."
+        for arm, own in summary["arms"].items()
+        if own.get("cut")
     ]
-    return [*parts, cells.bullets([*_remarks(minus, main, _named(main)), *lines])]
+    return [*parts, cells.bullets(remarks)]
 
 
 def speed(summary: Summary) -> list[str]:
@@ -158,6 +165,27 @@ def _by_arm(
     return cells.table([name, *heads], rows)
 
 
+def _scores(summary: Summary, shown: Mapping[str, Callable[[Any], str]]) -> str:
+    """A row per arm: the positions of its text, and a column per metric."""
+    rows = [
+        [cells.code(arm), cells.positions(own), *(show(own[metric]) for metric, show in shown.items())]
+        for arm, own in ((arm, summary["arms"][arm]) for arm in sorted(summary["arms"], key=arm_key))
+    ]
+    return cells.table(["arm", "positions", *map(_named, shown)], rows)
+
+
+def _retained(title: str, shares: Mapping[str, Any]) -> list[str]:
+    """A row per ratio, with the reason where a share is refused."""
+    rows = [
+        [
+            cells.code(f"extensible/{ratio}"),
+            f"refused: {cells.escaped(own['refused'])}" if "refused" in own else cells.share(own),
+        ]
+        for ratio, own in ((ratio, shares[ratio]) for ratio in _numbered(shares))
+    ]
+    return [title, cells.table(["arm", "retained"], rows)] if rows else []
+
+
 def _points(minus: Minus, columns: Sequence[str]) -> str:
     """A row per ratio and control, a column per metric or task."""
     rows = [
@@ -168,8 +196,8 @@ def _points(minus: Minus, columns: Sequence[str]) -> str:
     return cells.table(["difference", *map(_named, columns)], rows)
 
 
-def _remarks(minus: Minus, column: str, name: str) -> list[str]:
-    """What one column of `_points` says."""
+def _remarks(minus: Minus, column: str, name: str, *, lower_is_better: bool = False) -> list[str]:
+    """What the intervals of one metric's differences say."""
     found = {
         ratio: {
             control: minus[ratio][control][column]
@@ -178,7 +206,7 @@ def _remarks(minus: Minus, column: str, name: str) -> list[str]:
         }
         for ratio in _numbered(minus)
     }
-    return cells.remarks_by_control(found, name)
+    return cells.remarks_by_control(found, name, lower_is_better=lower_is_better)
 
 
 def _beside_full(sides: Mapping[str, Any], side: str, metric: str) -> str:

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from fake_records import RATIOS, needle_record, ppl_record, qa_record, speed_record
+from fake_records import RATIOS, loss_record, needle_record, ppl_record, qa_record, speed_record
 from matplotlib.colors import to_rgb
 
 from extemb_core.errors import MissingExtraError
@@ -71,6 +71,27 @@ def test_quality_takes_another_metric_and_falls_back_to_the_first():
     record["summary"]["metrics"] = ["em"]
     (axes,) = plots.quality(record).axes
     assert axes.get_ylabel().startswith("EM")
+
+
+def test_the_loss_has_a_plot_of_its_own_in_nats():
+    record = loss_record()
+    figures = plots.figures(record)
+    assert list(figures) == ["loss"]
+    (axes,) = figures["loss"].axes
+    kinds = ["none", "random_states", "anchors", "truncated", "chosen", "extensible", "full"]
+    assert legend_of(figures["loss"]) == kinds
+    lines = lines_of(axes)
+    for kind in kinds[1:-1]:
+        expected = [record["summary"]["arms"][f"{kind}/{ratio}"]["loss"]["mean"] for ratio in RATIOS]
+        assert list(lines[kind][1]) == expected
+    assert "nats per token" in axes.get_ylabel()
+    assert "%" not in "".join(label.get_text() for label in axes.get_yticklabels())
+    assert list(plots.figures(qa_record())) == ["quality"]
+    record = qa_record()
+    record["summary"]["metrics"].append("loss")
+    for own in record["summary"]["arms"].values():
+        own["loss"] = own["f1"]
+    assert list(plots.figures(record)) == ["quality", "loss"]
 
 
 def test_perplexity_has_a_line_per_arm_where_it_was_measured():

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_records import RATIOS, needle_record, ppl_record, qa_record, speed_record, write
+from fake_records import RATIOS, loss_record, needle_record, ppl_record, qa_record, speed_record, write
 
 from extemb_core.errors import ConfigError, DocumentError, MissingExtraError
 from extemb_core.evaluation.report import TITLES, markdown, read_record, write_report
@@ -97,6 +97,8 @@ def set_at(path, value):
         ("ppl", set_at("summary/1024/arms/none/loss", math.nan), "summary.1024.arms.none.loss is nan, not a number"),
         ("ppl", set_at("summary/1024/ratios/8/gap_share", KeyError), "summary.1024.ratios.8.gap_share is missing"),
         ("speed", set_at("summary/1024/full/peak_mib", KeyError), "summary.1024.full.peak_mib is missing"),
+        ("qa", set_at("embedder", "none"), "embedder is 'none', not an object or null"),
+        ("qa", set_at("summary/retained_loss", {"8": {}}), "summary.retained_loss.8 is {}, not a mean"),
         ("needle", set_at("summary/cells", [{"task": "a/b"}]), "summary.cells[0].task is 'a/b', not a word"),
     ],
 )
@@ -173,6 +175,53 @@ def test_question_answering_tables_hold_the_record():
         expected = [100 * summary["by_rank"][str(rank)][arm]["f1"] for rank in range(3)]
         assert [numbers(cell)[0] for cell in row.values()] == pytest.approx(expected, abs=0.06)
     assert "4 of 200 texts of `full` were cut to fit the window." in text
+
+
+def test_tables_of_the_loss_hold_the_record():
+    record = loss_record()
+    text, summary = page(record), record["summary"]
+    assert {title.split(" ")[0] for title in tables(text.partition("### ")[1] + text.partition("### ")[2])} == {
+        "###", "Loss", "Difference", "Share", "loss",
+    }  # fmt: skip
+    losses, differences = table(text, "Loss of the reference"), table(text, "Difference of that loss")
+    for arm, own in summary["arms"].items():
+        assert numbers(losses[arm]["loss"]) == pytest.approx([own["loss"]["mean"], *own["loss"]["interval"]], abs=6e-4)
+    count = 0
+    for ratio, controls in summary["minus"].items():
+        for control, own in controls.items():
+            name = control if control in ("none", "full") else f"{control}/{ratio}"
+            expected = [own["loss"]["mean"], *own["loss"]["interval"]]
+            cell = differences[f"extensible/{ratio} - {name}"]["loss"]
+            assert numbers(cell) == pytest.approx(expected, abs=6e-4)
+            count += 1
+    assert count == len(RATIOS) * 6
+    retained = table(text, "Share of what the full text gains in loss")
+    assert numbers(retained["extensible/8"]["retained"]) == pytest.approx([46.2, 41.2, 51.2], abs=0.06)
+    assert retained["extensible/32"]["retained"] == "refused: the gain is within noise"
+    assert table(text, "loss by the rank")["none"] == {"rank 0 (n 100)": "4.000", "rank 1 (n 100)": "4.100"}
+    better = "by loss: better than `none`, `random_states`, `anchors`, `truncated`"
+    assert f"- At ratio 4, {better}; worse than `chosen`, `full`." in text
+    assert f"- At ratio 8, {better}; not distinguishable from `chosen`; worse than `full`." in text
+    kinds = ("random_states", "anchors", "truncated", "chosen", "extensible")
+    assert list(losses) == ["none", *(f"{kind}/{ratio}" for kind in kinds for ratio in RATIOS), "full"]
+
+
+def test_scores_and_the_loss_stand_on_one_page_in_tables_of_their_own():
+    record, losses = qa_record(), loss_record()["summary"]
+    record["summary"]["metrics"].append("loss")
+    for own in record["summary"]["arms"].values():
+        own["loss"] = losses["arms"]["full"]["loss"]
+    record["summary"]["retained_loss"] = losses["retained_loss"]
+    text = page(record)
+    assert list(table(text, "Scores")["full"]) == ["positions", "EM", "F1", "contained"]
+    assert list(table(text, "Loss of the reference")["full"]) == ["positions", "loss"]
+    assert table(text, "Difference of that loss")["extensible/8 - none"] == {"loss": "–"}  # noqa: RUF001
+    assert "by F1: better than" in text
+
+
+def test_what_kind_of_embedder_it_was_stands_above_the_tables():
+    (row,) = [row[""] for name, row in table(page(loss_record()), "### ").items() if name == "embedder"]
+    assert row.endswith("fingerprint 37db4103, entry layer 8, adaptation none, pooling mean, weights rank")
 
 
 def test_there_is_no_table_by_rank_without_ranks():
