@@ -102,8 +102,8 @@ def qa(
         typer.Option(
             "--controls",
             metavar="NAME...",
-            help="Besides none and full: truncated, chosen, lingua, random, wrong; for embeddings that enter above layer "
-            "0, anchors and random_states.",
+            help="Besides none and full: truncated, chosen, lingua, random, wrong; above entry layer 0 anchors and "
+            "random_states too.",
             show_default="all that can be made",
         ),
     ] = None,
