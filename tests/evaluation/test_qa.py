@@ -257,6 +257,7 @@ def test_one_question_per_text_is_drawn_by_the_seed(make):
     assert {name for ids in drawn.values() for name in ids} == {row["id"] for row in rows()}
     assert asked(data=rows(3)) == drawn[0][:3]  # other texts do not matter
     assert asked(limit=2) == [drawn[0][0], drawn[0][4]]
+    assert any(len({name[-1] for name in ids}) == 2 for ids in drawn.values())  # each text has a draw of its own
     experiment = make(one_per_text=True, passages=3)
     assert [experiment._ranks[name] for name in experiment._questions] == [0, 1, 2, 0, 1]
 
