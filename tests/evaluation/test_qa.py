@@ -235,6 +235,16 @@ def test_full_text_beyond_the_window_is_cut_and_says_so(make, llm):
         measured(make(data=long, ratios=(1,)))
 
 
+def test_a_long_reference_answer_fits_the_window_after_the_full_text(make, llm):
+    data = rows()
+    data[0] |= {"context": "The mill turned slowly all day. " * 100, "answers": ["the answer goes on and on " * 8]}
+    experiment = make(data=data, ratios=(8,), template="short", generate=False)
+    one = question(experiment, "0-0")
+    assert len(experiment.reference(one)) > experiment._sampling.max_new_tokens
+    full = experiment.prompt(one, experiment.forms(one)["full"])
+    assert len(full) + len(experiment.reference(one)) == llm.window
+
+
 def test_questions_about_one_text_are_side_by_side(make):
     groups = make(batch_size=4).groups()
     assert [len(group) for group in groups] == [4, 4, 2]
