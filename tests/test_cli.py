@@ -833,7 +833,7 @@ def test_a_recipe_is_trained_with_what_is_given_over_it(
     assert seen["args"] == (str(tmp_path / "run"), 5000)
     assert (seen["batch_size"], seen["embedder"], seen["questions"]) == (2, {"lora_rank": 4}, (str(novel),))
     assert "learning_rate" not in seen  # a stage has its own
-    assert "neither a file nor one of default, joint, paper, reader" in refused(
+    assert "neither a file nor one of default, frozen, joint, paper, reader, text-reader" in refused(
         ExitCode.SETTINGS, *command[:2], "magic", *command[3:]
     )
 

@@ -17,7 +17,11 @@ def pack(
     llm: LlmOption,
     recipe: Annotated[
         str,
-        typer.Option("--recipe", metavar="NAME", help="What to train: default, joint, paper, reader, or a YAML file."),
+        typer.Option(
+            "--recipe",
+            metavar="NAME",
+            help="What to train: default, frozen, joint, paper, reader, text-reader, or a YAML file.",
+        ),
     ] = "default",
     data: Annotated[
         list[str] | None,

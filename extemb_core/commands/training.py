@@ -53,7 +53,7 @@ def train(
         typer.Option(
             "--recipe",
             metavar="NAME",
-            help="Train in its stages: default, joint, paper, reader, or a YAML file. "
+            help="Train in its stages: default, frozen, joint, paper, reader, text-reader, or a YAML file. "
             "Other options go before what it says.",
             show_default="two-stream auto-regression alone, as the options below say",
         ),
@@ -66,10 +66,34 @@ def train(
         str | None,
         typer.Option("--start-from", metavar="PATH", help="Go on from this embedder instead of a new one."),
     ] = None,
+    entry_layer: Annotated[
+        int | None,
+        typer.Option(
+            "--entry-layer",
+            metavar="N",
+            help="Layer of the LLM at whose input embeddings enter; 0 is among the input embeddings.",
+            show_default="0",
+            rich_help_panel=_NEW,
+        ),
+    ] = None,
+    token_weighting: Annotated[
+        str | None,
+        typer.Option(
+            "--token-weighting",
+            metavar="NAME",
+            help="How much a token counts in its group, above entry layer 0: uniform, rank or frequency (in --data).",
+            show_default="rank",
+            rich_help_panel=_NEW,
+        ),
+    ] = None,
     num_layers: Annotated[
         int | None,
         typer.Option(
-            "--num-layers", metavar="N", help="The LLM's first layers it uses.", show_default="8", rich_help_panel=_NEW
+            "--num-layers",
+            metavar="N",
+            help="The LLM's first layers it uses.",
+            show_default="8, or the entry layer",
+            rich_help_panel=_NEW,
         ),
     ] = None,
     adaptation: Annotated[
@@ -77,7 +101,8 @@ def train(
         typer.Option(
             "--adaptation",
             metavar="NAME",
-            help="lora: adapters over the LLM's own tensors; full: a trained copy of the layers.",
+            help="lora: adapters over the LLM's own tensors; full: a trained copy of the layers; none: the layers as "
+            "they are.",
             show_default="lora",
             rich_help_panel=_NEW,
         ),
@@ -154,6 +179,29 @@ def train(
     warmup_steps: Annotated[
         int, typer.Option("--warmup-steps", metavar="N", help="Steps up to the peak.", rich_help_panel=_RUN)
     ] = 20,
+    decay_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--decay-steps",
+            metavar="N",
+            help="Steps at the end in which the rate falls to 0; 0 keeps it.",
+            show_default="all after the warm-up",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    mixed_share: Annotated[
+        float,
+        typer.Option(
+            "--mixed-share",
+            metavar="X",
+            help="Share of the documents that are compressed around a part that stays text, above entry layer 0.",
+            rich_help_panel=_RUN,
+        ),
+    ] = 0.0,
+    save_minutes: Annotated[
+        float | None,
+        typer.Option("--save-minutes", metavar="X", help="Minutes between checkpoints.", rich_help_panel=_RUN),
+    ] = None,
     save_steps: Annotated[
         int, typer.Option("--save-steps", metavar="N", help="Steps between checkpoints.", rich_help_panel=_RUN)
     ] = 50,
@@ -195,6 +243,8 @@ def train(
     embedder = {
         name: value
         for name, value in (
+            ("entry_layer", entry_layer),
+            ("token_weighting", token_weighting),
             ("num_layers", num_layers),
             ("adaptation", adaptation),
             ("lora_rank", lora_rank),
@@ -203,7 +253,7 @@ def train(
             ("chunk_size", chunk_size),
             ("ratios", tuple(ratios or ())),
         )
-        if value
+        if value not in (None, ())
     }
     settings: dict[str, Any] = {
         "llm": llm,
@@ -222,6 +272,9 @@ def train(
         "learning_rate": learning_rate,
         "connector_lr_factor": connector_lr_factor,
         "warmup_steps": warmup_steps,
+        "decay_steps": decay_steps,
+        "mixed_share": mixed_share,
+        "save_minutes": save_minutes,
         "save_steps": save_steps,
         "eval_steps": eval_steps,
         "seed": seed,
@@ -262,7 +315,8 @@ def train(
         note(f"trained in {result['seconds']:.0f} s; it is an LLM now: --llm {output}/reader")
     else:
         note(f"trained in {result['seconds']:.0f} s; try it:")
-        note(f'extemb ask "..." --documents FILE --llm {llm} --embedder {output}')
+        reader = f"{output}/reader" if trained.reader is not None else llm
+        note(f'extemb ask "..." --documents FILE --llm {reader} --embedder {output}')
 
 
 def _run(recipe: str | None, output: str, total_tokens: int, resume: bool, settings: dict[str, Any]) -> Trained | None:

@@ -96,7 +96,8 @@ class Batches:
 class Collator:
     """Draws the ratios of each sample and the chunk size of the batch, from the place of its first item.
 
-    A ratio that is named twice is drawn twice as often, but never twice for one sample.
+    A ratio that is named twice is drawn twice as often, but never twice for one sample. Two streams take a chunk size
+    that leaves something to predict.
     """
 
     def __init__(
@@ -110,12 +111,14 @@ class Collator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         draw = np.random.default_rng([self.seed, 3, items[0]["index"]])
+        sizes = self.chunk_sizes
         if "sample" in items[0]:
             inputs: dict[str, Any] = {"samples": [item["sample"] for item in items]}
+            sizes = [size for size in sizes if size < min(map(len, inputs["samples"]))] or sizes
         else:
             inputs = {"readings": [reading for item in items for reading in item["readings"]]}
         (rows,) = inputs.values()
         count, shares = self.ratios_per_sample, self._shares
         ratios = [sorted(map(int, draw.choice(self.ratios, count, replace=False, p=shares))) for _ in rows]
         named = {"objective": items[0]["objective"]} if "objective" in items[0] else {}
-        return inputs | named | {"ratios": ratios, "chunk_size": int(draw.choice(self.chunk_sizes))}
+        return inputs | named | {"ratios": ratios, "chunk_size": int(draw.choice(sizes))}

@@ -26,7 +26,7 @@ from extemb_core.training.config import TrainingConfig
 from extemb_core.training.data import TokenFile, shuffled_subset
 from extemb_core.training.recipes import Recipe, stage_configs, train_recipe
 from extemb_core.training.slices import SliceError, join_slices, parse_size, write_slices
-from extemb_core.training.trainer import is_finished, last_checkpoint
+from extemb_core.training.trainer import COMPLETE, OPTIMIZER, is_finished, last_checkpoint
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NOT_PACKED = ("pretrained", "__pycache__")
@@ -120,7 +120,7 @@ def pack(
         if questions:
             _write_questions(questions, work / "questions.jsonl", max_questions, int(settings.get("seed", 0)))
         if start_from is not None:
-            shutil.copytree(start_from, work / "start", ignore=shutil.ignore_patterns("checkpoint-*", "stages", "data"))
+            _copy_start(Path(start_from), work / "start")
         shutil.copytree(_PACKAGE, work / "package" / "extemb_core", ignore=shutil.ignore_patterns(*_NOT_PACKED))
         (work / _SETTINGS).write_text(
             json.dumps({"recipe": asdict(recipe), "total_tokens": total_tokens, "settings": inside}, indent=1),
@@ -214,15 +214,29 @@ def _bytes(text: str) -> int:
         raise ConfigError(str(error)) from error
 
 
+def _copy_start(folder: Path, out: Path) -> None:
+    """Copy what an earlier run left, and of its checkpoints the optimiser's last state."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("checkpoint-*", "stages", "data"))
+    last = last_checkpoint(folder)
+    if last is not None and (last / OPTIMIZER).is_file():
+        (out / last.name).mkdir()
+        for name in (COMPLETE, OPTIMIZER):
+            shutil.copy(last / name, out / last.name / name)
+
+
 def _worth_keeping(configs: Sequence[TrainingConfig], run_folder: Path) -> list[Path]:
     """What a training leaves, less its data, logs for programs, and all checkpoints that nothing goes on from."""
     kept = []
     finished = {Path(config.output) for config in configs if is_finished(config)}
     last = {last_checkpoint(Path(config.output)) for config in configs}
+    # A stage begins with the optimiser's state of the one before it.
+    before = {Path(str(config.start_from)) for config in configs if last_checkpoint(Path(config.output)) is None}
     for file in filter(Path.is_file, run_folder.rglob("*")):
         checkpoint = next((parent for parent in file.parents if parent.name.startswith("checkpoint-")), None)
         if checkpoint is not None:
-            needed = checkpoint in last and (checkpoint.parent not in finished or file.name == "complete.json")
+            done = checkpoint.parent in finished
+            handed_on = file.name == OPTIMIZER and checkpoint.parent in before
+            needed = checkpoint in last and (not done or file.name == COMPLETE or handed_on)
         else:
             needed = not {"data", "tensorboard"} & set(file.relative_to(run_folder).parts)
         if needed:

@@ -27,7 +27,8 @@ class TrainingConfig:
         questions: Question files (.jsonl[.zst] with "id", "context", "question" and "answers").
         eval_data: Held-out text files; none, no evaluation during training.
         embedder: Settings of `ExtensibleEmbedderConfig` for a new embedder.
-        start_from: Folder of an earlier run to go on from: its embedder, its reader, or both.
+        start_from: Folder of an earlier run to go on from: its embedder, its reader, or both, and what its last
+            checkpoint knows of the optimiser.
         cache: Folder for tokenised text; "data" in `output` when not given.
         objectives: Share of the batches of each of `OBJECTIVES`; they add up to 1 after scaling.
         distillation: Weight, 0 to 1, of the divergence from the LLM reading the text itself.
@@ -43,7 +44,8 @@ class TrainingConfig:
             above 0.
         sample_length: Tokens of a training sample, and of a question's documents at most.
         spans: Tokens of the spans to reconstruct, at the start of the run and at its end: short ones first.
-        chunk_sizes: Chunk lengths in training, one drawn per batch; the embedder's own when empty.
+        chunk_sizes: Chunk lengths in training, one drawn per batch; the embedder's own when empty. "two_stream" takes
+            those shorter than a sample.
         ratios: Ratios drawn per sample; the embedder's own when empty.
         ratios_per_sample: How many; one pass of the embedder serves them all.
         total_tokens: Tokens to train on; steps follow from it.
@@ -153,8 +155,8 @@ class TrainingConfig:
                 'a reader of text learns from questions alone; pass objectives={"questions": 1}, or an embedder with '
                 "an entry_layer, whose embeddings it then reads"
             )
-        if self.trained == "reader" and self.eval_data:
-            raise ConfigError("eval_data is text for an embedder's loss, and a reader has none; leave it out")
+        if self.trained == "reader" and self.eval_data and not self.embedder.get("entry_layer"):
+            raise ConfigError("eval_data is text for an embedder's loss, and a reader of text has none; leave it out")
         if "questions" in wanted and not self.questions:
             raise ConfigError("questions is empty; pass at least one question file to train on")
 

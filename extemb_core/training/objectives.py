@@ -1,7 +1,7 @@
 """What an embedder is trained on: pure functions of token ids.
 
-Two-stream auto-regression (twin paper, section 2.3) is `two_stream_loss`; reading, which reconstruction and question
-answering are, is `reading_loss`. Either can mix its cross-entropy with self-distillation: the divergence from what
+Two-stream auto-regression (twin paper, section 2.3) is `two_stream_losses`; reading, which reconstruction and question
+answering are, is `reading_losses`. Either can mix its cross-entropy with self-distillation: the divergence from what
 the same LLM predicts when it reads the text itself.
 
 Two-stream auto-regression:
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,29 @@ _LEAST_FILLED, _FEWEST_POSITIONS = 0.8, 1024  # of a group of rows that go throu
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
     from extemb_core.models.llm import LLM, PromptInputs
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """What is lost at each of S tokens, row after row.
+
+    Attributes:
+        values: (S,) negative log-likelihoods in nats, mixed with divergences by distillation; with gradient.
+        rows: Of each row, the ratio of the embeddings in it (0 where all is text), and its tokens.
+    """
+
+    values: Tensor
+    rows: Sequence[tuple[int, int]]
+
+    def mean(self) -> Tensor:
+        """What is minimised."""
+        return self.values.mean()
+
+    def by_ratio(self) -> dict[int, Tensor]:
+        """The mean over the rows of each ratio, without gradient."""
+        parts = list(zip(self.rows, self.values.detach().split([n for _, n in self.rows]), strict=True))
+        ratios = sorted({ratio for ratio, _ in self.rows if ratio})
+        return {ratio: torch.cat([part for (own, _), part in parts if own == ratio]).mean() for ratio in ratios}
 
 
 @dataclass(frozen=True)
@@ -142,7 +165,12 @@ def lay_out(lengths: Sequence[int], ratio: int, run: Pass, n_prefix: int = 0) ->
     )
 
 
-def two_stream_loss(
+def two_stream_loss(*args: Any, **settings: Any) -> Tensor:
+    """Mean of `two_stream_losses`."""
+    return two_stream_losses(*args, **settings).mean()
+
+
+def two_stream_losses(
     embedder: ExtensibleEmbedder,
     samples: Sequence[Tensor],
     ratios: Sequence[Sequence[int]],
@@ -151,8 +179,8 @@ def two_stream_loss(
     llm: LLM | None = None,
     window: int | None = None,
     distillation: float = 0.0,
-) -> Tensor:
-    """Mean negative log-likelihood, in nats, of every token of every chunk but each sample's first.
+) -> Losses:
+    """Negative log-likelihood, in nats, of every token of every chunk but each sample's first.
 
     Args:
         embedder: The model being trained. Gradient flows to it through its frozen LLM.
@@ -164,7 +192,7 @@ def two_stream_loss(
         distillation: Weight of the divergence from the LLM that reads the whole sample, instead of the tokens.
 
     Returns:
-        A scalar with gradient to the embedder's own parameters.
+        With gradient to the embedder's own parameters.
     """
     llm = embedder.llm if llm is None else llm
     window = llm.window if window is None else window
@@ -214,7 +242,8 @@ def two_stream_loss(
         whole = [[*([bos] * n_prefix), *sample.tolist()] for sample in samples]
         # A token is predicted at the place before it, and a BOS moves all places by one.
         teacher = _read(llm, whole, [(index, at + n_prefix - 1) for index, at in owners])
-    return _mixed_loss(llm, scored, torch.cat(targets), teacher, distillation)
+    scored_rows = [(ratio, len(ids)) for (ratio, _), ids in zip(runs, targets, strict=True)]
+    return Losses(_mixed(llm, scored, torch.cat(targets), teacher, distillation), scored_rows)
 
 
 class Span(NamedTuple):
@@ -245,7 +274,12 @@ class Reading:
     parts: tuple[tuple[Tensor | Span, Literal["text", "document", "answer"]], ...]
 
 
-def reading_loss(
+def reading_loss(*args: Any, **settings: Any) -> Tensor:
+    """Mean of `reading_losses`."""
+    return reading_losses(*args, **settings).mean()
+
+
+def reading_losses(
     llm: LLM,
     readings: Sequence[Reading],
     *,
@@ -253,8 +287,8 @@ def reading_loss(
     ratios: Sequence[Sequence[int]] = (),
     chunk_size: int | None = None,
     distillation: float = 0.0,
-) -> Tensor:
-    """Mean negative log-likelihood, in nats, of the answers' tokens after their prompts.
+) -> Losses:
+    """Negative log-likelihood, in nats, of the answers' tokens after their prompts.
 
     Args:
         llm: Reads; gradient flows through it, and to what of it is trained.
@@ -270,8 +304,9 @@ def reading_loss(
     if any(not reading.parts or reading.parts[-1][1] != "answer" for reading in readings):
         raise ConfigError("a reading does not end with an answer, so there is nothing to score; add one")
     compressed = _compressed(embedder, readings, ratios, chunk_size) if embedder is not None else {}
+    embedded = {(index, ratio) for index, _, ratio in compressed}
     inputs: list[PromptInputs] = []
-    places, targets, texts, expected = [], [], [], []
+    places, targets, texts, expected, rows = [], [], [], [], []
     for index, reading in enumerate(readings):
         answers = [_ids_of(part) for part, role in reading.parts if role == "answer"]
         plain = [_ids_of(part).numpy() for part, _ in reading.parts]
@@ -282,10 +317,11 @@ def reading_loss(
             places.append((len(inputs), _answers_at(reading, row)))
             inputs.append(_prompt(llm, row))
             targets += answers
+            rows.append((ratio if (index, ratio) in embedded else 0, sum(map(len, answers))))
             expected.append((index, _answers_at(reading, plain)))
     scored = _read(llm, inputs, places, frozen=False)
     teacher = _read(llm, texts, expected) if distillation else None
-    return _mixed_loss(llm, scored, torch.cat(targets).to(llm.device), teacher, distillation)
+    return Losses(_mixed(llm, scored, torch.cat(targets).to(llm.device), teacher, distillation), rows)
 
 
 def _prompt(llm: LLM, row: Sequence[Segment]) -> PromptInputs:
@@ -393,15 +429,15 @@ def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _mixed_loss(llm: LLM, scored: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:
-    """scored, teacher: (S, D) hidden states; targets: (S,) ids."""
+def _mixed(llm: LLM, scored: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:
+    """scored, teacher: (S, D) hidden states; targets: (S,) ids -> (S,)."""
     logits = llm.logits(scored).float()
-    loss = torch.nn.functional.cross_entropy(logits, targets.long())
+    loss = torch.nn.functional.cross_entropy(logits, targets.long(), reduction="none")
     if teacher is None:
         return loss
     with torch.no_grad():
         expected = llm.logits(teacher).float().log_softmax(-1)
-    divergence = torch.nn.functional.kl_div(logits.log_softmax(-1), expected, log_target=True, reduction="batchmean")
+    divergence = torch.nn.functional.kl_div(logits.log_softmax(-1), expected, log_target=True, reduction="none").sum(-1)
     return (1 - distillation) * loss + distillation * divergence
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from extemb_core.errors import ConfigError
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.trainer import Trained, holds_reader_alone, is_finished, train
+from extemb_core.training.trainer import Trained, holds_reader_alone, is_finished, is_first_process, train
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def train_recipe(
         if not is_finished(config):
             logger.warning("%s is not finished; the same call goes on", config.output)
             return None
-    if trained is not None:
+    if trained is not None and is_first_process():
         trained.save(Path(output))
     return trained
 

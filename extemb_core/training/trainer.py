@@ -37,14 +37,12 @@ from extemb_core.training.attention import attention_by_rows
 from extemb_core.training.batches import Batches, Collator
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.data import Samples, TokenFile
-from extemb_core.training.objectives import Reading, plan_passes, reading_loss, two_stream_loss
+from extemb_core.training.objectives import Reading, plan_passes, reading_losses, two_stream_losses
 from extemb_core.training.tasks import QuestionReadings
 
 logger = logging.getLogger(__name__)
 
-READER = "reader"
-_COMPLETE = "complete.json"
-_OPTIMIZER = "optimizer.safetensors"
+READER, COMPLETE, OPTIMIZER = "reader", "complete.json", "optimizer.safetensors"
 _LOG = "log.jsonl"
 # What a checkpoint's tensors depend on; all else may change when a run goes on, and the log says so.
 _FIXED = ("llm", "embedder", "trained", "reader_rank", "reader_first_layer", "start_from")
@@ -77,13 +75,16 @@ class Trained(nn.Module):
         chunk_size: int,
         samples: Sequence[Tensor] | None = None,
         readings: Sequence[Reading] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
+        """The loss with gradient, and that of each ratio without."""
         distillation = self.distillation if self.training else 0.0
         if samples is not None:
             assert self.embedder is not None
-            loss = two_stream_loss(self.embedder, samples, ratios, chunk_size, llm=self.llm, distillation=distillation)
+            losses = two_stream_losses(
+                self.embedder, samples, ratios, chunk_size, llm=self.llm, distillation=distillation
+            )
         else:
-            loss = reading_loss(
+            losses = reading_losses(
                 self.llm,
                 readings or (),
                 embedder=self.embedder,
@@ -91,9 +92,10 @@ class Trained(nn.Module):
                 chunk_size=chunk_size,
                 distillation=distillation,
             )
+        loss = losses.mean()
         if self.training and not loss.requires_grad:  # nothing but raw text in this batch, and an embedder alone learns
             loss = loss + 0 * next(iter(self.trainable().values())).sum()
-        return {"loss": loss}
+        return {"loss": loss, "by_ratio": losses.by_ratio()}
 
     def train(self, mode: bool = True) -> Trained:
         super().train(mode)
@@ -133,15 +135,17 @@ class RunTrainer(Trainer):
         *args: Any,
         connector_lr_factor: float,
         decay_steps: int | None = None,
+        optimizer_from: Path | None = None,
         eval_collators: dict[str, Any],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._optimizer_from = optimizer_from
         self._decay_steps = decay_steps
         self._connector_lr_factor = connector_lr_factor
         self._eval_collators = eval_collators
         self.model_accepts_loss_kwargs = False  # the loss is a mean; accumulation averages it
-        self._by_objective: dict[str, list[Tensor]] = {}  # since the last log
+        self._parts: dict[str, list[Tensor]] = {}  # losses of each objective and each ratio since the last log
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.SequentialSampler:
         dataset: Any = train_dataset or self.train_dataset
@@ -149,9 +153,12 @@ class RunTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         objective = inputs.get("objective")
-        loss = model(**{name: value for name, value in inputs.items() if name != "objective"})["loss"]
+        made = model(**{name: value for name, value in inputs.items() if name != "objective"})
+        loss = made["loss"]
         if model.training and objective is not None:
-            self._by_objective.setdefault(objective, []).append(loss.detach())
+            parts = {objective: loss.detach()} | {f"ratio_{ratio}": each for ratio, each in made["by_ratio"].items()}
+            for name, part in parts.items():
+                self._parts.setdefault(name, []).append(part)
         if model.training and not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss became {float(loss.detach())} at step {self.state.global_step}; "
@@ -160,11 +167,10 @@ class RunTrainer(Trainer):
         return (loss, {"loss": loss}) if kwargs.get("return_outputs") else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """With the mean loss of each objective since the last log, where there are several: one can hide the other."""
+        """With the mean loss of each objective and each ratio since the last log: one can hide the other."""
         if "loss" in logs:
-            if len(self._by_objective) > 1:
-                logs |= {f"loss_{name}": float(torch.stack(each).mean()) for name, each in self._by_objective.items()}
-            self._by_objective.clear()
+            logs |= {f"loss_{name}": float(torch.stack(each).mean()) for name, each in sorted(self._parts.items())}
+            self._parts.clear()
         super().log(logs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
@@ -193,6 +199,9 @@ class RunTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(
                 groups, betas=(0.9, 0.95), weight_decay=self.args.weight_decay, fused=False
             )
+            if self._optimizer_from is not None:
+                fresh, whole = self._take_optimizer(self._optimizer_from)
+                logger.info("the optimiser goes on for %d of %d tensors", whole - fresh, whole)
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -234,15 +243,30 @@ class RunTrainer(Trainer):
             for key, value in optimizer.state.get(parameter, {}).items()
         }
         if self.args.should_save and state:
-            save_file(state, Path(output_dir) / _OPTIMIZER)
+            save_file(state, Path(output_dir) / OPTIMIZER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Take what is known of each parameter, by its name; one that is new begins anew."""
+        """Go on with the optimiser's state and the schedule."""
         if checkpoint is None:
             return
+        fresh, whole = self._take_optimizer(Path(checkpoint))
+        if fresh:
+            logger.warning("the optimiser begins anew for %d of %d tensors", fresh, whole)
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
-        file = Path(checkpoint) / _OPTIMIZER
+        step = self.state.global_step
+        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1})
+        for group, rate in zip(optimizer.param_groups, self._rates(step), strict=True):
+            group["lr"] = rate
+
+    def _take_optimizer(self, checkpoint: Path) -> tuple[int, int]:
+        """Take what a checkpoint knows of each parameter, by its name.
+
+        Returns:
+            How many parameters begin anew, and of how many.
+        """
+        optimizer: Any = self.optimizer
+        file = checkpoint / OPTIMIZER
         kept: dict[str, dict[str, Tensor]] = {}
         for key, value in (load_file(file) if file.is_file() else {}).items():
             name, _, what = key.rpartition("/")
@@ -255,13 +279,7 @@ class RunTrainer(Trainer):
                     key: value if key == "step" else value.to(parameter.device, parameter.dtype)
                     for key, value in state.items()
                 }
-        fresh = sorted(name for name, parameter in parameters.items() if parameter not in optimizer.state)
-        if fresh:
-            logger.warning("the optimiser begins anew for %d of %d tensors", len(fresh), len(parameters))
-        step = self.state.global_step
-        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1})
-        for group, rate in zip(optimizer.param_groups, self._rates(step), strict=True):
-            group["lr"] = rate
+        return sum(parameter not in optimizer.state for parameter in parameters.values()), len(parameters)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing: all that is drawn follows from the seed and the batch's number."""
@@ -298,10 +316,14 @@ class _RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(1)
         limit, every = self._config.max_minutes, self._config.save_minutes
-        if every is not None and time.monotonic() - self._saved > 60 * every:
-            control.should_save = True
-        if limit is not None and time.monotonic() - self._start > 60 * limit:
-            control.should_save = control.should_training_stop = True
+        due = every is not None and time.monotonic() - self._saved > 60 * every
+        over = limit is not None and time.monotonic() - self._start > 60 * limit
+        if self._config.processes > 1 and (every or limit):  # one that stops by its own clock leaves the others waiting
+            decided = [due, over]
+            torch.distributed.broadcast_object_list(decided, src=0)
+            due, over = decided
+        control.should_save |= due or over
+        control.should_training_stop |= over
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved = time.monotonic()
@@ -310,7 +332,7 @@ class _RunCallback(TrainerCallback):
             for file in filter(Path.is_file, folder.rglob("*")):
                 push(file)
             mark = {"step": state.global_step, "config": _settings(self._config)}
-            write_whole(folder / _COMPLETE, json.dumps(mark, indent=2))
+            write_whole(folder / COMPLETE, json.dumps(mark, indent=2))
 
 
 def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
@@ -341,6 +363,7 @@ def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
         settings.require_ratio(ratio)
     batches = _batches(config, llm, min(ratios), chunk_sizes)
     held_out = _held_out(config, llm)
+    longest = max(_short_chunks(config, chunk_sizes)) if held_out is not None else 0
     logger.info("%d steps of %d tokens at most", config.max_steps, config.tokens_per_step)
     with progress("train", config.max_steps) as advance:
         trainer = RunTrainer(
@@ -352,7 +375,8 @@ def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
             callbacks=[_RunCallback(config, advance), *_tensorboard(output)],
             connector_lr_factor=config.connector_lr_factor,
             decay_steps=config.decay_steps,
-            eval_collators={f"ratio_{r}": Collator([r], [max(chunk_sizes)], 0) for r in ratios},
+            optimizer_from=_optimizer_before(config) if checkpoint is None else None,
+            eval_collators={f"ratio_{r}": Collator([r], [longest], 0) for r in ratios},
         )
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
@@ -372,12 +396,23 @@ def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
     model.train(False)
     if trainer.is_world_process_zero():
         model.save(output)
+    trainer.accelerator.wait_for_everyone()  # else another process would look for what is not written yet
     return model
+
+
+def _optimizer_before(config: TrainingConfig) -> Path | None:
+    """The checkpoint that holds the optimiser's state of the run that this one goes on from."""
+    return last_checkpoint(Path(config.start_from)) if config.start_from is not None else None
 
 
 def _read_through(llm: LLM, settings: ExtensibleEmbedderConfig) -> list[PreTrainedModel]:
     """The model that reads embeddings, where it is another than the LLM's."""
     return [llm.reading_model(settings.entry_layer)] if settings.entry_layer else []
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of those that train together that writes files."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_finished(config: TrainingConfig) -> bool:
@@ -391,13 +426,9 @@ def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequenc
     wanted = {name: share for name, share in config.objectives.items() if share}
     samples = questions = None
     if "two_stream" in wanted:
-        shortest = max(chunk_sizes) + 1
-        if config.sample_length < shortest:
-            raise ConfigError(
-                f"sample_length={config.sample_length} leaves nothing to predict after a chunk of {max(chunk_sizes)}; "
-                f"pass at least {2 * max(chunk_sizes)}"
-            )
-        for size in chunk_sizes:  # that the longest sample fits the window is known now, not at some step
+        short = _short_chunks(config, chunk_sizes)
+        shortest = max(short) + 1
+        for size in short:  # that the longest sample fits the window is known now, not at some step
             plan_passes(chunk_lengths(config.sample_length, size), finest, llm.window, 0, llm.bos_token_id is not None)
     else:
         shortest = min(config.spans)
@@ -429,6 +460,17 @@ def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequenc
         questions=questions,
         spans=config.spans,
     )
+
+
+def _short_chunks(config: TrainingConfig, chunk_sizes: Sequence[int]) -> list[int]:
+    """Those that leave something of a sample to predict after a chunk: what two streams are made of."""
+    short = [size for size in chunk_sizes if size < config.sample_length]
+    if not short:
+        raise ConfigError(
+            f"sample_length={config.sample_length} leaves nothing to predict after a chunk of {min(chunk_sizes)}; "
+            f"pass at least {2 * min(chunk_sizes)}, or smaller chunk_sizes"
+        )
+    return short
 
 
 def _held_out(config: TrainingConfig, llm: LLM) -> Samples | None:
@@ -551,7 +593,7 @@ def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingA
 
 
 def _tensorboard(output: Path) -> list[TrainerCallback]:
-    if not importlib.util.find_spec("tensorboard") or int(os.environ.get("RANK", "0")):
+    if not importlib.util.find_spec("tensorboard") or not is_first_process():
         return []
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations.integration_utils import TensorBoardCallback
@@ -571,7 +613,7 @@ def _write_config(config: TrainingConfig, output: Path) -> None:
 
 def last_checkpoint(output: Path) -> Path | None:
     """The last whole checkpoint in a run's folder, of whatever run."""
-    whole = [folder for folder in output.glob("checkpoint-*") if (folder / _COMPLETE).is_file()]
+    whole = [folder for folder in output.glob("checkpoint-*") if (folder / COMPLETE).is_file()]
     return max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
 
 
@@ -603,10 +645,10 @@ def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tupl
 
 def _config_of(checkpoint: Path) -> dict[str, Any]:
     """The settings a checkpoint was made with: in its own mark, in those of the first versions in the run's file."""
-    for file in (checkpoint / _COMPLETE, checkpoint.parent / "training.json"):
+    for file in (checkpoint / COMPLETE, checkpoint.parent / "training.json"):
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            config = values["config"] if file.name == _COMPLETE else values
+            config = values["config"] if file.name == COMPLETE else values
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if isinstance(config, dict):

@@ -64,7 +64,7 @@ def test_a_bundle_is_slices_and_what_unpacks_them(bundle, settings, tmp_path):
     assert with_weights == ["model.safetensors"]
     assert not (tmp_path / "unpacked" / "package" / "extemb_core" / "pretrained").exists()
     with pytest.raises(ConfigError, match="exists; pass another folder"):
-        pack(read_recipe("reader"), bundle, total_tokens=1, llm=settings["llm"], questions=settings["questions"])
+        pack(read_recipe("text-reader"), bundle, total_tokens=1, llm=settings["llm"], questions=settings["questions"])
 
 
 def test_tied_tensors_travel_once(bundle, tmp_path):

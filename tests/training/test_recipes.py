@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import ConfigError
+from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training import recipes as recipes_module
 from extemb_core.training.recipes import read_recipe, recipe_names, stage_configs, train_recipe
@@ -104,7 +105,7 @@ def test_the_readers_recipe_leaves_an_llm(folder, settings):
     }
     (folder / "questions.jsonl").write_text(json.dumps(row))
     settings |= {"data": (), "questions": (str(folder / "questions.jsonl"),)}
-    train_recipe(read_recipe("reader"), folder / "run", 2 * 8 * 224, **settings)
+    train_recipe(read_recipe("text-reader"), folder / "run", 2 * 8 * 224, **settings)
     assert LLM.from_pretrained(folder / "run" / "reader").window == 1024
 
 
@@ -147,5 +148,49 @@ def test_what_is_no_recipe(folder, text, message):
 
 
 def test_a_recipe_that_is_not_there():
-    with pytest.raises(ConfigError, match="recipe='magic' is neither a file nor one of default, joint, paper, reader"):
+    with pytest.raises(
+        ConfigError,
+        match="recipe='magic' is neither a file nor one of default, frozen, joint, paper, reader, text-reader",
+    ):
         read_recipe("magic")
+
+
+@pytest.mark.parametrize("name", ["joint", "frozen", "reader"])
+def test_a_recipe_above_entry_layer_0_trains_what_it_says(folder, settings, name):
+    """The whole recipe on a tiny LLM, each stage a step, and what it leaves is loaded by name."""
+    tiny_model("llama", max_position_embeddings=1024).save_pretrained(folder / "llm")
+    row = {"id": "a:1", "context": "The mill was built in 1820. " * 6, "question": "When?", "answers": ["1820"]}
+    (folder / "questions.jsonl").write_text(json.dumps(row))
+    (folder / "long.txt").write_text("The mill was built in 1820. It burned down twice. " * 60)
+    settings |= {
+        "data": (str(folder / "long.txt"),), "questions": (str(folder / "questions.jsonl"),), "batch_size": 2,
+        "embedder": {"entry_layer": 2, "lora_rank": 2}, "learning_rate": 1e-2, "warmup_steps": 0,
+    }  # fmt: skip
+    trained = train_recipe(read_recipe(name), folder / "run", 4 * 2 * 256, **settings)
+    assert trained is not None
+    assert (folder / "run" / "reader").is_dir() == (name != "frozen")
+    llm = LLM.from_pretrained(folder / "run" / "reader" if name != "frozen" else folder / "llm")
+    embedder = ExtensibleEmbedder.from_pretrained(folder / "run", llm=llm)
+    assert embedder.config.entry_layer == 2
+    assert embedder.config.adaptation == ("none" if name == "reader" else "lora")
+    text = "When was the mill built? " * 8
+    torch.testing.assert_close(
+        embedder.compress(text, ratio=4).embeddings, trained.embedder.compress(text, ratio=4).embeddings
+    )
+
+
+def test_a_stage_goes_on_with_the_optimiser_of_the_one_before_it(folder, settings, caplog):
+    (folder / "two.yaml").write_text(
+        """
+embedder: {num_layers: 2, chunk_size: 16, ratios: [2, 4]}
+stages:
+  - {name: first, share: 1, decay_steps: 0, sample_length: 48, batch_size: 2}
+  - {name: last, share: 1, warmup_steps: 0, sample_length: 48, batch_size: 2}
+"""
+    )
+    caplog.set_level("INFO")
+    train_recipe(read_recipe(folder / "two.yaml"), folder / "run", 4 * 96, **settings)
+    said = [record.message for record in caplog.records if "the optimiser goes on for" in record.message]
+    assert len(said) == 1
+    counts = [int(word) for word in said[0].split() if word.isdigit()]
+    assert counts[0] == counts[1] > 0

@@ -23,7 +23,7 @@ from extemb_core.models.llm import LLM
 from extemb_core.training import trainer as trainer_module
 from extemb_core.training.batches import Collator
 from extemb_core.training.config import OBJECTIVES, TrainingConfig
-from extemb_core.training.objectives import two_stream_loss
+from extemb_core.training.objectives import two_stream_losses
 from extemb_core.training.trainer import RunTrainer, Trained, train
 
 
@@ -177,14 +177,15 @@ def test_a_run_goes_on_with_other_settings_and_the_log_says_so(config):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
-    real = trainer_module.two_stream_loss
+    real = trainer_module.two_stream_losses
     calls = []
 
     def poisoned(*args, **options):
         calls.append(1)
-        return real(*args, **options) * (float("nan") if len(calls) == 3 else 1)
+        losses = real(*args, **options)
+        return replace(losses, values=losses.values * float("nan")) if len(calls) == 3 else losses
 
-    monkeypatch.setattr(trainer_module, "two_stream_loss", poisoned)
+    monkeypatch.setattr(trainer_module, "two_stream_losses", poisoned)
     with pytest.raises(TrainingError, match="the loss became nan at step 2"):
         train(config)
 
@@ -272,9 +273,9 @@ def test_the_frozen_llm_may_run_in_bfloat16_while_what_is_trained_stays_float32(
     def loss(embedder, *args, **options):
         seen.update(llm=embedder.llm.dtype, own={p.dtype for p in embedder.parameters() if p.requires_grad},
                     autocast=torch.is_autocast_enabled("cpu"))  # fmt: skip
-        return two_stream_loss(embedder, *args, **options)
+        return two_stream_losses(embedder, *args, **options)
 
-    monkeypatch.setattr(trainer_module, "two_stream_loss", loss)
+    monkeypatch.setattr(trainer_module, "two_stream_losses", loss)
     train(replace(config, dtype=dtype, total_tokens=96))
     assert seen == {"llm": expected, "own": {torch.float32}, "autocast": dtype == "bfloat16"}
     assert all(math.isfinite(loss) for loss in losses(config).values())
@@ -397,7 +398,7 @@ def test_a_reader_goes_on_beside_an_embedder(asked, tmp_path):
 def test_a_reader_goes_on_where_it_was_stopped(asked, trained, monkeypatch, tmp_path):
     whole = replace(asked, trained=trained, output=str(tmp_path / "whole"))
     train(whole)
-    real, calls = trainer_module.reading_loss, []
+    real, calls = trainer_module.reading_losses, []
 
     def interrupted(*args, **options):
         calls.append(1)
@@ -406,10 +407,10 @@ def test_a_reader_goes_on_where_it_was_stopped(asked, trained, monkeypatch, tmp_
         return real(*args, **options)
 
     run = replace(asked, trained=trained)
-    monkeypatch.setattr(trainer_module, "reading_loss", interrupted)
+    monkeypatch.setattr(trainer_module, "reading_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(run)
-    monkeypatch.setattr(trainer_module, "reading_loss", real)
+    monkeypatch.setattr(trainer_module, "reading_losses", real)
     train(run)
     assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
     for name, tensor in reader_tensors(whole).items():
