@@ -47,8 +47,9 @@ class Groups(NamedTuple):
 
 def rescaled(means: Tensor, norms: Tensor) -> Tensor:
     """Give each row of `means`, (N, D), the length in `norms`, (N,); a row of zeros stays one."""
-    lengths = means.norm(dim=-1, keepdim=True)
-    return torch.mul(means, norms[:, None] / lengths.clamp_min(torch.finfo(means.dtype).tiny))
+    largest = means.detach().abs().amax(-1, keepdim=True)  # the squares of what is very short would be zero
+    shaped = means / torch.where(largest > 0, largest, 1)
+    return torch.mul(shaped, norms[:, None] / shaped.norm(dim=-1, keepdim=True).clamp_min(1))
 
 
 def pool(states: Tensor, weights: Tensor, ratio: int) -> Groups:
