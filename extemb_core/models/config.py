@@ -75,7 +75,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         tokenizer_digest: str = "",
         **kwargs: Any,
     ) -> None:
-        if not is_count(entry_layer) and entry_layer != 0:
+        if not is_count(entry_layer) and (entry_layer != 0 or type(entry_layer) is not int):
             raise ConfigError(
                 f"entry_layer={entry_layer!r} is not 0 or a positive whole number; pass a layer of the LLM"
             )
@@ -92,6 +92,11 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
             raise ConfigError(
                 "adaptation='none' needs an entry_layer above 0: at 0 nothing that is untrained can be read; pass "
                 "entry_layer=J, or adaptation='lora' and train"
+            )
+        elif token_weighting != "rank" or token_weights_digest:
+            raise ConfigError(
+                f"token_weighting={token_weighting!r} has no meaning at entry_layer=0, where groups are not weighted; "
+                "leave it and token counts out, or pass entry_layer=J"
             )
         elif residual_window is None:
             residual_window = 8

@@ -444,7 +444,7 @@ def test_a_shipped_reader_has_a_name(site: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the known models are tiny, tiny-on-hub, tiny-reader\)"):
         weights.resolve_llm("tiny-writer")
     with pytest.raises(ConfigError, match="embedders are shipped for no LLM"):
-        weights.resolve_embedder(None, "tiny-reader")
+        weights.resolve_embedder("tiny-reader", "tiny-reader")
 
 
 def test_a_window_is_known_where_a_file_says_so(site: Path, tmp_path: Path) -> None:
@@ -463,14 +463,13 @@ def test_a_window_is_known_where_a_file_says_so(site: Path, tmp_path: Path) -> N
 
 
 def test_the_embedder_is_the_shipped_one_or_the_named_one(site: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="embedder=None.*extemb train --llm tiny"):
-        weights.resolve_embedder(None, NAME)
+    assert weights.resolve_embedder(None, NAME) == weights.UNTRAINED == "untrained"
     shipped = model_folder(tmp_path / "pretrained" / NAME, model_type="extemb")
     assert weights.resolve_embedder(None, NAME) == shipped
     assert weights.resolve_embedder(NAME, "other") == shipped
     assert weights.resolve_embedder(shipped, "other") == shipped
-    with pytest.raises(ConfigError, match="shipped for tiny"):
-        weights.resolve_embedder(None, "other")
+    assert weights.resolve_embedder(None, "other") == weights.UNTRAINED
+    assert weights.resolve_embedder("untrained", NAME) == weights.UNTRAINED
     with pytest.raises(ConfigError, match="shipped for tiny"):
         weights.resolve_embedder("unknown", NAME)
     with pytest.raises(WeightsError, match="not 'extemb'"):
