@@ -1,11 +1,36 @@
-"""Tiny random LLMs of five architectures, and a byte-level tokenizer trained on a few sentences written here."""
+"""Tiny random LLMs of many families, and a byte-level tokenizer trained on a few sentences written here."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
-ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "phi")
+ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "phi")  # one of each kind, for large matrices
+# Those and the others that are tested, each with what it has besides the settings of `tiny_model`.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "mistral": {},
+    "gemma2": {"sliding_window": 128, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+    "phi": {"partial_rotary_factor": 0.5},
+    "qwen3": {"tie_word_embeddings": True},
+    "mistral-sliding": {"model_type": "mistral", "sliding_window": 8},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 8,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {},
+    "olmo2": {},
+    "gpt_neox": {"use_parallel_residual": True, "rotary_pct": 0.5, "num_key_value_heads": None},
+    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": True, "tie_word_embeddings": True},
+}
+
+_MAY_BE_NONE = ("bos_token_id", "sliding_window")
 
 SENTENCES = """The lighthouse keeper counted forty-one ships before the fog came in.
 Copper wires ran from the cellar to the roof, where a small dish turned slowly.
@@ -55,6 +80,27 @@ def tiny_tokenizer() -> Any:
     return tokenizer
 
 
+@cache
+def bos_tokenizer() -> Any:
+    """The same with a token that it puts before every text."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    bos = "<|endoftext|>"
+    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token=bos,
+        eos_token="<|im_end|>",
+        pad_token=bos,
+        chat_template="{{ bos_token }}" + CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def tiny_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
     """A random causal LM with 3 layers of width 32."""
     import torch
@@ -75,27 +121,31 @@ def tiny_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
         "sliding_window": None,
         "initializer_range": 0.2,
     }
-    if architecture == "phi":
-        settings |= {"partial_rotary_factor": 0.5}
-    if architecture == "gemma2":
-        settings |= {"sliding_window": 128, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
-    config = CONFIG_MAPPING[architecture](**(settings | changes))
+    settings |= FAMILIES[architecture] | changes
+    settings = {name: value for name, value in settings.items() if value is not None or name in _MAY_BE_NONE}
+    config = CONFIG_MAPPING[settings.pop("model_type", architecture)](**settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config)
 
 
 @cache
-def tiny_llm(architecture: str = "llama", seed: int = 0) -> Any:
+def tiny_llm(architecture: str = "llama", seed: int = 0, *, bos: bool = False) -> Any:
     from extemb_core.models.llm import LLM
 
-    return LLM(tiny_model(architecture, seed=seed), tiny_tokenizer(), name=f"tiny-{architecture}")
+    tokenizer = bos_tokenizer() if bos else tiny_tokenizer()
+    return LLM(tiny_model(architecture, seed=seed), tokenizer, name=f"tiny-{architecture}")
+
+
+def entering(llm: Any, layer: int = 1, **settings: Any) -> Any:
+    """An untrained embedder whose embeddings enter at a layer of the LLM."""
+    from extemb_core.models.embedder import ExtensibleEmbedder
+
+    return ExtensibleEmbedder.untrained(llm, layer, **({"chunk_size": 16, "ratios": (1, 2, 4, 8)} | settings))
 
 
 def tool_llm() -> Any:
     """A tiny LLM whose chat template has a place for tools."""
-    from copy import deepcopy
-
     from extemb_core.models.llm import LLM
 
     tokenizer = deepcopy(tiny_tokenizer())

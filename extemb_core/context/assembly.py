@@ -48,8 +48,8 @@ class Prompt:
         """What an `LLM` reads: ids if there is only text, else (T, D) embeddings, or ids with states.
 
         Raises:
-            MismatchError: An anchor is a control token, which no text becomes; or embeddings of several entry layers
-                stand in the prompt.
+            MismatchError: An anchor is a control token or none, which no text becomes; or embeddings of several entry
+                layers stand in the prompt.
         """
         if self.text_only:
             return [int(index) for segment in self.segments for index in segment]  # type: ignore[union-attr]
@@ -57,11 +57,8 @@ class Prompt:
             return self.embeddings(llm)
         segments: list[Any] = list(self.segments)
         for segment in segments:
-            if isinstance(segment, AnchoredStates) and np.isin(segment.anchors, llm.control_ids).any():
-                raise MismatchError(
-                    f"an anchor is a control token of {llm.name}, which no document's text becomes; compress the "
-                    "document again"
-                )
+            if isinstance(segment, AnchoredStates):
+                _require_text(llm, segment.anchors)
         return AnchoredPrompt.of(segments, llm.width, llm.device, llm.dtype)
 
     def embeddings(self, llm: LLM) -> Tensor:
@@ -80,6 +77,17 @@ class Prompt:
             for segment in self.segments
         ]
         return torch.cat(pieces) if pieces else torch.empty(0, llm.width, device=llm.device, dtype=llm.dtype)
+
+
+def _require_text(llm: LLM, anchors: np.ndarray[Any, Any]) -> None:
+    """Raise `MismatchError` for ids that no text becomes."""
+    size = int(llm.model.get_input_embeddings().num_embeddings)
+    wrong = np.isin(anchors, llm.control_ids) | (anchors < 0) | (anchors >= size)
+    if wrong.any():
+        raise MismatchError(
+            f"anchor {anchors[wrong][0]} is a control token of {llm.name} or none of its tokens, which no text of "
+            "documents becomes; compress the document again"
+        )
 
 
 def document_heading(index: int, title: str | None = None) -> str:

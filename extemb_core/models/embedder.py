@@ -7,8 +7,9 @@ reads at the input of layer J (see `entry` and `pooling`): states that it knows,
 
 With `adaptation="lora"` or "none" the layers' base parameters share the LLM's memory; the embedder has modules of its
 own around them, and the adapters live only there. The LLM is never touched, so one thread may compress while another
-generates, and `half()`, `to()` or `requires_grad_()` of the embedder do not reach it. With `adaptation="full"` the
-layers are a trained copy. Token embeddings are the LLM's own, and frozen, in all of them.
+generates. Whatever asks for it, only what is the embedder's own is trained; and the embedder runs in the LLM's dtype
+and on its device: `half()` or `to()` to another is an error. With `adaptation="full"` the layers are a trained copy.
+Token embeddings are the LLM's own, and frozen, in all of them.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.connector import OutputConnector, recent_embeddings, trailing_means
 from extemb_core.models.downscaling import downscale, n_embeddings, picks
-from extemb_core.models.entry import AnchoredStates, decoder_layers, final_norm, shared_parameters
+from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, final_norm, shared_parameters
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.models.pooling import Groups, digest_of, pool, token_weights
 from extemb_core.models.weights import UNTRAINED
 from extemb_core.progress import progress
 
 # The base tensors of an LLM are recognised by a sample of their values, rounded to bfloat16: the same LLM in another
-# dtype has the same (through float16, to a unit in the last place). A derivative differs by some percent (relative L2)
-# and is taken, but is another embedder; another model differs by about 140%.
+# dtype has the same. (Through float16 some round the other way. Where an embedder's file has the sample, that is known
+# from it; where there is none, an LLM whose weights are no bfloat16 values has a fingerprint of its own in float16, and
+# what was compressed in another dtype is compressed again.) A derivative differs by some percent (relative L2) and is
+# taken, but is another embedder; another model differs by about 140%. One that is the same in bfloat16 is the same.
 _PROBE_VALUES = 16
 _PROBE_TOLERANCE = 0.01
+_CHECKED_TOKENS, _EXACT_TOLERANCE = 8, 0.02
 _SORT_WINDOW_BATCHES = 64
 _SETTINGS, _TENSORS = "config.json", "model.safetensors"
 _FINGERPRINTED = (
@@ -187,6 +191,51 @@ class ExtensibleEmbedder(PreTrainedModel):
         }  # quick to look up
         self._fingerprint: tuple[int, str] | None = None
         self.train(False)
+        if config.entry_layer:
+            self._check_exact()
+
+    @torch.no_grad()
+    def _check_exact(self) -> None:
+        """See that a new embedder's states are the LLM's own: at ratio 1 the LLM then reads what it would have read.
+
+        Raises:
+            ConfigError: They are not: the LLM does something besides running its layers one after another.
+        """
+        bos = [] if self.config.bos_token_id is None else [self.config.bos_token_id]
+        ids = np.linspace(0, self.token_weights.numel() - 1, _CHECKED_TOKENS).astype(np.int32)
+        layer, llm = self.config.entry_layer, self.llm
+        try:
+            states = AnchoredStates(ids, self(torch.from_numpy(ids).long()[None].to(llm.device)).hidden[0], layer)
+            prompt = AnchoredPrompt.of([np.array(bos, np.int32), states], llm.width, llm.device, llm.dtype)
+            plain, read = llm.hidden_of([[*bos, *map(int, ids)]]).float(), llm.hidden_of([prompt]).float()
+            far = plain.isfinite().all() and not (plain - read).norm() <= _EXACT_TOLERANCE * plain.norm()
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"the first {layer} layers of {llm.name} do not run by themselves ({first_line(error)}); use "
+                "entry_layer=0, or another LLM"
+            ) from error
+        if far:
+            raise ConfigError(
+                f"the first {layer} layers of {llm.name} give other states by themselves than within it, so that "
+                f"entry_layer={layer} would not be exact; use entry_layer=0, or another LLM"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExtensibleEmbedder:
+        """What `to`, `half`, `float`, `cuda`, ... do.
+
+        Raises:
+            ConfigError: The result would not be on the LLM's device, or in its dtype or that of the layers' own copy.
+        """
+        now = torch.empty(0, dtype=self._layer_dtype, device=self.stack.get_input_embeddings().weight.device)
+        made = fn(now)
+        if made.dtype not in (now.dtype, self.llm.dtype) or made.device not in (now.device, self.llm.device):
+            raise ConfigError(
+                f"the embedder cannot be moved to {made.dtype} on {made.device}: its layers share the tensors of "
+                f"{self.llm.name}; load the LLM there, or use own_to for what the embedder has of its own"
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def requires_grad_(self, requires_grad: bool = True) -> ExtensibleEmbedder:
         """Train, or no longer, the embedder's own tensors; the LLM's are never trained through it."""
@@ -306,8 +355,11 @@ class ExtensibleEmbedder(PreTrainedModel):
                 parameter.copy_(tensors[name])
             if counted and table is not None:
                 self.token_weights.copy_(table)
-            if _same_in_bfloat16(here, probe, steps=int(self.llm.dtype == torch.float16)):
+            if _same_in_bfloat16(here, probe, through_float16=self.llm.dtype == torch.float16):
                 self.llm_probe.copy_(probe)  # as trained, so that the fingerprint does not depend on the dtype
+        # Of what the file holds: float16 tensors of the LLM's dtype may round the other way to bfloat16.
+        made = self.own_state_dict()
+        self._fingerprint = (_version_of(made), self._digest(tensors | {"llm_probe": made["llm_probe"]}))
 
     def own_state_dict(self) -> dict[str, Tensor]:
         """The tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""
@@ -335,18 +387,21 @@ class ExtensibleEmbedder(PreTrainedModel):
         Tensors are rounded to bfloat16 first, so that the same weights have one fingerprint in every dtype.
         """
         own = self.own_state_dict()
-        version = sum(t._version for t in own.values())
+        version = _version_of(own)
         if self._fingerprint is None or self._fingerprint[0] != version:
-            digest = hashlib.sha256()
-            values = self.config.to_dict()
-            names = _FINGERPRINTED_ABOVE_0 if self.config.entry_layer else _FINGERPRINTED
-            settings = {key: values[key] for key in names} | ({"anchor": _ANCHOR} if self.config.entry_layer else {})
-            digest.update(json.dumps(settings, sort_keys=True).encode())
-            for name in sorted(own):
-                digest.update(name.encode())
-                digest.update(own[name].to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-            self._fingerprint = (version, digest.hexdigest()[:32])
+            self._fingerprint = (version, self._digest(own))
         return self._fingerprint[1]
+
+    def _digest(self, own: dict[str, Tensor]) -> str:
+        digest = hashlib.sha256()
+        values = self.config.to_dict()
+        names = _FINGERPRINTED_ABOVE_0 if self.config.entry_layer else _FINGERPRINTED
+        settings = {key: values[key] for key in names} | ({"anchor": _ANCHOR} if self.config.entry_layer else {})
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        for name in sorted(own):
+            digest.update(name.encode())
+            digest.update(own[name].to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:32]
 
     # -- the model --------------------------------------------------------------------------------------------
 
@@ -560,8 +615,18 @@ class ExtensibleEmbedder(PreTrainedModel):
 
 
 def default_entry_layer(llm: LLM) -> int:
-    """The entry layer where none is known: about a quarter of the LLM's layers, and at least 1."""
-    return max(1, round(len(decoder_layers(llm.model, llm.name)) / 4))
+    """The entry layer where none is known: about a quarter of the LLM's layers, and at least 1.
+
+    Raises:
+        ConfigError: The LLM has a single layer.
+    """
+    available = len(decoder_layers(llm.model, llm.name))
+    if available == 1:
+        raise ConfigError(
+            f"{llm.name} has a single layer, and an entry layer above 0 needs one above it; train an embedder for "
+            "entry layer 0"
+        )
+    return max(1, round(available / 4))
 
 
 def _regrouped(
@@ -622,12 +687,21 @@ def _first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]
     return stack, shared
 
 
-def _same_in_bfloat16(here: Tensor, there: Tensor, *, steps: int) -> bool:
-    """Compare two probes as bfloat16; values may be `steps` units in the last place apart."""
+def _version_of(tensors: dict[str, Tensor]) -> int:
+    """What rises whenever one of them is changed in place."""
+    return sum(tensor._version for tensor in tensors.values())
+
+
+def _same_in_bfloat16(here: Tensor, there: Tensor, *, through_float16: bool) -> bool:
+    """Whether two probes are the same rounded to bfloat16; those `here` may have been rounded to float16 before."""
     if here.shape != there.shape:
         return False
-    a, b = (probe.to("cpu", torch.bfloat16).contiguous().view(torch.int16).int() for probe in (here, there))
-    return bool(((a - b).abs() <= steps).all())
+    here, there = here.float().cpu(), there.to("cpu", torch.bfloat16).float()
+    slack = torch.zeros(())
+    if through_float16:  # by half a unit in the last place
+        slack = torch.from_numpy(np.spacing(here.half().abs().numpy()).astype(np.float32)) / 2
+    least, most = ((here + side * slack).bfloat16().float() for side in (-1, 1))
+    return bool(((least <= there) & (there <= most)).all())
 
 
 def _probe(llm: LLM, count: int) -> Tensor:

@@ -113,7 +113,7 @@ class AnchoredPrompt:
     @classmethod
     def of_text(cls, ids: Sequence[int], like: AnchoredPrompt) -> AnchoredPrompt:
         """A prompt of text alone, to stand in a batch beside `like`."""
-        made = torch.tensor([int(index) for index in ids], device=like.ids.device)
+        made = torch.tensor([int(index) for index in ids], dtype=torch.long, device=like.ids.device)
         return cls(made, like.states.new_zeros(len(made), like.states.shape[1]), torch.zeros_like(made) > 0, like.layer)
 
 
@@ -122,6 +122,28 @@ def within(states: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16:
         states = states.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     return states.to(dtype)
+
+
+class SharedParameter(nn.Parameter):
+    """A parameter over memory of the LLM. It is never trained, whatever asks for it: an optimiser would write there."""
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        pass
+
+    def requires_grad_(self, requires_grad: bool = True) -> SharedParameter:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """One of its own, with memory of its own."""
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.data.clone(memory_format=torch.preserve_format), requires_grad=False)
+        copied: nn.Parameter = memo[id(self)]
+        return copied
 
 
 def decoder_layers(model: PreTrainedModel, name: str) -> nn.ModuleList:
@@ -144,7 +166,8 @@ def decoder_layers(model: PreTrainedModel, name: str) -> nn.ModuleList:
             f"{name} is spread over {', '.join(sorted(places)) or 'devices'}, and its layers are shared with the "
             "embedder, which runs on one device; load it without device_map or offload"
         )
-    if getattr(model, "is_quantized", False) or any(type(p) is not nn.Parameter for p in model.parameters()):
+    plain = (nn.Parameter, SharedParameter)
+    if getattr(model, "is_quantized", False) or any(type(p) not in plain for p in model.parameters()):
         raise ConfigError(
             f"{name} is quantised, and the embedder shares its tensors as they are; load it in float32, bfloat16 or "
             "float16"
@@ -160,10 +183,10 @@ def final_norm(decoder: Any) -> str | None:
 def shared_parameters(module: nn.Module) -> dict[int, Any]:
     """What `copy.deepcopy` takes as `memo` to copy a module but not the memory of its parameters.
 
-    The parameters of the copy are objects of their own over the same memory, so that `half()`, `to()` and
-    `requires_grad_()` of the copy do not reach the original.
+    The parameters of the copy are objects of their own over the same memory, so that `half()` and `to()` of the copy do
+    not reach the original, and are never trained.
     """
-    return {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
+    return {id(p): SharedParameter(p.data, requires_grad=False) for p in module.parameters()}
 
 
 def reading_model(model: PreTrainedModel, layer: int, name: str = "") -> PreTrainedModel:
@@ -183,7 +206,12 @@ def reading_model(model: PreTrainedModel, layer: int, name: str = "") -> PreTrai
             f"entry_layer={layer} is not one of the layers 1 to {len(layers) - 1} of {name}; pass one of them, or 0 "
             "for embeddings among the input embeddings"
         )
-    for part in (model, model.base_model, layers[layer]):
+    if (own := getattr(model, "entry_layer", layer)) != layer:
+        raise ConfigError(
+            f"{name} reads compressed text at layer {own} already, and was asked for entry_layer={layer}; make both "
+            "from the LLM itself"
+        )
+    for part in (model, model.base_model, *layers):
         if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(part.forward).parameters.values()):
             raise ConfigError(
                 f"{name}: {type(part).__name__}.forward takes no further keyword arguments, by which states reach "

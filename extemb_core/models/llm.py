@@ -33,7 +33,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -42,7 +41,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, WeightsError
+from extemb_core.errors import ConfigError, DocumentError, MismatchError, WeightsCorruptError, WeightsError
 from extemb_core.models.entry import AnchoredPrompt, reading_model
 from extemb_core.models.weights import resolve_llm, resolve_reader
 
@@ -54,6 +53,7 @@ _WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _FEWEST_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
 _POSITIONS_AT_ONCE = 4096  # of one pass that scores, padding included
+_LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # Cohere's, Granite's, Falcon-H1's
 PromptInputs = Tensor | Sequence[int] | AnchoredPrompt  # (T, D) input embeddings, ids, or ids with states
 _TOKENIZER_PROBE = "The 3 quick brown foxes\n\n\tjumped over naïve 東京 dogs; x_1 += 42.5  # ok?"
 
@@ -67,7 +67,8 @@ class Sampling:
         temperature: 0 is greedy.
         top_p: Draw from the likeliest tokens that have this probability together.
         top_k: Draw from this many of the likeliest tokens; 0 from all.
-        repetition_penalty: Over the tokens of the answer, and of the prompt where that is text only.
+        repetition_penalty: Over the tokens of the answer, and of the prompt where that is text only: the anchors of
+            compressed text are nothing that was said.
         stop: Texts that end the answer; they are not part of it.
         seed: Makes sampling repeatable; without it, draws follow torch's global generator.
     """
@@ -348,6 +349,9 @@ class LLM:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, (..., D) -> (..., V)."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
+        for name, power in _LOGIT_SCALES.items():
+            if scale := getattr(self.text_config, name, None):
+                logits = logits * scale**power
         cap = getattr(self.text_config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -407,7 +411,7 @@ class LLM:
         """
         if not prompts:
             return []
-        rows = self._run(*self._batch(prompts), sampling)
+        rows = self._run(*self._batch(prompts), sampling, said=_text_of(prompts))
         return [self._finish(row, sampling) for row in rows.tolist()]
 
     def stream(self, prompt: PromptInputs, sampling: Sampling, result: Generated | None = None) -> Iterator[str]:
@@ -424,7 +428,7 @@ class LLM:
 
         def work() -> None:
             try:
-                self._run(model, inputs, sampling, relay)
+                self._run(model, inputs, sampling, relay, said=_text_of([prompt]))
             except BaseException as error:
                 relay.fail(error)
             finally:
@@ -458,6 +462,13 @@ class LLM:
 
     def _rows(self, prompts: Sequence[PromptInputs]) -> tuple[PreTrainedModel, dict[str, list[Tensor]]]:
         """The model that reads these prompts, and its inputs by name, one tensor for each prompt."""
+        entering = {prompt.layer for prompt in prompts if isinstance(prompt, AnchoredPrompt) and prompt.layer}
+        entering |= {0 for prompt in prompts if isinstance(prompt, Tensor)}
+        if len(entering) > 1:
+            raise MismatchError(
+                f"prompts with compressed text for entry layers {sorted(entering)} stand in one batch; pass them to "
+                f"{self.name} one entry layer at a time"
+            )
         anchored = next((prompt for prompt in prompts if isinstance(prompt, AnchoredPrompt)), None)
         if anchored is not None:
             rows = [p if isinstance(p, AnchoredPrompt) else AnchoredPrompt.of_text(p, anchored) for p in prompts]  # type: ignore[arg-type]
@@ -496,7 +507,7 @@ class LLM:
             visible[shared : shared + longest - length] = 0
         inputs: dict[str, Any] = {"attention_mask": mask}
         for name, rows in named.items():
-            # Padding is masked, but a repetition penalty counts its ids: repeat one that the prompt has anyway.
+            # Padding is masked, so that any values do: those of each row's first position.
             inputs[name] = torch.stack(
                 [
                     torch.cat([row[:shared], row[:1].expand(longest - len(row), *row.shape[1:]), row[shared:]])
@@ -527,8 +538,16 @@ class LLM:
                 length = int(differs[0]) if len(differs) else length
         return length if length * (count - 1) >= _FEWEST_SHARED_POSITIONS else 0
 
-    def _run(self, model: Any, inputs: dict[str, Any], sampling: Sampling, relay: _TokenRelay | None = None) -> Tensor:
-        """New token ids, (B, S), padded on the right with a stop token."""
+    def _run(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        sampling: Sampling,
+        relay: _TokenRelay | None = None,
+        *,
+        said: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """New token ids, (B, S), padded on the right with a stop token. `said`: see `_Penalty`."""
         stop_ids = self.stop_token_ids
         prompt_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         config = GenerationConfig(
@@ -543,12 +562,10 @@ class LLM:
         if sampling.stop:
             criteria.append(_StopStrings(self, sampling))
         with torch.no_grad():
-            # Anchors are no text that was said: beside compressed text a repetition penalty counts the answer alone.
-            ignored = prompt_length if "entry_states" in inputs else None
             output: Tensor = model.generate(
                 **inputs,
                 generation_config=config,
-                logits_processor=_processors(sampling, inputs["attention_mask"].shape[0], ignored),
+                logits_processor=_processors(sampling, said, prompt_length),
                 stopping_criteria=criteria,
                 streamer=relay,
             )
@@ -637,18 +654,49 @@ class _Draw(LogitsProcessor):
         return scores + gumbel.to(scores.device, scores.dtype)
 
 
-def _processors(sampling: Sampling, rows: int, ignored: int | None = None) -> LogitsProcessorList:
+class _Penalty(LogitsProcessor):
+    """Makes less likely what was said: in each row's answer, and in its prompt where that is text.
+
+    Not transformers' own, which takes all ids of a batch: padding, and anchors of compressed text, are not said.
+
+    Args:
+        penalty: Divides the scores of what was said, or multiplies them below 0.
+        said: Ids of each row's prompt that count.
+        start: Where in a row's ids the answer begins.
+    """
+
+    def __init__(self, penalty: float, said: Sequence[Sequence[int]], start: int) -> None:
+        self._penalty = penalty
+        self._prompts = said
+        self._start = start
+        self._said: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._said is None:
+            self._said = torch.zeros_like(scores, dtype=torch.bool)
+            for row, ids in enumerate(self._prompts):
+                self._said[row, list(ids)] = True
+        said = self._said.scatter(1, input_ids[:, self._start :], True)
+        return torch.where(said, torch.where(scores < 0, scores * self._penalty, scores / self._penalty), scores)
+
+
+def _text_of(prompts: Sequence[PromptInputs]) -> list[Sequence[int]]:
+    """The ids of prompts that are text only; none of others."""
+    return [() if isinstance(p, Tensor | AnchoredPrompt) else [int(index) for index in p] for p in prompts]
+
+
+def _processors(sampling: Sampling, said: Sequence[Sequence[int]], start: int) -> LogitsProcessorList:
     """What transformers runs over the scores; given whole, so that a model's own defaults add nothing."""
     steps: list[LogitsProcessor] = []
     if sampling.repetition_penalty != 1:
-        steps.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty), ignored))
+        steps.append(_Penalty(float(sampling.repetition_penalty), said, start))
     if sampling.temperature > 0:
         steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k:
             steps.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             steps.append(TopPLogitsWarper(sampling.top_p))
-        steps.append(_Draw(sampling.seed, rows))
+        steps.append(_Draw(sampling.seed, len(said)))
     return LogitsProcessorList(steps)
 
 

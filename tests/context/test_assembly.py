@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, tiny_llm
+from tiny import FAMILIES, entering, tiny_llm
 
 from extemb_core.context.assembly import Prompt, assemble_chat, assemble_text
-from extemb_core.errors import ConfigError
+from extemb_core.errors import ConfigError, MismatchError
+from extemb_core.models.entry import AnchoredPrompt
 
 
 def template_ids(llm, messages, **options):
@@ -36,7 +37,7 @@ def test_text_only_ids_are_those_of_the_chat_template(turns):
     assert prompt.inputs(llm) == template_ids(llm, messages)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_text_only_logits_are_those_of_plain_transformers(architecture):
     llm = tiny_llm(architecture)
     messages = user("The lighthouse keeper counted ships.\n\nHow many?")
@@ -88,6 +89,30 @@ def test_token_ids_stand_as_they_are_and_the_prompt_is_still_text(llm):
     (start,) = [at for at in range(len(prompt)) if prompt.inputs(llm)[at : at + 3] == [7, 1, 9]]
     assert llm.tokenizer.decode(prompt.inputs(llm)[:start]).endswith("before ")
     assert len(assemble_text(llm, ["before ", ids])) == len(llm.encode("before ")) + 3
+
+
+def test_states_stand_between_the_text_around_them_with_their_anchors(llm):
+    part = entering(llm).compress("The lighthouse keeper counted forty-one ships.", ratio=4).part
+    prompt = assemble_chat(llm, user(["before ", part, " after"]))
+    left, middle, right = prompt.segments
+    assert middle is part
+    assert len(prompt) == len(left) + len(part) + len(right)
+    made = prompt.inputs(llm)
+    assert isinstance(made, AnchoredPrompt)
+    assert made.ids.tolist() == [*left, *part.anchors, *right]
+    assert made.mask.tolist() == [False] * len(left) + [True] * len(part) + [False] * len(right)
+    assert torch.equal(made.states[made.mask], part.states)
+    assert (made.layer, len(made)) == (1, len(prompt))
+    assert not prompt.text_only
+    with pytest.raises(MismatchError, match="read from layer 0"):
+        prompt.embeddings(llm)
+
+
+def test_nothing_is_left_of_an_empty_text_above_layer_0(llm):
+    empty = entering(llm).compress("").part
+    prompt = assemble_text(llm, ["before", empty])
+    assert prompt.text_only
+    assert prompt.inputs(llm) == llm.encode("before").tolist()
 
 
 def test_a_prompt_knows_its_positions(llm):

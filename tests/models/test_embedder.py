@@ -8,12 +8,13 @@ import shutil
 import threading
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
+from tiny import ARCHITECTURES, FAMILIES, entering, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import (
     ConfigError,
@@ -23,10 +24,11 @@ from extemb_core.errors import (
     WeightsCorruptError,
     WeightsNotFoundError,
 )
-from extemb_core.models.config import Connector
+from extemb_core.models.config import Adaptation, Connector
 from extemb_core.models.downscaling import Downscaling
-from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
 from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.pooling import TokenWeighting
 
 TEXT = "The lighthouse keeper counted forty-one ships before the fog came in. " * 3
 RATIOS = (2, 4, 8)
@@ -51,7 +53,7 @@ def positions(n_tokens, ratio, chunk_size=16):
 
 
 @pytest.mark.parametrize("connector", get_args(Connector))
-@pytest.mark.parametrize("adaptation", ("lora", "full"))
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
 @pytest.mark.parametrize("downscaling", get_args(Downscaling))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_matrix(architecture, downscaling, adaptation, connector, tmp_path):
@@ -81,7 +83,7 @@ def test_matrix(architecture, downscaling, adaptation, connector, tmp_path):
 # -- contract 1: the LLM is never modified ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adaptation", ("lora", "full"))
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_llm_is_bit_equal_after_everything(architecture, adaptation):
     llm = LLM(tiny_model(architecture), tiny_tokenizer(), name="own")
@@ -348,7 +350,7 @@ def test_an_embedder_of_another_llm(llm, saved):
         ExtensibleEmbedder.from_pretrained(saved, llm=LLM(llm.model, other, name="other words"))
 
 
-@pytest.mark.parametrize("adaptation", ("lora", "full"))
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
 def test_the_same_llm_in_bfloat16_is_the_same(llm, tmp_path, adaptation):
     embedder = random_embedder(llm, adaptation=adaptation)
     embedder.save_pretrained(tmp_path)
@@ -361,7 +363,7 @@ def test_the_same_llm_in_bfloat16_is_the_same(llm, tmp_path, adaptation):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi"])
-@pytest.mark.parametrize("adaptation", ("lora", "full"))
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
 def test_training_in_float32_over_an_llm_in_bfloat16(adaptation, architecture):
     llm = LLM(tiny_model(architecture).to(torch.bfloat16), tiny_tokenizer(), name="half")
     embedder = random_embedder(llm, adaptation=adaptation)
@@ -388,13 +390,379 @@ def test_the_fingerprint_follows_what_the_embeddings_depend_on(llm):
 def test_an_llm_of_another_layout_is_refused():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    other = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=64))
+    other = GPT2LMHeadModel(
+        GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=2)
+    )
     with pytest.raises(ConfigError, match="a gpt2 model has no decoder of plain layers"):
         random_embedder(LLM(other, tiny_tokenizer(), name="gpt"))
-    with pytest.raises(ConfigError, match="num_layers=4 is above the 3 layers"):
+    with pytest.raises(ConfigError, match="num_layers=4 is beyond the 3 layers of tiny-llama; pass at most 3"):
         random_embedder(tiny_llm(), num_layers=4)
 
 
 def test_a_moved_folder_is_still_whole(llm, saved, tmp_path):
     shutil.move(saved, tmp_path / "elsewhere")
     assert ExtensibleEmbedder.from_pretrained(str(tmp_path / "elsewhere"), llm=llm).llm is llm
+
+
+# -- above entry layer 0 ------------------------------------------------------------------------------------------
+
+PARTS = ("embeddings", "mean_norms", "norms", "weights")
+
+
+def tuned(llm, layer=1, *, seed=1, **settings):
+    """An embedder that enters at a layer, with own tensors that were changed as training would."""
+    chosen = {"adaptation": "lora", "chunk_size": 16, "ratios": (1, 2, 4, 8), "num_layers": layer} | settings
+    return random_embedder(llm, seed=seed, entry_layer=layer, **chosen)
+
+
+def counts(llm):
+    return torch.arange(1, llm.model.get_input_embeddings().num_embeddings + 1).flip(0)
+
+
+def assert_same_text(made, expected, atol=1e-5):
+    assert (made.ratio, made.n_tokens, made.entry_layer) == (expected.ratio, expected.n_tokens, expected.entry_layer)
+    assert made.anchors.tolist() == expected.anchors.tolist()
+    for name in PARTS:
+        torch.testing.assert_close(getattr(made, name), getattr(expected, name), atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weighting", get_args(TokenWeighting))
+@pytest.mark.parametrize("connector", ["none", "linear", "mlp"])
+@pytest.mark.parametrize("adaptation", get_args(Adaptation))
+def test_matrix_above_layer_0(llm, adaptation, connector, weighting, tmp_path):
+    settings = {"adaptation": adaptation, "connector": connector, "token_weighting": weighting}
+    if weighting == "frequency":
+        settings["token_counts"] = counts(llm)
+    embedder = tuned(llm, 2, **settings)
+    assert len(embedder.token_weights.unique()) == 1 if weighting == "uniform" else embedder.token_weights.std() > 0.5
+    texts = [TEXT, "Copper wires ran from the cellar."]
+    results = embedder.compress(texts, ratio=4)
+    for text, result in zip(texts, results, strict=True):
+        assert result.n_tokens == len(llm.encode(text))
+        assert result.embeddings.shape == (positions(result.n_tokens, 4), llm.width)
+        assert len(result.anchors) == len(result)
+        assert all(torch.isfinite(getattr(result, name)).all() for name in PARTS)
+        assert result.entry_layer == 2
+    assert_same_text(embedder.compress(TEXT, ratio=2).at_ratio(4), results[0])
+
+    outputs = embedder(torch.from_numpy(llm.encode(TEXT)[None, :16]).long())
+    part = embedder.read_out(outputs, 0, 16, 4)
+    torch.testing.assert_close(part.states, results[0].embeddings[:4], atol=1e-5, rtol=0)
+    assert part.anchors.tolist() == results[0].anchors[:4].tolist()
+    trained = embedder.own_state_dict().keys() - {"llm_probe"}
+    assert bool(trained) == (adaptation != "none" or connector != "none")
+    if trained:
+        part.states.square().sum().backward()
+        with_gradient = {n for n, p in embedder.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        assert with_gradient == trained
+    assert all(p.grad is None for p in llm.model.parameters())
+
+    embedder.save_pretrained(tmp_path)
+    again = ExtensibleEmbedder.from_pretrained(tmp_path, llm=llm)
+    assert_equal_tensors(embedder.own_state_dict(), again.own_state_dict())
+    torch.testing.assert_close(again.token_weights, embedder.token_weights, atol=1e-6, rtol=0)
+    assert again.fingerprint == embedder.fingerprint == results[0].fingerprint
+    assert_same_text(again.compress(TEXT, ratio=4), results[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untrained_embedder_gives_the_llms_own_states(family):
+    llm = tiny_llm(family)
+    ids = llm.encode(TEXT)[:40]
+    chunks = torch.from_numpy(np.stack([ids[:16], ids[16:32]])).long()
+    with torch.no_grad():  # of a copy: asking for its states leaves hooks in it
+        states = copy.deepcopy(llm.model)(chunks, output_hidden_states=True).hidden_states
+    for layer in (1, 2):
+        (made,) = entering(llm, layer, token_weighting="uniform").compress_ids([ids], ratio=1)
+        assert made.anchors.tolist() == ids.tolist()
+        torch.testing.assert_close(made.embeddings[:32], states[layer].flatten(0, 1), atol=1e-4, rtol=0)
+        torch.testing.assert_close(made.norms, made.embeddings.norm(dim=-1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bos", [False, True], ids=["", "bos"])
+def test_batch_equals_single_above_layer_0(family, bos):
+    llm = tiny_llm(family, bos=bos)
+    embedder = tuned(llm, 2)
+    texts = ["", "a", TEXT, "Rivers carry sand to the sea.", TEXT[:70], "x y"]
+    alone = [embedder.compress(text, ratio=2, batch_size=1) for text in texts]
+    for batch_size, order in ((1, 1), (2, -1), (3, 1), (100, -1)):
+        made = embedder.compress(texts[::order], ratio=2, batch_size=batch_size)[::order]
+        for own, expected in zip(made, alone, strict=True):
+            assert_same_text(own, expected)
+    assert (len(alone[0]), len(alone[0].anchors)) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def nesting():
+    llm = tiny_llm()
+    return [
+        entering(llm), tuned(llm, 2, connector="mlp"),
+        tuned(llm, 1, adaptation="full", token_counts=counts(llm)), tuned(llm, 2, ratios=(1, 3, 6), chunk_size=10),
+    ]  # fmt: skip
+
+
+@given(length=st.integers(0, 50), which=st.integers(0, 3), seed=st.integers(0, 99))
+@settings(max_examples=50)
+def test_coarser_equals_compressed_again_above_layer_0(nesting, length, which, seed):
+    embedder = nesting[which]
+    ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).int().numpy()
+    made = {ratio: embedder.compress_ids([ids], ratio=ratio)[0] for ratio in embedder.config.ratios}
+    for fine in made:
+        for coarse in made:
+            if coarse < fine:
+                with pytest.raises(RatioError):
+                    made[fine].at_ratio(coarse)
+            else:
+                assert_same_text(made[fine].at_ratio(coarse), made[coarse])
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 15, 16, 17, 33, 47])
+@pytest.mark.parametrize("ratio", [1, 2, 8])
+def test_the_anchor_of_a_group_is_its_last_token(llm, n_tokens, ratio):
+    ids = llm.encode(TEXT)[:n_tokens]
+    (made,) = entering(llm).compress_ids([ids], ratio=ratio)
+    ends = [min(end, 16) - 1 + start for start in range(0, n_tokens, 16)
+            for end in range(ratio, min(16, n_tokens - start) + ratio, ratio)]  # fmt: skip
+    ends = [min(end, n_tokens - 1) for end in ends]
+    assert len(made) == positions(n_tokens, ratio)
+    assert made.anchors.tolist() == ids[ends].tolist()
+    assert made.anchors.dtype == np.int32
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 8])
+def test_a_changed_token_changes_no_state_before_its_group_or_in_other_chunks(llm, ratio):
+    embedder = entering(llm)
+    ids = llm.encode(TEXT)[:41]  # chunks of 16, 16 and 9
+    (before,) = embedder.compress_ids([ids], ratio=ratio, batch_size=3)
+    for token in range(0, len(ids), 3):
+        changed = ids.copy()
+        changed[token] = 70 if ids[token] != 70 else 71
+        (after,) = embedder.compress_ids([changed], ratio=ratio, batch_size=3)
+        moved = ((before.embeddings - after.embeddings).abs().amax(1) > 1e-6).nonzero()[:, 0].tolist()
+        chunk = token // 16
+        assert moved[0] == positions(chunk * 16, ratio) + token % 16 // ratio, token
+        assert moved[-1] < positions(min((chunk + 1) * 16, len(ids)), ratio), token
+
+
+def test_rare_tokens_count_more(llm):
+    ids = np.array([5, 390], dtype=np.int32)
+    uniform, rank = (entering(llm, token_weighting=weighting) for weighting in ("uniform", "rank"))
+    (each,) = uniform.compress_ids([ids], ratio=1)
+    (even,), (ranked,) = uniform.compress_ids([ids], ratio=2), rank.compress_ids([ids], ratio=2)
+    assert even.weights.tolist() == [2]
+    assert ranked.weights.item() == pytest.approx(float(rank.token_weights[5] + rank.token_weights[390]))
+    distances = [float((made.embeddings[0] - each.embeddings[1]).norm()) for made in (ranked, even)]
+    assert distances[0] < distances[1]
+    reading = rank.token_weights
+    assert reading[390] > reading[5] > 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(2, 1), (3, 1), (4, 1), (6, 2), (12, 3), (24, 6), (30, 8), (32, 8), (80, 20)]
+)
+def test_about_a_quarter_of_the_layers_is_the_default(layers, expected):
+    llm = LLM(tiny_model("llama", num_hidden_layers=layers, hidden_size=8, head_dim=2), tiny_tokenizer())
+    assert default_entry_layer(llm) == expected
+    if layers < 12:
+        assert ExtensibleEmbedder.from_pretrained("untrained", llm=llm).config.entry_layer == expected
+
+
+def test_a_layer_that_the_llm_has_not_is_refused(llm):
+    assert entering(llm, 2).config.num_layers == 2
+    for layer in (3, 4, 99):
+        name = "num_layers" if layer > 3 else "entry_layer"
+        with pytest.raises(ConfigError, match=f"{name}={layer} is beyond the 3 layers of tiny-llama"):
+            entering(llm, layer)
+    with pytest.raises(ConfigError, match="entry_layer=-1"):
+        entering(llm, -1)
+    one = LLM(tiny_model("llama", num_hidden_layers=1), tiny_tokenizer(), name="one")
+    with pytest.raises(ConfigError, match="one has a single layer, and an entry layer above 0 needs one above it"):
+        ExtensibleEmbedder.untrained(one)
+
+
+# -- moving and training ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry_layer", [0, 1])
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+def test_the_embedder_runs_in_the_dtype_of_its_llm(entry_layer, adaptation):
+    llm = LLM(tiny_model("llama"), tiny_tokenizer(), name="whole")
+    embedder = random_embedder(llm, entry_layer=entry_layer, num_layers=1, adaptation=adaptation)
+    before = embedder.compress(TEXT)
+    for move in (
+        embedder.half, embedder.bfloat16, embedder.double, lambda: embedder.to(torch.bfloat16),
+        lambda: embedder.to("cpu", torch.float16), lambda: embedder.to("meta"), torch.nn.Sequential(embedder).half,
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"cannot be moved to .*: its layers share the tensors of whole"):
+            move()
+    for same in (embedder.float, lambda: embedder.to("cpu"), lambda: embedder.to(torch.float32), embedder.cpu):
+        assert same() is embedder
+    theirs = {p.data_ptr() for p in llm.model.parameters()}
+    assert embedder.stack.get_input_embeddings().weight.data_ptr() in theirs
+    after = embedder.compress(TEXT)
+    assert torch.equal(after.embeddings, before.embeddings)
+    assert after.fingerprint == before.fingerprint
+    assert llm.dtype is torch.float32
+
+
+@pytest.mark.parametrize("entry_layer", [0, 1])
+def test_own_tensors_may_be_held_in_another_dtype(llm, entry_layer):
+    embedder = random_embedder(llm, entry_layer=entry_layer, num_layers=1)
+    before = embedder.compress(TEXT)
+    embedder.own_to(torch.bfloat16)
+    made = embedder.compress(TEXT)
+    assert torch.isfinite(made.embeddings).all()
+    assert (made.embeddings - before.embeddings).norm() / before.embeddings.norm() < 0.02
+    assert made.fingerprint == before.fingerprint
+
+
+def test_only_own_tensors_are_ever_trained(llm):
+    embedder = tuned(llm, connector="linear")
+    embedder.requires_grad_(False)
+    assert not any(p.requires_grad for p in embedder.parameters())
+    embedder.requires_grad_(True)
+    assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.own_names)
+    torch.nn.Sequential(embedder).requires_grad_(True)
+    assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.own_names)
+
+
+# -- files and fingerprints ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved_above_0(llm, tmp_path):
+    tuned(llm, token_counts=counts(llm), connector="linear").save_pretrained(tmp_path / "embedder")
+    return tmp_path / "embedder"
+
+
+@pytest.mark.parametrize("change", ["missing", "other", "shorter", "digest"])
+def test_a_damaged_table_of_token_weights(llm, saved_above_0, change):
+    tensors = load_file(saved_above_0 / "model.safetensors")
+    table = tensors.pop("token_weights")
+    assert table.dtype is torch.float16
+    if change == "other":
+        table[7] += 1
+    if change == "shorter":
+        table = table[:-1].clone()
+    if change == "digest":
+        edit_config(saved_above_0, token_weights_digest="0" * 32)
+    kept = {} if change == "missing" else {"token_weights": table}
+    save_file(tensors | kept, saved_above_0 / "model.safetensors")
+    with pytest.raises(WeightsCorruptError, match=r"does not hold the token weights that config\.json names"):
+        ExtensibleEmbedder.from_pretrained(saved_above_0, llm=llm)
+
+
+@pytest.mark.parametrize("values", [{"entry_layer": 2}, {"entry_layer": 0}, {"num_layers": 2}, {"entry_layer": 9}])
+def test_a_config_of_another_entry_layer(llm, saved_above_0, values):
+    edit_config(saved_above_0, **values)
+    with pytest.raises(ConfigError, match="has no meaning at entry_layer"):
+        ExtensibleEmbedder.from_pretrained(saved_above_0, llm=llm)
+
+
+def test_an_embedder_for_another_layer_llm_or_tokenizer(llm, saved_above_0):
+    with pytest.raises(MismatchError, match="tiny-llama' differ by"):
+        ExtensibleEmbedder.from_pretrained(saved_above_0, llm=tiny_llm(seed=1))
+    with pytest.raises(MismatchError, match="architecture llama"):
+        ExtensibleEmbedder.from_pretrained(saved_above_0, llm=tiny_llm("qwen2"))
+    other = copy.deepcopy(tiny_tokenizer())
+    other.add_tokens(["lighthouse"])
+    with pytest.raises(MismatchError, match="tokenizer"):
+        ExtensibleEmbedder.from_pretrained(saved_above_0, llm=LLM(llm.model, other, name="other words"))
+    edit_config(saved_above_0, entry_layer=2, num_layers=2)
+    with pytest.raises(WeightsCorruptError, match="missing, unknown or of another shape"):
+        ExtensibleEmbedder.from_pretrained(saved_above_0, llm=llm)
+
+
+def test_a_saved_untrained_embedder_is_of_its_layer_and_llm(llm, tmp_path):
+    entering(llm).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size < 10_000
+    assert ExtensibleEmbedder.from_pretrained(tmp_path, llm=llm).fingerprint == entering(llm).fingerprint
+    edit_config(tmp_path, entry_layer=2, num_layers=2)
+    with pytest.raises(MismatchError, match="differ by"):
+        ExtensibleEmbedder.from_pretrained(tmp_path, llm=llm)
+
+
+def test_the_fingerprint_above_layer_0_follows_what_the_states_depend_on(llm):
+    other = copy.deepcopy(tiny_tokenizer())
+    other.add_tokens(["lighthouse"])
+    many = counts(llm)
+    embedders = [
+        entering(llm),
+        entering(llm, 2),
+        entering(llm, token_weighting="uniform"),
+        entering(llm, token_counts=many),
+        entering(llm, token_counts=many.flip(0)),
+        entering(llm, chunk_size=32),
+        entering(tiny_llm(seed=1)),
+        entering(tiny_llm(bos=True)),
+        entering(LLM(llm.model, other)),
+        tuned(llm),
+        tuned(llm, seed=2),
+        tuned(llm, lora_rank=4),
+        tuned(llm, connector="linear"),
+        random_embedder(llm, num_layers=1),
+    ]
+    prints = [embedder.fingerprint for embedder in embedders]
+    assert len(set(prints)) == len(prints)
+    for same in (entering(llm), entering(llm, ratios=(1, 2)), entering(llm, kept_ratio=4, plan_ratios=(4,))):
+        assert same.fingerprint == prints[0]
+    assert embedders[0].compress("abc").fingerprint == prints[0]
+    with torch.no_grad():
+        embedders[9].get_parameter(embedders[9].own_names[0]).add_(1)
+    assert embedders[9].fingerprint not in prints
+
+
+def of_dtype(dtype, factor=1.0, *, rounded=False, name="other"):
+    """A tiny LLM, or with `factor` a derivative; `rounded`: of bfloat16 values, as nearly all published LLMs are."""
+    model = tiny_model("llama")
+    model = model.bfloat16().float() if rounded else model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    return LLM(model.to(dtype), tiny_tokenizer(), name=name)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_slight_derivative_has_another_fingerprint(dtype, layer, tmp_path):
+    base = tiny_llm()
+    derivative = of_dtype(dtype, 1 + 1e-3)
+    assert entering(derivative, layer).fingerprint != entering(base, layer).fingerprint
+    assert entering(derivative, layer).fingerprint != entering(of_dtype(dtype), layer).fingerprint
+    trained = tuned(base, layer)
+    trained.save_pretrained(tmp_path)
+    assert ExtensibleEmbedder.from_pretrained(tmp_path, llm=derivative).fingerprint != trained.fingerprint
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_llm_itself_has_the_same_fingerprint_in_every_dtype(dtype, rounded):
+    fingerprints = [entering(of_dtype(each, rounded=rounded)).fingerprint for each in (torch.float32, dtype)]
+    # Rounded to float16 first, weights may round the other way to bfloat16: then nothing kept is found, or mixed.
+    assert (fingerprints[0] == fingerprints[1]) == (rounded or dtype is not torch.float16)
+
+
+@pytest.mark.parametrize("entry_layer", [0, 1])
+def test_a_trained_embedder_knows_its_llm_through_float16_whatever_its_weights_are(tmp_path, entry_layer):
+    base = tiny_llm()  # whose weights are no bfloat16 values
+    half, derivative = of_dtype(torch.float16), of_dtype(torch.float16, 1 + 1e-3)
+    trained = random_embedder(base, entry_layer=entry_layer, num_layers=1)
+    trained.save_pretrained(tmp_path)
+    assert ExtensibleEmbedder.from_pretrained(tmp_path, llm=half).fingerprint == trained.fingerprint
+    assert ExtensibleEmbedder.from_pretrained(tmp_path, llm=derivative).fingerprint != trained.fingerprint
+    in_bfloat16 = of_dtype(torch.bfloat16)
+    random_embedder(in_bfloat16, entry_layer=entry_layer, num_layers=1).save_pretrained(tmp_path / "b")
+    every = (in_bfloat16, base, half)
+    made = [ExtensibleEmbedder.from_pretrained(tmp_path / "b", llm=each).fingerprint for each in every]
+    assert len(set(made)) == 1
+    assert ExtensibleEmbedder.from_pretrained(tmp_path / "b", llm=derivative).fingerprint != made[0]
+
+
+def test_an_embedder_for_a_far_derivative_is_taken_when_asked(llm, tmp_path):
+    trained = tuned(llm)
+    trained.save_pretrained(tmp_path)
+    far = tiny_llm(seed=1)
+    adapted = ExtensibleEmbedder.from_pretrained(tmp_path, llm=far, adapt=True)
+    assert adapted.fingerprint != trained.fingerprint
+    assert torch.isfinite(adapted.compress(TEXT).embeddings).all()

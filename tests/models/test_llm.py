@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES, SENTENCES, tiny_llm, tiny_model, tiny_tokenizer
+from tiny import ARCHITECTURES, FAMILIES, SENTENCES, tiny_llm, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, WeightsError
 from extemb_core.models import llm as llm_module
@@ -142,7 +142,7 @@ def plain_generate(llm, ids, **options):
     return out[: out.index(2)] if 2 in out else out
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_generation_is_that_of_plain_transformers(architecture):
     llm = tiny_llm(architecture)
     for text in (LONG_PROMPT, "Rivers", "x"):
@@ -159,9 +159,7 @@ def test_generation_in_a_padded_batch_is_that_of_each_alone(architecture, penalt
     prompts = [llm.encode(text).tolist() for text in (LONG_PROMPT, "Rivers", "x", "def area(width")]
     sampling = Sampling(max_new_tokens=12, repetition_penalty=penalty)
     for inputs in (prompts, [llm.embed(ids) for ids in prompts], [llm.embed(prompts[0]), *prompts[1:]]):
-        alone = [llm.generate([each], sampling)[0] for each in inputs]
-        if penalty == 1 or not any(isinstance(each, list) for each in inputs) or inputs is prompts:
-            assert llm.generate(inputs, sampling) == alone
+        assert llm.generate(inputs, sampling) == [llm.generate([each], sampling)[0] for each in inputs]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
@@ -195,9 +193,22 @@ def test_a_shared_prefix_is_read_once_and_changes_no_answer(architecture, penalt
 def test_a_prefix_too_short_to_gain_by_is_read_with_the_rest():
     llm = LLM(tiny_model("llama"), tiny_tokenizer())
     text = llm.encode(LONG_PROMPT).tolist()[:20]
-    assert "past_key_values" not in llm._batch([[*text, 3], [*text, 4]])
-    assert "past_key_values" not in llm._batch([[3, *text * 8], [4, *text * 8]])
-    assert "past_key_values" in llm._batch([[*text, 3 + at] for at in range(8)])
+    assert "past_key_values" not in llm._batch([[*text, 3], [*text, 4]])[1]
+    assert "past_key_values" not in llm._batch([[3, *text * 8], [4, *text * 8]])[1]
+    assert "past_key_values" in llm._batch([[*text, 3 + at] for at in range(8)])[1]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_the_penalty_is_that_of_transformers(penalty):
+    llm = tiny_llm()
+    for text in (LONG_PROMPT, "x"):
+        ids = llm.encode(text).tolist()
+        sampling = Sampling(max_new_tokens=12, repetition_penalty=penalty)
+        assert llm.generate([ids], sampling)[0].token_ids == plain_generate(llm, ids, repetition_penalty=penalty)
+    scores = torch.tensor([[2.0, -2.0, 0.5, -0.5]])
+    own = llm_module._Penalty(2.0, [[0, 1]], 3)
+    assert own(torch.tensor([[2, 2, 2]]), scores).tolist() == [[1.0, -4.0, 0.5, -0.5]]  # what is before is no answer
+    assert own(torch.tensor([[2, 2, 2, 3]]), scores).tolist() == [[1.0, -4.0, 0.5, -1.0]]
 
 
 def test_padding_is_not_penalised():
@@ -217,7 +228,7 @@ def test_the_models_own_sampling_defaults_do_not_leak_in():
     assert llm.generate([ids], GREEDY) == expected == llm.generate([ids], GREEDY)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_score_is_the_log_softmax_of_transformers_logits(architecture):
     llm = tiny_llm(architecture)
     prompt, targets = llm.encode("The keeper counted"), llm.encode(" forty-one ships")
