@@ -71,6 +71,7 @@ def compress(
         for document, target in zip(documents, targets, strict=True):
             with library_output():
                 compressed = loaded.compress(document.text, ratio=finest, batch_size=batch_size)
+                compressed.require_storable()
             if len(compressed):
                 _write(compressed, document, target)
             rows.append(

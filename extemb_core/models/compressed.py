@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extemb_core.errors import RatioError
+from extemb_core.errors import MismatchError, RatioError
 from extemb_core.models.downscaling import Downscaling, chunk_lengths, coarsen, n_embeddings, picks
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.pooling import Groups, coarsen_groups, rescaled
@@ -33,6 +33,9 @@ class Compressed:
         mean_norms: (N,) float32, |m| of each group (see `pooling`). Coarser ratios are derived from these three.
         norms: (N,) float32, the length of each embedding.
         weights: (N,) float32, sum(w) of each group.
+
+    Raises:
+        MismatchError: What belongs to states is missing above entry layer 0, of another length, or there at 0.
     """
 
     embeddings: Tensor
@@ -49,6 +52,16 @@ class Compressed:
     norms: Tensor | None = None
     weights: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        own = (self.anchors, self.mean_norms, self.norms, self.weights)
+        lengths = {None if each is None else len(each) for each in own}
+        if lengths != {len(self.embeddings) if self.entry_layer else None}:
+            raise MismatchError(
+                f"a compressed text of {len(self.embeddings)} embeddings for entry layer {self.entry_layer} came with "
+                f"{' and '.join(sorted(map(str, lengths)))} anchors, norms and weights; above 0 each embedding has its "
+                "own, at 0 there are none"
+            )
+
     def __len__(self) -> int:
         """Positions it takes in the LLM's window."""
         return int(self.embeddings.shape[0])
@@ -59,6 +72,14 @@ class Compressed:
         return (
             self.embeddings if self.anchors is None else AnchoredStates(self.anchors, self.embeddings, self.entry_layer)
         )
+
+    def require_storable(self) -> None:
+        """Raise `MismatchError` where there is no form on disk yet: above entry layer 0."""
+        if self.entry_layer:
+            raise MismatchError(
+                f"compressed texts for entry layer {self.entry_layer} cannot be kept on disk yet; keep them in memory, "
+                "without a store or an output file, or use an embedder of entry layer 0"
+            )
 
     def at_ratio(self, ratio: int) -> Compressed:
         """The same text at a coarser ratio, without another forward pass.

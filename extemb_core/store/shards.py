@@ -61,7 +61,10 @@ def write_shard(folder: str | Path | Place, name: str, texts: Sequence[Compresse
     Raises:
         ConfigError: There are none, or they are of several embedders.
         StoreError: The disk refuses; nothing is left of it.
+        MismatchError: One enters above layer 0, which has no form on disk yet.
     """
+    for text in texts:
+        text.require_storable()
     place = Place.of(folder)
     kinds = {Kind.of(text) for text in texts}
     if len(kinds) != 1:

@@ -140,9 +140,11 @@ class EmbeddingStore:
 
         Raises:
             StoreError: The store is read-only, or the disk refuses; then none of them was kept.
+            MismatchError: One of them enters above layer 0, which has no form on disk yet; none of them was kept.
         """
         finest: dict[bytes, Compressed] = {}
         for text in texts:
+            text.require_storable()
             key = key_of(text.ref, text.fingerprint)
             if key not in finest or text.ratio < finest[key].ratio:
                 finest[key] = text

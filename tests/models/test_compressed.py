@@ -1,12 +1,19 @@
-"""`Compressed.at_ratio` chunk by chunk, and its refusals."""
+"""`Compressed.at_ratio` chunk by chunk, with anchors and without, and its refusals."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from extemb_core.errors import RatioError
+from extemb_core.errors import MismatchError, RatioError
 from extemb_core.models.compressed import Compressed
+from extemb_core.models.entry import AnchoredStates
+from extemb_core.models.pooling import pool
 
 
 def compressed(n_tokens, ratio=2, ratios=(2, 4, 8), embeddings=None):
@@ -38,3 +45,92 @@ def test_the_same_ratio_and_the_empty_text_are_no_work():
 def test_what_cannot_be_derived_is_refused(at_hand, wanted):
     with pytest.raises(RatioError, match=f"ratio={wanted} cannot be derived from ratio {at_hand}"):
         compressed(8, ratio=at_hand).at_ratio(wanted)
+
+
+# -- above entry layer 0 ------------------------------------------------------------------------------------------
+
+
+def anchored(n_tokens, ratio=1, seed=0, chunk_size=8):
+    """Random states, pooled chunk by chunk; the id of a token is its place."""
+    generator = torch.Generator().manual_seed(seed)
+    states, weights = torch.randn(n_tokens, 6, generator=generator), torch.rand(n_tokens, generator=generator) + 0.05
+    spans = [slice(start, min(start + chunk_size, n_tokens)) for start in range(0, n_tokens, chunk_size)]
+    chunks = [pool(states[span], weights[span], ratio) for span in spans]
+    means, totals, norms = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    ends = [np.minimum(np.arange(s.start + ratio, s.stop + ratio, ratio), s.stop) - 1 for s in spans]
+    return Compressed(
+        embeddings=torch.cat([chunk.states for chunk in chunks]), ratio=ratio, n_tokens=n_tokens, ref="r",
+        fingerprint="f", chunk_size=chunk_size, ratios=(1, 2, 4, 8), downscaling="mean", entry_layer=3,
+        anchors=np.concatenate(ends).astype(np.int32), mean_norms=means.norm(dim=-1), norms=norms, weights=totals,
+    )  # fmt: skip
+
+
+@given(n_tokens=st.integers(1, 40), fine=st.sampled_from([1, 2, 4]), times=st.sampled_from([1, 2, 4, 8]))
+def test_a_coarser_ratio_is_the_text_pooled_anew(n_tokens, fine, times):
+    coarse = min(fine * times, 8)
+    derived, expected = anchored(n_tokens, fine).at_ratio(coarse), anchored(n_tokens, coarse)
+    assert derived.ratio == coarse
+    assert derived.anchors.tolist() == expected.anchors.tolist()
+    assert derived.anchors.dtype == np.int32
+    for name in ("embeddings", "mean_norms", "norms", "weights"):
+        torch.testing.assert_close(getattr(derived, name), getattr(expected, name), atol=1e-5, rtol=1e-4)
+
+
+def test_the_last_token_of_each_group_is_its_anchor_tails_and_single_tokens_too():
+    whole = anchored(19)  # chunks of 8, 8 and 3
+    assert whole.at_ratio(4).anchors.tolist() == [3, 7, 11, 15, 18]
+    assert whole.at_ratio(2).anchors.tolist() == [1, 3, 5, 7, 9, 11, 13, 15, 17, 18]
+    assert whole.at_ratio(2).at_ratio(8).anchors.tolist() == [7, 15, 18]
+    torch.testing.assert_close(whole.at_ratio(2).embeddings[-1], whole.embeddings[-1])  # a group of one token
+    one = anchored(1)
+    torch.testing.assert_close(one.at_ratio(8).embeddings, one.embeddings)
+
+
+def test_a_huge_state_costs_no_other_chunk_or_group_its_digits():
+    whole = anchored(24)
+    embeddings, norms = whole.embeddings.clone(), whole.norms.clone()
+    embeddings[0] *= 1e6
+    norms[0] *= 1e6
+    with_huge = replace(whole, embeddings=embeddings, norms=norms, mean_norms=norms)
+    assert torch.equal(with_huge.at_ratio(4).embeddings[1:], whole.at_ratio(4).embeddings[1:])
+    assert with_huge.at_ratio(4).norms[0] > 1e5
+
+
+def test_what_stands_in_a_prompt():
+    whole = anchored(9, 2)
+    part = whole.part
+    assert isinstance(part, AnchoredStates)
+    assert (len(part), len(whole), part.layer) == (5, 5, 3)
+    assert part.anchors is whole.anchors
+    assert part.states is whole.embeddings
+    assert compressed(20).part.shape == (10, 1)
+    empty = replace(
+        whole, n_tokens=0, embeddings=torch.empty(0, 6), anchors=np.empty(0, np.int32),
+        **{name: torch.empty(0) for name in ("mean_norms", "norms", "weights")},
+    )  # fmt: skip
+    assert len(empty.at_ratio(8).part) == 0
+
+
+@pytest.mark.parametrize("name", ["anchors", "mean_norms", "norms", "weights"])
+def test_states_without_all_that_belongs_to_them_are_refused(name):
+    whole = anchored(9)
+    with pytest.raises(MismatchError, match="9 embeddings for entry layer 3 came with 9 and None anchors"):
+        replace(whole, **{name: None})
+    with pytest.raises(MismatchError, match="came with 8 and 9 anchors"):
+        replace(whole, **{name: getattr(whole, name)[1:]})
+    with pytest.raises(MismatchError, match="for entry layer 0 came with 9 anchors"):
+        replace(whole, entry_layer=0)
+    with pytest.raises(MismatchError, match="for entry layer 3 came with None anchors"):
+        replace(compressed(20), entry_layer=3)
+
+
+def test_states_have_no_form_on_disk_yet():
+    compressed(20).require_storable()
+    with pytest.raises(MismatchError, match="for entry layer 3 cannot be kept on disk yet; keep them in memory"):
+        anchored(9).require_storable()
+
+
+@pytest.mark.parametrize(("at_hand", "wanted"), [(4, 2), (2, 3), (2, 16), (2, 0)])
+def test_what_cannot_be_derived_of_states_is_refused(at_hand, wanted):
+    with pytest.raises(RatioError, match=f"ratio={wanted} cannot be derived from ratio {at_hand}"):
+        anchored(8, at_hand).at_ratio(wanted)
