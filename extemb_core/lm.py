@@ -525,14 +525,12 @@ class ExtensibleLM:
         if isinstance(ratio, int):
             config.require_ratio(ratio)
         finest = [document.finest if isinstance(document, Handed) else None for document in documents]
-        ladder = (
-            config.ratios if isinstance(ratio, int) else {*config.plan_ratios, *(r for r in finest if r is not None)}
-        )
         return plan_context(
             [len(self.token_ids(document.text, document.ref)) for document in documents],
             room,
             ratio=ratio,  # type: ignore[arg-type]
-            ratios=sorted(ladder),
+            ratios=config.ratios,
+            auto_ratios=config.plan_ratios,
             chunk_size=config.chunk_size,
             overhead=[
                 len(self.llm.encode(document_heading(i, d.title) + DOCUMENT_SEPARATOR))

@@ -93,6 +93,7 @@ def plan_context(
     raw_below: int = 64,
     overhead: Sequence[int] | int = 0,
     finest: Sequence[int | None] | None = None,
+    auto_ratios: Sequence[int] | None = None,
 ) -> Plan:
     """Choose the fidelity of each document so that the whole fits the budget.
 
@@ -108,16 +109,18 @@ def plan_context(
         n_tokens: Tokens of each document, best document first.
         budget: Positions that the documents may take.
         ratio: "auto", "raw" or one of `ratios`.
-        ratios: The ratios that the embedder was trained for.
+        ratios: The ratios that may be asked for.
         chunk_size: Tokens that are compressed together.
         raw_below: The longest document, in tokens, that counts as short.
         overhead: Positions that a kept document costs besides its content (title line, separators), for each
             document or one number for all.
         finest: For each document, the finest ratio that it may have, or None where there is no limit. It is no limit
             when "raw" is asked for.
+        auto_ratios: Those of ratios that "auto" chooses from, all when not given. A document's own finest is one of its
+            own besides.
 
     Raises:
-        RatioError: ratio, or one of finest, is not one of ratios.
+        RatioError: ratio, or one of finest or auto_ratios, is not one of ratios.
         BudgetError: budget is negative or not a whole number.
         ConfigError: another number outside its legal values.
     """
@@ -125,7 +128,7 @@ def plan_context(
     budget = _whole(budget, "budget", error=BudgetError)
     chunk_size = _whole(chunk_size, "chunk_size", least=1)
     raw_below = _whole(raw_below, "raw_below")
-    ladders = _ladders(ratio, ratios, finest, len(lengths))
+    ladders = _ladders(ratio, ratios, finest, len(lengths), auto_ratios)
     extra = _overheads(overhead, len(lengths))
 
     def cost(index: int, fidelity: Fidelity) -> int:
@@ -196,7 +199,8 @@ def _climb(
     ranked = kept
     if sum(cost(index, "raw") - cost(index, chosen[index]) for index in short) <= left:
         ranked = [index for index in kept if index not in short or not rise(index, "raw")]
-    for fidelity in max((ladders[index] for index in ranked), key=len, default=())[1:]:
+    rungs = {rung for index in ranked for rung in ladders[index]}
+    for fidelity in sorted(rungs, key=lambda rung: -rung if isinstance(rung, int) else 0):
         for index in ranked:
             if fidelity in ladders[index] and not rise(index, fidelity):
                 break  # not past it: that would lift lower ranks above it
@@ -207,18 +211,27 @@ def _climb(
 
 
 def _ladders(
-    ratio: object, ratios: Sequence[int], finest: Sequence[int | None] | None, count: int
+    ratio: object,
+    ratios: Sequence[int],
+    finest: Sequence[int | None] | None,
+    count: int,
+    auto_ratios: Sequence[int] | None,
 ) -> Sequence[Sequence[Fidelity]]:
     """The fidelities that each document may have, coarsest first."""
     ladder = _ladder(ratio, ratios)
+    if ratio == "auto" and auto_ratios is not None:
+        for one in auto_ratios:
+            _ladder(one, ratios)  # whether it may be asked for
+        ladder = _ladder(ratio, auto_ratios)
     if finest is None or ratio == "raw":
         return [ladder] * count
     if len(finest) != count:
         raise ConfigError(f"finest has {len(finest)} entries for {count} documents; pass one for each, or None")
+    rungs = [rung for rung in ladder if isinstance(rung, int)]
     limited: dict[int | None, Sequence[Fidelity]] = {None: ladder}
     for limit in {limit for limit in finest if limit is not None}:
-        lowest = _ladder(limit, ratios)
-        limited[limit] = [rung for rung in ladder if isinstance(rung, int) and rung >= limit] or lowest
+        own = _ladder(limit, ratios) if ratio == "auto" or limit > max(rungs, default=0) else []
+        limited[limit] = sorted({*own, *(rung for rung in rungs if rung >= limit)}, reverse=True)
     return [limited[limit] for limit in finest]
 
 

@@ -322,3 +322,42 @@ def test_a_limited_document_does_not_stop_those_below_it_from_rising() -> None:
         plan_context([800], budget=100, finest=[3])
     with pytest.raises(ConfigError, match="finest has 1 entries for 2 documents"):
         plan_context([800, 800], budget=100, finest=[4])
+
+
+def test_auto_goes_no_further_than_the_ratios_it_may_choose_from() -> None:
+    asked = {"ratios": (1, 2, 4, 8, 16, 32), "auto_ratios": (2, 4, 8)}
+    assert fidelities(plan_context([800, 800], budget=200, **asked)) == [8, 8]
+    assert fidelities(plan_context([800, 800], budget=199, **asked)) == [8, "dropped"]
+    assert fidelities(plan_context([800, 800], budget=100, ratio=16, **asked)) == [16, 16]
+    assert fidelities(plan_context([800], budget=800, ratio=1, **asked)) == ["raw"]
+    with pytest.raises(RatioError, match="ratio=64 is not one of the ratios"):
+        plan_context([800], budget=100, ratios=(2, 4), auto_ratios=(2, 64))
+
+
+def test_a_limit_outside_those_ratios_is_of_its_document_alone() -> None:
+    asked = {"ratios": (1, 2, 4, 8, 16, 32), "auto_ratios": (2, 4, 8)}
+    for limits, budget, expected in (
+        ([16, None], 2000, [16, "raw"]),
+        ([None, 16], 2000, ["raw", 16]),
+        ([16, None], 149, [16, "dropped"]),  # ratio 16 would do for the second too, and it did not ask for that
+        ([None, 16], 150, [8, 16]),
+        ([1, None], 2000, ["raw", "raw"]),  # each climbs a ladder of its own to its end
+        ([4, 1], 2000, [4, "raw"]),
+        ([32, 16], 2000, [32, 16]),
+    ):
+        plan = plan_context([800, 800], budget=budget, finest=limits, **asked)
+        assert fidelities(plan) == expected, (limits, budget)
+    assert fidelities(plan_context([800, 800], budget=2000, ratio=2, finest=[16, None], **asked)) == [16, 2]
+
+
+@given(cases(), st.data())
+def test_limits_and_ratios_of_its_own_never_break_a_plan(case: dict[str, Any], data: st.DataObject) -> None:
+    count = len(case["n_tokens"])
+    limits = data.draw(st.lists(st.sampled_from([None, *RATIOS]), min_size=count, max_size=count))
+    auto = data.draw(st.lists(st.sampled_from(RATIOS), min_size=1, max_size=3))
+    plan = plan_context(**case, ratios=RATIOS, finest=limits, auto_ratios=auto)
+    assert plan.positions <= plan.budget
+    for document, limit in zip(plan.documents, limits, strict=True):
+        if case["ratio"] == "auto" and isinstance(document.fidelity, int):
+            assert document.fidelity in {*auto, limit}
+            assert limit is None or document.fidelity >= limit

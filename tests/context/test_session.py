@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from tiny import SENTENCES, random_embedder, tiny_llm
+from tiny import SENTENCES, entering, random_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
 
 
-@pytest.fixture
-def lm():
+@pytest.fixture(params=[0, 1], ids=["entry 0", "entry 1"])
+def lm(request):
     llm = tiny_llm()
-    return ExtensibleLM(llm, random_embedder(llm))
+    return ExtensibleLM(llm, entering(llm) if request.param else random_embedder(llm))
 
 
 def send(session, text):
