@@ -348,9 +348,7 @@ def test_damaged_pdf_is_one_line(models: Models, tmp_path: Path) -> None:
 
 
 def test_ratio_that_was_not_trained(models: Models, novel: Path, tmp_path: Path) -> None:
-    assert "ratio=3 is not one of the ratios" in refused(
-        ExitCode.SETTINGS, *ask_about(models, novel, "--ratio", "3")
-    )
+    assert "ratio=3 is not one of the ratios" in refused(ExitCode.SETTINGS, *ask_about(models, novel, "--ratio", "3"))
     assert "ratio=3" in refused(
         ExitCode.SETTINGS, "compress", novel, "--output", tmp_path / "o", "--ratio", "3", *models.options
     )
@@ -390,7 +388,14 @@ def test_weights_that_are_missing(models: Models, tmp_path: Path) -> None:
     assert "neither a folder nor a known name" in refused(
         ExitCode.SETTINGS, "ask", "Who?", "--llm", "gpt", "--embedder", models.embedder
     )
-    assert "needs an embedder shipped for" in refused(ExitCode.SETTINGS, "ask", "Who?", "--llm", models.llm)
+
+
+def test_an_llm_that_no_embedder_is_shipped_for_is_read_untrained(models: Models, novel: Path) -> None:
+    for chosen in ([], ["--embedder", "untrained"]):
+        answer = answer_of("ask", "Who?", "--documents", novel, "--llm", models.llm, *chosen, "--ratio", "8")
+        (entry,) = answer["context"]
+        assert entry["fidelity"] == 8
+        assert entry["positions"] < entry["n_tokens"] / 4
 
 
 @pytest.mark.parametrize("which", ["llm", "embedder"])
@@ -733,7 +738,7 @@ def test_eval_reports_on_records(models: Models, novel: Path, tmp_path: Path) ->
     ("code", "arguments", "message"),
     [
         (ExitCode.INPUT, ["qa", "--data", "none.jsonl", "--ratios", "4"], "none.jsonl does not exist"),
-        (ExitCode.SETTINGS, ["qa", "--data", "{questions}", "--ratios", "3"], "ratio=3 is not one of the trained"),
+        (ExitCode.SETTINGS, ["qa", "--data", "{questions}", "--ratios", "3"], "ratio=3 is not one of the ratios"),
         (ExitCode.SETTINGS, ["qa", "--data", "{questions}", "--template", "verse"], "template='verse' is not one of"),
         (
             ExitCode.INPUT,

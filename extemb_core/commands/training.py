@@ -92,7 +92,7 @@ def train(
             "--num-layers",
             metavar="N",
             help="The LLM's first layers it uses.",
-            show_default="8, or the entry layer",
+            show_default="8",
             rich_help_panel=_NEW,
         ),
     ] = None,
