@@ -615,7 +615,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
 
 def default_entry_layer(llm: LLM) -> int:
-    """The entry layer where none is known: about a quarter of the LLM's layers, and at least 1.
+    """The entry layer where none is known: two fifths of the LLM's layers, and at least 1 (docs/experiments.md).
 
     Raises:
         ConfigError: The LLM has a single layer.
@@ -626,7 +626,7 @@ def default_entry_layer(llm: LLM) -> int:
             f"{llm.name} has a single layer, and an entry layer above 0 needs one above it; train an embedder for "
             "entry layer 0"
         )
-    return max(1, round(available / 4))
+    return max(1, round(0.4 * available))
 
 
 def _regrouped(

@@ -559,9 +559,9 @@ def test_rare_tokens_count_more(llm):
 
 
 @pytest.mark.parametrize(
-    ("layers", "expected"), [(2, 1), (3, 1), (4, 1), (6, 2), (12, 3), (24, 6), (30, 8), (32, 8), (80, 20)]
+    ("layers", "expected"), [(2, 1), (3, 1), (4, 2), (6, 2), (12, 5), (24, 10), (30, 12), (32, 13), (80, 32)]
 )
-def test_about_a_quarter_of_the_layers_is_the_default(layers, expected):
+def test_two_fifths_of_the_layers_are_the_default(layers, expected):
     llm = LLM(tiny_model("llama", num_hidden_layers=layers, hidden_size=8, head_dim=2), tiny_tokenizer())
     assert default_entry_layer(llm) == expected
     if layers < 12:
