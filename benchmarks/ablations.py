@@ -119,7 +119,7 @@ def answer_losses(
         documents.append(question.document)
         target = np.concatenate([llm.encode(question.answers[0]), [turn_end(llm)]])
         for arm, parts in experiment.forms(question).items():
-            prompt = experiment.prompt(question, parts).embeddings(llm)
+            prompt = experiment.prompt(question, parts).inputs(llm)
             losses.setdefault(arm, []).append(-float(llm.score(prompt, target).mean()))
     return losses, documents
 
