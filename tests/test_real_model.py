@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from extemb_core import ExtensibleLM
-from extemb_core.context.assembly import assemble_chat
+from extemb_core.cli import app
+from extemb_core.context.assembly import assemble_chat, assemble_text
 from extemb_core.errors import WeightsError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.weights import resolve_embedder
 from extemb_core.questions import templates
 
 pytestmark = pytest.mark.real_model
 
 TEXT = "Rivers carry sand to the sea, and the sea carries it back to the beach. " * 60
+FURTHER = "\n\nWhere does the sand go, and what brings it back?"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -138,3 +143,105 @@ def test_the_shipped_reader_answers_in_a_few_words_and_says_when_it_cannot():
     assert answer("Who built the lighthouse?", text) == "Ada Brook"
     assert answer("When was it painted?", text) == "1911"
     assert answer("Who built the lighthouse?", "") == "not in the documents"
+
+
+# -- above entry layer 0 ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def untrained(llm):
+    return ExtensibleEmbedder.untrained(llm)
+
+
+def test_at_ratio_1_a_document_that_opens_the_prompt_is_read_exactly(llm, untrained):
+    assert (llm.dtype, untrained.config.adaptation) == (torch.float32, "none")
+    before = {name: (tensor.clone(), tensor.data_ptr()) for name, tensor in llm.model.state_dict().items()}
+    document = TEXT[:1500]
+    part = untrained.compress(document, ratio=1).part
+    read = assemble_text(llm, [part, further := "\n\nThe mountains are"]).inputs(llm)
+    text = [*llm.encode(document).tolist(), *llm.encode(further).tolist()]
+    assert read.ids.tolist() == text
+    with torch.no_grad():
+        plain = llm.model(torch.tensor([text])).logits[0]
+        torch.testing.assert_close(llm.logits(llm.hidden_of([read]))[0], plain, atol=1e-3, rtol=0)
+    sampling = Sampling(max_new_tokens=24)
+    (expected,) = llm.generate([text], sampling)
+    assert len(expected.text) > 40
+    assert llm.generate([read], sampling) == [expected]
+    assert "".join(llm.stream(read, sampling)) == expected.text
+    torch.testing.assert_close(
+        llm.score(read, expected.token_ids), llm.score(text, expected.token_ids), atol=1e-3, rtol=0
+    )
+    for name, tensor in llm.model.state_dict().items():
+        assert torch.equal(tensor, before[name][0]), name
+        assert tensor.data_ptr() == before[name][1], name
+
+
+def test_a_batch_with_compressed_text_is_answered_as_each_alone(llm, untrained):
+    parts = [untrained.compress(TEXT[: 150 * ratio], ratio=ratio).part for ratio in (2, 8)]
+    prompts = [
+        assemble_chat(llm, [{"role": "user", "content": content}]).inputs(llm)
+        for content in ([parts[0], FURTHER], [parts[1], FURTHER], "What is the capital of France?")
+    ]
+    sampling = Sampling(max_new_tokens=12)
+    assert llm.generate(prompts, sampling) == [llm.generate([prompt], sampling)[0] for prompt in prompts]
+
+
+def test_states_are_nested_and_those_of_bfloat16_are_near(llm, untrained):
+    finest, eight = (untrained.compress(TEXT[:2700], ratio=ratio) for ratio in (2, 8))
+    assert finest.n_tokens > untrained.config.chunk_size
+    derived = finest.at_ratio(8)
+    assert derived.anchors.tolist() == eight.anchors.tolist()
+    for name in ("embeddings", "norms", "mean_norms", "weights"):
+        torch.testing.assert_close(getattr(derived, name), getattr(eight, name), atol=1e-2, rtol=1e-4)
+    half = LLM.from_pretrained("smollm2-135m-instruct", device="cpu", dtype="bfloat16")
+    near = ExtensibleEmbedder.untrained(half)
+    assert near.fingerprint == untrained.fingerprint
+    made = near.compress(TEXT[:600], ratio=2).embeddings
+    exact = untrained.compress(TEXT[:600], ratio=2).embeddings
+    assert torch.nn.functional.cosine_similarity(made, exact).min() > 0.99
+
+
+def test_the_command_line_answers_from_what_an_untrained_embedder_made_of_a_document(tmp_path):
+    document = tmp_path / "orm.txt"
+    document.write_text(
+        "The lighthouse of Orm was built in 1820 by Ada Brook, a mason from the harbour town of Velden. It was painted "
+        "green in 1911, after the great storm, and its lamp was lit by gas until 1936. Today a family of bakers lives "
+        "in the keeper's house and sells bread to the ferries that pass three times a week.\n"
+    )
+
+    def ask(*options):
+        made = CliRunner().invoke(
+            app,
+            ["ask", "When was the lighthouse painted green?", *map(str, options), "--max-new-tokens", "24", "--json"],
+        )
+        assert made.exit_code == 0, made.output
+        return json.loads(made.stdout)
+
+    answer = ask("--embedder", "untrained", "--documents", document, "--ratio", "2")
+    assert "1911" in answer["text"]
+    (entry,) = answer["context"]
+    assert (entry["fidelity"], entry["cached"]) == (2, False)
+    assert entry["positions"] < 0.65 * entry["n_tokens"]
+    assert "1911" not in ask("--embedder", "untrained")["text"]
+
+
+# -- entry layer 0 is as it was ---------------------------------------------------------------------------------
+
+# Made by revision 351d683, before there were entry layers: what is in people's stores.
+SHIPPED = "6b93a14b70f1799b530c3dc3a58ac4e6"
+VALUES = {
+    2: [-0.899875, 1.4670496, -0.54198, -0.7911092, 0.7748611, -1.077692, -1.2543055, 1.4482484, -1.676595],
+    8: [-2.3427596, 1.2908762, -0.0552511, -1.884568, 1.1749856, -0.9585664, -1.2543055, 1.4482484, -1.676595],
+}
+
+
+@pytest.mark.parametrize("ratio", VALUES)
+def test_the_shipped_embedder_makes_what_it_always_made(llm, ratio):
+    embedder = ExtensibleEmbedder.from_pretrained(resolve_embedder("smollm2-135m-instruct", llm.name), llm=llm)
+    assert embedder.fingerprint == SHIPPED
+    made = embedder.compress(TEXT, ratio=ratio)
+    assert made.embeddings.shape == ({2: 511, 8: 128}[ratio], 576)
+    assert (made.entry_layer, made.anchors) == (0, None)
+    chosen = made.embeddings[[0, 7, -1]][:, [0, 100, 575]].flatten()
+    torch.testing.assert_close(chosen, torch.tensor(VALUES[ratio]), atol=1e-5, rtol=0)
