@@ -115,6 +115,16 @@ def test_ratios_are_drawn_per_sample_and_again_the_same():
     assert all(drawn in ([2, 4], [2, 8], [4, 8]) for drawn in Collator([2, 4, 8], [16], 1, 2)(items)["ratios"])
 
 
+def test_two_streams_take_chunks_that_leave_something_to_predict():
+    collate = Collator([2], [16, 64], seed=0)
+    samples = [
+        [{"sample": torch.arange(64), "index": at}, {"sample": torch.arange(17), "index": at}] for at in range(9)
+    ]
+    assert {collate(items)["chunk_size"] for items in samples} == {16}
+    readings = [[{"readings": [], "index": at}] for at in range(9)]
+    assert {collate(items)["chunk_size"] for items in readings} == {16, 64}
+
+
 def test_readings_of_all_items_join_one_batch():
     readings = [Reading(((torch.tensor([at]), "answer"),)) for at in range(3)]
     batch = Collator([2], [16], 0)([{"readings": readings[:2], "index": 0}, {"readings": readings[2:], "index": 1}])

@@ -11,7 +11,18 @@ from tiny import ARCHITECTURES, random_embedder, tiny_llm
 from extemb_core.context.assembly import Prompt
 from extemb_core.errors import ConfigError
 from extemb_core.models.downscaling import chunk_lengths
-from extemb_core.training.objectives import Reading, Span, lay_out, plan_passes, reading_loss, two_stream_loss
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.training.objectives import (
+    Reading,
+    Span,
+    lay_out,
+    plan_passes,
+    reading_loss,
+    reading_losses,
+    two_stream_loss,
+    two_stream_losses,
+)
+from extemb_core.training.tasks import reconstruction
 
 CHUNK = 16
 
@@ -109,6 +120,21 @@ def test_several_ratios_from_one_pass_are_the_mean_of_each_alone(llm):
     alone = [two_stream_loss(embedder, samples, [[ratio]] * 2, CHUNK) for ratio in (2, 8)]
     assert len(passes) == 1
     assert together.item() == pytest.approx(torch.stack(alone).mean().item(), abs=1e-5)
+
+
+def test_the_losses_of_each_ratio_are_those_of_its_samples(llm):
+    embedder = random_embedder(llm)
+    samples = samples_of([48, 40, 33], len(llm.tokenizer))
+    found = two_stream_losses(embedder, samples, [[2, 8], [2], [4]], CHUNK, window=50).by_ratio()
+    alone = {
+        2: two_stream_loss(embedder, samples[:2], [[2], [2]], CHUNK),
+        4: two_stream_loss(embedder, samples[2:], [[4]], CHUNK),
+        8: two_stream_loss(embedder, samples[:1], [[8]], CHUNK),
+    }
+    assert {ratio: loss.item() for ratio, loss in found.items()} == pytest.approx(
+        {ratio: loss.item() for ratio, loss in alone.items()}, abs=1e-5
+    )
+    assert not any(loss.requires_grad for loss in found.values())
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -213,6 +239,18 @@ def slow_predictions(embedder, llm, samples, ratio):
     return found
 
 
+def test_what_is_read_as_text_alone_counts_for_no_ratio(llm):
+    embedder = random_embedder(llm)
+    (ids,) = samples_of([9], len(llm.tokenizer))
+    readings = [*readings_of(llm), Reading(((ids[:4], "text"), (ids[4:], "answer")))]
+    options = {"embedder": embedder, "chunk_size": CHUNK}
+    found = reading_losses(llm, readings, ratios=[[2, 4], [2], [8]], **options).by_ratio()
+    coarse = reading_loss(llm, readings[:1], ratios=[[4]], **options)
+    fine = reading_loss(llm, readings[:2], ratios=[[2], [2]], **options)
+    assert {ratio: loss.item() for ratio, loss in found.items()} == pytest.approx({2: fine.item(), 4: coarse.item()})
+    assert not reading_losses(llm, readings).by_ratio()
+
+
 def test_without_an_embedder_every_piece_is_text(llm):
     readings = readings_of(llm)
     plain = mean_loss(slow_reading_loss(None, llm, readings, [[1], [1]], text=True))
@@ -296,8 +334,10 @@ def test_a_reading_reads_what_is_served():
         assert trained.item() == pytest.approx(-llm.score(prompt, answer.numpy()).mean().item(), abs=1e-5)
 
 
-def test_two_streams_enter_where_they_are_served():
-    llm, embedder = entering()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("window", [None, 34])
+def test_two_streams_enter_where_they_are_served(architecture, window):
+    llm, embedder = entering(architecture)
     (sample,) = samples_of([40], len(llm.tokenizer))
     chunks = sample.split(CHUNK)
     losses = []
@@ -307,8 +347,71 @@ def test_two_streams_enter_where_they_are_served():
             before = [embedder.compress_ids([chunk.numpy()], ratio=ratio)[0].part for chunk in chunks[:number]]
             scores.append(llm.score(Prompt(tuple(before)).inputs(llm), chunks[number].numpy()))
         losses.append(-torch.cat(scores).mean())
-    packed = two_stream_loss(embedder, [sample], [[2, 8]], CHUNK)
+    packed = two_stream_loss(embedder, [sample], [[2, 8]], CHUNK, window=window)
     assert packed.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+
+
+def rows_of(ids):
+    return [(int(index), None) for index in ids]
+
+
+def stream_logits(embedder, sample, ratio):
+    """Logits of every token after the first chunk, each in a row of its own chunk and the states of those before it."""
+    chunks = sample.split(CHUNK)
+    states = [state_rows(embedder, chunk, ratio) for chunk in chunks]
+    found = []
+    for number, chunk in enumerate(chunks[1:], start=1):
+        row = [*(each for own in states[:number] for each in own), *rows_of(chunk)]
+        found.append(plain_logits(embedder.llm, 2, row)[-len(chunk) - 1 : -1])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.4])
+def test_two_streams_above_layer_0_have_the_gradients_of_one_row_per_chunk(distillation):
+    llm, embedder = entering()
+    (sample,) = samples_of([40], len(llm.tokenizer))
+    fast = two_stream_loss(embedder, [sample], [[4]], CHUNK, window=34, distillation=distillation)
+    logits = stream_logits(embedder, sample, 4)
+    teacher = plain_logits(llm, 2, rows_of(sample))[CHUNK - 1 : -1].log_softmax(-1).detach()
+    slow = mixed(logits, sample[CHUNK:], teacher, distillation)
+    assert fast.item() == pytest.approx(slow.item(), abs=1e-5)
+    quick, plain = gradients(embedder, fast), gradients(embedder, slow)
+    assert any(grad.abs().max() > 1e-3 for grad in plain.values())
+    for name, grad in plain.items():
+        torch.testing.assert_close(quick[name], grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def mixed(logits, targets, teacher, distillation):
+    divergence = (teacher.exp() * (teacher - logits.log_softmax(-1))).sum(-1).mean()
+    return (1 - distillation) * torch.nn.functional.cross_entropy(logits, targets) + distillation * divergence
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.4])
+@pytest.mark.parametrize("size", [8, CHUNK])
+def test_a_reconstruction_above_layer_0_reads_every_chunk(size, distillation):
+    """In chunks of any size, whatever that of the embedder is."""
+    llm, embedder = entering()
+    (ids,) = samples_of([21], len(llm.tokenizer))
+    reading = reconstruction(llm, ids.numpy())
+    fast = reading_loss(llm, [reading], embedder=embedder, ratios=[[4]], chunk_size=size, distillation=distillation)
+    states = [each for chunk in ids.split(size) for each in state_rows(embedder, chunk, 4)]
+    asked = rows_of(reading.parts[1][0])
+    logits = plain_logits(llm, 2, [*states, *asked, *rows_of(ids)])[-len(ids) - 1 : -1]
+    teacher = plain_logits(llm, 2, [*rows_of(ids), *asked, *rows_of(ids)])[-len(ids) - 1 : -1].log_softmax(-1)
+    assert fast.item() == pytest.approx(mixed(logits, ids, teacher, distillation).item(), abs=1e-5)
+
+
+def test_what_the_llm_would_have_computed_itself_diverges_in_nothing():
+    llm = tiny_llm()
+    embedder = ExtensibleEmbedder.untrained(llm, 2, chunk_size=CHUNK, ratios=(1, 2, 4))
+    document, text = samples_of([14, 9], len(llm.tokenizer))
+    reading = Reading(((document, "document"), (text, "answer")))
+    divergence = {
+        ratio: reading_loss(llm, [reading], embedder=embedder, ratios=[[ratio]], distillation=1.0).item()
+        for ratio in (1, 4)
+    }
+    assert divergence[1] == pytest.approx(0, abs=1e-5)
+    assert divergence[4] > 1e-2
 
 
 def test_a_span_of_a_document_needs_an_entry_layer_above_0(llm):
