@@ -340,7 +340,7 @@ def test_tokens_are_called_back(chat):
 
 def test_a_failing_llm_is_told_and_the_next_call_works(chat, lm, monkeypatch):
     whole = LLM._run
-    monkeypatch.setattr(LLM, "_run", lambda *args: (_ for _ in ()).throw(MemoryError("too large")))
+    monkeypatch.setattr(LLM, "_run", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError("too large")))
     with pytest.raises(MemoryError):
         chat.invoke("How many?")
     with pytest.raises(MemoryError):
