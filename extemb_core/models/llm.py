@@ -199,9 +199,10 @@ class LLM:
         if getattr(own, "entry_layer", None) == layer:
             return own
         with self._reading_lock:
-            if layer not in self._reading:
-                self._reading[layer] = reading_model(self.model, layer, self.name)
-            return self._reading[layer]
+            made = self._reading.get(layer)
+            if made is None or _memory_of(made) != _memory_of(own):  # the LLM was moved, or is in another dtype now
+                made = self._reading[layer] = reading_model(own, layer, self.name)
+            return made
 
     @property
     def has_sliding_window(self) -> bool:
@@ -678,6 +679,11 @@ class _Penalty(LogitsProcessor):
                 self._said[row, list(ids)] = True
         said = self._said.scatter(1, input_ids[:, self._start :], True)
         return torch.where(said, torch.where(scores < 0, scores * self._penalty, scores / self._penalty), scores)
+
+
+def _memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.data_ptr()), weight.dtype, weight.device
 
 
 def _text_of(prompts: Sequence[PromptInputs]) -> list[Sequence[int]]:

@@ -455,6 +455,18 @@ def test_a_reading_model_shares_every_tensor_and_no_module(llm):
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
 
 
+def test_an_llm_that_was_moved_is_read_where_it_is_now():
+    llm = LLM(tiny_model("llama"), tiny_tokenizer(), name="own")
+    before = llm.reading_model(1)
+    document = part(entering(llm), DOCUMENT, 4)
+    llm.model.to(torch.bfloat16)
+    assert llm.reading_model(1) is not before
+    assert llm.reading_model(1) is llm.reading_model(1)
+    assert llm.reading_model(1).dtype is torch.bfloat16
+    assert {p.data_ptr() for p in llm.reading_model(1).parameters()} == {p.data_ptr() for p in llm.model.parameters()}
+    assert llm.generate([prompt_of(llm, document, QUESTION)], GREEDY)[0].token_ids
+
+
 def test_adapters_of_a_reading_model_are_trained_and_its_base_is_not():
     from extemb_core.models.readers import add_reader
 
