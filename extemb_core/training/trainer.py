@@ -224,7 +224,8 @@ class RunTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.model.save(Path(output_dir or str(self.args.output_dir)))
+        if self.args.should_save:
+            self.model.save(Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load(Path(resume_from_checkpoint))

@@ -370,7 +370,7 @@ def stream_logits(embedder, sample, ratio):
 def test_two_streams_above_layer_0_have_the_gradients_of_one_row_per_chunk(distillation):
     llm, embedder = entering()
     (sample,) = samples_of([40], len(llm.tokenizer))
-    fast = two_stream_loss(embedder, [sample], [[4]], CHUNK, window=34, distillation=distillation)
+    fast = two_stream_loss(embedder, [sample], [[4]], CHUNK, window=26, distillation=distillation)
     logits = stream_logits(embedder, sample, 4)
     teacher = plain_logits(llm, 2, rows_of(sample))[CHUNK - 1 : -1].log_softmax(-1).detach()
     slow = mixed(logits, sample[CHUNK:], teacher, distillation)

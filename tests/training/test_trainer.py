@@ -289,6 +289,50 @@ def test_training_goes_on_from_an_embedder(config, tmp_path):
         torch.testing.assert_close(tensors(further)[name], tensor, atol=1e-6, rtol=0)
 
 
+def test_a_run_from_another_goes_on_with_its_optimiser_and_not_its_schedule(config, tmp_path):
+    first = replace(config, total_tokens=4 * 96, decay_steps=0)
+    train(first)
+    second = replace(first, start_from=first.output, output=str(tmp_path / "second"), embedder={}, decay_steps=None)
+    train(replace(second, total_tokens=2 * 96))
+    (kept,) = Path(second.output).glob("checkpoint-2/optimizer.safetensors")
+    state = load_file(kept)
+    assert {float(value) for name, value in state.items() if name.endswith("/step")} == {4 + 2}
+    assert [row["learning_rate"] for row in log_of(second) if "loss" in row] == [5e-3, 5e-3 / 2]
+    bare = replace(second, start_from=str(tmp_path / "bare"), output=str(tmp_path / "third"), total_tokens=2 * 96)
+    Path(bare.start_from).mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (Path(bare.start_from) / name).write_bytes((Path(first.output) / name).read_bytes())
+    train(bare)  # without a checkpoint the optimiser begins anew
+    assert losses(bare)[1] == pytest.approx(losses(second)[1], abs=1e-5)
+    assert losses(bare)[2] != pytest.approx(losses(second)[2], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_all_processes_stop_by_the_clock_of_the_first(config, tmp_path):
+    """Two processes over gloo: the time of the first is up after a step, that of the second one is not."""
+    (tmp_path / "run.py").write_text(
+        "import json, os, sys\n"
+        "from extemb_core.training import trainer\n"
+        "settings = json.loads(sys.argv[1])\n"
+        "settings['data'] = tuple(settings['data'])\n"
+        "settings['max_minutes'] = 1e9 if int(os.environ['RANK']) else 1e-9\n"
+        "trainer.train(trainer.TrainingConfig(**settings))\n"
+    )
+    run = replace(config, total_tokens=8 * 192, save_steps=100)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(tmp_path / "run.py"), json.dumps(asdict(run))]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        said = process.communicate(timeout=240)[1]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # it ends the two as well
+        process.communicate()
+        raise
+    assert process.returncode == 0, said
+    assert [folder.name for folder in Path(run.output).glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 def test_with_several_processes_each_takes_its_own_gpu(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -332,8 +376,9 @@ def test_objectives_can_be_mixed(asked, config):
     every = replace(mixed, output=mixed.output + "-16", logging_steps=16)
     train(every)
     (row,) = (row for row in log_of(every) if "loss" in row)
-    parts = [row[f"loss_{name}"] for name in mixed.objectives]
-    assert min(parts) < row["loss"] < max(parts)
+    for names in (mixed.objectives, ("ratio_2", "ratio_4")):
+        parts = [row[f"loss_{name}"] for name in names]
+        assert min(parts) < row["loss"] < max(parts)
 
 
 @pytest.mark.parametrize("trained", ["reader", "both"])
@@ -488,6 +533,15 @@ def test_what_was_trained_above_layer_0_is_loaded_by_name(entering, trained):
     assert (read_through(base, untrained) - tuned).abs().max() > 1e-2
     if trained != "embedder":
         assert all(".layers.2." in name for name in reader_tensors(run))  # below, the embedder's layers are the LLM's
+
+
+def test_held_out_text_is_read_by_a_reader_of_embeddings(entering, folder):
+    run = replace(entering, trained="reader", eval_data=(str(folder / "held_out.txt"),), total_tokens=96)
+    train(run)
+    evaluated = [row for row in log_of(run) if "eval_loss" in row]
+    assert evaluated[0].keys() >= {f"eval_ratio_{ratio}" for ratio in run.ratios}
+    with pytest.raises(ConfigError, match="leaves nothing to predict after a chunk of 64; pass at least 128"):
+        train(replace(run, chunk_sizes=(64,), objectives={"questions": 1}, output=run.output + "-2"))
 
 
 def test_a_run_above_layer_0_goes_on_where_it_was_killed(entering, tmp_path):
