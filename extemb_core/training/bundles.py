@@ -229,14 +229,10 @@ def _worth_keeping(configs: Sequence[TrainingConfig], run_folder: Path) -> list[
     kept = []
     finished = {Path(config.output) for config in configs if is_finished(config)}
     last = {last_checkpoint(Path(config.output)) for config in configs}
-    # A stage begins with the optimiser's state of the one before it.
-    before = {Path(str(config.start_from)) for config in configs if last_checkpoint(Path(config.output)) is None}
     for file in filter(Path.is_file, run_folder.rglob("*")):
         checkpoint = next((parent for parent in file.parents if parent.name.startswith("checkpoint-")), None)
         if checkpoint is not None:
-            done = checkpoint.parent in finished
-            handed_on = file.name == OPTIMIZER and checkpoint.parent in before
-            needed = checkpoint in last and (not done or file.name == COMPLETE or handed_on)
+            needed = checkpoint in last and (checkpoint.parent not in finished or file.name == COMPLETE)
         else:
             needed = not {"data", "tensorboard"} & set(file.relative_to(run_folder).parts)
         if needed:

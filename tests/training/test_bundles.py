@@ -17,6 +17,7 @@ from extemb_core.training.bundles import pack, run
 from extemb_core.training.data import TokenFile, shuffled_subset
 from extemb_core.training.recipes import read_recipe, train_recipe
 from extemb_core.training.slices import join_slices
+from extemb_core.training.trainer import OPTIMIZER
 
 RECIPE = """
 embedder: {num_layers: 1, chunk_size: 16, ratios: [2, 4]}
@@ -101,6 +102,20 @@ def test_a_training_in_pieces_elsewhere_ends_as_one_here(bundle, settings, tmp_p
         torch.testing.assert_close(left[name], tensor, atol=1e-5, rtol=1e-4)
     checkpoints = [file.name for file in (tmp_path / "result").rglob("checkpoint-*/*")]
     assert set(checkpoints) == {"complete.json"}  # of finished stages nothing else is needed
+
+
+def test_what_a_bundle_goes_on_from_brings_its_optimiser(settings, tmp_path):
+    recipe = read_recipe(tmp_path / "own.yaml")
+    settings |= {name: tuple(map(str, settings[name])) for name in ("data", "questions")}
+    train_recipe(recipe, tmp_path / "first", TOKENS, **settings)
+    start = tmp_path / "first" / "stages" / "1-text"
+    pack(recipe, tmp_path / "more", total_tokens=TOKENS, start_from=start, **settings)
+    join_slices(tmp_path / "more", tmp_path / "unpacked")
+    (last,) = start.glob("checkpoint-4")
+    carried = [file.relative_to(tmp_path / "unpacked" / "start") for file in
+               (tmp_path / "unpacked" / "start").rglob("checkpoint-*/*")]  # fmt: skip
+    assert {str(file) for file in carried} == {f"checkpoint-4/{name}" for name in ("complete.json", OPTIMIZER)}
+    assert (tmp_path / "unpacked" / "start" / last.name / OPTIMIZER).read_bytes() == (last / OPTIMIZER).read_bytes()
 
 
 def test_run_goes_on_in_its_own_folder(bundle, tmp_path):
