@@ -820,6 +820,33 @@ def test_train_passes_its_options_on(models: Models, novel: Path, monkeypatch: p
     assert (seen[1][0].start_from, seen[1][0].ratios, dict(seen[1][0].embedder)) == ("c/d", (4, 8), {})
     assert "--num-layers describes a new embedder" in misused(*kept, "--num-layers", "2")
 
+    above = ["--entry-layer", "0", "--token-weighting", "uniform", "--adaptation", "none", "--mixed-share", "0.5",
+             "--decay-steps", "0", "--save-minutes", "2"]  # fmt: skip
+    assert run(*train_options(models, novel, novel.parent / "run")[:7], *above).exit_code == 0
+    config = seen[2][0]
+    assert dict(config.embedder) == {"entry_layer": 0, "token_weighting": "uniform", "adaptation": "none"}
+    assert (config.mixed_share, config.decay_steps, config.save_minutes) == (0.5, 0, 2.0)
+
+
+@pytest.mark.parametrize("kind", ["embedder", "both", "reader"])
+def test_train_ends_with_how_to_use_what_was_trained(
+    models: Models, novel: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from peft import LoraConfig
+
+    from extemb_core.training import trainer
+
+    embedder = random_embedder(tiny_llm()) if kind != "reader" else None
+    made = trainer.Trained(tiny_llm(), embedder, LoraConfig() if kind != "embedder" else None)
+    monkeypatch.setattr(trainer, "train", lambda config, *, resume: made)
+    said = run(*train_options(models, novel, Path("out"))).stderr
+    expected = {
+        "embedder": f"--llm {models.llm} --embedder out\n",
+        "both": "--llm out/reader --embedder out\n",
+        "reader": "--llm out/reader\n",
+    }
+    assert said.endswith(expected[kind])
+
 
 def test_a_recipe_is_trained_with_what_is_given_over_it(
     models: Models, novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,12 +52,12 @@ def pack(
     ] = "60MiB",
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", metavar="N", help="Samples at once.", show_default="that of the recipe"),
+        typer.Option("--batch-size", metavar="N", help="Samples per batch.", show_default="that of the recipe"),
     ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="NAME", help="In which the weights travel and the LLM runs.")
     ] = "bfloat16",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of all that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Pack all that a training needs into slices, for a machine without a network: there, `python run.py`."""
@@ -98,7 +98,7 @@ def run(
         str, typer.Option("--output", metavar="DIR", help="Folder for slices of what is trained, to go on from.")
     ],
     max_minutes: Annotated[
-        float | None, typer.Option("--max-minutes", metavar="X", help="Save and stop after this long.")
+        float | None, typer.Option("--max-minutes", metavar="X", help="Save and stop after so many minutes.")
     ] = None,
     checkpoint_size_limit: Annotated[
         str, typer.Option("--checkpoint-size-limit", metavar="SIZE", help="Of each file that is left.")
@@ -162,7 +162,7 @@ def make_targets(
             help='Training questions: .jsonl[.zst] with "id", "context", "question" and "answers".',
         ),
     ],
-    output: Annotated[str, typer.Option("--output", metavar="FILE", help="A .jsonl file. Goes on if cut.")],
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="A .jsonl file. Resumes if interrupted.")],
     llm: LlmOption,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="At most so many questions, the first ones.")

@@ -53,8 +53,8 @@ def train(
         typer.Option(
             "--recipe",
             metavar="NAME",
-            help="Train in its stages: default, frozen, joint, paper, reader, text-reader, or a YAML file. "
-            "Other options go before what it says.",
+            help="Stages to train: default, frozen, joint, paper, reader, text-reader, or a YAML file. "
+            "Other options override it.",
             show_default="two-stream auto-regression alone, as the options below say",
         ),
     ] = None,
@@ -71,7 +71,7 @@ def train(
         typer.Option(
             "--entry-layer",
             metavar="N",
-            help="Layer of the LLM at whose input embeddings enter; 0 is among the input embeddings.",
+            help="LLM layer at whose input embeddings enter; 0: as input embeddings.",
             show_default="0",
             rich_help_panel=_NEW,
         ),
@@ -81,7 +81,7 @@ def train(
         typer.Option(
             "--token-weighting",
             metavar="NAME",
-            help="How much a token counts in its group, above entry layer 0: uniform, rank or frequency (in --data).",
+            help="Weight of a token in its group, above entry layer 0: uniform, rank or frequency (in --data).",
             show_default="rank",
             rich_help_panel=_NEW,
         ),
@@ -91,7 +91,7 @@ def train(
         typer.Option(
             "--num-layers",
             metavar="N",
-            help="The LLM's first layers it uses.",
+            help="Number of the LLM's first layers it uses.",
             show_default="8",
             rich_help_panel=_NEW,
         ),
@@ -101,8 +101,8 @@ def train(
         typer.Option(
             "--adaptation",
             metavar="NAME",
-            help="lora: adapters over the LLM's own tensors; full: a trained copy of the layers; none: the layers as "
-            "they are.",
+            help="lora: adapters over the LLM's own tensors; full: a trained copy of the layers; "
+            "none: the layers as they are, above entry layer 0.",
             show_default="lora",
             rich_help_panel=_NEW,
         ),
@@ -162,29 +162,34 @@ def train(
         int, typer.Option("--total-tokens", metavar="N", help="Tokens to train on.", rich_help_panel=_RUN)
     ] = 1_500_000,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="N", help="Samples at once, per device.", rich_help_panel=_RUN)
+        int, typer.Option("--batch-size", metavar="N", help="Samples per batch and device.", rich_help_panel=_RUN)
     ] = 4,
     accumulation_steps: Annotated[
-        int, typer.Option("--accumulation-steps", metavar="N", help="Batches per step.", rich_help_panel=_RUN)
+        int,
+        typer.Option("--accumulation-steps", metavar="N", help="Gradient accumulation steps.", rich_help_panel=_RUN),
     ] = 1,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", metavar="X", help="Its peak.", rich_help_panel=_RUN)
+        float, typer.Option("--learning-rate", metavar="X", help="Peak learning rate.", rich_help_panel=_RUN)
     ] = 3e-4,
     connector_lr_factor: Annotated[
         float,
         typer.Option(
-            "--connector-lr-factor", metavar="X", help="The connector's rate over the layers'.", rich_help_panel=_RUN
+            "--connector-lr-factor",
+            metavar="X",
+            help="Connector's learning rate over the layers'.",
+            rich_help_panel=_RUN,
         ),
     ] = 5.0,
     warmup_steps: Annotated[
-        int, typer.Option("--warmup-steps", metavar="N", help="Steps up to the peak.", rich_help_panel=_RUN)
+        int,
+        typer.Option("--warmup-steps", metavar="N", help="Warm-up steps of the learning rate.", rich_help_panel=_RUN),
     ] = 20,
     decay_steps: Annotated[
         int | None,
         typer.Option(
             "--decay-steps",
             metavar="N",
-            help="Steps at the end in which the rate falls to 0; 0 keeps it.",
+            help="Last steps, in which the learning rate falls to 0; 0: constant.",
             show_default="all after the warm-up",
             rich_help_panel=_RUN,
         ),
@@ -194,7 +199,7 @@ def train(
         typer.Option(
             "--mixed-share",
             metavar="X",
-            help="Share of the documents that are compressed around a part that stays text, above entry layer 0.",
+            help="Share of documents compressed around a part left as text, above entry layer 0.",
             rich_help_panel=_RUN,
         ),
     ] = 0.0,
@@ -211,10 +216,10 @@ def train(
     max_minutes: Annotated[
         float | None,
         typer.Option(
-            "--max-minutes", metavar="X", help="Save and stop after this long; resume later.", rich_help_panel=_RUN
+            "--max-minutes", metavar="X", help="Save and stop after so many minutes; resumable.", rich_help_panel=_RUN
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of all that is drawn.", rich_help_panel=_RUN)] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.", rich_help_panel=_RUN)] = 0,
     device: Annotated[
         str,
         typer.Option(
@@ -232,11 +237,11 @@ def train(
         ),
     ] = "auto",
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on from the last checkpoint.", rich_help_panel=_RUN)
+        bool, typer.Option("--resume/--no-resume", help="Resume from the last checkpoint.", rich_help_panel=_RUN)
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an embedder for an LLM. The same command goes on after an interruption; the LLM is never changed.
+    """Train an embedder for an LLM. Resumes if interrupted; the LLM is never changed.
 
     For training elsewhere, and for what to train on: extemb train pack, run, unpack, make-targets (each with --help).
     """
@@ -320,12 +325,13 @@ def train(
 
 
 def _run(recipe: str | None, output: str, total_tokens: int, resume: bool, settings: dict[str, Any]) -> Trained | None:
+    if recipe is not None:
+        from extemb_core.training.recipes import read_recipe, train_recipe
+
+        return train_recipe(read_recipe(recipe), output, total_tokens, resume=resume, **settings)
     from extemb_core.training.config import TrainingConfig
-    from extemb_core.training.recipes import read_recipe, train_recipe
     from extemb_core.training.trainer import train as train_once
 
-    if recipe is not None:
-        return train_recipe(read_recipe(recipe), output, total_tokens, resume=resume, **settings)
     return train_once(TrainingConfig(output=output, total_tokens=total_tokens, **settings), resume=resume)
 
 
