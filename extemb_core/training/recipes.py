@@ -118,7 +118,7 @@ def train_recipe(
         recipe: What to do.
         output: Folder of the whole training.
         total_tokens: Of all stages together.
-        resume: Go on where an earlier run stopped.
+        resume: Go on where an earlier run stopped. Stages after one that is trained on begin anew.
         **settings: See `stage_configs`; `max_minutes` is for all stages together.
 
     Returns:
@@ -134,6 +134,7 @@ def train_recipe(
             left = config.max_minutes - (time.monotonic() - start) / 60
             config = replace(config, max_minutes=max(left, 1e-6))  # a step at least, however little is left
         trained = train(config, resume=resume)
+        resume = False  # what a later stage has made from an earlier state of this one is out of date
         if not is_finished(config):
             logger.warning("%s is not finished; the same call goes on", config.output)
             return None

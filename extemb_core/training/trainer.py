@@ -341,7 +341,8 @@ def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
 
     Args:
         config: The run.
-        resume: Go on from the last whole checkpoint in `config.output`, if there is one of this run.
+        resume: Go on from the last whole checkpoint in `config.output`, if there is one of this run. Without it, those
+            that are there count no longer.
 
     Raises:
         ConfigError: The settings do not go together.
@@ -351,6 +352,9 @@ def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
     checkpoint = _last_checkpoint(config) if resume else None
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None and is_first_process():
+        for mark in output.glob(f"checkpoint-*/{COMPLETE}"):
+            mark.unlink()
     llm = LLM.from_pretrained(config.llm, device=_device(config), dtype=config.dtype)
     model = _starting_point(config, llm)
     if checkpoint is not None and is_finished(config):

@@ -95,6 +95,16 @@ def test_a_training_out_of_time_goes_on_with_the_stage_it_was_in(folder, setting
     assert (folder / "run" / "model.safetensors").is_file()
 
 
+def test_a_stage_that_is_prolonged_has_the_next_one_begin_anew(folder, settings):
+    recipe, settings = read_recipe(folder / "own.yaml"), settings | {"decay_steps": 0}
+    train_recipe(recipe, folder / "run", 6 * 96, **settings)
+    train_recipe(recipe, folder / "run", 9 * 96, **settings)
+    train_recipe(recipe, folder / "once", 9 * 96, **settings)
+    prolonged, once = (load_file(folder / name / "model.safetensors") for name in ("run", "once"))
+    for name, tensor in once.items():
+        torch.testing.assert_close(prolonged[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
 def test_the_readers_recipe_leaves_an_llm(folder, settings):
     tiny_model("llama", max_position_embeddings=1024, num_hidden_layers=9).save_pretrained(folder / "llm")
     row = {
@@ -164,8 +174,9 @@ def test_a_recipe_above_entry_layer_0_trains_what_it_says(folder, settings, name
     (folder / "long.txt").write_text("The mill was built in 1820. It burned down twice. " * 60)
     settings |= {
         "data": (str(folder / "long.txt"),), "questions": (str(folder / "questions.jsonl"),), "batch_size": 2,
-        "embedder": {"entry_layer": 2, "lora_rank": 2}, "learning_rate": 1e-2, "warmup_steps": 0,
+        "embedder": {"entry_layer": 2, "lora_rank": 2}, "learning_rate": 1e-2, "logging_steps": 1,
     }  # fmt: skip
+    del settings["warmup_steps"]
     trained = train_recipe(read_recipe(name), folder / "run", 4 * 2 * 256, **settings)
     assert trained is not None
     assert (folder / "run" / "reader").is_dir() == (name != "frozen")
@@ -177,6 +188,17 @@ def test_a_recipe_above_entry_layer_0_trains_what_it_says(folder, settings, name
     torch.testing.assert_close(
         embedder.compress(text, ratio=4).embeddings, trained.embedder.compress(text, ratio=4).embeddings
     )
+    untrained = ExtensibleEmbedder.untrained(LLM.from_pretrained(folder / "llm"), 2, lora_rank=2)
+    assert (embedder.fingerprint == untrained.fingerprint) == (name == "reader")  # whose stores serve every reader
+    rates = [
+        [
+            row["learning_rate"]
+            for row in map(json.loads, (stage / "log.jsonl").read_text().splitlines())
+            if "loss" in row
+        ]
+        for stage in sorted((folder / "run" / "stages").iterdir())
+    ]
+    assert rates == [pytest.approx([0, 1e-2 / 20, 2e-2 / 20]), [1e-2]]
 
 
 def test_a_stage_goes_on_with_the_optimiser_of_the_one_before_it(folder, settings, caplog):

@@ -159,6 +159,12 @@ def test_checkpoints_of_the_first_version_name_their_run_in_its_folder(config):
         train(replace(config, total_tokens=96))
 
 
+def test_a_run_that_begins_anew_is_not_resumed_from_what_was_there(config):
+    train(config)
+    train(replace(config, total_tokens=3 * 96), resume=False)
+    assert trainer_module.last_checkpoint(Path(config.output)).name == "checkpoint-3"
+
+
 def test_a_run_goes_on_with_other_settings_and_the_log_says_so(config):
     train(replace(config, total_tokens=96))
     (mark,) = Path(config.output).glob("checkpoint-*/complete.json")
