@@ -34,9 +34,7 @@ from extemb_core.evaluation.perplexity import PerplexityConfig, PerplexityExperi
 from extemb_core.evaluation.provenance import provenance
 from extemb_core.evaluation.qa import QaConfig, QaExperiment
 from extemb_core.evaluation.statistics import mean_with_interval
-from extemb_core.models.llm import LLM
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.tasks import turn_end
 from extemb_core.training.trainer import Trained, train
 
 
@@ -110,18 +108,13 @@ def answer_losses(
     trained: Trained, questions: str, ratios: tuple[int, ...], limit: int
 ) -> tuple[dict[str, list[float]], list[str]]:
     """Arm -> mean loss per token of each question's first answer and the end of its turn; the questions' documents."""
-    llm: LLM = trained.llm
-    config = QaConfig(llm="", data=(questions,), ratios=ratios, limit=limit, controls=(), template="short")
-    experiment = QaExperiment(config, llm, trained.embedder)
-    losses: dict[str, list[float]] = {}
-    documents = []
-    for question in experiment.questions():
-        documents.append(question.document)
-        target = np.concatenate([llm.encode(question.answers[0]), [turn_end(llm)]])
-        for arm, parts in experiment.forms(question).items():
-            prompt = experiment.prompt(question, parts).inputs(llm)
-            losses.setdefault(arm, []).append(-float(llm.score(prompt, target).mean()))
-    return losses, documents
+    config = QaConfig(
+        llm="", data=(questions,), ratios=ratios, limit=limit, controls=(), template="short", generate=False
+    )
+    experiment = QaExperiment(config, trained.llm, trained.embedder)
+    samples = [sample for group in experiment.groups() for sample in experiment.measure(group)]
+    losses = {arm: [sample["arms"][arm]["loss"] for sample in samples] for arm in samples[0]["arms"]}
+    return losses, [sample["document"] for sample in samples]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from memory import sample_text
 from timing import alternate, compare
 
+from extemb_core.context.assembly import Prompt
 from extemb_core.documents import Document, text_ref
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.library import Library
@@ -156,8 +158,8 @@ def rounding(lm: ExtensibleLM, n_windows: int) -> dict[str, Any]:
         targets = ids[start + context : start + context + scored]
         for dtype in DTYPES:
             data, kept = encode(text.embeddings, dtype)
-            vectors = decode(data, *text.embeddings.shape, kept).to(lm.llm.device, lm.llm.dtype)
-            losses[dtype].append(-float(lm.llm.score(vectors, targets).mean()))
+            rounded = replace(text, embeddings=decode(data, *text.embeddings.shape, kept))
+            losses[dtype].append(-float(lm.llm.score(Prompt((rounded.part,)).inputs(lm.llm), targets).mean()))
     worse = {dtype: [a - b for a, b in zip(losses[dtype], losses["float32"], strict=True)] for dtype in DTYPES}
     return {
         "n_windows": n_windows,

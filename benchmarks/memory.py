@@ -50,7 +50,7 @@ def probe(llm_name: str, embedder_name: str | None, n_bytes: int) -> dict[str, A
     reset = reset_peak()
     compressed = embedder.compress(text, show_progress=False)
     peak = peak_bytes()
-    returned = compressed.embeddings.numel() * compressed.embeddings.element_size()
+    returned = sum(part.nbytes for part in vars(compressed).values() if hasattr(part, "nbytes"))
     return {
         "bytes": len(text.encode()),
         "tokens": compressed.n_tokens,

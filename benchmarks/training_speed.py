@@ -21,6 +21,7 @@ from timing import alternate, compare
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
@@ -50,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--llm", default="smollm2-135m-instruct")
     parser.add_argument("--data", type=Path, required=True, help="text to train on")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--num-layers", type=int, default=8, help="of the embedder")
+    parser.add_argument("--num-layers", type=int, default=8, help="of an embedder at entry layer 0")
+    parser.add_argument("--entry-layer", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sample-length", type=int, default=768)
     parser.add_argument("--chunk-size", type=int, default=256)
@@ -62,8 +64,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     llm = LLM.from_pretrained(options.llm, dtype=options.dtype)
+    layer = options.entry_layer
     embedder = ExtensibleEmbedder.from_llm(
-        llm, num_layers=options.num_layers, chunk_size=options.chunk_size, ratios=(options.ratio,)
+        llm,
+        entry_layer=layer,
+        num_layers=layer or options.num_layers,
+        chunk_size=options.chunk_size,
+        ratios=(options.ratio,),
     )
     embedder.own_to(torch.float32)
     samples = _samples(llm, options.data, options.batch_size, options.sample_length)
@@ -84,7 +91,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     wide = int(llm.text_config.intermediate_size)
     left = torch.randn(options.batch_size * options.sample_length, llm.width, dtype=llm.dtype, device=llm.device)
     right = torch.randn(llm.width, wide, dtype=llm.dtype, device=llm.device)
-    with attention_by_rows(llm.model, embedder.stack):
+    readers = [llm.reading_model(layer)] if layer else []
+    with attention_by_rows(llm.model, embedder.stack, *readers):
         counter = FlopCounterMode(
             display=False,
             custom_mapping={_CPU_ATTENTION: sdpa_flop_count_of, _CPU_ATTENTION_BACKWARD: sdpa_backward_flop_count_of},
@@ -106,6 +114,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "llm": short_name(options.llm),
         "dtype": str(llm.dtype).removeprefix("torch."),
         "samples": [options.batch_size, options.sample_length],
+        "entry_layer": layer,
         "chunk_size": options.chunk_size,
         "ratio": options.ratio,
         "operations_per_step": operations,
@@ -122,14 +131,14 @@ def one_call_per_chunk(embedder: ExtensibleEmbedder, samples: Sequence[Tensor], 
     losses = []
     for sample in samples:
         chunks = list(sample.split(size))
-        made = [llm.embed([llm.bos_token_id])] if llm.bos_token_id is not None else []
+        made: list[Segment] = [np.array([llm.bos_token_id])] if llm.bos_token_id is not None else []
         for number, chunk in enumerate(chunks):
             if number:
-                whole = torch.cat([*made, llm.embed(chunk)])[:-1]
-                hidden = llm.hidden(whole[None])[0, -len(chunk) :]
+                whole = Prompt((*made, chunk.numpy()[:-1])).inputs(llm)
+                hidden = llm.hidden_of([whole])[0, -len(chunk) :]
                 losses.append(torch.nn.functional.cross_entropy(llm.logits(hidden).float(), chunk, reduction="none"))
             if number < len(chunks) - 1:
-                made.append(embedder.read_out(embedder(chunk[None]), 0, len(chunk), ratio).to(llm.dtype))
+                made.append(embedder.read_out(embedder(chunk[None]), 0, len(chunk), ratio))
     return torch.cat(losses).mean()
 
 
