@@ -397,6 +397,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         values = self.config.to_dict()
         names = _FINGERPRINTED_ABOVE_0 if self.config.entry_layer else _FINGERPRINTED
         settings = {key: values[key] for key in names} | ({"anchor": _ANCHOR} if self.config.entry_layer else {})
+        if self.config.entry_layer and self.config.adaptation != "lora":
+            del settings["lora_rank"]  # of adapters that there are none of
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for name in sorted(own):
             digest.update(name.encode())

@@ -683,6 +683,13 @@ def test_a_saved_untrained_embedder_is_of_its_layer_and_llm(llm, tmp_path):
         ExtensibleEmbedder.from_pretrained(tmp_path, llm=llm)
 
 
+def test_a_rank_is_no_part_of_the_fingerprint_where_there_are_no_adapters(llm):
+    made = [entering(llm, 1, adaptation="none", lora_rank=rank).fingerprint for rank in (4, 8)]
+    assert made[0] == made[1]
+    adapted = [entering(llm, 1, adaptation="lora", lora_rank=rank).fingerprint for rank in (4, 8)]
+    assert adapted[0] != adapted[1]
+
+
 def test_the_fingerprint_above_layer_0_follows_what_the_states_depend_on(llm):
     other = copy.deepcopy(tiny_tokenizer())
     other.add_tokens(["lighthouse"])
