@@ -19,11 +19,11 @@ from extemb_core.errors import ExtembError
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.downscaling import chunk_lengths
 from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.entry import FINAL_NORMS
 from extemb_core.models.llm import LLM
 
 IMPORT = "import time; start = time.perf_counter(); import extemb_core; print(time.perf_counter() - start)"
 HELP = "import sys; sys.argv = ['extemb', '--help']; from extemb_core.cli import main; main()"
-_FINAL_NORMS = ("norm", "final_layernorm")
 
 
 def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -105,7 +105,7 @@ def bare_layers(llm: LLM, count: int) -> nn.Module:
     bare: Any = decoder.__new__(type(decoder))
     bare.__dict__ = {**decoder.__dict__, "_modules": dict(decoder._modules)}
     bare.layers = nn.ModuleList(decoder.layers[:count])
-    for name in _FINAL_NORMS:
+    for name in FINAL_NORMS:
         if hasattr(decoder, name):
             setattr(bare, name, nn.Identity())
     return bare  # type: ignore[no-any-return]

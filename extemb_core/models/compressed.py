@@ -69,9 +69,9 @@ class Compressed:
     @property
     def part(self) -> Tensor | AnchoredStates:
         """What stands in a prompt for the text."""
-        return (
-            self.embeddings if self.anchors is None else AnchoredStates(self.anchors, self.embeddings, self.entry_layer)
-        )
+        if self.anchors is None:
+            return self.embeddings
+        return AnchoredStates(self.anchors, self.embeddings, self.entry_layer)
 
     def require_storable(self) -> None:
         """Raise `MismatchError` where there is no form on disk yet: above entry layer 0."""

@@ -98,7 +98,7 @@ def downscale(outputs: Tensor, ratio: int, method: Downscaling) -> Tensor:
     """
     if method != "mean":
         return outputs[picks(method, outputs.shape[0], ratio).to(outputs.device)]
-    return _span_means(outputs, torch.ones(outputs.shape[0], device=outputs.device), ratio)
+    return span_means(outputs, torch.ones(outputs.shape[0], device=outputs.device), ratio)
 
 
 def coarsen(embeddings: Tensor, length: int, fine: int, coarse: int, method: Downscaling) -> Tensor:
@@ -126,16 +126,24 @@ def coarsen(embeddings: Tensor, length: int, fine: int, coarse: int, method: Dow
     if method == "mean":
         sizes = torch.full((embeddings.shape[0],), float(fine), device=embeddings.device)
         sizes[-1] = length - fine * (embeddings.shape[0] - 1)
-        return _span_means(embeddings, sizes, coarse // fine)
+        return span_means(embeddings, sizes, coarse // fine)
     kept = torch.isin(picks(method, length, fine), picks(method, length, coarse))
     return embeddings[kept.to(embeddings.device)]
 
 
-def _span_means(vectors: Tensor, weights: Tensor, span: int) -> Tensor:
-    """Weighted means over consecutive spans. vectors: (N, D), weights: (N,) -> (ceil(N / span), D)."""
+def span_means(vectors: Tensor, weights: Tensor, span: int) -> Tensor:
+    """Take weighted means over consecutive spans; the last may be shorter.
+
+    Args:
+        vectors: (N, D).
+        weights: (N,), above 0.
+        span: Vectors of a mean.
+
+    Returns:
+        (ceil(N / span), D); over spans of one, the vectors themselves.
+    """
     count = n_embeddings(vectors.shape[0], span)
     padding = count * span - vectors.shape[0]
-    weights = torch.nn.functional.pad(weights, (0, padding)).to(vectors.dtype)
-    vectors = torch.nn.functional.pad(vectors, (0, 0, 0, padding))
-    grouped = (vectors * weights[:, None]).view(count, span, vectors.shape[1]).sum(1)
-    return grouped / weights.view(count, span).sum(1, keepdim=True)
+    weights = torch.nn.functional.pad(weights, (0, padding)).to(vectors.dtype).view(count, span)
+    vectors = torch.nn.functional.pad(vectors, (0, 0, 0, padding)).view(count, span, -1)
+    return (vectors * (weights / weights.sum(1, keepdim=True))[..., None]).sum(1)

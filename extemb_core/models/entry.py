@@ -94,15 +94,15 @@ class AnchoredPrompt:
         """
         ids, states, mask, layers = [], [], [], set()
         for segment in segments:
-            anchored = isinstance(segment, AnchoredStates)
-            own = segment.anchors if isinstance(segment, AnchoredStates) else segment
-            ids.append(torch.as_tensor(np.asarray(own), dtype=torch.long, device=device))
-            mask.append(torch.full((len(own),), anchored, device=device))
             if isinstance(segment, AnchoredStates):
+                own = segment.anchors
                 layers.add(segment.layer)
-                states.append(within(segment.states.to(device), dtype))
+                states.append(clamp_to_dtype(segment.states.to(device), dtype))
             else:
+                own = np.asarray(segment)
                 states.append(torch.zeros(len(own), width, device=device, dtype=dtype))
+            ids.append(torch.as_tensor(own, dtype=torch.long, device=device))
+            mask.append(torch.full((len(own),), isinstance(segment, AnchoredStates), device=device))
         if len(layers) > 1 or any(part.shape[-1] != width for part in states):
             raise MismatchError(
                 f"compressed texts for entry layers {sorted(layers)} of widths {sorted({p.shape[-1] for p in states})} "
@@ -117,7 +117,7 @@ class AnchoredPrompt:
         return cls(made, like.states.new_zeros(len(made), like.states.shape[1]), torch.zeros_like(made) > 0, like.layer)
 
 
-def within(states: Tensor, dtype: torch.dtype) -> Tensor:
+def clamp_to_dtype(states: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert states; what is beyond the range of `dtype` becomes its largest value, not infinite."""
     if dtype == torch.float16:
         states = states.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)

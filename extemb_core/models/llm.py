@@ -395,9 +395,8 @@ class LLM:
             for at, states in zip(group, self.hidden_of([whole[at] for at in group]), strict=True):
                 first = len(prompts[at]) - 1
                 scores = self.logits(states[first : first + len(ids[at])]).float().log_softmax(-1)
-                found[at] = scores.gather(1, torch.tensor(ids[at], device=scores.device, dtype=torch.long)[:, None])[
-                    :, 0
-                ]
+                expected = torch.tensor(ids[at], device=scores.device, dtype=torch.long)
+                found[at] = scores.gather(1, expected[:, None])[:, 0]
         return [found[at] for at in range(len(prompts))]
 
     def score(self, prompt: PromptInputs, targets: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:

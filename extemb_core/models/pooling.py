@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from extemb_core.errors import ConfigError
+from extemb_core.models.downscaling import span_means
 
 TokenWeighting = Literal["uniform", "rank", "frequency"]
 
 _LEAST_WEIGHT = 0.01  # of a token that is nearly all there is: no group is without weight
-_HARMONIC = (
-    11.4  # sum of 1/rank over a vocabulary of some 50,000: by Zipf's law a token of rank r has a share of 1/(r H)
-)
+# H, the sum of 1/rank over a vocabulary of some 50,000: by Zipf's law, a token of rank r has a share of 1/(r H).
+_HARMONIC = 11.4
 
 
 class Groups(NamedTuple):
@@ -73,14 +73,10 @@ def coarsen_groups(groups: Groups, times: int) -> Groups:
 
 
 def _pooled(fine: Groups, span: int) -> Groups:
-    count = -(-len(fine.weights) // span)
-    padding = count * span - len(fine.weights)
-    w = nn.functional.pad(fine.weights, (0, padding)).view(count, span)
-    total = w.sum(1)
-    share = w / total[:, None]
-    means = nn.functional.pad(fine.means, (0, 0, 0, padding)).view(count, span, -1)
-    norms = nn.functional.pad(fine.norms, (0, padding)).view(count, span)
-    return Groups((means * share[..., None]).sum(1), total, (norms * share).sum(1))
+    padding = -len(fine.weights) % span
+    total = nn.functional.pad(fine.weights, (0, padding)).view(-1, span).sum(1)
+    norms = span_means(fine.norms[:, None], fine.weights, span)[:, 0]
+    return Groups(span_means(fine.means, fine.weights, span), total, norms)
 
 
 def token_weights(weighting: TokenWeighting, vocab_size: int, counts: Tensor | None = None) -> Tensor:

@@ -628,9 +628,10 @@ def _last_checkpoint(config: TrainingConfig) -> Path | None:
     last = last_checkpoint(output)
     if last is None:
         return None
-    other = next((name for name in changed_settings(last, config) if name in _FIXED), None)
+    changed = changed_settings(last, config)
+    other = next((name for name in changed if name in _FIXED), None)
     if other is not None:
-        before, now = changed_settings(last, config)[other]
+        before, now = changed[other]
         raise TrainingError(
             f"{output} holds checkpoints of a run with another {other} ({before!r}, now {now!r}); use another output "
             "folder, or train without resuming"

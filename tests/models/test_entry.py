@@ -16,7 +16,7 @@ from torch import nn
 from extemb_core.context.assembly import Prompt, assemble_chat, assemble_text
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, SharedParameter, reading_model, within
+from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, SharedParameter, clamp_to_dtype, reading_model
 from extemb_core.models.llm import LLM, Generated, Sampling
 
 GREEDY = Sampling(max_new_tokens=8)
@@ -533,8 +533,8 @@ def test_states_beyond_float16_become_its_largest_value():
     assert prompt.states.dtype is torch.float16
     assert torch.isfinite(prompt.states).all()
     assert torch.isfinite(logits_of(llm, [prompt])).all()
-    assert within(torch.tensor([1e6, -1e6, 3.0]), torch.float16).tolist() == [65504, -65504, 3]
-    assert within(torch.tensor([1e6]), torch.float32).tolist() == [1e6]
+    assert clamp_to_dtype(torch.tensor([1e6, -1e6, 3.0]), torch.float16).tolist() == [65504, -65504, 3]
+    assert clamp_to_dtype(torch.tensor([1e6]), torch.float32).tolist() == [1e6]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
