@@ -94,6 +94,7 @@ def plan_context(
     overhead: Sequence[int] | int = 0,
     finest: Sequence[int | None] | None = None,
     auto_ratios: Sequence[int] | None = None,
+    keep_raw: Sequence[bool] | None = None,
 ) -> Plan:
     """Choose the fidelity of each document so that the whole fits the budget.
 
@@ -118,6 +119,9 @@ def plan_context(
             when "raw" is asked for.
         auto_ratios: Those of ratios that "auto" chooses from, all when not given. A document's own finest is one of its
             own besides.
+        keep_raw: For each document, whether it is to be raw. Such wishes drop no other document: they are granted
+            before anything else climbs, best first, up to the first whose text no longer fits. One that has a finest
+            ratio has no wish.
 
     Raises:
         RatioError: ratio, or one of finest or auto_ratios, is not one of ratios.
@@ -125,10 +129,14 @@ def plan_context(
         ConfigError: another number outside its legal values.
     """
     lengths = [_whole(length, "n_tokens") for length in n_tokens]
-    budget = _whole(budget, "budget", error=BudgetError)
+    budget = check_budget(budget)
     chunk_size = _whole(chunk_size, "chunk_size", least=1)
     raw_below = _whole(raw_below, "raw_below")
     ladders = _ladders(ratio, ratios, finest, len(lengths), auto_ratios)
+    wished = _wished(keep_raw, finest, len(lengths))
+    ladders = [
+        [*ladder, "raw"] if index in wished and ladder[-1] != "raw" else ladder for index, ladder in enumerate(ladders)
+    ]
     extra = _overheads(overhead, len(lengths))
 
     def cost(index: int, fidelity: Fidelity) -> int:
@@ -142,7 +150,7 @@ def plan_context(
     kept, left = _longest_run(documents, budget, lambda index: cost(index, ladders[index][0]))
     short = {index for index in kept if lengths[index] <= raw_below and len(ladders[index]) > 1}
     short = {index for index in short if ladders[index][-1] == "raw"}
-    chosen = _climb(kept, short, ladders, left, cost)
+    chosen = _climb(kept, short, wished - short, ladders, left, cost)
 
     def plan(index: int, length: int) -> DocumentPlan:
         fidelity: Fidelity = chosen.get(index, "dropped")
@@ -156,7 +164,7 @@ def plan_context(
                 reason = f"over budget {at}: needs {cost(index, coarsest)} positions, {left} left"
         elif isinstance(fidelity, int) and cost(index, fidelity) == cost(index, "raw"):
             fidelity, reason = "raw", f"{_name(fidelity)} would save nothing"
-        elif ratio != "auto":
+        elif ratio != "auto" or (fidelity == "raw" and index in wished):
             reason = f"{_name(fidelity)} as asked"
         elif fidelity == "raw":
             reason = "short, stays raw" if index in short else "fits raw"
@@ -180,6 +188,7 @@ def _longest_run(documents: list[int], budget: int, cost: Callable[[int], int]) 
 def _climb(
     kept: list[int],
     short: set[int],
+    wished: set[int],
     ladders: Sequence[Sequence[Fidelity]],
     left: int,
     cost: Callable[[int, Fidelity], int],
@@ -196,9 +205,13 @@ def _climb(
         chosen[index] = fidelity
         return True
 
-    ranked = kept
+    for index in kept:
+        if index in wished and not rise(index, "raw"):
+            break
     if sum(cost(index, "raw") - cost(index, chosen[index]) for index in short) <= left:
-        ranked = [index for index in kept if index not in short or not rise(index, "raw")]
+        for index in short:
+            rise(index, "raw")
+    ranked = [index for index in kept if chosen[index] != "raw"]
     rungs = {rung for index in ranked for rung in ladders[index]}
     for fidelity in sorted(rungs, key=lambda rung: -rung if isinstance(rung, int) else 0):
         for index in ranked:
@@ -252,6 +265,14 @@ def _ladder(ratio: object, ratios: Sequence[int]) -> list[Fidelity]:
     raise RatioError(f"ratio={ratio!r} is not one of the ratios {trained}; {remedy}")
 
 
+def _wished(keep_raw: Sequence[bool] | None, finest: Sequence[int | None] | None, count: int) -> set[int]:
+    if keep_raw is None:
+        return set()
+    if len(keep_raw) != count:
+        raise ConfigError(f"keep_raw has {len(keep_raw)} entries for {count} documents; pass one for each, or None")
+    return {index for index, wish in enumerate(keep_raw) if wish and (finest is None or finest[index] is None)}
+
+
 def _overheads(overhead: Sequence[int] | int, count: int) -> list[int]:
     if not isinstance(overhead, Sequence):
         return [_whole(overhead, "overhead")] * count
@@ -260,6 +281,11 @@ def _overheads(overhead: Sequence[int] | int, count: int) -> list[int]:
             f"overhead has {len(overhead)} entries for {count} documents; pass one for each, or one number for all"
         )
     return [_whole(value, "overhead") for value in overhead]
+
+
+def check_budget(budget: Any) -> int:
+    """Return a budget as an int, or raise `BudgetError` if it is no whole number or below 0."""
+    return _whole(budget, "budget", error=BudgetError)
 
 
 def _whole(value: Any, name: str, *, least: int = 0, error: type[ExtembError] = ConfigError) -> int:

@@ -361,3 +361,46 @@ def test_limits_and_ratios_of_its_own_never_break_a_plan(case: dict[str, Any], d
         if case["ratio"] == "auto" and isinstance(document.fidelity, int):
             assert document.fidelity in {*auto, limit}
             assert limit is None or document.fidelity >= limit
+
+
+@given(cases(), st.data())
+def test_wishes_for_raw_are_granted_best_first_and_drop_nothing(case: dict[str, Any], data: st.DataObject) -> None:
+    count = len(case["n_tokens"])
+    wished = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    plan, without = plan_context(**case, keep_raw=wished), plan_context(**case)
+    assert plan.positions <= plan.budget
+    assert [d.index for d in plan.dropped] == [d.index for d in without.dropped]
+    for document in plan.documents:
+        assert document.positions == price(case, document.index, document.fidelity)
+    long = [d for d in plan.documents if wished[d.index] and d.n_tokens > case["raw_below"] and d.fidelity != "dropped"]
+    granted = [d.fidelity == "raw" for d in long if price(case, d.index, "raw") != price(case, d.index, 32)]
+    assert granted == sorted(granted, reverse=True)
+    if case["ratio"] not in ("auto", "raw"):
+        for document, same in zip(plan.documents, without.documents, strict=True):
+            assert document.fidelity in (same.fidelity, "raw" if wished[document.index] else same.fidelity)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "budget", "asked", "expected"),
+    [
+        ([800, 800, 800], 1100, {"ratio": 8}, ["raw", 8, 8]),
+        ([800, 800, 800], 999, {"ratio": 8}, [8, 8, 8]),  # 800 and twice 100: one position is wanting
+        ([800, 800, 800], 299, {"ratio": 8}, [8, 8, "dropped"]),
+        ([800, 800, 800], 900, {}, ["raw", 16, 16]),  # where no wish is, all three climb together
+        ([800, 800, 800], 600, {}, [4, 4, 4]),
+        ([800, 800], 1600, {"ratio": 8, "finest": [8, None]}, [8, 8]),  # a limit is stronger than a wish
+    ],
+)
+def test_the_best_document_kept_raw(
+    n_tokens: list[int], budget: int, asked: dict[str, Any], expected: list[Fidelity]
+) -> None:
+    wishes = [True] + [False] * (len(n_tokens) - 1)
+    plan = plan_context(n_tokens, budget, keep_raw=wishes, **asked)
+    assert fidelities(plan) == expected
+    if expected[0] == "raw":
+        assert plan.documents[0].reason == "raw as asked"
+
+
+def test_one_wish_for_each_document() -> None:
+    with pytest.raises(ConfigError, match="keep_raw has 1 entries for 2 documents; pass one for each"):
+        plan_context([800, 800], 100, keep_raw=[True])
