@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 _BLOCK_BYTES = 1 << 20
 _LEFT_SECONDS = 3600
+_NAME_CHARS = 60  # of a file's name in that of its temporary one: 255 bytes is the most that there may be
 
 
 def push(path: Path) -> None:
@@ -32,13 +33,17 @@ def whole(place: Path) -> Iterator[Path]:
 
     What processes left there that were killed is removed an hour later.
     """
-    for left in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
+    name = place.name[:_NAME_CHARS]
+    for left in place.parent.glob(f".{glob.escape(name)}.*.tmp"):
         with suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
                 left.unlink()
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    temporary = place.with_name(f".{name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that only their owner reads
         push(temporary)
         temporary.replace(place)
         push(place.parent)

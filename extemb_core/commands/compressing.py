@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -23,9 +20,6 @@ from extemb_core.commands.inputs import (
 from extemb_core.commands.reporting import emit, library_output, note, reported
 from extemb_core.commands.tables import show_table
 from extemb_core.documents import Document
-
-if TYPE_CHECKING:
-    from extemb_core.models.compressed import Compressed
 
 SUFFIX = ".safetensors"
 
@@ -52,7 +46,7 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress documents into files: the tensor `embeddings`, and in the metadata what they are.
+    """Compress documents into safetensors files, which `Compressed.load` reads.
 
     A file is written whole or not at all. Empty documents are reported and leave no file.
     """
@@ -71,9 +65,9 @@ def compress(
         for document, target in zip(documents, targets, strict=True):
             with library_output():
                 compressed = loaded.compress(document.text, ratio=finest, batch_size=batch_size)
-                compressed.require_storable()
             if len(compressed):
-                _write(compressed, document, target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                compressed.save(target, metadata={"source": document.source, "title": document.title or ""})
             rows.append(
                 {
                     "source": document.source,
@@ -121,42 +115,6 @@ def _refuse_overwriting(targets: Sequence[Path]) -> None:
         raise typer.BadParameter(
             f"{there[0]}{more} is there already; pass --force to overwrite.", param_hint="'--output'"
         )
-
-
-def _write(compressed: Compressed, document: Document, target: Path) -> None:
-    """Write beside the target, push to the disk, then rename: no moment shows half a file."""
-    from safetensors.torch import save_file
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {
-        "format": "extemb",
-        "ref": document.ref,
-        "ratio": str(compressed.ratio),
-        "n_tokens": str(compressed.n_tokens),
-        "fingerprint": compressed.fingerprint,
-        "chunk_size": str(compressed.chunk_size),
-        "ratios": json.dumps(list(compressed.ratios)),
-        "downscaling": compressed.downscaling,
-        "source": document.source,
-        "title": document.title or "",
-    }
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem[:100]}-", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        save_file({"embeddings": compressed.embeddings.contiguous()}, partial, metadata)
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        partial.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner reads
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _summary(rows: Sequence[dict[str, Any]], ratio: int, fingerprint: str, seconds: float, *, as_json: bool) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from extemb_core.errors import MismatchError, RatioError
+from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.files import whole
 from extemb_core.models.downscaling import Downscaling, chunk_lengths, coarsen, n_embeddings, picks
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.pooling import Groups, coarsen_groups, rescaled
+
+FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
+_TENSORS = ("embeddings", "anchors", "mean_norms", "norms", "weights")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,14 +82,6 @@ class Compressed:
             return self.embeddings
         return AnchoredStates(self.anchors, self.embeddings, self.entry_layer)
 
-    def require_storable(self) -> None:
-        """Raise `MismatchError` where there is no form on disk yet: above entry layer 0."""
-        if self.entry_layer:
-            raise MismatchError(
-                f"compressed texts for entry layer {self.entry_layer} cannot be kept on disk yet; keep them in memory, "
-                "without a store or an output file, or use an embedder of entry layer 0"
-            )
-
     def at_ratio(self, ratio: int) -> Compressed:
         """The same text at a coarser ratio, without another forward pass.
 
@@ -116,6 +117,75 @@ class Compressed:
             norms=groups.norms,
             weights=groups.weights,
         )
+
+    def save(self, file: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the text's embeddings into a safetensors file, exactly and whole or not at all.
+
+        Args:
+            file: One of that name is replaced.
+            metadata: What else to note in the file.
+
+        Raises:
+            StoreError: The disk refuses.
+        """
+        tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+        if self.anchors is not None:
+            tensors["anchors"] = torch.from_numpy(self.anchors)
+        said = dict(metadata or {}) | {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "ref": self.ref,
+            "ratio": str(self.ratio),
+            "n_tokens": str(self.n_tokens),
+            "fingerprint": self.fingerprint,
+            "chunk_size": str(self.chunk_size),
+            "ratios": json.dumps(list(self.ratios)),
+            "downscaling": self.downscaling,
+            "entry_layer": str(self.entry_layer),
+        }
+        try:
+            with whole(Path(file)) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, said)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{file} could not be written ({error}); see to the disk") from error
+
+    @classmethod
+    def load(cls, file: str | Path) -> Compressed:
+        """Read a file that `save` or `extemb compress` wrote.
+
+        Raises:
+            StoreNotFoundError: There is no such file.
+            StoreCorruptError: It is something else, or damaged.
+        """
+        try:
+            with safe_open(file, "pt") as opened:
+                said = opened.metadata() or {}
+                if said.get("format") != FORMAT or int(said.get("version", 1)) not in range(1, VERSION + 1):
+                    raise ValueError(f"format {said.get('format')!r}, version {said.get('version')!r}")
+                tensors: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if "anchors" in tensors:
+                tensors["anchors"] = tensors["anchors"].numpy()
+            text = cls(
+                **tensors,
+                ratio=int(said["ratio"]),
+                n_tokens=int(said["n_tokens"]),
+                ref=said["ref"],
+                fingerprint=said["fingerprint"],
+                chunk_size=int(said["chunk_size"]),
+                ratios=tuple(json.loads(said["ratios"])),
+                downscaling=said["downscaling"],
+                entry_layer=int(said.get("entry_layer", 0)),
+            )
+            full, tail = divmod(text.n_tokens, text.chunk_size)
+            if len(text) != full * n_embeddings(text.chunk_size, text.ratio) + n_embeddings(tail, text.ratio):
+                raise ValueError(f"{len(text)} embeddings for {text.n_tokens} tokens at ratio {text.ratio}")
+        except FileNotFoundError as error:
+            raise StoreNotFoundError(f"{file} does not exist; check the path") from error
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, ArithmeticError, MismatchError) as error:
+            raise StoreCorruptError(
+                f"{file} is not a compressed text ({error}); write it again with: extemb compress"
+            ) from error
+        return text
 
     def _groups(self) -> Groups:
         assert self.mean_norms is not None

@@ -3,7 +3,7 @@
     entries   ref, fingerprint -> block, offset, tokens, embeddings, ratio, kind, dtype, checksum
     blocks    number -> embeddings of one or more documents
     live      number -> bytes of the block that entries refer to; at 0 the block goes
-    kinds     number -> the embedder's fingerprint, chunk size, ratios, down-scaling and width
+    kinds     number -> the embedder's fingerprint, chunk size, ratios, down-scaling, width and entry layer
 
 LMDB keeps large values in whole pages; documents that are put together share one, so that little is lost to them.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from extemb_core.errors import StoreCorruptError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.coding import DTYPES, Dtype, decode
+from extemb_core.store.coding import DTYPES, Dtype
 from extemb_core.store.environment import Environment
 from extemb_core.store.records import COUNT, NUMBER, Block, Entry, Kind, key_of, name_in, ref_bytes, ref_of
 
@@ -47,8 +47,7 @@ class Blocks:
             return None
         kind = self.kind(transaction, key, entry)
         payload = self.payload(transaction, key, entry, kind)
-        embeddings = decode(payload, entry.n_embeddings, kind.width, DTYPES[entry.dtype])
-        kept = kind.compressed(embeddings, ref=ref_of(key), ratio=entry.ratio, n_tokens=entry.n_tokens)
+        kept = kind.decode(payload, entry, ref_of(key))
         return kept if ratio in (None, kept.ratio) else kept.at_ratio(ratio)
 
     def entries(self) -> Iterator[tuple[bytes, Entry, Kind]]:
@@ -81,13 +80,13 @@ class Blocks:
         """Bytes of a document's embeddings, by their checksum where its kind is lost. 0 where they are damaged too: a
         count of the block that stays too high keeps the others in it."""
         try:
-            return entry.size(self.kind(transaction, key, entry).width)
+            return self.kind(transaction, key, entry).size(entry)
         except StoreCorruptError:
             return entry.size_in(key, self._from(transaction, entry))
 
     def payload(self, transaction: Any, key: bytes, entry: Entry, kind: Kind) -> memoryview:
         """A document's bytes, a view of the file. Raises `StoreCorruptError` when they are not what was written."""
-        size = entry.size(kind.width)
+        size = kind.size(entry)
         payload = self._from(transaction, entry)[:size]
         if len(payload) != size or entry.sum_of(key, payload) != entry.checksum:
             raise StoreCorruptError(

@@ -1,4 +1,8 @@
-"""Embeddings as bytes and back: float16, int8 with a scale for each vector, or float32."""
+"""Embeddings as bytes and back: float16, int8 with a scale for each vector, or float32.
+
+Above entry layer 0 each has 16 bytes more, so that every coarser ratio can still be derived, and is kept as a
+direction, which no range of numbers is too small for.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extemb_core.errors import ConfigError
+from extemb_core.errors import ConfigError, MismatchError
+from extemb_core.models.compressed import Compressed
 
 Dtype = Literal["float32", "float16", "int8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 _LARGEST_INT8 = 127
+_COLUMNS = {"anchors": "<i4", "mean_norms": "<f4", "norms": "<f4", "weights": "<f4"}
 
 
 def check_dtype(dtype: str) -> Dtype:
@@ -21,11 +27,52 @@ def check_dtype(dtype: str) -> Dtype:
     return dtype
 
 
-def encode(embeddings: Tensor, dtype: Dtype) -> tuple[bytes, Dtype]:
-    """(N, D) float32 -> bytes, and what they are: float32 where a value is beyond float16, so that none becomes inf.
+def encode(text: Compressed, dtype: Dtype) -> tuple[bytes, Dtype]:
+    """Write the embeddings of a text as bytes: `n_bytes` of them.
 
     float16 rounds to 11 bits; int8, which is N float32 scales and then the rows, to 1/127 of a vector's largest value.
+    Above entry layer 0: N anchors, mean norms, norms and weights, and then the embeddings, each divided by its norm.
+
+    Returns:
+        The bytes, and what they are: float32 where a value is beyond float16, so that none becomes infinite.
+
+    Raises:
+        MismatchError: int8 above entry layer 0.
     """
+    if not text.entry_layer:
+        return _encode_rows(text.embeddings, dtype)
+    if dtype == "int8":
+        raise MismatchError(
+            f"dtype='int8' is too coarse for embeddings of entry layer {text.entry_layer}: a few of their dimensions "
+            "are far larger than the rest; keep them in float16"
+        )
+    assert text.norms is not None
+    columns = [np.asarray(getattr(text, name)).astype(kind).tobytes() for name, kind in _COLUMNS.items()]
+    directions = text.embeddings / torch.where(text.norms > 0, text.norms, 1)[:, None]
+    data, dtype = _encode_rows(directions, dtype)
+    return b"".join([*columns, data]), dtype
+
+
+def n_bytes(count: int, width: int, dtype: Dtype, *, anchored: bool) -> int:
+    """What (count, width) embeddings take; `anchored` above entry layer 0."""
+    each = width + 4 if dtype == "int8" else width * (2 if dtype == "float16" else 4)
+    return count * (each + 4 * len(_COLUMNS) * anchored)
+
+
+def decode(buffer: Any, count: int, width: int, dtype: Dtype, *, anchored: bool) -> dict[str, Any]:
+    """Read what `encode` wrote: the fields of a `Compressed` that hold its (count, width) embeddings, as copies."""
+    if not anchored:
+        return {"embeddings": _decode_rows(memoryview(buffer), count, width, dtype)}
+    kinds = enumerate(_COLUMNS.items())
+    columns = {name: np.frombuffer(buffer, kind, count, offset=4 * count * at).copy() for at, (name, kind) in kinds}
+    fields: dict[str, Any] = {
+        name: column if name == "anchors" else torch.from_numpy(column) for name, column in columns.items()
+    }
+    rows = _decode_rows(memoryview(buffer)[4 * count * len(columns) :], count, width, dtype)
+    return fields | {"embeddings": rows.mul_(fields["norms"][:, None])}
+
+
+def _encode_rows(embeddings: Tensor, dtype: Dtype) -> tuple[bytes, Dtype]:
     values = embeddings.detach().to("cpu", torch.float32).contiguous().numpy()
     if dtype == "float16":
         with np.errstate(over="ignore"):
@@ -40,13 +87,7 @@ def encode(embeddings: Tensor, dtype: Dtype) -> tuple[bytes, Dtype]:
     return scales.tobytes() + np.rint(steps).clip(-_LARGEST_INT8, _LARGEST_INT8).astype(np.int8).tobytes(), dtype
 
 
-def n_bytes(count: int, width: int, dtype: Dtype) -> int:
-    """What (count, width) embeddings take."""
-    return count * (width + 4 if dtype == "int8" else width * (2 if dtype == "float16" else 4))
-
-
-def decode(buffer: Any, count: int, width: int, dtype: Dtype) -> Tensor:
-    """`n_bytes(count, width, dtype)` bytes -> (count, width) float32, a copy."""
+def _decode_rows(buffer: Any, count: int, width: int, dtype: Dtype) -> Tensor:
     if dtype == "int8":
         scales = np.frombuffer(buffer, "<f4", count)
         steps = np.frombuffer(buffer, np.int8, count * width, offset=4 * count).reshape(count, width)

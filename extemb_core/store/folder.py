@@ -9,7 +9,8 @@ from extemb_core.errors import StoreCorruptError, StoreError
 from extemb_core.files import write_whole
 from extemb_core.store.environment import DATA_FILE
 
-FORMAT, VERSION = "extemb-store", 1
+FORMAT, VERSION = "extemb-store", 2
+_READ = (1, 2)  # version 1 knew no entry layer above 0: all it holds is as version 2 has it
 DESCRIPTION = "store.json"
 
 
@@ -26,27 +27,34 @@ def prepare(folder: Path) -> None:
     check_description(folder)
 
 
-def check_description(folder: Path) -> None:
-    """A folder that says it is a store of this version has its data."""
+def check_description(folder: Path) -> int | None:
+    """See that a folder which says it is a store has its data.
+
+    Returns:
+        The version it says; None where it says nothing.
+    """
     file = folder / DESCRIPTION
     if not file.is_file():
-        return
+        return None
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
         known = said["format"] == FORMAT
         version = said["version"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise StoreCorruptError(f"{file} does not describe a store ({error}); get it again from a copy") from error
-    if not known or version != VERSION:
+    if not known or version not in _READ:
         raise StoreError(
-            f"{file} says {said['format']!r} version {version!r}, and this library reads {FORMAT!r} version {VERSION}; "
-            "export it with the version that wrote it, and import it here"
+            f"{file} says {said['format']!r} version {version!r}, and this library reads {FORMAT!r} versions "
+            f"{' and '.join(map(str, _READ))}; export it with the version that wrote it, and import it here"
         )
     data = folder / DATA_FILE
     if not data.is_file() or not data.stat().st_size:
         raise StoreCorruptError(f"{data} is missing or empty; get it again from a copy, or start with a new folder")
+    return int(version)
 
 
 def describe(folder: Path) -> None:
-    """Written once the data file is there, and whole or not at all."""
+    """Say that a folder is a store of this version, whole or not at all; once the data file is there."""
+    if check_description(folder) == VERSION:
+        return
     write_whole(folder / DESCRIPTION, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")

@@ -10,12 +10,11 @@ from itertools import count
 from typing import Any
 
 import xxhash
-from torch import Tensor
 
 from extemb_core.documents import REF_PREFIX
 from extemb_core.errors import ConfigError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.coding import DTYPES, n_bytes
+from extemb_core.store.coding import DTYPES, decode, n_bytes
 
 COUNT = struct.Struct("<Q")
 NUMBER = struct.Struct(">Q")  # big-endian: keys in order
@@ -43,8 +42,8 @@ class Entry:
     def pack(self) -> bytes:
         return _ENTRY.pack(*(getattr(self, name) for name in self.__dataclass_fields__))
 
-    def size(self, width: int) -> int:
-        return n_bytes(self.n_embeddings, width, DTYPES[self.dtype])
+    def size(self, width: int, *, anchored: bool = False) -> int:
+        return n_bytes(self.n_embeddings, width, DTYPES[self.dtype], anchored=anchored)
 
     def sum_of(self, key: bytes, payload: Any) -> int:
         """The checksum of what is stored: of everything but where it is, which `gc` may change."""
@@ -53,7 +52,10 @@ class Entry:
         return digest.intdigest()
 
     def size_in(self, key: bytes, payload: Any) -> int:
-        """`size` without the width: the one that the checksum fits, of bytes that begin with the embeddings; else 0."""
+        """`size` without the kind: the one that the checksum fits, of bytes that begin with the embeddings; else 0.
+
+        Anchors and norms are as many bytes as some dimensions more.
+        """
         digest = self._sum_begun(key)
         end = 0
         for width in count(1):
@@ -81,11 +83,12 @@ class Kind:
     ratios: tuple[int, ...]
     downscaling: Any
     width: int
+    entry_layer: int = 0  # version 1 knew no other
 
     @classmethod
     def of(cls, text: Compressed) -> Kind:
         width = int(text.embeddings.shape[1])
-        return cls(text.fingerprint, text.chunk_size, tuple(text.ratios), text.downscaling, width)
+        return cls(text.fingerprint, text.chunk_size, tuple(text.ratios), text.downscaling, width, text.entry_layer)
 
     @classmethod
     def parse(cls, data: Any) -> Kind:
@@ -100,17 +103,24 @@ class Kind:
         """Whether a document is of this embedder."""
         return name_in(key) == self.name
 
-    def compressed(self, embeddings: Tensor, *, ref: str, ratio: int, n_tokens: int) -> Compressed:
-        """A document of this kind."""
+    def size(self, entry: Entry) -> int:
+        """Bytes of a document's embeddings."""
+        return entry.size(self.width, anchored=self.entry_layer > 0)
+
+    def decode(self, payload: Any, entry: Entry, ref: str) -> Compressed:
+        """Read a document of this kind from its `size` bytes."""
+        dtype, anchored = DTYPES[entry.dtype], self.entry_layer > 0
+        fields = decode(payload, entry.n_embeddings, self.width, dtype, anchored=anchored)
         return Compressed(
-            embeddings=embeddings,
-            ratio=ratio,
-            n_tokens=n_tokens,
+            **fields,
+            ratio=entry.ratio,
+            n_tokens=entry.n_tokens,
             ref=ref,
             fingerprint=self.fingerprint,
             chunk_size=self.chunk_size,
             ratios=self.ratios,
             downscaling=self.downscaling,
+            entry_layer=self.entry_layer,
         )
 
     def to_bytes(self) -> bytes:

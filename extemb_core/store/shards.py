@@ -25,12 +25,13 @@ from safetensors.torch import save_file
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.coding import DTYPES, Dtype, check_dtype, decode, encode, n_bytes
+from extemb_core.store.coding import DTYPES, Dtype, check_dtype, encode
 from extemb_core.store.places import Place
 from extemb_core.store.records import Entry, Kind, key_of, ref_bytes, ref_of
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "extemb-shards", 1
+FORMAT, VERSION = "extemb-shards", 2
+_READ = (1, 2)  # version 1 knew no entry layer above 0
 SUFFIX = ".safetensors"
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -61,18 +62,16 @@ def write_shard(folder: str | Path | Place, name: str, texts: Sequence[Compresse
     Raises:
         ConfigError: There are none, or they are of several embedders.
         StoreError: The disk refuses; nothing is left of it.
-        MismatchError: One enters above layer 0, which has no form on disk yet.
+        MismatchError: They enter above layer 0, and `dtype` is int8.
     """
-    for text in texts:
-        text.require_storable()
     place = Place.of(folder)
     kinds = {Kind.of(text) for text in texts}
     if len(kinds) != 1:
         raise ConfigError(f"a shard holds documents of one embedder, and {len(kinds)} were passed; write one for each")
-    coded = [encode(text.embeddings, dtype) for text in texts]
+    coded = [encode(text, dtype) for text in texts]
     if any(own != dtype for _, own in coded):
         dtype = "float32"
-        coded = [encode(text.embeddings, dtype) for text in texts]
+        coded = [encode(text, dtype) for text in texts]
     kind = kinds.pop()
     metadata = {
         "format": FORMAT,
@@ -82,10 +81,11 @@ def write_shard(folder: str | Path | Place, name: str, texts: Sequence[Compresse
         "trained_ratios": json.dumps(kind.ratios),
         "downscaling": kind.downscaling,
         "width": str(kind.width),
+        "entry_layer": str(kind.entry_layer),
         "dtype": dtype,
     }
     refs = [np.frombuffer(ref_bytes(text.ref), np.uint8) for text in texts]
-    sums = [_sum_of(text.ref, text.n_tokens, len(text), text.ratio, kind, dtype, data)
+    sums = [_entry(text.n_tokens, len(text), text.ratio, dtype).sum_of(key_of(text.ref, kind.fingerprint), data)
             for text, (data, _) in zip(texts, coded, strict=True)]  # fmt: skip
     tensors = {
         "refs": torch.from_numpy(np.stack(refs)),
@@ -154,12 +154,11 @@ class ShardReader:
                 yield self._text(at, stream.read(int(self._begins[at + 1] - self._begins[at])))
 
     def _text(self, at: int, data: bytes) -> Compressed:
-        ref, ratio = ref_of(self.refs[at].tobytes()), int(self.ratios[at])
-        n_tokens, count = int(self.n_tokens[at]), int(self.n_embeddings[at])
-        if _sum_of(ref, n_tokens, count, ratio, self.kind, self.dtype, data) != int(self._sums[at]):
+        ref = ref_of(self.refs[at].tobytes())
+        entry = _entry(self.n_tokens[at], self.n_embeddings[at], self.ratios[at], self.dtype)
+        if entry.sum_of(key_of(ref, self.kind.fingerprint), data) != int(self._sums[at]):
             raise StoreCorruptError(f"{self} has another checksum for {ref} than was written; get it again")
-        embeddings = decode(data, count, self.kind.width, self.dtype)
-        return self.kind.compressed(embeddings, ref=ref, ratio=ratio, n_tokens=n_tokens)
+        return self.kind.decode(data, entry, ref)
 
     def _read_header(self) -> None:
         """What the file says it holds, compared with its size. By hand: safetensors reads no parts of remote files."""
@@ -172,7 +171,7 @@ class ShardReader:
                 raise ValueError(f"a header of {length:,} bytes")
             header = json.loads(stream.read(length))
             metadata = header.pop("__metadata__")
-            if (metadata["format"], metadata["version"]) != (FORMAT, str(VERSION)):
+            if metadata["format"] != FORMAT or metadata["version"] not in map(str, _READ):
                 raise StoreError(f"{self} is {metadata['format']!r} version {metadata['version']!r}; write it anew")
             start = _LENGTH_BYTES + length
             spans = {name: [start + int(at) for at in tensor["data_offsets"]] for name, tensor in header.items()}
@@ -186,13 +185,14 @@ class ShardReader:
             ratios=tuple(json.loads(metadata["trained_ratios"])),
             downscaling=metadata["downscaling"],
             width=int(metadata["width"]),
+            entry_layer=int(metadata.get("entry_layer", 0)),
         )
         self.refs = lists["refs"].reshape(-1, 16)
         self.n_tokens, self.n_embeddings, self.ratios = (lists[name] for name in ("n_tokens", "n_embeddings", "ratios"))
         self._sums = lists["checksums"].view(np.uint64)
         if {len(self.refs)} != {len(values) for name, values in lists.items() if name != "refs"}:
             raise ValueError("lists of unequal length")
-        sizes = [n_bytes(int(count), self.kind.width, self.dtype) for count in self.n_embeddings]
+        sizes = [self.kind.size(_entry(0, count, 1, self.dtype)) for count in self.n_embeddings]
         begin, end = spans["payload"]
         if min(sizes, default=0) < 0 or sum(sizes) != end - begin:
             raise ValueError(f"{end - begin:,} bytes of embeddings where {sum(sizes):,} belong")
@@ -230,7 +230,7 @@ def read_manifest(folder: str | Path | Place, *, verify: bool = True) -> list[Sh
     where = place.naming(MANIFEST)
     try:
         content = json.loads(place.read_text(MANIFEST))
-        if (content["format"], content["version"]) != (FORMAT, VERSION):
+        if content["format"] != FORMAT or content["version"] not in _READ:
             raise StoreError(f"{where} is {content['format']!r} version {content['version']!r}; export it anew")
         shards = [Shard(**shard) for shard in content["shards"]]
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -266,6 +266,6 @@ def require_only_shards(folder: str | Path | Place) -> list[str]:
     return names
 
 
-def _sum_of(ref: str, n_tokens: int, count: int, ratio: int, kind: Kind, dtype: Dtype, data: Any) -> int:
-    entry = Entry(0, 0, n_tokens, count, ratio, 0, DTYPES.index(dtype), 0)
-    return entry.sum_of(key_of(ref, kind.fingerprint), data)
+def _entry(n_tokens: Any, n_embeddings: Any, ratio: Any, dtype: Dtype) -> Entry:
+    """What a store would note of a document, but where it is."""
+    return Entry(0, 0, int(n_tokens), int(n_embeddings), int(ratio), 0, DTYPES.index(dtype), 0)

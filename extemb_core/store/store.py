@@ -15,7 +15,7 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.store.blocks import Blocks
 from extemb_core.store.coding import Dtype, check_dtype, encode
 from extemb_core.store.environment import Environment, open_environment
-from extemb_core.store.folder import DESCRIPTION, check_description, describe, prepare
+from extemb_core.store.folder import check_description, describe, prepare
 from extemb_core.store.records import key_of, ref_of
 from extemb_core.store.upkeep import StoreStats, Verified, move, sparse, stats_of, verify
 
@@ -68,8 +68,8 @@ class EmbeddingStore:
         elif folder.is_dir():
             check_description(folder)
         store = cls(open_environment(folder, readonly=mode == "r"), dtype)
-        if mode == "a" and not (folder / DESCRIPTION).exists():
-            describe(folder)
+        if mode == "a":
+            describe(folder)  # earlier versions of this library are not to read what this one will write
         return store
 
     @property
@@ -140,15 +140,14 @@ class EmbeddingStore:
 
         Raises:
             StoreError: The store is read-only, or the disk refuses; then none of them was kept.
-            MismatchError: One of them enters above layer 0, which has no form on disk yet; none of them was kept.
+            MismatchError: One of them enters above layer 0, and the store is of int8; none of them was kept.
         """
         finest: dict[bytes, Compressed] = {}
         for text in texts:
-            text.require_storable()
             key = key_of(text.ref, text.fingerprint)
             if key not in finest or text.ratio < finest[key].ratio:
                 finest[key] = text
-        coded = [(key, text, *encode(text.embeddings, self.dtype)) for key, text in finest.items()]
+        coded = [(key, text, *encode(text, self.dtype)) for key, text in finest.items()]
         if coded:
             self.write(lambda transaction: self._blocks.put(transaction, coded))
 

@@ -63,7 +63,7 @@ def stats_of(blocks: Blocks) -> StoreStats:
         count += 1
         tokens += entry.n_tokens
         embeddings += entry.n_embeddings
-        live += entry.size(kind.width)
+        live += kind.size(entry)
         by_fingerprint[kind.fingerprint] = by_fingerprint.get(kind.fingerprint, 0) + 1
     with blocks.environment.read() as transaction:
         (values,) = blocks.databases("blocks")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from extemb_core.errors import MismatchError, RatioError
+from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.pooling import pool
@@ -124,10 +125,49 @@ def test_states_without_all_that_belongs_to_them_are_refused(name):
         replace(compressed(20), entry_layer=3)
 
 
-def test_states_have_no_form_on_disk_yet():
-    compressed(20).require_storable()
-    with pytest.raises(MismatchError, match="for entry layer 3 cannot be kept on disk yet; keep them in memory"):
-        anchored(9).require_storable()
+@pytest.mark.parametrize("text", [compressed(20), compressed(0, embeddings=torch.empty(0, 1)), anchored(9)])
+def test_a_file_gives_back_exactly_what_was_saved(tmp_path, text):
+    text.save(tmp_path / "a.safetensors", metadata={"title": "A"})
+    found = Compressed.load(tmp_path / "a.safetensors")
+    for one in fields(Compressed):
+        value, saved = getattr(found, one.name), getattr(text, one.name)
+        same = torch.equal(value, saved) if isinstance(saved, torch.Tensor) else np.array_equal(value, saved)
+        assert same, one.name
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_of_version_1_is_read(tmp_path):
+    text = compressed(20)
+    said = {"format": "extemb", "ref": "r", "ratio": "2", "n_tokens": "20", "fingerprint": "f", "chunk_size": "8",
+            "ratios": "[2, 4, 8]", "downscaling": "strided", "source": "a.txt", "title": ""}  # fmt: skip
+    save_file({"embeddings": text.embeddings.contiguous()}, tmp_path / "a.safetensors", said)
+    assert torch.equal(Compressed.load(tmp_path / "a.safetensors").at_ratio(4).embeddings, text.at_ratio(4).embeddings)
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path):
+    file = tmp_path / "a.safetensors"
+    with pytest.raises(StoreNotFoundError, match="does not exist; check the path"):
+        Compressed.load(file)
+    refused = pytest.raises(
+        StoreCorruptError, match="is not a compressed text .*; write it again with: extemb compress"
+    )
+    anchored(9).save(file)
+    file.write_bytes(file.read_bytes()[:-1])
+    with refused:
+        Compressed.load(file)
+    save_file({"weight": torch.ones(2)}, file)
+    with refused:
+        Compressed.load(file)
+    replace(compressed(20), n_tokens=40).save(file)  # too few embeddings
+    with refused:
+        Compressed.load(file)
+    with refused:
+        Compressed.load(tmp_path)
+
+
+def test_a_disk_that_refuses_leaves_what_was_there(tmp_path):
+    with pytest.raises(StoreError, match="could not be written"):
+        compressed(20).save(tmp_path / "no" / "a.safetensors")
 
 
 @pytest.mark.parametrize(("at_hand", "wanted"), [(4, 2), (2, 3), (2, 16), (2, 0)])

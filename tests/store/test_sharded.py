@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made import FINGERPRINT, compressed
+from made import FINGERPRINT, anchored, compressed
 from tiny import random_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
@@ -123,3 +123,9 @@ def test_a_text_that_shards_lack_serves_its_call_alone(tmp_path):
     write_manifest(tmp_path, [])
     lm = ExtensibleLM(llm, random_embedder(llm), ShardStore(tmp_path))
     assert lm.ask("When?", "The mill was built in 1820. " * 8, ratio=4, max_new_tokens=4).context[0].cached is False
+
+
+def test_states_are_read_where_they_lie(where):
+    write_manifest(where, [write_shard(where, "a", [anchored("a"), anchored("b")])])
+    found = ShardStore(where).get(anchored("b").ref, FINGERPRINT, 8)
+    assert (found.entry_layer, len(found)) == (3, len(anchored("b").at_ratio(8)))

@@ -7,11 +7,13 @@ import os
 import stat
 import threading
 
+import numpy as np
 import pytest
 import torch
-from made import FINGERPRINT, compressed
+from made import FINGERPRINT, VERSION_1_FINGERPRINT, anchored, compressed, version_1
 
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.store.exchange import import_shards
 from extemb_core.store.store import EmbeddingStore
 
 
@@ -22,13 +24,20 @@ def store(tmp_path):
 
 
 def same(found, text, dtype=torch.float16):
-    assert torch.equal(found.embeddings, text.embeddings.to(dtype).float())
-    for name in ("ratio", "n_tokens", "ref", "fingerprint", "chunk_size", "ratios", "downscaling"):
+    if text.entry_layer:
+        scale = torch.where(text.norms > 0, text.norms, 1)[:, None]
+        assert torch.equal(found.embeddings, (text.embeddings / scale).to(dtype).float() * scale)
+        assert np.array_equal(found.anchors, text.anchors)
+        assert all(torch.equal(getattr(found, n), getattr(text, n)) for n in ("mean_norms", "norms", "weights"))
+    else:
+        assert torch.equal(found.embeddings, text.embeddings.to(dtype).float())
+    for name in ("entry_layer", "ratio", "n_tokens", "ref", "fingerprint", "chunk_size", "ratios", "downscaling"):
         assert getattr(found, name) == getattr(text, name)
 
 
-def test_what_was_put_comes_back_from_another_opening(tmp_path):
-    texts = [compressed(at, n_tokens=at) for at in (0, 1, 31, 32, 33, 100)]
+@pytest.mark.parametrize("make", [compressed, anchored])
+def test_what_was_put_comes_back_from_another_opening(tmp_path, make):
+    texts = [make(at, n_tokens=at) for at in (0, 1, 31, 32, 33, 100)]
     with EmbeddingStore.open(tmp_path / "s") as store:
         store.put(*texts)
         assert len(store) == 6
@@ -46,6 +55,22 @@ def test_float32_is_exact(tmp_path):
     with EmbeddingStore.open(tmp_path / "s", dtype="float32") as store:
         store.put(text)
         same(store.get(text.ref, FINGERPRINT, 4), text, torch.float32)
+
+
+def test_states_of_a_coarser_ratio_are_those_of_what_was_stored(store):
+    text = anchored("a", n_tokens=75)
+    store.put(text)
+    found = store.get(text.ref, FINGERPRINT, 8)
+    assert len(found) == len(text.at_ratio(8)) == 10
+    assert torch.equal(found.embeddings, store.finest(text.ref, FINGERPRINT).at_ratio(8).embeddings)
+    assert np.array_equal(found.anchors, text.at_ratio(8).anchors)
+
+
+def test_states_in_int8_are_refused_before_anything_is_put(tmp_path):
+    with EmbeddingStore.open(tmp_path / "s", dtype="int8") as store:
+        with pytest.raises(MismatchError, match="dtype='int8' is too coarse"):
+            store.put(compressed("a"), anchored("b"))
+        assert len(store) == 0
 
 
 def test_coarser_ratios_come_from_the_finest(store):
@@ -249,6 +274,36 @@ def test_a_file_that_was_cut_is_an_error(tmp_path):
     data.write_bytes(content)
     with EmbeddingStore.open(tmp_path / "s", "r") as store:
         assert store.verify().n_documents == 40
+
+
+def test_a_store_of_version_1_is_read_as_it_is(tmp_path):
+    folder = version_1(tmp_path) / "store"
+    with EmbeddingStore.open(folder, "r") as store:
+        assert store.verify().clean
+        [(ref, fingerprint)] = store.items()
+        assert fingerprint == VERSION_1_FINGERPRINT
+        text = store.finest(ref, fingerprint)
+        assert (text.n_tokens, len(text), text.ratio, text.entry_layer, text.anchors) == (33, 5, 8, 0, None)
+        assert len(store.get(ref, fingerprint, 16)) == 3
+    assert json.loads((folder / "store.json").read_text())["version"] == 1
+
+
+def test_a_store_of_version_1_that_is_written_to_becomes_one_of_version_2(tmp_path):
+    folder = version_1(tmp_path) / "store"
+    for _ in range(2):
+        with EmbeddingStore.open(folder) as store:
+            store.put(anchored("a", fingerprint=VERSION_1_FINGERPRINT), compressed("b"))
+            assert len(store) == 3
+            assert store.verify().clean
+    assert json.loads((folder / "store.json").read_text())["version"] == 2
+
+
+def test_shards_of_version_1_are_imported(tmp_path):
+    folder = version_1(tmp_path)
+    with EmbeddingStore.open(tmp_path / "new") as store, EmbeddingStore.open(folder / "store", "r") as old:
+        assert import_shards(store, folder / "shards") == 1
+        [item] = store.items()
+        assert torch.equal(store.finest(*item).embeddings, old.finest(*item).embeddings)
 
 
 def test_a_store_of_another_version_is_not_touched(tmp_path):
