@@ -7,6 +7,7 @@ one that is lost, damaged or late is brought up to date.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,10 +28,13 @@ from extemb_core.retrieval.fusion import fuse
 from extemb_core.retrieval.index import VectorIndex, choose_factory
 from extemb_core.retrieval.lexical import WordIndex
 from extemb_core.retrieval.splitting import split_passages
+from extemb_core.store.records import ref_of
 from extemb_core.store.store import EmbeddingStore
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = "passages.faiss"
 _BATCH_TOKENS = 32_768  # compressed and written together
@@ -40,7 +44,7 @@ _FETCHED = 4  # times k, from each ranking before they are fused
 
 @dataclass(frozen=True, kw_only=True)
 class Added:
-    """What an `add` did.
+    """What an `add` or a `refresh` did.
 
     Attributes:
         added, updated, unchanged: Documents.
@@ -106,6 +110,7 @@ class Library:
         self._vectors: VectorIndex | None = None
         self._words: tuple[int, WordIndex] | None = None
         self._synced = -1  # the generation that the index is of
+        self._warned = False  # that some documents are stale
         if encoder is not None:
             try:
                 _ = self.encoder  # whether it is that of the library is to be known now
@@ -152,6 +157,22 @@ class Library:
         with self.store.environment.read() as transaction:
             return self._catalogue.count(transaction)
 
+    @property
+    def embedders(self) -> dict[str, int]:
+        """Documents that each embedder compressed, by its fingerprint."""
+        with self.store.environment.read() as transaction:
+            return dict(self._catalogue.embedders(transaction))
+
+    @property
+    def n_stale(self) -> int:
+        """Documents that another embedder compressed than that of `lm`; 0 without one.
+
+        Their texts are found and read like all others, but are compressed again at each question. `refresh` compresses
+        them once.
+        """
+        own = None if self.lm is None else self.lm.embedder.fingerprint
+        return sum(count for name, count in self.embedders.items() if own not in (None, name))
+
     # -- documents --------------------------------------------------------------------------------------------
 
     def add(self, documents: Any, *, show_progress: bool | None = None) -> Added:
@@ -170,35 +191,23 @@ class Library:
             DocumentError: A document cannot be read.
             StoreError: The library is read-only, or the disk refuses.
         """
-        start = time.perf_counter()
-        lm = self._need_lm()
-        self.store.environment.require_writable()
-        counts = dict.fromkeys(("added", "updated", "unchanged", "n_passages", "n_tokens", "compressed_tokens"), 0)
         every = _as_documents(documents)
-        fingerprint, finest = lm.embedder.fingerprint, self._finest(lm)
-        with progress("add", len(every), show_progress) as advance:
-            batch: list[Split] = []
-            waiting = 0
-            for document in every:
-                with self.store.environment.read() as transaction:
-                    known = self._catalogue.record(transaction, document.source)
-                if known is not None and is_of(known, document, fingerprint, finest):
-                    counts["unchanged"] += 1
-                    advance(1)
-                    continue
-                counts["added" if known is None else "updated"] += 1
-                spans = split_passages(document.text, self.passage_tokens, lm.llm.lengths)
-                batch.append(Split(document, spans, [document.text[begin:end] for begin, end in spans]))
-                waiting += len(document.text) // _CHARS_PER_TOKEN
-                if waiting >= _BATCH_TOKENS:
-                    self._write(lm, batch, counts)
-                    advance(len(batch))
-                    batch, waiting = [], 0
-            self._write(lm, batch, counts)
-            advance(len(batch))
-        if counts["added"] or counts["updated"]:
-            self._save_index()
-        return Added(**counts, seconds=time.perf_counter() - start)
+        return self._bring_in("add", every, len(every), show_progress)
+
+    def refresh(self, *, show_progress: bool | None = None) -> Added:
+        """Compress anew the documents that another embedder compressed, from the texts that are here; see `n_stale`.
+
+        Those that were compressed more coarsely than `ratio` too. What the other embedder made of them goes. Every few
+        thousand tokens what is done is on disk: after Ctrl-C, or worse, the same call goes on.
+
+        Args:
+            show_progress: Show a bar; None shows it on a terminal.
+
+        Raises:
+            ConfigError: The library has no `lm`.
+            StoreError: The library is read-only, or the disk refuses.
+        """
+        return self._bring_in("refresh", self._again(), len(self), show_progress)
 
     def remove(self, sources: str | Iterable[str]) -> int:
         """Remove documents by their sources. Returns how many were there.
@@ -210,10 +219,8 @@ class Library:
 
         def work(transaction: Any) -> int:
             forgotten = [self._catalogue.forget(transaction, source) for source in wanted]
-            found = [refs for refs in forgotten if refs is not None]
+            found = [passages for passages in forgotten if passages is not None]
             self._drop_orphans(transaction, set().union(*found))
-            if found:
-                self._catalogue.change(transaction)
             return len(found)
 
         gone = self.store.write(work)
@@ -280,10 +287,57 @@ class Library:
     def stream(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> AnswerStream:
         """`ask`, piece by piece."""
         lm = self._need_lm()
+        if not self._warned and (stale := self.n_stale):
+            self._warned = True
+            logger.warning(
+                "%d of %d documents in %s were compressed by another embedder, and what a question reads of them is "
+                "compressed again each time; bring them up to date once with Library.refresh() or: extemb index "
+                "refresh %s",
+                stale, len(self), self.path, self.path,
+            )  # fmt: skip
         found = [passage.to_document() for passage in self.search(question, k, hybrid=hybrid)]
         return lm.stream(question, found, **settings)
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def _again(self) -> Iterator[Document]:
+        """The documents that are here, one by one."""
+        for record in self._catalogue.records():
+            with self.store.environment.read() as transaction:
+                text = self._catalogue.text(transaction, record["source"])
+            if text is not None:  # else it was removed meanwhile
+                yield Document(text, title=record["title"], metadata=record["metadata"])
+
+    def _bring_in(self, name: str, documents: Iterable[Document], total: int, show_progress: bool | None) -> Added:
+        """Compress and write the documents that are not here as they would be now."""
+        start = time.perf_counter()
+        lm = self._need_lm()
+        self.store.environment.require_writable()
+        counts = dict.fromkeys(("added", "updated", "unchanged", "n_passages", "n_tokens", "compressed_tokens"), 0)
+        fingerprint, finest = lm.embedder.fingerprint, self._finest(lm)
+        with progress(name, total, show_progress) as advance:
+            batch: list[Split] = []
+            waiting = 0
+            for document in documents:
+                with self.store.environment.read() as transaction:
+                    known = self._catalogue.record(transaction, document.source)
+                if known is not None and is_of(known, document, fingerprint, finest):
+                    counts["unchanged"] += 1
+                    advance(1)
+                    continue
+                counts["added" if known is None else "updated"] += 1
+                spans = split_passages(document.text, self.passage_tokens, lm.llm.lengths)
+                batch.append(Split(document, spans, [document.text[begin:end] for begin, end in spans]))
+                waiting += len(document.text) // _CHARS_PER_TOKEN
+                if waiting >= _BATCH_TOKENS:
+                    self._write(lm, batch, counts)
+                    advance(len(batch))
+                    batch, waiting = [], 0
+            self._write(lm, batch, counts)
+            advance(len(batch))
+        if counts["added"] or counts["updated"]:
+            self._save_index()
+        return Added(**counts, seconds=time.perf_counter() - start)
 
     def _write(self, lm: ExtensibleLM, batch: Sequence[Split], counts: dict[str, int]) -> None:
         """Compress the passages of some documents, then write the documents: all at once."""
@@ -302,17 +356,22 @@ class Library:
 
         def work(transaction: Any) -> None:
             before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, self.encoder.name)
-            self._drop_orphans(transaction, before)
+            self._drop_orphans(transaction, before, fingerprint)
 
         self.store.write(work)
         counts["n_passages"] += len(texts)
         counts["n_tokens"] += sum(len(wanted[ref]) for ref in refs)
         counts["compressed_tokens"] += sum(one.n_tokens for one in made)
 
-    def _drop_orphans(self, transaction: Any, refs: Iterable[bytes]) -> None:
-        """Drop the embeddings of passages that no document has any more."""
-        for ref in self._catalogue.orphans(transaction, refs):
-            self.store.forget(transaction, ref)
+    def _drop_orphans(
+        self, transaction: Any, passages: Iterable[tuple[bytes, str]], fingerprint: str | None = None
+    ) -> None:
+        """Drop the embeddings of passages that no document has any more, and those of other embedders than this."""
+        for ref, other in passages:
+            if self._catalogue.is_orphan(transaction, ref):
+                self.store.forget(transaction, ref_of(ref))
+            elif fingerprint not in (None, other):
+                self.store.forget(transaction, ref_of(ref), other)
 
     def _index(self) -> VectorIndex:
         """The FAISS index, with what was added and removed since it was last looked at."""

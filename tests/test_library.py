@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anchored import untrained
 from retrieval_encoder import by_words
 from tiny import random_embedder, tiny_llm
 
@@ -106,6 +108,97 @@ def test_another_embedder_or_a_finer_ratio_compresses_anew_and_a_coarser_one_doe
         assert added.compressed_tokens > 0
         assert library.ask("mill?", k=2, ratio=2, max_new_tokens=2).context[0].cached
         assert library.store.verify().clean
+
+
+@pytest.fixture(scope="module")
+def other(lm):
+    return ExtensibleLM(lm.llm, untrained(lm.llm))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_documents_of_another_embedder_are_read_and_told_of_and_made_anew_when_asked(
+    opened, lm, other, tmp_path, monkeypatch, caplog, counted
+):
+    documents = [document(place) for place in PLACES]
+    with opened() as library:
+        library.add([*documents, Document("The mill burned.", metadata={"source": 7, "seen": [1]})])
+        assert (library.n_stale, library.embedders) == (0, {lm.embedder.fingerprint: 7})
+        if not counted:  # as version 1 left it
+
+            def forget_counts(transaction):
+                settings = library._catalogue.settings(transaction)
+                del settings["embedders"]
+                database = library.store.environment.database("settings")
+                transaction.put(b"library", json.dumps(settings).encode(), db=database)
+
+            library.store.write(forget_counts)
+    later = {"encoder": by_words, "passage_tokens": 40, "ratio": 2}
+    with Library(tmp_path / "lib", other, mode="r", **later) as library:
+        assert library.n_stale == 7
+        for _ in range(2):
+            answer = library.ask("When was the bridge built?", k=1, ratio=2, max_new_tokens=2)
+            assert (answer.context[0].fidelity, answer.context[0].cached) == (2, False)
+        [told] = [record.getMessage() for record in caplog.records if record.name == "extemb_core.library"]
+        assert told.startswith(f"7 of 7 documents in {tmp_path / 'lib'} were compressed by another embedder")
+        assert told.endswith(f"or: extemb index refresh {tmp_path / 'lib'}")
+        assert library.store.stats().by_fingerprint.keys() == {lm.embedder.fingerprint}
+    with Library(tmp_path / "lib", encoder=by_words, mode="r") as library:
+        assert library.n_stale == 0  # nothing is known of an embedder
+    with Library(tmp_path / "lib", other, **later) as library:
+        made = library.refresh()
+        assert (made.added, made.updated, made.unchanged) == (0, 7, 0)
+        assert (library.n_stale, library.embedders) == (0, {other.embedder.fingerprint: 7})
+        assert library.store.stats().by_fingerprint.keys() == {other.embedder.fingerprint}
+        assert sorted(record["source"] for record in library.documents()) == sorted(
+            [*(f"{p}.txt" for p in PLACES), "7"]
+        )
+        assert library.ask("bridge?", k=1, ratio=2, max_new_tokens=2).context[0].cached
+        assert library.refresh().unchanged == 7
+        assert library.add(documents).unchanged == 6
+        assert library.store.verify().clean
+
+
+def test_a_refresh_that_was_interrupted_goes_on(opened, other, tmp_path, monkeypatch):
+    monkeypatch.setattr("extemb_core.library._BATCH_TOKENS", 100)
+    with opened() as library:
+        library.add([document(place) for place in PLACES])
+    whole = type(other.embedder).compress_ids
+    calls = []
+
+    def interrupted(self, ids, **kwargs):
+        calls.append(len(ids))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(self, ids, **kwargs)
+
+    monkeypatch.setattr(type(other.embedder), "compress_ids", interrupted)
+    with Library(tmp_path / "lib", other, encoder=by_words, passage_tokens=40, ratio=2) as library:
+        with pytest.raises(KeyboardInterrupt):
+            library.refresh()
+        left = library.n_stale
+        assert 0 < left < 6
+        assert library.refresh().updated == left
+        assert library.n_stale == 0
+        assert library.store.verify().clean
+
+
+def test_a_passage_that_two_documents_share_survives_the_refresh_of_one(opened, other, tmp_path):
+    with opened() as library:
+        library.add([document("mill"), Document(document("mill").text, metadata={"source": "copy"})])
+    with Library(tmp_path / "lib", other, encoder=by_words, passage_tokens=40, ratio=2) as library:
+        assert library.add([document("mill")]).updated == 1
+        assert (library.n_stale, library.refresh().updated, library.n_stale) == (1, 1, 0)
+        assert library.remove("copy") == 1
+        assert library.ask("mill?", k=1, ratio=2, max_new_tokens=2).context[0].cached
+        assert library.store.verify().clean
+
+
+def test_of_two_documents_of_one_source_the_last_counts(opened, lm):
+    with opened() as library:
+        library.add([document("mill"), document("mill", year=1900)])
+        assert library.embedders == {lm.embedder.fingerprint: 1} == {lm.embedder.fingerprint: len(library)}
+        library.remove("mill.txt")
+        assert library.embedders == {}
 
 
 def test_what_is_removed_is_gone_and_shared_passages_stay(opened):

@@ -1,7 +1,8 @@
-"""`extemb index add | remove | search | stats | verify`: a library of documents in a folder."""
+"""`extemb index add | refresh | remove | search | stats | verify`: a library of documents in a folder."""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,6 +79,38 @@ def add(
 
 @app.command()
 @reported
+def refresh(
+    library: LibraryArgument,
+    llm: LlmOption = DEFAULT_LLM,
+    embedder: EmbedderOption = None,
+    ratio: FinestRatioOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Compress anew, from the texts in a library, the documents that another embedder compressed.
+
+    Every few thousand tokens what is done is on disk: after Ctrl-C the same command goes on.
+    """
+    with library_output():
+        from extemb_core.library import Library
+        from extemb_core.lm import ExtensibleLM
+        from extemb_core.store.store import EmbeddingStore
+
+        EmbeddingStore.open(library, "r").close()  # one that is not there is not made
+        lm = ExtensibleLM.from_pretrained(llm, embedder, device=device)
+        with Library(library, lm, ratio=ratio) as opened:
+            made = opened.refresh()
+    if as_json:
+        emit(asdict(made))
+        return
+    note(
+        f"{made.updated:,} documents compressed anew, {made.unchanged:,} were up to date; "
+        f"{made.compressed_tokens:,} tokens compressed in {made.seconds:.1f} s"
+    )
+
+
+@app.command()
+@reported
 def remove(
     library: LibraryArgument,
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="As `extemb index stats` lists them.")],
@@ -117,15 +150,35 @@ def search(
 
 @app.command()
 @reported
-def stats(library: LibraryArgument, as_json: JsonOption = False) -> None:
-    """List the documents of a library, and what they take."""
+def stats(
+    library: LibraryArgument,
+    llm: Annotated[
+        str | None,
+        typer.Option(
+            "--llm", metavar="NAME", help="Count the documents that another embedder than this LLM's compressed."
+        ),
+    ] = None,
+    embedder: EmbedderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the documents of a library, what they take, and which embedders compressed them."""
     from extemb_core.library import Library
 
-    with library_output(), Library(library, mode="r") as opened:
-        documents = list(opened.documents())
-        store = opened.store.stats()
+    if embedder is not None and llm is None:
+        raise typer.BadParameter("an embedder belongs to an LLM; pass --llm too", param_hint="'--embedder'")
+    with library_output():
+        lm = None
+        if llm is not None:
+            from extemb_core.lm import ExtensibleLM
+
+            lm = ExtensibleLM.from_pretrained(llm, embedder)
+        with Library(library, lm, mode="r") as opened:
+            documents = list(opened.documents())
+            store = opened.store.stats()
+            embedders, stale = opened.embedders, opened.n_stale
     if as_json:
-        emit({"documents": documents, "store": asdict(store)})
+        emit({"documents": documents, "store": asdict(store), "embedders": embedders}
+             | ({} if lm is None else {"stale": stale}))  # fmt: skip
         return
     rows = [(record["source"], f"{record['n_chars']:,}", f"{record['n_passages']:,}") for record in documents]
     show_table(("source", "characters", "passages"), rows, numbers=("characters", "passages"))
@@ -133,6 +186,12 @@ def stats(library: LibraryArgument, as_json: JsonOption = False) -> None:
         f"{len(documents):,} documents, {store.n_documents:,} compressed passages, {store.live_bytes:,} bytes of "
         f"embeddings, {store.file_bytes:,} in all"
     )
+    for name, count in sorted(embedders.items()):
+        note(f"{count:,} documents compressed by the embedder {name}")
+    if lm is not None:
+        named = f" --embedder {shlex.quote(embedder)}" if embedder is not None else ""
+        remedy = f"; compress them anew with: extemb index refresh {shlex.quote(library)} --llm {llm}{named}"
+        note(f"{stale:,} documents were compressed by another embedder than {llm}'s{remedy if stale else ''}")
 
 
 app.command()(verify)  # its embeddings are a store

@@ -2,13 +2,15 @@
 
 documents   source -> its record as JSON        texts     source -> the text, UTF-8
 passages    id -> document, ref, offsets        vectors   id -> the text encoder's vector, float16
-refs        ref, id -> nothing                  settings  the text encoder, its width, the next id, the generation
+refs        ref, id -> nothing                  settings  the text encoder, its width, the next id, the generation,
+                                                          how many documents each embedder compressed
 """
 
 from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +83,15 @@ class Catalogue:
         settings: dict[str, Any] = json.loads(bytes(data))
         return settings
 
+    def embedders(self, transaction: Any) -> dict[str, int]:
+        """Documents that each embedder compressed, by its fingerprint."""
+        counted: dict[str, int] | None = self.settings(transaction).get("embedders")
+        if counted is None:  # version 1 did not count them
+            database = self._environment.database("documents")
+            rows = () if database is None else transaction.cursor(db=database)
+            counted = Counter(json.loads(bytes(value))["fingerprint"] for _, value in rows)
+        return counted
+
     def change(self, transaction: Any, **settings: Any) -> None:
         """Note that something has changed, and other settings."""
         now = self.settings(transaction)
@@ -95,7 +106,7 @@ class Catalogue:
         fingerprint: str,
         ratio: int,
         encoder: str,
-    ) -> set[bytes]:
+    ) -> set[tuple[bytes, str]]:
         """Write documents over those of the same source.
 
         Args:
@@ -107,14 +118,15 @@ class Catalogue:
             encoder: Name of the text encoder that made the vectors.
 
         Returns:
-            The refs of the passages that the documents of the same source had.
+            The refs of the passages that the documents of the same source had, each with the embedder's fingerprint.
         """
         database = self._environment.database
         number = int(self.settings(transaction)["next_id"])
         rows = iter(vectors)
-        before: set[bytes] = set()
+        before: set[tuple[bytes, str]] = set()
         for one in documents:
             before |= self.forget(transaction, one.document.source) or set()
+            self.change(transaction, embedders=self._counted(transaction, fingerprint, 1))
             key = _key(one.document.source)
             first, offset = number, 0
             for (start, end), text in zip(one.spans, one.texts, strict=True):
@@ -133,17 +145,22 @@ class Catalogue:
         self.change(transaction, next_id=number, encoder=encoder, width=vectors.shape[1])
         return before
 
-    def forget(self, transaction: Any, source: str) -> set[bytes] | None:
-        """Drop a document and its passages; the refs of those, or None when there is no such document."""
+    def forget(self, transaction: Any, source: str) -> set[tuple[bytes, str]] | None:
+        """Drop a document and its passages.
+
+        Returns:
+            The refs of the passages, each with the embedder's fingerprint; None when there is no such document.
+        """
         database = self._environment.database
         record = self.record(transaction, source)
         if record is None:
             return None
+        self.change(transaction, embedders=self._counted(transaction, record["fingerprint"], -1))
         refs = set()
         for number in range(*record["passages"]):
             name = _ID.pack(number)
             ref = _PASSAGE.unpack(transaction.get(name, db=database("passages")))[1]
-            refs.add(ref)
+            refs.add((ref, record["fingerprint"]))
             transaction.delete(ref + name, db=database("refs"))
             transaction.delete(name, db=database("passages"))
             transaction.delete(name, db=database("vectors"))
@@ -151,10 +168,10 @@ class Catalogue:
         transaction.delete(_key(source), db=database("texts"))
         return refs
 
-    def orphans(self, transaction: Any, refs: Iterable[bytes]) -> list[str]:
-        """Those of some refs that no passage has any more."""
+    def is_orphan(self, transaction: Any, ref: bytes) -> bool:
+        """Whether no passage has a ref any more."""
         cursor = transaction.cursor(db=self._environment.database("refs"))
-        return [ref_of(ref) for ref in refs if not cursor.set_range(ref) or bytes(cursor.key())[:16] != ref]
+        return not cursor.set_range(ref) or bytes(cursor.key())[:16] != ref
 
     def record(self, transaction: Any, source: str) -> dict[str, Any] | None:
         """What is known of a document: source, title, ref, n_chars, metadata, its passages' first and last id, and
@@ -207,6 +224,12 @@ class Catalogue:
             record = json.loads(value)
             first, end = record.pop("passages")
             yield record | {"n_passages": end - first}
+
+    def _counted(self, transaction: Any, fingerprint: str, more: int) -> dict[str, int]:
+        """`embedders` with so many documents of one more."""
+        counted = Counter(self.embedders(transaction))
+        counted[fingerprint] += more
+        return {name: count for name, count in counted.items() if count > 0}
 
     def count(self, transaction: Any) -> int:
         """Documents."""

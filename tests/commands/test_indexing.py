@@ -59,6 +59,27 @@ def test_a_library_from_the_command_line(run: Any, tmp_path: Path) -> None:
     assert len(json.loads(run("index", "stats", library, "--json").stdout)["documents"]) == 1
 
 
+def test_a_library_of_another_embedder_from_the_command_line(run: Any, tmp_path: Path) -> None:
+    notes, library, llm = tmp_path / "mill.txt", tmp_path / "notes.extemb", ["--llm", tmp_path / "llm"]
+    notes.write_text("The mill was built in 1820.")
+    run("index", "add", library, "--documents", notes, with_models=True)
+    stats = ["index", "stats", library, *llm, "--embedder", "untrained"]
+    assert json.loads(run(*stats, "--json").stdout)["stale"] == 1
+    shown = run(*stats).output
+    assert f"index refresh {library} --llm {tmp_path / 'llm'} --embedder untrained" in shown
+    assert "stale" not in json.loads(run("index", "stats", library, "--json").stdout)
+    asked = run("ask", "When?", "--library", library, *llm, "--embedder", "untrained", "--ratio", "2",
+                "--max-new-tokens", "2", "--json")  # fmt: skip
+    assert json.loads(asked.stdout)["context"][0]["fidelity"] == 2
+    refreshed = run("index", "refresh", library, *llm, "--embedder", "untrained")
+    assert "1 documents compressed anew, 0 were up to date" in refreshed.output
+    assert json.loads(run(*stats, "--json").stdout)["stale"] == 0
+    assert "0 documents were compressed by another embedder" in run(*stats).output
+    assert run("index", "refresh", tmp_path / "none", *llm).exit_code == 3
+    assert not (tmp_path / "none").exists()
+    assert run("index", "stats", library, "--embedder", "untrained").exit_code == 2
+
+
 def test_what_does_not_go_together(run: Any, tmp_path: Path) -> None:
     result = run("ask", "What?", "--library", tmp_path, "--store", tmp_path)
     assert result.exit_code == 2
