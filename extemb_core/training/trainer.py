@@ -256,8 +256,11 @@ class RunTrainer(Trainer):
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
         step = self.state.global_step
-        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1})
-        for group, rate in zip(optimizer.param_groups, self._rates(step), strict=True):
+        rates = self._rates(step)
+        scheduler.load_state_dict(
+            scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+        )
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
     def _take_optimizer(self, checkpoint: Path) -> tuple[int, int]:

@@ -58,6 +58,10 @@ def losses(config):
     return {row["step"]: row["loss"] for row in log_of(config) if "loss" in row}
 
 
+def rates(config):
+    return [row["learning_rate"] for row in log_of(config) if "loss" in row]
+
+
 def tensors(config):
     return load_file(Path(config.output) / "model.safetensors")
 
@@ -303,7 +307,7 @@ def test_a_run_from_another_goes_on_with_its_optimiser_and_not_its_schedule(conf
     (kept,) = Path(second.output).glob("checkpoint-2/optimizer.safetensors")
     state = load_file(kept)
     assert {float(value) for name, value in state.items() if name.endswith("/step")} == {4 + 2}
-    assert [row["learning_rate"] for row in log_of(second) if "loss" in row] == [5e-3, 5e-3 / 2]
+    assert rates(second) == [5e-3, 5e-3 / 2]
     bare = replace(second, start_from=str(tmp_path / "bare"), output=str(tmp_path / "third"), total_tokens=2 * 96)
     Path(bare.start_from).mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -610,6 +614,12 @@ def test_what_needs_an_entry_layer_above_0(asked, entering):
 def test_a_rate_rises_stays_and_falls(config):
     run = replace(config, total_tokens=12 * 96, warmup_steps=3, decay_steps=4, learning_rate=0.01)
     train(run)
-    rates = [row["learning_rate"] for row in log_of(run) if "learning_rate" in row]
     expected = [0.01 * rate for rate in (0, 1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4)]
-    assert rates == pytest.approx(expected)
+    assert rates(run) == pytest.approx(expected)
+
+
+def test_the_first_line_after_a_resume_has_the_rate_of_its_step(config):
+    whole = replace(config, total_tokens=6 * 96, warmup_steps=4)
+    train(replace(whole, total_tokens=3 * 96, decay_steps=0))
+    train(whole)
+    assert rates(whole) == pytest.approx([whole.learning_rate * step / 4 for step in (0, 1, 2, 3, 4, 2)])
