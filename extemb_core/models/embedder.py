@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from extemb_core.documents import text_ref
 from extemb_core.errors import ConfigError, DocumentError, MismatchError, WeightsCorruptError, WeightsNotFoundError
 from extemb_core.models.adapters import add_adapters
+from extemb_core.models.bulk import default_batch_size
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.connector import OutputConnector, recent_embeddings, trailing_means
@@ -489,12 +490,17 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     @overload
     def compress(  # type: ignore[overload-overlap]  # a str is a Sequence[str], and taken as one text
-        self, texts: str, *, ratio: int | None = None, batch_size: int = 4, show_progress: bool | None = None
+        self, texts: str, *, ratio: int | None = None, batch_size: int | None = None, show_progress: bool | None = None
     ) -> Compressed: ...
 
     @overload
     def compress(
-        self, texts: Sequence[str], *, ratio: int | None = None, batch_size: int = 4, show_progress: bool | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        ratio: int | None = None,
+        batch_size: int | None = None,
+        show_progress: bool | None = None,
     ) -> list[Compressed]: ...
 
     def compress(
@@ -502,7 +508,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         texts: str | Sequence[str],
         *,
         ratio: int | None = None,
-        batch_size: int = 4,
+        batch_size: int | None = None,
         show_progress: bool | None = None,
     ) -> Compressed | list[Compressed]:
         """Compress one text or several.
@@ -513,7 +519,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         Args:
             texts: A text, or several.
             ratio: Tokens per embedding, one of the trained ratios; the finest when not given.
-            batch_size: Chunks per forward pass.
+            batch_size: Chunks per forward pass; by the device when not given (see `default_batch_size`).
             show_progress: Show a bar; None shows it on a terminal.
 
         Returns:
@@ -537,10 +543,13 @@ class ExtensibleEmbedder(PreTrainedModel):
         *,
         refs: Sequence[str] | None = None,
         ratio: int | None = None,
-        batch_size: int = 4,
-        show_progress: bool | None = None,
+        batch_size: int | None = None,
+        show_progress: bool | Callable[[float], None] | None = None,
     ) -> list[Compressed]:
-        """`compress` for texts that are token ids already, (T,) each."""
+        """`compress` for texts that are token ids already, (T,) each.
+
+        `show_progress` may be a function, which is told how many tokens are done (see `progress`).
+        """
         pieces = [[(tokens, len(tokens))] for tokens in ids]
         names = [""] * len(ids) if refs is None else refs
         return self._compress(pieces, names, ratio, batch_size, sum(map(len, ids)), show_progress)
@@ -551,12 +560,14 @@ class ExtensibleEmbedder(PreTrainedModel):
         texts: Sequence[Iterable[tuple[np.ndarray[Any, Any], int]]],
         refs: Sequence[str],
         ratio: int | None,
-        batch_size: int,
+        batch_size: int | None,
         total: int,
-        show_progress: bool | None,
+        show_progress: bool | Callable[[float], None] | None,
     ) -> list[Compressed]:
         """Compress texts that come as pieces of ids; what a piece counts for on the bar comes with it."""
         ratio = self.config.finest(ratio)
+        if batch_size is None:
+            batch_size = default_batch_size(self.llm, self.config.chunk_size)
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
         anchored = self.config.entry_layer > 0

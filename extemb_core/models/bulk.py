@@ -1,0 +1,84 @@
+"""Many texts, compressed a batch at a time: no more than a batch is held in memory, or lost with the process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from extemb_core.progress import progress
+
+if TYPE_CHECKING:
+    from extemb_core.models.compressed import Compressed
+    from extemb_core.models.embedder import ExtensibleEmbedder
+    from extemb_core.models.llm import LLM
+
+Text = tuple[str, "np.ndarray[Any, Any]"]
+"""A ref, and (T,) token ids."""
+
+_PASSES = 8  # forward passes of a batch
+_CPU_CHUNKS, _MAX_CUDA_CHUNKS = 4, 128
+_BYTES_PER_UNIT = 128  # of activations, for each token and unit of the hidden size; generous for a dense layer
+_SHARE = 4  # of the free memory, activations take a quarter at most
+
+
+def default_batch_size(llm: LLM, chunk_size: int) -> int:
+    """Choose how many chunks of `chunk_size` tokens go through the layers at once on an LLM's device.
+
+    4 on a CPU, where more is not quicker; on CUDA what a quarter of the free memory holds, 4 to 128.
+    """
+    if llm.device.type != "cuda":
+        return _CPU_CHUNKS
+    free, _ = torch.cuda.mem_get_info(llm.device)
+    free += torch.cuda.memory_reserved(llm.device) - torch.cuda.memory_allocated(llm.device)  # held for the next pass
+    chunks = free // (_SHARE * _BYTES_PER_UNIT * llm.width * chunk_size)
+    return max(_CPU_CHUNKS, min(_MAX_CUDA_CHUNKS, chunks))
+
+
+def compress_in_batches(
+    embedder: ExtensibleEmbedder,
+    texts: Sequence[Text],
+    *,
+    ratio: int | None = None,
+    batch_size: int | None = None,
+    show_progress: bool | None = None,
+) -> Iterator[list[Compressed]]:
+    """Compress texts in the order given, for the caller to write each batch before the next is made.
+
+    A batch is the tokens of 8 forward passes, and one text at least.
+
+    Args:
+        embedder: Compresses.
+        texts: The ref and (T,) token ids of each.
+        ratio: Tokens per embedding; what the embedder keeps when not given.
+        batch_size: Chunks per forward pass; by the device when not given (see `default_batch_size`).
+        show_progress: Show a bar over all texts; None shows it on a terminal.
+
+    Raises:
+        RatioError: The ratio was not trained.
+    """
+    size = default_batch_size(embedder.llm, embedder.config.chunk_size) if batch_size is None else batch_size
+    with progress("compress", sum(len(ids) for _, ids in texts), show_progress) as advance:
+        for batch in _batches(texts, _PASSES * size * embedder.config.chunk_size):
+            yield embedder.compress_ids(
+                [ids for _, ids in batch],
+                refs=[ref for ref, _ in batch],
+                ratio=ratio,
+                batch_size=size,
+                show_progress=advance,
+            )
+
+
+def _batches(texts: Sequence[Text], n_tokens: int) -> Iterator[list[Text]]:
+    batch: list[Text] = []
+    waiting = 0
+    for ref, ids in texts:
+        batch.append((ref, ids))
+        waiting += len(ids)
+        if waiting >= n_tokens:
+            yield batch
+            batch, waiting = [], 0
+    if batch:
+        yield batch
