@@ -51,6 +51,7 @@ class Answer:
         prompt_positions: Positions of the whole prompt.
         new_tokens: Tokens written.
         finish_reason: "stop", "length" (max_new_tokens reached) or "cancelled".
+        budget: Positions that the documents might take: those asked for, or what was free where that was less.
     """
 
     text: str
@@ -59,6 +60,7 @@ class Answer:
     prompt_positions: int
     new_tokens: int
     finish_reason: str
+    budget: int | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -69,8 +71,10 @@ class Answer:
         return tuple(entry for entry in self.context if entry.fidelity == "dropped")
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole answer as plain, JSON-able values."""
-        return {**asdict(self), "seconds": dict(self.seconds)}
+        """The answer as plain, JSON-able values, its budget left out."""
+        values = {**asdict(self), "seconds": dict(self.seconds)}
+        del values["budget"]
+        return values
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -89,12 +93,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ready:
-    """A prompt that is ready for the LLM, what became of the documents in it, and when it was asked for."""
+    """A prompt that is ready for the LLM, what became of its documents in which budget, and when it was asked for."""
 
     prompt: Prompt
     context: tuple[ContextEntry, ...]
     compress_seconds: float
     start: float
+    budget: int | None = None
 
 
 class AnswerStream(Iterator[str]):
@@ -176,4 +181,5 @@ def to_answer(ready: Ready, generated: Generated, *, first_token: float, total: 
         prompt_positions=len(ready.prompt),
         new_tokens=len(generated.token_ids),
         finish_reason=generated.finish_reason,
+        budget=ready.budget,
     )

@@ -25,10 +25,11 @@ from extemb_core.context.assembly import (
     assemble_text,
     document_heading,
 )
-from extemb_core.context.planning import Fidelity, Plan, compressed_positions, plan_context
+from extemb_core.context.planning import Fidelity, Plan, check_budget, compressed_positions, plan_context
 from extemb_core.context.tools import Tool
 from extemb_core.documents import Document
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError
+from extemb_core.models.bulk import compress_in_batches
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.llm import LLM, Sampling
@@ -44,6 +45,7 @@ DEFAULT_LLM = "smollm2-135m-instruct"
 
 _EARLIER = "Earlier in this conversation:\n"
 _KEPT_TOKEN_IDS = 64  # recent documents whose token ids stay in memory
+_KEPT_TURN_BYTES = 64 * 2**20  # of the embeddings of recent conversations' older turns
 
 Messages = Sequence[Mapping[str, Any]]
 Documents = str | Document | Mapping[str, Any] | Iterable[Any]
@@ -53,7 +55,8 @@ class ExtensibleLM:
     """A frozen LLM with an embedder that compresses its documents.
 
     One object may be used from several threads. Documents are compressed once and kept in `store`: in memory, least
-    recently used ones going first, or on disk, for later processes too.
+    recently used ones going first, or on disk, for later processes too. What was said in conversations is never put
+    there: turns that are condensed are kept in memory, for a while.
 
     Args:
         llm: The frozen LLM.
@@ -75,6 +78,7 @@ class ExtensibleLM:
         self.store: Store = store if store is not None else MemoryStore()
         self.refs = Refs(self.store)
         self.batcher = Batcher(self)
+        self._turns = MemoryStore(_KEPT_TURN_BYTES)
         self._ids: OrderedDict[str, np.ndarray[Any, Any]] = OrderedDict()
         self._ids_lock = threading.Lock()
 
@@ -128,7 +132,8 @@ class ExtensibleLM:
             question: In the user's words.
             documents: Best first: texts, `Document`s, mappings with a text, or the documents of LangChain and
                 LlamaIndex.
-            budget: Positions of the LLM's window that the documents may take; all that is free when not given.
+            budget: Positions of the LLM's window that the documents may take at most; all that is free when not given,
+                or where it is less. `answer.budget` says which it was.
             ratio: "auto" (see `plan_context`), "raw", or a trained ratio for all documents.
             **sampling: The fields of `Sampling`: max_new_tokens, temperature, top_p, top_k, stop, seed, ...
 
@@ -136,7 +141,7 @@ class ExtensibleLM:
             The answer; `answer.context` says what became of each document.
 
         Raises:
-            BudgetError: The question leaves no room, or the budget is larger than the room there is.
+            BudgetError: The question leaves no room, or the budget is below 0 or no whole number.
             RatioError: The ratio was not trained.
         """
         return self.stream(question, documents, budget=budget, ratio=ratio, **sampling).finish()
@@ -188,8 +193,9 @@ class ExtensibleLM:
 
         Args:
             question, documents, budget, ratio, **sampling: See `ask` and `chat`.
-            condense: Compress the older turns of a conversation that the window does not hold, instead of refusing it;
-                the answer's context tells what became of each.
+            condense: Compress the older turns of a conversation that the window does not hold beside its documents,
+                instead of refusing it; the answer's context tells what became of each. Documents have the positions of
+                the budget before turns do, and half of the room where none is given.
             tools: Functions in OpenAI's form that the LLM may call, where its template has a place for them; see
                 `context.tools`.
             opening: What the answer begins with; it is not repeated in it.
@@ -198,7 +204,7 @@ class ExtensibleLM:
         messages, texts = _as_messages(question), as_documents(documents)
         assemble = partial(assemble_chat, self.llm, tools=tools, opening=opening)
         if condense:
-            messages = self._condensed(messages, settings.max_new_tokens, assemble)
+            messages, budget = self._condensed(messages, texts, budget, ratio, settings.max_new_tokens, assemble)
         return self._prepare(messages, texts, budget, ratio, settings.max_new_tokens, assemble), settings
 
     def generate(
@@ -311,7 +317,10 @@ class ExtensibleLM:
         max_new_tokens: int = 256,
     ) -> Plan:
         """What would become of each document, without compressing or answering: `print(lm.plan(...).explain())`."""
-        return self._planned(_as_messages(question), as_documents(documents), max_new_tokens, budget, ratio)[1]
+        messages, joined = _as_messages(question), as_documents(documents)
+        bare = assemble_chat(self.llm, _replaced(messages))
+        room = self._room(bare, max_new_tokens, budget, joined or _inline(messages))
+        return self._plan_all(joined, messages, room, ratio)
 
     def positions(
         self,
@@ -321,12 +330,14 @@ class ExtensibleLM:
         budget: int | None = None,
         ratio: str | int = "auto",
     ) -> int:
-        """Positions of the window that a prompt takes, its documents included; nothing is compressed."""
+        """Positions that a prompt takes, its documents included; nothing is compressed.
+
+        One that the window does not hold is counted too, with no position left for its documents.
+        """
         messages, joined = _as_messages(question), as_documents(documents)
-        if not joined and not _inline(messages):
-            return len(assemble_chat(self.llm, messages))
-        bare, plan = self._planned(messages, joined, 0, budget, ratio)
-        return len(bare) + plan.positions
+        bare = assemble_chat(self.llm, _replaced(messages))
+        free = max(0, self.llm.window - len(bare))
+        return len(bare) + self._plan_all(joined, messages, _capped(budget, free), ratio).positions
 
     def positions_of(self, parts: Iterable[str | Document]) -> int:
         """Positions that a piece of a prompt takes: its texts, and its documents at the finest ratio each may have."""
@@ -340,24 +351,41 @@ class ExtensibleLM:
                 positions += len(self.llm.encode(part))
         return positions
 
-    def _planned(
-        self, messages: Messages, joined: list[Document], new_tokens: int, budget: int | None, ratio: str | int
-    ) -> tuple[Prompt, Plan]:
-        """A prompt without its documents, and what becomes of them."""
-        texts = joined + _inline(messages)
-        bare = assemble_chat(self.llm, _replaced(messages))
-        return bare, self._plan(texts, self._room(bare, new_tokens, budget, texts), ratio, headed=len(joined))
-
-    def compress(self, documents: Documents, *, ratio: int | None = None, show_progress: bool | None = None) -> None:
+    def compress(
+        self,
+        documents: Documents,
+        *,
+        ratio: int | None = None,
+        batch_size: int | None = None,
+        show_progress: bool | None = None,
+    ) -> None:
         """Compress documents now, so that later questions about them start at once.
+
+        What is done is in the store batch by batch, of 8 forward passes each: after Ctrl-C, or worse, the same call
+        goes on. A store that is only read is left as it is.
 
         Args:
             documents: As for `ask`.
-            ratio: The finest ratio that will be asked for; the finest trained one when not given.
+            ratio: The finest ratio that will be asked for; the embedder's `kept_ratio` when not given.
+            batch_size: Chunks per forward pass; by the device when not given (see `default_batch_size`).
             show_progress: Show a bar; None shows it on a terminal.
+
+        Raises:
+            RatioError: The ratio was not trained.
         """
-        finest = self.embedder.config.finest(ratio)
-        self._compressed([(text, finest) for text in as_documents(documents)], show_progress)
+        finest, fingerprint = self.embedder.config.finest(ratio), self.embedder.fingerprint
+        if self.store.readonly:
+            return
+        texts = {document.ref: document.text for document in as_documents(documents)}
+        missing = [
+            (ref, self.llm.encode(text))
+            for ref, text in texts.items()
+            if self.store.get(ref, fingerprint, finest) is None
+        ]
+        for made in compress_in_batches(
+            self.embedder, missing, ratio=finest, batch_size=batch_size, show_progress=show_progress
+        ):
+            self.store.put(*made)
 
     def token_ids(self, text: str, ref: str) -> np.ndarray[Any, Any]:
         """(T,) ids of a document's text, remembered for recent documents."""
@@ -372,27 +400,23 @@ class ExtensibleLM:
                 self._ids.popitem(last=False)
         return ids
 
-    def _compressed(
-        self, wanted: Sequence[tuple[Document, int]], show_progress: bool | None = None
-    ) -> tuple[list[Part], list[bool]]:
-        """What documents at their ratios are in a prompt, and whether each was in the store."""
+    def _compressed(self, wanted: Sequence[tuple[Document, int]], store: Store) -> tuple[list[Part], list[bool]]:
+        """What documents at their ratios are in a prompt, and whether each was in the store, where they are put."""
         fingerprint = self.embedder.fingerprint
-        found = [self.store.get(document.ref, fingerprint, ratio) for document, ratio in wanted]
+        found = [store.get(document.ref, fingerprint, ratio) for document, ratio in wanted]
         cached = [kept is not None for kept in found]
         for ratio in sorted({ratio for (_, ratio), kept in zip(wanted, found, strict=True) if kept is None}):
             places = [place for place, (_, own) in enumerate(wanted) if own == ratio and not cached[place]]
-            made = self.embedder.compress_ids(
-                [self.token_ids(wanted[place][0].text, wanted[place][0].ref) for place in places],
-                refs=[wanted[place][0].ref for place in places],
-                ratio=ratio,
-                show_progress=show_progress,
-            )
-            if not self.store.readonly:  # one to read is read; what it lacks serves this call alone
-                self.store.put(*made)
-            for place, compressed in zip(places, made, strict=True):
-                # As kept, which on disk is rounded: the first answer is what later ones will be.
-                kept = self.store.get(compressed.ref, fingerprint, ratio)
-                found[place] = compressed if kept is None else kept
+            texts = [(document.ref, self.token_ids(document.text, document.ref)) for document, _ in
+                     (wanted[place] for place in places)]  # fmt: skip
+            waiting = iter(places)
+            for made in compress_in_batches(self.embedder, texts, ratio=ratio):
+                if not store.readonly:  # one to read is read; what it lacks serves this call alone
+                    store.put(*made)
+                for compressed in made:
+                    # As kept, which on disk is rounded: the first answer is what later ones will be.
+                    kept = store.get(compressed.ref, fingerprint, ratio)
+                    found[next(waiting)] = compressed if kept is None else kept
         return [kept.part for kept in found if kept is not None], cached
 
     # -- prompts ----------------------------------------------------------------------------------------------
@@ -413,7 +437,7 @@ class ExtensibleLM:
         every = documents + [document for document in inside if not isinstance(document, _Turn)]
         room = self._room(bare, new_tokens, budget, every)
         if not every and not turns:
-            return Ready(bare, (), 0.0, start)
+            return Ready(bare, (), 0.0, start, room)
         plan = self._plan(every, room, ratio, headed=len(documents))
         parts, context, seconds = self._read(every, plan, headed=len(documents))
         own = iter(parts[len(documents) :])
@@ -421,7 +445,9 @@ class ExtensibleLM:
         if turns:  # they take what documents leave; the newest is the best of them
             latest = [inside[at] for at in reversed(turns)]
             left = self.llm.window - len(bare) - new_tokens - plan.positions
-            read, told, more = self._read(latest, self._plan(latest, left, "auto", headed=0), headed=0)
+            read, told, more = self._read(
+                latest, self._plan(latest, left, "auto", headed=0), headed=0, store=self._turns
+            )
             for at, own_parts in zip(reversed(turns), read, strict=True):
                 in_place[at] = own_parts
             context, seconds = context + told, seconds + more
@@ -433,27 +459,39 @@ class ExtensibleLM:
             content = full[last]["content"]
             joined = [part for own_parts in parts[: len(documents)] for part in own_parts]
             full[last] = {**full[last], "content": [*joined, *([content] if isinstance(content, str) else content)]}
-        return Ready(assemble(full), context, seconds, start)
+        return Ready(assemble(full), context, seconds, start, room)
 
-    def _condensed(self, messages: Messages, new_tokens: int, assemble: Callable[[Messages], Prompt]) -> Messages:
+    def _condensed(
+        self,
+        messages: Messages,
+        documents: list[Document],
+        budget: int | None,
+        ratio: str | int,
+        new_tokens: int,
+        assemble: Callable[[Messages], Prompt],
+    ) -> tuple[Messages, int | None]:
         """A conversation that the window does not hold, with its older turns as documents before the first that stays.
 
-        Turns stay text from the newest backwards as far as they take half of the room, and begin with the user's.
+        What its documents take of the budget, or of half of the room, is set aside for them. Of the rest, turns stay
+        text from the newest backwards as far as they take half, and begin with the user's.
+
+        Returns:
+            The messages, and the budget of the documents.
         """
 
         def length(some: Messages) -> int:
             return len(assemble(_replaced(some)))
 
-        room = self.llm.window - new_tokens
-        if length(messages) <= room:
-            return messages
-        system = [message for message in messages if message["role"] == "system"]
+        room = max(0, self.llm.window - new_tokens)
+        cap = room // 2 if budget is None else _capped(budget, room)
+        left = room - self._plan_all(documents, messages, cap, ratio).positions
         starts = [at for at, message in enumerate(messages) if message["role"] == "user"]
-        if not starts:
-            return messages
+        if not starts or length(messages) <= left:
+            return messages, budget
+        system = [message for message in messages if message["role"] == "system"]
         first = starts[-1]
         for start in reversed(starts[:-1]):
-            if length([*system, *messages[start:]]) > room // 2:
+            if length([*system, *messages[start:]]) > left // 2:
                 break
             first = start
         turns: list[Any] = []
@@ -465,9 +503,11 @@ class ExtensibleLM:
                 title = f"turn {number}, {message['role']}"
                 turns.append(_Turn(f"{message['role']}: {text}\n", title=title))
         own = messages[first]["content"]
+        if not turns:
+            return messages, budget
         content = [_EARLIER, *turns, "\n", *([own] if isinstance(own, str) else own)]
         kept = [message for message in messages[first + 1 :] if message["role"] != "system"]
-        return [*system, {**messages[first], "content": content if turns else own}, *kept]
+        return [*system, {**messages[first], "content": content}, *kept], cap
 
     def _text_of(self, piece: Part | Document) -> str:
         if isinstance(piece, str | Document):
@@ -497,27 +537,23 @@ class ExtensibleLM:
         joined = [part for own in parts[: len(documents)] for part in own]
         for piece in pieces:
             joined += next(inside) if isinstance(piece, Document) else [piece]
-        return Ready(assemble_text(self.llm, joined), context, seconds, start)
+        return Ready(assemble_text(self.llm, joined), context, seconds, start, room)
 
     def _room(self, bare: Prompt, new_tokens: int, budget: int | None, documents: Sequence[Document]) -> int:
-        """Positions that the documents may take."""
+        """Positions that the documents may take: the budget, or what a prompt and its answer leave where it is less."""
         window = self.llm.window
         free = window - len(bare) - new_tokens
+        room = _capped(budget, free)
         if free < 0 or (documents and free == 0):
             raise BudgetError(
                 f"the question takes {len(bare)} positions and the answer up to {new_tokens}, more than the "
                 f"{window} of {self.llm.name}; shorten the question, lower max_new_tokens, or use a session"
             )
-        if budget is None:
-            return free
-        if budget < 0:
-            raise BudgetError(f"budget={budget} is below 0; pass the positions that the documents may take")
-        if budget > free:
-            raise BudgetError(
-                f"budget={budget} is more than the {free} positions that a question of {len(bare)} and an answer of "
-                f"up to {new_tokens} leave of {window}; pass at most {free}"
-            )
-        return budget
+        return room
+
+    def _plan_all(self, joined: list[Document], messages: Messages, room: int, ratio: str | int) -> Plan:
+        """What becomes of the documents that join messages, and of those inside them."""
+        return self._plan(joined + _inline(messages), room, ratio, headed=len(joined))
 
     def _plan(self, documents: Sequence[Document], room: int, ratio: str | int, *, headed: int | None = None) -> Plan:
         """What becomes of documents, of which the first `headed` (all when not given) get a heading."""
@@ -542,12 +578,15 @@ class ExtensibleLM:
         )
 
     def _read(
-        self, documents: Sequence[Document], plan: Plan, *, headed: int | None = None
+        self, documents: Sequence[Document], plan: Plan, *, headed: int | None = None, store: Store | None = None
     ) -> tuple[list[list[Part]], tuple[ContextEntry, ...], float]:
-        """Each document as message parts: its heading if it gets one (see `_plan`), then text or embeddings."""
+        """Each document as message parts: its heading if it gets one (see `_plan`), then text or embeddings.
+
+        Embeddings are kept in `store`, that of the documents when not given.
+        """
         start = time.perf_counter()
         compressed = [(d, p.fidelity) for d, p in zip(documents, plan.documents, strict=True) if _is_ratio(p.fidelity)]
-        embeddings, cached = self._compressed(compressed)  # type: ignore[arg-type]
+        embeddings, cached = self._compressed(compressed, self.store if store is None else store)  # type: ignore[arg-type]
         seconds = time.perf_counter() - start
         ready = iter(zip(embeddings, cached, strict=True))
         parts: list[list[Part]] = []
@@ -631,6 +670,11 @@ def _as_messages(question: str | Messages) -> Messages:
     if not question:
         raise ConfigError("there are no messages; pass at least one of role user")
     return question
+
+
+def _capped(budget: int | None, free: int) -> int:
+    """The positions that are free, or the budget where that is less."""
+    return free if budget is None else min(check_budget(budget), free)
 
 
 def _is_ratio(fidelity: Fidelity) -> bool:

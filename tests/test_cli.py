@@ -356,7 +356,9 @@ def test_ratio_that_was_not_trained(models: Models, novel: Path, tmp_path: Path)
 
 def test_budget_that_cannot_be(models: Models, novel: Path) -> None:
     assert "budget=-1" in refused(ExitCode.SETTINGS, *ask_about(models, novel, "--budget", "-1"))
-    assert "budget=9999" in refused(ExitCode.SETTINGS, *ask_about(models, novel, "--budget", "9999"))
+    for command in (["ask", "Who?", "--documents", novel], ["ask", "Who?"], ["chat"]):
+        options = ["--max-new-tokens", "2", "--budget", "9999", *models.options]
+        assert "budget=9999 is more than the" in refused(ExitCode.SETTINGS, *command, *options)
     too_long = ["ask", "why " * 300, "--documents", novel, *models.options]
     assert "shorten the question" in refused(ExitCode.SETTINGS, *too_long)
 

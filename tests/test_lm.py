@@ -10,21 +10,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from made import compressed
 from tiny import SENTENCES, entering, random_embedder, save_tiny, tiny_llm, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
 from extemb_core.cli import app
-from extemb_core.commands.reporting import ExitCode
 from extemb_core.context.assembly import assemble_chat, assemble_text
 from extemb_core.documents import text_ref
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError, RatioError
+from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
 from extemb_core.refs import Handed
 from extemb_core.store.memory import MemoryStore
-from extemb_core.store.shards import write_shard
 
 QUESTION = "How many ships?"
 LONG = SENTENCES[:150]
@@ -189,7 +187,9 @@ def test_answers_serialise_and_print(lm):
         ({"ratio": 3}, RatioError, "ratio=3 is not one of the ratios"),
         ({"ratio": "fine"}, ConfigError, "fine"),
         ({"budget": -1}, BudgetError, "budget=-1"),
-        ({"budget": 10_000}, BudgetError, "budget=10000 is more than"),
+        ({"budget": 1.5}, BudgetError, "budget=1.5"),
+        ({"budget": "100"}, BudgetError, "budget='100'"),
+        ({"budget": -1, "documents": []}, BudgetError, "budget=-1"),
         ({"question": SENTENCES * 9}, BudgetError, "question takes"),
         ({"max_new_tokens": 10_000}, BudgetError, "answer up to 10000"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
@@ -249,6 +249,64 @@ def test_a_store_on_disk_answers_in_another_process_without_the_embedder(lm_at_0
         coarser = ExtensibleLM(lm.llm, lm.embedder, store).ask("What?", documents, ratio=8, max_new_tokens=8)
     assert again.text == first.text
     assert [entry.cached for entry in (*again.context, *coarser.context)] == [True] * 4
+
+
+# -- a budget is a cap ------------------------------------------------------------------------------------------
+
+WAYS = {  # how a question and its documents are handed over; each gives the context, or None
+    "ask": lambda lm, documents, **given: lm.ask(QUESTION, documents, **given, max_new_tokens=2).context,
+    "chat": lambda lm, documents, **given: lm.chat(CHAT, documents, **given, max_new_tokens=2).context,
+    "stream": lambda lm, documents, **given: lm.stream(QUESTION, documents, **given, max_new_tokens=2).finish().context,
+    "prepare": lambda lm, documents, **given: lm.prepare(CHAT, documents, **given, condense=True)[0].context,
+    "generate": lambda lm, documents, **given: lm.generate("Ships:", documents, **given, max_new_tokens=2).context,
+    "ask_batch": lambda lm, documents, **given: (
+        lm.ask_batch([QUESTION], [documents], **given, max_new_tokens=2)[0].context
+    ),
+    "session": lambda lm, documents, **given: lm.session(documents, **given).send(QUESTION, max_new_tokens=2).context,
+    "plan": lambda lm, documents, **given: lm.plan(QUESTION, documents, **given).documents,
+    "score": lambda lm, documents, **given: lm.score(" forty", prompt="Ships:", documents=documents, **given) and None,
+    "positions": lambda lm, documents, **given: lm.positions(QUESTION, documents, **given) and None,
+}
+CHAT = [{"role": "user", "content": QUESTION}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_budget_is_a_cap_whatever_is_asked(lm_in_a_wide_window, way):
+    lm, call = lm_in_a_wide_window, WAYS[way]
+    for budget in (0, 10, 10_000):
+        assert not call(lm, [], budget=budget)
+        assert not call(lm, [""], budget=budget) or call(lm, [""], budget=budget)[0].fidelity == "dropped"
+    generous = call(lm, [SENTENCES], budget=10_000)
+    assert generous is None or generous[0].fidelity == "raw"
+    tight = call(lm, [SENTENCES, SENTENCES[:300]], budget=40)
+    assert tight is None or sum(entry.positions for entry in tight) <= 40
+    for wrong in (-1, 1.5, "many"):
+        with pytest.raises(BudgetError, match="budget="):
+            call(lm, [SENTENCES], budget=wrong)
+
+
+@pytest.fixture
+def lm_in_a_wide_window():
+    llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="tiny")
+    return ExtensibleLM(llm, random_embedder(llm))
+
+
+def test_the_budget_that_there_was_is_told(lm):
+    free = lm.llm.window - lm.positions(QUESTION) - 8
+    for documents in ([], [SENTENCES]):
+        assert ask(lm, QUESTION, documents, budget=20).budget == 20
+        assert ask(lm, QUESTION, documents).budget == free
+        assert ask(lm, QUESTION, documents, budget=9999).budget == free
+        assert lm.plan(QUESTION, documents, budget=9999, max_new_tokens=8).budget == free
+    assert lm.session([SENTENCES], budget=9999).send(QUESTION, max_new_tokens=8).budget < free
+
+
+def test_what_leaves_nothing_is_refused_and_still_counted(lm):
+    question = "word " * 400
+    for documents in ([], [SENTENCES]):
+        with pytest.raises(BudgetError, match="shorten the question"):
+            ask(lm, question, documents, budget=5)
+        assert lm.positions(question, documents) == len(assemble_chat(lm.llm, [{"role": "user", "content": question}]))
 
 
 # -- documents inside messages ----------------------------------------------------------------------------------
@@ -361,6 +419,82 @@ def test_documents_come_before_old_turns(lm):
     assert len(ready.prompt) <= lm.llm.window - 4
 
 
+@pytest.mark.parametrize("budget", [None, 0, 40, 120, 10_000])
+@pytest.mark.parametrize("count", range(1, 8))
+def test_a_conversation_of_any_length_has_room_for_its_documents(lm, count, budget):
+    """Past what the window holds beside the budget turns are condensed, and not before."""
+    mill = Document(LONG, title="mill")
+    messages = turns(count)
+    length = len(assemble_chat(lm.llm, messages))
+    ready, _ = lm.prepare(messages, [mill], budget=budget, condense=True, max_new_tokens=4)
+    assert len(ready.prompt) <= lm.llm.window - 4
+    document, *old = ready.context
+    cap = lm.llm.window if budget is None else budget
+    assert document.source == "mill"
+    assert document.positions <= ready.budget <= cap
+    assert (document.fidelity == "dropped") == (budget == 0)
+    if length + cap <= lm.llm.window - 4:
+        assert old == []
+    for way in (lm.chat, lambda *args, **given: lm.stream(*args, **given).finish()):
+        if not old:
+            assert way(messages, [mill], budget=budget, max_new_tokens=4).context[0].positions <= cap
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_a_budget_is_nothing_to_a_conversation_without_documents(lm, count):
+    messages = turns(count)
+    with_budget, without = (
+        lm.prepare(messages, budget=budget, condense=True, max_new_tokens=4)[0] for budget in (120, None)
+    )
+    assert [entry.source for entry in with_budget.context] == [entry.source for entry in without.context]
+    assert len(with_budget.prompt) == len(without.prompt)
+
+
+def test_documents_inside_messages_have_room_too(lm):
+    messages = turns(3)
+    messages[-1] = {"role": "user", "content": [Document(LONG, title="mill"), " What was the first question?"]}
+    ready, _ = lm.prepare(messages, budget=60, condense=True, max_new_tokens=4)
+    assert ready.context[0].source == "mill"
+    assert 0 < ready.context[0].positions <= 60
+
+
+def test_turns_are_kept_in_memory_alone(lm_at_0, tmp_path):
+    with EmbeddingStore.open(tmp_path / "docs.extemb") as store:
+        lm = ExtensibleLM(lm_at_0.llm, lm_at_0.embedder, store)
+        first, _ = lm.prepare(turns(12), condense=True, max_new_tokens=4)
+        assert any(entry.fidelity != "dropped" for entry in first.context)
+        assert len(store) == 0
+        again, _ = lm.prepare(turns(12), condense=True, max_new_tokens=4)
+        assert all(entry.cached for entry in again.context if isinstance(entry.fidelity, int))
+        session = lm.session([LONG], ratio=4, budget=60)
+        for turn in turns(12)[1:]:
+            session.append(turn["content"])
+            session.send(turn["content"], max_new_tokens=4)
+        assert session.condensed_tokens > 0
+        assert len(store) == 1  # the document
+        assert store.get(text_ref(LONG), lm.embedder.fingerprint, 4) is not None
+
+
+def test_what_was_said_is_no_document_that_was_compressed(lm):
+    """A document of the words of a turn is compressed as a document: it was in no store."""
+    ready, _ = lm.prepare(turns(12), condense=True, max_new_tokens=4)
+    kept = next(entry for entry in ready.context if isinstance(entry.fidelity, int))
+    number = int(kept.source.split()[1].rstrip(","))
+    words = f"{turns(12)[number - 1]['role']}: {turns(12)[number - 1]['content']}\n"
+    assert text_ref(words) == kept.ref
+    assert lm.store.get(kept.ref, lm.embedder.fingerprint, kept.fidelity) is None
+    assert [entry.cached for entry in lm.ask("Why?", words, ratio=kept.fidelity, max_new_tokens=2).context] == [False]
+
+
+def test_kept_turns_are_bounded(lm, monkeypatch):
+    monkeypatch.setattr(lm._turns, "max_bytes", 4000)
+    for at in range(8):
+        messages = turns(12)
+        messages[1]["content"] = f"Opening {at}."
+        lm.prepare(messages[: -2 * at or None], condense=True, max_new_tokens=4)
+    assert 0 < lm._turns.n_bytes <= 4000
+
+
 def test_what_an_old_turn_holds_besides_text_is_condensed_or_refused(lm):
     old = [Document(LONG), np.array(lm.llm.encode("from ids"))]
     messages = [{"role": "user", "content": old}, {"role": "assistant", "content": "Yes."}, *turns(6)[1:]]
@@ -464,22 +598,14 @@ def test_a_document_full_of_control_tokens_has_anchors_that_are_text(roomy):
         assert own == usual
 
 
-def test_stores_on_disk_refuse_states_and_keep_nothing(roomy, tmp_path):
-    with EmbeddingStore.open(tmp_path / "docs.extemb") as store:
-        lm = ExtensibleLM(roomy.llm, roomy.embedder, store)
-        with pytest.raises(MismatchError, match="entry layer 1 cannot be kept on disk yet; keep them in memory"):
-            ask(lm, QUESTION, SENTENCES, ratio=4)
-        with pytest.raises(MismatchError, match="cannot be kept on disk yet"):
-            store.put(compressed("a"), roomy.embedder.compress(SENTENCES))
-        assert len(store) == 0
-        assert ask(lm, QUESTION, "Short.").context[0].fidelity == "raw"
-        store.put(compressed("a"))
-    with EmbeddingStore.open(tmp_path / "docs.extemb", "r") as store:  # one to read lacks them, and they are made
-        lm = ExtensibleLM(roomy.llm, roomy.embedder, store)
-        assert ask(lm, QUESTION, SENTENCES, ratio=4).text == ask(roomy, QUESTION, SENTENCES, ratio=4).text
-    with pytest.raises(MismatchError, match="cannot be kept on disk yet"):
-        write_shard(tmp_path / "shards", "shard-0", [compressed("a"), roomy.embedder.compress(SENTENCES)])
-    assert not (tmp_path / "shards").exists()
+def test_states_on_disk_answer_as_those_in_memory(roomy, tmp_path):
+    expected = ask(roomy, QUESTION, SENTENCES, ratio=4).text
+    for cached in (False, True):
+        with EmbeddingStore.open(tmp_path / "docs.extemb", dtype="float32") as store:
+            answer = ask(ExtensibleLM(roomy.llm, roomy.embedder, store), QUESTION, SENTENCES, ratio=4)
+            assert (answer.text, answer.context[0].cached) == (expected, cached)
+    with EmbeddingStore.open(tmp_path / "docs.extemb", "r") as store:
+        assert ask(ExtensibleLM(roomy.llm, roomy.embedder, store), QUESTION, SENTENCES, ratio=4).text == expected
 
 
 def test_a_session_goes_through_the_ratios_of_a_plan_and_then_drops(roomy):
@@ -530,7 +656,7 @@ def test_adapt_reaches_the_embedder(tmp_path):
         assert ask(lm, QUESTION, SENTENCES, ratio=4).context[0].fidelity == 4
 
 
-def test_the_command_line_asks_untrained_and_writes_no_states(tmp_path):
+def test_the_command_line_asks_untrained_and_keeps_what_it_made(tmp_path):
     save_tiny(tmp_path)
     novel = tmp_path / "novel.txt"
     novel.write_text(SENTENCES)
@@ -542,11 +668,9 @@ def test_the_command_line_asks_untrained_and_writes_no_states(tmp_path):
     asked = run("ask", "--documents", novel, "How many?", "--ratio", "4", "--max-new-tokens", "4", "--json")
     assert asked.exit_code == 0, asked.output
     assert json.loads(asked.stdout)["context"][0]["fidelity"] == 4
-    for more in (["compress", novel, "--output", tmp_path / "out.safetensors"],
-                 ["ask", "--documents", novel, "How many?", "--ratio", "4", "--max-new-tokens", "4", "--store",
-                  tmp_path / "store"]):  # fmt: skip
-        refused = run(*more)
-        assert refused.exit_code == ExitCode.SETTINGS
-        assert "compressed texts for entry layer 1 cannot be kept on disk yet" in " ".join(refused.stderr.split())
-        assert "Traceback" not in refused.output
-    assert not (tmp_path / "out.safetensors").exists()
+    assert run("compress", novel, "--output", tmp_path / "out.safetensors").exit_code == 0
+    assert Compressed.load(tmp_path / "out.safetensors").entry_layer == 1
+    question = ["ask", "--documents", novel, "How many?", "--ratio", "4", "--max-new-tokens", "4", "--json", "--store"]
+    for cached in (False, True):
+        stored = run(*question, tmp_path / "store")
+        assert json.loads(stored.stdout)["context"][0]["cached"] is cached, stored.output

@@ -32,12 +32,13 @@ from extemb_core.commands.inputs import (
 )
 from extemb_core.commands.reporting import code_of, emit, harmless, library_output, note, reported, tell
 from extemb_core.commands.tables import show_context
-from extemb_core.errors import DocumentError
+from extemb_core.errors import BudgetError, DocumentError
 from extemb_core.retrieval import N_PASSAGES
 
 if TYPE_CHECKING:
     from extemb_core.answers import Answer, AnswerStream
     from extemb_core.context.session import Session
+    from extemb_core.lm import ExtensibleLM
 
 QuestionArgument = Annotated[
     str | None,
@@ -77,6 +78,7 @@ def ask(
             from extemb_core.lm import ExtensibleLM
 
             lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device)
+            _require_room(lm, question, budget, max_new_tokens)
             if library is None:
                 stream = lm.stream(question, texts, **settings)
             else:
@@ -122,6 +124,7 @@ def chat(
         from extemb_core.lm import ExtensibleLM
 
         lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device)
+        _require_room(lm, "?", budget, max_new_tokens)
         session = lm.session(texts, ratio=chosen, budget=budget)
     failed: Exception | None = None
     context_shown = False
@@ -139,6 +142,18 @@ def chat(
             context_shown = True
     if failed is not None and not sys.stdin.isatty():
         raise typer.Exit(code_of(failed))
+
+
+def _require_room(lm: ExtensibleLM, question: str, budget: int | None, max_new_tokens: int) -> None:
+    """Raise `BudgetError` for a budget that the window does not hold, which `ExtensibleLM` would lower."""
+    if budget is None:
+        return
+    room = lm.plan(question, (), budget=budget, max_new_tokens=max_new_tokens).budget
+    if room < budget:
+        raise BudgetError(
+            f"budget={budget} is more than the {room} positions that the question and an answer of up to "
+            f"{max_new_tokens} leave of {lm.llm.window}; pass at most {room}"
+        )
 
 
 def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, list[str]]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from extemb_core.answers import Answer, AnswerStream, ContextEntry, Ready
 from extemb_core.context.assembly import Part, Prompt, assemble_chat
+from extemb_core.context.planning import check_budget
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.llm import Sampling, pieces_of
@@ -45,7 +46,8 @@ class Session:
         documents: Stay in the prompt throughout, as `ask` would place them.
         ratio: For the documents.
         window: Positions to use; the LLM's own at most and by default.
-        budget: Positions that the documents may take; half of the window when not given.
+        budget: Positions that the documents may take at most, where the conversation leaves them; half of the window
+            when not given.
 
     Attributes:
         condensed_tokens: Tokens that are now extensible embeddings.
@@ -71,13 +73,10 @@ class Session:
         self._parts: list[Part] = []
         self._context: tuple[ContextEntry, ...] = ()
         self._compress_seconds = 0.0
-        if self._documents:
-            room = self._window // 2 if budget is None else budget
-            if not 0 <= room <= self._window:
-                raise BudgetError(f"budget={room} is not between 0 and the session's window of {self._window}")
-            plan = lm._plan(self._documents, room, ratio)
-            parts, self._context, self._compress_seconds = lm._read(self._documents, plan)
-            self._parts = [part for own in parts for part in own]
+        self._ratio = ratio
+        self._budget = self._window // 2 if budget is None else check_budget(budget)
+        self._budget = max(0, min(self._budget, self._free(0)))
+        self._read_documents()
         self._condensed: list[Compressed] = []
         self._timeline: list[_Turn] = []
         self._lock = threading.Lock()
@@ -110,9 +109,24 @@ class Session:
             asked = _Turn("user", text)
             self._make_room([asked], settings.max_new_tokens)
             prompt = self._prompt([asked])
-        ready = Ready(prompt, self._context, self._compress_seconds, start)
-        self._compress_seconds = 0.0  # the documents are compressed once, and the first answer says so
+        ready = Ready(prompt, self._context, self._compress_seconds, start, self._budget)
+        self._compress_seconds = 0.0  # the documents are read once, and the next answer says so
         return AnswerStream(self._lm.llm, ready, settings, lambda answer: self._finished(asked, answer))
+
+    # -- documents --------------------------------------------------------------------------------------------
+
+    def _free(self, new_tokens: int) -> int:
+        """Positions for documents, beside a chunk of text and an answer."""
+        bare = len(assemble_chat(self._lm.llm, [{"role": "user", "content": ""}]))
+        return self._window - new_tokens - bare - self._lm.embedder.config.chunk_size
+
+    def _read_documents(self) -> None:
+        """Read the documents within the budget."""
+        if self._documents:
+            plan = self._lm._plan(self._documents, self._budget, self._ratio)
+            parts, self._context, seconds = self._lm._read(self._documents, plan)
+            self._parts = [part for own in parts for part in own]
+            self._compress_seconds += seconds
 
     # -- the timeline -----------------------------------------------------------------------------------------
 
@@ -137,13 +151,15 @@ class Session:
 
     def _make_room(self, coming: list[_Turn], new_tokens: int) -> None:
         """Condense from the oldest on until the coming turns and their answer fit."""
-        least = len(assemble_chat(self._lm.llm, [{"role": "user", "content": self._parts or ""}]))
-        room = self._window - new_tokens
-        if least + self._lm.embedder.config.chunk_size > room:
+        room, free = self._window - new_tokens, self._free(new_tokens)
+        if free < 0:
             raise BudgetError(
-                f"the documents take {least} positions and the answer up to {new_tokens} of the session's "
-                f"{self._window}; lower the budget or max_new_tokens"
+                f"an answer of up to {new_tokens} leaves a message no room in the session's window of {self._window}; "
+                "lower max_new_tokens"
             )
+        self._budget = min(self._budget, free)
+        if sum(entry.positions for entry in self._context) > self._budget:
+            self._read_documents()  # coarser
         while len(self._prompt(coming)) > room:
             if self._timeline or any(len(turn.text) > 1 for turn in coming):
                 self._condense_oldest(coming)

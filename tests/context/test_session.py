@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny import SENTENCES, entering, random_embedder, tiny_llm
 
-from extemb_core import ExtensibleLM
+from extemb_core import Document, ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
 
@@ -123,5 +123,20 @@ def test_bad_input(lm):
         lm.session(window=9999)
     with pytest.raises(ConfigError, match="message is empty"):
         lm.session().send(" ")
-    with pytest.raises(BudgetError, match="lower the budget"):
-        lm.session([SENTENCES], window=120, budget=110).send("Hi.", max_new_tokens=40)
+    with pytest.raises(BudgetError, match="an answer of up to 110 leaves a message no room"):
+        lm.session([SENTENCES], window=120).send("Hi.", max_new_tokens=110)
+    for budget in (-1, 1.5):
+        with pytest.raises(BudgetError, match=f"budget={budget}"):
+            lm.session(budget=budget)
+
+
+def test_a_budget_larger_than_the_room_is_what_the_room_is(lm):
+    """Also when an answer is to be longer than was thought of: documents make room, and the answer says so."""
+    session = lm.session([Document(SENTENCES, title="notes")], window=160, budget=9999)
+    first = session.send("Hi.", max_new_tokens=4)
+    longer = session.send("Hi.", max_new_tokens=60)
+    for answer, new_tokens in ((first, 4), (longer, 60)):
+        assert answer.context[0].positions <= answer.budget < 160 - new_tokens
+        assert answer.prompt_positions <= 160 - new_tokens
+    assert longer.context[0].positions < first.context[0].positions
+    assert longer.context[0].fidelity != "dropped"
