@@ -18,7 +18,7 @@ from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, Sto
 from extemb_core.files import whole
 from extemb_core.models.downscaling import Downscaling, chunk_lengths, coarsen, n_embeddings, picks
 from extemb_core.models.entry import AnchoredStates
-from extemb_core.models.pooling import Groups, coarsen_groups, rescaled
+from extemb_core.models.pooling import Groups, coarsen_groups
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
 _TENSORS = ("embeddings", "anchors", "mean_norms", "norms", "weights")
@@ -102,11 +102,16 @@ class Compressed:
             chunks = zip(self.embeddings.split(counts), lengths, strict=True)
             made = [coarsen(chunk, length, self.ratio, ratio, self.downscaling) for chunk, length in chunks]
             return replace(self, embeddings=torch.cat(made), ratio=ratio)
-        fine = self._groups()
-        each = zip(*(part.split(counts) for part in fine), strict=True)
-        pooled = [coarsen_groups(Groups(*chunk), ratio // self.ratio) for chunk in each]
+        assert self.mean_norms is not None
+        assert self.norms is not None
+        assert self.weights is not None
+        # A state is its group's mean, rescaled.
+        shares = torch.where(self.norms > 0, self.mean_norms / self.norms, 0)
+        each = zip(*(part.split(counts) for part in (self.embeddings, shares, self.weights, self.norms)), strict=True)
+        times = ratio // self.ratio
+        pooled = [coarsen_groups(Groups(rows * part[:, None], *rest), times) for rows, part, *rest in each]
         groups = Groups(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
-        ends = np.concatenate([picks("strided", count, ratio // self.ratio).numpy() for count in counts])
+        ends = np.concatenate([picks("strided", count, times).numpy() for count in counts])
         starts = np.repeat(np.cumsum([0, *counts[:-1]]), [len(chunk.weights) for chunk in pooled])
         return replace(
             self,
@@ -186,9 +191,3 @@ class Compressed:
                 f"{file} is not a compressed text ({error}); write it again with: extemb compress"
             ) from error
         return text
-
-    def _groups(self) -> Groups:
-        assert self.mean_norms is not None
-        assert self.norms is not None
-        assert self.weights is not None
-        return Groups(rescaled(self.embeddings, self.mean_norms), self.weights, self.norms)

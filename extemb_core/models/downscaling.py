@@ -145,5 +145,6 @@ def span_means(vectors: Tensor, weights: Tensor, span: int) -> Tensor:
     count = n_embeddings(vectors.shape[0], span)
     padding = count * span - vectors.shape[0]
     weights = torch.nn.functional.pad(weights, (0, padding)).to(vectors.dtype).view(count, span)
-    vectors = torch.nn.functional.pad(vectors, (0, 0, 0, padding)).view(count, span, -1)
-    return (vectors * (weights / weights.sum(1, keepdim=True))[..., None]).sum(1)
+    vectors = torch.nn.functional.pad(vectors, (0, 0, 0, padding)) if padding else vectors  # which would be a copy
+    shares = weights / weights.sum(1, keepdim=True)
+    return torch.bmm(shares[:, None], vectors.reshape(count, span, -1))[:, 0]
