@@ -26,6 +26,7 @@ DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
 _READERS = 1024
 _PAGE = 1000  # items that are listed in one transaction
 _FIRST_MAP_BYTES = 64 * 2**20
+_UNHARMED = "nothing of this call was kept and what was there before still is"
 
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.VersionMismatchError)
 
@@ -234,6 +235,14 @@ class Environment:
             self._settle()
             try:
                 self._env.set_mapsize(size)
+            except lmdb.Error as error:
+                self._env.close()  # it has no map any more; the next transaction opens it anew
+                self._env = None
+                what = f"{size:,} bytes" if size else "the size that another process gave it"
+                raise StoreError(
+                    f"{self.folder} could not grow to {what} ({error}); {_UNHARMED}; allow this process more address "
+                    "space (ulimit -v) and call again"
+                ) from error
             finally:
                 self._open += 1
 
@@ -247,8 +256,8 @@ class Environment:
             raise _damaged_or_refused(self.folder, error) from error
         except lmdb.Error as error:
             raise StoreError(
-                f"{self.folder} could not be {'written to' if what == 'write' else 'read'} ({error}); nothing of this "
-                "call was kept and what was there before still is; see to the disk and call again"
+                f"{self.folder} could not be {'written to' if what == 'write' else 'read'} ({error}); {_UNHARMED}; see "
+                "to the disk and call again"
             ) from error
 
 

@@ -14,6 +14,7 @@ import pytest
 from made import FINGERPRINT, compressed
 
 from extemb_core import Document
+from extemb_core.errors import StoreError
 from extemb_core.refs import Refs
 from extemb_core.retrieval.catalogue import Catalogue, Split
 from extemb_core.store.environment import Environment
@@ -208,6 +209,44 @@ def test_wherever_in_a_change_the_map_is_full_the_change_is_the_same(tmp_path, m
         assert content(tmp_path / str(after)) == content(tmp_path / "whole")
         after += 1
     assert after > 3
+
+
+class Cramped:
+    """An environment whose map cannot be resized."""
+
+    def __init__(self, env):
+        self._env = env
+
+    def __getattr__(self, name):
+        return getattr(self._env, name)
+
+    def set_mapsize(self, size):
+        raise lmdb.MemoryError("Cannot allocate memory")
+
+
+def test_a_map_that_cannot_grow_is_an_error_and_loses_nothing(tmp_path, elsewhere, grown):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(compressed("a", **SMALL))
+        store.environment._env = Cramped(store.environment._env)
+        with pytest.raises(StoreError, match=r"/s could not grow to 2,097,152 bytes \(Cannot .*; nothing .*ulimit -v"):
+            store.put(compressed("b", **LARGE))
+        assert store.finest(compressed("a").ref, FINGERPRINT) is not None
+        store.put(compressed("b", **LARGE))  # in a new map: LMDB gives the old one up before it asks for more
+    assert elsewhere(tmp_path / "s") == told(compressed("a", **SMALL), compressed("b", **LARGE))
+
+
+def test_a_map_that_cannot_follow_another_process_is_an_error(tmp_path):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(compressed("a"))
+
+        class Outgrown(Cramped):
+            def begin(self, **settings):
+                raise lmdb.MapResizedError("here")
+
+        store.environment._env = Outgrown(store.environment._env)
+        with pytest.raises(StoreError, match="could not grow to the size that another process gave it"):
+            store.put(compressed("b"))
+        store.put(compressed("b"))
 
 
 def test_a_change_that_failed_is_not_remembered(tmp_path, elsewhere):
