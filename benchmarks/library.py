@@ -58,8 +58,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         sections: dict[str, Callable[[], dict[str, Any]]] = {
-            "read": lambda: reading(folder, rounds, width=lm().llm.width),
-            "disk": lambda: disk(folder, lm().llm, 200 if quick else 2_000),
+            "read": lambda: reading(folder, rounds, lm().llm.width, lm().embedder.config.entry_layer),
+            "disk": lambda: disk(folder, lm().llm, lm().embedder.config.entry_layer, 200 if quick else 2_000),
             "rounding": lambda: rounding(lm(), 2 if quick else 40),
             "open": lambda: opening(folder, 2_000 if quick else 1_000_000, rounds),
             "first_token": lambda: first_token(folder, lm(), 2 if quick else 16, 1 if quick else options.first_rounds),
@@ -72,31 +72,39 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return report | ending.measured(sections, options.only)
 
 
-def made(name: object, count: int, width: int, ratio: int = 8) -> Compressed:
+def made(name: int, count: int, width: int, entry_layer: int = 0, ratio: int = 8) -> Compressed:
     """A document of `count` random embeddings."""
-    generator = torch.Generator().manual_seed(abs(hash(name)) % 2**31 if not isinstance(name, int) else name)
+    generator = torch.Generator().manual_seed(name)
+    embeddings = torch.randn(count, width, generator=generator)
+    norms = embeddings.norm(dim=-1)
+    beside = {"mean_norms": norms / 2, "norms": norms, "weights": torch.ones(count)}
+    states: dict[str, Any] = {"anchors": np.arange(count, dtype=np.int32), **beside} if entry_layer else {}
     return Compressed(
-        embeddings=torch.randn(count, width, generator=generator),
+        embeddings=embeddings,
+        entry_layer=entry_layer,
+        **states,
         ratio=ratio,
         n_tokens=count * ratio,
         ref=text_ref(str(name)),
         fingerprint=FINGERPRINT,
         chunk_size=count * ratio,
         ratios=(2, 4, 8, 16, 32),
-        downscaling="strided",
+        downscaling="mean" if entry_layer else "strided",
     )
 
 
 # -- sections -------------------------------------------------------------------------------------------------
 
 
-def reading(folder: Path, rounds: int, *, width: int) -> dict[str, Any]:
-    """64 documents of 64 embeddings as float32 tensors: from the store, checksums included, and from a memmap of the
-    same float16 bytes."""
-    texts = [made(at, 64, width) for at in range(64)]
+def reading(folder: Path, rounds: int, width: int, entry_layer: int) -> dict[str, Any]:
+    """64 documents of 64 embeddings as float32 tensors: from the store, checksums included, and from a memmap of
+    float16, times their norms above entry layer 0."""
+    texts = [made(at, 64, width, entry_layer) for at in range(64)]
     file = folder / "plain.bin"
-    file.write_bytes(b"".join(text.embeddings.half().numpy().tobytes() for text in texts))
-    plain = np.memmap(file, np.float16, "r", shape=(64, 64, width))
+    norms = [text.norms[:, None] if text.norms is not None else torch.ones(64, 1) for text in texts]
+    rows = [(text.embeddings / norm).half().numpy() for text, norm in zip(texts, norms, strict=True)]
+    file.write_bytes(b"".join(row.tobytes() for row in rows))
+    plain = torch.from_numpy(np.memmap(file, np.float16, "c", shape=(64, 64, width)))
     with EmbeddingStore.open(folder / "read") as store:
         store.put(*texts)
         refs = [text.ref for text in texts]
@@ -106,7 +114,7 @@ def reading(folder: Path, rounds: int, *, width: int) -> dict[str, Any]:
             return [text.embeddings for text in found if text is not None]
 
         def from_memmap() -> list[torch.Tensor]:
-            return [torch.from_numpy(plain[at].astype(np.float32)) for at in range(64)]
+            return [plain[at] * norms[at] if entry_layer else plain[at].float() for at in range(64)]
 
         for ours, theirs in zip(from_store(), from_memmap(), strict=True):
             assert torch.equal(ours, theirs)
@@ -114,14 +122,14 @@ def reading(folder: Path, rounds: int, *, width: int) -> dict[str, Any]:
     return {"n_documents": 64, "n_embeddings": 64, "width": width} | compare(samples, "store", "memmap", 1 / 0.8)
 
 
-def disk(folder: Path, llm: LLM, count: int) -> dict[str, Any]:
+def disk(folder: Path, llm: LLM, entry_layer: int, count: int) -> dict[str, Any]:
     """What documents of 64 embeddings take in the file, against raw arrays and the LLM's cache of the same text."""
     sizes = {}
-    for dtype, each in (("float16", 2), ("int8", 1)):
+    for dtype, each in (("float16", 2), *([] if entry_layer else [("int8", 1)])):
         with EmbeddingStore.open(folder / f"disk-{dtype}", dtype=dtype) as store:  # type: ignore[arg-type]
             empty = store.stats().file_bytes
             for start in range(0, count, 100):
-                store.put(*(made(at, 64, llm.width) for at in range(start, min(count, start + 100))))
+                store.put(*(made(at, 64, llm.width, entry_layer) for at in range(start, min(count, start + 100))))
             taken = store.stats().file_bytes
         raw = count * 64 * llm.width * each
         sizes[dtype] = {"file_bytes": taken, "empty_bytes": empty, "raw_bytes": raw, "overhead": taken / raw - 1}
@@ -152,15 +160,17 @@ def rounding(lm: ExtensibleLM, n_windows: int) -> dict[str, Any]:
     ratio = 8 if 8 in lm.embedder.config.ratios else min(lm.embedder.config.ratios)
     context, scored = min(512, 3 * lm.llm.window // 8), min(128, lm.llm.window // 8)
     ids = lm.llm.encode(sample_text(40 * n_windows * (context + scored)))
-    losses: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+    anchored = lm.embedder.config.entry_layer > 0
+    dtypes = [dtype for dtype in DTYPES if not (anchored and dtype == "int8")]  # which a store refuses
+    losses: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
     for start in range(0, n_windows * (context + scored), context + scored):
         (text,) = lm.embedder.compress_ids([ids[start : start + context]], refs=[text_ref(str(start))], ratio=ratio)
         targets = ids[start + context : start + context + scored]
-        for dtype in DTYPES:
-            data, kept = encode(text.embeddings, dtype)
-            rounded = replace(text, embeddings=decode(data, *text.embeddings.shape, kept))
+        for dtype in dtypes:
+            data, kept = encode(text, dtype)
+            rounded = replace(text, **decode(data, *text.embeddings.shape, kept, anchored=anchored))
             losses[dtype].append(-float(lm.llm.score(Prompt((rounded.part,)).inputs(lm.llm), targets).mean()))
-    worse = {dtype: [a - b for a, b in zip(losses[dtype], losses["float32"], strict=True)] for dtype in DTYPES}
+    worse = {dtype: [a - b for a, b in zip(losses[dtype], losses["float32"], strict=True)] for dtype in dtypes}
     return {
         "n_windows": n_windows,
         "ratio": ratio,
@@ -270,7 +280,9 @@ def table(report: dict[str, Any]) -> str:
         share = row["share_of_cache"]["float16"]
         rows.append(("disk per token at ratio 8 / KV cache", f"1/{1 / share:.0f}", "<= 1/100", row["met_share"]))
     if row := report.get("rounding"):
-        found = ", ".join(f"{dtype} {row['mean_increase'][dtype]:+.4f}" for dtype in ("float16", "int8"))
+        found = ", ".join(
+            f"{dtype} {row['mean_increase'][dtype]:+.4f}" for dtype in row["mean_increase"] if dtype != "float32"
+        )
         lines.append(f"loss of the next tokens beside float32, nats: {found}")
     if row := report.get("open"):
         rows.append((f"opening {row['n_entries']:,} entries", f"{row['median_ms']:.1f} ms", "< 50 ms", row["met"]))
