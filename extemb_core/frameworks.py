@@ -5,6 +5,7 @@ Needs pydantic, which each of the frameworks brings.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,8 @@ from extemb_core.sharing import share
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
+
+logger = logging.getLogger(__name__)
 
 _PER_CALL = {
     "model", "embedder", "documents", "budget", "ratio", "max_tokens", "temperature", "top_p", "top_k",
@@ -68,7 +71,7 @@ class Answering(LoadedWhenNeeded):
     _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream"})  # settings of a call that are not an answer's
 
     budget: int | None = None
-    """Positions of the window that documents may take; all that is free when not given."""
+    """Positions of the window that documents may take at most; all that is free when not given, or where it is less."""
     max_tokens: int = 256
     """Longest answer."""
     temperature: float = 0.0
@@ -88,7 +91,13 @@ class Answering(LoadedWhenNeeded):
         return share(model, settings.get("embedder"), store=self.store, device=self.device, dtype=self.dtype)
 
     def _told(self, answer: Answer, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Metadata of a response: what became of each document, and how the answer ended."""
+        """Metadata of a response: what became of each document, and how the answer ended. Warn of what was not read."""
+        unread = [entry.source for entry in answer.dropped if entry.n_tokens]
+        if unread:
+            logger.warning(
+                "%d of %d documents were not read, as the %s positions for them do not hold them: %s",
+                len(unread), len(answer.context), answer.budget, ", ".join(unread),
+            )  # fmt: skip
         documents = [
             {
                 "id": entry.ref,
@@ -105,7 +114,7 @@ class Answering(LoadedWhenNeeded):
             "model_name": settings.get("model") or self.model,
             "model_provider": "extemb",
             "finish_reason": answer.finish_reason,
-            "extemb": {"documents": documents, "seconds": dict(answer.seconds)},
+            "extemb": {"documents": documents, "budget": answer.budget, "seconds": dict(answer.seconds)},
         }
 
     def _asked(self, stop: list[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:

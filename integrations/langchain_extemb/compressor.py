@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
+from pydantic import Field
 
 from extemb_core.documents import Document as ExtensibleDocument
 from extemb_core.frameworks import LoadedWhenNeeded
@@ -21,6 +22,9 @@ class ExtensibleCompressor(LoadedWhenNeeded, BaseDocumentCompressor):
     model and store, which reads the embeddings in their places: at the ratio given here or a coarser one.
     """
 
+    batch_size: int | None = Field(default=None, ge=1)
+    """Chunks per forward pass; by the device when not given."""
+
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
@@ -29,7 +33,7 @@ class ExtensibleCompressor(LoadedWhenNeeded, BaseDocumentCompressor):
         ours = [ExtensibleDocument.from_any(document) for document in documents]
         ratio = None if self.ratio in ("auto", "raw") else int(self.ratio)
         if self.ratio != "raw":
-            lm.compress(ours, ratio=ratio, show_progress=False)
+            lm.compress(ours, ratio=ratio, batch_size=self.batch_size, show_progress=False)
         return [
             document.model_copy(update={"metadata": {**document.metadata, REF: mark}})
             for document, mark in zip(documents, lm.refs.put(*ours, finest=[ratio] * len(ours)), strict=True)

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
 from langchain_core.prompts import ChatPromptTemplate
 from tiny import SENTENCES, random_embedder, tiny_llm
 
 import langchain_extemb
-from extemb_core import ExtensibleLM
+from extemb_core import EmbeddingStore, ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
 from extemb_core.models.llm import LLM
 from langchain_extemb import ChatExtensible
@@ -120,8 +120,12 @@ def test_bad_input_is_an_error_or_told(chat, documents):
     assert len(fates(chat.invoke("How many?", documents=[huge]))) == 1
     with pytest.raises(DocumentError, match="documents is a int"):
         chat.invoke("How many?", documents=7)
-    with pytest.raises(BudgetError, match="budget=9999 is more than"):
-        chat.invoke("How many?", documents=documents, budget=9999)
+    generous = chat.invoke("How many?", documents=documents, budget=9999)
+    assert fates(generous) == fates(chat.invoke("How many?", documents=documents))
+    assert generous.response_metadata["extemb"]["budget"] < 256
+    for wrong in (-1, "many"):
+        with pytest.raises(BudgetError, match=f"budget={wrong!r} is not a whole number"):
+            chat.invoke("How many?", documents=documents, budget=wrong)
     with pytest.raises(ConfigError, match="frequency_penalty=1 is no setting of a call"):
         chat.invoke("How many?", frequency_penalty=1)
 
@@ -284,6 +288,48 @@ def test_weights_are_shared_within_a_process(tmp_path):
     assert stored.lm.llm is one.lm.llm
     assert stored.lm.store.path == tmp_path / "store"
     stored.lm.store.close()
+
+
+@pytest.mark.parametrize("turns", range(1, 12, 2))
+def test_a_conversation_of_any_length_is_answered_with_a_budget(lm, documents, turns, tmp_path, caplog):
+    """Nothing to it without documents; room for them with them; and what was said is in no store on disk."""
+    talk = [kind(f"{at}. {SENTENCES[at:][:100]}") for at in range(6) for kind in (HumanMessage, AIMessage)][:turns]
+    talk = [*talk[turns % 2 == 0 :], *([AIMessage("Go on.")] if turns % 2 else []), HumanMessage("So?")]
+    with EmbeddingStore.open(tmp_path / "docs.extemb") as store:
+        stored = ExtensibleLM(lm.llm, lm.embedder, store)
+        for budget in (None, 60, 9999):
+            chat = ChatExtensible.from_lm(stored, budget=budget, max_tokens=4, ratio=4)
+            without = chat.invoke(talk)
+            assert all(source.startswith("turn ") for source, _ in fates(without))
+            assert len(store) == 0
+            assert "".join(chunk.content for chunk in chat.stream(talk)) == without.content
+        for budget in (40, 9999):
+            chat = ChatExtensible.from_lm(stored, budget=budget, max_tokens=4, ratio=4)
+            source, fidelity = fates(chat.invoke(talk, documents=documents[:1]))[0]
+            assert (source, fidelity) == ("ships.txt", 4)
+        assert len(store) == 1
+
+
+def test_what_was_not_read_is_warned_of(chat, documents, caplog):
+    with caplog.at_level("WARNING"):
+        chat.invoke("How many?", documents=documents)
+        chat.invoke("How many?", documents=[""])
+        assert not caplog.text
+        chat.invoke("How many?", documents=documents, budget=40)
+        assert "1 of 2 documents were not read, as the 40 positions for them do not hold them: wires.txt" in caplog.text
+        caplog.clear()
+        list(chat.stream("How many?", documents=documents, budget=40))
+        assert caplog.text.count("were not read") == 1
+
+
+def test_a_conversation_that_is_too_long_is_counted_so_that_it_can_be_trimmed(chat, documents):
+    doc = {"type": "text-plain", "text": documents[0].page_content}
+    turn = "The mill stands by the river and grinds corn for the town. " * 4
+    talk = [kind(turn) for _ in range(8) for kind in (HumanMessage, AIMessage)]
+    for last in (HumanMessage("When?"), HumanMessage([doc, {"type": "text", "text": "When?"}])):
+        trimmed = trim_messages([*talk, last], max_tokens=200, token_counter=chat, start_on="human")
+        assert 1 <= len(trimmed) < len(talk)
+        assert trimmed[-1] == last
 
 
 def test_positions_are_counted_as_they_are_used(chat, documents):

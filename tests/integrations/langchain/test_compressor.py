@@ -128,3 +128,11 @@ def test_a_compressors_ratio_is_the_finest_that_its_refs_are_read_at(lm, documen
         assert [one["fidelity"] for one in message.response_metadata["extemb"]["documents"]] == [read, read]
     with pytest.raises(RatioError, match="ratio=3"):
         ExtensibleCompressor.from_lm(lm, ratio=3).compress_documents(documents, "any")
+
+
+def test_a_compressor_s_batch_size_is_that_of_its_forward_passes(lm, documents, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(lm, "compress", lambda *args, **settings: sizes.append(settings["batch_size"]))
+    for given in ({}, {"batch_size": 7}):
+        ExtensibleCompressor.from_lm(lm, **given).compress_documents(documents, "any")
+    assert sizes == [None, 7]

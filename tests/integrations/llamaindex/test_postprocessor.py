@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 
 import pytest
 from llama_index.core import Document, Settings, VectorStoreIndex
@@ -145,6 +146,79 @@ def test_ranks_become_fidelities_within_the_budget(llm, lm, long_nodes, caplog):
     huge = [NodeWithScore(node=TextNode(text=(LONG * 200)[at:40000])) for at in range(2)]
     made = ExtensibleEmbeddingPostprocessor(llm=llm).postprocess_nodes(huge)
     assert [found.node.extemb_ratio for found in made] == [lm.embedder.config.ratios[-1]] * 2
+
+
+def said(lm, found):
+    """Positions of what the LLM is given of a node."""
+    return lm.positions_of(lm.refs.find(found.get_content(MetadataMode.LLM)))
+
+
+SHORT = [f"Ship {at} was counted before the fog came in." for at in range(30)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"ratio": 8}, {"top_raw": 1}, {"ratio": 4, "top_raw": 40}, {"ratio": "raw"}])
+@pytest.mark.parametrize("budget", [0, 5, 100, 300, 700])
+def test_the_budget_holds_whatever_stays_text(llm, lm, caplog, settings, budget):
+    """A long node before, among or behind short ones: what is left out is the end of the ranking, and is told."""
+    for place in (0, 15, 30):
+        texts = [*SHORT[:place], LONG, *SHORT[place:]]
+        metadata = [{"page": "first"}, {}]
+        nodes = [
+            NodeWithScore(node=TextNode(id_=f"id{at}", text=text, metadata=metadata[at % 2]))
+            for at, text in enumerate([*texts, "", " "])
+        ]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            made = ExtensibleEmbeddingPostprocessor(llm=llm, budget=budget, **settings).postprocess_nodes(nodes)
+        assert sum(said(lm, found) for found in made) <= budget
+        kept = [int(found.node_id[2:]) for found in made]
+        left_out = sorted(set(range(31)) - set(kept))
+        alone = ExtensibleEmbeddingPostprocessor(llm=llm, budget=budget, ratio=settings.get("ratio", "auto"))
+        fits = [at for at, found in enumerate(nodes[:31]) if alone.postprocess_nodes([found])]
+        assert [at for at in kept if at < 31] == fits[
+            : len(fits) - len(set(left_out) & set(fits))
+        ]  # the worst go first
+        assert all(f"id{at}" in caplog.text for at in left_out)
+
+
+def test_short_and_best_nodes_are_text_while_the_budget_allows(llm, long_nodes):
+    def fates(nodes, **settings):
+        made = ExtensibleEmbeddingPostprocessor(llm=llm, **settings).postprocess_nodes(nodes)
+        return [getattr(found.node, "extemb_ratio", "raw") for found in made]
+
+    tokens = [len(llm.lm.llm.encode(found.node.text)) for found in long_nodes]
+    heading = 20
+    for_best = tokens[0] + sum(-(-count // 8) for count in tokens[1:]) + 4 * heading
+    assert fates(long_nodes, ratio=8, top_raw=2, budget=for_best) == ["raw", 8, 8, 8]
+    assert fates(long_nodes, ratio=8, top_raw=2, budget=for_best + tokens[1]) == ["raw", "raw", 8, 8]
+    assert fates(long_nodes, ratio=8, top_raw=2, budget=tokens[0] - 1)[0] == 8
+    assert fates(long_nodes, top_raw=1, budget=for_best)[0] == "raw"
+    assert fates(long_nodes, budget=for_best)[0] != "raw"
+    short = [NodeWithScore(node=TextNode(text=text)) for text in SHORT]
+    assert fates([long_nodes[0], *short], ratio=8, budget=2000) == [8] + ["raw"] * 30
+    assert fates([long_nodes[0], *short], ratio=8, budget=2000, min_tokens=0) == [8] * 31
+
+
+def test_without_a_budget_of_its_own_it_aims_at_that_of_the_llm(lm, long_nodes):
+    def positions(**settings):
+        made = ExtensibleEmbeddingPostprocessor(llm=ExtensibleLLM.from_lm(lm, **settings)).postprocess_nodes(long_nodes)
+        assert len(made) == 4
+        return sum(found.node.extemb_positions for found in made)
+
+    assert positions(budget=600) <= 600 < positions() <= lm.llm.window // 2
+    assert positions(budget=10) == positions(budget=0)  # as coarse as can be, and nothing is left out
+
+
+def test_what_the_llm_left_unread_is_warned_of(lm, nodes, caplog):
+    """A query engine's response does not say it: it has no `raw`."""
+    made = ExtensibleEmbeddingPostprocessor(llm=ExtensibleLLM.from_lm(lm), ratio=2).postprocess_nodes(nodes)
+    prompt = " ".join(found.node.extemb_mark for found in made[:2])
+    with caplog.at_level(logging.WARNING):
+        ExtensibleLLM.from_lm(lm, max_tokens=2).complete(prompt)
+        assert not caplog.text
+        told = ExtensibleLLM.from_lm(lm, max_tokens=2, budget=20).complete(prompt).raw["extemb"]["documents"]
+    assert [one["fidelity"] == "dropped" for one in told] == [False, True]
+    assert "1 of 2 documents were not read, as the 20 positions for them do not hold them: 1.txt" in caplog.text
 
 
 def test_what_is_no_text_stays_what_it_is(llm):
@@ -318,6 +392,33 @@ def test_ingestion_compresses_each_text_once(lm, tmp_path, monkeypatch, nodes):
         assert len(compressed) == 3
         assert all(isinstance(found.node, ExtensibleNode) for found in made)
     json.dumps(transform.to_dict())
+
+
+async def test_an_event_loop_goes_on_while_nodes_are_taken_in(llm, nodes, monkeypatch):
+    started, goes_on = threading.Event(), threading.Event()
+
+    def compress(*args, **settings):
+        started.set()
+        assert goes_on.wait(30)
+
+    monkeypatch.setattr(llm.lm, "compress", compress)
+    work = asyncio.create_task(ExtensibleTransform(llm=llm).acall([found.node for found in nodes]))
+    while not started.is_set():
+        await asyncio.sleep(0.01)
+    goes_on.set()
+    assert await work == [found.node for found in nodes]
+
+
+@pytest.mark.parametrize("kind", [ExtensibleEmbeddingPostprocessor, ExtensibleTransform])
+def test_the_batch_size_reaches_the_embedder(llm, nodes, monkeypatch, kind):
+    sizes = []
+    monkeypatch.setattr(llm.lm, "compress", lambda *args, **settings: sizes.append(settings["batch_size"]))
+    for given in ({}, {"batch_size": 7}):
+        made = kind(llm=llm, ratio=4, **given)
+        made.postprocess_nodes(nodes) if hasattr(made, "postprocess_nodes") else made([found.node for found in nodes])
+    assert sizes == [None, 7]
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        kind(llm=llm, batch_size=0)
 
 
 def test_a_model_and_store_instead_of_an_llm(lm, nodes, monkeypatch):

@@ -6,14 +6,15 @@ import logging
 from typing import TYPE_CHECKING
 
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from pydantic import Field
 
-from extemb_core.context.planning import Fidelity, compressed_positions, plan_context
-from llama_index.postprocessor.extemb.node import extensible, text_of, to_document
+from extemb_core.context.planning import Plan, compressed_positions, plan_context
+from llama_index.postprocessor.extemb.node import extensible, heading_of, text_of, to_document
 from llama_index.postprocessor.extemb.reader import ForReader
 
 if TYPE_CHECKING:
+    from extemb_core.documents import Document
     from extemb_core.lm import ExtensibleLM
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,13 @@ class ExtensibleEmbeddingPostprocessor(ForReader, BaseNodePostprocessor):
     """
 
     budget: int | None = None
-    """Positions of the window that the nodes may take together. Those that do not fit are left out, with a warning.
-    When not given, "auto" aims at half of the window, and nothing is left out: LlamaIndex asks several times then."""
+    """Positions of the window that the nodes may take together, with their metadata. What does not fit is left out, the
+    worst ranked first, with a warning. When not given, "auto" aims at the LLM's own budget or half of the window, and
+    nothing is left out: LlamaIndex asks several times then."""
     min_tokens: int = Field(default=64, ge=0)
-    """Nodes of at most so many tokens stay text."""
+    """Nodes of at most so many tokens stay text, as far as the budget allows."""
     top_raw: int = Field(default=0, ge=0)
-    """So many of the best ranked nodes stay text."""
+    """So many of the best ranked nodes stay text, as far as the budget allows; the best comes first."""
 
     @classmethod
     def class_name(cls) -> str:
@@ -47,21 +49,26 @@ class ExtensibleEmbeddingPostprocessor(ForReader, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         lm = self.lm
-        texts = [text_of(found.node) for found in nodes]
-        documents = {at: to_document(nodes[at].node, text) for at, text in enumerate(texts) if text and text.strip()}
-        tokens = {at: len(lm.token_ids(one.text, one.ref)) for at, one in documents.items()}
-        chosen = self._chosen(lm, nodes, tokens)
-        ratios = {at: fidelity for at, fidelity in chosen.items() if isinstance(fidelity, int)}
+        texts = {at: text for at, found in enumerate(nodes) if (text := text_of(found.node)) is not None}
+        documents = {at: to_document(nodes[at].node, text) for at, text in texts.items()}
+        chosen = dict(zip(documents, self._plan(lm, nodes, documents).documents, strict=True))
+        ratios = {at: one.fidelity for at, one in chosen.items() if isinstance(one.fidelity, int)}
         for ratio in sorted(set(ratios.values())):
-            lm.compress([documents[at] for at, one in ratios.items() if one == ratio], ratio=ratio, show_progress=False)
+            lm.compress(
+                [documents[at] for at, own in ratios.items() if own == ratio],
+                ratio=ratio,
+                batch_size=self.batch_size,
+                show_progress=False,
+            )
         marks = lm.refs.put(*(documents[at] for at in ratios), finest=list(ratios.values()))
         made: dict[int, BaseNode] = {}
         for (at, ratio), mark in zip(ratios.items(), marks, strict=True):
-            positions = compressed_positions(tokens[at], ratio, lm.embedder.config.chunk_size)
+            tokens = chosen[at].n_tokens
+            positions = compressed_positions(tokens, ratio, lm.embedder.config.chunk_size)
             made[at] = extensible(
-                nodes[at].node, documents[at], mark=mark, ratio=ratio, tokens=tokens[at], positions=positions
+                nodes[at].node, documents[at], mark=mark, ratio=ratio, tokens=tokens, positions=positions
             )
-        dropped = [at for at, fidelity in chosen.items() if fidelity == "dropped"]
+        dropped = [at for at, one in chosen.items() if one.fidelity == "dropped" and one.n_tokens]
         if dropped:
             logger.warning(
                 "%d of %d nodes are left out, as budget=%s does not hold them: %s",
@@ -73,29 +80,35 @@ class ExtensibleEmbeddingPostprocessor(ForReader, BaseNodePostprocessor):
             if at not in dropped
         ]
 
-    def _chosen(self, lm: ExtensibleLM, nodes: list[NodeWithScore], tokens: dict[int, int]) -> dict[int, Fidelity]:
-        """The fidelity of each node that has text."""
-        headings = {at: len(lm.llm.encode(nodes[at].node.get_metadata_str(MetadataMode.LLM))) for at in tokens}
-        as_text = {at for at, count in tokens.items() if at < self.top_raw or count <= self.min_tokens}
-        planned = [at for at in tokens if at not in as_text]
-        taken = sum(tokens[at] + headings[at] for at in as_text)
-        everything = sum(tokens[at] + headings[at] for at in planned)
-        if self.budget is not None:
-            room = self.budget - taken
-        else:
-            room = lm.llm.window // 2 - taken if self.ratio == "auto" else everything
+    def _plan(self, lm: ExtensibleLM, nodes: list[NodeWithScore], documents: dict[int, Document]) -> Plan:
+        """What becomes of the nodes that are text, each with its metadata as overhead."""
         config = lm.embedder.config
-        plan = plan_context(
-            [tokens[at] for at in planned],
-            max(0, room),
+        tokens = [len(lm.token_ids(one.text, one.ref)) for one in documents.values()]
+        overhead = [len(lm.llm.encode(heading_of(nodes[at].node))) for at in documents]
+        for place, document in enumerate(documents.values()):
+            if not document.text.strip():  # its metadata is all there is to it: nothing to compress
+                whole = tokens[place] + overhead[place]
+                tokens[place] = min(1, whole)
+                overhead[place] = whole - tokens[place]
+        if self.budget is not None:
+            room = self.budget
+        elif self.ratio == "auto":
+            llm_budget = getattr(self.llm, "budget", None)
+            aim = lm.llm.window // 2 if llm_budget is None else min(llm_budget, lm.llm.window // 2)
+            coarsest = [compressed_positions(count, config.plan_ratios[-1], config.chunk_size) for count in tokens]
+            room = max(aim, sum(coarsest) + sum(overhead))
+        else:
+            room = sum(tokens) + sum(overhead)
+        return plan_context(
+            tokens,
+            room,
             ratio=self.ratio,  # type: ignore[arg-type]
             ratios=config.ratios,
+            auto_ratios=config.plan_ratios,
             chunk_size=config.chunk_size,
             raw_below=self.min_tokens,
-            overhead=[headings[at] for at in planned],
+            overhead=overhead,
+            keep_raw=[
+                at < self.top_raw or count <= self.min_tokens for at, count in zip(documents, tokens, strict=True)
+            ],
         )
-        chosen: dict[int, Fidelity] = dict.fromkeys(sorted(tokens), "raw")
-        for at, document in zip(planned, plan.documents, strict=True):
-            forced = document.fidelity == "dropped" and self.budget is None
-            chosen[at] = config.ratios[-1] if forced else document.fidelity
-        return chosen

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from llama_index.core.base.llms.types import TextBlock
-from llama_index.core.schema import BaseNode, MediaResource, MetadataMode, Node, TextNode
+from llama_index.core.schema import (
+    DEFAULT_TEXT_NODE_TMPL,
+    BaseNode,
+    MediaResource,
+    MetadataMode,
+    Node,
+    TextNode,
+)
 
 from extemb_core.documents import Document, text_ref
 
@@ -63,6 +70,13 @@ def text_of(node: BaseNode) -> str | None:
     if isinstance(node, Node) and isinstance(node.text_resource, MediaResource):
         return node.text_resource.text if not any(getattr(node, name, None) for name in resources) else None
     return None
+
+
+def heading_of(node: BaseNode) -> str:
+    """The metadata that an LLM is shown, as it stands around the node's text; empty where there is none."""
+    metadata = node.get_metadata_str(mode=MetadataMode.LLM).strip()
+    template = getattr(node, "text_template", DEFAULT_TEXT_NODE_TMPL)
+    return str(template.format(content="", metadata_str=metadata)) if metadata else ""
 
 
 def to_document(node: BaseNode, text: str) -> Document:

@@ -17,6 +17,8 @@ class ForReader(LoadedWhenNeeded):
 
     llm: Any = Field(default=None, exclude=True)
     """The `ExtensibleLLM` that will read the nodes; in its place, `model`, `embedder` and `store`."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Chunks per forward pass; by the device when not given."""
 
     @field_validator("llm")
     @classmethod

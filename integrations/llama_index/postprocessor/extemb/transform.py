@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from llama_index.postprocessor.extemb.reader import ForReader
 class ExtensibleTransform(ForReader, TransformComponent):
     """Compresses nodes into the store, each text once; the nodes go on unchanged.
 
-    The last transformation of an `IngestionPipeline`, after the splitter. A node whose text is in the store already
-    costs a look-up. Give `ratio` the finest one that will be asked for, or "auto" for the finest trained one.
+    The last transformation of an `IngestionPipeline`, after the splitter. What is done is in the store batch by batch:
+    a run that was broken off goes on where it was, and a node whose text is there costs a look-up. Give `ratio` the
+    finest one that will be asked for, or "auto" for the one that the embedder keeps.
     """
 
     show_progress: bool | None = None
@@ -30,5 +32,9 @@ class ExtensibleTransform(ForReader, TransformComponent):
             found = (to_document(node, text) for node in nodes if (text := text_of(node)) and text.strip())
             documents = list({document.ref: document for document in found}.values())
             ratio = None if self.ratio == "auto" else int(self.ratio)
-            self.lm.compress(documents, ratio=ratio, show_progress=self.show_progress)
+            self.lm.compress(documents, ratio=ratio, batch_size=self.batch_size, show_progress=self.show_progress)
         return nodes
+
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """Compress in a thread, so that an event loop goes on."""
+        return await asyncio.to_thread(self, nodes, **kwargs)
