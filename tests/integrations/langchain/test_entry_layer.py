@@ -1,0 +1,120 @@
+"""Everything here over an embedder that nobody trained, whose embeddings enter at a layer above 0."""
+
+from __future__ import annotations
+
+import pytest
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, HumanMessage
+from retrieval_encoder import by_words
+from tiny import SENTENCES, entering, save_tiny, tiny_llm
+
+from extemb_core import EmbeddingStore, ExtensibleLM, Library
+from extemb_core.models.entry import AnchoredPrompt
+from extemb_core.store.memory import MemoryStore
+from langchain_extemb import ChatExtensible, ExtensibleCompressor, ExtensibleLLM, ExtensibleRetriever
+
+TEXT = SENTENCES[:150]
+
+
+@pytest.fixture(params=["memory", "disk"])
+def lm(request, tmp_path):
+    llm = tiny_llm()
+    if request.param == "memory":
+        yield ExtensibleLM(llm, entering(llm), MemoryStore())
+    else:
+        with EmbeddingStore.open(tmp_path / "docs.extemb", dtype="float32") as store:
+            yield ExtensibleLM(llm, entering(llm), store)
+
+
+@pytest.fixture
+def read(lm, monkeypatch):
+    """What the LLM was given, prompt by prompt."""
+    prompts = []
+    for name in ("stream", "generate"):
+        plain = getattr(type(lm.llm), name)
+
+        def watched(self, given, *args, plain=plain, **settings):
+            prompts.extend(given if isinstance(given, list) and given and not isinstance(given[0], int) else [given])
+            return plain(self, given, *args, **settings)
+
+        monkeypatch.setattr(type(lm.llm), name, watched)
+    return prompts
+
+
+def fates(message):
+    return [(one["fidelity"], one["cached"]) for one in message.response_metadata["extemb"]["documents"]]
+
+
+async def test_the_chat_model(lm, read):
+    chat = ChatExtensible.from_lm(lm, ratio=4, max_tokens=4)
+    expected = lm.ask("How many?", TEXT, ratio=4, max_new_tokens=4).text
+    documents = [Document(TEXT)]
+    first = chat.invoke("How many?", documents=documents)
+    assert (first.content, fates(first)) == (expected, [(4, True)])
+    assert "".join(chunk.content for chunk in chat.stream("How many?", documents=documents)) == expected
+    assert [one.content for one in chat.batch(["How many?"] * 3, documents=documents)] == [expected] * 3
+    assert (await chat.ainvoke("How many?", documents=documents)).content == expected
+    inside = HumanMessage([{"type": "text-plain", "text": TEXT}, {"type": "text", "text": "How many?"}])
+    assert chat.get_num_tokens_from_messages([inside]) == chat.invoke([inside]).usage_metadata["input_tokens"]
+    assert len(read) == 8
+    assert all(isinstance(prompt, AnchoredPrompt) for prompt in read)
+
+
+def test_the_completion_model(lm, read):
+    llm = ExtensibleLLM.from_lm(lm, ratio=4, max_tokens=4)
+    expected = lm.generate("In short:", TEXT, ratio=4, max_new_tokens=4).text
+    assert llm.invoke("In short:", documents=[TEXT]) == expected
+    assert "".join(llm.stream("In short:", documents=[TEXT])) == expected
+    assert [one[0].text for one in llm.generate(["In short:"] * 2, documents=[TEXT]).generations] == [expected] * 2
+    assert all(isinstance(prompt, AnchoredPrompt) for prompt in read)
+
+
+def test_the_compressor_s_refs(lm, read, monkeypatch):
+    (found,) = ExtensibleCompressor.from_lm(lm, ratio=2).compress_documents([Document(TEXT)], "any")
+    monkeypatch.setattr(type(lm.embedder), "compress_ids", lambda *args, **settings: pytest.fail("compressed again"))
+    prompt = f"Read {found.metadata['extemb_ref']}"
+    for ratio in (2, 4, 8):
+        assert fates(ChatExtensible.from_lm(lm, ratio=ratio, max_tokens=2).invoke(prompt)) == [(ratio, True)]
+        assert isinstance(ExtensibleLLM.from_lm(lm, ratio=ratio, max_tokens=2).invoke(prompt), str)
+    assert all(isinstance(prompt, AnchoredPrompt) for prompt in read)
+
+
+def test_a_retriever_s_passages(lm, tmp_path, read):
+    with Library(tmp_path / "library", lm, encoder=by_words, passage_tokens=60) as library:
+        library.add([{"text": SENTENCES, "source": "notes.txt"}])
+        found = ExtensibleRetriever(library=library, k=2).invoke("ships")
+        assert [one.metadata["source"] for one in found] == ["notes.txt"] * 2
+        chat = ChatExtensible.from_lm(library.lm, ratio=4, max_tokens=2)
+        assert fates(chat.invoke("How many?", documents=found)) == [(4, True)] * 2
+    assert all(isinstance(prompt, AnchoredPrompt) for prompt in read)
+
+
+def test_a_conversation_past_the_window(lm, read):
+    talk = [kind(f"{at}. {SENTENCES[at:][:100]}") for at in range(12) for kind in (HumanMessage, AIMessage)]
+    talk.append(HumanMessage("So?"))
+    chat = ChatExtensible.from_lm(lm, budget=60, ratio=4, max_tokens=4)
+    message = chat.invoke(talk, documents=[TEXT])
+    document, *turns = message.response_metadata["extemb"]["documents"]
+    assert document["fidelity"] == 4
+    assert any(isinstance(turn["fidelity"], int) for turn in turns)
+    assert message.usage_metadata["input_tokens"] <= lm.llm.window - 4
+    assert isinstance(read[0], AnchoredPrompt)
+    assert lm.store.get(turns[0]["id"], lm.embedder.fingerprint, 8) is None
+
+
+@pytest.mark.parametrize("store", [None, "docs.extemb"])
+def test_by_name(tmp_path, store):
+    """`embedder="untrained"` of each class, over one model and one store."""
+    save_tiny(tmp_path)
+    settings = {"embedder": "untrained", "store": None if store is None else str(tmp_path / store), "device": "cpu"}
+    name = str(tmp_path / "llm")
+    (found,) = ExtensibleCompressor.from_model_id(name, ratio=2, **settings).compress_documents([Document(TEXT)], "any")
+    chat = ChatExtensible.from_model_id(name, max_tokens=2, ratio=4, **settings)
+    assert fates(chat.invoke(f"Read {found.metadata['extemb_ref']}")) == [(4, True)]
+    assert chat.lm.embedder.config.entry_layer == 1
+    llm = ExtensibleLLM.from_model_id(name, max_tokens=2, ratio=4, **settings)
+    told = llm.generate([found.metadata["extemb_ref"]]).generations[0][0].generation_info["extemb"]["documents"]
+    assert [(one["fidelity"], one["cached"]) for one in told] == [(4, True)]
+    assert llm.lm is chat.lm
+    if store is not None:
+        chat.lm.store.close()
