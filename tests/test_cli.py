@@ -851,6 +851,21 @@ def test_train_ends_with_how_to_use_what_was_trained(
     assert said.endswith(expected[kind])
 
 
+def test_of_several_processes_that_train_the_first_says_how_it_ended(
+    models: Models, novel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from extemb_core.training import trainer
+
+    made = trainer.Trained(tiny_llm(), random_embedder(tiny_llm()))
+    monkeypatch.setattr(trainer, "train", lambda config, *, resume: made)
+    for options in ((), ("--json",)):
+        command = [*train_options(models, novel, Path("out")), *options]
+        monkeypatch.setenv("RANK", "1")
+        assert (run(*command).exit_code, run(*command).output) == (0, "")
+        monkeypatch.setenv("RANK", "0")
+        assert "out" in run(*command).stdout
+
+
 def test_a_recipe_is_trained_with_what_is_given_over_it(
     models: Models, novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

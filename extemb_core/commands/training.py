@@ -305,6 +305,10 @@ def train(
             trained = _run(recipe, output, total_tokens, resume, settings | {"embedder": embedder})
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {_how_to_go_on(Path(output))}") from None
+    from extemb_core.training.trainer import is_first_process
+
+    if not is_first_process():
+        return
     result: dict[str, Any] = {
         "output": output,
         "fingerprint": trained.embedder.fingerprint if trained is not None and trained.embedder is not None else None,
