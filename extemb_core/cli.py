@@ -13,6 +13,7 @@ import typer
 from extemb_core import __version__
 from extemb_core.commands import (
     asking,
+    calibrating,
     compressing,
     doctoring,
     evaluating,
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command(cls=SeveralValues)(asking.ask)
 app.command(cls=SeveralValues)(asking.chat)
 app.command()(compressing.compress)
+app.command(cls=SeveralValues)(calibrating.calibrate)
 app.add_typer(training.app, name="train")
 app.add_typer(evaluating.app, name="eval")
 app.add_typer(indexing.app, name="index")

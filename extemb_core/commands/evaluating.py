@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from extemb_core.commands.allocation import keep_freed_memory
-from extemb_core.commands.inputs import DEFAULT_LLM, DeviceOption, LlmOption, SeveralValues
+from extemb_core.commands.inputs import DEFAULT_LLM, DeviceOption, DtypeOption, LlmOption, SeveralValues
 from extemb_core.commands.reporting import library_output, note, reported
 
 app = typer.Typer(no_args_is_help=True, help="Measure what the embeddings are worth, against every control.")
@@ -36,9 +36,6 @@ LimitOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of the bootstrap and of all that is drawn.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples at once.")]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", metavar="NAME", help="auto (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.")
-]
 ResumeOption = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Take over the samples that an earlier run finished.")
 ]
@@ -217,7 +214,7 @@ def report(
         typer.echo(file)
 
 
-def _numbers(name: str, words: Sequence[str]) -> tuple[int, ...]:
+def whole_numbers(name: str, words: Sequence[str]) -> tuple[int, ...]:
     """`4 8` and `4,8` alike."""
     try:
         return tuple(int(each) for word in words for each in word.split(",") if each.strip())
@@ -231,7 +228,7 @@ def _run(config_type: Callable[..., Any], experiment_type: Callable[..., Any], g
     out, resume, chosen = settings.pop("out"), settings.pop("resume"), settings.pop("embedder", None)
     for name in ("ratios", "contexts", "tokens"):
         if name in settings:
-            settings[name] = _numbers(name, settings[name])
+            settings[name] = whole_numbers(name, settings[name])
     for name in ("data", "controls", "tasks"):
         if name in settings:
             settings[name] = tuple(settings[name])

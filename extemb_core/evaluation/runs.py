@@ -229,7 +229,7 @@ class Journal:
             if before != value:
                 raise ConfigError(
                     f"{file} holds a run with another {name} ({before!r:.60}, now {value!r:.60}); "
-                    "pass another file to --json, or --no-resume to replace it"
+                    "write the result elsewhere, or pass --no-resume to replace it"
                 )
 
 

@@ -1,0 +1,346 @@
+"""Find the entry layer that suits an LLM for which nothing was trained.
+
+Every candidate layer reads the same samples at the same ratios: text that goes on after a compressed context, and where
+there are questions, those about compressed texts. The rule (`choose_layer`):
+
+1. A layer at which text is read worse than no text at all, beyond noise and at any of the ratios, is out. Answers do
+   not show this: there are layers that are level on answers and spoil text (docs/experiments.md).
+2. Of the others, the one with the lowest mean loss over the ratios above 1 is the best, by answers where there are
+   questions and by text otherwise. At ratio 1 every layer reads about the same.
+3. The earliest layer whose loss is not above the best one's beyond noise is taken: with fewer layers to run, text is
+   compressed sooner (docs/decisions/0004-entry-layer.md).
+
+Noise is the 95% interval of the paired difference over samples.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extemb_core.errors import ConfigError, DocumentNotFoundError, MissingExtraError, WeightsCorruptError
+from extemb_core.evaluation.calibration_plot import plot_losses
+from extemb_core.evaluation.calibration_samples import Answers, Continuations, Task, arm_losses
+from extemb_core.evaluation.runs import Sample, run
+from extemb_core.evaluation.settings import CommonConfig, require_counts
+from extemb_core.evaluation.statistics import mean_with_interval
+from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
+from extemb_core.models.entry import decoder_layers
+from extemb_core.models.llm import LLM
+from extemb_core.models.pooling import TokenWeighting
+from extemb_core.training.data import read_texts
+
+RECORD, PLOT = "calibration.json", "calibration.png"
+_EMBEDDER = ("model.safetensors", "config.json")  # which shows that there is one, and comes last
+_OURS = {RECORD, f"{RECORD}.partial", PLOT, *_EMBEDDER}
+_DEPTHS = (1 / 5, 3 / 10, 2 / 5, 1 / 2, 2 / 3)  # of all layers; two fifths is `default_entry_layer`
+
+Values = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(CommonConfig):
+    """What is measured to find an entry layer.
+
+    Attributes:
+        data: Files of questions; layers are chosen by text alone where there are none.
+        text: Files of text; the Python reference that ships with Python where there are none.
+        layers: Candidates; `candidate_layers` where there are none.
+        ratios: Powers of two, one above 1 at least.
+        weighting: What a token counts in its group (see `models/pooling.py`).
+        counts: Files of text to count tokens in, for "frequency".
+        limit: At most so many questions, and so many windows of text.
+    """
+
+    text: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    ratios: tuple[int, ...] = (1, 2, 4, 8)
+    weighting: TokenWeighting = "rank"
+    counts: tuple[str, ...] = ()
+    limit: int | None = 16
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "layers")
+        for ratio in self.ratios:
+            if ratio & (ratio - 1):
+                raise ConfigError(f"ratio={ratio} is not a power of two; pass ratios such as (1, 2, 4, 8)")
+        if max(self.ratios) == 1:
+            raise ConfigError("ratios=(1,) has none above 1, and at 1 layers do not differ; pass e.g. (1, 2, 4, 8)")
+        if (self.weighting == "frequency") != bool(self.counts):
+            raise ConfigError(
+                f"weighting={self.weighting!r} came with {len(self.counts)} files to count tokens in; pass "
+                "weighting='frequency' and counts together, or neither"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was found.
+
+    Attributes:
+        layer: The entry layer.
+        reason: Why, in words that follow "entry layer N: ".
+        embedder: The untrained embedder that enters there, as loaded from `folder`.
+        folder: What `embedder=` takes; the record and the plot stand there too.
+        plot: Its file; None where matplotlib is not installed.
+        record: Settings, tables and every sample, as `calibration.json` has it.
+    """
+
+    layer: int
+    reason: str
+    embedder: ExtensibleEmbedder
+    folder: Path
+    plot: Path | None
+    record: Mapping[str, Any]
+
+
+class CalibrationExperiment:
+    """Measures all candidates on each sample. See the module.
+
+    Raises:
+        ConfigError: A layer or ratio is not the LLM's, or there are fewer than two samples.
+    """
+
+    kind: ClassVar[str] = "calibration"
+    embedder_settings = None  # there are several
+
+    def __init__(self, config: CalibrationConfig, llm: LLM) -> None:
+        layers = tuple(sorted(config.layers)) or candidate_layers(llm)
+        available = len(decoder_layers(llm.model, llm.name))
+        if layers[-1] >= available:
+            raise ConfigError(
+                f"layer {layers[-1]} is beyond the {available} layers of {llm.name}; pass 1 to {available - 1}"
+            )
+        files, texts = _text(config.text)
+        self.llm = llm
+        self.config = replace(
+            config, layers=layers, data=(*config.data, *files, *config.counts), dtype=str(llm.dtype).split(".")[-1],
+            text=tuple(Path(file).name for file in files), counts=tuple(Path(file).name for file in config.counts),
+        )  # fmt: skip
+        given = {"token_counts": count_tokens(llm, config.counts)} if config.counts else {}
+        self.embedders = {
+            layer: ExtensibleEmbedder.untrained(llm, layer, token_weighting=config.weighting, **given)
+            for layer in layers
+        }
+        for ratio in config.ratios:
+            self.embedders[layers[0]].config.require_ratio(ratio)
+        self.tasks: dict[str, Task] = {"text": Continuations(llm, texts, config.ratios, config.limit)}
+        if config.data:
+            self.tasks["answers"] = Answers(llm, config.data, config.ratios, config.limit, config.seed)
+        for name, task in self.tasks.items():
+            if len(task.names) < 2:
+                raise ConfigError(
+                    f"there is 1 sample of {name}, and comparing layers takes 2 or more; pass more {name} or a higher "
+                    "limit"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the deepest candidate, which depends on all that the others do."""
+        return self.embedders[max(self.embedders)].fingerprint
+
+    def groups(self) -> list[list[str]]:
+        size = self.config.batch_size
+        return [
+            [f"{kind}:{name}" for name in task.names[at : at + size]]
+            for kind, task in self.tasks.items()
+            for at in range(0, len(task.names), size)
+        ]
+
+    def measure(self, group: Sequence[str]) -> Iterator[Sample]:
+        kind = group[0].split(":")[0]
+        readings = [self.tasks[kind].reading(name.removeprefix(f"{kind}:")) for name in group]
+        embedders = {str(layer): embedder for layer, embedder in self.embedders.items()}
+        losses = arm_losses(self.llm, readings, embedders, self.config.ratios)
+        for name, reading, arms in zip(group, readings, losses, strict=True):
+            yield {"id": name, "task": kind, "target_tokens": len(reading.target), "arms": arms}
+
+    def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        tasks = {kind: [sample for sample in samples if sample["task"] == kind] for kind in self.tasks}
+        return choose_layer(tasks, self.config.layers, self.config.ratios, self.config.seed)
+
+
+def candidate_layers(llm: LLM) -> tuple[int, ...]:
+    """Spread some entry layers over an LLM, from a fifth to two thirds of its layers.
+
+    Raises:
+        ConfigError: It has a single layer, or none that can be shared.
+    """
+    default_entry_layer(llm)
+    available = len(decoder_layers(llm.model, llm.name))
+    return tuple(sorted({min(max(1, round(depth * available)), available - 1) for depth in _DEPTHS}))
+
+
+def count_tokens(llm: LLM, files: Sequence[str]) -> Tensor:
+    """Count how often each token occurs in some files of text, (V,)."""
+    counts = np.zeros(int(llm.model.get_input_embeddings().num_embeddings), dtype=np.int64)
+    for file in files:
+        for text in read_texts(Path(file)):
+            counts += np.bincount(llm.encode(text), minlength=len(counts))
+    return torch.from_numpy(counts)
+
+
+def choose_layer(
+    tasks: Mapping[str, Sequence[Sample]], layers: Sequence[int], ratios: Sequence[int], seed: int = 0
+) -> dict[str, Any]:
+    """Choose by the rule of this module.
+
+    Args:
+        tasks: "text" and perhaps "answers" -> samples, each with its number of `target_tokens` and `arms`: losses of
+            "none", "full", "truncated/RATIO" and "LAYER/RATIO".
+        layers: Candidates, in order.
+        ratios: Those measured.
+        seed: Of the bootstrap.
+
+    Returns:
+        `layer`, `best` and `reason`; `unfit`, the layers that are out, each with the ratios that show it; and `tasks`:
+        for each task its `n`, every arm's mean loss over tokens with its 95% interval, and by layer the mean over
+        ratios above 1 (`mean`) and that minus the best one's (`minus_best`).
+    """
+    decisive = "answers" if "answers" in tasks else "text"
+    coarse = [ratio for ratio in sorted(ratios) if ratio > 1]
+
+    def losses(kind: str, arm: str) -> Values:
+        return np.array([sample["arms"][arm] for sample in tasks[kind]])
+
+    def mean(kind: str, values: Values) -> dict[str, Any]:
+        weights = np.array([sample["target_tokens"] for sample in tasks[kind]], dtype=float)
+        return mean_with_interval(values, np.arange(len(values)), seed, weights)
+
+    def over_ratios(kind: str, layer: int) -> Values:
+        values: Values = np.mean([losses(kind, f"{layer}/{ratio}") for ratio in coarse], axis=0)
+        return values
+
+    unfit: dict[str, list[int]] = {}
+    for layer in layers:
+        gaps = {ratio: mean("text", losses("text", f"{layer}/{ratio}") - losses("text", "none")) for ratio in coarse}
+        if worse := [ratio for ratio, gap in gaps.items() if _above(gap)]:
+            unfit[str(layer)] = worse
+    fit = [layer for layer in layers if str(layer) not in unfit] or list(layers)
+    best = min(fit, key=lambda layer: mean(decisive, over_ratios(decisive, layer))["mean"])
+    table: dict[str, dict[str, Any]] = {
+        kind: {
+            "n": len(samples),
+            "arms": {arm: mean(kind, losses(kind, arm)) for arm in samples[0]["arms"]},
+            "layers": {
+                str(layer): {
+                    "mean": mean(kind, over_ratios(kind, layer)),
+                    "minus_best": mean(kind, over_ratios(kind, layer) - over_ratios(kind, best)),
+                }
+                for layer in layers
+            },
+        }
+        for kind, samples in tasks.items()
+    }
+    compared = {layer: table[decisive]["layers"][str(layer)]["minus_best"] for layer in fit}
+    layer = next(layer for layer in fit if not _above(compared[layer]))
+    measure = f"mean loss of {decisive} over ratios {', '.join(map(str, coarse))}"
+    reason = f"the lowest {measure}"
+    if layer != best:
+        low, high = compared[layer]["interval"]
+        reason = (
+            f"fewer layers to run than layer {best}, whose {measure} is the lowest, and level with it "
+            f"({compared[layer]['mean']:+.3f} nats, 95% interval {low:+.3f} to {high:+.3f})"
+        )
+    if len(unfit) == len(layers):
+        reason += "; but text is read worse than no text at every candidate: try other layers"
+    elif unfit:
+        reason += f"; text is read worse than no text at {_listed(unfit)}"
+    return {"layer": layer, "best": best, "reason": reason, "unfit": unfit, "tasks": table}
+
+
+def calibrate(
+    config: CalibrationConfig,
+    output: Path,
+    *,
+    llm: LLM | None = None,
+    command: Sequence[str] = (),
+    resume: bool = True,
+    show_progress: bool | None = None,
+) -> Calibration:
+    """Find the entry layer of an LLM, and write an untrained embedder that enters there.
+
+    A call that was stopped goes on where it was when it is made again.
+
+    Args:
+        config: What to measure.
+        output: A new or empty folder, or that of an earlier call.
+        llm: The LLM, where it is loaded already.
+        command: The words of the command line, for the record.
+        resume: Take over samples of an earlier call with the same settings; without it they are measured anew.
+        show_progress: Show a bar; None shows it on a terminal.
+
+    Raises:
+        ConfigError: See `CalibrationExperiment`; or the folder holds something else, or a call with other settings.
+        DocumentError: A file cannot be read.
+        WeightsCorruptError: The folder does not give back what was written there.
+    """
+    _check_folder(output)
+    llm = llm or LLM.from_pretrained(config.llm, device=config.device, dtype=config.dtype)
+    experiment = CalibrationExperiment(config, llm)
+    record = run(experiment, output / RECORD, command=command, resume=resume, show_progress=show_progress)
+    layer, reason = record["summary"]["layer"], record["summary"]["reason"]
+    plot: Path | None = output / PLOT
+    try:
+        plot_losses(record, output / PLOT)
+    except MissingExtraError:
+        plot = None
+    embedder = _write_embedder(experiment.embedders[layer], output)
+    return Calibration(layer=layer, reason=reason, embedder=embedder, folder=output, plot=plot, record=record)
+
+
+def _text(files: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files of text, and the documents in them."""
+    if files:
+        return list(files), [text for file in files for text in read_texts(Path(file))]
+    try:
+        from pydoc_data import topics
+    except ImportError as error:  # some distributions leave it out
+        raise DocumentNotFoundError(
+            "this Python comes without pydoc_data.topics, the text that is measured by default; pass files as text"
+        ) from error
+    return [str(topics.__file__)], list(topics.topics.values())
+
+
+def _above(difference: Mapping[str, Any]) -> bool:
+    """Whether a mean is above 0 beyond noise."""
+    return bool(difference["interval"][0] > 0)
+
+
+def _listed(unfit: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"layer {layer} (ratio {', '.join(map(str, ratios))})" for layer, ratios in unfit.items())
+
+
+def _check_folder(output: Path) -> None:
+    """Raise `ConfigError` unless a folder is new, empty, or of an earlier call."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file, and an embedder is a folder; pass the name of a new one")
+    names = {path.name for path in output.glob("[!.]*")}  # hidden ones are ours, of a call that was killed
+    strange = names - _OURS if names & {RECORD, f"{RECORD}.partial"} else names
+    if strange:
+        raise ConfigError(f"{output} holds {min(strange)!r} already, not by a calibration; pass a new or empty folder")
+
+
+def _write_embedder(embedder: ExtensibleEmbedder, output: Path) -> ExtensibleEmbedder:
+    """Write an embedder's files whole or not at all, and return what they give back."""
+    hidden = output / ".embedder"
+    shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        embedder.save_pretrained(hidden)
+        loaded = ExtensibleEmbedder.from_pretrained(hidden, llm=embedder.llm)
+        if loaded.fingerprint != embedder.fingerprint:
+            raise WeightsCorruptError(f"{output} does not give back the embedder written there; check the disk")
+        for name in _EMBEDDER:
+            (hidden / name).replace(output / name)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return loaded
