@@ -379,3 +379,34 @@ def test_answer_losses_are_those_of_the_answer_after_its_prompt(tmp_path):
         with torch.no_grad():
             predicted = llm.model(torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
         assert loss == pytest.approx(-float(predicted.gather(1, torch.tensor(ids[-n:])[:, None]).mean()), abs=1e-4)
+
+
+# -- entry_layer.py -------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_entry_layers_is_whole(long_llm, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n".join(f"{at}. {SENTENCES}" for at in range(20)))
+    rows = [
+        {"id": str(at), "context": f"Ship {at} is {colour}.", "question": "Which colour?", "answers": [colour]}
+        for at, colour in enumerate(("red", "blue"))
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, questions, out = (str(tmp_path / name) for name in ("text.txt", "questions.jsonl", "out.json"))
+    script("entry_layer").main(
+        [
+            "--llm", long_llm, "--layers", "1", "2", "--weighting", "rank", "frequency", "--ratios", "1", "4", "--text",
+            text, "--counts", text, "--windows", "2", "--questions", questions, "--json", out,
+        ]
+    )  # fmt: skip
+    report = json.loads(Path(out).read_text(encoding="utf-8"))
+    assert [(row["layer"], row["weighting"]) for row in report["rows"]] == [
+        (1, "rank"), (1, "frequency"), (2, "rank"), (2, "frequency"),
+    ]  # fmt: skip
+    assert {name: len(each) for name, each in report["rows"][0]["text"]["text.txt"].items()} == {"1": 2, "4": 2}
+    assert list(report["controls"]["text"]["text.txt"]) == ["none", "nearest/4", "full"]
+    assert list(report["controls"]["questions"]) == ["none", "truncated/4", "full"]
+    losses = [row["questions"]["4"]["mean"] for row in report["rows"]]
+    assert len(set(losses)) == 4
+    for row in report["rows"]:  # a window is one chunk that opens the prompt
+        assert row["text"]["text.txt"]["1"] == pytest.approx(report["controls"]["text"]["text.txt"]["full"], abs=1e-4)
+    assert "questions" in capsys.readouterr().out
