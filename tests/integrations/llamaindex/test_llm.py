@@ -24,7 +24,8 @@ from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
 from tiny import SENTENCES
 
-from extemb_core.errors import ConfigError, DocumentError
+from extemb_core import EmbeddingStore, ExtensibleLM
+from extemb_core.errors import BudgetError, ConfigError, DocumentError
 from extemb_core.models.llm import LLM
 from llama_index.llms.extemb import ExtensibleLLM
 
@@ -140,6 +141,33 @@ def test_a_chat_goes_on_past_three_windows(llm, lm):
     assert response.raw["usage"]["total_tokens"] <= lm.llm.window
     assert len(lm.llm.encode("".join(str(one.content) for one in messages))) > 3 * lm.llm.window
     assert {one["fidelity"] for one in response.raw["extemb"]["documents"]} & {2, 4, 8}
+
+
+@pytest.mark.parametrize("turns", [1, 9, 17, 25, 33])
+def test_a_chat_of_any_length_is_answered_with_a_budget(lm, turns, tmp_path):
+    """Nothing to it without documents; room for them with them; and what was said is in no store on disk."""
+    roles = MessageRole.USER, MessageRole.ASSISTANT
+    talk = [ChatMessage(f"{at}. {SENTENCES[at:][:300]}", role=roles[at % 2]) for at in range(turns - 1)]
+    talk.append(ChatMessage("So?", role=MessageRole.USER))
+    with EmbeddingStore.open(tmp_path / "docs.extemb") as store:
+        stored = ExtensibleLM(lm.llm, lm.embedder, store)
+        for budget in (None, 1024, 9999):
+            llm = ExtensibleLLM.from_lm(stored, max_tokens=4, budget=budget, ratio=4)
+            response = llm.chat(talk)
+            assert all(source.startswith("turn ") for source, _ in told(response))
+            assert [*llm.stream_chat(talk)][-1].message.content == response.message.content
+            assert llm.complete("So?").text == lm.ask("So?", max_new_tokens=4).text
+            assert llm.complete("So?", formatted=True).text == lm.generate("So?", max_new_tokens=4).text
+            assert len(store) == 0
+        for budget in (100, 9999):
+            llm = ExtensibleLLM.from_lm(stored, max_tokens=4, budget=budget, ratio=4)
+            response = llm.chat(talk, documents=[SENTENCES[:200]])
+            assert response.raw["extemb"]["documents"][0]["fidelity"] == 4
+            assert response.raw["extemb"]["budget"] <= budget
+        assert len(store) == 1
+    for wrong in (-1, "many"):
+        with pytest.raises(BudgetError, match=f"budget={wrong!r}"):
+            ExtensibleLLM.from_lm(lm).chat(talk, budget=wrong)
 
 
 def test_tokens_are_counted_by_the_callbacks_of_llamaindex(llm):
