@@ -377,6 +377,13 @@ def test_unknown_device(models: Models) -> None:
     assert "device='abacus'" in refused(ExitCode.SETTINGS, "ask", "Who?", *models.options, "--device", "abacus")
 
 
+def test_the_dtype_is_that_of_the_llm(models: Models, novel: Path, tmp_path: Path) -> None:
+    for command in (["ask", "Who?"], ["chat"], ["compress", novel, "--output", tmp_path / "out"]):
+        told = refused(ExitCode.SETTINGS, *command, *models.options, "--dtype", "float8")
+        assert "dtype='float8' is not one of auto, float32, bfloat16, float16" in told
+    answer_of("ask", "Who?", "--documents", novel, *models.options, "--dtype", "bfloat16")
+
+
 def test_embedder_of_another_llm(models: Models, novel: Path, tmp_path: Path) -> None:
     random_embedder(tiny_llm("qwen2")).save_pretrained(tmp_path / "other")
     command = ["ask", "Who?", "--documents", novel, "--llm", models.llm, "--embedder", tmp_path / "other"]

@@ -18,6 +18,7 @@ from extemb_core.commands.inputs import (
     BudgetOption,
     DeviceOption,
     DocumentsOption,
+    DtypeOption,
     EmbedderOption,
     JsonOption,
     LlmOption,
@@ -64,6 +65,7 @@ def ask(
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question from documents: the answer on stdout, what became of each document on stderr."""
@@ -77,7 +79,7 @@ def ask(
         with library_output():
             from extemb_core.lm import ExtensibleLM
 
-            lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device)
+            lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device, dtype=dtype)
             _require_room(lm, question, budget, max_new_tokens)
             if library is None:
                 stream = lm.stream(question, texts, **settings)
@@ -110,6 +112,7 @@ def chat(
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Talk about documents: a prompt on a terminal, one message per line from a pipe.
@@ -123,7 +126,7 @@ def chat(
     with library_output():
         from extemb_core.lm import ExtensibleLM
 
-        lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device)
+        lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device, dtype=dtype)
         _require_room(lm, "?", budget, max_new_tokens)
         session = lm.session(texts, ratio=chosen, budget=budget)
     failed: Exception | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from extemb_core.commands.inputs import JsonOption, LlmOption
+from extemb_core.commands.inputs import DeviceOption, DtypeOption, JsonOption, LlmOption
 from extemb_core.commands.reporting import emit, library_output, note, reported
 
 
@@ -172,13 +172,8 @@ def make_targets(
         typer.Option("--max-document-tokens", metavar="N", help="A question about a longer text keeps its references."),
     ] = 2048,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Questions at once.")] = 8,
-    device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="auto (CUDA, then CPU), cpu, cuda or cuda:N.")
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option("--dtype", metavar="NAME", help="auto (bfloat16 on CUDA, float32 elsewhere) or a torch dtype."),
-    ] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Write question rows whose answers are the LLM's own from the full text, where these are right."""

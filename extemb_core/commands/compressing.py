@@ -12,6 +12,7 @@ import typer
 from extemb_core.commands.inputs import (
     DEFAULT_LLM,
     DeviceOption,
+    DtypeOption,
     EmbedderOption,
     JsonOption,
     LlmOption,
@@ -43,6 +44,7 @@ def compress(
     embedder: EmbedderOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Chunks per forward pass.")] = 4,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -57,7 +59,7 @@ def compress(
     with library_output():
         from extemb_core.lm import ExtensibleLM
 
-        loaded = ExtensibleLM.from_pretrained(llm, embedder, device=device).embedder
+        loaded = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=dtype).embedder
         finest = loaded.config.finest(ratio)
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []

@@ -15,6 +15,7 @@ from extemb_core.commands.inputs import (
     EmbedderOption,
     FinestRatioOption,
     JsonOption,
+    LlmDtypeOption,
     LlmOption,
     SeveralValues,
     StoredDtypeOption,
@@ -54,6 +55,7 @@ def add(
     ] = PASSAGE_TOKENS,
     dtype: StoredDtypeOption = "float16",
     device: DeviceOption = "auto",
+    llm_dtype: LlmDtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Add documents to a library, which is made if it is not there; what has not changed costs nothing.
@@ -64,7 +66,7 @@ def add(
         from extemb_core.library import Library
         from extemb_core.lm import ExtensibleLM
 
-        lm = ExtensibleLM.from_pretrained(llm, embedder, device=device)
+        lm = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=llm_dtype)
         settings: dict[str, Any] = {"encoder": encoder, "ratio": ratio, "passage_tokens": passage_tokens}
         with Library(library, lm, **settings, dtype=dtype) as opened:  # type: ignore[arg-type]
             added = opened.add([Path(one) for one in documents])
@@ -85,6 +87,7 @@ def refresh(
     embedder: EmbedderOption = None,
     ratio: FinestRatioOption = None,
     device: DeviceOption = "auto",
+    llm_dtype: LlmDtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Compress anew, from the texts in a library, the documents that another embedder compressed.
@@ -97,7 +100,7 @@ def refresh(
         from extemb_core.store.store import EmbeddingStore
 
         EmbeddingStore.open(library, "r").close()  # one that is not there is not made
-        lm = ExtensibleLM.from_pretrained(llm, embedder, device=device)
+        lm = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=llm_dtype)
         with Library(library, lm, ratio=ratio) as opened:
             made = opened.refresh()
     if as_json:

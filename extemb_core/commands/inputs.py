@@ -148,6 +148,11 @@ SeedOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="NAME", help="auto (CUDA, then CPU), cpu, cuda or cuda:N.")
 ]
+_LLM_DTYPE = "Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16."
+DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help=_LLM_DTYPE)]
+LlmDtypeOption = Annotated[  # where --dtype is that of what is kept
+    str, typer.Option("--llm-dtype", metavar="NAME", help=_LLM_DTYPE)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, errors included.")]
 
 

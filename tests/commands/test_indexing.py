@@ -40,7 +40,10 @@ def test_a_library_from_the_command_line(run: Any, tmp_path: Path) -> None:
     (notes / "bridge.txt").write_text("The bridge was closed in 1987.")
     added = json.loads(run("index", "add", library, "--documents", notes, "--json", with_models=True).stdout)
     assert (added["added"], added["unchanged"]) == (2, 0)
-    again = run("index", "add", library, "--documents", notes, with_models=True)
+    for command in (("add", library, "--documents", notes), ("refresh", library)):
+        half = run("index", *command, "--llm-dtype", "float8", with_models=True)
+        assert "dtype='float8' is not one of" in half.stderr
+    again = run("index", "add", library, "--documents", notes, "--llm-dtype", "bfloat16", with_models=True)
     assert "0 documents added, 0 brought up to date, 2 unchanged" in again.output
     found = json.loads(run("index", "search", library, "the bridge", "--json").stdout)["passages"]
     assert found[0]["source"].endswith("bridge.txt")
