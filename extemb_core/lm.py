@@ -378,7 +378,7 @@ class ExtensibleLM:
             return
         texts = {document.ref: document.text for document in as_documents(documents)}
         missing = [
-            (ref, self.llm.encode(text))
+            (ref, self.token_ids(text, ref))
             for ref, text in texts.items()
             if self.store.get(ref, fingerprint, finest) is None
         ]
