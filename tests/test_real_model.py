@@ -7,16 +7,20 @@ import threading
 
 import pytest
 import torch
+from made import VERSION_1_FINGERPRINT, version_1
 from typer.testing import CliRunner
 
 from extemb_core import ExtensibleLM
 from extemb_core.cli import app
 from extemb_core.context.assembly import assemble_chat, assemble_text
 from extemb_core.errors import WeightsError
+from extemb_core.library import Library
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.sources import installed_file
 from extemb_core.models.weights import resolve_embedder
 from extemb_core.questions import templates
+from extemb_core.retrieval.encoders import _WEIGHTS as WORDLLAMA
 
 pytestmark = pytest.mark.real_model
 
@@ -229,7 +233,7 @@ def test_the_command_line_answers_from_what_an_untrained_embedder_made_of_a_docu
 # -- entry layer 0 is as it was ---------------------------------------------------------------------------------
 
 # Made by revision 351d683, before there were entry layers: what is in people's stores.
-SHIPPED = "6b93a14b70f1799b530c3dc3a58ac4e6"
+PAPER = "smollm2-135m-instruct-paper"
 VALUES = {
     2: [-0.899875, 1.4670496, -0.54198, -0.7911092, 0.7748611, -1.077692, -1.2543055, 1.4482484, -1.676595],
     8: [-2.3427596, 1.2908762, -0.0552511, -1.884568, 1.1749856, -0.9585664, -1.2543055, 1.4482484, -1.676595],
@@ -238,10 +242,32 @@ VALUES = {
 
 @pytest.mark.parametrize("ratio", VALUES)
 def test_the_shipped_embedder_makes_what_it_always_made(llm, ratio):
-    embedder = ExtensibleEmbedder.from_pretrained(resolve_embedder("smollm2-135m-instruct", llm.name), llm=llm)
-    assert embedder.fingerprint == SHIPPED
+    embedder = ExtensibleEmbedder.from_pretrained(resolve_embedder(PAPER, llm.name), llm=llm)
+    assert embedder.fingerprint == VERSION_1_FINGERPRINT
     made = embedder.compress(TEXT, ratio=ratio)
     assert made.embeddings.shape == ({2: 511, 8: 128}[ratio], 576)
     assert (made.entry_layer, made.anchors) == (0, None)
     chosen = made.embeddings[[0, 7, -1]][:, [0, 100, 575]].flatten()
     torch.testing.assert_close(chosen, torch.tensor(VALUES[ratio]), atol=1e-5, rtol=0)
+
+
+def test_a_library_of_version_1_answers_and_is_brought_up_to_date(llm, tmp_path, caplog):
+    pytest.importorskip("faiss")
+    folder = version_1(tmp_path) / "library"
+    if installed_file(WORDLLAMA) is None:
+        pytest.skip("needs the wordllama wheel")
+    paper = ExtensibleLM(llm, ExtensibleEmbedder.from_pretrained(resolve_embedder(PAPER, llm.name), llm=llm))
+    question = {"question": "When was the lamp of the lighthouse lit?", "k": 1, "max_new_tokens": 4}
+    with Library(folder, paper, mode="r", ratio=8) as library:
+        assert (len(library), library.n_stale, library.embedders) == (2, 0, {VERSION_1_FINGERPRINT: 2})
+        entry = library.ask(**question, ratio=8).context[0]
+        assert (entry.source, entry.cached) == ("varn.txt:0-113", True)
+    with Library(folder, ExtensibleLM(llm, ExtensibleEmbedder.untrained(llm))) as library:
+        assert library.n_stale == 2
+        assert not library.ask(**question, ratio=2).context[0].cached
+        assert "2 of 2 documents" in caplog.text
+        assert library.refresh().updated == 2
+        assert library.n_stale == 0
+        assert library.ask(**question, ratio=2).context[0].cached
+        assert library.store.verify().clean
+        assert library.text("osk.txt").startswith("The ferry to the island of Osk")
