@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.documents import Document, text_ref
 from extemb_core.errors import ConfigError, DocumentError, MismatchError
+from extemb_core.models.bulk import compress_in_batches
 from extemb_core.progress import progress
 from extemb_core.readers import read_documents
 from extemb_core.retrieval import N_PASSAGES, PASSAGE_TOKENS
@@ -348,11 +349,10 @@ class Library:
         finest, fingerprint = self._finest(lm), lm.embedder.fingerprint
         refs = [text_ref(text) for text in texts]
         wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
-        missing = [ref for ref in wanted if self.store.get(ref, fingerprint, finest) is None]
-        made = lm.embedder.compress_ids(
-            [wanted[ref] for ref in missing], refs=missing, ratio=finest, show_progress=False
-        )
-        self.store.put(*made)
+        missing = [(ref, ids) for ref, ids in wanted.items() if self.store.get(ref, fingerprint, finest) is None]
+        for made in compress_in_batches(lm.embedder, missing, ratio=finest, show_progress=False):
+            self.store.put(*made)
+            counts["compressed_tokens"] += sum(one.n_tokens for one in made)
 
         def work(transaction: Any) -> None:
             before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, self.encoder.name)
@@ -361,7 +361,6 @@ class Library:
         self.store.write(work)
         counts["n_passages"] += len(texts)
         counts["n_tokens"] += sum(len(wanted[ref]) for ref in refs)
-        counts["compressed_tokens"] += sum(one.n_tokens for one in made)
 
     def _drop_orphans(
         self, transaction: Any, passages: Iterable[tuple[bytes, str]], fingerprint: str | None = None

@@ -42,7 +42,10 @@ def compress(
     ] = None,
     llm: LlmOption = DEFAULT_LLM,
     embedder: EmbedderOption = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Chunks per forward pass.")] = 4,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", metavar="N", help="Chunks per forward pass.", show_default="by the device"),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,

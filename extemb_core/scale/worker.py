@@ -83,7 +83,7 @@ class CompressWorker:
         dtype: Of the embeddings on disk: "float16", "int8" or "float32".
         passage_tokens: Cut documents into the passages of a `Library` with this setting; None compresses them whole.
         column: Of the rows, which holds the text.
-        batch_size: Chunks per forward pass.
+        batch_size: Chunks per forward pass; by the device when not given (see `models.bulk.default_batch_size`).
         done: What is in the shards already (see `finished`).
 
     Raises:
@@ -102,7 +102,7 @@ class CompressWorker:
         dtype: Dtype = "float16",
         passage_tokens: int | None = None,
         column: str = "text",
-        batch_size: int = 4,
+        batch_size: int | None = None,
         device: str = "auto",
         done: Done | None = None,
     ) -> None:
