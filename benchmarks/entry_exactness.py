@@ -23,6 +23,7 @@ import torch
 from ending import parser, report, run
 
 from extemb_core.context.assembly import Part, Prompt, assemble_chat, assemble_text
+from extemb_core.errors import ConfigError
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
@@ -46,6 +47,10 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def measure(options: Namespace) -> dict[str, Any]:
+    if options.embedder not in (None, "untrained"):
+        raise ConfigError(
+            f"embedder={options.embedder!r}: only an untrained one is exact; leave it out, or choose its --entry-layer"
+        )
     llm = LLM.from_pretrained(options.llm, dtype=options.dtype)
     embedder = ExtensibleEmbedder.untrained(llm, options.entry_layer)
     size = embedder.config.chunk_size

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ending import run
 
 from extemb_core.evaluation.calibration import count_tokens
 from extemb_core.evaluation.calibration_samples import Answers, Continuations, Task, arm_losses
@@ -108,4 +109,4 @@ def _mean(losses: list[float], tokens: list[int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,6 +25,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from memory import sample_text
 from timing import alternate, compare
 
+from extemb_core.answers import Answer
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.weights import resolve_embedder
@@ -115,8 +116,9 @@ def counted(llm: ExtensibleLLM) -> Any:
 
     def answer(ready: Any, sampling: Any, cancelled: Any = None) -> Any:
         made.append(len(ready.prompt))
-        return type("Said", (), {"text": "word", "context": (), "seconds": {}, "finish_reason": "stop",
-                                 "prompt_positions": len(ready.prompt), "new_tokens": 1})()  # fmt: skip
+        return Answer(
+            text="word", context=(), seconds={}, finish_reason="stop", prompt_positions=len(ready.prompt), new_tokens=1
+        )
 
     batcher.answer = answer  # type: ignore[method-assign]
     try:

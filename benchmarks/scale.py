@@ -107,8 +107,9 @@ def size(folder: Path, models: dict[str, str], chars: int, rows: int) -> dict[st
     """Bytes per token of text, receipts and manifest included, and in a store that took them in."""
     found: dict[str, Any] = {}
     lm = ExtensibleLM.from_pretrained(**models)
+    dtypes = ("float16",) if lm.embedder.config.entry_layer else ("float16", "int8")  # a store refuses int8 above 0
     for ratio in lm.embedder.config.ratios:
-        for dtype in ("float16", "int8"):
+        for dtype in dtypes:
             name = f"{ratio}-{dtype}"
             worker = CompressWorker(folder / name, **models, ratio=ratio, dtype=dtype,  # type: ignore[arg-type]
                                     passage_tokens=PASSAGE_TOKENS)  # fmt: skip
@@ -150,8 +151,8 @@ def plan(report: dict[str, Any]) -> list[dict[str, Any]]:
                 "machine_hours": tokens / speed / 3600,
                 "machines": tokens / speed / _SECONDS,
                 "ratio": int(ratio),
-                "gb_per_day": {dtype: tokens * bytes_per_token[f"{ratio}-{dtype}"]["shards"] / 1e9
-                               for dtype in ("float16", "int8")},
+                "gb_per_day": {name.split("-")[1]: tokens * size["shards"] / 1e9
+                               for name, size in bytes_per_token.items() if name.startswith(f"{ratio}-")},
                 "passages": passages,
                 "index_gb": {name: passages * size / 1e9
                              for name, size in report["index"]["bytes_per_vector"].items()},
@@ -171,9 +172,9 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"bytes per vector, {name}: {value:.0f}")
     for row in report.get("plan", []):
         indices = ", ".join(f"{name} {value:,.3f}" for name, value in row["index_gb"].items())
+        sizes = ", ".join(f"{dtype} {value:,.2f}" for dtype, value in row["gb_per_day"].items())
         lines.append(
-            f"{row['tokens_per_day']:,} tokens a day: {row['machines']:,.2f} machines, "
-            f"{row['gb_per_day']['float16']:,.2f} GB (int8 {row['gb_per_day']['int8']:,.2f}); index GB: {indices}"
+            f"{row['tokens_per_day']:,} tokens a day: {row['machines']:,.2f} machines, GB: {sizes}; index GB: {indices}"
         )
     return "\n".join(lines)
 
