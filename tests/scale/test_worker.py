@@ -30,6 +30,11 @@ def models(tmp_path_factory):
     return {"llm": folder / "llm", "embedder": folder / "embedder"}
 
 
+@pytest.fixture(params=["embedder", "untrained"])
+def any_models(request, models):
+    return models if request.param == "embedder" else models | {"embedder": "untrained"}
+
+
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"
@@ -39,14 +44,14 @@ def batch_of(made):
     return Batch(**{name: value for name, (value,) in made.items()})
 
 
-def test_a_batch_becomes_one_shard_of_what_compressing_gives(models, out):
-    worker = CompressWorker(out, **models, ratio=2)
+def test_a_batch_becomes_one_shard_of_what_compressing_gives(any_models, out):
+    worker = CompressWorker(out, **any_models, ratio=2)
     made = batch_of(worker({"text": [*TEXTS, TEXTS[0]], "id": list(range(13))}))
     assert (made.n_rows, made.n_texts, made.n_present) == (13, 12, 0)
     (shard,) = seal(out)
     assert (shard.n_documents, shard.size_bytes) == (12, made.n_bytes)
     store = ShardStore(out, verify=True)
-    embedder = random_embedder(tiny_llm())
+    embedder = ExtensibleLM.from_pretrained(**any_models).embedder
     expected = embedder.compress(TEXTS, ratio=2)
     for text in expected:
         found = store.get(text.ref, embedder.fingerprint, 2)
@@ -123,10 +128,10 @@ def test_settings_make_another_shard_of_the_same_texts(models, out):
     assert len(seal(out)) == 3
 
 
-def test_a_library_finds_its_passages_in_what_workers_compressed(models, out, tmp_path):
-    CompressWorker(out, **models, passage_tokens=40, ratio=2, dtype="float32")({"text": TEXTS})
+def test_a_library_finds_its_passages_in_what_workers_compressed(any_models, out, tmp_path):
+    CompressWorker(out, **any_models, passage_tokens=40, ratio=2, dtype="float32")({"text": TEXTS})
     seal(out)
-    lm = ExtensibleLM.from_pretrained(**models)
+    lm = ExtensibleLM.from_pretrained(**any_models)
     with EmbeddingStore.open(tmp_path / "lib") as store:
         import_shards(store, out)
     with Library(tmp_path / "lib", lm, encoder=by_words, passage_tokens=40, ratio=2) as library:
