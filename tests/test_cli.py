@@ -868,7 +868,8 @@ def test_of_several_processes_that_train_the_first_says_how_it_ended(
     for options in ((), ("--json",)):
         command = [*train_options(models, novel, Path("out")), *options]
         monkeypatch.setenv("RANK", "1")
-        assert (run(*command).exit_code, run(*command).output) == (0, "")
+        other = run(*command)
+        assert (other.exit_code, other.output) == (0, "")
         monkeypatch.setenv("RANK", "0")
         assert "out" in run(*command).stdout
 
