@@ -150,7 +150,7 @@ DeviceOption = Annotated[
 ]
 _LLM_DTYPE = "Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16."
 DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help=_LLM_DTYPE)]
-LlmDtypeOption = Annotated[str, typer.Option("--llm-dtype", metavar="NAME", help=_LLM_DTYPE)]  # beside StoredDtypeOption
+LlmDtypeOption = Annotated[str, typer.Option("--llm-dtype", metavar="NAME", help=_LLM_DTYPE)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, errors included.")]
 
 
