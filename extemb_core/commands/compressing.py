@@ -37,7 +37,10 @@ def compress(
     ratio: Annotated[
         int | None,
         typer.Option(
-            "--ratio", metavar="N", help="Tokens per extensible embedding.", show_default="the finest trained one"
+            "--ratio",
+            metavar="N",
+            help="Tokens per extensible embedding.",
+            show_default="what the embedder keeps: 2, or its finest",
         ),
     ] = None,
     llm: LlmOption = DEFAULT_LLM,

@@ -88,7 +88,10 @@ EmbedderOption = Annotated[
 FinestRatioOption = Annotated[
     int | None,
     typer.Option(
-        "--ratio", metavar="N", help="The finest ratio that will be asked for.", show_default="the finest trained"
+        "--ratio",
+        metavar="N",
+        help="The finest ratio that will be asked for.",
+        show_default="what the embedder keeps: 2, or its finest",
     ),
 ]
 StoredDtypeOption = Annotated[

@@ -69,7 +69,7 @@ def compress_corpus(
         inputs: Files or folders of Parquet or JSON Lines (.gz, .zst), or URLs of such that Ray Data knows.
         output: Folder that all machines see, or a URL that fsspec knows.
         llm, embedder: As for `ExtensibleLM.from_pretrained`; every machine needs the weights.
-        ratio: The finest ratio that will be asked for; the finest trained one when not given.
+        ratio: The finest ratio that will be asked for; the embedder's `kept_ratio` when not given.
         dtype: Of the embeddings on disk: "float16", "int8" or "float32".
         passage_tokens: Cut documents into the passages of a `Library` with this setting; None compresses them whole.
         column: Of the rows, which holds the text.

@@ -79,7 +79,7 @@ class CompressWorker:
     Args:
         output: Folder, or URL that fsspec knows, of the shards: the same for all workers.
         llm, embedder, device: Of `ExtensibleLM.from_pretrained`.
-        ratio: The finest ratio that will be asked for; the finest trained one when not given.
+        ratio: The finest ratio that will be asked for; the embedder's `kept_ratio` when not given.
         dtype: Of the embeddings on disk: "float16", "int8" or "float32".
         passage_tokens: Cut documents into the passages of a `Library` with this setting; None compresses them whole.
         column: Of the rows, which holds the text.
