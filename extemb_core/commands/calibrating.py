@@ -111,8 +111,9 @@ def calibrate(
             }
         )
         return
+    remarks = dict.fromkeys(record["summary"]["unfit"], " (out)") | {str(found.layer): " (chosen)"}
     for kind, table in record["summary"]["tasks"].items():
-        columns, rows = _table(kind, table, record["config"]["ratios"], found.layer)
+        columns, rows = _table(kind, table, record["config"]["ratios"], remarks)
         show_table(columns, rows, numbers=columns[1:])
         typer.echo()
     typer.echo(f"entry layer {found.layer}: {found.reason}")
@@ -122,7 +123,7 @@ def calibrate(
 
 
 def _table(
-    kind: str, table: Mapping[str, Any], ratios: Sequence[int], chosen: int
+    kind: str, table: Mapping[str, Any], ratios: Sequence[int], remarks: Mapping[str, str]
 ) -> tuple[tuple[str, ...], list[list[str]]]:
     """Columns and rows: losses of one task by arm and ratio, and how the layers compare."""
     losses = {arm: value["mean"] for arm, value in table["arms"].items()}
@@ -139,6 +140,6 @@ def _table(
     rows = [row("no text", "none"), row("cut to as many positions", "truncated/{}"), row("full text", "full")]
     for layer, own in table["layers"].items():
         low, high = own["minus_best"]["interval"]
-        name = f"layer {layer}" + (" (chosen)" if int(layer) == chosen else "")
+        name = f"layer {layer}{remarks.get(layer, '')}"
         rows.append(row(name, f"{layer}/{{}}", f"{own['minus_best']['mean']:+.3f} ({low:+.3f} to {high:+.3f})"))
     return columns, rows

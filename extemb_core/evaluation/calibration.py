@@ -1,16 +1,7 @@
 """Find the entry layer that suits an LLM for which nothing was trained.
 
 Every candidate layer reads the same samples at the same ratios: text that goes on after a compressed context, and where
-there are questions, those about compressed texts. The rule (`choose_layer`):
-
-1. A layer at which text is read worse than no text at all, beyond noise and at any of the ratios, is out. Answers do
-   not show this: there are layers that are level on answers and spoil text (docs/experiments.md).
-2. Of the others, the one with the lowest mean loss over the ratios above 1 is the best, by answers where there are
-   questions and by text otherwise. At ratio 1 every layer reads about the same.
-3. The earliest layer whose loss is not above the best one's beyond noise is taken: with fewer layers to run, text is
-   compressed sooner (docs/decisions/0004-entry-layer.md).
-
-Noise is the 95% interval of the paired difference over samples.
+there are questions, those about compressed texts; `calibration_rule` has the rule.
 """
 
 from __future__ import annotations
@@ -27,10 +18,10 @@ from torch import Tensor
 
 from extemb_core.errors import ConfigError, DocumentNotFoundError, MissingExtraError, WeightsCorruptError
 from extemb_core.evaluation.calibration_plot import plot_losses
+from extemb_core.evaluation.calibration_rule import choose_layer
 from extemb_core.evaluation.calibration_samples import Answers, Continuations, Task, arm_losses
 from extemb_core.evaluation.runs import Sample, run
 from extemb_core.evaluation.settings import CommonConfig, require_counts
-from extemb_core.evaluation.statistics import mean_with_interval
 from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
 from extemb_core.models.entry import decoder_layers
 from extemb_core.models.llm import LLM
@@ -41,8 +32,6 @@ RECORD, PLOT = "calibration.json", "calibration.png"
 _EMBEDDER = ("model.safetensors", "config.json")  # which shows that there is one, and comes last
 _OURS = {RECORD, f"{RECORD}.partial", PLOT, *_EMBEDDER}
 _DEPTHS = (1 / 5, 3 / 10, 2 / 5, 1 / 2, 2 / 3)  # of all layers; two fifths is `default_entry_layer`
-
-Values = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +54,7 @@ class CalibrationConfig(CommonConfig):
     weighting: TokenWeighting = "rank"
     counts: tuple[str, ...] = ()
     limit: int | None = 16
-    batch_size: int = 4
+    batch_size: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +103,8 @@ class CalibrationExperiment:
     embedder_settings = None  # there are several
 
     def __init__(self, config: CalibrationConfig, llm: LLM) -> None:
-        layers = tuple(sorted(config.layers)) or candidate_layers(llm)
+        candidates = candidate_layers(llm)
+        layers = tuple(sorted(config.layers)) or candidates
         available = len(decoder_layers(llm.model, llm.name))
         if layers[-1] >= available:
             raise ConfigError(
@@ -189,75 +179,6 @@ def count_tokens(llm: LLM, files: Sequence[str]) -> Tensor:
     return torch.from_numpy(counts)
 
 
-def choose_layer(
-    tasks: Mapping[str, Sequence[Sample]], layers: Sequence[int], ratios: Sequence[int], seed: int = 0
-) -> dict[str, Any]:
-    """Choose by the rule of this module.
-
-    Args:
-        tasks: "text" and perhaps "answers" -> samples, each with its number of `target_tokens` and `arms`: losses of
-            "none", "full", "truncated/RATIO" and "LAYER/RATIO".
-        layers: Candidates, in order.
-        ratios: Those measured.
-        seed: Of the bootstrap.
-
-    Returns:
-        `layer`, `best` and `reason`; `unfit`, the layers that are out, each with the ratios that show it; and `tasks`:
-        for each task its `n`, every arm's mean loss over tokens with its 95% interval, and by layer the mean over
-        ratios above 1 (`mean`) and that minus the best one's (`minus_best`).
-    """
-    decisive = "answers" if "answers" in tasks else "text"
-    coarse = [ratio for ratio in sorted(ratios) if ratio > 1]
-
-    def losses(kind: str, arm: str) -> Values:
-        return np.array([sample["arms"][arm] for sample in tasks[kind]])
-
-    def mean(kind: str, values: Values) -> dict[str, Any]:
-        weights = np.array([sample["target_tokens"] for sample in tasks[kind]], dtype=float)
-        return mean_with_interval(values, np.arange(len(values)), seed, weights)
-
-    def over_ratios(kind: str, layer: int) -> Values:
-        values: Values = np.mean([losses(kind, f"{layer}/{ratio}") for ratio in coarse], axis=0)
-        return values
-
-    unfit: dict[str, list[int]] = {}
-    for layer in layers:
-        gaps = {ratio: mean("text", losses("text", f"{layer}/{ratio}") - losses("text", "none")) for ratio in coarse}
-        if worse := [ratio for ratio, gap in gaps.items() if _above(gap)]:
-            unfit[str(layer)] = worse
-    fit = [layer for layer in layers if str(layer) not in unfit] or list(layers)
-    best = min(fit, key=lambda layer: mean(decisive, over_ratios(decisive, layer))["mean"])
-    table: dict[str, dict[str, Any]] = {
-        kind: {
-            "n": len(samples),
-            "arms": {arm: mean(kind, losses(kind, arm)) for arm in samples[0]["arms"]},
-            "layers": {
-                str(layer): {
-                    "mean": mean(kind, over_ratios(kind, layer)),
-                    "minus_best": mean(kind, over_ratios(kind, layer) - over_ratios(kind, best)),
-                }
-                for layer in layers
-            },
-        }
-        for kind, samples in tasks.items()
-    }
-    compared = {layer: table[decisive]["layers"][str(layer)]["minus_best"] for layer in fit}
-    layer = next(layer for layer in fit if not _above(compared[layer]))
-    measure = f"mean loss of {decisive} over ratios {', '.join(map(str, coarse))}"
-    reason = f"the lowest {measure}"
-    if layer != best:
-        low, high = compared[layer]["interval"]
-        reason = (
-            f"fewer layers to run than layer {best}, whose {measure} is the lowest, and level with it "
-            f"({compared[layer]['mean']:+.3f} nats, 95% interval {low:+.3f} to {high:+.3f})"
-        )
-    if len(unfit) == len(layers):
-        reason += "; but text is read worse than no text at every candidate: try other layers"
-    elif unfit:
-        reason += f"; text is read worse than no text at {_listed(unfit)}"
-    return {"layer": layer, "best": best, "reason": reason, "unfit": unfit, "tasks": table}
-
-
 def calibrate(
     config: CalibrationConfig,
     output: Path,
@@ -309,15 +230,6 @@ def _text(files: Sequence[str]) -> tuple[list[str], list[str]]:
             "this Python comes without pydoc_data.topics, the text that is measured by default; pass files as text"
         ) from error
     return [str(topics.__file__)], list(topics.topics.values())
-
-
-def _above(difference: Mapping[str, Any]) -> bool:
-    """Whether a mean is above 0 beyond noise."""
-    return bool(difference["interval"][0] > 0)
-
-
-def _listed(unfit: Mapping[str, Sequence[int]]) -> str:
-    return ", ".join(f"layer {layer} (ratio {', '.join(map(str, ratios))})" for layer, ratios in unfit.items())
 
 
 def _check_folder(output: Path) -> None:

@@ -148,27 +148,26 @@ class Answers:
 def arm_losses(
     llm: LLM, readings: Sequence[Reading], embedders: Mapping[str, ExtensibleEmbedder], ratios: Sequence[int]
 ) -> list[Losses]:
-    """Measure every arm of some samples together.
+    """Measure every arm of one or more samples of a task.
 
     Returns:
         For each sample, arm -> the mean loss of its target tokens, in nats.
     """
     losses: list[Losses] = [{} for _ in readings]
+    targets = [reading.target for reading in readings]
 
-    def measure(forms: Sequence[Mapping[str, list[Part]]]) -> None:
-        each = [
-            (own, arm, reading.prompt(form), reading.target)
-            for own, reading, of_arms in zip(losses, readings, forms, strict=True)
-            for arm, form in of_arms.items()
-        ]
-        scores = llm.log_probs([prompt.inputs(llm) for _, _, prompt, _ in each], [target for *_, target in each])
-        for (own, arm, *_), score in zip(each, scores, strict=True):
-            own[arm] = round(-float(score.mean()), 6)
+    def measure(arm: str, forms: Sequence[list[Part]]) -> None:
+        """One arm at a time: its prompts are of like length, so that little is padding."""
+        prompts = [reading.prompt(form).inputs(llm) for reading, form in zip(readings, forms, strict=True)]
+        for own, scores in zip(losses, llm.log_probs(prompts, targets), strict=True):
+            own[arm] = round(-float(scores.mean()), 6)
 
-    measure([reading.controls for reading in readings])
+    for arm in readings[0].controls:
+        measure(arm, [reading.controls[arm] for reading in readings])
     for name, embedder in embedders.items():
         made = embedder.compress_ids([reading.text for reading in readings], ratio=min(ratios), show_progress=False)
-        measure([{f"{name}/{ratio}": [text.at_ratio(ratio).part] for ratio in ratios} for text in made])
+        for ratio in ratios:
+            measure(f"{name}/{ratio}", [[text.at_ratio(ratio).part] for text in made])
     return losses
 
 
