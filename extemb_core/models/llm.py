@@ -53,6 +53,7 @@ _WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _FEWEST_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
 _POSITIONS_AT_ONCE = 4096  # of one pass that scores, padding included
+_LEAST_FULL = 0.8  # of the longest prompt of such a pass; shorter ones are not worth their padding
 _LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # Cohere's, Granite's, Falcon-H1's
 PromptInputs = Tensor | Sequence[int] | AnchoredPrompt  # (T, D) input embeddings, ids, or ids with states
 _TOKENIZER_PROBE = "The 3 quick brown foxes\n\n\tjumped over naïve 東京 dogs; x_1 += 42.5  # ok?"
@@ -390,8 +391,10 @@ class LLM:
         found: dict[int, Tensor] = {}
         order = sorted(range(len(whole)), key=lambda at: -len(whole[at]))
         while order:
-            size = max(1, _POSITIONS_AT_ONCE // len(whole[order[0]]))
-            group, order = order[:size], order[size:]
+            longest = len(whole[order[0]])
+            most = order[: max(1, _POSITIONS_AT_ONCE // longest)]
+            group = [at for at in most if len(whole[at]) >= _LEAST_FULL * longest]
+            order = order[len(group) :]
             for at, states in zip(group, self.hidden_of([whole[at] for at in group]), strict=True):
                 first = len(prompts[at]) - 1
                 scores = self.logits(states[first : first + len(ids[at])]).float().log_softmax(-1)

@@ -480,3 +480,13 @@ def test_device_and_dtype_are_checked():
 def test_a_slow_tokenizer_is_refused(llm):
     with pytest.raises(ConfigError, match="no fast version"):
         LLM(llm.model, object(), name="slow")
+
+
+def test_scoring_pads_no_prompt_to_one_of_another_length(llm, monkeypatch):
+    prompts, targets = [[5, 6] * size for size in (20, 3, 19, 2, 20)], [[7, 8, 9]] * 5
+    alone = [llm.score(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    passes, read = [], llm.hidden_of
+    monkeypatch.setattr(llm, "hidden_of", lambda batch: passes.append([len(one) for one in batch]) or read(batch))
+    for one, other in zip(llm.log_probs(prompts, targets), alone, strict=True):
+        torch.testing.assert_close(one, other)
+    assert passes == [[42, 42, 40], [8], [6]]
