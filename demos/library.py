@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--question", action="append", help="what to ask; may be given several times")
     parser.add_argument("--library", type=Path, help="the library's folder; one in the cache when not given")
     parser.add_argument("--topics", type=int, help="how many topics of the Python reference; all when not given")
-    parser.add_argument("--llm", default="smollm2-135m-reader-joint", help="a path, known name or hub id")
+    parser.add_argument("--llm", default="smollm2-135m-joint", help="a path, known name or hub id")
     parser.add_argument("--embedder", help="a path or hub id; the shipped one when not given")
     parser.add_argument("--ratio", type=int, default=4, help="tokens per embedding")
     parser.add_argument("--passages", type=int, default=4, help="to read for each question")

@@ -50,7 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--document", help="a text, Markdown, HTML or PDF file instead of the Python reference")
     parser.add_argument("--question", help="the question to ask of it")
-    parser.add_argument("--llm", default="smollm2-135m-instruct", help="a path, known name or hub id")
+    parser.add_argument("--llm", default="smollm2-135m-joint", help="a path, known name or hub id")
     parser.add_argument("--embedder", help="a path or hub id; the shipped one when not given")
     parser.add_argument("--store", help="folder of the compressed documents; one in the cache when not given")
     parser.add_argument("--json", help="also write the answers to this file")

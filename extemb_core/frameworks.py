@@ -30,7 +30,7 @@ _PER_CALL = {
 class LoadedWhenNeeded(BaseModel):
     """Which model. No weights are loaded before they are needed; all objects of a process share them."""
 
-    model: str = "smollm2-135m-instruct"
+    model: str = "smollm2-135m-joint"
     """A known name (`extemb weights list`), a folder or a Hugging Face id."""
     embedder: str | None = None
     """Its embedder: a folder or hub id; the one shipped for a known LLM when not given."""

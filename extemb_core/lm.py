@@ -41,7 +41,7 @@ from extemb_core.store.memory import MemoryStore
 if TYPE_CHECKING:
     from extemb_core.context.session import Session
 
-DEFAULT_LLM = "smollm2-135m-instruct"
+DEFAULT_LLM = "smollm2-135m-joint"
 
 _EARLIER = "Earlier in this conversation:\n"
 _KEPT_TOKEN_IDS = 64  # recent documents whose token ids stay in memory

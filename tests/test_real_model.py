@@ -113,17 +113,17 @@ def test_the_llm_is_bit_equal_after_use_by_two_threads_at_once(llm, embedder):
 
 def test_the_shipped_pair_finds_what_a_text_says_in_its_embeddings():
     try:
-        lm = ExtensibleLM.from_pretrained("smollm2-135m-reader-joint", device="cpu")
+        lm = ExtensibleLM.from_pretrained("smollm2-135m-joint", device="cpu")
     except WeightsError as error:
         pytest.skip(str(error))
-    assert lm.embedder.config.ratios == [2, 4, 8]
+    assert lm.embedder.config.entry_layer == 12
     texts = {
         "1820": "The mill by the river was built in 1820 by a family of bakers, and it burned down twice.",
         "1975": "The mill by the river was built in 1975 by a family of bakers, and it burned down twice.",
     }
     question = "\nWhen was the mill built? The mill was built in"
     scores = {
-        (said, read): lm.score(f" {said}", prompt=question, documents=text, ratio=2)
+        (said, read): lm.score(f" {said}", prompt=question, documents=text, ratio=4)
         for said in texts
         for read, text in texts.items()
     }
@@ -215,10 +215,8 @@ def test_the_command_line_answers_from_what_an_untrained_embedder_made_of_a_docu
     )
 
     def ask(*options):
-        made = CliRunner().invoke(
-            app,
-            ["ask", "When was the lighthouse painted green?", *map(str, options), "--max-new-tokens", "24", "--json"],
-        )
+        asked = ["ask", "When was the lighthouse painted green?", "--llm", "smollm2-135m-instruct"]
+        made = CliRunner().invoke(app, [*asked, *map(str, options), "--max-new-tokens", "24", "--json"])
         assert made.exit_code == 0, made.output
         return json.loads(made.stdout)
 

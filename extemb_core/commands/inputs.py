@@ -15,7 +15,7 @@ from extemb_core.errors import DocumentError
 from extemb_core.readers import read_documents
 
 STDIN = "-"
-DEFAULT_LLM = "smollm2-135m-instruct"  # lm.DEFAULT_LLM, whose module is too heavy to import for --help
+DEFAULT_LLM = "smollm2-135m-joint"  # lm.DEFAULT_LLM, whose module is too heavy to import for --help
 DEFAULT_MAX_NEW_TOKENS = 256
 
 

@@ -39,7 +39,7 @@ class ChatExtensible(Answering, BaseChatModel):
     ```python
     from langchain_extemb import ChatExtensible
 
-    llm = ChatExtensible.from_model_id("smollm2-135m-instruct", store="docs.extemb", budget=1024)
+    llm = ChatExtensible.from_model_id("smollm2-135m-joint", store="docs.extemb", budget=1024)
     llm.invoke("What changed in 2023?", documents=retriever.invoke("changes in 2023"))
     ```
 

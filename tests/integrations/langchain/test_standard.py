@@ -83,7 +83,7 @@ class TestReal(WithoutTools):
 
     @property
     def model_override_value(self):
-        return "smollm2-135m-reader-joint"
+        return "smollm2-135m-joint"
 
 
 class TestRetriever(RetrieversIntegrationTests):

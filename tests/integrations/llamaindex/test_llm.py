@@ -128,7 +128,7 @@ def test_settings_of_a_call_go_before_those_of_the_object(llm, lm):
 def test_the_metadata_is_the_llms(llm, lm):
     assert (llm.metadata.context_window, llm.metadata.num_output) == (lm.llm.window, 4)
     assert llm.metadata.is_chat_model
-    assert ExtensibleLLM.from_model_id("smollm2-135m-reader-joint").metadata.model_name == "smollm2-135m-reader-joint"
+    assert ExtensibleLLM.from_model_id("smollm2-135m-joint").metadata.model_name == "smollm2-135m-joint"
     assert "from_model_id" not in llm.to_dict()
 
 

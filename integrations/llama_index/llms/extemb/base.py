@@ -34,7 +34,7 @@ class ExtensibleLLM(Answering, CustomLLM):
     from llama_index.llms.extemb import ExtensibleLLM
     from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor
 
-    llm = ExtensibleLLM.from_model_id("smollm2-135m-instruct", store="docs.extemb")
+    llm = ExtensibleLLM.from_model_id("smollm2-135m-joint", store="docs.extemb")
     index.as_query_engine(llm=llm, node_postprocessors=[ExtensibleEmbeddingPostprocessor(llm=llm, budget=1024)])
     ```
 
