@@ -386,6 +386,7 @@ class LLM:
         """
         if any(not len(prompt) for prompt in prompts):
             raise ConfigError("the prompt has 0 positions; at least one is needed to predict what follows")
+        self._require_one_entry(prompts)
         ids = [[int(index) for index in each] for each in targets]
         whole = [self._continued(prompt, own[:-1]) for prompt, own in zip(prompts, ids, strict=True)]
         found: dict[int, Tensor] = {}
@@ -465,13 +466,7 @@ class LLM:
 
     def _rows(self, prompts: Sequence[PromptInputs]) -> tuple[PreTrainedModel, dict[str, list[Tensor]]]:
         """The model that reads these prompts, and its inputs by name, one tensor for each prompt."""
-        entering = {prompt.layer for prompt in prompts if isinstance(prompt, AnchoredPrompt) and prompt.layer}
-        entering |= {0 for prompt in prompts if isinstance(prompt, Tensor)}
-        if len(entering) > 1:
-            raise MismatchError(
-                f"prompts with compressed text for entry layers {sorted(entering)} stand in one batch; pass them to "
-                f"{self.name} one entry layer at a time"
-            )
+        self._require_one_entry(prompts)
         anchored = next((prompt for prompt in prompts if isinstance(prompt, AnchoredPrompt)), None)
         if anchored is not None:
             rows = [p if isinstance(p, AnchoredPrompt) else AnchoredPrompt.of_text(p, anchored) for p in prompts]  # type: ignore[arg-type]
@@ -486,6 +481,16 @@ class LLM:
             return self.model, {"inputs_embeds": embedded}
         ids = [torch.tensor([int(index) for index in prompt], device=self.device) for prompt in prompts]  # type: ignore[union-attr]
         return self.model, {"input_ids": ids}
+
+    def _require_one_entry(self, prompts: Sequence[PromptInputs]) -> None:
+        """Raise `MismatchError` where compressed texts of one batch enter at different layers."""
+        entering = {prompt.layer for prompt in prompts if isinstance(prompt, AnchoredPrompt) and prompt.layer}
+        entering |= {0 for prompt in prompts if isinstance(prompt, Tensor)}
+        if len(entering) > 1:
+            raise MismatchError(
+                f"prompts with compressed text for entry layers {sorted(entering)} stand in one batch; pass them to "
+                f"{self.name} one entry layer at a time"
+            )
 
     def _continued(self, prompt: PromptInputs, ids: Sequence[int]) -> PromptInputs:
         """A prompt with text after it."""
