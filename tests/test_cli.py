@@ -637,13 +637,11 @@ def test_compress_refuses_one_file_for_several_documents(models: Models, novel: 
 def test_compress_leaves_no_part_of_a_file(
     models: Models, novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from extemb_core.models import compressed
-
-    def full(tensors: Any, file: Path, metadata: Any) -> None:
-        Path(file).write_bytes(b"half of it")
+    def full(self: Path, data: bytes) -> None:
+        self.write_text("half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compressed, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     out = tmp_path / "out"
     message = refused(ExitCode.FAILURE, "compress", novel, "--output", out, *models.options)
     assert "No space left on device); see to the disk" in message

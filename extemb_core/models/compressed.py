@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
@@ -150,7 +150,8 @@ class Compressed:
         }
         try:
             with whole(Path(file)) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, said)
+                # save_file would write beside it, under a name of its own that a kill leaves there.
+                temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, said))
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{file} could not be written ({error}); see to the disk") from error
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.models.compressed import Compressed
@@ -97,7 +97,8 @@ def write_shard(folder: str | Path | Place, name: str, texts: Sequence[Compresse
     }
     file = f"{name}{SUFFIX}"
     try:
-        sha256, size = place.write(file, lambda target: save_file(tensors, target, metadata))
+        # save_file would write beside it, under a name of its own that a kill leaves there.
+        sha256, size = place.write(file, lambda target: target.write_bytes(save(tensors, metadata)))
     except (OSError, SafetensorError) as error:
         raise StoreError(
             f"{file} could not be written to {place} ({error}); nothing of it was kept, see to the disk"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -69,6 +70,15 @@ def test_a_shard_holds_what_was_written(tmp_path, dtype):
     assert [text.ref for text in found] == [text.ref for text in texts]
     for one, other in zip(texts, found, strict=True):
         assert torch.allclose(one.embeddings, other.embeddings, atol={"float16": 0.1, "int8": 0.6, "float32": 0}[dtype])
+
+
+def test_a_shard_is_written_under_no_name_but_its_own_and_that_of_a_leftover(tmp_path, monkeypatch):
+    import extemb_core.files
+
+    names = []
+    monkeypatch.setattr(extemb_core.files, "push", lambda path: names.extend(os.listdir(tmp_path)))
+    write_shard(tmp_path, "shard-0", [compressed("a")])
+    assert set(names) == {f".shard-0.safetensors.{os.getpid()}.tmp", "shard-0.safetensors"}
 
 
 def test_states_in_a_shard_are_what_was_written(tmp_path):
