@@ -112,6 +112,7 @@ class Library:
         self._words: tuple[int, WordIndex] | None = None
         self._synced = -1  # the generation that the index is of
         self._warned = False  # that some documents are stale
+        self._embedders: tuple[int, dict[str, int]] | None = None  # of a generation
         if encoder is not None:
             try:
                 _ = self.encoder  # whether it is that of the library is to be known now
@@ -162,7 +163,10 @@ class Library:
     def embedders(self) -> dict[str, int]:
         """Documents that each embedder compressed, by its fingerprint."""
         with self.store.environment.read() as transaction:
-            return dict(self._catalogue.embedders(transaction))
+            generation = self._catalogue.settings(transaction)["generation"]
+            if self._embedders is None or self._embedders[0] != generation:  # version 1 has to be counted each time
+                self._embedders = generation, self._catalogue.embedders(transaction)
+        return dict(self._embedders[1])
 
     @property
     def n_stale(self) -> int:

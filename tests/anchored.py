@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,21 @@ class OwnStates:
                 ).at_ratio(ratio or 1)
             )  # fmt: skip
         return made
+
+
+@contextmanager
+def lm_over(llm: Any, folder: Path | None) -> Iterator[Any]:
+    """An `ExtensibleLM` whose embeddings enter above layer 0, kept in memory or exactly in a folder."""
+    from tiny import entering
+
+    from extemb_core import EmbeddingStore, ExtensibleLM
+    from extemb_core.store.memory import MemoryStore
+
+    if folder is None:
+        yield ExtensibleLM(llm, entering(llm), MemoryStore())
+        return
+    with EmbeddingStore.open(folder, dtype="float32") as store:
+        yield ExtensibleLM(llm, entering(llm), store)
 
 
 def untrained(llm: Any, **settings: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +49,10 @@ def anchored(name, *, n_tokens=50, ratio=4, width=24, fingerprint=FINGERPRINT, c
     chunks = zip(states.split(chunk_size), weights.split(chunk_size), strict=True) if n_tokens else ()
     pooled = [Groups(torch.zeros(0, width), torch.zeros(0), torch.zeros(0)), *(pool(*chunk, ratio) for chunk in chunks)]
     groups = Groups(*map(torch.cat, zip(*pooled, strict=True)))
-    return Compressed(
+    plain = compressed(name, n_tokens=n_tokens, ratio=ratio, fingerprint=fingerprint, chunk_size=chunk_size)
+    return replace(
+        plain,
         embeddings=groups.states,
-        ratio=ratio,
-        n_tokens=n_tokens,
-        ref=text_ref(str(name)),
-        fingerprint=fingerprint,
-        chunk_size=chunk_size,
-        ratios=(2, 4, 8, 16),
         downscaling="mean",
         entry_layer=3,
         anchors=np.arange(len(groups.norms), dtype=np.int32),

@@ -192,8 +192,9 @@ def stats(
     for name, count in sorted(embedders.items()):
         note(f"{count:,} documents compressed by the embedder {name}")
     if lm is not None:
-        named = f" --embedder {shlex.quote(embedder)}" if embedder is not None else ""
-        remedy = f"; compress them anew with: extemb index refresh {shlex.quote(library)} --llm {llm}{named}"
+        command = ["extemb", "index", "refresh", library, "--llm", str(llm)]
+        command += ["--embedder", embedder] if embedder is not None else []
+        remedy = f"; compress them anew with: {shlex.join(command)}"
         note(f"{stale:,} documents were compressed by another embedder than {llm}'s{remedy if stale else ''}")
 
 

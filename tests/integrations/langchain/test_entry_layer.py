@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from anchored import lm_over
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage
 from retrieval_encoder import by_words
-from tiny import SENTENCES, entering, save_tiny, tiny_llm
+from tiny import SENTENCES, save_tiny, tiny_llm
 
-from extemb_core import EmbeddingStore, ExtensibleLM, Library
+from extemb_core import Library
 from extemb_core.models.entry import AnchoredPrompt
-from extemb_core.store.memory import MemoryStore
 from langchain_extemb import ChatExtensible, ExtensibleCompressor, ExtensibleLLM, ExtensibleRetriever
 
 TEXT = SENTENCES[:150]
@@ -19,11 +19,8 @@ TEXT = SENTENCES[:150]
 @pytest.fixture(params=["memory", "disk"])
 def lm(request, tmp_path):
     llm = tiny_llm()
-    if request.param == "memory":
-        yield ExtensibleLM(llm, entering(llm), MemoryStore())
-    else:
-        with EmbeddingStore.open(tmp_path / "docs.extemb", dtype="float32") as store:
-            yield ExtensibleLM(llm, entering(llm), store)
+    with lm_over(llm, tmp_path / "docs.extemb" if request.param == "disk" else None) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from anchored import lm_over
 from llama_index.core import SummaryIndex
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
-from tiny import SENTENCES, entering, save_tiny, tiny_model, tiny_tokenizer
+from tiny import SENTENCES, save_tiny, tiny_model, tiny_tokenizer
 
-from extemb_core import EmbeddingStore, ExtensibleLM
 from extemb_core.models.entry import AnchoredPrompt
 from extemb_core.models.llm import LLM
-from extemb_core.store.memory import MemoryStore
 from llama_index.llms.extemb import ExtensibleLLM, extensible_prompt_helper
 from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor, ExtensibleNode, ExtensibleTransform
 
@@ -22,11 +21,8 @@ TEXT = SENTENCES[:300]
 @pytest.fixture(params=["memory", "disk"])
 def lm(request, tmp_path):
     llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="tiny")
-    if request.param == "memory":
-        yield ExtensibleLM(llm, entering(llm), MemoryStore())
-    else:
-        with EmbeddingStore.open(tmp_path / "docs.extemb", dtype="float32") as store:
-            yield ExtensibleLM(llm, entering(llm), store)
+    with lm_over(llm, tmp_path / "docs.extemb" if request.param == "disk" else None) as opened:
+        yield opened
 
 
 @pytest.fixture
