@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,12 +74,17 @@ def test_a_shard_holds_what_was_written(tmp_path, dtype):
 
 
 def test_a_shard_is_written_under_no_name_but_its_own_and_that_of_a_leftover(tmp_path, monkeypatch):
-    import extemb_core.files
+    begun = []
+    touch = Path.touch
 
-    names = []
-    monkeypatch.setattr(extemb_core.files, "push", lambda path: names.extend(os.listdir(tmp_path)))
+    def touched(self, *args, **kwargs):
+        touch(self, *args, **kwargs)
+        begun.append((self.name, self.stat().st_ino))
+
+    monkeypatch.setattr(Path, "touch", touched)
     write_shard(tmp_path, "shard-0", [compressed("a")])
-    assert set(names) == {f".shard-0.safetensors.{os.getpid()}.tmp", "shard-0.safetensors"}
+    inode = (tmp_path / "shard-0.safetensors").stat().st_ino  # of the file that was begun: no other took its place
+    assert begun == [(f".shard-0.safetensors.{os.getpid()}.tmp", inode)]
 
 
 def test_states_in_a_shard_are_what_was_written(tmp_path):
