@@ -13,9 +13,11 @@ import typer
 
 from extemb_core.commands.inputs import (
     DEFAULT_LLM,
+    DeviceOption,
     EmbedderOption,
     FinestRatioOption,
     JsonOption,
+    LlmDtypeOption,
     LlmOption,
     SeveralValues,
     StoredDtypeOption,
@@ -90,6 +92,8 @@ def compress(
             show_default="a new one on this machine",
         ),
     ] = None,
+    device: DeviceOption = "auto",
+    llm_dtype: LlmDtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Compress the texts of a corpus into a folder of shards, with Ray Data.
@@ -113,6 +117,8 @@ def compress(
             cpus_per_worker=cpus,
             gpus_per_worker=gpus,
             ray_address=ray_address,
+            device=device,
+            llm_dtype=llm_dtype,
         )
     if as_json:
         emit(asdict(done))

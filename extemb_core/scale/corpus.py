@@ -58,6 +58,8 @@ def compress_corpus(
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
     ray_address: str | None = None,
+    device: str = "auto",
+    llm_dtype: str = "auto",
     show_progress: bool | None = None,
 ) -> Compression:
     """Compress the texts of a corpus into a folder of shards, on one machine or many.
@@ -77,6 +79,7 @@ def compress_corpus(
         workers: Processes.
         cpus_per_worker, gpus_per_worker: That Ray gives each.
         ray_address: Of a cluster ("auto" for the one of this machine); a new one on this machine when not given.
+        device, llm_dtype: Of each worker's LLM, as `device` and `dtype` of `ExtensibleLM.from_pretrained`.
         show_progress: Show a bar; None shows it on a terminal.
 
     Raises:
@@ -103,6 +106,8 @@ def compress_corpus(
                 "dtype": dtype,
                 "passage_tokens": passage_tokens,
                 "column": column,
+                "device": device,
+                "llm_dtype": llm_dtype,
                 "done": done,
             },
             batch_size=rows_per_batch,

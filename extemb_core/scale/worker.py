@@ -78,7 +78,7 @@ class CompressWorker:
 
     Args:
         output: Folder, or URL that fsspec knows, of the shards: the same for all workers.
-        llm, embedder, device: Of `ExtensibleLM.from_pretrained`.
+        llm, embedder, device, llm_dtype: Of `ExtensibleLM.from_pretrained`, where the last is `dtype`.
         ratio: The finest ratio that will be asked for; the embedder's `kept_ratio` when not given.
         dtype: Of the embeddings on disk: "float16", "int8" or "float32".
         passage_tokens: Cut documents into the passages of a `Library` with this setting; None compresses them whole.
@@ -104,6 +104,7 @@ class CompressWorker:
         column: str = "text",
         batch_size: int | None = None,
         device: str = "auto",
+        llm_dtype: str = "auto",
         done: Done | None = None,
     ) -> None:
         from extemb_core.sharing import share
@@ -113,7 +114,8 @@ class CompressWorker:
         self._passage_tokens = passage_tokens
         self._column = column
         self._batch_size = batch_size
-        self._embedder = share(llm, embedder, device=device).embedder  # workers of one process load once
+        # Workers of one process load once.
+        self._embedder = share(llm, embedder, device=device, dtype=llm_dtype).embedder
         self._ratio = self._embedder.config.finest(ratio)
         own = self._embedder.fingerprint
         self._done = [

@@ -35,11 +35,13 @@ def run(*args):
 
 def test_settings_are_handed_on(asked):
     result = run("--input", "a.parquet", "b.parquet", "--output", "out", "--ratio", "8", "--workers", "3",
-                 "--gpus-per-worker", "0.5", "--passage-tokens", "256", "--ray-address", "auto")  # fmt: skip
+                 "--gpus-per-worker", "0.5", "--passage-tokens", "256", "--ray-address", "auto",
+                 "--device", "cuda:1", "--llm-dtype", "bfloat16")  # fmt: skip
     assert result.exit_code == 0
     assert asked["inputs"] == ["a.parquet", "b.parquet"]
     assert (asked["ratio"], asked["workers"], asked["gpus_per_worker"], asked["passage_tokens"]) == (8, 3, 0.5, 256)
     assert (asked["ray_address"], asked["embedder"], asked["rows_per_batch"]) == ("auto", None, 64)
+    assert (asked["device"], asked["llm_dtype"], asked["dtype"]) == ("cuda:1", "bfloat16", "float16")
     assert result.stderr.strip() == (
         "8 texts of 9 rows, 3 of them compressed before; 1,200 tokens in 2.0 s, 1 shards in out"
     )

@@ -60,6 +60,8 @@ def main(folder: Path) -> None:
     corpus.CompressWorker = CompressWorker
     found["again"] = compress(folder / "more", folder / "out", folder, ratio=2, rows_per_batch=8)
     found["column"] = compress(folder / "rows.jsonl", folder / "other", folder, column="body")
+    found["dtype"] = compress(folder / "rows.jsonl", folder / "other", folder, llm_dtype="float8")
+    found["device"] = compress(folder / "rows.jsonl", folder / "other", folder, device="tpu")
     ray.shutdown()
     cluster.shutdown()
     (folder / "found.json").write_text(json.dumps(found))

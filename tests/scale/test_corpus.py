@@ -72,6 +72,9 @@ def test_what_is_wrong_is_said_as_it_was_where_it_happened(folder, found):
     assert found["column"]["error"] == "ConfigError"
     assert found["column"]["message"].startswith("column='body' is none of the input's: id, text")
     assert not (folder / "other").exists()
+    for setting, value in (("dtype", "float8"), ("device", "tpu")):
+        assert found[setting]["error"] == "ConfigError"
+        assert value in found[setting]["message"]
 
 
 def test_an_error_of_a_worker_is_a_row():

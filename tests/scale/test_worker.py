@@ -61,6 +61,17 @@ def test_a_batch_becomes_one_shard_of_what_compressing_gives(any_models, out):
     assert made.n_embeddings == sum(map(len, expected))
 
 
+def test_the_llm_runs_in_the_dtype_asked_for(models, out):
+    worker = CompressWorker(out, **models, llm_dtype="bfloat16", dtype="float32")
+    worker({"text": [TEXTS[0]]})
+    seal(out)
+    full, half = (ExtensibleLM.from_pretrained(**models, dtype=dtype).embedder for dtype in ("float32", "bfloat16"))
+    near, expected = (embedder.compress(TEXTS[0], ratio=2) for embedder in (full, half))
+    kept = ShardStore(out).get(expected.ref, half.fingerprint, 2)
+    assert torch.equal(kept.embeddings, expected.embeddings)
+    assert not torch.equal(kept.embeddings, near.embeddings)
+
+
 def test_rows_without_text_are_counted_and_the_others_compressed(models, out):
     made = batch_of(CompressWorker(out, **models)({"text": [TEXTS[0], "", None, 7, "lone \ud800", b"bytes"]}))
     assert (made.n_rows, made.n_empty, made.n_unreadable, made.n_texts) == (6, 2, 3, 1)
