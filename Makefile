@@ -29,7 +29,7 @@ test: $(VENV)/.installed-dev ## run the tests; ARGS="-k planning" for some of th
 	$(BIN)/pytest $(ARGS)
 
 soak: $(VENV)/.installed-dev ## kill writers of a store, an index and a library 200 times each, at random moments
-	EXTEMB_SOAK=200 $(BIN)/pytest tests/store/test_faults.py tests/test_library.py -k killed $(ARGS)
+	EXTEMB_SOAK=200 $(BIN)/pytest tests/store/test_faults.py tests/library/test_library.py -k killed $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .

@@ -27,8 +27,8 @@ from extemb_core.errors import ConfigError
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.progress import progress
 from extemb_core.training.data import TokenFile
+from extemb_core.utils.progress import progress
 
 NEXT = 64
 PLACES = ("opening", "chat")

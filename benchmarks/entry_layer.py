@@ -30,11 +30,11 @@ from extemb_core.evaluation.calibration import count_tokens
 from extemb_core.evaluation.calibration_samples import Answers, Continuations, Task, arm_losses
 from extemb_core.evaluation.provenance import provenance
 from extemb_core.evaluation.statistics import mean_with_interval
-from extemb_core.files import write_whole
+from extemb_core.loaders import read_document
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.progress import progress
-from extemb_core.readers import read_document
+from extemb_core.utils.files import write_whole
+from extemb_core.utils.progress import progress
 
 _QUESTIONS = "questions"
 

@@ -21,7 +21,7 @@ from timing import alternate, compare
 from extemb_core.documents import Document
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
-from extemb_core.models.weights import resolve_embedder
+from extemb_core.weights.resolve import resolve_embedder
 from langchain_extemb import ChatExtensible
 
 SECTIONS = ("first_token", "batch", "construct")

@@ -27,14 +27,14 @@ from timing import alternate, compare
 from extemb_core.context.assembly import Prompt
 from extemb_core.documents import Document, text_ref
 from extemb_core.evaluation.provenance import short_name
-from extemb_core.library import Library
+from extemb_core.library.library import Library
+from extemb_core.library.vector_index import VectorIndex
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.llm import LLM
-from extemb_core.models.weights import resolve_embedder
-from extemb_core.retrieval.index import VectorIndex
 from extemb_core.store.coding import DTYPES, decode, encode
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.weights.resolve import resolve_embedder
 
 SECTIONS = ("read", "disk", "rounding", "open", "first_token", "again", "search")
 FINGERPRINT = "00" * 16

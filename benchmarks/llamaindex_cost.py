@@ -28,8 +28,8 @@ from timing import alternate, compare
 from extemb_core.answers import Answer
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
-from extemb_core.models.weights import resolve_embedder
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.weights.resolve import resolve_embedder
 from llama_index.llms.extemb import ExtensibleLLM, extensible_prompt_helper
 from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor
 

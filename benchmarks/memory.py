@@ -90,7 +90,7 @@ def tiny_llm(name: str) -> Any:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from extemb_core.models.llm import LLM
-    from extemb_core.models.weights import resolve_llm
+    from extemb_core.weights.resolve import resolve_llm
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_llm(name), trust_remote_code=False)
     torch.manual_seed(0)

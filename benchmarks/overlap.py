@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from extemb_core.progress import progress
-from extemb_core.rows import read_rows
+from extemb_core.utils.jsonl import read_rows
+from extemb_core.utils.progress import progress
 
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)

@@ -22,8 +22,8 @@ from ending import run, write_json
 from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.models.weights import resolve_embedder
 from extemb_core.training.trainer import Trained
+from extemb_core.weights.resolve import resolve_embedder
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from timing import cold_start, compress_cost, first_token
 
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
-from extemb_core.models.weights import resolve_embedder
+from extemb_core.weights.resolve import resolve_embedder
 
 SECTIONS = ("start", "compress", "first_token", "memory", "size")
 

@@ -23,7 +23,7 @@ from extemb_core.models.entry import FINAL_NORMS
 from extemb_core.models.llm import LLM
 
 IMPORT = "import time; start = time.perf_counter(); import extemb_core; print(time.perf_counter() - start)"
-HELP = "import sys; sys.argv = ['extemb', '--help']; from extemb_core.cli import main; main()"
+HELP = "import sys; sys.argv = ['extemb', '--help']; from extemb_core.cli.main import main; main()"
 
 
 def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -25,7 +25,7 @@ from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.training.attention import attention_by_rows
+from extemb_core.training.cpu_attention import attention_by_rows
 from extemb_core.training.data import read_texts
 from extemb_core.training.objectives import two_stream_loss
 

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from extemb_core import Document, ExtembError, ExtensibleLM, Library
-from extemb_core.models.cache import cache_root
+from extemb_core.weights.cache import cache_root
 
 QUESTIONS = (
     "What does the for statement iterate over?",

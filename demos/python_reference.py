@@ -21,7 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from extemb_core import Answer, Document, ExtembError, ExtensibleLM, read_document
-from extemb_core.models.cache import cache_root
+from extemb_core.weights.cache import cache_root
 
 BUDGET = 1024  # positions that truncation and embeddings may take for a topic
 WHOLE_BUDGET = 4096  # and for the whole reference: half of the window

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from extemb_core.context.planning import Plan, plan_context
     from extemb_core.documents import Document
     from extemb_core.errors import ExtembError
-    from extemb_core.library import Library
+    from extemb_core.library.library import Library
     from extemb_core.lm import ExtensibleLM
+    from extemb_core.loaders import read_document, read_documents
     from extemb_core.models.compressed import Compressed
     from extemb_core.models.config import ExtensibleEmbedderConfig
     from extemb_core.models.embedder import ExtensibleEmbedder
     from extemb_core.models.llm import LLM, Sampling
-    from extemb_core.readers import read_document, read_documents
     from extemb_core.store.store import EmbeddingStore
 
 __version__ = "0.1.0"
@@ -35,12 +35,12 @@ _HOMES = {
     "ExtensibleEmbedderConfig": "models.config",
     "ExtensibleLM": "lm",
     "LLM": "models.llm",
-    "Library": "library",
+    "Library": "library.library",
     "Plan": "context.planning",
     "Sampling": "models.llm",
     "plan_context": "context.planning",
-    "read_document": "readers",
-    "read_documents": "readers",
+    "read_document": "loaders",
+    "read_documents": "loaders",
 }
 
 __all__ = [

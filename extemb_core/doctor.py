@@ -95,7 +95,7 @@ def _package(name: str) -> Check:
 
 
 def _cache() -> Iterator[Check]:
-    from extemb_core.models.cache import cache_root
+    from extemb_core.weights.cache import cache_root
 
     folder = cache_root()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -112,7 +112,8 @@ def _cache() -> Iterator[Check]:
 
 def _weights() -> Iterator[Check]:
     """Known models are a choice, not a need: any folder or hub id does as well."""
-    from extemb_core.models import sources, weights
+    from extemb_core.weights import resolve as weights
+    from extemb_core.weights import sources
 
     for model in weights.list_models():
         known = weights.KNOWN_MODELS[model.name]

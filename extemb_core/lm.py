@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from extemb_core.answers import Answer, AnswerStream, ContextEntry, Ready, to_answer
-from extemb_core.batching import Batcher
 from extemb_core.context.assembly import (
     DOCUMENT_SEPARATOR,
     Part,
@@ -29,17 +28,18 @@ from extemb_core.context.planning import Fidelity, Plan, check_budget, compresse
 from extemb_core.context.tools import Tool
 from extemb_core.documents import Document
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError
+from extemb_core.frameworks.batching import Batcher
+from extemb_core.frameworks.refs import Handed, Refs
 from extemb_core.models.bulk import compress_in_batches
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.llm import LLM, Sampling
-from extemb_core.models.weights import resolve_embedder
-from extemb_core.refs import Handed, Refs
 from extemb_core.store.base import Store
 from extemb_core.store.memory import MemoryStore
+from extemb_core.weights.resolve import resolve_embedder
 
 if TYPE_CHECKING:
-    from extemb_core.context.session import Session
+    from extemb_core.context.conversation import Session
 
 DEFAULT_LLM = "smollm2-135m-joint"
 
@@ -301,7 +301,7 @@ class ExtensibleLM:
         budget: int | None = None,
     ) -> Session:
         """A conversation of any length: see `Session`."""
-        from extemb_core.context.session import Session
+        from extemb_core.context.conversation import Session
 
         return Session(self, documents, ratio=ratio, window=window, budget=budget)
 
@@ -625,7 +625,7 @@ def open_store(store: str | Path | Store | None) -> Store | None:
     """The store of a folder or URL; one that is open already stays as it is."""
     if not isinstance(store, str | Path):
         return store
-    from extemb_core.store.sharded import ShardStore, is_sharded
+    from extemb_core.store.shard_store import ShardStore, is_sharded
     from extemb_core.store.store import EmbeddingStore
 
     return ShardStore(store) if is_sharded(store) else EmbeddingStore.open(store)

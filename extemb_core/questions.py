@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from extemb_core.errors import DocumentError
-from extemb_core.rows import is_rows, read_rows
+from extemb_core.utils.jsonl import is_rows, read_rows
 
 _LONG_ANSWER_WORDS = 12
 

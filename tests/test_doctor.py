@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from extemb_core import __version__, doctor
-from extemb_core.cli import app
+from extemb_core.cli.main import app
 from extemb_core.doctor import Check, can_work, examine
 
 

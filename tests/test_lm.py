@@ -14,14 +14,14 @@ from tiny import SENTENCES, entering, random_embedder, save_tiny, tiny_llm, tiny
 from typer.testing import CliRunner
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
-from extemb_core.cli import app
+from extemb_core.cli.main import app
 from extemb_core.context.assembly import assemble_chat, assemble_text
 from extemb_core.documents import text_ref
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError, RatioError
+from extemb_core.frameworks.refs import Handed
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
-from extemb_core.refs import Handed
 from extemb_core.store.memory import MemoryStore
 
 QUESTION = "How many ships?"

@@ -11,16 +11,16 @@ from made import VERSION_1_FINGERPRINT, version_1
 from typer.testing import CliRunner
 
 from extemb_core import ExtensibleLM
-from extemb_core.cli import app
+from extemb_core.cli.main import app
 from extemb_core.context.assembly import assemble_chat, assemble_text
 from extemb_core.errors import WeightsError
-from extemb_core.library import Library
+from extemb_core.library.encoders import _WEIGHTS as WORDLLAMA
+from extemb_core.library.library import Library
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
-from extemb_core.models.sources import installed_file
-from extemb_core.models.weights import resolve_embedder
 from extemb_core.questions import templates
-from extemb_core.retrieval.encoders import _WEIGHTS as WORDLLAMA
+from extemb_core.weights.resolve import resolve_embedder
+from extemb_core.weights.sources import installed_file
 
 pytestmark = pytest.mark.real_model
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from extemb_core.errors import ConfigError
+from extemb_core.library.bm25 import WordIndex
+from extemb_core.library.passages import split_sentences
+from extemb_core.models.kv_prefix import Prefix
 from extemb_core.models.llm import LLM
-from extemb_core.models.prefix import Prefix
-from extemb_core.retrieval.lexical import WordIndex
-from extemb_core.retrieval.splitting import split_sentences
 
 _LOGITS_AT_ONCE = 256  # positions: logits are wide
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import MissingExtraError
-from extemb_core.files import whole
+from extemb_core.utils.files import whole
 
 # Okabe and Ito's, as in `plots`: a ratio's line, and its cut text, dashed.
 _COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00")

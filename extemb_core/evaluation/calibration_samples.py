@@ -26,7 +26,7 @@ from extemb_core.evaluation.perplexity import spread_windows
 from extemb_core.evaluation.qa import QaConfig, QaExperiment
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.rows import evenly
+from extemb_core.utils.jsonl import evenly
 
 Ids = np.ndarray[Any, Any]
 Losses = dict[str, float]

@@ -34,8 +34,8 @@ from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.rows import evenly
 from extemb_core.training.data import read_texts
+from extemb_core.utils.jsonl import evenly
 
 _BASELINES = ("none", "nearest", "streaming", "full")
 

@@ -26,8 +26,8 @@ from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, PromptInputs, Sampling
 from extemb_core.questions import Question, read_questions, template_for, templates
-from extemb_core.rows import evenly
-from extemb_core.training.tasks import turn_end
+from extemb_core.training.readings import turn_end
+from extemb_core.utils.jsonl import evenly
 
 Ids = np.ndarray[Any, Any]
 

@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Protocol
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
 from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.evaluation.settings import CommonConfig
-from extemb_core.files import sha256_of, write_whole
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.progress import progress
+from extemb_core.utils.files import sha256_of, write_whole
+from extemb_core.utils.progress import progress
 
 Sample = dict[str, Any]
 

@@ -48,7 +48,7 @@ from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredPrompt
 from extemb_core.models.llm import LLM, PromptInputs
-from extemb_core.rows import evenly
+from extemb_core.utils.jsonl import evenly
 
 Ids = np.ndarray[Any, Any]
 

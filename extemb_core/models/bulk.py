@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from extemb_core.progress import progress
+from extemb_core.utils.progress import progress
 
 if TYPE_CHECKING:
     from extemb_core.models.compressed import Compressed

@@ -15,10 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
-from extemb_core.files import whole
 from extemb_core.models.downscaling import Downscaling, chunk_lengths, coarsen, n_embeddings, picks
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.pooling import Groups, coarsen_groups
+from extemb_core.utils.files import whole
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
 _TENSORS = ("embeddings", "anchors", "mean_norms", "norms", "weights")

@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 
 from extemb_core.documents import text_ref
 from extemb_core.errors import ConfigError, DocumentError, MismatchError, WeightsCorruptError, WeightsNotFoundError
-from extemb_core.models.adapters import add_adapters
 from extemb_core.models.bulk import default_batch_size
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
@@ -40,9 +39,10 @@ from extemb_core.models.connector import OutputConnector, recent_embeddings, tra
 from extemb_core.models.downscaling import downscale, n_embeddings, picks
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, final_norm, shared_parameters
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
+from extemb_core.models.lora import add_adapters
 from extemb_core.models.pooling import Groups, digest_of, pool, token_weights
-from extemb_core.models.weights import UNTRAINED
-from extemb_core.progress import progress
+from extemb_core.utils.progress import progress
+from extemb_core.weights.resolve import UNTRAINED
 
 # The base tensors of an LLM are recognised by a sample of their values, rounded to bfloat16: the same LLM in another
 # dtype has the same. (Through float16 some round the other way. Where an embedder's file has the sample, that is known

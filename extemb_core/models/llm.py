@@ -43,7 +43,7 @@ from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import ConfigError, DocumentError, MismatchError, WeightsCorruptError, WeightsError
 from extemb_core.models.entry import AnchoredPrompt, reading_model
-from extemb_core.models.weights import resolve_llm, resolve_reader
+from extemb_core.weights.resolve import resolve_llm, resolve_reader
 
 # Long texts are tokenised in pieces of at most this many characters, so that memory does not grow with the text.
 # A space between two letters begins a new word for every byte-level BPE in use (not so the line break after a full
@@ -144,7 +144,7 @@ class LLM:
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype or its name.
         """
         if (reader := resolve_reader(name)) is not None:
-            from extemb_core.models.readers import base_of, merged
+            from extemb_core.models.reader_lora import base_of, merged
 
             return merged(cls.from_pretrained(base_of(reader), device=device, dtype=dtype), reader, str(name))
         chosen = choose_device(device)

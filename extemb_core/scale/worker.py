@@ -15,10 +15,10 @@ import numpy as np
 
 from extemb_core.documents import Document
 from extemb_core.errors import ConfigError, DocumentError, StoreCorruptError, StoreError
-from extemb_core.retrieval.splitting import split_passages
+from extemb_core.library.passages import split_passages
 from extemb_core.store.coding import Dtype, check_dtype
-from extemb_core.store.places import Place
 from extemb_core.store.records import ref_bytes
+from extemb_core.store.remote import Place
 from extemb_core.store.shards import (
     MANIFEST,
     SUFFIX,
@@ -107,7 +107,7 @@ class CompressWorker:
         llm_dtype: str = "auto",
         done: Done | None = None,
     ) -> None:
-        from extemb_core.sharing import share
+        from extemb_core.frameworks.shared import share
 
         self._place = Place(output)
         self._dtype = check_dtype(dtype)

@@ -17,7 +17,7 @@ from typing import Any
 from extemb_core.errors import StoreCorruptError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.coding import DTYPES, Dtype
-from extemb_core.store.environment import Environment
+from extemb_core.store.lmdb_env import Environment
 from extemb_core.store.records import COUNT, NUMBER, Block, Entry, Kind, key_of, name_in, ref_bytes, ref_of
 
 BLOCK_BYTES = 4 * 2**20

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from extemb_core.errors import StoreCorruptError, StoreError
-from extemb_core.files import write_whole
-from extemb_core.store.environment import DATA_FILE
+from extemb_core.store.lmdb_env import DATA_FILE
+from extemb_core.utils.files import write_whole
 
 FORMAT, VERSION = "extemb-store", 2
 _READ = (1, 2)  # version 1 knew no entry layer above 0: all it holds is as version 2 has it

@@ -26,8 +26,8 @@ from safetensors.torch import save
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.coding import DTYPES, Dtype, check_dtype, encode
-from extemb_core.store.places import Place
 from extemb_core.store.records import Entry, Kind, key_of, ref_bytes, ref_of
+from extemb_core.store.remote import Place
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "extemb-shards", 2

@@ -14,10 +14,10 @@ from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.blocks import Blocks
 from extemb_core.store.coding import Dtype, check_dtype, encode
-from extemb_core.store.environment import Environment, open_environment
 from extemb_core.store.folder import check_description, describe, prepare
+from extemb_core.store.lmdb_env import Environment, open_environment
+from extemb_core.store.maintenance import StoreStats, Verified, move, sparse, stats_of, verify
 from extemb_core.store.records import key_of, ref_of
-from extemb_core.store.upkeep import StoreStats, Verified, move, sparse, stats_of, verify
 
 T = TypeVar("T")
 

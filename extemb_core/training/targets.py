@@ -16,10 +16,10 @@ from typing import Any
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.evaluation.scoring import f1
-from extemb_core.files import sha256_of
 from extemb_core.models.llm import LLM, PromptInputs, Sampling
-from extemb_core.progress import progress
 from extemb_core.questions import Question, read_questions, template_for, templates
+from extemb_core.utils.files import sha256_of
+from extemb_core.utils.progress import progress
 
 _AGREEMENT = 0.5  # F1 with the best reference
 

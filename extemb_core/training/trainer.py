@@ -24,21 +24,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from extemb_core.errors import ConfigError, TrainingError
-from extemb_core.files import push, write_whole
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.downscaling import chunk_lengths
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import reading_model
 from extemb_core.models.llm import LLM, choose_device
-from extemb_core.models.readers import add_reader, load_reader, reader_adapters, save_reader
-from extemb_core.progress import progress
+from extemb_core.models.reader_lora import add_reader, load_reader, reader_adapters, save_reader
 from extemb_core.questions import read_questions
-from extemb_core.training.attention import attention_by_rows
 from extemb_core.training.batches import Batches, Collator
 from extemb_core.training.config import TrainingConfig
+from extemb_core.training.cpu_attention import attention_by_rows
 from extemb_core.training.data import Samples, TokenFile
 from extemb_core.training.objectives import Reading, plan_passes, reading_losses, two_stream_losses
-from extemb_core.training.tasks import QuestionReadings
+from extemb_core.training.readings import QuestionReadings
+from extemb_core.utils.files import push, write_whole
+from extemb_core.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from typing_extensions import Self
 
 from extemb_core.answers import Answer, AnswerStream
-from extemb_core.asynchronous import MOST_AT_ONCE, AsyncAnswerStream, in_thread, until_cancelled
 from extemb_core.context.tools import opening_of, parse_calls, takes_tools
-from extemb_core.models.weights import window_of
+from extemb_core.frameworks.aio import MOST_AT_ONCE, AsyncAnswerStream, in_thread, until_cancelled
+from extemb_core.weights.resolve import window_of
 from langchain_extemb.messages import to_documents, to_messages
 from langchain_extemb.models import Answering
 

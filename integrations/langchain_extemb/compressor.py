@@ -9,7 +9,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field
 
 from extemb_core.documents import Document as ExtensibleDocument
-from extemb_core.frameworks import LoadedWhenNeeded
+from extemb_core.frameworks.settings import LoadedWhenNeeded
 
 REF = "extemb_ref"
 

@@ -13,7 +13,7 @@ from extemb_core.documents import TEXT_KEYS, Document
 from extemb_core.errors import DocumentError
 
 if TYPE_CHECKING:
-    from extemb_core.refs import Refs
+    from extemb_core.frameworks.refs import Refs
 
 _SILENT = {"reasoning", "tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "thinking"}
 _TEXTS = {"text", "input_text", "output_text"}

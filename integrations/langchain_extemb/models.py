@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from extemb_core import frameworks
+from extemb_core.frameworks import settings as frameworks
 
 
 class Answering(frameworks.Answering):

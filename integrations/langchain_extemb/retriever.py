@@ -10,8 +10,8 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, PrivateAttr
 
-from extemb_core.library import Library
-from extemb_core.retrieval import N_PASSAGES
+from extemb_core.library import N_PASSAGES
+from extemb_core.library.library import Library
 
 
 class ExtensibleRetriever(BaseRetriever):

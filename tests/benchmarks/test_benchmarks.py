@@ -75,9 +75,9 @@ def test_the_report_of_the_library_is_whole(models, dtypes, tmp_path, monkeypatc
     pytest.importorskip("faiss")
     from retrieval_encoder import by_words
 
-    from extemb_core.retrieval.encoders import CallableEncoder
+    from extemb_core.library.encoders import CallableEncoder
 
-    monkeypatch.setattr("extemb_core.retrieval.encoders._default", lambda: CallableEncoder(by_words))
+    monkeypatch.setattr("extemb_core.library.encoders._default", lambda: CallableEncoder(by_words))
     library = script("library")
     file = tmp_path / "report.json"
     library.main([*models, "--quick", "--json", str(file)])

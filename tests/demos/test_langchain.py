@@ -10,8 +10,8 @@ from retrieval_encoder import by_words
 from tiny import random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core import ExtensibleLM
+from extemb_core.library.encoders import CallableEncoder
 from extemb_core.models.llm import LLM
-from extemb_core.retrieval.encoders import CallableEncoder
 
 pytest.importorskip("langchain.agents")
 NOTEBOOK = Path(__file__).resolve().parents[2] / "demos" / "langchain.ipynb"
@@ -21,8 +21,8 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "demos" / "langchain.ipynb"
 def test_the_notebook_runs_from_its_first_cell_to_its_last(monkeypatch, capsys):
     llm = LLM(tiny_model("llama", max_position_embeddings=4096), tiny_tokenizer(), name="tiny")
     lm = ExtensibleLM(llm, random_embedder(llm))
-    monkeypatch.setattr("extemb_core.frameworks.share", lambda *args, **settings: lm)
-    monkeypatch.setattr("extemb_core.retrieval.encoders._default", lambda: CallableEncoder(by_words))
+    monkeypatch.setattr("extemb_core.frameworks.settings.share", lambda *args, **settings: lm)
+    monkeypatch.setattr("extemb_core.library.encoders._default", lambda: CallableEncoder(by_words))
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     names = {}
     for cell in notebook["cells"]:

@@ -12,8 +12,8 @@ from retrieval_encoder import by_words
 from tiny import random_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
+from extemb_core.library.encoders import CallableEncoder
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.retrieval.encoders import CallableEncoder
 
 pytest.importorskip("faiss")
 SCRIPT = Path(__file__).resolve().parents[2] / "demos" / "library.py"
@@ -27,7 +27,7 @@ def run(monkeypatch, tmp_path):
     llm = tiny_llm()
     lm = ExtensibleLM(llm, random_embedder(llm))
     monkeypatch.setattr(ExtensibleLM, "from_pretrained", classmethod(lambda cls, *args: lm))
-    monkeypatch.setattr("extemb_core.retrieval.encoders._default", lambda: CallableEncoder(by_words))
+    monkeypatch.setattr("extemb_core.library.encoders._default", lambda: CallableEncoder(by_words))
     monkeypatch.setattr(module, "NEW_TOKENS", 2)
     monkeypatch.setenv("EXTEMB_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "160")
@@ -71,7 +71,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(monkeypatch, tmp_path
     llm = tiny_llm()
     lm = ExtensibleLM(llm, random_embedder(llm))
     monkeypatch.setattr(ExtensibleLM, "from_pretrained", classmethod(lambda cls, name: lm))
-    monkeypatch.setattr("extemb_core.retrieval.encoders._default", lambda: CallableEncoder(by_words))
+    monkeypatch.setattr("extemb_core.library.encoders._default", lambda: CallableEncoder(by_words))
     monkeypatch.chdir(tmp_path)
     notebook = json.loads(SCRIPT.with_suffix(".ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]

@@ -10,8 +10,8 @@ from retrieval_encoder import by_words
 from tiny import random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core import ExtensibleLM
+from extemb_core.library.encoders import CallableEncoder
 from extemb_core.models.llm import LLM
-from extemb_core.retrieval.encoders import CallableEncoder
 
 pytest.importorskip("llama_index.core")
 from llama_index.core import Settings
@@ -22,9 +22,9 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "demos" / "llamaindex.ipynb"
 def test_the_notebook_runs_from_its_first_cell_to_its_last(monkeypatch, capsys):
     llm = LLM(tiny_model("llama", max_position_embeddings=8192), tiny_tokenizer(), name="tiny")
     lm = ExtensibleLM(llm, random_embedder(llm))
-    monkeypatch.setattr("extemb_core.frameworks.share", lambda *args, **settings: lm)
+    monkeypatch.setattr("extemb_core.frameworks.settings.share", lambda *args, **settings: lm)
     monkeypatch.setattr("llama_index.llms.extemb.base.window_of", lambda name: lm.llm.window)
-    monkeypatch.setattr("extemb_core.retrieval.encoders._default", lambda: CallableEncoder(by_words))
+    monkeypatch.setattr("extemb_core.library.encoders._default", lambda: CallableEncoder(by_words))
     monkeypatch.setattr(Settings, "_llm", None)
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     names = {}

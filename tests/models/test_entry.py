@@ -468,7 +468,7 @@ def test_an_llm_that_was_moved_is_read_where_it_is_now():
 
 
 def test_adapters_of_a_reading_model_are_trained_and_its_base_is_not():
-    from extemb_core.models.readers import add_reader
+    from extemb_core.models.reader_lora import add_reader
 
     base = LLM(tiny_model("llama"), tiny_tokenizer(), name="base")
     before = everything_about(base.model)

@@ -14,7 +14,7 @@ from tiny import random_embedder, save_tiny, tiny_llm
 
 from extemb_core.errors import ConfigError, DocumentNotFoundError, MissingExtraError
 from extemb_core.scale.corpus import PARQUET, ROWS, _inputs, _RayWorker, compress_corpus
-from extemb_core.store.sharded import ShardStore
+from extemb_core.store.shard_store import ShardStore
 
 TEXTS = [f"The tower number {at} was built in {1700 + at}. " * (1 + at % 3) for at in range(60)]
 JOB = Path(__file__).with_name("ray_job.py")

@@ -13,12 +13,12 @@ from tiny import random_embedder, save_tiny, tiny_llm
 from extemb_core import Document, ExtensibleLM
 from extemb_core.documents import text_ref
 from extemb_core.errors import ConfigError, RatioError, StoreCorruptError, StoreError
-from extemb_core.library import Library
+from extemb_core.library.library import Library
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.scale.worker import Batch, CompressWorker, check_output, finished, receipts, seal
-from extemb_core.store.exchange import export_store, import_shards
-from extemb_core.store.sharded import ShardStore
+from extemb_core.store.shard_store import ShardStore
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.store.transfer import export_store, import_shards
 
 TEXTS = [f"The mill number {at} was built in {1800 + at}. " * (1 + at % 4) for at in range(12)]
 

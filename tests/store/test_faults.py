@@ -19,11 +19,11 @@ import torch
 from made import FINGERPRINT, anchored, compressed
 
 from extemb_core.errors import StoreError
+from extemb_core.library.vector_index import VectorIndex
 from extemb_core.models.compressed import Compressed
-from extemb_core.retrieval.index import VectorIndex
 from extemb_core.store.coding import decode, encode
-from extemb_core.store.exchange import export_store, import_shards
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.store.transfer import export_store, import_shards
 
 resource = pytest.importorskip("resource")
 pytestmark = [
@@ -202,7 +202,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_writers_and_readers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extemb_core.store.environment._FIRST_MAP_BYTES", 2**20)
+    monkeypatch.setattr("extemb_core.store.lmdb_env._FIRST_MAP_BYTES", 2**20)
     with EmbeddingStore.open(tmp_path / "s") as store:
         store.put(TEXTS[0])
 

@@ -13,8 +13,8 @@ import torch
 from made import FINGERPRINT, VERSION_1_FINGERPRINT, anchored, compressed, version_1
 
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreNotFoundError
-from extemb_core.store.exchange import import_shards
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.store.transfer import import_shards
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_collecting_keeps_the_embedders_that_are_named(store):
 
 
 def test_the_map_grows_by_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr("extemb_core.store.environment._FIRST_MAP_BYTES", 2**20)
+    monkeypatch.setattr("extemb_core.store.lmdb_env._FIRST_MAP_BYTES", 2**20)
     with EmbeddingStore.open(tmp_path / "s") as store, EmbeddingStore.open(tmp_path / "s") as second:
         for at in range(8):
             store.put(compressed(at, n_tokens=20_000, width=64, chunk_size=20_000))
@@ -149,7 +149,7 @@ def test_the_map_grows_by_itself(tmp_path, monkeypatch):
 
 
 def test_threads_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr("extemb_core.store.environment._FIRST_MAP_BYTES", 2**20)
+    monkeypatch.setattr("extemb_core.store.lmdb_env._FIRST_MAP_BYTES", 2**20)
     texts = [compressed(at, n_tokens=4_000, chunk_size=4_000) for at in range(60)]
     failures = []
     with EmbeddingStore.open(tmp_path / "s") as store:

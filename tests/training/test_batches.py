@@ -10,7 +10,7 @@ import torch
 
 from extemb_core.training.batches import Batches, Collator
 from extemb_core.training.objectives import Reading
-from extemb_core.training.tasks import reconstruction
+from extemb_core.training.readings import reconstruction
 
 
 class Texts:

@@ -22,7 +22,7 @@ from extemb_core.training.objectives import (
     two_stream_loss,
     two_stream_losses,
 )
-from extemb_core.training.tasks import reconstruction
+from extemb_core.training.readings import reconstruction
 
 CHUNK = 16
 

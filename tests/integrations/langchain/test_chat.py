@@ -269,7 +269,7 @@ def test_answers_at_two_ratios_or_of_two_documents_share_no_cache_entry(lm, docu
 
 def test_no_weights_are_loaded_before_they_are_needed(monkeypatch):
     loaded = []
-    monkeypatch.setattr("extemb_core.frameworks.share", lambda *args, **kwargs: loaded.append(args))
+    monkeypatch.setattr("extemb_core.frameworks.settings.share", lambda *args, **kwargs: loaded.append(args))
     chat = ChatExtensible.from_model_id("smollm2-135m-instruct", budget=100)
     repr(chat)
     ChatPromptTemplate.from_messages([("human", "{question}")]) | chat.bind(documents=["a"])

@@ -60,7 +60,7 @@ def model(monkeypatch):
     monkeypatch.setattr(LLM, "stream", stream)
     llm = tool_llm()
     lm = ExtensibleLM(llm, random_embedder(llm))
-    monkeypatch.setattr("extemb_core.frameworks.share", lambda *args, **settings: lm)
+    monkeypatch.setattr("extemb_core.frameworks.settings.share", lambda *args, **settings: lm)
     return ChatExtensible.from_model_id("tiny", ratio=4), words
 
 

@@ -28,8 +28,8 @@ from tiny import SENTENCES, random_embedder
 
 from extemb_core import EmbeddingStore, ExtensibleLM
 from extemb_core.errors import RatioError
+from extemb_core.frameworks.refs import MARK
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.refs import MARK
 from llama_index.llms.extemb import ExtensibleLLM, extensible_prompt_helper
 from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor, ExtensibleNode, ExtensibleTransform
 
@@ -423,7 +423,9 @@ def test_the_batch_size_reaches_the_embedder(llm, nodes, monkeypatch, kind):
 
 def test_a_model_and_store_instead_of_an_llm(lm, nodes, monkeypatch):
     asked = []
-    monkeypatch.setattr("extemb_core.frameworks.share", lambda *args, **settings: asked.append((args, settings)) or lm)
+    monkeypatch.setattr(
+        "extemb_core.frameworks.settings.share", lambda *args, **settings: asked.append((args, settings)) or lm
+    )
     post = ExtensibleEmbeddingPostprocessor.from_model_id("some-llm", store="docs.extemb", ratio=4)
     assert asked == []
     assert isinstance(post.postprocess_nodes(nodes)[0].node, ExtensibleNode)

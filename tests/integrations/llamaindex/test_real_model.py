@@ -11,8 +11,8 @@ from llama_index.core.node_parser import SentenceSplitter
 from retrieval_encoder import by_words
 
 from extemb_core import EmbeddingStore, ExtensibleLM
+from extemb_core.frameworks.shared import share
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.sharing import share
 from llama_index.llms.extemb import ExtensibleLLM
 from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor, ExtensibleNode
 

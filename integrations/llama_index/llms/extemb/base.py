@@ -21,9 +21,9 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
 from extemb_core.answers import Answer, AnswerStream, Ready
-from extemb_core.asynchronous import AsyncAnswerStream, until_cancelled
-from extemb_core.frameworks import Answering
-from extemb_core.models.weights import window_of
+from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
+from extemb_core.frameworks.settings import Answering
+from extemb_core.weights.resolve import window_of
 from llama_index.llms.extemb.messages import to_messages
 
 

@@ -16,10 +16,10 @@ from llama_index.core.base.llms.types import (
 
 from extemb_core.documents import Document
 from extemb_core.errors import DocumentError
-from extemb_core.readers import read_document
+from extemb_core.loaders import read_document
 
 if TYPE_CHECKING:
-    from extemb_core.refs import Refs
+    from extemb_core.frameworks.refs import Refs
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",

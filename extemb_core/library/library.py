@@ -1,0 +1,435 @@
+"""A library: documents kept compressed, found by what they say, and asked for ever after.
+
+In the folder of an `EmbeddingStore`, in the same LMDB file, so that a process killed at any moment leaves documents
+that are there or not, never half; see `retrieval.catalogue`. The FAISS index beside it is made from the vectors there:
+one that is lost, damaged or late is brought up to date.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from extemb_core.answers import Answer, AnswerStream
+from extemb_core.documents import Document, text_ref
+from extemb_core.errors import ConfigError, DocumentError, MismatchError
+from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
+from extemb_core.library.bm25 import WordIndex
+from extemb_core.library.catalog import Catalogue, Passage, Split, is_of
+from extemb_core.library.encoders import SENTENCE_TRANSFORMERS, TextEncoder, as_encoder
+from extemb_core.library.fusion import fuse
+from extemb_core.library.passages import split_passages
+from extemb_core.library.vector_index import VectorIndex, choose_factory
+from extemb_core.loaders import read_documents
+from extemb_core.models.bulk import compress_in_batches
+from extemb_core.store.records import ref_of
+from extemb_core.store.store import EmbeddingStore
+from extemb_core.utils.progress import progress
+
+if TYPE_CHECKING:
+    from extemb_core.lm import ExtensibleLM
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "passages.faiss"
+_BATCH_TOKENS = 32_768  # compressed and written together
+_CHARS_PER_TOKEN = 4  # about: how much is waiting to be written is no more than a guess
+_FETCHED = 4  # times k, from each ranking before they are fused
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """What an `add` or a `refresh` did.
+
+    Attributes:
+        added, updated, unchanged: Documents.
+        n_passages: New ones.
+        n_tokens: Of the new passages.
+        compressed_tokens: Of those whose embeddings were not there already.
+        seconds: That it took.
+    """
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    n_passages: int = 0
+    n_tokens: int = 0
+    compressed_tokens: int = 0
+    seconds: float = 0.0
+
+
+class Library:
+    """Documents in a folder: add them once, search and ask them in any later process.
+
+    Args:
+        path: Its folder, which is made if it is not there.
+        lm: Compresses the passages and answers. None to search and look after a library without a model.
+        encoder: Finds passages: the name of a sentence-transformers model, or a function from texts to vectors. A
+            library stays with the one it was made with; None is that one, or the default in a new library.
+        mode: "a" to add, "r" to read.
+        passage_tokens: Tokens of a passage at most, by the LLM's tokenizer.
+        ratio: The finest ratio that will be asked for; the embedder's `kept_ratio` when not given.
+        dtype: Of the embeddings on disk: see `EmbeddingStore.open`.
+        index: What FAISS calls the index, such as "HNSW32"; by the number of passages when not given.
+
+    Raises:
+        StoreError: The folder cannot be opened, or is something else.
+        MismatchError: It was made with another text encoder.
+        WeightsNotFoundError, MissingExtraError: The text encoder is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        lm: ExtensibleLM | None = None,
+        *,
+        encoder: TextEncoder | str | Callable[[list[str]], Any] | None = None,
+        mode: Literal["r", "a"] = "a",
+        passage_tokens: int = PASSAGE_TOKENS,
+        ratio: int | None = None,
+        dtype: Literal["float32", "float16", "int8"] = "float16",
+        index: str | None = None,
+    ) -> None:
+        if passage_tokens < 1:
+            raise ConfigError(f"passage_tokens={passage_tokens} is below 1; pass e.g. {PASSAGE_TOKENS}")
+        if lm is not None and ratio is not None:
+            lm.embedder.config.require_ratio(ratio)
+        self._given_encoder = encoder
+        self.store = EmbeddingStore.open(path, mode, dtype=dtype)
+        self.lm = None if lm is None else type(lm)(lm.llm, lm.embedder, self.store)
+        self.ratio = ratio
+        self.passage_tokens = passage_tokens
+        self._catalogue = Catalogue(self.store.environment)
+        self._factory = index
+        self._lock = threading.RLock()
+        self._vectors: VectorIndex | None = None
+        self._words: tuple[int, WordIndex] | None = None
+        self._synced = -1  # the generation that the index is of
+        self._warned = False  # that some documents are stale
+        self._embedders: tuple[int, dict[str, int]] | None = None  # of a generation
+        if encoder is not None:
+            try:
+                _ = self.encoder  # whether it is that of the library is to be known now
+            except BaseException:
+                self.store.close()
+                raise
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """What finds passages.
+
+        Raises:
+            MismatchError: Another one than the library was made with was passed.
+        """
+        with self.store.environment.read() as transaction:
+            known = self._catalogue.settings(transaction)["encoder"]
+        given = self._given_encoder
+        if given is None and known is not None and known.startswith(SENTENCE_TRANSFORMERS):
+            given = known.removeprefix(SENTENCE_TRANSFORMERS)
+        encoder = as_encoder(given)
+        if known not in (None, encoder.name):
+            raise MismatchError(
+                f"{self.path} was made with the text encoder {known!r}, and this is {encoder.name!r}; pass that one as "
+                "encoder=, or make a new library"
+            )
+        return encoder
+
+    @property
+    def path(self) -> Path:
+        return self.store.path
+
+    def close(self) -> None:
+        """Give the files back."""
+        self.store.close()
+
+    def __enter__(self) -> Library:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Documents."""
+        with self.store.environment.read() as transaction:
+            return self._catalogue.count(transaction)
+
+    @property
+    def embedders(self) -> dict[str, int]:
+        """Documents that each embedder compressed, by its fingerprint."""
+        with self.store.environment.read() as transaction:
+            generation = self._catalogue.settings(transaction)["generation"]
+            if self._embedders is None or self._embedders[0] != generation:  # version 1 has to be counted each time
+                self._embedders = generation, self._catalogue.embedders(transaction)
+        return dict(self._embedders[1])
+
+    @property
+    def n_stale(self) -> int:
+        """Documents that another embedder compressed than that of `lm`; 0 without one.
+
+        Their texts are found and read like all others, but are compressed again at each question. `refresh` compresses
+        them once.
+        """
+        own = None if self.lm is None else self.lm.embedder.fingerprint
+        return sum(count for name, count in self.embedders.items() if own not in (None, name))
+
+    # -- documents --------------------------------------------------------------------------------------------
+
+    def add(self, documents: Any, *, show_progress: bool | None = None) -> Added:
+        """Add documents, or replace those of the same source; what has not changed costs nothing.
+
+        A document that another embedder compressed, or this one more coarsely, is brought up to date too. Every few
+        thousand tokens what is done is on disk: after Ctrl-C, or worse, the same call goes on.
+
+        Args:
+            documents: Files and folders (`pathlib.Path`), texts, `Document`s, or what `Document.from_any` takes. A
+                document is known by its `source`: a path, metadata["source"], or its title; without one, by its text.
+            show_progress: Show a bar; None shows it on a terminal.
+
+        Raises:
+            ConfigError: The library has no `lm`.
+            DocumentError: A document cannot be read.
+            StoreError: The library is read-only, or the disk refuses.
+        """
+        every = _as_documents(documents)
+        return self._bring_in("add", every, len(every), show_progress)
+
+    def refresh(self, *, show_progress: bool | None = None) -> Added:
+        """Compress anew the documents that another embedder compressed, from the texts that are here; see `n_stale`.
+
+        Those that were compressed more coarsely than `ratio` too. What the other embedder made of them goes. Every few
+        thousand tokens what is done is on disk: after Ctrl-C, or worse, the same call goes on.
+
+        Args:
+            show_progress: Show a bar; None shows it on a terminal.
+
+        Raises:
+            ConfigError: The library has no `lm`.
+            StoreError: The library is read-only, or the disk refuses.
+        """
+        return self._bring_in("refresh", self._again(), len(self), show_progress)
+
+    def remove(self, sources: str | Iterable[str]) -> int:
+        """Remove documents by their sources. Returns how many were there.
+
+        Raises:
+            StoreError: The library is read-only, or the disk refuses.
+        """
+        wanted = [sources] if isinstance(sources, str) else list(sources)
+
+        def work(transaction: Any) -> int:
+            forgotten = [self._catalogue.forget(transaction, source) for source in wanted]
+            found = [passages for passages in forgotten if passages is not None]
+            self._drop_orphans(transaction, set().union(*found))
+            return len(found)
+
+        gone = self.store.write(work)
+        if gone:
+            self._save_index()
+        return gone
+
+    def documents(self) -> Iterator[dict[str, Any]]:
+        """The record of every document: source, title, ref, n_chars, n_passages, metadata, fingerprint, ratio."""
+        return self._catalogue.records()
+
+    def text(self, source: str) -> str:
+        """The text of a document.
+
+        Raises:
+            DocumentError: There is no document of that source.
+        """
+        with self.store.environment.read() as transaction:
+            text = self._catalogue.text(transaction, source)
+        if text is None:
+            raise DocumentError(f"{self.path} has no document {source!r}; library.documents() lists them")
+        return text
+
+    # -- questions --------------------------------------------------------------------------------------------
+
+    def search(self, question: str, k: int = N_PASSAGES, *, hybrid: bool = True) -> list[Passage]:
+        """The passages nearest to a question, best first.
+
+        Args:
+            question: In the user's words.
+            k: Passages at most.
+            hybrid: By vectors and by words (BM25), fused by reciprocal rank; else by vectors alone.
+
+        Raises:
+            ConfigError: The question is empty, or `k` is not positive.
+        """
+        if not question.strip():
+            raise ConfigError("the question is empty; ask something")
+        if k < 1:
+            raise ConfigError(f"k={k} is below 1; pass e.g. {N_PASSAGES}")
+        with self._lock:
+            index = self._index()
+            if not index.ids:
+                return []
+            vector = self.encoder.encode([question], query=True)[0]
+            near = index.search(vector, _FETCHED * k if hybrid else k)
+            if hybrid:
+                named = self._word_index().search(question, _FETCHED * k)
+                near = fuse([[found for found, _ in near], [found for found, _ in named]])
+            with self.store.environment.read() as transaction:
+                return self._catalogue.passages(transaction, near)[:k]
+
+    def ask(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> Answer:
+        """Answer from the passages nearest to the question: `search`, then `ExtensibleLM.ask`.
+
+        Args:
+            question: In the user's words.
+            k: Passages at most; those that the budget has no room for are reported as dropped.
+            hybrid: See `search`.
+            **settings: Of `ExtensibleLM.ask`: budget, ratio, max_new_tokens, ...
+        """
+        return self.stream(question, k=k, hybrid=hybrid, **settings).finish()
+
+    def stream(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> AnswerStream:
+        """`ask`, piece by piece."""
+        lm = self._need_lm()
+        if not self._warned and (stale := self.n_stale):
+            self._warned = True
+            logger.warning(
+                "%d of %d documents in %s were compressed by another embedder, and what a question reads of them is "
+                "compressed again each time; bring them up to date once with Library.refresh() or: extemb index "
+                "refresh %s",
+                stale, len(self), self.path, self.path,
+            )  # fmt: skip
+        found = [passage.to_document() for passage in self.search(question, k, hybrid=hybrid)]
+        return lm.stream(question, found, **settings)
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _again(self) -> Iterator[Document]:
+        """The documents that are here, one by one."""
+        for record in self._catalogue.records():
+            with self.store.environment.read() as transaction:
+                text = self._catalogue.text(transaction, record["source"])
+            if text is not None:  # else it was removed meanwhile
+                yield Document(text, title=record["title"], metadata=record["metadata"])
+
+    def _bring_in(self, name: str, documents: Iterable[Document], total: int, show_progress: bool | None) -> Added:
+        """Compress and write the documents that are not here as they would be now."""
+        start = time.perf_counter()
+        lm = self._need_lm()
+        self.store.environment.require_writable()
+        counts = dict.fromkeys(("added", "updated", "unchanged", "n_passages", "n_tokens", "compressed_tokens"), 0)
+        fingerprint, finest = lm.embedder.fingerprint, self._finest(lm)
+        with progress(name, total, show_progress) as advance:
+            batch: list[Split] = []
+            waiting = 0
+            for document in documents:
+                with self.store.environment.read() as transaction:
+                    known = self._catalogue.record(transaction, document.source)
+                if known is not None and is_of(known, document, fingerprint, finest):
+                    counts["unchanged"] += 1
+                    advance(1)
+                    continue
+                counts["added" if known is None else "updated"] += 1
+                spans = split_passages(document.text, self.passage_tokens, lm.llm.lengths)
+                batch.append(Split(document, spans, [document.text[begin:end] for begin, end in spans]))
+                waiting += len(document.text) // _CHARS_PER_TOKEN
+                if waiting >= _BATCH_TOKENS:
+                    self._write(lm, batch, counts)
+                    advance(len(batch))
+                    batch, waiting = [], 0
+            self._write(lm, batch, counts)
+            advance(len(batch))
+        if counts["added"] or counts["updated"]:
+            self._save_index()
+        return Added(**counts, seconds=time.perf_counter() - start)
+
+    def _write(self, lm: ExtensibleLM, batch: Sequence[Split], counts: dict[str, int]) -> None:
+        """Compress the passages of some documents, then write the documents: all at once."""
+        if not batch:
+            return
+        texts = [text for one in batch for text in one.texts]
+        vectors = self.encoder.encode(texts).astype("<f2")
+        finest, fingerprint = self._finest(lm), lm.embedder.fingerprint
+        refs = [text_ref(text) for text in texts]
+        wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
+        missing = [(ref, ids) for ref, ids in wanted.items() if self.store.get(ref, fingerprint, finest) is None]
+        for made in compress_in_batches(lm.embedder, missing, ratio=finest, show_progress=False):
+            self.store.put(*made)
+            counts["compressed_tokens"] += sum(one.n_tokens for one in made)
+
+        def work(transaction: Any) -> None:
+            before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, self.encoder.name)
+            self._drop_orphans(transaction, before, fingerprint)
+
+        self.store.write(work)
+        counts["n_passages"] += len(texts)
+        counts["n_tokens"] += sum(len(wanted[ref]) for ref in refs)
+
+    def _drop_orphans(
+        self, transaction: Any, passages: Iterable[tuple[bytes, str]], fingerprint: str | None = None
+    ) -> None:
+        """Drop the embeddings of passages that no document has any more, and those of other embedders than this."""
+        for ref, other in passages:
+            if self._catalogue.is_orphan(transaction, ref):
+                self.store.forget(transaction, ref_of(ref))
+            elif fingerprint not in (None, other):
+                self.store.forget(transaction, ref_of(ref), other)
+
+    def _index(self) -> VectorIndex:
+        """The FAISS index, with what was added and removed since it was last looked at."""
+        with self.store.environment.read() as transaction:
+            settings = self._catalogue.settings(transaction)
+            if self._vectors is not None and settings["generation"] == self._synced:
+                return self._vectors
+            ids = self._catalogue.ids(transaction)
+        width = settings["width"]
+        index = self._vectors or VectorIndex.load(
+            self.path / INDEX_FILE, width, self._factory, encoder=settings["encoder"]
+        )
+        if index is not None and index.width == width:
+            self._bring_up_to_date(index, ids)
+        if index is None or index.width != width or index.should_be_made_anew():
+            index = VectorIndex(width, self._factory or choose_factory(len(ids)), self._factory)
+            self._bring_up_to_date(index, ids)
+        self._vectors, self._synced = index, settings["generation"]
+        return index
+
+    def _bring_up_to_date(self, index: VectorIndex, ids: set[int]) -> None:
+        index.remove(index.ids - ids)
+        with self.store.environment.read() as transaction:
+            new, vectors = self._catalogue.vectors(transaction, sorted(ids - index.ids))
+        index.add(new, vectors)
+
+    def _save_index(self) -> None:
+        with self._lock:
+            index = self._index()
+            with self.store.environment.read() as transaction:
+                encoder = self._catalogue.settings(transaction)["encoder"]
+            index.save(self.path / INDEX_FILE, encoder=encoder)
+
+    def _word_index(self) -> WordIndex:
+        if self._words is None or self._words[0] != self._synced:
+            every = [(number, 0.0) for number in sorted(self._index().ids)]
+            with self.store.environment.read() as transaction:
+                passages = self._catalogue.passages(transaction, every)
+            made = WordIndex([passage.id for passage in passages], [passage.text for passage in passages])
+            self._words = self._synced, made
+        return self._words[1]
+
+    def _finest(self, lm: ExtensibleLM) -> int:
+        return lm.embedder.config.finest(self.ratio)
+
+    def _need_lm(self) -> ExtensibleLM:
+        if self.lm is None:
+            raise ConfigError("this library was opened without an LLM; pass lm=ExtensibleLM.from_pretrained(...)")
+        return self.lm
+
+
+def _as_documents(documents: Any) -> list[Document]:
+    """Paths are read, everything else is a document."""
+    several = documents if isinstance(documents, Iterable) and not isinstance(documents, str | Mapping) else [documents]
+    found: list[Document] = []
+    for one in several:
+        found += read_documents(one) if isinstance(one, Path) else [Document.from_any(one)]
+    return found

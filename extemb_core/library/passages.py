@@ -1,0 +1,80 @@
+"""Passages: parts of a document that are found, compressed and quoted on their own. And sentences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from extemb_core.errors import ConfigError
+from extemb_core.library import PASSAGE_TOKENS
+
+# Where a text may be cut, best first: after a paragraph, a line, a sentence, a word.
+_CUTS = tuple(re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"(?<=[.!?])[\"')\]]*\s+", r"\s+"))
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*(?=\s)|(?<=\S)(?=\s*\n)")
+
+
+def split_passages(
+    text: str, max_tokens: int, count: Callable[[Sequence[str]], Sequence[int]]
+) -> list[tuple[int, int]]:
+    """Cut a text into passages of at most `max_tokens` tokens, at the best places there are.
+
+    Args:
+        text: A document.
+        max_tokens: Of a passage.
+        count: How many tokens each of some texts has.
+
+    Returns:
+        (start, end) character offsets. Together they are the whole text, none overlaps another.
+
+    Raises:
+        ConfigError: `max_tokens` is not positive.
+    """
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens={max_tokens} is below 1; pass e.g. {PASSAGE_TOKENS}")
+    pieces = _pieces(text, 0, len(text), max_tokens, count, 0) if text else []
+    found: list[tuple[int, int]] = []
+    start, taken = 0, 0
+    for begin, _, tokens in pieces:
+        if taken and taken + tokens > max_tokens:
+            found.append((start, begin))
+            start, taken = begin, 0
+        taken += tokens
+    if text:
+        found.append((start, len(text)))
+    return found
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """Cut a text after every full stop, question mark or exclamation mark that white space follows, and every line.
+
+    White space belongs to the sentence after it, so that byte-level BPE makes of the sentences one by one, joined, the
+    tokens of the text. Abbreviations ("Dr. Smith") are cut too.
+
+    Returns:
+        (start, end) character offsets, which together are the whole text; each holds more than white space, if the
+        text does.
+    """
+    end = len(text.rstrip())
+    cuts = sorted({match.end() for match in _SENTENCE_END.finditer(text, 0, end)} - {0, end})
+    return list(pairwise([0, *cuts, len(text)])) if text else []
+
+
+def _pieces(
+    text: str, start: int, end: int, max_tokens: int, count: Callable[[Sequence[str]], Sequence[int]], level: int
+) -> list[tuple[int, int, int]]:
+    """(start, end, tokens) of what is not to be cut further: paragraphs where they are short, else lines, and so on."""
+    if level == len(_CUTS):  # a word longer than a passage
+        half = (start + end) // 2
+        bounds = [start, half, end] if end - start > 1 else [start, end]
+    else:
+        cuts = [match.end() for match in _CUTS[level].finditer(text, start, end)]
+        bounds = [start, *(cut for cut in cuts if start < cut < end), end]
+    spans = list(pairwise(bounds))
+    found = []
+    for (begin, stop), tokens in zip(spans, count([text[begin:stop] for begin, stop in spans]), strict=True):
+        if tokens <= max_tokens or stop - begin == 1:
+            found.append((begin, stop, tokens))
+        else:
+            found += _pieces(text, begin, stop, max_tokens, count, min(level + 1, len(_CUTS)))
+    return found

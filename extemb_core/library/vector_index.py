@@ -1,0 +1,149 @@
+"""Passages by their vectors, in FAISS: `IndexIDMap2` over a flat index, HNSW or IVF-PQ, whichever the size asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extemb_core.errors import ConfigError, MissingExtraError, StoreError
+from extemb_core.utils.files import sha256_of, whole, write_whole
+
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+_FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds
+_GRAPH_UP_TO = 5_000_000  # beyond, vectors whole are more memory than a machine has to spare
+_EF_SEARCH, _EF_CONSTRUCTION = 128, 200
+_PROBES = 64
+_MOST_GONE = 0.2  # of an index that cannot forget, before it is made anew
+
+
+def choose_factory(count: int) -> str:
+    """What FAISS calls the index for so many vectors."""
+    if count <= _FLAT_UP_TO:
+        return "Flat"
+    if count <= _GRAPH_UP_TO:
+        return "HNSW32"
+    lists = 2 ** int(np.log2(4 * count**0.5))
+    return f"IVF{lists},PQ32"
+
+
+class VectorIndex:
+    """Finds the vectors of the largest inner product with another.
+
+    Args:
+        width: Of the vectors.
+        factory: What FAISS calls the index ("Flat", "HNSW32", "IVF4096,PQ32"); flat when not given.
+        wanted: The factory that it stays with; None when its size may ask for another.
+
+    Raises:
+        MissingExtraError: faiss is not installed.
+        ConfigError: FAISS knows no such index.
+    """
+
+    def __init__(self, width: int, factory: str | None = None, wanted: str | None = None) -> None:
+        self.width = width
+        self.wanted = wanted
+        self.factory = factory or "Flat"
+        self.ids: set[int] = set()
+        self._gone: set[int] = set()
+        self._index: Any = _made(width, self.factory)
+
+    def add(self, ids: Sequence[int], vectors: np.ndarray[Any, Any]) -> None:
+        """ids, vectors: (n,), (n, width). An index that learns from its vectors learns from the first ones."""
+        if not len(ids):
+            return
+        data = np.ascontiguousarray(vectors, np.float32)
+        if not self._index.is_trained:
+            self._index.train(data)
+        self._index.add_with_ids(data, np.asarray(ids, np.int64))
+        self.ids.update(map(int, ids))
+
+    def remove(self, ids: Iterable[int]) -> None:
+        """Forget some; a graph cannot, so there they are left out of what is found."""
+        gone = {int(index) for index in ids} & self.ids
+        if not gone:
+            return
+        self.ids -= gone
+        if self.factory.startswith("HNSW"):
+            self._gone |= gone
+        else:
+            self._index.remove_ids(np.fromiter(gone, np.int64))
+
+    def search(self, vector: np.ndarray[Any, Any], k: int) -> list[tuple[int, float]]:
+        """(id, inner product) of the nearest, best first; fewer than `k` when there are fewer."""
+        wanted = min(k + len(self._gone), len(self.ids) + len(self._gone))
+        if not self.ids or wanted < 1:
+            return []
+        scores, found = self._index.search(np.ascontiguousarray(vector, np.float32).reshape(1, -1), wanted)
+        pairs = zip(found[0].tolist(), scores[0].tolist(), strict=True)
+        return [(index, score) for index, score in pairs if index >= 0 and index not in self._gone][:k]
+
+    def should_be_made_anew(self) -> bool:
+        """Whether it has become too large for its kind, or holds too much that is gone."""
+        outgrown = self.wanted is None and choose_factory(len(self.ids)) != self.factory
+        return outgrown or len(self._gone) > _MOST_GONE * max(1, len(self.ids))
+
+    def save(self, file: Path, **description: Any) -> None:
+        """Write it, whole or not at all, with a description beside it that is checked when it is read.
+
+        Raises:
+            StoreError: The disk refuses.
+        """
+        faiss = _faiss()
+        try:
+            with whole(file) as temporary:
+                faiss.write_index(self._index, str(temporary))
+                said = description | {"factory": self.factory, "width": self.width, "sha256": sha256_of(temporary),
+                                      "gone": sorted(self._gone)}  # fmt: skip
+            write_whole(_description_of(file), json.dumps(said) + "\n")
+        except (OSError, RuntimeError) as error:
+            raise StoreError(f"{file} could not be written ({error}); it is made anew when next needed") from error
+
+    @classmethod
+    def load(cls, file: Path, width: int, factory: str | None = None, **description: Any) -> VectorIndex | None:
+        """Read one, if it is whole and of this description; else None, and it is to be made anew."""
+        try:
+            said = json.loads(_description_of(file).read_text(encoding="utf-8"))
+            wanted = description | {"width": width, "sha256": sha256_of(file)}
+            if any(said.get(name) != value for name, value in wanted.items()) or factory not in (None, said["factory"]):
+                return None
+            loaded = cls.__new__(cls)
+            loaded.width, loaded.wanted, loaded.factory = width, factory, str(said["factory"])
+            faiss = _faiss()
+            loaded._index = faiss.read_index(str(file))
+            loaded._gone = set(said["gone"])
+            loaded.ids = set(faiss.vector_to_array(loaded._index.id_map).tolist()) - loaded._gone
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError):
+            return None
+        return loaded
+
+
+def _made(width: int, factory: str) -> Any:
+    faiss = _faiss()
+    try:
+        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"index={factory!r} is nothing that FAISS makes for vectors of {width}; pass e.g. 'Flat', 'HNSW32' or "
+            "'IVF1024,PQ32'"
+        ) from error
+    if hasattr(index, "hnsw"):
+        index.hnsw.efSearch, index.hnsw.efConstruction = _EF_SEARCH, _EF_CONSTRUCTION
+    if hasattr(index, "nprobe"):
+        index.nprobe = _PROBES
+    return faiss.IndexIDMap2(index)
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingExtraError("faiss", "library", "a library of documents") from error
+    return faiss
+
+
+def _description_of(file: Path) -> Path:
+    return file.with_suffix(".json")

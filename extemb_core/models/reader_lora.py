@@ -1,0 +1,166 @@
+"""Readers: low-rank adapters that teach an LLM to answer from the text it is given.
+
+A reader's folder is one that peft reads too: `adapter_config.json` and `adapter_model.safetensors`. Named as an LLM, it
+is its base LLM with the adapters added to the weights: from then on frozen like any other.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError, WeightsNotFoundError
+from extemb_core.models.llm import LLM
+from extemb_core.models.lora import make_frugal
+
+SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER = "default"
+_PREFIX = "base_model.model."  # of all names in peft's files
+# What other adapters may have set; each changes what is to be added to the weights.
+_PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
+          "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
+
+
+def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
+    """Put trainable adapters on the linear layers of the LLM's decoder, in place; at first they change nothing.
+
+    Args:
+        llm: The LLM.
+        rank: Of the adapters.
+        first_layer: Decoder layers before it get none: an embedder that is trained beside the reader shares them.
+
+    Raises:
+        ConfigError: No layer is left.
+    """
+    decoder: Any = llm.model.base_model
+    if first_layer >= len(decoder.layers):
+        raise ConfigError(
+            f"a reader gets none of the first {first_layer} layers, and {llm.name} has {len(decoder.layers)}; pass a "
+            "smaller reader_first_layer, or fewer num_layers of the embedder beside it"
+        )
+    names = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=sorted(names),
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=llm.name,
+        layers_to_transform=list(range(first_layer, len(decoder.layers))) if first_layer else None,
+        layers_pattern="layers" if first_layer else None,
+    )
+    inject_adapter_in_model(config, decoder, adapter_name=_ADAPTER)
+    make_frugal(decoder)
+    for name, parameter in decoder.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # in bfloat16 a small update would round to none
+    return config
+
+
+def save_reader(llm: LLM, config: LoraConfig, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the folder of the reader that `add_reader` began."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in reader_adapters(llm).items()}
+    save_file(tensors, folder / TENSORS)
+    config.save_pretrained(str(folder))
+    (folder / TENSORS).chmod((folder / SETTINGS).stat().st_mode)
+
+
+def load_reader(llm: LLM, folder: Path) -> None:
+    """Take the adapters of a reader's folder into those that `add_reader` put there.
+
+    Raises:
+        WeightsNotFoundError, WeightsCorruptError: The file is missing or damaged.
+        MismatchError: The adapters are another LLM's, or of another rank.
+    """
+    tensors = _read_tensors(folder)
+    own = reader_adapters(llm)
+    wrong = sorted(n for n in own.keys() | tensors.keys() if n not in tensors or n not in own)
+    wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
+    if wrong:
+        raise _mismatch(folder, wrong[0])
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def base_of(folder: Path) -> str:
+    """The LLM that a reader belongs to."""
+    return str(_read_settings(folder)["base_model_name_or_path"])
+
+
+@torch.no_grad()
+def merged(llm: LLM, folder: Path, name: str) -> LLM:
+    """The LLM with a reader's adapters added to its weights, in place.
+
+    Raises:
+        WeightsNotFoundError, WeightsCorruptError: A file is missing or damaged.
+        WeightsError: The adapters are of a kind that is more than a sum of weights.
+        MismatchError: They are another LLM's.
+    """
+    settings = _read_settings(folder)
+    for key, plain in _PLAIN.items():
+        if settings.get(key, plain) not in (plain, None):
+            raise WeightsError(
+                f"{folder / SETTINGS} has {key}={settings[key]!r}, and plain LoRA has {plain!r}; merge the adapters "
+                "into the model with peft, and pass the folder of the result"
+            )
+    scale = settings["lora_alpha"] / settings["r"]
+    tensors = _read_tensors(folder)
+    weights = dict(llm.model.named_parameters())
+    for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
+        layer = key.removesuffix(".lora_A.weight")
+        weight = weights.get(layer.removeprefix(_PREFIX) + ".weight")
+        down, up = tensors.pop(key), tensors.pop(f"{layer}.lora_B.weight", None)
+        if weight is None or up is None or weight.shape != (up.shape[0], down.shape[1]):
+            raise _mismatch(folder, key)
+        sum_: Tensor = weight.float() + scale * (up.float() @ down.float()).to(weight.device)
+        weight.copy_(sum_)
+    if tensors:
+        raise _mismatch(folder, min(tensors))
+    return LLM(llm.model, llm.tokenizer, name=name)
+
+
+def reader_adapters(llm: LLM) -> dict[str, nn.Parameter]:
+    """By the names that peft gives them in its files."""
+    return {
+        _PREFIX + name.replace(f".{_ADAPTER}.", "."): parameter
+        for name, parameter in llm.model.named_parameters()
+        if "lora_" in name
+    }
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / SETTINGS
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not all(settings.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha")):
+            raise ValueError("base_model_name_or_path, r or lora_alpha is missing")
+    except (ValueError, AttributeError) as error:
+        raise WeightsCorruptError(f"{file} is not the description of adapters ({error}); get it again") from error
+    return settings
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / TENSORS
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise WeightsNotFoundError(f"{file} does not exist; a reader's folder holds it beside {SETTINGS}") from error
+    except (SafetensorError, OSError) as error:
+        raise WeightsCorruptError(f"{file} is not a whole safetensors file ({error}); get it again") from error
+
+
+def _mismatch(folder: Path, name: str) -> MismatchError:
+    return MismatchError(
+        f"{folder / TENSORS}: tensor {name!r} is missing, unknown or of another shape; load it with the LLM that "
+        f"{SETTINGS} names"
+    )

@@ -1,0 +1,142 @@
+"""A folder of files that are written once: on this machine, or wherever fsspec reaches (s3://, gs://, hf://, ...)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from extemb_core.errors import StoreError
+from extemb_core.utils.files import sha256_of, sha256_of_stream, whole
+
+
+class Place:
+    """Such a folder.
+
+    Args:
+        where: A path, or a URL that fsspec knows.
+
+    Raises:
+        StoreError: fsspec knows no such URL, or lacks the package that it reaches it with.
+    """
+
+    def __init__(self, where: str | Path) -> None:
+        from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
+
+        try:
+            self._files, self._root = url_to_fs(str(where))
+        except (ImportError, ValueError) as error:
+            why = str(error).rstrip(".")
+            raise StoreError(f"{where} cannot be reached ({why}); pass a folder, or a URL that fsspec knows") from error
+        self.where = str(where)
+        self.local = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
+
+    @classmethod
+    def of(cls, where: str | Path | Place) -> Place:
+        """A folder by its path or URL, or one that is one already."""
+        return where if isinstance(where, Place) else cls(where)
+
+    def __str__(self) -> str:
+        return self.where
+
+    def naming(self, name: str) -> str:
+        """A file here, to be told."""
+        return f"{self.where.rstrip('/')}/{name}"
+
+    def absolute(self) -> str:
+        """The same place for a process that works in another folder."""
+        return self.where if self.local is None else str(self.local)
+
+    def names(self) -> list[str]:
+        """What is here, sorted; nothing where there is no such folder."""
+        return sorted(self._listed())
+
+    def sizes(self) -> dict[str, int]:
+        """The files here and their bytes, from one listing; links are none."""
+        found = self._listed()
+        return {
+            name: int(one["size"]) for name, one in found.items() if one["type"] == "file" and not one.get("islink")
+        }
+
+    def _listed(self) -> dict[str, dict[str, Any]]:
+        try:
+            self._files.invalidate_cache()
+            found = self._files.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return {}
+        if [one["name"] for one in found] == [self._root] and found[0]["type"] == "file":
+            raise StoreError(f"{self} is a file; pass a folder")
+        return {PurePosixPath(one["name"]).name: one for one in found}
+
+    def size(self, name: str) -> int | None:
+        """Of a file in bytes; None where there is none of that name, or a link."""
+        if self.local is not None and (self.local / name).is_symlink():
+            return None
+        try:
+            found = self._files.info(self._path(name))
+        except FileNotFoundError:
+            return None
+        return int(found["size"]) if found["type"] == "file" else None
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading at any place of it."""
+        return cast(BinaryIO, self._files.open(self._path(name), "rb"))
+
+    def sha256(self, name: str) -> str:
+        """The hash of a file, read block by block."""
+        with self.open(name) as stream:
+            return sha256_of_stream(stream)
+
+    def write(self, name: str, fill: Callable[[Path], Any]) -> tuple[str, int]:
+        """Write a file, one of its name is replaced; it is there whole or not at all.
+
+        Args:
+            name: Of the file.
+            fill: Writes what belongs there to a file on this machine.
+
+        Returns:
+            Its sha256 and its size in bytes.
+        """
+        if self.local is not None:
+            self.local.mkdir(parents=True, exist_ok=True)
+            with whole(self.local / name) as temporary:
+                fill(temporary)
+                return sha256_of(temporary), temporary.stat().st_size
+        with tempfile.TemporaryDirectory(prefix="extemb-") as folder:
+            temporary = Path(folder) / name
+            fill(temporary)
+            self._files.makedirs(self._root, exist_ok=True)
+            self._files.put_file(str(temporary), self._path(name))  # object storage shows no half of it
+            return sha256_of(temporary), temporary.stat().st_size
+
+    def write_text(self, name: str, text: str) -> None:
+        """`write` for a small text file."""
+        self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """A part of a file."""
+        return cast(bytes, self._files.cat_file(self._path(name), begin, end))
+
+    def read_text(self, name: str) -> str:
+        with self.open(name) as stream:
+            return stream.read().decode("utf-8")
+
+    def read_texts(self, names: Sequence[str]) -> dict[str, str]:
+        """Several small text files, at once where the file system can."""
+        if not names:
+            return {}
+        found = self._files.cat([self._path(name) for name in names])
+        return {PurePosixPath(path).name: data.decode("utf-8") for path, data in found.items()}
+
+    def remove(self, name: str) -> None:
+        self._files.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+
+def is_url(where: str | Path) -> bool:
+    """Whether this is a URL and no path."""
+    return "://" in str(where)

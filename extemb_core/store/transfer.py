@@ -1,0 +1,114 @@
+"""From a store to shards and back: how documents move to other machines, to object storage and into another store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from extemb_core.errors import ConfigError, StoreError
+from extemb_core.models.compressed import Compressed
+from extemb_core.store.records import Kind
+from extemb_core.store.remote import Place
+from extemb_core.store.shards import (
+    MANIFEST,
+    Shard,
+    ShardReader,
+    read_manifest,
+    require_only_shards,
+    write_manifest,
+    write_shard,
+)
+from extemb_core.store.store import EmbeddingStore
+from extemb_core.utils.progress import progress
+
+SHARD_BYTES = 256 * 2**20
+_PUT_BYTES = 32 * 2**20  # of one transaction
+
+
+def export_store(
+    store: EmbeddingStore, folder: str | Path, *, shard_bytes: int = SHARD_BYTES, show_progress: bool | None = None
+) -> list[Shard]:
+    """Write every document of a store into shards and a manifest.
+
+    Args:
+        store: Is read while others may write; documents that come meanwhile may be among them or not.
+        folder: A path or a URL that fsspec knows: a new or empty one, or one whose export was interrupted.
+        shard_bytes: Of the embeddings of a shard, about.
+        show_progress: Show a bar; None shows it on a terminal.
+
+    Raises:
+        ConfigError: `shard_bytes` is not positive.
+        StoreError: The folder holds a finished export or other files, or the disk refuses.
+    """
+    if shard_bytes < 1:
+        raise ConfigError(f"shard_bytes={shard_bytes} is below 1; pass e.g. {SHARD_BYTES}")
+    place = Place(folder)
+    names = require_only_shards(place)
+    if MANIFEST in names:
+        raise StoreError(f"{place} holds an export already; pass another folder")
+    for leftover in names:  # of an export that was interrupted
+        place.remove(leftover)
+    shards: list[Shard] = []
+    with progress("export", len(store), show_progress) as advance:
+        for texts in _groups(store, shard_bytes):
+            shards.append(write_shard(place, f"shard-{len(shards):05d}", texts, store.dtype))
+            advance(len(texts))
+    write_manifest(place, shards)
+    return shards
+
+
+def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: bool | None = None) -> int:
+    """Put the documents of a folder of shards into a store. Those that are there at a ratio as fine stay as they are.
+
+    Every file is compared with the manifest before the first document is put; a call that was interrupted is repeated.
+
+    Args:
+        store: To put them into.
+        folder: A path, or a URL that fsspec knows, with shards and their manifest.
+        show_progress: Show a bar; None shows it on a terminal.
+
+    Returns:
+        Documents read.
+
+    Raises:
+        StoreNotFoundError, StoreCorruptError: The shards are not what was written.
+        StoreError: The store is read-only, or the disk refuses.
+    """
+    place = Place(folder)
+    shards = read_manifest(place)
+    count = 0
+    with progress("import", len(shards), show_progress) as advance:
+        for shard in shards:
+            waiting: list[Compressed] = []
+            size = 0
+            for text in ShardReader(place, shard.file).texts():
+                waiting.append(text)
+                size += text.embeddings.numel() * 4
+                count += 1
+                if size > _PUT_BYTES:
+                    store.put(*waiting)
+                    waiting, size = [], 0
+            store.put(*waiting)
+            advance(1)
+    return count
+
+
+def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[list[Compressed]]:
+    """Documents of one embedder, about `shard_bytes` of embeddings together."""
+    for fingerprint in sorted(store.stats().by_fingerprint):
+        group: list[Compressed] = []
+        size = 0
+        for ref, own in store.items():
+            text = store.finest(ref, own) if own == fingerprint else None
+            if text is None:  # of another embedder, or removed meanwhile
+                continue
+            if group and Kind.of(text) != Kind.of(group[0]):  # a fingerprint leaves some settings out
+                yield group
+                group, size = [], 0
+            group.append(text)
+            size += text.embeddings.numel() * (1 if store.dtype == "int8" else 2)
+            if size >= shard_bytes:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group

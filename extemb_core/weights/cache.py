@@ -1,0 +1,161 @@
+"""The folder of a known model in the cache: made whole or not at all, and checked against its manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from extemb_core.errors import WeightsCorruptError, WeightsError
+from extemb_core.utils.files import push, sha256_of
+from extemb_core.weights.gguf import CONVERSION_VERSION
+from extemb_core.weights.registry import KnownModel
+
+MANIFEST = "extemb-weights.json"
+
+
+def cache_root() -> Path:
+    """The folder for everything this library keeps: ``EXTEMB_HOME``, or the platform's cache folder."""
+    if home := os.environ.get("EXTEMB_HOME"):
+        return Path(home).expanduser()
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("extemb", appauthor=False))
+
+
+def folder_of(model: KnownModel) -> Path:
+    """Where the model is, or will be."""
+    return cache_root() / "models" / model.name
+
+
+def is_ready(model: KnownModel) -> bool:
+    """Whether the folder is there: from the pinned bytes, by this conversion, with files of the right sizes.
+
+    Raises:
+        WeightsCorruptError: The folder is there and damaged.
+    """
+    folder = folder_of(model)
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(folder)
+    if (manifest["source_sha256"], manifest["conversion"]) != (model.sha256, CONVERSION_VERSION):
+        return False
+    check_files(folder)
+    return True
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``extemb-weights.json`` says about the files beside it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {
+            "name": str(manifest["name"]),
+            "source_sha256": str(manifest["source_sha256"]),
+            "conversion": int(manifest["conversion"]),
+            "files": {
+                str(name): {"sha256": str(file["sha256"]), "size_bytes": int(file["size_bytes"])}
+                for name, file in manifest["files"].items()
+            },
+        }
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsCorruptError(
+            f"{folder / MANIFEST} is missing or damaged, so the files beside it cannot be trusted; "
+            f"run: extemb weights get {folder.name}"
+        ) from error
+
+
+def check_files(folder: Path, *, hashes: bool = False) -> None:
+    """Compare every file with the manifest: its size always, and every byte when ``hashes``.
+
+    Raises:
+        WeightsCorruptError: A file is missing or not what was written.
+    """
+    manifest = read_manifest(folder)
+    remedy = f"run: extemb weights get {manifest['name']}"
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise WeightsCorruptError(f"{file} is missing; {remedy}")
+        size = file.stat().st_size
+        if size != expected["size_bytes"]:
+            raise WeightsCorruptError(f"{file} has {size} bytes and must have {expected['size_bytes']}; {remedy}")
+        if hashes and (found := sha256_of(file)) != expected["sha256"]:
+            raise WeightsCorruptError(f"{file} has sha256 {found} and must have {expected['sha256']}; {remedy}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time make ``folder``; the lock goes with the process, however that ends."""
+    from filelock import FileLock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.parent / f".{folder.name}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise WeightsError(
+            f"{folder.parent} cannot be written to ({error.strerror}); set EXTEMB_HOME to a folder that can"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def partial_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside ``folder`` that is gone afterwards, and with it what a killed process left behind."""
+    pattern = f".{folder.name}.partial-"
+    for abandoned in folder.parent.glob(f"{pattern}*"):  # the lock is held, so nobody works in it
+        shutil.rmtree(abandoned, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=pattern, dir=folder.parent))
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def need_space(parent: Path, model: KnownModel) -> None:
+    """Refuse before the work when the disk cannot hold its result."""
+    free = shutil.disk_usage(parent).free
+    needed = model.cache_bytes + 2 * model.size_bytes
+    if free < needed:
+        raise WeightsError(
+            f"{parent} has {free / 1e9:.1f} GB free and {model.name} needs {needed / 1e9:.1f} GB; "
+            f"free some space or set EXTEMB_HOME to a folder on another disk"
+        )
+
+
+def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
+    """Write the manifest, the last of the files, and push all of them to the disk."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        files[file.name] = {"sha256": sha256_of(file), "size_bytes": file.stat().st_size}
+        push(file)
+    manifest = {
+        "name": model.name,
+        "licence": model.licence,
+        "source": origin,
+        "source_sha256": model.sha256,
+        "conversion": CONVERSION_VERSION,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "gguf")
+        },
+        "files": files,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    push(folder / MANIFEST)
+
+
+def replace_folder(made: Path, folder: Path) -> None:
+    """Put the finished folder in place; an old one steps aside, as only an empty one can be replaced."""
+    if folder.exists():
+        os.replace(folder, made.parent / "old")
+    os.replace(made, folder)
+    push(folder.parent)

@@ -1,0 +1,86 @@
+"""A model folder that the caller points at: is it one, of the kind that is read, and whole?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from extemb_core.errors import WeightsCorruptError, WeightsError, WeightsNotFoundError
+from extemb_core.weights import cache
+
+
+def check_llm(path: Path) -> None:
+    """Refuse what is not a causal LM in safetensors, or is visibly damaged.
+
+    Raises:
+        WeightsError: Not a folder with ``config.json`` and safetensors, or an embedder.
+        WeightsCorruptError: JSON that does not parse, a truncated file, or a cache folder with wrong sizes.
+    """
+    if _read_config(path).get("model_type") == "extemb":
+        raise WeightsError(f"{path} holds an embedder, not an LLM; pass it as embedder=, and its LLM as llm=")
+    if (path / cache.MANIFEST).is_file():
+        cache.check_files(path)
+    index = path / "model.safetensors.index.json"
+    shards = _shards(index) if index.is_file() else []
+    for file in [path / shard for shard in shards] or sorted(path.glob("*.safetensors")):
+        _check_safetensors(file)
+    if not shards and not any(path.glob("*.safetensors")):
+        other = next((f.name for f in sorted(path.iterdir()) if f.suffix in {".bin", ".pt", ".pth", ".gguf"}), None)
+        found = f" (it holds {other})" if other else ""
+        raise WeightsError(
+            f"{path} has no safetensors file{found}, and no other kind is read; save the model with "
+            f"save_pretrained of transformers and pass that folder"
+        )
+
+
+def check_embedder(path: Path) -> None:
+    """Refuse what is not the folder of an embedder, with the errors of ``check_llm``."""
+    kind = _read_config(path).get("model_type")
+    if kind != "extemb":
+        raise WeightsError(
+            f"{path} holds a model of type {kind!r}, not 'extemb'; pass a folder that an ExtensibleEmbedder wrote"
+        )
+    if not (path / "model.safetensors").is_file():
+        raise WeightsError(f"{path} has no model.safetensors; save the embedder again with its save_pretrained")
+    _check_safetensors(path / "model.safetensors")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise WeightsError(f"{path} is a file, and a model is a folder; pass the folder with its config.json")
+    if not (path / "config.json").is_file():
+        raise WeightsError(f"{path} has no config.json, so it is not a model; pass the folder that has one")
+    return _read_json(path / "config.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsCorruptError(f"{file} is not valid JSON ({error}); get or save the model again") from error
+    if not isinstance(content, dict):
+        raise WeightsCorruptError(f"{file} is not a JSON object; get or save the model again")
+    return content
+
+
+def _check_safetensors(file: Path) -> None:
+    """Read the header only: it says where the last byte of the last tensor must be."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise WeightsNotFoundError(f"{file} is named by its index and does not exist; get or save the model again")
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise WeightsCorruptError(
+            f"{file} is truncated or not a safetensors file ({error}); get or save the model again"
+        ) from error
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted({str(shard) for shard in _read_json(index)["weight_map"].values()})
+    except (KeyError, AttributeError) as error:
+        raise WeightsCorruptError(f"{index} has no weight_map; get or save the model again") from error

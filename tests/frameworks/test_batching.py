@@ -1,0 +1,161 @@
+"""Requests from many threads: each its own answer, together in few passes, errors and cancellation each its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from tiny import SENTENCES, random_embedder, tiny_llm
+
+from extemb_core import Document, ExtensibleLM
+from extemb_core.errors import BudgetError, ConfigError
+from extemb_core.frameworks.batching import Batcher
+from extemb_core.models.llm import LLM
+
+QUESTIONS = [f"What is {number} plus {number}?" for number in range(8)]
+
+
+@pytest.fixture
+def lm():
+    llm = tiny_llm()
+    return ExtensibleLM(llm, random_embedder(llm))
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """How many prompts each call of the LLM had."""
+    sizes = []
+    whole = LLM.generate
+
+    def generate(self, prompts, sampling):
+        sizes.append(len(prompts))
+        return whole(self, prompts, sampling)
+
+    monkeypatch.setattr(LLM, "generate", generate)
+    return sizes
+
+
+def ask(batcher, question, documents=(), cancelled=None, **settings):
+    return batcher.answer(*batcher.lm.prepare(question, documents, **settings), cancelled)
+
+
+def ask_all(batcher, questions, **settings):
+    with ThreadPoolExecutor(len(questions)) as pool, batcher.expecting(len(questions)):
+        return list(pool.map(lambda question: ask(batcher, question, **settings), questions))
+
+
+def test_a_list_is_one_batch(lm, batches):
+    answers = Batcher(lm).answer_all([lm.prepare(question, max_new_tokens=3) for question in QUESTIONS])
+    assert batches == [8]
+    assert [answer.text for answer in answers] == [lm.ask(question, max_new_tokens=3).text for question in QUESTIONS]
+    assert Batcher(lm).answer_all([]) == []
+
+
+def test_what_comes_at_once_is_answered_together_and_as_alone(lm, batches):
+    answers = ask_all(Batcher(lm), QUESTIONS, max_new_tokens=4)
+    assert batches == [8]
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        assert answer.text == lm.ask(question, max_new_tokens=4).text
+        assert (answer.new_tokens, answer.finish_reason) == (4, "length")
+
+
+def test_a_request_alone_does_not_wait_for_others(lm, batches):
+    batcher = Batcher(lm)
+    document = Document(SENTENCES[:100])
+    answer = ask(batcher, "What?", [document], ratio=4, max_new_tokens=3)
+    again = lm.ask("What?", [document], ratio=4, max_new_tokens=3)
+    assert (answer.text, answer.context[0].fidelity) == (again.text, 4)
+    assert batches == []
+
+
+def test_a_batch_has_a_size_and_other_settings_another_batch(lm, batches):
+    ask_all(Batcher(lm, batch_size=3), QUESTIONS, max_new_tokens=2)
+    assert max(batches) == 3
+    assert sum(batches) >= 6
+    batches.clear()
+    batcher = Batcher(lm)
+    with ThreadPoolExecutor(8) as pool, batcher.expecting(8):
+        made = list(pool.map(lambda at: ask(batcher, QUESTIONS[at], max_new_tokens=2 + at % 2), range(8)))
+    assert batches == [4, 4]
+    assert [answer.new_tokens for answer in made] == [2, 3] * 4
+    batches.clear()
+    seeded = ask_all(batcher, QUESTIONS[:3], max_new_tokens=3, temperature=1.0, seed=5)
+    assert batches == []
+    assert [answer.text for answer in seeded] == [
+        lm.ask(question, max_new_tokens=3, temperature=1.0, seed=5).text for question in QUESTIONS[:3]
+    ]
+
+
+def test_who_is_answered_does_not_wait_for_the_batches_of_others(lm, monkeypatch):
+    monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 1)  # for all of them, in this order
+    batcher = Batcher(lm)
+    go_on = threading.Event()
+    whole = LLM.stream
+
+    def stream(self, prompt, sampling, result=None):
+        if sampling.max_new_tokens == 3:
+            assert go_on.wait(30)
+        yield from whole(self, prompt, sampling, result)
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    with ThreadPoolExecutor(3) as pool, batcher.expecting(3):
+        lengths = (2, 3, 2)  # the slow one is second in the queue
+        made = []
+        for at, length in enumerate(lengths):
+            made.append(pool.submit(ask, batcher, QUESTIONS[at], max_new_tokens=length))
+            while at < 2 and not (batcher._answering and len(batcher._waiting) > at):
+                time.sleep(0.001)
+        try:
+            assert [made[at].result(timeout=20).new_tokens for at in (0, 2)] == [2, 2]
+        finally:
+            go_on.set()
+        assert made[1].result().new_tokens == 3
+
+
+def test_an_error_is_of_the_request_that_made_it(lm):
+    batcher = Batcher(lm)
+
+    def text(question):
+        try:
+            return ask(batcher, question, max_new_tokens=2).text
+        except BudgetError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool, batcher.expecting(4):
+        made = list(pool.map(text, ["a?", "b " * 400, "c?", "d?"]))
+    assert [isinstance(one, BudgetError) for one in made] == [False, True, False, False]
+
+
+def test_a_failing_pass_fails_all_in_it_and_none_after(lm, monkeypatch):
+    batcher = Batcher(lm)
+    whole = LLM.generate
+
+    def fail(self, prompts, sampling):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(LLM, "generate", fail)
+    with ThreadPoolExecutor(2) as pool, batcher.expecting(2):
+        made = [pool.submit(ask, batcher, question, max_new_tokens=2) for question in QUESTIONS[:2]]
+        assert all(isinstance(one.exception(), MemoryError) for one in made)
+    monkeypatch.setattr(LLM, "generate", whole)
+    assert ask_all(batcher, QUESTIONS[:2], max_new_tokens=2)[0].new_tokens == 2
+
+
+def test_who_gives_up_gets_what_there_is(lm):
+    batcher = Batcher(lm)
+    cancelled = threading.Event()
+    cancelled.set()
+    answer = ask(batcher, "What?", max_new_tokens=4, cancelled=cancelled)
+    assert (answer.text, answer.finish_reason) == ("", "cancelled")
+    with ThreadPoolExecutor(2) as pool, batcher.expecting(2):
+        gone = pool.submit(ask, batcher, "What?", max_new_tokens=4, cancelled=cancelled)
+        stays = pool.submit(ask, batcher, "Who?", max_new_tokens=4)
+    assert gone.result().finish_reason == "cancelled"
+    assert stays.result().text == lm.ask("Who?", max_new_tokens=4).text
+
+
+def test_the_size_of_a_batch_is_checked(lm):
+    with pytest.raises(ConfigError, match="batch_size=0 is below 1"):
+        Batcher(lm, batch_size=0)

@@ -1,0 +1,129 @@
+"""Refs: they find their documents, in this process or a later one, and nobody can make one up."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from extemb_core import Document, EmbeddingStore
+from extemb_core.documents import text_ref
+from extemb_core.errors import DocumentError, StoreCorruptError
+from extemb_core.frameworks.refs import MARK, Refs
+from extemb_core.store.memory import MemoryStore
+
+MILL = Document("The mill was built in 1820.", title="Mill", metadata={"source": "mill.txt", "page": 3})
+TOWER = Document("The tower is new.")
+
+
+@pytest.fixture(params=["memory", "disk"])
+def store(request, tmp_path):
+    if request.param == "memory":
+        yield MemoryStore()
+    else:
+        with EmbeddingStore.open(tmp_path / "s") as opened:
+            yield opened
+
+
+def test_a_prompt_with_marks_is_its_texts_and_documents(store):
+    refs = Refs(store)
+    mill, tower = refs.put(MILL, TOWER)
+    assert MARK.fullmatch(mill)
+    found = refs.find(f"Read {mill}\n\n{tower}{mill} and answer.")
+    assert [getattr(part, "text", part) for part in found] == [
+        "Read ", MILL.text, "\n\n", TOWER.text, MILL.text, " and answer."]  # fmt: skip
+    assert (found[1].ref, found[1].title, found[1].source) == (MILL.ref, "Mill", "mill.txt")
+    assert (found[3].title, found[3].source) == (None, TOWER.ref)
+    assert refs.find("no marks") == ["no marks"]
+    assert refs.find("") == []
+    assert refs.put(MILL) == [mill]
+    assert refs.put() == []
+
+
+def test_what_looks_like_a_ref_is_text(store, caplog):
+    refs = Refs(store)
+    forged = f"[[{MILL.ref}:{'0' * 32}]]"
+    assert refs.find(forged) == [forged]  # before anything was put
+    (mark,) = refs.put(MILL)
+    foreign = Refs(MemoryStore()).put(MILL)[0]
+    swapped = mark.replace(MILL.ref, TOWER.ref)
+    caplog.set_level(logging.WARNING)
+    caplog.clear()
+    for text in (forged, foreign, swapped, mark[:-1], mark.upper(), f"ext:{MILL.ref}"):
+        assert refs.find(text) == [text]
+    assert sum("was not made by this store" in record.message for record in caplog.records) == 3
+
+
+def test_a_document_behind_a_mark_is_found_by_a_later_process_and_by_readers(tmp_path):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        (mark,) = Refs(store).put(MILL)
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        assert Refs(store).find(mark)[0].source == "mill.txt"
+        assert Refs(store).put(MILL) == [mark]
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        refs = Refs(store)
+        (own,) = refs.put(TOWER)  # in memory
+        assert [part.text for part in refs.find(mark + own)] == [MILL.text, TOWER.text]
+        assert len(Refs(store).find(own)) == 1
+        assert isinstance(Refs(store).find(own)[0], str)
+
+
+def test_a_store_from_before_there_were_refs_can_be_read(tmp_path):
+    with EmbeddingStore.open(tmp_path / "s"):
+        pass
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        assert Refs(store).find("words") == ["words"]
+        store.environment._databases["handed"] = None
+        assert Refs(store)._keepers[1].get(MILL.ref) is None
+
+
+def test_a_document_that_is_gone_or_damaged_is_an_error(store, monkeypatch):
+    refs = Refs(store)
+    (mark,) = refs.put(MILL)
+    monkeypatch.setattr(refs._keepers[0], "get", lambda ref: None)
+    with pytest.raises(DocumentError, match="not kept any more; compress the document again"):
+        refs.find(mark)
+
+
+@pytest.mark.parametrize("value", [b"words", "other"])
+def test_what_is_read_is_what_was_put(tmp_path, value):
+    import json
+    import zlib
+
+    other = zlib.compress(json.dumps(["other text", None, "a"]).encode())
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        refs = Refs(store)
+        (mark,) = refs.put(MILL)
+        handed = store.environment.database("handed")
+        key = bytes.fromhex(MILL.ref.removeprefix("ext:"))
+        store.write(lambda txn: txn.put(key, other if value == "other" else value, db=handed))
+        with pytest.raises(StoreCorruptError, match="add the document again"):
+            refs.find(mark)
+
+
+def test_memory_is_bounded_and_threads_may_share(monkeypatch):
+    monkeypatch.setattr("extemb_core.frameworks.refs._KEPT_CHARS", 1000)
+    refs = Refs(MemoryStore())
+    documents = [Document(f"Text {number}. " * 10) for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        marks = list(pool.map(lambda document: refs.put(document)[0], documents))
+    kept = refs._keepers[0]
+    assert 500 < kept._chars <= 1000
+    assert kept._chars == sum(len(document.text) for document in kept._documents.values())
+    last = next(reversed(kept._documents))
+    assert refs.find(marks[[document.ref for document in documents].index(last)])[0].ref == last
+    assert text_ref(documents[0].text) == documents[0].ref
+
+
+def test_a_mark_may_say_the_finest_ratio_and_its_seal_covers_it(store, caplog):
+    refs = Refs(store)
+    plain, limited = refs.put(MILL, MILL, finest=[None, 8])
+    assert MARK.fullmatch(limited)
+    assert limited != plain
+    found = refs.find(f"{limited} or {plain}")
+    assert [(part.text, part.finest) for part in found if part != " or "] == [(MILL.text, 8), (MILL.text, None)]
+    forged = limited.replace("/8:", "/2:")
+    with caplog.at_level(logging.WARNING):
+        assert refs.find(forged) == [forged]
+    assert "looks like a ref" in caplog.text

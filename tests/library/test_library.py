@@ -1,0 +1,325 @@
+"""A library: added once, found and asked in any later process, brought up to date and never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from anchored import untrained
+from retrieval_encoder import by_words
+from tiny import random_embedder, tiny_llm
+
+from extemb_core import Document, ExtensibleLM
+from extemb_core.errors import ConfigError, DocumentError, MismatchError, StoreError
+from extemb_core.library.library import INDEX_FILE, Library
+
+pytest.importorskip("faiss")
+pytest.importorskip("bm25s")
+PLACES = ("harbour", "bridge", "mill", "tower", "market", "station")
+
+
+def document(place, year=1820, **metadata):
+    text = f"The {place} was built in {year}. " + "It rained on the hills and the river rose. " * 3
+    return Document(text, title=place.title(), metadata={"source": f"{place}.txt", **metadata})
+
+
+@pytest.fixture(scope="module")
+def lm():
+    llm = tiny_llm()
+    return ExtensibleLM(llm, random_embedder(llm))
+
+
+@pytest.fixture
+def opened(lm, tmp_path):
+    def make(**settings):
+        return Library(tmp_path / "lib", lm, **({"encoder": by_words, "passage_tokens": 40, "ratio": 2} | settings))
+
+    return make
+
+
+def counting(lm, monkeypatch):
+    made = []
+    whole = type(lm.embedder).compress_ids
+    monkeypatch.setattr(type(lm.embedder), "compress_ids",
+                        lambda self, ids, **kwargs: (made.extend(ids), whole(self, ids, **kwargs))[1])  # fmt: skip
+    return made
+
+
+def test_what_was_added_is_found_and_asked_in_a_later_opening_without_the_embedder(opened, lm, monkeypatch):
+    with opened() as library:
+        added = library.add([document(place) for place in PLACES])
+        assert (added.added, added.updated, added.unchanged) == (6, 0, 0)
+        assert added.n_passages >= 12
+        assert added.n_tokens > 200
+    made = counting(lm, monkeypatch)
+    with opened(mode="r") as library:
+        assert len(library) == 6
+        best = library.search("When was the bridge built?", k=3)[0]
+        assert best.source == "bridge.txt"
+        assert library.text("bridge.txt")[best.start : best.end] == best.text
+        assert "The bridge was built" in best.text
+        answer = library.ask("When was the bridge built?", k=3, ratio=4, max_new_tokens=4)
+        assert answer.context[0].source == f"bridge.txt:{best.start}-{best.end}"
+        assert all(entry.cached for entry in answer.context)
+        assert made == []
+        assert library.store.verify().clean
+
+
+def test_adding_again_costs_nothing_and_a_change_only_itself(opened, lm, monkeypatch):
+    documents = [document(place) for place in PLACES]
+    with opened() as library:
+        library.add(documents)
+        made = counting(lm, monkeypatch)
+        assert library.add(documents).unchanged == 6
+        assert made == []
+        before = len(library.store)
+        changed = library.add([*documents[:5], document("station", year=1999)])
+        assert (changed.added, changed.updated, changed.unchanged) == (0, 1, 5)
+        assert 0 < len(made) < 3  # the passage with the year alone
+        assert len(library.store) == before  # the old passage's embeddings are gone
+        assert "1999" in library.search("station built", k=1)[0].text
+        assert "1820" not in " ".join(p.text for p in library.search("station", k=20) if p.source == "station.txt")
+        retitled = Document(documents[0].text, title="Port", metadata={"source": "harbour.txt", "seen": {1, 2}})
+        for _ in range(2):
+            again = library.add([retitled])
+        assert (again.updated, again.unchanged) == (0, 1)
+        assert library.search("harbour", k=1)[0].title == "Port"
+
+
+def test_another_embedder_or_a_finer_ratio_compresses_anew_and_a_coarser_one_does_not(opened, lm, tmp_path):
+    documents = [document(place) for place in PLACES[:2]]
+    with opened(ratio=4) as library:
+        library.add(documents)
+    with opened(ratio=8) as library:
+        assert library.add(documents).unchanged == 2
+    with opened(ratio=2) as library:
+        assert library.add(documents).updated == 2
+        assert library.add(documents).unchanged == 2
+    other = ExtensibleLM(lm.llm, random_embedder(lm.llm, seed=9))
+    with Library(tmp_path / "lib", other, encoder=by_words, passage_tokens=40, ratio=2) as library:
+        added = library.add(documents)
+        assert (added.updated, added.unchanged) == (2, 0)
+        assert added.compressed_tokens > 0
+        assert library.ask("mill?", k=2, ratio=2, max_new_tokens=2).context[0].cached
+        assert library.store.verify().clean
+
+
+@pytest.fixture(scope="module")
+def other(lm):
+    return ExtensibleLM(lm.llm, untrained(lm.llm))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_documents_of_another_embedder_are_read_and_told_of_and_made_anew_when_asked(
+    opened, lm, other, tmp_path, monkeypatch, caplog, counted
+):
+    documents = [document(place) for place in PLACES]
+    with opened() as library:
+        library.add([*documents, Document("The mill burned.", metadata={"source": 7, "seen": [1]})])
+        assert (library.n_stale, library.embedders) == (0, {lm.embedder.fingerprint: 7})
+        if not counted:  # as version 1 left it
+
+            def forget_counts(transaction):
+                settings = library._catalogue.settings(transaction)
+                del settings["embedders"]
+                database = library.store.environment.database("settings")
+                transaction.put(b"library", json.dumps(settings).encode(), db=database)
+
+            library.store.write(forget_counts)
+    later = {"encoder": by_words, "passage_tokens": 40, "ratio": 2}
+    with Library(tmp_path / "lib", other, mode="r", **later) as library:
+        assert library.n_stale == 7
+        for _ in range(2):
+            answer = library.ask("When was the bridge built?", k=1, ratio=2, max_new_tokens=2)
+            assert (answer.context[0].fidelity, answer.context[0].cached) == (2, False)
+        [told] = [record.getMessage() for record in caplog.records if record.name == "extemb_core.library.library"]
+        assert told.startswith(f"7 of 7 documents in {tmp_path / 'lib'} were compressed by another embedder")
+        assert told.endswith(f"or: extemb index refresh {tmp_path / 'lib'}")
+        assert library.store.stats().by_fingerprint.keys() == {lm.embedder.fingerprint}
+    with Library(tmp_path / "lib", encoder=by_words, mode="r") as library:
+        assert library.n_stale == 0  # nothing is known of an embedder
+    with Library(tmp_path / "lib", other, **later) as library:
+        made = library.refresh()
+        assert (made.added, made.updated, made.unchanged) == (0, 7, 0)
+        assert (library.n_stale, library.embedders) == (0, {other.embedder.fingerprint: 7})
+        assert library.store.stats().by_fingerprint.keys() == {other.embedder.fingerprint}
+        assert sorted(record["source"] for record in library.documents()) == sorted(
+            [*(f"{p}.txt" for p in PLACES), "7"]
+        )
+        assert library.ask("bridge?", k=1, ratio=2, max_new_tokens=2).context[0].cached
+        assert library.refresh().unchanged == 7
+        assert library.add(documents).unchanged == 6
+        assert library.store.verify().clean
+
+
+def test_a_refresh_that_was_interrupted_goes_on(opened, other, tmp_path, monkeypatch):
+    monkeypatch.setattr("extemb_core.library.library._BATCH_TOKENS", 100)
+    with opened() as library:
+        library.add([document(place) for place in PLACES])
+    whole = type(other.embedder).compress_ids
+    calls = []
+
+    def interrupted(self, ids, **kwargs):
+        calls.append(len(ids))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(self, ids, **kwargs)
+
+    monkeypatch.setattr(type(other.embedder), "compress_ids", interrupted)
+    with Library(tmp_path / "lib", other, encoder=by_words, passage_tokens=40, ratio=2) as library:
+        with pytest.raises(KeyboardInterrupt):
+            library.refresh()
+        left = library.n_stale
+        assert 0 < left < 6
+        assert library.refresh().updated == left
+        assert library.n_stale == 0
+        assert library.store.verify().clean
+
+
+def test_a_passage_that_two_documents_share_survives_the_refresh_of_one(opened, other, tmp_path):
+    with opened() as library:
+        library.add([document("mill"), Document(document("mill").text, metadata={"source": "copy"})])
+    with Library(tmp_path / "lib", other, encoder=by_words, passage_tokens=40, ratio=2) as library:
+        assert library.add([document("mill")]).updated == 1
+        assert (library.n_stale, library.refresh().updated, library.n_stale) == (1, 1, 0)
+        assert library.remove("copy") == 1
+        assert library.ask("mill?", k=1, ratio=2, max_new_tokens=2).context[0].cached
+        assert library.store.verify().clean
+
+
+def test_of_two_documents_of_one_source_the_last_counts(opened, lm):
+    with opened() as library:
+        library.add([document("mill"), document("mill", year=1900)])
+        assert library.embedders == {lm.embedder.fingerprint: 1} == {lm.embedder.fingerprint: len(library)}
+        library.remove("mill.txt")
+        assert library.embedders == {}
+
+
+def test_what_is_removed_is_gone_and_shared_passages_stay(opened):
+    with opened() as library:
+        library.add([document(place) for place in PLACES])
+        twin = Document(document("mill").text, metadata={"source": "copy of mill"})
+        library.add([twin])
+        assert library.remove(["mill.txt", "nothing.txt"]) == 1
+        assert library.search("mill built", k=1)[0].source == "copy of mill"
+        assert library.ask("mill?", k=2, ratio=2, max_new_tokens=2).context[0].cached
+        assert library.remove("copy of mill") == 1
+        assert not any("mill" in passage.text for passage in library.search("mill built", k=50))
+        with pytest.raises(DocumentError, match="has no document 'mill.txt'"):
+            library.text("mill.txt")
+        assert sorted(record["source"] for record in library.documents()) == sorted(
+            f"{place}.txt" for place in PLACES if place != "mill"
+        )
+        library.remove([f"{place}.txt" for place in PLACES])
+        assert len(library) == len(library.store) == 0
+        assert library.search("mill") == []
+
+
+def test_files_and_folders(opened, tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.txt").write_text("The mill was built in 1820.")
+    (folder / "b.md").write_text("# Bridge\n\nThe bridge was closed in 1987.")
+    with opened() as library:
+        assert library.add(folder).added == 2
+        (folder / "a.txt").write_text("The mill was burned in 1830.")
+        assert library.add([folder]).updated == 1
+        assert "burned" in library.search("mill", k=1)[0].text
+
+
+def test_the_index_is_brought_up_to_date_whatever_became_of_its_file(opened, tmp_path):
+    with opened() as library:
+        library.add([document(place) for place in PLACES[:3]])
+    old = (tmp_path / "lib" / INDEX_FILE).read_bytes()
+    with opened() as library:
+        library.add([document(place) for place in PLACES[3:]])
+        library.remove("harbour.txt")
+        wanted = library.search("tower built", k=20)
+    for content in (old, b"", old[:-9], None):
+        if content is None:
+            (tmp_path / "lib" / INDEX_FILE).unlink()
+        else:
+            (tmp_path / "lib" / INDEX_FILE).write_bytes(content)
+        with opened(mode="r") as library:
+            assert library.search("tower built", k=20) == wanted
+
+
+def test_another_process_sees_what_this_one_adds(opened):
+    with opened() as library, opened() as other:
+        library.add([document("mill")])
+        assert other.search("mill", k=1)[0].source == "mill.txt"
+        library.add([document("bridge")])
+        assert other.search("bridge", k=1)[0].source == "bridge.txt"
+
+
+def test_a_library_stays_with_its_encoder_and_needs_an_lm_to_add(opened, tmp_path):
+    with opened() as library:
+        library.add([document("mill")])
+    with pytest.raises(MismatchError, match="was made with the text encoder 'callable:by_words'"):
+        opened(encoder=lambda texts: [[1.0, 2.0]] * len(texts))
+    with Library(tmp_path / "lib", mode="r") as library:  # what needs no encoder needs none
+        assert [record["source"] for record in library.documents()] == ["mill.txt"]
+    with Library(tmp_path / "lib", encoder=by_words, mode="r") as library:
+        assert library.search("mill", k=1)[0].source == "mill.txt"
+        for call in (lambda: library.add(["text"]), lambda: library.ask("What?")):
+            with pytest.raises(ConfigError, match="was opened without an LLM"):
+                call()
+    with opened(mode="r") as library:
+        with pytest.raises(StoreError, match="was opened to read"):
+            library.add([document("tower")])
+        for call, message in (
+            (lambda: library.search(" "), "the question is empty"),
+            (lambda: library.search("a", k=0), "k=0 is below 1"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                call()
+    with pytest.raises(ConfigError, match="passage_tokens=0"):
+        opened(passage_tokens=0)
+
+
+def test_an_empty_library_and_an_empty_document(opened):
+    with opened() as library:
+        assert library.search("anything") == []
+        assert library.add([Document("", title="Nothing")]).added == 1
+        assert library.text("Nothing") == ""
+        assert library.search("anything") == []
+        assert library.add([]).added == 0
+        assert library.ask("What?", max_new_tokens=2).context == ()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_while_adding_the_next_call_finishes(opened, lm, tmp_path, monkeypatch):
+    monkeypatch.setattr("extemb_core.library.library._BATCH_TOKENS", 100)
+    documents = [document(f"{place}{number}") for place in PLACES for number in range(8)]
+    draw = random.Random(3)
+    for _ in range(int(os.environ.get("EXTEMB_SOAK", "6"))):
+        child = os.fork()
+        if not child:
+            try:
+                torch.set_num_threads(1)  # the parent's threads are not here
+                with opened() as library:
+                    library.add(documents)
+                    library.remove([draw.choice(documents).source for _ in range(5)])
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0.05, 0.6))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if Path(tmp_path / "lib").exists():
+            with opened() as library:
+                assert library.store.verify().clean
+                for record in library.documents():  # whole ones alone
+                    assert library.text(record["source"]) == document(record["source"].removesuffix(".txt")).text
+    with opened() as library:
+        library.add(documents)
+        assert len(library) == 48
+        found = library.search("tower5 built", k=1)
+        assert found[0].source == "tower5.txt"
+        assert library.store.verify().clean

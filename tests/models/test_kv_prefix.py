@@ -1,0 +1,47 @@
+"""A prefix is read once, and gives what reading it anew would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_llm, tiny_model, tiny_tokenizer
+
+from extemb_core.models.kv_prefix import Prefix
+from extemb_core.models.llm import LLM
+
+ARCHITECTURES = ("llama", "qwen2", "mistral", "phi")
+
+
+def hidden(llm, ids):
+    with torch.no_grad():
+        return llm.hidden(llm.embed(ids)[None])[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_follows_is_as_in_one_reading(architecture):
+    llm = tiny_llm(architecture)
+    prefix = Prefix(llm)
+    assert prefix.last is None
+    prefix.read([5, 6, 7])
+    torch.testing.assert_close(prefix.last, hidden(llm, [5, 6, 7])[-1])
+    for others in ([8, 9], [10, 11, 12]):  # one after the other: the first is not kept
+        torch.testing.assert_close(prefix.peek(others), hidden(llm, [5, 6, 7, *others])[3:])
+        assert len(prefix) == 3
+    prefix.read([13])
+    prefix.read([])
+    torch.testing.assert_close(prefix.peek([14]), hidden(llm, [5, 6, 7, 13, 14])[4:])
+
+
+def test_it_begins_with_the_bos():
+    class WithBos(LLM):
+        bos_token_id = 1
+
+    llm = WithBos(tiny_model("llama"), tiny_tokenizer())
+    prefix = Prefix(llm)
+    assert len(prefix) == 1
+    torch.testing.assert_close(prefix.last, hidden(llm, [1])[-1])
+
+
+def test_a_sliding_window_does_not_suit():
+    assert Prefix.suits(tiny_llm("llama"))
+    assert not Prefix.suits(tiny_llm("gemma2"))

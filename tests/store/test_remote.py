@@ -1,0 +1,78 @@
+"""A folder of files written once: the same on this machine and behind a URL."""
+
+from __future__ import annotations
+
+import hashlib
+
+import fsspec
+import pytest
+
+from extemb_core.errors import StoreError
+from extemb_core.store.remote import Place
+
+
+@pytest.fixture(params=["path", "url"])
+def place(request, tmp_path):
+    if request.param == "path":
+        return Place(tmp_path / "new" / "shards")
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+    return Place("memory://bucket/shards")
+
+
+def test_what_is_written_is_there_whole(place):
+    assert place.names() == []
+    sha256, size = place.write("b.bin", lambda file: file.write_bytes(b"0123456789"))
+    assert (sha256, size) == (hashlib.sha256(b"0123456789").hexdigest(), 10)
+    place.write_text("a.txt", "four")
+    place.write_text("a.txt", "fünf")
+    assert place.names() == ["a.txt", "b.bin"]
+    assert place.read_text("a.txt") == "fünf"
+    assert (place.size("b.bin"), place.size("none")) == (10, None)
+    assert place.sha256("b.bin") == sha256
+    assert place.sizes() == {"a.txt": 5, "b.bin": 10}
+    assert place.read_texts(["a.txt"]) == {"a.txt": "fünf"}
+    assert place.read_texts([]) == {}
+    assert place.read("b.bin", 2, 5) == b"234"
+    with place.open("b.bin") as stream:
+        stream.seek(8)
+        assert stream.read(10) == b"89"
+    place.remove("b.bin")
+    assert place.names() == ["a.txt"]
+
+
+def test_nothing_is_left_of_a_file_that_could_not_be_filled(place):
+    place.write_text("a", "before")
+
+    def fill(file):
+        file.write_text("half")
+        raise OSError("no space")
+
+    for name in ("a", "b"):
+        with pytest.raises(OSError, match="no space"):
+            place.write(name, fill)
+    assert place.names() == ["a"]
+    assert place.read_text("a") == "before"
+
+
+def test_a_relative_path_is_understood_from_other_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Place("out").absolute() == str(tmp_path / "out")
+    assert Place("memory://bucket").absolute() == "memory://bucket"
+
+
+def test_what_cannot_be_reached(tmp_path):
+    with pytest.raises(StoreError, match="cannot be reached .Protocol not known: nowhere"):
+        Place("nowhere://bucket/a")
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(StoreError, match="is a file; pass a folder"):
+        Place(tmp_path / "file").names()
+
+
+def test_a_link_is_not_a_file_of_the_folder(tmp_path):
+    (tmp_path / "secret").write_text("words")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a").symlink_to(tmp_path / "secret")
+    place = Place(tmp_path / "shards")
+    assert (place.size("a"), place.sizes(), place.names()) == (None, {}, ["a"])

@@ -1,0 +1,297 @@
+"""Files become documents, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pypdf import PdfWriter
+from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+
+from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError
+from extemb_core.loaders import (
+    BINARY_SUFFIXES,
+    SUPPORTED_SUFFIXES,
+    _read_html,
+    read_document,
+    read_documents,
+)
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def write_pdf(path: Path, pages: list[str], password: str | None = None) -> Path:
+    writer = PdfWriter()
+    font = writer._add_object(
+        DictionaryObject(
+            {
+                NameObject("/Type"): NameObject("/Font"),
+                NameObject("/Subtype"): NameObject("/Type1"),
+                NameObject("/BaseFont"): NameObject("/Helvetica"),
+            }
+        )
+    )
+    for text in pages:
+        page = writer.add_blank_page(width=300, height=300)
+        stream = DecodedStreamObject()
+        stream.set_data(f"BT /F1 12 Tf 20 200 Td ({text}) Tj ET".encode())
+        page[NameObject("/Contents")] = writer._add_object(stream)
+        fonts = DictionaryObject({NameObject("/F1"): font})
+        page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
+    if password is not None:
+        writer.encrypt(password, algorithm="RC4-128")
+    with path.open("wb") as file:
+        writer.write(file)
+    return path
+
+
+def refused(path: str | Path) -> str:
+    with pytest.raises(DocumentError) as caught:
+        read_document(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 600
+    return message
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.rst", "a.py", "A.TXT", "README", "a.unheard-of"])
+def test_text_of_any_suffix(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, "Straße\n\n  indented\n")
+    document = read_document(path)
+    assert document.text == "Straße\n\n  indented\n"
+    assert (document.title, document.metadata) == (name, {"source": str(path)})
+    assert read_document(str(path)) == document
+
+
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.html"])
+def test_byte_order_marks_are_obeyed_and_stripped(tmp_path: Path, mark: bytes, encoding: str, name: str) -> None:
+    assert read_document(write(tmp_path / name, mark + "né 你".encode(encoding))).text == "né 你"
+
+
+def test_line_ends_become_newlines(tmp_path: Path) -> None:
+    assert read_document(write(tmp_path / "a.txt", b"a\r\nb\rc\nd")).text == "a\nb\nc\nd"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.html"])
+@pytest.mark.parametrize("content", ["", " \n\t "])
+def test_an_empty_file_is_a_document(tmp_path: Path, name: str, content: str) -> None:
+    assert read_document(write(tmp_path / name, content)).text.strip() == ""
+
+
+def test_ten_megabytes_in_one_line(tmp_path: Path) -> None:
+    text = "word " * 2_000_000
+    assert read_document(write(tmp_path / "a.txt", text)).text == text
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"caf\xe9 au lait", "UTF-8 at byte 3"),
+        (codecs.BOM_UTF8 + b"caf\xe9", "UTF-8 at byte 6"),
+        (codecs.BOM_UTF16_LE + b"a\0b\0\x00\xd8", "UTF-16-LE at byte 6"),
+    ],
+)
+def test_invalid_text_names_file_offset_and_remedy(tmp_path: Path, data: bytes, said: str) -> None:
+    path = write(tmp_path / "menu.txt", data)
+    message = refused(path)
+    assert message.startswith(f"{path} is not valid {said}; re-encode it as UTF-8")
+
+
+def test_binary_content_is_refused_under_a_text_suffix(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.html", "a"):
+        assert "a NUL byte at offset 2" in refused(write(tmp_path / name, b"ab\0c"))
+
+
+@pytest.mark.parametrize("suffix", sorted(BINARY_SUFFIXES))
+def test_binary_suffixes_are_refused_with_the_supported_ones(tmp_path: Path, suffix: str) -> None:
+    message = refused(write(tmp_path / f"a{suffix.upper()}", "text all the same"))
+    assert f"is a {suffix} file" in message
+    assert ".txt, .md, .rst, .html, .pdf" in message
+
+
+def test_no_suffix_is_both_read_and_refused() -> None:
+    assert not SUPPORTED_SUFFIXES & BINARY_SUFFIXES
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "missing.docx", "missing.pdf", "there.txt/below.txt"])
+def test_a_missing_file(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "there.txt", "x")
+    with pytest.raises(DocumentNotFoundError, match="does not exist; check the path"):
+        read_document(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["A text passed as a path. " * 400, "a\0b"])
+def test_text_taken_for_a_path(text: str) -> None:
+    assert "Document(text)" in refused(text)
+
+
+def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
+    assert "pass it to read_documents" in refused(tmp_path)
+
+
+PAGE = """<!doctype html><html><head><title> The
+  League </title><style>p {}</style></head><body><nav>Home | About</nav><!-- note -->
+<h1>Red-Headed   League</h1><p>A <b>clerk</b>,
+hired&nbsp;once.<br>Twice.</p><script>alert("x < y")</script>
+<ul><li>one</li><li>two <i>three</i></li></ul>
+<table><tr><th></th><th>pay</th></tr> <tr> <td>clerk</td> <td>4</td> </tr></table>
+<pre>
+def f():
+
+    return  1
+</pre>end &amp; more</body></html>"""
+
+
+def test_html_as_a_reader_sees_it(tmp_path: Path) -> None:
+    document = read_document(write(tmp_path / "a.html", PAGE))
+    assert document.title == "The League"
+    assert document.text.split("\n") == [
+        "Red-Headed League",
+        "A clerk, hired once.",
+        "Twice.",
+        "one",
+        "two three",
+        "\tpay",
+        "clerk\t4",
+        "",
+        "def f():",
+        "",
+        "    return  1",
+        "end & more",
+    ]
+
+
+def test_html_without_a_title_takes_the_file_name(tmp_path: Path) -> None:
+    assert read_document(write(tmp_path / "a.htm", "<p>x")).title == "a.htm"
+
+
+def test_html_with_an_unclosed_head_loses_nothing(tmp_path: Path) -> None:
+    document = read_document(write(tmp_path / "a.html", "<html><head><title>T</title><p>kept"))
+    assert document.text == "kept"
+
+
+@pytest.mark.parametrize(
+    ("declared", "encoding"),
+    [("iso-8859-1", "cp1252"), ("koi8-r", "koi8-r"), ("utf-16", "utf-8"), ("nonsense", "utf-8")],
+)
+def test_html_in_its_declared_encoding(tmp_path: Path, declared: str, encoding: str) -> None:
+    word = "мир" if encoding == "koi8-r" else "café €"
+    page = f'<meta charset="{declared}"><p>{word}</p>'.encode(encoding)
+    assert read_document(write(tmp_path / "a.html", page)).text == word
+
+
+def test_html_nested_deeper_than_the_stack(tmp_path: Path) -> None:
+    depth = 3 * sys.getrecursionlimit()
+    page = "<div>" * depth + "deep" + "</div>" * depth
+    assert read_document(write(tmp_path / "a.html", page)).text == "deep"
+
+
+def test_html_that_looks_like_a_path_or_like_xml_raises_no_warning(tmp_path: Path) -> None:
+    assert read_document(write(tmp_path / "a.html", "page.html")).text == "page.html"
+    page = '<?xml version="1.0"?><html><body><p>x</p></body></html>'
+    assert read_document(write(tmp_path / "a.xhtml", page)).text == "x"
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc", "Z"), exclude_characters="<>&")), max_size=8))
+def test_html_keeps_every_word_in_order(words: list[str]) -> None:
+    words = [word for word in words if word.split() == [word]]
+    page = "".join(f"<p>{word}</p>" if place % 2 else f"<div>{word}" for place, word in enumerate(words))
+    text, _ = _read_html(Path("a.html"), page.encode())
+    assert text.split() == words
+
+
+def test_pdf_pages_are_joined_by_blank_lines(tmp_path: Path) -> None:
+    document = read_document(write_pdf(tmp_path / "a.pdf", ["First page.", "Second page."]))
+    assert document.text == "First page.\n\nSecond page."
+    assert document.title == "a.pdf"
+    assert document.metadata["pages"] == 2
+
+
+def test_pdf_pages_without_text_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_pdf(tmp_path / "a.pdf", ["One.", "", "Three."])
+    with caplog.at_level(logging.WARNING):
+        document = read_document(path)
+    assert document.text == "One.\n\nThree."
+    assert document.metadata["pages_without_text"] == [2]
+    assert "no text on 1 of 3 pages: [2]" in caplog.text
+
+
+def test_pdf_encrypted_with_a_password(tmp_path: Path) -> None:
+    message = refused(write_pdf(tmp_path / "a.pdf", ["Secret."], password="open sesame"))
+    assert "is encrypted and cannot be read; save a copy without a password" in message
+
+
+def test_pdf_encrypted_without_a_password_is_read(tmp_path: Path) -> None:
+    assert read_document(write_pdf(tmp_path / "a.pdf", ["Open."], password="")).text == "Open."
+
+
+def test_pdf_without_any_text(tmp_path: Path) -> None:
+    assert "holds no text on its 2 pages" in refused(write_pdf(tmp_path / "a.pdf", ["", ""]))
+
+
+@pytest.mark.parametrize("data", [b"", b"plain text", b"PK\x03\x04"])
+def test_pdf_that_is_none(tmp_path: Path, data: bytes) -> None:
+    assert "is not a PDF" in refused(write(tmp_path / "a.pdf", data))
+
+
+@pytest.mark.parametrize("data", [b"%PDF-1.7", b"%PDF-1.7\ntrailer << /Root 9 0 R >>\nstartxref\n0\n%%EOF"])
+def test_pdf_damaged(tmp_path: Path, data: bytes) -> None:
+    assert "is a damaged PDF" in refused(write(tmp_path / "a.pdf", data))
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.html", "bs4"), ("a.pdf", "pypdf")])
+def test_a_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    path = write(tmp_path / name, "%PDF-1.7")
+    with pytest.raises(MissingExtraError, match=r"pip install 'extemb\[documents\]'"):
+        read_document(path)
+
+
+def test_a_folder_is_read_recursively_in_order_without_hidden_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a/c.html", ".hidden.txt", ".git/x.txt", "d.png", "a/.env", "LICENSE"):
+        write(tmp_path / name, name)
+    found = [Path(document.metadata["source"]) for document in read_documents(tmp_path)]
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/c.html", "a/z.md", "b.txt"]
+
+
+def test_files_and_folders_keep_the_order_given(tmp_path: Path) -> None:
+    for name in ("b.txt", "f/a.txt"):
+        write(tmp_path / name, name)
+    documents = read_documents([str(tmp_path / "b.txt"), tmp_path / "f", tmp_path / "b.txt"])
+    assert [document.text for document in documents] == ["b.txt", "f/a.txt", "b.txt"]
+    assert read_documents(str(tmp_path / "b.txt"))[0].text == "b.txt"
+    assert read_documents([]) == []
+
+
+def test_a_folder_with_nothing_to_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", "x")
+    with pytest.raises(DocumentError, match="holds no file of a type that is read; convert"):
+        read_documents(tmp_path)
+
+
+def test_one_unreadable_file_of_a_folder_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "good.txt", "good")
+    write(tmp_path / "bad.txt", b"\xff\xff")
+    with pytest.raises(DocumentError, match=r"bad\.txt is not valid UTF-8 at byte 0"):
+        read_documents(tmp_path)
+    with pytest.raises(DocumentNotFoundError):
+        read_documents(tmp_path / "nowhere")

@@ -1,0 +1,41 @@
+"""Files are whole or not there, and what killed processes left beside them goes."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import pytest
+
+from extemb_core.utils.files import sha256_of_stream, whole, write_whole
+
+
+def test_a_file_is_what_was_written_or_what_was_there_before(tmp_path):
+    write_whole(tmp_path / "a", "one")
+
+    def fail():
+        with whole(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert os.listdir(tmp_path) == ["a"]
+    write_whole(tmp_path / "a", "zwölf")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "zwölf"
+
+
+def test_what_killed_processes_left_is_removed_when_it_is_old(tmp_path):
+    left = [tmp_path / name for name in (".a[1].77.tmp", ".a[1].78.tmp", ".ab.77.tmp")]
+    for file in left:
+        file.write_text("half")
+    for file in (left[0], left[2]):
+        os.utime(file, (0, 0))
+    write_whole(tmp_path / "a[1]", "one")
+    assert sorted(os.listdir(tmp_path)) == [".a[1].78.tmp", ".ab.77.tmp", "a[1]"]
+
+
+def test_the_hash_of_a_stream_is_of_what_is_left_of_it():
+    stream = io.BytesIO(b"xxabc")
+    stream.seek(2)
+    assert sha256_of_stream(stream) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
