@@ -26,7 +26,7 @@ class ContextEntry:
         n_tokens: Its length as raw tokens.
         positions: What it took of the LLM's window, its heading included; 0 when dropped.
         fidelity: "raw", a ratio, or "dropped".
-        cached: Its embeddings were there already.
+        cached: Its embeddings were there alprepared.
         reason: Why this fidelity, in a few words.
     """
 
@@ -92,7 +92,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedPrompt:
     """A prompt that is ready for the LLM, what became of its documents in which budget, and when it was asked for."""
 
     prompt: Prompt
@@ -111,15 +111,15 @@ class AnswerStream(Iterator[str]):
     def __init__(
         self,
         llm: LLM,
-        ready: Ready,
+        prepared: PreparedPrompt,
         sampling: Sampling,
         on_answer: Callable[[Answer], None] | None = None,
     ) -> None:
         from extemb_core.models.llm import Generated  # here, so that Answer alone does not load torch
 
-        self._ready = ready
+        self._prepared = prepared
         self._generated = Generated()
-        self._pieces = llm.stream(ready.prompt.inputs(llm), sampling, self._generated)
+        self._pieces = llm.stream(prepared.prompt.inputs(llm), sampling, self._generated)
         self._first_token: float | None = None
         self._answer: Answer | None = None
         self._on_answer = on_answer
@@ -142,7 +142,7 @@ class AnswerStream(Iterator[str]):
             self._settle()
             raise
         if self._first_token is None:
-            self._first_token = time.perf_counter() - self._ready.start
+            self._first_token = time.perf_counter() - self._prepared.start
         return piece
 
     def finish(self) -> Answer:
@@ -166,20 +166,33 @@ class AnswerStream(Iterator[str]):
 
     def _settle(self) -> None:
         if self._answer is None:
-            total = time.perf_counter() - self._ready.start
+            total = time.perf_counter() - self._prepared.start
             first = self._first_token if self._first_token is not None else total
-            self._answer = to_answer(self._ready, self._generated, first_token=first, total=total)
+            self._answer = to_answer(self._prepared, self._generated, first_token=first, total=total)
             if self._on_answer is not None:
                 self._on_answer(self._answer)
 
 
-def to_answer(ready: Ready, generated: Generated, *, first_token: float, total: float) -> Answer:
+def answer_now(llm: LLM, prepared: PreparedPrompt, sampling: Sampling) -> Answer:
+    """Answer in the caller's thread."""
+    first_token: list[float] = []
+
+    def on_token() -> None:
+        if not first_token:
+            first_token.append(time.perf_counter() - prepared.start)
+
+    (generated,) = llm.generate([prepared.prompt.inputs(llm)], sampling, on_token=on_token)
+    total = time.perf_counter() - prepared.start
+    return to_answer(prepared, generated, first_token=first_token[0] if first_token else total, total=total)
+
+
+def to_answer(prepared: PreparedPrompt, generated: Generated, *, first_token: float, total: float) -> Answer:
     return Answer(
         text=generated.text,
-        context=ready.context,
-        seconds={"compress": ready.compress_seconds, "first_token": first_token, "total": total},
-        prompt_positions=len(ready.prompt),
+        context=prepared.context,
+        seconds={"compress": prepared.compress_seconds, "first_token": first_token, "total": total},
+        prompt_positions=len(prepared.prompt),
         new_tokens=len(generated.token_ids),
         finish_reason=generated.finish_reason,
-        budget=ready.budget,
+        budget=prepared.budget,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -127,3 +127,27 @@ class Document:
         if title is None and isinstance(metadata, Mapping) and isinstance(metadata.get("title"), str):
             title = metadata["title"]
         return cls(text, title=title, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ReferencedDocument(Document):
+    """A document that a ref in a framework's text stood for.
+
+    Attributes:
+        finest: The finest ratio that it is to be read at; None is no limit.
+    """
+
+    finest: int | None = field(default=None, kw_only=True)
+
+
+Documents = str | Document | Mapping[str, Any] | Iterable[Any]
+"""One document or several, of any kind that `Document.from_any` takes."""
+
+
+def as_documents(documents: Documents) -> list[Document]:
+    """Make a list of `Document` of one document or several."""
+    if isinstance(documents, str | Document | Mapping) or hasattr(documents, "page_content"):
+        return [Document.from_any(documents)]
+    if not isinstance(documents, Iterable):
+        raise DocumentError(f"documents is a {type(documents).__name__}; pass texts, Documents, or a list of them")
+    return [Document.from_any(document) for document in documents]

@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from extemb_core.answers import Answer, AnswerStream, ContextEntry, Ready, to_answer
-from extemb_core.context.assembly import (
-    DOCUMENT_SEPARATOR,
-    Part,
-    Prompt,
-    assemble_chat,
-    assemble_text,
-    document_heading,
-)
-from extemb_core.context.planning import Fidelity, Plan, check_budget, compressed_positions, plan_context
+from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, answer_now, to_answer
+from extemb_core.context.builder import ContextBuilder
+from extemb_core.context.conversation import Condenser, Session
+from extemb_core.context.messages import Messages, as_messages, inline_documents
+from extemb_core.context.planning import Plan
 from extemb_core.context.tools import Tool
-from extemb_core.documents import Document
-from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError
+from extemb_core.documents import Document, Documents, as_documents
+from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.frameworks.batching import Batcher
-from extemb_core.frameworks.refs import Handed, Refs
+from extemb_core.frameworks.refs import Refs
 from extemb_core.models.bulk import compress_in_batches
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.llm import LLM, Sampling
 from extemb_core.store.base import Store
 from extemb_core.store.memory import MemoryStore
 from extemb_core.weights.resolve import resolve_embedder
 
-if TYPE_CHECKING:
-    from extemb_core.context.conversation import Session
-
 DEFAULT_LLM = "smollm2-135m-joint"
-
-_EARLIER = "Earlier in this conversation:\n"
-_KEPT_TOKEN_IDS = 64  # recent documents whose token ids stay in memory
-_KEPT_TURN_BYTES = 64 * 2**20  # of the embeddings of recent conversations' older turns
-
-Messages = Sequence[Mapping[str, Any]]
-Documents = str | Document | Mapping[str, Any] | Iterable[Any]
 
 
 class ExtensibleLM:
@@ -66,6 +44,7 @@ class ExtensibleLM:
     Attributes:
         refs: The documents that frameworks were handed refs of.
         batcher: Answers what several threads ask at once.
+        builder: Builds the prompts.
     """
 
     def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, store: Store | None = None) -> None:
@@ -77,10 +56,9 @@ class ExtensibleLM:
         self.embedder = embedder
         self.store: Store = store if store is not None else MemoryStore()
         self.refs = Refs(self.store)
-        self.batcher = Batcher(self)
-        self._turns = MemoryStore(_KEPT_TURN_BYTES)
-        self._ids: OrderedDict[str, np.ndarray[Any, Any]] = OrderedDict()
-        self._ids_lock = threading.Lock()
+        self.batcher = Batcher(llm)
+        self.builder = ContextBuilder(llm, embedder, self.store)
+        self._condenser = Condenser(self.builder)
 
     @classmethod
     def from_pretrained(
@@ -144,7 +122,7 @@ class ExtensibleLM:
             BudgetError: The question leaves no room, or the budget is below 0 or no whole number.
             RatioError: The ratio was not trained.
         """
-        return self.stream(question, documents, budget=budget, ratio=ratio, **sampling).finish()
+        return answer_now(self.llm, *self.prepare(question, documents, budget=budget, ratio=ratio, **sampling))
 
     def chat(
         self,
@@ -160,7 +138,7 @@ class ExtensibleLM:
         Documents join the last user turn. A content may also be a list of texts and `Document`s: these are read where
         they stand, without a heading, and rank below those that join.
         """
-        return self.stream(messages, documents, budget=budget, ratio=ratio, **sampling).finish()
+        return answer_now(self.llm, *self.prepare(messages, documents, budget=budget, ratio=ratio, **sampling))
 
     def stream(
         self,
@@ -186,10 +164,10 @@ class ExtensibleLM:
         ratio: str | int = "auto",
         condense: bool = False,
         tools: Sequence[Tool] = (),
-        opening: str = "",
+        assistant_prefix: str = "",
         **sampling: Any,
-    ) -> tuple[Ready, Sampling]:
-        """What `ask` or `chat` hands to the LLM, before it is: the documents are compressed, the prompt is whole.
+    ) -> tuple[PreparedPrompt, Sampling]:
+        """Prepare what `ask` or `chat` hands to the LLM: the documents are compressed, the prompt is whole.
 
         Args:
             question, documents, budget, ratio, **sampling: See `ask` and `chat`.
@@ -198,14 +176,20 @@ class ExtensibleLM:
                 the budget before turns do, and half of the room where none is given.
             tools: Functions in OpenAI's form that the LLM may call, where its template has a place for them; see
                 `context.tools`.
-            opening: What the answer begins with; it is not repeated in it.
+            assistant_prefix: What the answer begins with; it is not repeated in it.
         """
         settings = Sampling(**sampling)
-        messages, texts = _as_messages(question), as_documents(documents)
-        assemble = partial(assemble_chat, self.llm, tools=tools, opening=opening)
-        if condense:
-            messages, budget = self._condensed(messages, texts, budget, ratio, settings.max_new_tokens, assemble)
-        return self._prepare(messages, texts, budget, ratio, settings.max_new_tokens, assemble), settings
+        build = self._condenser.chat if condense else self.builder.chat
+        prompt = build(
+            as_messages(question),
+            as_documents(documents),
+            budget=budget,
+            ratio=ratio,
+            max_new_tokens=settings.max_new_tokens,
+            tools=tools,
+            assistant_prefix=assistant_prefix,
+        )
+        return prompt, settings
 
     def generate(
         self,
@@ -217,9 +201,7 @@ class ExtensibleLM:
         **sampling: Any,
     ) -> Answer:
         """Continue a plain prompt, without a chat template, after the documents and with those that stand in it."""
-        return AnswerStream(
-            self.llm, *self.prepare_text(prompt, documents, budget=budget, ratio=ratio, **sampling)
-        ).finish()
+        return answer_now(self.llm, *self.prepare_text(prompt, documents, budget=budget, ratio=ratio, **sampling))
 
     def prepare_text(
         self,
@@ -229,10 +211,13 @@ class ExtensibleLM:
         budget: int | None = None,
         ratio: str | int = "auto",
         **sampling: Any,
-    ) -> tuple[Ready, Sampling]:
-        """What `generate` hands to the LLM, before it is."""
+    ) -> tuple[PreparedPrompt, Sampling]:
+        """Prepare what `generate` hands to the LLM."""
         settings = Sampling(**sampling)
-        return self._continue_from(prompt, as_documents(documents), budget, ratio, settings.max_new_tokens), settings
+        prepared = self.builder.text(
+            prompt, as_documents(documents), budget=budget, ratio=ratio, max_new_tokens=settings.max_new_tokens
+        )
+        return prepared, settings
 
     def score(
         self,
@@ -249,10 +234,12 @@ class ExtensibleLM:
             ConfigError: There is nothing before the continuation, or nothing in it.
         """
         targets = self.llm.encode(continuation)
-        ready = self._continue_from(prompt, as_documents(documents), budget, ratio, len(targets))
-        if not len(ready.prompt) or not len(targets):
+        prepared = self.builder.text(
+            prompt, as_documents(documents), budget=budget, ratio=ratio, max_new_tokens=len(targets)
+        )
+        if not len(prepared.prompt) or not len(targets):
             raise ConfigError("score needs a continuation and something before it; pass a prompt or a document")
-        return float(self.llm.score(ready.prompt.inputs(self.llm), targets).sum())
+        return float(self.llm.score(prepared.prompt.inputs(self.llm), targets).sum())
 
     def ask_batch(
         self,
@@ -301,9 +288,7 @@ class ExtensibleLM:
         budget: int | None = None,
     ) -> Session:
         """A conversation of any length: see `Session`."""
-        from extemb_core.context.conversation import Session
-
-        return Session(self, documents, ratio=ratio, window=window, budget=budget)
+        return Session(self.builder, documents, ratio=ratio, window=window, budget=budget)
 
     # -- documents --------------------------------------------------------------------------------------------
 
@@ -316,11 +301,15 @@ class ExtensibleLM:
         ratio: str | int = "auto",
         max_new_tokens: int = 256,
     ) -> Plan:
-        """What would become of each document, without compressing or answering: `print(lm.plan(...).explain())`."""
-        messages, joined = _as_messages(question), as_documents(documents)
-        bare = assemble_chat(self.llm, _replaced(messages))
-        room = self._room(bare, max_new_tokens, budget, joined or _inline(messages))
-        return self._plan_all(joined, messages, room, ratio)
+        """Plan what would become of each document, without compressing or answering.
+
+        `print(lm.plan(...).explain())` shows it.
+        """
+        messages, joined = as_messages(question), as_documents(documents)
+        ranked = [*joined, *inline_documents(messages)]
+        n_bare = len(self.builder.render(messages).fill({}))
+        room = self.builder.room(n_bare, max_new_tokens, budget, ranked)
+        return self.builder.plan(ranked, room, ratio, n_headed=len(joined))
 
     def positions(
         self,
@@ -330,26 +319,15 @@ class ExtensibleLM:
         budget: int | None = None,
         ratio: str | int = "auto",
     ) -> int:
-        """Positions that a prompt takes, its documents included; nothing is compressed.
+        """Count the positions that a prompt takes, its documents included; nothing is compressed.
 
         One that the window does not hold is counted too, with no position left for its documents.
         """
-        messages, joined = _as_messages(question), as_documents(documents)
-        bare = assemble_chat(self.llm, _replaced(messages))
-        free = max(0, self.llm.window - len(bare))
-        return len(bare) + self._plan_all(joined, messages, _capped(budget, free), ratio).positions
+        return self.builder.positions(as_messages(question), as_documents(documents), budget, ratio)
 
     def positions_of(self, parts: Iterable[str | Document]) -> int:
-        """Positions that a piece of a prompt takes: its texts, and its documents at the finest ratio each may have."""
-        config, positions = self.embedder.config, 0
-        for part in parts:
-            if isinstance(part, Document):
-                limit = part.finest if isinstance(part, Handed) else None
-                length = len(self.token_ids(part.text, part.ref))
-                positions += compressed_positions(length, config.finest(limit), config.chunk_size)
-            else:
-                positions += len(self.llm.encode(part))
-        return positions
+        """Count the positions of a piece of a prompt: its texts, and its documents at the finest ratio of each."""
+        return self.builder.positions_of(list(parts))
 
     def compress(
         self,
@@ -378,7 +356,7 @@ class ExtensibleLM:
             return
         texts = {document.ref: document.text for document in as_documents(documents)}
         missing = [
-            (ref, self.token_ids(text, ref))
+            (ref, self.builder.token_ids(text, ref))
             for ref, text in texts.items()
             if self.store.get(ref, fingerprint, finest) is None
         ]
@@ -386,239 +364,6 @@ class ExtensibleLM:
             self.embedder, missing, ratio=finest, batch_size=batch_size, show_progress=show_progress
         ):
             self.store.put(*made)
-
-    def token_ids(self, text: str, ref: str) -> np.ndarray[Any, Any]:
-        """(T,) ids of a document's text, remembered for recent documents."""
-        with self._ids_lock:
-            if ref in self._ids:
-                self._ids.move_to_end(ref)
-                return self._ids[ref]
-        ids = self.llm.encode(text)
-        with self._ids_lock:
-            self._ids[ref] = ids
-            while len(self._ids) > _KEPT_TOKEN_IDS:
-                self._ids.popitem(last=False)
-        return ids
-
-    def _compressed(self, wanted: Sequence[tuple[Document, int]], store: Store) -> tuple[list[Part], list[bool]]:
-        """What documents at their ratios are in a prompt, and whether each was in the store, where they are put."""
-        fingerprint = self.embedder.fingerprint
-        found = [store.get(document.ref, fingerprint, ratio) for document, ratio in wanted]
-        cached = [kept is not None for kept in found]
-        for ratio in sorted({ratio for (_, ratio), kept in zip(wanted, found, strict=True) if kept is None}):
-            places = [place for place, (_, own) in enumerate(wanted) if own == ratio and not cached[place]]
-            texts = [(document.ref, self.token_ids(document.text, document.ref)) for document, _ in
-                     (wanted[place] for place in places)]  # fmt: skip
-            waiting = iter(places)
-            for made in compress_in_batches(self.embedder, texts, ratio=ratio):
-                if not store.readonly:  # one to read is read; what it lacks serves this call alone
-                    store.put(*made)
-                for compressed in made:
-                    # As kept, which on disk is rounded: the first answer is what later ones will be.
-                    kept = store.get(compressed.ref, fingerprint, ratio)
-                    found[next(waiting)] = compressed if kept is None else kept
-        return [kept.part for kept in found if kept is not None], cached
-
-    # -- prompts ----------------------------------------------------------------------------------------------
-
-    def _prepare(
-        self,
-        messages: Messages,
-        documents: list[Document],
-        budget: int | None,
-        ratio: str | int,
-        new_tokens: int,
-        assemble: Callable[[Messages], Prompt],
-    ) -> Ready:
-        start = time.perf_counter()
-        bare = assemble(_replaced(messages))
-        inside = _inline(messages)
-        turns = [at for at, document in enumerate(inside) if isinstance(document, _Turn)]
-        every = documents + [document for document in inside if not isinstance(document, _Turn)]
-        room = self._room(bare, new_tokens, budget, every)
-        if not every and not turns:
-            return Ready(bare, (), 0.0, start, room)
-        plan = self._plan(every, room, ratio, headed=len(documents))
-        parts, context, seconds = self._read(every, plan, headed=len(documents))
-        own = iter(parts[len(documents) :])
-        in_place: list[list[Part]] = [[] if isinstance(document, _Turn) else next(own) for document in inside]
-        if turns:  # they take what documents leave; the newest is the best of them
-            latest = [inside[at] for at in reversed(turns)]
-            left = self.llm.window - len(bare) - new_tokens - plan.positions
-            read, told, more = self._read(
-                latest, self._plan(latest, left, "auto", headed=0), headed=0, store=self._turns
-            )
-            for at, own_parts in zip(reversed(turns), read, strict=True):
-                in_place[at] = own_parts
-            context, seconds = context + told, seconds + more
-        full = _replaced(messages, in_place)
-        if documents:
-            last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
-            if last is None:
-                raise ConfigError("documents join the last user message, and there is none; add one")
-            content = full[last]["content"]
-            joined = [part for own_parts in parts[: len(documents)] for part in own_parts]
-            full[last] = {**full[last], "content": [*joined, *([content] if isinstance(content, str) else content)]}
-        return Ready(assemble(full), context, seconds, start, room)
-
-    def _condensed(
-        self,
-        messages: Messages,
-        documents: list[Document],
-        budget: int | None,
-        ratio: str | int,
-        new_tokens: int,
-        assemble: Callable[[Messages], Prompt],
-    ) -> tuple[Messages, int | None]:
-        """A conversation that the window does not hold, with its older turns as documents before the first that stays.
-
-        What its documents take of the budget, or of half of the room, is set aside for them. Of the rest, turns stay
-        text from the newest backwards as far as they take half, and begin with the user's.
-
-        Returns:
-            The messages, and the budget of the documents.
-        """
-
-        def length(some: Messages) -> int:
-            return len(assemble(_replaced(some)))
-
-        room = max(0, self.llm.window - new_tokens)
-        cap = room // 2 if budget is None else _capped(budget, room)
-        left = room - self._plan_all(documents, messages, cap, ratio).positions
-        starts = [at for at, message in enumerate(messages) if message["role"] == "user"]
-        if not starts or length(messages) <= left:
-            return messages, budget
-        system = [message for message in messages if message["role"] == "system"]
-        first = starts[-1]
-        for start in reversed(starts[:-1]):
-            if length([*system, *messages[start:]]) > left // 2:
-                break
-            first = start
-        turns: list[Any] = []
-        for number, message in enumerate(messages[:first], start=1):
-            if message["role"] != "system":
-                pieces = [message["content"]] if isinstance(message["content"], str) else message["content"]
-                text = "".join(map(self._text_of, pieces))
-                text += json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
-                title = f"turn {number}, {message['role']}"
-                turns.append(_Turn(f"{message['role']}: {text}\n", title=title))
-        own = messages[first]["content"]
-        if not turns:
-            return messages, budget
-        content = [_EARLIER, *turns, "\n", *([own] if isinstance(own, str) else own)]
-        kept = [message for message in messages[first + 1 :] if message["role"] != "system"]
-        return [*system, {**messages[first], "content": content}, *kept], cap
-
-    def _text_of(self, piece: Part | Document) -> str:
-        if isinstance(piece, str | Document):
-            return piece if isinstance(piece, str) else piece.text
-        if isinstance(piece, Tensor | AnchoredStates):
-            raise ConfigError(
-                "an older turn holds embeddings, which cannot be condensed; pass the Document that they are of"
-            )
-        return self.llm.decode(piece.tolist())
-
-    def _continue_from(
-        self,
-        prompt: str | Sequence[str | Document],
-        documents: list[Document],
-        budget: int | None,
-        ratio: str | int,
-        new_tokens: int,
-    ) -> Ready:
-        start = time.perf_counter()
-        pieces = [prompt] if isinstance(prompt, str) else list(prompt)
-        every = documents + [piece for piece in pieces if isinstance(piece, Document)]
-        bare = assemble_text(self.llm, [piece for piece in pieces if not isinstance(piece, Document)])
-        room = self._room(bare, new_tokens, budget, every)
-        plan = self._plan(every, room, ratio, headed=len(documents))
-        parts, context, seconds = self._read(every, plan, headed=len(documents))
-        inside = iter(parts[len(documents) :])
-        joined = [part for own in parts[: len(documents)] for part in own]
-        for piece in pieces:
-            joined += next(inside) if isinstance(piece, Document) else [piece]
-        return Ready(assemble_text(self.llm, joined), context, seconds, start, room)
-
-    def _room(self, bare: Prompt, new_tokens: int, budget: int | None, documents: Sequence[Document]) -> int:
-        """Positions that the documents may take: the budget, or what a prompt and its answer leave where it is less."""
-        window = self.llm.window
-        free = window - len(bare) - new_tokens
-        room = _capped(budget, free)
-        if free < 0 or (documents and free == 0):
-            raise BudgetError(
-                f"the question takes {len(bare)} positions and the answer up to {new_tokens}, more than the "
-                f"{window} of {self.llm.name}; shorten the question, lower max_new_tokens, or use a session"
-            )
-        return room
-
-    def _plan_all(self, joined: list[Document], messages: Messages, room: int, ratio: str | int) -> Plan:
-        """What becomes of the documents that join messages, and of those inside them."""
-        return self._plan(joined + _inline(messages), room, ratio, headed=len(joined))
-
-    def _plan(self, documents: Sequence[Document], room: int, ratio: str | int, *, headed: int | None = None) -> Plan:
-        """What becomes of documents, of which the first `headed` (all when not given) get a heading."""
-        config = self.embedder.config
-        if isinstance(ratio, int):
-            config.require_ratio(ratio)
-        finest = [document.finest if isinstance(document, Handed) else None for document in documents]
-        return plan_context(
-            [len(self.token_ids(document.text, document.ref)) for document in documents],
-            room,
-            ratio=ratio,  # type: ignore[arg-type]
-            ratios=config.ratios,
-            auto_ratios=config.plan_ratios,
-            chunk_size=config.chunk_size,
-            overhead=[
-                len(self.llm.encode(document_heading(i, d.title) + DOCUMENT_SEPARATOR))
-                if headed is None or i < headed
-                else 0
-                for i, d in enumerate(documents)
-            ],
-            finest=finest,
-        )
-
-    def _read(
-        self, documents: Sequence[Document], plan: Plan, *, headed: int | None = None, store: Store | None = None
-    ) -> tuple[list[list[Part]], tuple[ContextEntry, ...], float]:
-        """Each document as message parts: its heading if it gets one (see `_plan`), then text or embeddings.
-
-        Embeddings are kept in `store`, that of the documents when not given.
-        """
-        start = time.perf_counter()
-        compressed = [(d, p.fidelity) for d, p in zip(documents, plan.documents, strict=True) if _is_ratio(p.fidelity)]
-        embeddings, cached = self._compressed(compressed, self.store if store is None else store)  # type: ignore[arg-type]
-        seconds = time.perf_counter() - start
-        ready = iter(zip(embeddings, cached, strict=True))
-        parts: list[list[Part]] = []
-        entries = []
-        for document, planned in zip(documents, plan.documents, strict=True):
-            from_store = False
-            with_heading = headed is None or planned.index < headed
-            before = document_heading(planned.index, document.title) if with_heading else ""
-            after = DOCUMENT_SEPARATOR if with_heading else ""
-            if planned.fidelity == "raw":
-                parts.append([before + document.text + after])
-            elif planned.fidelity == "dropped":
-                parts.append([])
-            else:
-                vectors, from_store = next(ready)
-                parts.append([part for part in (before, vectors, after) if not isinstance(part, str) or part])
-            entries.append(
-                ContextEntry(
-                    source=document.source,
-                    ref=document.ref,
-                    n_tokens=planned.n_tokens,
-                    positions=planned.positions,
-                    fidelity=planned.fidelity,
-                    cached=from_store,
-                    reason=planned.reason,
-                )
-            )
-        return parts, tuple(entries), seconds
-
-
-class _Turn(Document):
-    """A turn of a conversation that is compressed for room."""
 
 
 def open_store(store: str | Path | Store | None) -> Store | None:
@@ -629,53 +374,3 @@ def open_store(store: str | Path | Store | None) -> Store | None:
     from extemb_core.store.store import EmbeddingStore
 
     return ShardStore(store) if is_sharded(store) else EmbeddingStore.open(store)
-
-
-def as_documents(documents: Documents) -> list[Document]:
-    """One document or several, of any accepted kind, as a list of `Document`."""
-    if isinstance(documents, str | Document | Mapping) or hasattr(documents, "page_content"):
-        return [Document.from_any(documents)]
-    if not isinstance(documents, Iterable):
-        raise DocumentError(f"documents is a {type(documents).__name__}; pass texts, Documents, or a list of them")
-    return [Document.from_any(document) for document in documents]
-
-
-def _inline(messages: Messages) -> list[Document]:
-    """The documents inside messages, in order."""
-    contents = [message["content"] for message in messages if not isinstance(message.get("content", ""), str)]
-    return [part for content in contents for part in content or () if isinstance(part, Document)]
-
-
-def _replaced(messages: Messages, parts: Sequence[Sequence[Part]] | None = None) -> list[dict[str, Any]]:
-    """Messages with what each document inside them became in its place; without them when `parts` is not given."""
-    left = None if parts is None else iter(parts)
-    found = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, Sequence) and not isinstance(content, str):
-            pieces: list[Any] = []
-            for part in content:
-                inside = isinstance(part, Document)
-                pieces += (() if left is None else next(left)) if inside else [part]
-            content = pieces
-        found.append({**message, "content": content})
-    return found
-
-
-def _as_messages(question: str | Messages) -> Messages:
-    if isinstance(question, str):
-        if not question.strip():
-            raise ConfigError("the question is empty; ask something")
-        return [{"role": "user", "content": question}]
-    if not question:
-        raise ConfigError("there are no messages; pass at least one of role user")
-    return question
-
-
-def _capped(budget: int | None, free: int) -> int:
-    """The positions that are free, or the budget where that is less."""
-    return free if budget is None else min(check_budget(budget), free)
-
-
-def _is_ratio(fidelity: Fidelity) -> bool:
-    return isinstance(fidelity, int)

@@ -16,9 +16,8 @@ from typer.testing import CliRunner
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
 from extemb_core.cli.main import app
 from extemb_core.context.assembly import assemble_chat, assemble_text
-from extemb_core.documents import text_ref
+from extemb_core.documents import ReferencedDocument, text_ref
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError, RatioError
-from extemb_core.frameworks.refs import Handed
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM, Sampling
@@ -487,12 +486,12 @@ def test_what_was_said_is_no_document_that_was_compressed(lm):
 
 
 def test_kept_turns_are_bounded(lm, monkeypatch):
-    monkeypatch.setattr(lm._turns, "max_bytes", 4000)
+    monkeypatch.setattr(lm._condenser.turns, "max_bytes", 4000)
     for at in range(8):
         messages = turns(12)
         messages[1]["content"] = f"Opening {at}."
         lm.prepare(messages[: -2 * at or None], condense=True, max_new_tokens=4)
-    assert 0 < lm._turns.n_bytes <= 4000
+    assert 0 < lm._condenser.turns.n_bytes <= 4000
 
 
 def test_what_an_old_turn_holds_besides_text_is_condensed_or_refused(lm):
@@ -542,7 +541,7 @@ def test_a_plan_goes_to_ratio_8_by_itself_and_further_when_asked(roomy):
 
 @pytest.mark.parametrize(("finest", "expected"), [(1, {"raw"}), (2, {2}), (16, {16}), (32, {32})])
 def test_a_refs_limit_beside_the_ratios_of_a_plan_is_its_own_alone(roomy, finest, expected):
-    limited = Handed(SENTENCES * 2, finest=finest)
+    limited = ReferencedDocument(SENTENCES * 2, finest=finest)
     (plan,) = roomy.plan(QUESTION, [limited]).documents
     assert {plan.fidelity} == expected
     other = Document(SENTENCES * 2 + " And more.")
@@ -628,7 +627,7 @@ def test_a_batcher_answers_text_and_compressed_text_together(roomy):
     ]
     alone = [roomy.batcher.answer(*one).text for one in prepared]
     assert [answer.text for answer in roomy.batcher.answer_all(prepared)] == alone
-    with roomy.batcher.expecting(3), ThreadPoolExecutor(3) as pool:
+    with roomy.batcher.announce(3), ThreadPoolExecutor(3) as pool:
         assert list(pool.map(lambda one: roomy.batcher.answer(*one).text, prepared)) == alone
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from extemb_core.context.tools import require_tools
+from extemb_core.documents import Document
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates
 from extemb_core.models.llm import LLM, PromptInputs
@@ -28,6 +29,17 @@ Content = str | Sequence[Part]
 DOCUMENT_SEPARATOR = "\n\n"  # after each document of a message
 # Private-use characters fence a placeholder's number; the first that no text contains is taken.
 _FENCES = [chr(point) for point in range(0xF0000, 0xF0100)]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a document will stand in a prompt, and the number that it is filled by."""
+
+    number: int
+    document: Document
+
+    def __len__(self) -> int:
+        return len(self.document.text)
 
 
 @dataclass(frozen=True)
@@ -95,23 +107,28 @@ def document_heading(index: int, title: str | None = None) -> str:
     return f"[{index + 1}] {title or 'Document'}\n"
 
 
-def assemble_chat(
+def assemble_chat(llm: LLM, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Prompt:
+    """Render messages without documents through the LLM's chat template; see `render_chat`."""
+    return render_chat(llm, messages, **settings).fill({})
+
+
+def render_chat(
     llm: LLM,
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] = (),
-    opening: str = "",
-) -> Prompt:
+    assistant_prefix: str = "",
+) -> ChatPrompt:
     """Render messages through the LLM's chat template.
 
     Args:
         llm: Whose template and tokenizer are used.
-        messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids and embeddings (see
-            `Prompt`). An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}].
+        messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids, embeddings (see `Prompt`)
+            and `Slot`s. An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}].
         add_generation_prompt: End with the opening of the assistant's turn.
         tools: Functions in OpenAI's form, for templates that have a place for them.
-        opening: What the assistant's turn begins with.
+        assistant_prefix: What the assistant's turn begins with.
 
     Raises:
         ConfigError: A message is not of that form, or the template refuses or drops it.
@@ -120,22 +137,59 @@ def assemble_chat(
     if tools:
         require_tools(llm)
     called = [message.get("tool_calls", []) for message in messages]
-    marks = _Placeholders(llm, [*contents, list(_texts_in([called, tools]))])
+    placeholders = _Placeholders(llm, [*contents, list(_texts_in([called, tools]))])
     plain = [
-        {**message, "content": "".join(marks.mark(part) for part in parts)}
+        {**message, "content": "".join(placeholders.mark(part) for part in parts)}
         for message, parts in zip(messages, contents, strict=True)
     ]
     for message, calls in zip(plain, called, strict=True):
         if calls:
-            message["tool_calls"] = marks.mark_within(calls)
-    prompt = marks.resolve(_render(llm, plain, add_generation_prompt, marks.mark_within(list(tools))) + opening)
-    missing = [index for index, segment in enumerate(marks.segments) if index not in marks.used and len(segment)]
-    if missing:
-        raise ConfigError(
-            f"the chat template of {llm.name} left out part of a message; "
-            "check the order of the roles (system, then user and assistant in turn)"
-        )
-    return prompt
+            message["tool_calls"] = placeholders.mark_within(calls)
+    rendered = _render(llm, plain, add_generation_prompt, placeholders.mark_within(list(tools)))
+    return ChatPrompt(llm, placeholders, rendered + assistant_prefix)
+
+
+class ChatPrompt:
+    """Messages that went through a chat template, with slots for documents: rendered once, filled as often as wanted.
+
+    Raises:
+        ConfigError: The template left out part of a message.
+    """
+
+    def __init__(self, llm: LLM, placeholders: _Placeholders, rendered: str) -> None:
+        self._llm = llm
+        self._placeholders = placeholders
+        self._rendered = rendered
+        self._ids: dict[str, np.ndarray[Any, Any]] = {}  # of the template's pieces, each tokenised once
+        numbers = set(map(int, rendered.split(placeholders.fence)[1::2]))
+        if any(number not in numbers and len(part) for number, part in enumerate(placeholders.parts)):
+            raise ConfigError(
+                f"the chat template of {llm.name} left out part of a message; "
+                "check the order of the roles (system, then user and assistant in turn)"
+            )
+
+    def fill(self, contents: Mapping[int, Sequence[Part]]) -> Prompt:
+        """Put each slot's content, by its number, in its place; a slot without one is empty."""
+        fence, parts = self._placeholders.fence, self._placeholders.parts
+        pieces = self._rendered.split(fence)
+        for at in range(1, len(pieces), 2):  # between two fences stands a number
+            part = parts[int(pieces[at])]
+            if isinstance(part, Slot):
+                pieces[at] = "".join(map(self._placeholders.mark, contents.get(part.number, ())))
+            else:
+                pieces[at] = f"{fence}{pieces[at]}{fence}"
+        segments: list[Segment] = []
+        for at, piece in enumerate("".join(pieces).split(fence)):
+            if at % 2:
+                segments.append(self._placeholders.parts[int(piece)])  # type: ignore[arg-type]
+            elif piece:
+                segments.append(self._encode(piece))
+        return Prompt(tuple(segment for segment in segments if len(segment)))
+
+    def _encode(self, piece: str) -> np.ndarray[Any, Any]:
+        if piece not in self._ids:
+            self._ids[piece] = np.array(self._llm.encode_template(piece), dtype=np.int32)
+        return self._ids[piece]
 
 
 def assemble_text(llm: LLM, parts: Sequence[Part]) -> Prompt:
@@ -146,18 +200,22 @@ def assemble_text(llm: LLM, parts: Sequence[Part]) -> Prompt:
 
 
 class _Placeholders:
-    """Numbers what does not pass through the template as text, and puts it back afterwards."""
+    """Numbers what does not pass through the template as text.
 
-    def __init__(self, llm: LLM, contents: Sequence[Sequence[Part]]) -> None:
-        texts = [part for parts in contents for part in parts if isinstance(part, str)]
+    Attributes:
+        fence: Stands before and after each number.
+        parts: What the numbers stand for.
+    """
+
+    def __init__(self, llm: LLM, contents: Sequence[Sequence[Part | Slot]]) -> None:
+        texts = [text for parts in contents for part in parts for text in _plain_texts(part)]
+        self.fence = next(fence for fence in _FENCES if not any(fence in text for text in texts))
+        self.parts: list[Segment | Slot] = []
         self._llm = llm
-        self._fence = next(fence for fence in _FENCES if not any(fence in text for text in texts))
         tokens = sorted(llm.control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, tokens))) if tokens else None
-        self.segments: list[Segment] = []
-        self.used: set[int] = set()
 
-    def mark(self, part: Part) -> str:
+    def mark(self, part: Part | Slot) -> str:
         if not isinstance(part, str):
             return self._number(part)
         if self._control is None:
@@ -172,28 +230,24 @@ class _Placeholders:
             return {self.mark_within(key): self.mark_within(one) for key, one in value.items()}
         return [self.mark_within(one) for one in value] if isinstance(value, list | tuple) else value
 
-    def _number(self, segment: Segment) -> str:
-        self.segments.append(segment)
-        return f"{self._fence}{len(self.segments) - 1}{self._fence}"
-
-    def resolve(self, rendered: str) -> Prompt:
-        segments: list[Segment] = []
-        for place, piece in enumerate(rendered.split(self._fence)):
-            if place % 2:  # between two fences stands a number
-                self.used.add(int(piece))
-                segments.append(self.segments[int(piece)])
-            elif piece:
-                segments.append(np.array(self._llm.encode_template(piece), dtype=np.int32))
-        return Prompt(tuple(segment for segment in segments if len(segment)))
+    def _number(self, part: Segment | Slot) -> str:
+        self.parts.append(part)
+        return f"{self.fence}{len(self.parts) - 1}{self.fence}"
 
 
-def _checked_content(message: Mapping[str, Any]) -> list[Part]:
+def _plain_texts(part: Part | Slot) -> tuple[str, ...]:
+    if isinstance(part, Slot):
+        return (part.document.text, part.document.title or "")
+    return (part,) if isinstance(part, str) else ()
+
+
+def _checked_content(message: Mapping[str, Any]) -> list[Part | Slot]:
     role, content = message.get("role"), message.get("content")
     parts = [content] if isinstance(content, str) else content
     if not isinstance(role, str) or not isinstance(parts, Sequence):
         raise ConfigError(f"a message is {dict(message)!r:.80}; it must have a role and a content of text")
     for part in parts:
-        if not isinstance(part, str | np.ndarray | Tensor | AnchoredStates):
+        if not isinstance(part, str | np.ndarray | Tensor | AnchoredStates | Slot):
             raise ConfigError(
                 f"a message's content holds a {type(part).__name__}; pass str, (T,) token ids or embeddings"
             )

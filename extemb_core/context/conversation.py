@@ -1,33 +1,144 @@
-"""The online mode (twin paper, section 3): a conversation or a stream of any length in a window of fixed size.
+"""Conversations of any length in a window of fixed size.
 
-A session keeps a timeline, oldest first: condensed text, then raw text and turns. When the next answer would not
-fit the window, the oldest raw part is condensed into extensible embeddings. When those take more than half of the
-window, the oldest are coarsened, ratio by ratio, without another forward pass; only when even the coarsest no
-longer fit does the oldest part go, and `dropped_tokens` says so. Memory stays flat: condensed text is not kept.
+`Condenser` takes a whole conversation at each call, as chat frameworks hand it over, and compresses the turns that the
+window does not hold.
+
+`Session` is the online mode (twin paper, section 3), for a conversation or a stream. It keeps a timeline, oldest first:
+condensed text, then raw text and turns. When the next answer would not fit the window, the oldest raw part is condensed
+into extensible embeddings. When those take more than half of the window, the oldest are coarsened, ratio by ratio,
+without another forward pass; only when even the coarsest no longer fit does the oldest part go, and `dropped_tokens`
+says so. Memory stays flat: condensed text is not kept.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from extemb_core.answers import Answer, AnswerStream, ContextEntry, Ready
+from extemb_core.answers import Answer, AnswerStream, ContextEntry, PreparedPrompt
 from extemb_core.context.assembly import Part, Prompt, assemble_chat
+from extemb_core.context.builder import ContextBuilder, capped
+from extemb_core.context.messages import Messages, content_parts, inline_documents
 from extemb_core.context.planning import check_budget
+from extemb_core.documents import Document, Documents, as_documents
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.models.compressed import Compressed
-from extemb_core.models.llm import Sampling, pieces_of
-
-if TYPE_CHECKING:
-    from extemb_core.lm import Documents, ExtensibleLM
+from extemb_core.models.entry import AnchoredStates
+from extemb_core.models.llm import LLM, Sampling, pieces_of
+from extemb_core.store.memory import MemoryStore
 
 _EARLIER = "Earlier in this conversation:\n"
 _PIECE_CHARS = 8192  # long texts are taken in piece by piece
 _FIRST_RATIO = 4  # what raw text is condensed at first; pressure coarsens it
+_MAX_TURN_BYTES = 64 * 2**20  # of the embeddings of recent conversations' older turns
+
+
+class CompressedTurn(Document):
+    """A turn of a conversation that is compressed for room."""
+
+
+class Condenser:
+    """Builds prompts from conversations, compressing the older turns that the window does not hold.
+
+    Embeddings of turns are kept in memory alone, for a while: what was said in a conversation is never put into the
+    documents' store.
+
+    Args:
+        builder: Builds the prompts.
+    """
+
+    def __init__(self, builder: ContextBuilder) -> None:
+        self._builder = builder
+        self.turns = MemoryStore(_MAX_TURN_BYTES)
+
+    def chat(
+        self,
+        messages: Messages,
+        documents: Sequence[Document],
+        *,
+        budget: int | None,
+        ratio: str | int,
+        max_new_tokens: int,
+        **template: Any,
+    ) -> PreparedPrompt:
+        """Build what `ContextBuilder.chat` builds; `answer.context` tells what became of each older turn.
+
+        Documents have the positions of the budget before turns do, and half of the room where none is given.
+        """
+        start = time.perf_counter()
+        builder = self._builder
+        room = max(0, builder.llm.window - max_new_tokens)
+        cap = room // 2 if budget is None else capped(budget, room)
+        inline = inline_documents(messages)
+        taken = builder.plan([*documents, *inline], cap, ratio, n_headed=len(documents)).positions
+        condensed = self._condensed(messages, room - taken, template)
+        if condensed is None:
+            return builder.chat(messages, documents, budget=budget, ratio=ratio, max_new_tokens=max_new_tokens,
+                                **template)  # fmt: skip
+        rendered = builder.render(condensed, documents, **template)
+        ranked = [*documents, *inline_documents(condensed)]
+        turns = [at for at, document in enumerate(ranked) if isinstance(document, CompressedTurn)]
+        others = [at for at, document in enumerate(ranked) if not isinstance(document, CompressedTurn)]
+        every = [ranked[at] for at in others]
+        n_bare = len(rendered.fill({}))
+        room = builder.room(n_bare, max_new_tokens, cap, every)
+        plan = builder.plan(every, room, ratio, n_headed=len(documents))
+        read = builder.read(every, plan, n_headed=len(documents))
+        # Turns take what documents leave; the newest is the best of them.
+        latest = [ranked[at] for at in reversed(turns)]
+        left = builder.llm.window - n_bare - max_new_tokens - plan.positions
+        earlier = builder.read(latest, builder.plan(latest, left, "auto", n_headed=0), n_headed=0, store=self.turns)
+        contents = dict(zip([*others, *reversed(turns)], [*read.parts, *earlier.parts], strict=True))
+        context, seconds = read.context + earlier.context, read.seconds + earlier.seconds
+        return PreparedPrompt(rendered.fill(contents), context, seconds, start, room)
+
+    def _condensed(self, messages: Messages, left: int, template: dict[str, Any]) -> Messages | None:
+        """Make the older turns documents before the first that stays; None where `left` positions hold all.
+
+        Turns stay text from the newest backwards as far as they take half, and begin with the user's.
+        """
+
+        def length(some: Messages) -> int:
+            return len(self._builder.render(some, **template).fill({}))
+
+        starts = [at for at, message in enumerate(messages) if message["role"] == "user"]
+        if not starts or length(messages) <= left:
+            return None
+        system = [message for message in messages if message["role"] == "system"]
+        first = starts[-1]
+        for start in reversed(starts[:-1]):
+            if length([*system, *messages[start:]]) > left // 2:
+                break
+            first = start
+        turns = [
+            CompressedTurn(f"{message['role']}: {self._text_of(message)}\n", title=f"turn {number}, {message['role']}")
+            for number, message in enumerate(messages[:first], start=1)
+            if message["role"] != "system"
+        ]
+        if not turns:
+            return None
+        content = [_EARLIER, *turns, "\n", *content_parts(messages[first])]
+        later = [message for message in messages[first + 1 :] if message["role"] != "system"]
+        return [*system, {**messages[first], "content": content}, *later]
+
+    def _text_of(self, message: Any) -> str:
+        texts = []
+        for part in content_parts(message):
+            if isinstance(part, Tensor | AnchoredStates):
+                raise ConfigError(
+                    "an older turn holds embeddings, which cannot be condensed; pass the Document that they are of"
+                )
+            if isinstance(part, Document):
+                part = part.text
+            texts.append(part if isinstance(part, str) else self._builder.llm.decode(part.tolist()))
+        return "".join(texts) + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
 
 
 @dataclass
@@ -42,7 +153,7 @@ class Session:
     """A conversation that never overflows. Made by `ExtensibleLM.session`.
 
     Args:
-        lm: The LLM and its embedder.
+        builder: Builds the prompts.
         documents: Stay in the prompt throughout, as `ask` would place them.
         ratio: For the documents.
         window: Positions to use; the LLM's own at most and by default.
@@ -56,19 +167,20 @@ class Session:
 
     def __init__(
         self,
-        lm: ExtensibleLM,
+        builder: ContextBuilder,
         documents: Documents = (),
         *,
         ratio: str | int = "auto",
         window: int | None = None,
         budget: int | None = None,
     ) -> None:
-        from extemb_core.lm import as_documents
-
-        if window is not None and not 1 <= window <= lm.llm.window:
-            raise ConfigError(f"window={window} is not between 1 and the {lm.llm.window} positions of {lm.llm.name}")
-        self._lm = lm
-        self._window = window or lm.llm.window
+        llm = builder.llm
+        if window is not None and not 1 <= window <= llm.window:
+            raise ConfigError(f"window={window} is not between 1 and the {llm.window} positions of {llm.name}")
+        self._builder = builder
+        self._llm = llm
+        self._embedder = builder.embedder
+        self._window = window or llm.window
         self._documents = as_documents(documents)
         self._parts: list[Part] = []
         self._context: tuple[ContextEntry, ...] = ()
@@ -109,24 +221,25 @@ class Session:
             asked = _Turn("user", text)
             self._make_room([asked], settings.max_new_tokens)
             prompt = self._prompt([asked])
-        ready = Ready(prompt, self._context, self._compress_seconds, start, self._budget)
+        prepared = PreparedPrompt(prompt, self._context, self._compress_seconds, start, self._budget)
         self._compress_seconds = 0.0  # the documents are read once, and the next answer says so
-        return AnswerStream(self._lm.llm, ready, settings, lambda answer: self._finished(asked, answer))
+        return AnswerStream(self._llm, prepared, settings, lambda answer: self._finished(asked, answer))
 
     # -- documents --------------------------------------------------------------------------------------------
 
     def _free(self, new_tokens: int) -> int:
         """Positions for documents, beside a chunk of text and an answer."""
-        bare = len(assemble_chat(self._lm.llm, [{"role": "user", "content": ""}]))
-        return self._window - new_tokens - bare - self._lm.embedder.config.chunk_size
+        bare = len(assemble_chat(self._llm, [{"role": "user", "content": ""}]))
+        return self._window - new_tokens - bare - self._embedder.config.chunk_size
 
     def _read_documents(self) -> None:
         """Read the documents within the budget."""
         if self._documents:
-            plan = self._lm._plan(self._documents, self._budget, self._ratio)
-            parts, self._context, seconds = self._lm._read(self._documents, plan)
-            self._parts = [part for own in parts for part in own]
-            self._compress_seconds += seconds
+            plan = self._builder.plan(self._documents, self._budget, self._ratio)
+            read = self._builder.read(self._documents, plan)
+            self._parts = [part for parts in read.parts for part in parts]
+            self._context = read.context
+            self._compress_seconds += read.seconds
 
     # -- the timeline -----------------------------------------------------------------------------------------
 
@@ -147,7 +260,7 @@ class Session:
             turns.insert(0, _Turn("user", ""))
         messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.text} for turn in turns]
         messages[0]["content"] = [*parts, turns[0].text]
-        return assemble_chat(self._lm.llm, messages)
+        return assemble_chat(self._llm, messages)
 
     def _make_room(self, coming: list[_Turn], new_tokens: int) -> None:
         """Condense from the oldest on until the coming turns and their answer fit."""
@@ -171,26 +284,26 @@ class Session:
         """Turn the oldest raw text, a chunk of it at most, into embeddings."""
         source = self._timeline if self._timeline else coming
         turn = source[0]
-        size = self._lm.embedder.config.chunk_size
+        size = self._embedder.config.chunk_size
         label = f"{turn.role}: " if turn.role else ""
-        ids = self._lm.llm.encode(label + turn.text)
+        ids = self._llm.encode(label + turn.text)
         if len(ids) <= size and source is self._timeline:
             source.pop(0)
         else:  # the head of a long text; what stays keeps its role
-            head, rest = _split_text(self._lm, turn.text, size)
-            ids = self._lm.llm.encode(label + head)
+            head, rest = _split_text(self._llm, turn.text, size)
+            ids = self._llm.encode(label + head)
             turn.text = rest
         if turn.role is not None and source is self._timeline:
-            ids = np.concatenate([ids, self._lm.llm.encode("\n")])
-        ratios = self._lm.embedder.config.plan_ratios
+            ids = np.concatenate([ids, self._llm.encode("\n")])
+        ratios = self._embedder.config.plan_ratios
         ratio = next((r for r in ratios if r >= _FIRST_RATIO), ratios[-1])
         if len(ids):
-            self._condensed += self._lm.embedder.compress_ids([ids], ratio=ratio, show_progress=False)
+            self._condensed += self._embedder.compress_ids([ids], ratio=ratio, show_progress=False)
             self.condensed_tokens += len(ids)
 
     def _relieve(self, limit: int) -> None:
         """Coarsen the oldest embeddings until all take at most `limit` positions; then drop the oldest."""
-        ratios = self._lm.embedder.config.plan_ratios
+        ratios = self._embedder.config.plan_ratios
         while sum(map(len, self._condensed)) > limit:
             finest = min((kept.ratio for kept in self._condensed), default=ratios[-1])
             if finest == ratios[-1]:
@@ -214,9 +327,9 @@ class Session:
             self._timeline += [asked, _Turn("assistant", answer.text)]
 
 
-def _split_text(lm: ExtensibleLM, text: str, n_tokens: int) -> tuple[str, str]:
+def _split_text(llm: LLM, text: str, n_tokens: int) -> tuple[str, str]:
     """The first part of a text, of about `n_tokens` tokens, cut after white space where there is some; the rest."""
-    encoding = lm.llm.tokenizer.backend_tokenizer.encode(text[: 16 * n_tokens], add_special_tokens=False)
+    encoding = llm.tokenizer.backend_tokenizer.encode(text[: 16 * n_tokens], add_special_tokens=False)
     end = encoding.offsets[min(n_tokens, len(encoding)) - 1][1] if len(encoding) else len(text)
     cut = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end)) + 1
     end = cut if cut > end // 2 else max(end, 1)

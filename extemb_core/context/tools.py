@@ -50,7 +50,7 @@ def require_tools(llm: LLM) -> None:
         )
 
 
-def opening_of(tools: Sequence[Tool], choice: str | None) -> str:
+def prefix_of_call(tools: Sequence[Tool], choice: str | None) -> str:
     """How the LLM's turn begins, so that it goes on with a call: of one tool, of any ("any"), or freely (None, "auto").
 
     Args:

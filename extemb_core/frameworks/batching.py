@@ -9,19 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extemb_core.answers import Answer, AnswerStream, Ready, to_answer
+from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, to_answer
 from extemb_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from extemb_core.lm import ExtensibleLM
-    from extemb_core.models.llm import Sampling
+    from extemb_core.models.llm import LLM, Sampling
 
 _GATHER_SECONDS = 0.2  # at most, for the requests that were announced
 
 
 @dataclass(eq=False)
 class _Request:
-    ready: Ready
+    prepared: PreparedPrompt
     sampling: Sampling
     cancelled: threading.Event
     answer: Answer | None = None
@@ -36,14 +35,14 @@ class Batcher:
     """Answers one batch at a time: whoever finds the LLM free answers all that wait, the others find theirs answered.
 
     Args:
-        lm: Answers.
+        llm: Answers.
         batch_size: Requests of a batch at most.
     """
 
-    def __init__(self, lm: ExtensibleLM, batch_size: int = 32) -> None:
+    def __init__(self, llm: LLM, batch_size: int = 32) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
-        self.lm = lm
+        self.llm = llm
         self.batch_size = batch_size
         self._changed = threading.Condition()  # what follows, and whether a request is done
         self._answering = False
@@ -51,7 +50,7 @@ class Batcher:
         self._announced = 0
 
     @contextmanager
-    def expecting(self, count: int) -> Iterator[None]:
+    def announce(self, count: int) -> Iterator[None]:
         """So many requests are about to come at once: the first of them waits a moment for the others."""
         with self._changed:
             self._announced += count
@@ -62,23 +61,23 @@ class Batcher:
                 self._announced = max(0, self._announced - count)
                 self._changed.notify_all()
 
-    def answer(self, ready: Ready, sampling: Sampling, cancelled: threading.Event | None = None) -> Answer:
+    def answer(self, prepared: PreparedPrompt, sampling: Sampling, cancelled: threading.Event | None = None) -> Answer:
         """Answer what `ExtensibleLM.prepare` made, with what other threads ask meanwhile.
 
         An answer does not depend on the others.
 
         Args:
-            ready, sampling: What to answer, and how.
+            prepared, sampling: What to answer, and how.
             cancelled: When it is set, the answer is what was written so far: of a request in a batch nothing, or all.
         """
-        return self.answer_all([(ready, sampling)], cancelled)[0]
+        return self.answer_all([(prepared, sampling)], cancelled)[0]
 
     def answer_all(
-        self, prepared: Sequence[tuple[Ready, Sampling]], cancelled: threading.Event | None = None
+        self, prepared: Sequence[tuple[PreparedPrompt, Sampling]], cancelled: threading.Event | None = None
     ) -> list[Answer]:
         """`answer` for several at once."""
         never = threading.Event()
-        requests = [_Request(ready, sampling, cancelled or never) for ready, sampling in prepared]
+        requests = [_Request(one, sampling, cancelled or never) for one, sampling in prepared]
         with self._changed:
             self._waiting += requests
             self._changed.notify_all()
@@ -103,9 +102,9 @@ class Batcher:
         try:
             batch = self._gathered(own)
             if len(batch) == 1:
-                _alone(self.lm, own)
+                _alone(self.llm, own)
             else:
-                _together(self.lm, batch)
+                _together(self.llm, batch)
         except BaseException as error:
             for request in batch:
                 request.error = error
@@ -133,8 +132,8 @@ def _may_join(request: _Request, other: _Request) -> bool:
     return request.sampling == other.sampling and request.sampling.seed is None
 
 
-def _alone(lm: ExtensibleLM, request: _Request) -> None:
-    with AnswerStream(lm.llm, request.ready, request.sampling) as stream:
+def _alone(llm: LLM, request: _Request) -> None:
+    with AnswerStream(llm, request.prepared, request.sampling) as stream:
         if not request.cancelled.is_set():
             for _ in stream:
                 if request.cancelled.is_set():
@@ -142,13 +141,13 @@ def _alone(lm: ExtensibleLM, request: _Request) -> None:
     request.answer = stream.answer
 
 
-def _together(lm: ExtensibleLM, batch: list[_Request]) -> None:
+def _together(llm: LLM, batch: list[_Request]) -> None:
     from extemb_core.models.llm import Generated
 
     live = [request for request in batch if not request.cancelled.is_set()]
-    made = lm.llm.generate([request.ready.prompt.inputs(lm.llm) for request in live], batch[0].sampling)
+    made = llm.generate([request.prepared.prompt.inputs(llm) for request in live], batch[0].sampling)
     generated = dict(zip(map(id, live), made, strict=True))
     for request in batch:
-        seconds = time.perf_counter() - request.ready.start
+        seconds = time.perf_counter() - request.prepared.start
         own = generated.get(id(request), Generated(finish_reason="cancelled"))
-        request.answer = to_answer(request.ready, own, first_token=seconds, total=seconds)
+        request.answer = to_answer(request.prepared, own, first_token=seconds, total=seconds)

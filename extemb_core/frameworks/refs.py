@@ -18,10 +18,9 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from extemb_core.documents import REF_PREFIX, Document
+from extemb_core.documents import REF_PREFIX, Document, ReferencedDocument
 from extemb_core.errors import DocumentError, StoreCorruptError
 from extemb_core.store.base import Store
 from extemb_core.store.lmdb_env import Environment
@@ -38,13 +37,6 @@ _SECRET_BYTES = 32
 _SEAL_DIGITS = 32
 _KEPT_CHARS = 2**28  # of documents in memory
 _KEPT_NAMES = 2**14  # of documents on disk that need not be written again
-
-
-@dataclass(frozen=True)
-class Handed(Document):
-    """A document that a mark stood for, and the finest ratio that it is to be read at; None is no limit."""
-
-    finest: int | None = field(default=None, kw_only=True)
 
 
 class Refs:
@@ -110,7 +102,7 @@ class Refs:
                     "a store on disk"
                 )
             finest = int(limit) if limit else None
-            return Handed(document.text, title=document.title, metadata=document.metadata, finest=finest)
+            return ReferencedDocument(document.text, title=document.title, metadata=document.metadata, finest=finest)
         logger.warning("%s looks like a ref, and was not made by this store; it is read as text", match[0])
         return None
 

@@ -407,15 +407,23 @@ class LLM:
         """`log_probs` of one prompt: (S,)."""
         return self.log_probs([prompt], [targets])[0]
 
-    def generate(self, prompts: Sequence[PromptInputs], sampling: Sampling) -> list[Generated]:
+    def generate(
+        self, prompts: Sequence[PromptInputs], sampling: Sampling, on_token: Callable[[], None] | None = None
+    ) -> list[Generated]:
         """Continue a batch of prompts: (T, D) embeddings, ids, or ids with states (`Prompt.inputs`).
 
         Prompts are padded on the left and positions counted from each prompt's own start, so that the answer to
         one does not depend on the others. What all have in common at their start is read once.
+
+        Args:
+            prompts: What to continue.
+            sampling: How tokens are chosen.
+            on_token: Called after each step.
         """
         if not prompts:
             return []
-        rows = self._run(*self._batch(prompts), sampling, said=_text_of(prompts))
+        step = None if on_token is None else _Step(on_token)
+        rows = self._run(*self._batch(prompts), sampling, step, said=_text_of(prompts))
         return [self._finish(row, sampling) for row in rows.tolist()]
 
     def stream(self, prompt: PromptInputs, sampling: Sampling, result: Generated | None = None) -> Iterator[str]:
@@ -551,7 +559,7 @@ class LLM:
         model: Any,
         inputs: dict[str, Any],
         sampling: Sampling,
-        relay: _TokenRelay | None = None,
+        watcher: StoppingCriteria | None = None,
         *,
         said: Sequence[Sequence[int]],
     ) -> Tensor:
@@ -566,7 +574,7 @@ class LLM:
             do_sample=False,  # greedy, or the greatest after `_Draw` added its noise
             num_beams=1,
         )
-        criteria = StoppingCriteriaList([relay] if relay else [])
+        criteria = StoppingCriteriaList([watcher] if watcher else [])
         if sampling.stop:
             criteria.append(_StopStrings(self, sampling))
         with torch.no_grad():
@@ -575,7 +583,7 @@ class LLM:
                 generation_config=config,
                 logits_processor=_processors(sampling, said, prompt_length),
                 stopping_criteria=criteria,
-                streamer=relay,
+                streamer=watcher if isinstance(watcher, _TokenRelay) else None,
             )
         return output[:, prompt_length:]
 
@@ -627,6 +635,17 @@ class _TokenRelay(StoppingCriteria):
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+
+class _Step(StoppingCriteria):
+    """Tells of each step; it stops nothing."""
+
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token = on_token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self._on_token()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class _StopStrings(StoppingCriteria):

@@ -21,7 +21,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from typing_extensions import Self
 
 from extemb_core.answers import Answer, AnswerStream
-from extemb_core.context.tools import opening_of, parse_calls, takes_tools
+from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools
 from extemb_core.frameworks.aio import MOST_AT_ONCE, AsyncAnswerStream, in_thread, until_cancelled
 from extemb_core.weights.resolve import window_of
 from langchain_extemb.messages import to_documents, to_messages
@@ -167,7 +167,7 @@ class ChatExtensible(Answering, BaseChatModel):
         if not inputs:
             return []
         configs, at_once = _at_once(config, len(inputs))
-        with self._lm_of(kwargs).batcher.expecting(at_once):
+        with self._lm_of(kwargs).batcher.announce(at_once):
             return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     async def abatch(
@@ -183,7 +183,7 @@ class ChatExtensible(Answering, BaseChatModel):
             return []
         configs, at_once = _at_once(config, len(inputs))
         lm = await in_thread(self._lm_of, kwargs)
-        with lm.batcher.expecting(at_once):
+        with lm.batcher.announce(at_once):
             return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     def bind_tools(
@@ -206,7 +206,7 @@ class ChatExtensible(Answering, BaseChatModel):
         """
         formatted = [convert_to_openai_tool(tool) for tool in tools]
         choice = ("any" if tool_choice else None) if isinstance(tool_choice, bool) else tool_choice
-        opening_of(formatted, choice)  # whether there is such a tool is to be known now
+        prefix_of_call(formatted, choice)  # whether there is such a tool is to be known now
         settings = {name: value for name, value in kwargs.items() if name not in ("strict", "parallel_tool_calls")}
         return self.bind(tools=formatted, tool_choice=choice, **settings)
 
@@ -240,12 +240,12 @@ class ChatExtensible(Answering, BaseChatModel):
             "documents": to_documents(settings.get("documents")),
             "condense": True,
             "tools": settings.get("tools") or () if settings.get("tool_choice") != "none" else (),
-            "opening": _opening(settings),
+            "assistant_prefix": _assistant_prefix(settings),
         }
 
     def _result(self, answer: Answer, settings: dict[str, Any]) -> ChatResult:
         called = bool(settings.get("tools"))
-        text, calls = parse_calls(_opening(settings) + answer.text) if called else (answer.text, [])
+        text, calls = parse_calls(_assistant_prefix(settings) + answer.text) if called else (answer.text, [])
         message = AIMessage(
             content=text,
             tool_calls=[
@@ -301,9 +301,9 @@ def _at_once(config: RunnableConfig | list[RunnableConfig] | None, count: int) -
     return [{**one, "max_concurrency": at_once} for one in configs], at_once
 
 
-def _opening(settings: Mapping[str, Any]) -> str:
+def _assistant_prefix(settings: Mapping[str, Any]) -> str:
     tools = settings.get("tools")
-    return opening_of(tools, settings.get("tool_choice")) if tools else ""
+    return prefix_of_call(tools, settings.get("tool_choice")) if tools else ""
 
 
 def _chunk(piece: str) -> ChatGenerationChunk:

@@ -76,7 +76,7 @@ def test_a_message_longer_than_the_window_is_condensed_from_its_start(lm):
 
 def test_a_long_stream_costs_as_much_as_its_length(lm, monkeypatch):
     """Twice the text, about twice the prompts rendered: nothing is rendered again and again as a whole."""
-    from extemb_core.context import session as module
+    from extemb_core.context import conversation as module
 
     rendered: list[int] = []
 

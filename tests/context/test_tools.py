@@ -7,7 +7,7 @@ from tiny import TOOLS_TEMPLATE, random_embedder, tiny_llm, tool_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
-from extemb_core.context.tools import opening_of, parse_calls
+from extemb_core.context.tools import parse_calls, prefix_of_call
 from extemb_core.errors import ConfigError
 
 ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
@@ -44,10 +44,10 @@ def test_a_template_without_a_place_for_tools_is_an_error():
 
 def test_an_answer_may_have_a_beginning(llm):
     lm = ExtensibleLM(llm, random_embedder(llm))
-    opening = opening_of([ADD], "add")
+    opening = prefix_of_call([ADD], "add")
     assert opening == '<tool_call>\n{"name": "add", "arguments": '
     plain, with_opening = (
-        lm.prepare(ASKED, tools=[ADD], opening=begins)[0].prompt.inputs(llm) for begins in ("", opening)
+        lm.prepare(ASKED, tools=[ADD], assistant_prefix=begins)[0].prompt.inputs(llm) for begins in ("", opening)
     )
     assert with_opening[: len(plain)] == plain
     assert llm.decode(with_opening[len(plain) :]) == opening
@@ -64,10 +64,10 @@ def test_an_answer_may_have_a_beginning(llm):
     ],
 )
 def test_how_a_turn_begins(choice, opening):
-    assert opening_of([ADD, FIND], choice) == opening
-    assert opening_of([ADD], "any").endswith('"add", "arguments": ')
+    assert prefix_of_call([ADD, FIND], choice) == opening
+    assert prefix_of_call([ADD], "any").endswith('"add", "arguments": ')
     with pytest.raises(ConfigError, match="tool_choice='sum' is none of the tools add, find"):
-        opening_of([ADD, FIND], "sum")
+        prefix_of_call([ADD, FIND], "sum")
 
 
 def test_calls_are_read_from_text():

@@ -25,36 +25,37 @@ def lm():
 
 @pytest.fixture
 def batches(monkeypatch):
-    """How many prompts each call of the LLM had."""
+    """How many prompts each batch had."""
     sizes = []
     whole = LLM.generate
 
-    def generate(self, prompts, sampling):
-        sizes.append(len(prompts))
-        return whole(self, prompts, sampling)
+    def generate(self, prompts, sampling, on_token=None):
+        if on_token is None:  # else a plain `ask`
+            sizes.append(len(prompts))
+        return whole(self, prompts, sampling, on_token)
 
     monkeypatch.setattr(LLM, "generate", generate)
     return sizes
 
 
-def ask(batcher, question, documents=(), cancelled=None, **settings):
-    return batcher.answer(*batcher.lm.prepare(question, documents, **settings), cancelled)
+def ask(lm, batcher, question, documents=(), cancelled=None, **settings):
+    return batcher.answer(*lm.prepare(question, documents, **settings), cancelled)
 
 
-def ask_all(batcher, questions, **settings):
-    with ThreadPoolExecutor(len(questions)) as pool, batcher.expecting(len(questions)):
-        return list(pool.map(lambda question: ask(batcher, question, **settings), questions))
+def ask_all(lm, batcher, questions, **settings):
+    with ThreadPoolExecutor(len(questions)) as pool, batcher.announce(len(questions)):
+        return list(pool.map(lambda question: ask(lm, batcher, question, **settings), questions))
 
 
 def test_a_list_is_one_batch(lm, batches):
-    answers = Batcher(lm).answer_all([lm.prepare(question, max_new_tokens=3) for question in QUESTIONS])
+    answers = Batcher(lm.llm).answer_all([lm.prepare(question, max_new_tokens=3) for question in QUESTIONS])
     assert batches == [8]
     assert [answer.text for answer in answers] == [lm.ask(question, max_new_tokens=3).text for question in QUESTIONS]
-    assert Batcher(lm).answer_all([]) == []
+    assert Batcher(lm.llm).answer_all([]) == []
 
 
 def test_what_comes_at_once_is_answered_together_and_as_alone(lm, batches):
-    answers = ask_all(Batcher(lm), QUESTIONS, max_new_tokens=4)
+    answers = ask_all(lm, Batcher(lm.llm), QUESTIONS, max_new_tokens=4)
     assert batches == [8]
     for question, answer in zip(QUESTIONS, answers, strict=True):
         assert answer.text == lm.ask(question, max_new_tokens=4).text
@@ -62,26 +63,26 @@ def test_what_comes_at_once_is_answered_together_and_as_alone(lm, batches):
 
 
 def test_a_request_alone_does_not_wait_for_others(lm, batches):
-    batcher = Batcher(lm)
+    batcher = Batcher(lm.llm)
     document = Document(SENTENCES[:100])
-    answer = ask(batcher, "What?", [document], ratio=4, max_new_tokens=3)
+    answer = ask(lm, batcher, "What?", [document], ratio=4, max_new_tokens=3)
     again = lm.ask("What?", [document], ratio=4, max_new_tokens=3)
     assert (answer.text, answer.context[0].fidelity) == (again.text, 4)
     assert batches == []
 
 
 def test_a_batch_has_a_size_and_other_settings_another_batch(lm, batches):
-    ask_all(Batcher(lm, batch_size=3), QUESTIONS, max_new_tokens=2)
+    ask_all(lm, Batcher(lm.llm, batch_size=3), QUESTIONS, max_new_tokens=2)
     assert max(batches) == 3
     assert sum(batches) >= 6
     batches.clear()
-    batcher = Batcher(lm)
-    with ThreadPoolExecutor(8) as pool, batcher.expecting(8):
-        made = list(pool.map(lambda at: ask(batcher, QUESTIONS[at], max_new_tokens=2 + at % 2), range(8)))
+    batcher = Batcher(lm.llm)
+    with ThreadPoolExecutor(8) as pool, batcher.announce(8):
+        made = list(pool.map(lambda at: ask(lm, batcher, QUESTIONS[at], max_new_tokens=2 + at % 2), range(8)))
     assert batches == [4, 4]
     assert [answer.new_tokens for answer in made] == [2, 3] * 4
     batches.clear()
-    seeded = ask_all(batcher, QUESTIONS[:3], max_new_tokens=3, temperature=1.0, seed=5)
+    seeded = ask_all(lm, batcher, QUESTIONS[:3], max_new_tokens=3, temperature=1.0, seed=5)
     assert batches == []
     assert [answer.text for answer in seeded] == [
         lm.ask(question, max_new_tokens=3, temperature=1.0, seed=5).text for question in QUESTIONS[:3]
@@ -90,7 +91,7 @@ def test_a_batch_has_a_size_and_other_settings_another_batch(lm, batches):
 
 def test_who_is_answered_does_not_wait_for_the_batches_of_others(lm, monkeypatch):
     monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 1)  # for all of them, in this order
-    batcher = Batcher(lm)
+    batcher = Batcher(lm.llm)
     go_on = threading.Event()
     whole = LLM.stream
 
@@ -100,11 +101,11 @@ def test_who_is_answered_does_not_wait_for_the_batches_of_others(lm, monkeypatch
         yield from whole(self, prompt, sampling, result)
 
     monkeypatch.setattr(LLM, "stream", stream)
-    with ThreadPoolExecutor(3) as pool, batcher.expecting(3):
+    with ThreadPoolExecutor(3) as pool, batcher.announce(3):
         lengths = (2, 3, 2)  # the slow one is second in the queue
         made = []
         for at, length in enumerate(lengths):
-            made.append(pool.submit(ask, batcher, QUESTIONS[at], max_new_tokens=length))
+            made.append(pool.submit(ask, lm, batcher, QUESTIONS[at], max_new_tokens=length))
             while at < 2 and not (batcher._answering and len(batcher._waiting) > at):
                 time.sleep(0.001)
         try:
@@ -115,47 +116,47 @@ def test_who_is_answered_does_not_wait_for_the_batches_of_others(lm, monkeypatch
 
 
 def test_an_error_is_of_the_request_that_made_it(lm):
-    batcher = Batcher(lm)
+    batcher = Batcher(lm.llm)
 
     def text(question):
         try:
-            return ask(batcher, question, max_new_tokens=2).text
+            return ask(lm, batcher, question, max_new_tokens=2).text
         except BudgetError as error:
             return error
 
-    with ThreadPoolExecutor(4) as pool, batcher.expecting(4):
+    with ThreadPoolExecutor(4) as pool, batcher.announce(4):
         made = list(pool.map(text, ["a?", "b " * 400, "c?", "d?"]))
     assert [isinstance(one, BudgetError) for one in made] == [False, True, False, False]
 
 
 def test_a_failing_pass_fails_all_in_it_and_none_after(lm, monkeypatch):
-    batcher = Batcher(lm)
+    batcher = Batcher(lm.llm)
     whole = LLM.generate
 
     def fail(self, prompts, sampling):
         raise MemoryError("too large")
 
     monkeypatch.setattr(LLM, "generate", fail)
-    with ThreadPoolExecutor(2) as pool, batcher.expecting(2):
-        made = [pool.submit(ask, batcher, question, max_new_tokens=2) for question in QUESTIONS[:2]]
+    with ThreadPoolExecutor(2) as pool, batcher.announce(2):
+        made = [pool.submit(ask, lm, batcher, question, max_new_tokens=2) for question in QUESTIONS[:2]]
         assert all(isinstance(one.exception(), MemoryError) for one in made)
     monkeypatch.setattr(LLM, "generate", whole)
-    assert ask_all(batcher, QUESTIONS[:2], max_new_tokens=2)[0].new_tokens == 2
+    assert ask_all(lm, batcher, QUESTIONS[:2], max_new_tokens=2)[0].new_tokens == 2
 
 
 def test_who_gives_up_gets_what_there_is(lm):
-    batcher = Batcher(lm)
+    batcher = Batcher(lm.llm)
     cancelled = threading.Event()
     cancelled.set()
-    answer = ask(batcher, "What?", max_new_tokens=4, cancelled=cancelled)
+    answer = ask(lm, batcher, "What?", max_new_tokens=4, cancelled=cancelled)
     assert (answer.text, answer.finish_reason) == ("", "cancelled")
-    with ThreadPoolExecutor(2) as pool, batcher.expecting(2):
-        gone = pool.submit(ask, batcher, "What?", max_new_tokens=4, cancelled=cancelled)
-        stays = pool.submit(ask, batcher, "Who?", max_new_tokens=4)
+    with ThreadPoolExecutor(2) as pool, batcher.announce(2):
+        gone = pool.submit(ask, lm, batcher, "What?", max_new_tokens=4, cancelled=cancelled)
+        stays = pool.submit(ask, lm, batcher, "Who?", max_new_tokens=4)
     assert gone.result().finish_reason == "cancelled"
     assert stays.result().text == lm.ask("Who?", max_new_tokens=4).text
 
 
 def test_the_size_of_a_batch_is_checked(lm):
     with pytest.raises(ConfigError, match="batch_size=0 is below 1"):
-        Batcher(lm, batch_size=0)
+        Batcher(lm.llm, batch_size=0)

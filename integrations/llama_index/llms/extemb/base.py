@@ -20,7 +20,7 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
-from extemb_core.answers import Answer, AnswerStream, Ready
+from extemb_core.answers import Answer, AnswerStream, PreparedPrompt
 from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
 from extemb_core.frameworks.settings import Answering
 from extemb_core.weights.resolve import window_of
@@ -138,7 +138,7 @@ class ExtensibleLLM(Answering, CustomLLM):
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _asked_of_chat(self, messages: Sequence[ChatMessage], settings: dict[str, Any]) -> tuple[Ready, Any]:
+    def _asked_of_chat(self, messages: Sequence[ChatMessage], settings: dict[str, Any]) -> tuple[PreparedPrompt, Any]:
         lm = self._lm_of(settings)
         return lm.prepare(
             to_messages(messages, lm.refs),
@@ -148,10 +148,10 @@ class ExtensibleLLM(Answering, CustomLLM):
         )
 
     def _asked_of_completion(self, formatted: bool) -> Any:
-        def of_chat(prompt: str, settings: dict[str, Any]) -> tuple[Ready, Any]:
+        def of_chat(prompt: str, settings: dict[str, Any]) -> tuple[PreparedPrompt, Any]:
             return self._asked_of_chat([ChatMessage(prompt)], settings)
 
-        def of_text(prompt: str, settings: dict[str, Any]) -> tuple[Ready, Any]:
+        def of_text(prompt: str, settings: dict[str, Any]) -> tuple[PreparedPrompt, Any]:
             lm = self._lm_of(settings)
             return lm.prepare_text(lm.refs.find(prompt), settings.get("documents") or (), **self._settings(settings))
 

@@ -83,7 +83,7 @@ class ExtensibleEmbeddingPostprocessor(ForReader, BaseNodePostprocessor):
     def _plan(self, lm: ExtensibleLM, nodes: list[NodeWithScore], documents: dict[int, Document]) -> Plan:
         """What becomes of the nodes that are text, each with its metadata as overhead."""
         config = lm.embedder.config
-        tokens = [len(lm.token_ids(one.text, one.ref)) for one in documents.values()]
+        tokens = [lm.builder.n_tokens(one) for one in documents.values()]
         overhead = [len(lm.llm.encode(heading_of(nodes[at].node))) for at in documents]
         for place, document in enumerate(documents.values()):
             if not document.text.strip():  # its metadata is all there is to it: nothing to compress

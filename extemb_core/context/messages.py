@@ -1,0 +1,66 @@
+"""Chat messages with documents in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from extemb_core.context.assembly import Slot
+from extemb_core.documents import Document
+from extemb_core.errors import ConfigError
+
+Messages = Sequence[Mapping[str, Any]]
+"""Each with "role" and "content": a text, or a list of texts, embeddings and `Document`s."""
+
+
+def as_messages(question: str | Messages) -> Messages:
+    """Make messages of a question.
+
+    Raises:
+        ConfigError: There is nothing in it.
+    """
+    if isinstance(question, str):
+        if not question.strip():
+            raise ConfigError("the question is empty; ask something")
+        return [{"role": "user", "content": question}]
+    if not question:
+        raise ConfigError("there are no messages; pass at least one of role user")
+    return question
+
+
+def content_parts(message: Mapping[str, Any]) -> list[Any]:
+    """List what a message's content is made of."""
+    content = message.get("content")
+    return [content] if isinstance(content, str) else list(content or ())
+
+
+def inline_documents(messages: Messages) -> list[Document]:
+    """List the documents inside messages, in order."""
+    return [part for message in messages for part in content_parts(message) if isinstance(part, Document)]
+
+
+def with_slots(messages: Messages, joined: Sequence[Document] = ()) -> list[dict[str, Any]]:
+    """Put slots where documents stand, and those of `joined` before the content of the last user message.
+
+    Slots are numbered as documents are ranked: those of `joined` first, then those inside messages in order.
+
+    Raises:
+        ConfigError: There are documents to join, and no user message.
+    """
+    last = max((at for at, message in enumerate(messages) if message.get("role") == "user"), default=None)
+    if joined and last is None:
+        raise ConfigError("documents join the last user message, and there is none; add one")
+    number = len(joined)
+    slotted: list[dict[str, Any]] = []
+    for at, message in enumerate(messages):
+        content = message.get("content")
+        before = [Slot(rank, document) for rank, document in enumerate(joined)] if at == last else []
+        if isinstance(content, Sequence) and (before or not isinstance(content, str)):
+            parts: list[Any] = []
+            for part in content_parts(message):
+                if isinstance(part, Document):
+                    part, number = Slot(number, part), number + 1
+                parts.append(part)
+            content = [*before, *parts]
+        slotted.append({**message, "content": content})
+    return slotted

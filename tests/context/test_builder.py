@@ -1,0 +1,77 @@
+"""Prompts with documents in them: each text goes one way, once."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import pytest
+from tiny import SENTENCES, entering, tiny_llm
+
+from extemb_core import Document, ExtensibleLM
+from extemb_core.models.llm import LLM
+
+QUESTION = "How many ships?"
+DOCUMENTS = [Document(SENTENCES, title="Notes"), Document(SENTENCES[40:300]), Document("Nine ships.")]
+
+
+@pytest.fixture
+def lm():
+    llm = tiny_llm()
+    return ExtensibleLM(llm, entering(llm))
+
+
+@pytest.fixture
+def tokenised(lm, monkeypatch):
+    """How often each text was tokenised, and how often the chat template was rendered."""
+    counts = Counter()
+    for name in ("encode", "encode_template"):
+        whole = getattr(LLM, name)
+
+        def counting(self, text, whole=whole):
+            counts[text] += 1
+            return whole(self, text)
+
+        monkeypatch.setattr(LLM, name, counting)
+    render = lm.llm.tokenizer.apply_chat_template
+
+    def rendering(*args, **settings):
+        counts["rendered"] += 1
+        return render(*args, **settings)
+
+    monkeypatch.setattr(lm.llm.tokenizer, "apply_chat_template", rendering)
+    return counts
+
+
+@pytest.mark.parametrize("ratio", ["auto", 4])
+def test_a_question_is_rendered_once_and_its_texts_are_tokenised_once(lm, tokenised, ratio):
+    prepared, _ = lm.prepare(QUESTION, DOCUMENTS, ratio=ratio, max_new_tokens=4)
+    assert any(isinstance(entry.fidelity, int) for entry in prepared.context)
+    assert tokenised["rendered"] == 1
+    headings = {f"[{rank}] {title}\n\n\n" for rank, title in enumerate(("Notes", "Document", "Document"), 1)}
+    assert [text for text, count in tokenised.items() if count > 1 and text not in headings] == []
+
+
+def test_a_plain_prompt_is_tokenised_once(lm, tokenised):
+    prepared, _ = lm.prepare_text(["Read ", DOCUMENTS[0], QUESTION], ratio=4, max_new_tokens=4)
+    assert prepared.context[0].fidelity == 4
+    assert set(tokenised.values()) == {1}
+
+
+@pytest.mark.parametrize("verb", ["ask", "chat", "generate", "stream"])
+def test_only_a_stream_runs_the_llm_in_a_thread_of_its_own(lm, monkeypatch, verb):
+    threads = []
+    run = LLM._run
+
+    def running(self, *args, **settings):
+        threads.append(threading.current_thread())
+        return run(self, *args, **settings)
+
+    monkeypatch.setattr(LLM, "_run", running)
+    asked = [{"role": "user", "content": QUESTION}] if verb == "chat" else QUESTION
+    made = getattr(lm, verb)(asked, DOCUMENTS[:1], ratio=4, max_new_tokens=3)
+    text = "".join(made) if verb == "stream" else made.text
+    answer = made.answer if verb == "stream" else made
+    assert (answer.text, answer.new_tokens) == (text, 3)
+    assert 0 < answer.seconds["first_token"] < answer.seconds["total"]
+    assert [thread is threading.current_thread() for thread in threads] == [verb != "stream"]
