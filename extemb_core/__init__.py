@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from extemb_core.models.compressed import Compressed
     from extemb_core.models.config import ExtensibleEmbedderConfig
     from extemb_core.models.embedder import ExtensibleEmbedder
-    from extemb_core.models.llm import LLM, Sampling
+    from extemb_core.models.generation import Sampling
+    from extemb_core.models.llm import LLM
     from extemb_core.store.store import EmbeddingStore
 
 __version__ = "0.1.0"
@@ -37,7 +38,7 @@ _HOMES = {
     "LLM": "models.llm",
     "Library": "library.library",
     "Plan": "context.planning",
-    "Sampling": "models.llm",
+    "Sampling": "models.generation",
     "plan_context": "context.planning",
     "read_document": "loaders",
     "read_documents": "loaders",

@@ -13,7 +13,8 @@ from extemb_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from extemb_core.context.assembly import Prompt
-    from extemb_core.models.llm import LLM, Generated, Sampling
+    from extemb_core.models.generation import Generated, Sampling
+    from extemb_core.models.llm import LLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ class AnswerStream(Iterator[str]):
         sampling: Sampling,
         on_answer: Callable[[Answer], None] | None = None,
     ) -> None:
-        from extemb_core.models.llm import Generated  # here, so that Answer alone does not load torch
+        from extemb_core.models.generation import Generated  # here, so that Answer alone does not load torch
 
         self._prepared = prepared
         self._generated = Generated()

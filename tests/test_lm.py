@@ -20,7 +20,8 @@ from extemb_core.documents import ReferencedDocument, text_ref
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError, RatioError
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.generation import Sampling
+from extemb_core.models.llm import LLM
 from extemb_core.store.memory import MemoryStore
 
 QUESTION = "How many ships?"

@@ -17,7 +17,8 @@ from extemb_core.errors import WeightsError
 from extemb_core.library.encoders import _WEIGHTS as WORDLLAMA
 from extemb_core.library.library import Library
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.generation import Sampling
+from extemb_core.models.llm import LLM
 from extemb_core.questions import templates
 from extemb_core.weights.resolve import resolve_embedder
 from extemb_core.weights.sources import installed_file

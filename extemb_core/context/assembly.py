@@ -19,8 +19,8 @@ from torch import Tensor
 from extemb_core.context.tools import require_tools
 from extemb_core.documents import Document
 from extemb_core.errors import ConfigError, MismatchError
-from extemb_core.models.entry import AnchoredPrompt, AnchoredStates
-from extemb_core.models.llm import LLM, PromptInputs
+from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, PromptInputs
+from extemb_core.models.llm import LLM
 
 Segment = np.ndarray[Any, Any] | Tensor | AnchoredStates
 Part = str | Segment

@@ -31,7 +31,9 @@ from extemb_core.documents import Document, Documents, as_documents
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.entry import AnchoredStates
-from extemb_core.models.llm import LLM, Sampling, pieces_of
+from extemb_core.models.generation import Sampling
+from extemb_core.models.llm import LLM
+from extemb_core.models.tokenization import pieces_of
 from extemb_core.store.memory import MemoryStore
 
 _EARLIER = "Earlier in this conversation:\n"

@@ -35,7 +35,8 @@ from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.evaluation.statistics import mean_with_interval
 from extemb_core.models.downscaling import chunk_lengths, n_embeddings
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.generation import Sampling
+from extemb_core.models.llm import LLM
 from extemb_core.training.data import read_texts
 from extemb_core.utils.jsonl import evenly
 

@@ -24,7 +24,9 @@ from extemb_core.evaluation.runs import Measured, Sample
 from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.llm import LLM, PromptInputs, Sampling
+from extemb_core.models.entry import PromptInputs
+from extemb_core.models.generation import Sampling
+from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, read_questions, template_for, templates
 from extemb_core.training.readings import turn_end
 from extemb_core.utils.jsonl import evenly

@@ -46,8 +46,8 @@ from extemb_core.evaluation.needle import filler, positions_at, read_filler
 from extemb_core.evaluation.runs import Measured, Sample
 from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.entry import AnchoredPrompt
-from extemb_core.models.llm import LLM, PromptInputs
+from extemb_core.models.entry import AnchoredPrompt, PromptInputs
+from extemb_core.models.llm import LLM
 from extemb_core.utils.jsonl import evenly
 
 Ids = np.ndarray[Any, Any]

@@ -13,7 +13,8 @@ from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, to_answer
 from extemb_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from extemb_core.models.llm import LLM, Sampling
+    from extemb_core.models.generation import Sampling
+    from extemb_core.models.llm import LLM
 
 _GATHER_SECONDS = 0.2  # at most, for the requests that were announced
 
@@ -142,7 +143,7 @@ def _alone(llm: LLM, request: _Request) -> None:
 
 
 def _together(llm: LLM, batch: list[_Request]) -> None:
-    from extemb_core.models.llm import Generated
+    from extemb_core.models.generation import Generated
 
     live = [request for request in batch if not request.cancelled.is_set()]
     made = llm.generate([request.prepared.prompt.inputs(llm) for request in live], batch[0].sampling)

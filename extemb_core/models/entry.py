@@ -117,6 +117,10 @@ class AnchoredPrompt:
         return cls(made, like.states.new_zeros(len(made), like.states.shape[1]), torch.zeros_like(made) > 0, like.layer)
 
 
+PromptInputs = Tensor | Sequence[int] | AnchoredPrompt
+"""What an LLM reads: (T, D) input embeddings, ids, or ids with states."""
+
+
 def clamp_to_dtype(states: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert states; what is beyond the range of `dtype` becomes its largest value, not infinite."""
     if dtype == torch.float16:

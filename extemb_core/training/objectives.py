@@ -36,7 +36,8 @@ _LEAST_FILLED, _FEWEST_POSITIONS = 0.8, 1024  # of a group of rows that go throu
 
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
-    from extemb_core.models.llm import LLM, PromptInputs
+    from extemb_core.models.entry import PromptInputs
+    from extemb_core.models.llm import LLM
 
 
 @dataclass(frozen=True, eq=False)

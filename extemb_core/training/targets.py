@@ -16,7 +16,9 @@ from typing import Any
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.evaluation.scoring import f1
-from extemb_core.models.llm import LLM, PromptInputs, Sampling
+from extemb_core.models.entry import PromptInputs
+from extemb_core.models.generation import Sampling
+from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, read_questions, template_for, templates
 from extemb_core.utils.files import sha256_of
 from extemb_core.utils.progress import progress

@@ -174,7 +174,7 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
 
 def test_defaults_are_those_of_the_library() -> None:
     from extemb_core.lm import DEFAULT_LLM, ExtensibleLM
-    from extemb_core.models.llm import Sampling
+    from extemb_core.models.generation import Sampling
 
     assert inputs.DEFAULT_LLM == DEFAULT_LLM
     for command in (asking.ask, asking.chat):

@@ -9,6 +9,7 @@ import pytest
 from tiny import SENTENCES, entering, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
+from extemb_core.models import generation
 from extemb_core.models.llm import LLM
 
 QUESTION = "How many ships?"
@@ -61,13 +62,13 @@ def test_a_plain_prompt_is_tokenised_once(lm, tokenised):
 @pytest.mark.parametrize("verb", ["ask", "chat", "generate", "stream"])
 def test_only_a_stream_runs_the_llm_in_a_thread_of_its_own(lm, monkeypatch, verb):
     threads = []
-    run = LLM._run
+    run = generation._run
 
-    def running(self, *args, **settings):
+    def running(*args, **settings):
         threads.append(threading.current_thread())
-        return run(self, *args, **settings)
+        return run(*args, **settings)
 
-    monkeypatch.setattr(LLM, "_run", running)
+    monkeypatch.setattr(generation, "_run", running)
     asked = [{"role": "user", "content": QUESTION}] if verb == "chat" else QUESTION
     made = getattr(lm, verb)(asked, DOCUMENTS[:1], ratio=4, max_new_tokens=3)
     text = "".join(made) if verb == "stream" else made.text

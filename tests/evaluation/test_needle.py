@@ -16,7 +16,8 @@ from extemb_core.errors import BudgetError, ConfigError, DocumentError, RatioErr
 from extemb_core.evaluation import needle
 from extemb_core.evaluation.needle import PROMPTS, TASKS, NeedleConfig, NeedleExperiment, batches, filler
 from extemb_core.evaluation.runs import run
-from extemb_core.models.llm import LLM, Generated
+from extemb_core.models.generation import Generated
+from extemb_core.models.llm import LLM
 
 WINDOW = 1024
 

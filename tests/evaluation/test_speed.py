@@ -15,7 +15,8 @@ from extemb_core.errors import ConfigError, RatioError
 from extemb_core.evaluation import speed
 from extemb_core.evaluation.runs import run
 from extemb_core.evaluation.speed import SpeedConfig, SpeedExperiment, greedy, peak_mib
-from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.generation import Sampling
+from extemb_core.models.llm import LLM
 
 WINDOW = 512
 

@@ -27,7 +27,8 @@ from extemb_core.errors import (
 from extemb_core.models.config import Adaptation, Connector
 from extemb_core.models.downscaling import Downscaling
 from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
-from extemb_core.models.llm import LLM, Sampling
+from extemb_core.models.generation import Sampling
+from extemb_core.models.llm import LLM
 from extemb_core.models.pooling import TokenWeighting
 
 TEXT = "The lighthouse keeper counted forty-one ships before the fog came in. " * 3

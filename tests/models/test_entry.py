@@ -17,7 +17,8 @@ from extemb_core.context.assembly import Prompt, assemble_chat, assemble_text
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, SharedParameter, clamp_to_dtype, reading_model
-from extemb_core.models.llm import LLM, Generated, Sampling
+from extemb_core.models.generation import Generated, Sampling
+from extemb_core.models.llm import LLM
 
 GREEDY = Sampling(max_new_tokens=8)
 DRAWN = Sampling(max_new_tokens=8, temperature=1.0, seed=1)  # whose tokens vary more than a random LLM's likeliest do
@@ -278,7 +279,7 @@ def test_every_way_of_generating_gives_the_same_tokens(family, run):
     prompts = [prompt, prompt_of(llm, part(embedder, DOCUMENT, 8)), ids_of(prompt)]
     prompts = prompts[: 1 if run == "prompt lookup" else None]
     expected = [llm.generate([each], GREEDY)[0].token_ids for each in prompts]
-    model, inputs = llm._batch(prompts)
+    model, inputs = llm.batch_inputs(prompts)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": llm.stop_token_ids, "pad_token_id": 2,
                 "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
     usual = model.generate(**inputs, **settings)
@@ -314,7 +315,7 @@ def test_eager_attention_reads_the_same(family):
 
 def test_beams_and_several_answers_are_those_of_the_text(llm):
     text = [*llm.encode(DOCUMENT), *llm.encode(QUESTION)]
-    model, inputs = llm._batch([prompt_of(llm, part(entering(llm, chunk_size=128), DOCUMENT, 1), QUESTION)])
+    model, inputs = llm.batch_inputs([prompt_of(llm, part(entering(llm, chunk_size=128), DOCUMENT, 1), QUESTION)])
     settings = {"max_new_tokens": 8, "num_beams": 4, "num_return_sequences": 3, "do_sample": False, "pad_token_id": 0}
     made = model.generate(**inputs, **settings)
     plain = llm.model.generate(torch.tensor([text]), attention_mask=inputs["attention_mask"], **settings)

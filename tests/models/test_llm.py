@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, FAMILIES, SENTENCES, tiny_llm, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, WeightsError
-from extemb_core.models import llm as llm_module
-from extemb_core.models.llm import LLM, Generated, Sampling, choose_device, choose_dtype
+from extemb_core.models import generation, tokenization
+from extemb_core.models.generation import Generated, Sampling
+from extemb_core.models.llm import LLM, choose_device, choose_dtype
 
 LONG_PROMPT = "In 1987 the bridge was closed for repairs; it opened again 3 years later."
 GREEDY = Sampling(max_new_tokens=12)
@@ -66,9 +67,9 @@ def test_what_others_set_on_the_tokenizer_truncates_nothing():
 
 
 def test_a_long_text_has_the_ids_it_has_in_one_go(llm, monkeypatch):
-    monkeypatch.setattr(llm_module, "_PIECE_CHARS", 200)
+    monkeypatch.setattr(tokenization, "_PIECE_CHARS", 200)
     text = "\n\n".join(SENTENCES.splitlines() * 40) + "  \n trailing   "
-    pieces = list(llm_module.pieces_of(text, llm_module._PIECE_CHARS))
+    pieces = list(tokenization.pieces_of(text, tokenization._PIECE_CHARS))
     assert len(pieces) > 50
     assert max(map(len, pieces)) <= 200
     assert "".join(pieces) == text
@@ -82,11 +83,11 @@ def test_pieces_are_cut_where_newer_pre_tokenizers_begin_a_word_too(monkeypatch)
     split = pre_tokenizers.Split(
         Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"
     )
-    monkeypatch.setattr(llm_module, "_PIECE_CHARS", 200)
+    monkeypatch.setattr(tokenization, "_PIECE_CHARS", 200)
     text = "\n\n".join(SENTENCES.splitlines() * 40)
     whole = [word for word, _ in split.pre_tokenize_str(text)]
     assert [
-        w for piece in llm_module.pieces_of(text, llm_module._PIECE_CHARS) for w, _ in split.pre_tokenize_str(piece)
+        w for piece in tokenization.pieces_of(text, tokenization._PIECE_CHARS) for w, _ in split.pre_tokenize_str(piece)
     ] == whole
 
 
@@ -193,9 +194,9 @@ def test_a_shared_prefix_is_read_once_and_changes_no_answer(architecture, penalt
 def test_a_prefix_too_short_to_gain_by_is_read_with_the_rest():
     llm = LLM(tiny_model("llama"), tiny_tokenizer())
     text = llm.encode(LONG_PROMPT).tolist()[:20]
-    assert "past_key_values" not in llm._batch([[*text, 3], [*text, 4]])[1]
-    assert "past_key_values" not in llm._batch([[3, *text * 8], [4, *text * 8]])[1]
-    assert "past_key_values" in llm._batch([[*text, 3 + at] for at in range(8)])[1]
+    assert "past_key_values" not in llm.batch_inputs([[*text, 3], [*text, 4]])[1]
+    assert "past_key_values" not in llm.batch_inputs([[3, *text * 8], [4, *text * 8]])[1]
+    assert "past_key_values" in llm.batch_inputs([[*text, 3 + at] for at in range(8)])[1]
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
@@ -206,7 +207,7 @@ def test_the_penalty_is_that_of_transformers(penalty):
         sampling = Sampling(max_new_tokens=12, repetition_penalty=penalty)
         assert llm.generate([ids], sampling)[0].token_ids == plain_generate(llm, ids, repetition_penalty=penalty)
     scores = torch.tensor([[2.0, -2.0, 0.5, -0.5]])
-    own = llm_module._Penalty(2.0, [[0, 1]], 3)
+    own = generation._Penalty(2.0, [[0, 1]], 3)
     assert own(torch.tensor([[2, 2, 2]]), scores).tolist() == [[1.0, -4.0, 0.5, -0.5]]  # what is before is no answer
     assert own(torch.tensor([[2, 2, 2, 3]]), scores).tolist() == [[1.0, -4.0, 0.5, -1.0]]
 
@@ -313,7 +314,7 @@ def test_a_draw_depends_neither_on_the_batch_nor_on_other_threads(llm):
 
 def test_draws_have_the_models_probabilities():
     scores = torch.tensor([[2.0, 1.0, 0.0, -float("inf")]])
-    draw = llm_module._Draw(0, 1)
+    draw = generation._Draw(0, 1)
     counts = torch.bincount(torch.stack([draw(None, scores).argmax(-1) for _ in range(4000)])[:, 0], minlength=4)
     torch.testing.assert_close(counts / 4000, scores.softmax(-1)[0], atol=0.03, rtol=0)
 

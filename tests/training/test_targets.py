@@ -8,7 +8,8 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from extemb_core.errors import ConfigError
-from extemb_core.models.llm import LLM, Generated
+from extemb_core.models.generation import Generated
+from extemb_core.models.llm import LLM
 from extemb_core.questions import read_questions
 from extemb_core.training import targets as targets_module
 from extemb_core.training.targets import TargetCounts, make_targets

@@ -100,7 +100,7 @@ def test_the_completion_model_reads_refs_and_documents_too(lm, documents):
     (found, _) = ExtensibleCompressor.from_lm(lm).compress_documents(documents, "any")
     vectors = lm.embedder.compress(documents[0].page_content, ratio=4).embeddings
     from extemb_core.context.assembly import assemble_text
-    from extemb_core.models.llm import Sampling
+    from extemb_core.models.generation import Sampling
 
     prompt = assemble_text(lm.llm, ["Text: ", vectors, "\nSummary:"])
     expected = lm.llm.generate([prompt.inputs(lm.llm)], Sampling(max_new_tokens=3))[0].text

@@ -13,7 +13,8 @@ from tiny import random_embedder, tiny_llm, tool_llm
 
 from extemb_core import ExtensibleLM, Library
 from extemb_core.errors import ConfigError
-from extemb_core.models.llm import LLM, Generated
+from extemb_core.models.generation import Generated
+from extemb_core.models.llm import LLM
 from langchain_extemb import ChatExtensible, ExtensibleRetriever
 
 

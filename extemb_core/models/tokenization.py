@@ -1,0 +1,153 @@
+"""Text as token ids and back: as data, whose control tokens are never obeyed, and as a model's own prompt text."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from extemb_core.errors import ConfigError, DocumentError
+
+# Long texts are tokenised in pieces of at most this many characters, so that memory does not grow with the text.
+# A space between two letters begins a new word for every byte-level BPE in use (not so the line break after a full
+# stop), so cut there the ids are those of the whole text; other tokenizers may start a piece anew.
+_PIECE_CHARS = 32_768
+_WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_TOKENIZER_PROBE = "The 3 quick brown foxes\n\n\tjumped over naïve 東京 dogs; x_1 += 42.5  # ok?"
+
+
+class TextEncoder:
+    """A model's tokenizer, safe for several threads.
+
+    Args:
+        tokenizer: Its fast tokenizer.
+        name: What the model is called in messages.
+
+    Raises:
+        ConfigError: The tokenizer has no fast version.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(f"the tokenizer of {name!r} has no fast version; use a model that ships tokenizer.json")
+        self.tokenizer = tokenizer
+        self.name = name
+        self._template_lock = threading.Lock()
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """sha256 of the vocabulary and of how a fixed text is split."""
+        digest = hashlib.sha256()
+        for token, index in sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+            digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
+        digest.update(repr(self.encode(_TOKENIZER_PROBE).tolist()).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def bos_token_id(self) -> int | None:
+        """The id this tokenizer puts before a text by itself, if it does."""
+        bos = self.tokenizer.bos_token_id
+        ids = self.tokenizer("a").input_ids
+        return int(bos) if bos is not None and len(ids) > 1 and ids[0] == bos else None
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Added tokens that are not mere white space (some vocabularies add runs of spaces as ordinary tokens)."""
+        added = self.tokenizer.added_tokens_decoder
+        return {token.content: int(index) for index, token in sorted(added.items()) if token.content.strip()}
+
+    @cached_property
+    def control_ids(self) -> np.ndarray[Any, Any]:
+        """Ids that no text may become. A character outside the vocabulary becomes the unknown token, rightly."""
+        ids = (index for index in self.control_tokens.values() if index != self.tokenizer.unk_token_id)
+        return np.array(list(ids), dtype=np.int64)
+
+    @cached_property
+    def _plain_encoder(self) -> Tokenizer:
+        """A copy of the tokenizer that obeys no special token and truncates nothing.
+
+        A copy, because these switches are state: the tokenizer itself is in use by other threads, and others who
+        hold it may have set a truncation.
+        """
+        encoder = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        encoder.encode_special_tokens = True
+        encoder.no_truncation()
+        encoder.no_padding()
+        return encoder
+
+    def encode(self, text: str) -> np.ndarray[Any, Any]:
+        """Encode as data: control tokens inside `text` become the ids of their characters, never the control id.
+
+        Returns:
+            (T,) int32 ids, no BOS and no other token added.
+
+        Raises:
+            DocumentError: The text holds half of a surrogate pair, which is no character.
+        """
+        ids = array("i")  # grows in place: joining pieces at the end would hold all ids twice
+        for piece, _ in self.encode_pieces(text):
+            ids.frombytes(piece.tobytes())
+        return np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32)
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each of some texts."""
+        return [len(self.encode(text)) for text in texts]
+
+    def encode_pieces(self, text: str) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
+        """`encode` piece by piece, so that a long text's ids need not be in memory together.
+
+        Returns:
+            (T,) ids and the number of characters that they stand for, in the text's order.
+        """
+        if lone := _LONE_SURROGATE.search(text):
+            raise DocumentError(
+                f"character {lone.start()} of the text is a lone surrogate ({lone[0]!a}), which no tokenizer can read; "
+                "decode the text with errors='replace'"
+            )
+        return ((self._encode_piece(piece), len(piece)) for piece in pieces_of(text, _PIECE_CHARS))
+
+    def _encode_piece(self, text: str) -> np.ndarray[Any, Any]:
+        encoding = self._plain_encoder.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int32)
+        if not np.isin(ids, self.control_ids).any():
+            return ids
+        # Added tokens that the tokenizer does not flag as special are still recognised: take them apart, by
+        # encoding their first character on its own.
+        parts: list[np.ndarray[Any, Any]] = []
+        for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if index in self.control_ids and end - start > 1:
+                parts += [self._encode_piece(text[start : start + 1]), self._encode_piece(text[start + 1 : end])]
+            else:
+                parts.append(np.array([index], dtype=np.int32))
+        return np.concatenate(parts)
+
+    def encode_template(self, text: str) -> list[int]:
+        """Encode as the model's own prompt text: control tokens are obeyed. Only for chat templates."""
+        with self._template_lock:  # calling a fast tokenizer sets its state
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def pieces_of(text: str, n_chars: int) -> Iterator[str]:
+    """A text in pieces of at most `n_chars` characters, cut between two words where there are some."""
+    start = 0
+    while len(text) - start > n_chars:
+        middle, end = start + n_chars // 2, start + n_chars
+        cut = end
+        for match in _WORD_BREAK.finditer(text, middle, end):
+            cut = match.start()
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
