@@ -32,7 +32,7 @@ from extemb_core.library.vector_index import VectorIndex
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.llm import LLM
-from extemb_core.store.coding import DTYPES, decode, encode
+from extemb_core.store.format import DTYPES, decode, encode
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.weights.resolve import resolve_embedder
 

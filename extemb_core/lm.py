@@ -23,8 +23,7 @@ from extemb_core.models.bulk import compress_in_batches
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
-from extemb_core.store.base import Store
-from extemb_core.store.memory import MemoryStore
+from extemb_core.store.base import MemoryStore, Store
 from extemb_core.weights.resolve import resolve_embedder
 
 DEFAULT_LLM = "smollm2-135m-joint"

@@ -52,7 +52,7 @@ def lm_over(llm: Any, folder: Path | None) -> Iterator[Any]:
     from tiny import entering
 
     from extemb_core import EmbeddingStore, ExtensibleLM
-    from extemb_core.store.memory import MemoryStore
+    from extemb_core.store.base import MemoryStore
 
     if folder is None:
         yield ExtensibleLM(llm, entering(llm), MemoryStore())

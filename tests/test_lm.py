@@ -22,7 +22,7 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
-from extemb_core.store.memory import MemoryStore
+from extemb_core.store.base import MemoryStore
 
 QUESTION = "How many ships?"
 LONG = SENTENCES[:150]

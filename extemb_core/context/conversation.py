@@ -34,7 +34,7 @@ from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.models.tokenization import pieces_of
-from extemb_core.store.memory import MemoryStore
+from extemb_core.store.base import MemoryStore
 
 _EARLIER = "Earlier in this conversation:\n"
 _PIECE_CHARS = 8192  # long texts are taken in piece by piece

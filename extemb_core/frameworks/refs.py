@@ -23,8 +23,8 @@ from typing import Any, Protocol
 from extemb_core.documents import REF_PREFIX, Document, ReferencedDocument
 from extemb_core.errors import DocumentError, StoreCorruptError
 from extemb_core.store.base import Store
+from extemb_core.store.format import ref_bytes
 from extemb_core.store.lmdb_env import Environment
-from extemb_core.store.records import ref_bytes
 from extemb_core.store.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)

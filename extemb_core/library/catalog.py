@@ -19,8 +19,8 @@ import numpy as np
 import xxhash
 
 from extemb_core.documents import Document, text_ref
+from extemb_core.store.format import ref_bytes, ref_of
 from extemb_core.store.lmdb_env import Environment
-from extemb_core.store.records import ref_bytes, ref_of
 
 _PASSAGE = struct.Struct("<16s16sQQQQ")  # document, ref, first and last byte, first and last character
 _ID = struct.Struct(">Q")

@@ -28,7 +28,7 @@ from extemb_core.library.passages import split_passages
 from extemb_core.library.vector_index import VectorIndex, choose_factory
 from extemb_core.loaders import read_documents
 from extemb_core.models.bulk import compress_in_batches
-from extemb_core.store.records import ref_of
+from extemb_core.store.format import ref_of
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.progress import progress
 

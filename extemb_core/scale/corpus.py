@@ -13,7 +13,7 @@ from typing import Any
 from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, MissingExtraError
 from extemb_core.scale import ROWS_PER_BATCH
 from extemb_core.scale.worker import Batch, CompressWorker, finished, seal
-from extemb_core.store.coding import Dtype
+from extemb_core.store.format import Dtype
 from extemb_core.store.remote import Place, is_url
 from extemb_core.store.shards import Shard
 from extemb_core.utils.progress import progress

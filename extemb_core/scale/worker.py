@@ -16,8 +16,7 @@ import numpy as np
 from extemb_core.documents import Document
 from extemb_core.errors import ConfigError, DocumentError, StoreCorruptError, StoreError
 from extemb_core.library.passages import split_passages
-from extemb_core.store.coding import Dtype, check_dtype
-from extemb_core.store.records import ref_bytes
+from extemb_core.store.format import Dtype, check_dtype, ref_bytes
 from extemb_core.store.remote import Place
 from extemb_core.store.shards import (
     MANIFEST,

@@ -16,9 +16,20 @@ from typing import Any
 
 from extemb_core.errors import StoreCorruptError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.coding import DTYPES, Dtype
+from extemb_core.store.format import (
+    COUNT,
+    DTYPES,
+    NUMBER,
+    Block,
+    Dtype,
+    EmbeddingFormat,
+    Entry,
+    key_of,
+    name_in,
+    ref_bytes,
+    ref_of,
+)
 from extemb_core.store.lmdb_env import Environment
-from extemb_core.store.records import COUNT, NUMBER, Block, Entry, Kind, key_of, name_in, ref_bytes, ref_of
 
 BLOCK_BYTES = 4 * 2**20
 
@@ -50,9 +61,9 @@ class Blocks:
         kept = kind.decode(payload, entry, ref_of(key))
         return kept if ratio in (None, kept.ratio) else kept.at_ratio(ratio)
 
-    def entries(self) -> Iterator[tuple[bytes, Entry, Kind]]:
+    def entries(self) -> Iterator[tuple[bytes, Entry, EmbeddingFormat]]:
         """Everything that is here, with its key; no transaction stays open while the caller works."""
-        kinds: dict[tuple[int, bytes], Kind] = {}  # committed, and rows never go
+        kinds: dict[tuple[int, bytes], EmbeddingFormat] = {}  # committed, and rows never go
         for key, value in self.environment.items("entries"):
             entry = Entry.unpack(value)
             own = entry.kind, name_in(key)
@@ -61,11 +72,11 @@ class Blocks:
                     kinds[own] = self.kind(transaction, key, entry)
             yield key, entry, kinds[own]
 
-    def kind(self, transaction: Any, key: bytes, entry: Entry) -> Kind:
+    def kind(self, transaction: Any, key: bytes, entry: Entry) -> EmbeddingFormat:
         """What a document is of. Raises `StoreCorruptError` when that is lost."""
         data = transaction.get(NUMBER.pack(entry.kind), db=self.environment.database("kinds"))
-        if data is not None and Kind.parse(data).made(key):
-            return Kind.parse(data)
+        if data is not None and EmbeddingFormat.parse(data).made(key):
+            return EmbeddingFormat.parse(data)
         # Earlier versions lost rows, and the numbers became other embedders'. With the next document that its embedder
         # puts there is a row again, under whatever number.
         for _, kind in self._kinds(transaction):
@@ -84,7 +95,7 @@ class Blocks:
         except StoreCorruptError:
             return entry.size_in(key, self._from(transaction, entry))
 
-    def payload(self, transaction: Any, key: bytes, entry: Entry, kind: Kind) -> memoryview:
+    def payload(self, transaction: Any, key: bytes, entry: Entry, kind: EmbeddingFormat) -> memoryview:
         """A document's bytes, a view of the file. Raises `StoreCorruptError` when they are not what was written."""
         size = kind.size(entry)
         payload = self._from(transaction, entry)[:size]
@@ -101,7 +112,7 @@ class Blocks:
         block = Block()
         for key, text, payload, dtype in coded:
             # Before what is here is left as it is: it also makes documents readable whose kind was lost.
-            kind = self._number_of(transaction, Kind.of(text))
+            kind = self._number_of(transaction, EmbeddingFormat.of(text))
             there = transaction.get(key, db=entries)
             if there is not None and Entry.unpack(there).ratio <= text.ratio:
                 continue
@@ -168,11 +179,11 @@ class Blocks:
         block = transaction.get(NUMBER.pack(entry.block), db=self.environment.database("blocks"))
         return memoryview(b"" if block is None else block)[entry.offset :]
 
-    def _kinds(self, transaction: Any) -> Iterator[tuple[int, Kind]]:
+    def _kinds(self, transaction: Any) -> Iterator[tuple[int, EmbeddingFormat]]:
         for key, value in transaction.cursor(db=self.environment.database("kinds")):
-            yield int(NUMBER.unpack(key)[0]), Kind.parse(value)
+            yield int(NUMBER.unpack(key)[0]), EmbeddingFormat.parse(value)
 
-    def _number_of(self, transaction: Any, kind: Kind) -> int:
+    def _number_of(self, transaction: Any, kind: EmbeddingFormat) -> int:
         number = -1
         for number, known in self._kinds(transaction):
             if known == kind:

@@ -7,7 +7,7 @@ from typing import Any
 
 from extemb_core.errors import StoreCorruptError
 from extemb_core.store.blocks import BLOCK_BYTES, Blocks
-from extemb_core.store.records import COUNT, NUMBER, Block, Entry, ref_of
+from extemb_core.store.format import COUNT, NUMBER, Block, Entry, ref_of
 
 _SMALL_BLOCK_BYTES = BLOCK_BYTES // 4
 

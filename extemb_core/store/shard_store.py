@@ -6,7 +6,7 @@ from pathlib import Path
 
 from extemb_core.errors import StoreError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.records import ref_bytes
+from extemb_core.store.format import ref_bytes
 from extemb_core.store.remote import Place, is_url
 from extemb_core.store.shards import MANIFEST, ShardReader, read_manifest
 

@@ -25,8 +25,17 @@ from safetensors.torch import save
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.coding import DTYPES, Dtype, check_dtype, encode
-from extemb_core.store.records import Entry, Kind, key_of, ref_bytes, ref_of
+from extemb_core.store.format import (
+    DTYPES,
+    Dtype,
+    EmbeddingFormat,
+    Entry,
+    check_dtype,
+    encode,
+    key_of,
+    ref_bytes,
+    ref_of,
+)
 from extemb_core.store.remote import Place
 
 MANIFEST = "manifest.json"
@@ -65,7 +74,7 @@ def write_shard(folder: str | Path | Place, name: str, texts: Sequence[Compresse
         MismatchError: They enter above layer 0, and `dtype` is int8.
     """
     place = Place.of(folder)
-    kinds = {Kind.of(text) for text in texts}
+    kinds = {EmbeddingFormat.of(text) for text in texts}
     if len(kinds) != 1:
         raise ConfigError(f"a shard holds documents of one embedder, and {len(kinds)} were passed; write one for each")
     coded = [encode(text, dtype) for text in texts]
@@ -180,7 +189,7 @@ class ShardReader:
                 raise ValueError(f"{size:,} bytes where {max(end for _, end in spans.values()):,} belong")
             lists = {name: self._list(stream, header[name]["dtype"], name, spans[name]) for name in _LISTS}
         self.dtype = check_dtype(metadata["dtype"])
-        self.kind = Kind(
+        self.kind = EmbeddingFormat(
             fingerprint=metadata["fingerprint"],
             chunk_size=int(metadata["chunk_size"]),
             ratios=tuple(json.loads(metadata["trained_ratios"])),

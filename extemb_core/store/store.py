@@ -13,11 +13,9 @@ from typing import Any, Literal, TypeVar
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.blocks import Blocks
-from extemb_core.store.coding import Dtype, check_dtype, encode
-from extemb_core.store.folder import check_description, describe, prepare
+from extemb_core.store.format import Dtype, check_description, check_dtype, describe, encode, key_of, prepare, ref_of
 from extemb_core.store.lmdb_env import Environment, open_environment
 from extemb_core.store.maintenance import StoreStats, Verified, move, sparse, stats_of, verify
-from extemb_core.store.records import key_of, ref_of
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from extemb_core.errors import ConfigError, StoreError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.records import Kind
+from extemb_core.store.format import EmbeddingFormat
 from extemb_core.store.remote import Place
 from extemb_core.store.shards import (
     MANIFEST,
@@ -102,7 +102,9 @@ def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[list[Compressed
             text = store.finest(ref, own) if own == fingerprint else None
             if text is None:  # of another embedder, or removed meanwhile
                 continue
-            if group and Kind.of(text) != Kind.of(group[0]):  # a fingerprint leaves some settings out
+            if group and EmbeddingFormat.of(text) != EmbeddingFormat.of(
+                group[0]
+            ):  # a fingerprint leaves some settings out
                 yield group
                 group, size = [], 0
             group.append(text)

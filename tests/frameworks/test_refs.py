@@ -11,7 +11,7 @@ from extemb_core import Document, EmbeddingStore
 from extemb_core.documents import text_ref
 from extemb_core.errors import DocumentError, StoreCorruptError
 from extemb_core.frameworks.refs import MARK, Refs
-from extemb_core.store.memory import MemoryStore
+from extemb_core.store.base import MemoryStore
 
 MILL = Document("The mill was built in 1820.", title="Mill", metadata={"source": "mill.txt", "page": 3})
 TOWER = Document("The tower is new.")

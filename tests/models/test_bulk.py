@@ -15,7 +15,7 @@ from extemb_core.documents import text_ref
 from extemb_core.errors import ConfigError, RatioError
 from extemb_core.models.bulk import compress_in_batches, default_batch_size
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.store.memory import MemoryStore
+from extemb_core.store.base import MemoryStore
 
 TEXTS = [f"{at}. {SENTENCES[at : at + 60 + 7 * at]}" for at in range(24)]
 

@@ -7,7 +7,7 @@ import torch
 from made import FINGERPRINT, compressed
 
 from extemb_core.errors import StoreCorruptError
-from extemb_core.store.records import NUMBER
+from extemb_core.store.format import NUMBER
 from extemb_core.store.store import EmbeddingStore
 
 OTHER, THIRD = "77" * 16, "99" * 16

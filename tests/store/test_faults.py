@@ -21,7 +21,7 @@ from made import FINGERPRINT, anchored, compressed
 from extemb_core.errors import StoreError
 from extemb_core.library.vector_index import VectorIndex
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.coding import decode, encode
+from extemb_core.store.format import decode, encode
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import export_store, import_shards
 

@@ -7,7 +7,7 @@ import torch
 from tiny import random_embedder
 
 from extemb_core.errors import ConfigError
-from extemb_core.store.memory import MemoryStore
+from extemb_core.store.base import MemoryStore
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from made import anchored, compressed
 
 from extemb_core.errors import ConfigError, MismatchError
-from extemb_core.store.coding import check_dtype, decode, encode, n_bytes
+from extemb_core.store.format import check_dtype, decode, encode, n_bytes
 
 
 def text_of(values):

@@ -1,0 +1,315 @@
+"""The format of a store on disk: its folder, the records of its databases, and embeddings as bytes.
+
+Embeddings are float16, int8 with a scale for each vector, or float32. Above entry layer 0 each has 16 bytes more, so
+that every coarser ratio can still be derived, and is kept as a direction, which no range of numbers is too small for.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from extemb_core.documents import REF_PREFIX
+from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError
+from extemb_core.models.compressed import Compressed
+from extemb_core.store.lmdb_env import DATA_FILE
+from extemb_core.utils.files import write_whole
+
+FORMAT, VERSION = "extemb-store", 2
+_READ = (1, 2)  # version 1 knew no entry layer above 0: all it holds is as version 2 has it
+DESCRIPTION = "store.json"
+Dtype = Literal["float32", "float16", "int8"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+_LARGEST_INT8 = 127
+_STORED = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
+_COLUMNS = {"anchors": "<i4", "mean_norms": "<f4", "norms": "<f4", "weights": "<f4"}
+COUNT = struct.Struct("<Q")
+NUMBER = struct.Struct(">Q")  # big-endian: keys in order
+_ENTRY = struct.Struct("<QQQIIIIQ")  # block, offset, n_tokens, n_embeddings, ratio, kind, dtype, checksum
+_REF_BYTES = 16
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder of a store, or see that it is one."""
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file, and a store is a folder; pass another path")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be made ({error.strerror}); pass a path that can be written to") from error
+    if any(folder.iterdir()) and not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
+        raise StoreError(f"{folder} holds files that are not a store's; pass another folder, or an empty one")
+    check_description(folder)
+
+
+def check_description(folder: Path) -> int | None:
+    """See that a folder which says it is a store has its data.
+
+    Returns:
+        The version it says; None where it says nothing.
+    """
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        return None
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        known = said["format"] == FORMAT
+        version = said["version"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise StoreCorruptError(f"{file} does not describe a store ({error}); get it again from a copy") from error
+    if not known or version not in _READ:
+        raise StoreError(
+            f"{file} says {said['format']!r} version {version!r}, and this library reads {FORMAT!r} versions "
+            f"{' and '.join(map(str, _READ))}; export it with the version that wrote it, and import it here"
+        )
+    data = folder / DATA_FILE
+    if not data.is_file() or not data.stat().st_size:
+        raise StoreCorruptError(f"{data} is missing or empty; get it again from a copy, or start with a new folder")
+    return int(version)
+
+
+def describe(folder: Path) -> None:
+    """Say that a folder is a store of this version, whole or not at all; once the data file is there."""
+    if check_description(folder) == VERSION:
+        return
+    write_whole(folder / DESCRIPTION, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a document's embeddings are."""
+
+    block: int
+    offset: int
+    n_tokens: int
+    n_embeddings: int
+    ratio: int
+    kind: int
+    dtype: int
+    checksum: int
+
+    @classmethod
+    def unpack(cls, data: Any) -> Entry:
+        return cls(*_ENTRY.unpack(data))
+
+    def pack(self) -> bytes:
+        return _ENTRY.pack(*(getattr(self, name) for name in self.__dataclass_fields__))
+
+    def size(self, width: int, *, anchored: bool = False) -> int:
+        return n_bytes(self.n_embeddings, width, DTYPES[self.dtype], anchored=anchored)
+
+    def sum_of(self, key: bytes, payload: Any) -> int:
+        """The checksum of what is stored: of everything but where it is, which `gc` may change."""
+        digest = self._sum_begun(key)
+        digest.update(payload)
+        return digest.intdigest()
+
+    def size_in(self, key: bytes, payload: Any) -> int:
+        """`size` without the kind: the one that the checksum fits, of bytes that begin with the embeddings; else 0.
+
+        Anchors and norms are as many bytes as some dimensions more.
+        """
+        digest = self._sum_begun(key)
+        end = 0
+        for width in count(1):
+            size = self.size(width)
+            if not end < size <= len(payload):
+                break
+            digest.update(payload[end:size])
+            end = size
+            if digest.intdigest() == self.checksum:
+                return size
+        return 0
+
+    def _sum_begun(self, key: bytes) -> xxhash.xxh3_64:
+        digest = xxhash.xxh3_64(key)
+        digest.update(_ENTRY.pack(0, 0, self.n_tokens, self.n_embeddings, self.ratio, self.kind, self.dtype, 0))
+        return digest
+
+
+@dataclass(frozen=True)
+class EmbeddingFormat:
+    """What documents of one embedder have in common."""
+
+    fingerprint: str
+    chunk_size: int
+    ratios: tuple[int, ...]
+    downscaling: Any
+    width: int
+    entry_layer: int = 0  # version 1 knew no other
+
+    @classmethod
+    def of(cls, text: Compressed) -> EmbeddingFormat:
+        width = int(text.embeddings.shape[1])
+        return cls(text.fingerprint, text.chunk_size, tuple(text.ratios), text.downscaling, width, text.entry_layer)
+
+    @classmethod
+    def parse(cls, data: Any) -> EmbeddingFormat:
+        return _parsed(bytes(data))
+
+    @cached_property
+    def name(self) -> bytes:
+        """What the keys of its documents end with."""
+        return _name(self.fingerprint)
+
+    def made(self, key: bytes) -> bool:
+        """Whether a document is of this embedder."""
+        return name_in(key) == self.name
+
+    def size(self, entry: Entry) -> int:
+        """Bytes of a document's embeddings."""
+        return entry.size(self.width, anchored=self.entry_layer > 0)
+
+    def decode(self, payload: Any, entry: Entry, ref: str) -> Compressed:
+        """Read a document of this kind from its `size` bytes."""
+        dtype, anchored = DTYPES[entry.dtype], self.entry_layer > 0
+        fields = decode(payload, entry.n_embeddings, self.width, dtype, anchored=anchored)
+        return Compressed(
+            **fields,
+            ratio=entry.ratio,
+            n_tokens=entry.n_tokens,
+            ref=ref,
+            fingerprint=self.fingerprint,
+            chunk_size=self.chunk_size,
+            ratios=self.ratios,
+            downscaling=self.downscaling,
+            entry_layer=self.entry_layer,
+        )
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+@dataclass
+class Block:
+    """Documents that will share one value."""
+
+    payload: bytearray = field(default_factory=bytearray)
+    entries: list[tuple[bytes, Entry]] = field(default_factory=list)
+
+
+def key_of(ref: str, fingerprint: str) -> bytes:
+    """32 bytes: those of the ref, then a hash of the fingerprint."""
+    return ref_bytes(ref) + _name(fingerprint)
+
+
+def name_in(key: bytes) -> bytes:
+    """The part of a key that stands for the embedder."""
+    return key[_REF_BYTES:]
+
+
+def ref_bytes(ref: str) -> bytes:
+    """The 16 bytes of a ref. Raises `ConfigError` when it is none."""
+    try:
+        own = bytes.fromhex(ref.removeprefix(REF_PREFIX))
+    except ValueError:
+        own = b""
+    if not ref.startswith(REF_PREFIX) or len(own) != _REF_BYTES:
+        raise ConfigError(f"ref={ref!r} is not a document's ref ({REF_PREFIX} and 32 hex digits); pass document.ref")
+    return own
+
+
+def ref_of(data: bytes) -> str:
+    """The ref that a key, or the bytes of a ref, begin with."""
+    return REF_PREFIX + data[:_REF_BYTES].hex()
+
+
+def _name(fingerprint: str) -> bytes:
+    return xxhash.xxh3_128(fingerprint.encode()).digest()
+
+
+@lru_cache  # every document that is read asks for it
+def _parsed(data: bytes) -> EmbeddingFormat:
+    values = json.loads(data)
+    return EmbeddingFormat(**(values | {"ratios": tuple(values["ratios"])}))
+
+
+def check_dtype(dtype: str) -> Dtype:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}; pass one of them")
+    return dtype
+
+
+def encode(text: Compressed, dtype: Dtype) -> tuple[bytes, Dtype]:
+    """Write the embeddings of a text as bytes: `n_bytes` of them.
+
+    float16 rounds to 11 bits; int8, which is N float32 scales and then the rows, to 1/127 of a vector's largest value.
+    Above entry layer 0: N anchors, mean norms, norms and weights, and then the embeddings, each divided by its norm.
+
+    Returns:
+        The bytes, and what they are: float32 where a value is beyond float16, so that none becomes infinite.
+
+    Raises:
+        MismatchError: int8 above entry layer 0.
+    """
+    if not text.entry_layer:
+        return _encode_rows(text.embeddings, dtype)
+    if dtype == "int8":
+        raise MismatchError(
+            f"dtype='int8' is too coarse for embeddings of entry layer {text.entry_layer}: a few of their dimensions "
+            "are far larger than the rest; keep them in float16"
+        )
+    assert text.norms is not None
+    columns = [np.asarray(getattr(text, name)).astype(kind).tobytes() for name, kind in _COLUMNS.items()]
+    directions = text.embeddings / torch.where(text.norms > 0, text.norms, 1)[:, None]
+    data, dtype = _encode_rows(directions, dtype)
+    return b"".join([*columns, data]), dtype
+
+
+def n_bytes(count: int, width: int, dtype: Dtype, *, anchored: bool) -> int:
+    """What (count, width) embeddings take; `anchored` above entry layer 0."""
+    each = width + 4 if dtype == "int8" else width * (2 if dtype == "float16" else 4)
+    return count * (each + 4 * len(_COLUMNS) * anchored)
+
+
+def decode(buffer: Any, count: int, width: int, dtype: Dtype, *, anchored: bool) -> dict[str, Any]:
+    """Read what `encode` wrote: the fields of a `Compressed` that hold its (count, width) embeddings, as copies."""
+    if not anchored:
+        return {"embeddings": _decode_rows(buffer, count, width, dtype)}
+    fields: dict[str, Any] = {}
+    for at, (name, kind) in enumerate(_COLUMNS.items()):
+        fields[name] = _numbers(memoryview(buffer)[4 * count * at :], kind, count)
+    rows = memoryview(buffer)[4 * count * len(_COLUMNS) :]
+    embeddings = _decode_rows(rows, count, width, dtype, fields["norms"])
+    return fields | {"anchors": fields["anchors"].numpy(), "embeddings": embeddings}
+
+
+def _encode_rows(embeddings: Tensor, dtype: Dtype) -> tuple[bytes, Dtype]:
+    values = embeddings.detach().to("cpu", torch.float32)
+    if dtype == "float16":
+        halves = values.half()
+        if halves.isfinite().all() or not values.isfinite().all():
+            return _bytes_of(halves), dtype
+        dtype = "float32"
+    if dtype == "float32":
+        return _bytes_of(values), dtype
+    scales = values.abs().amax(1, keepdim=True) / _LARGEST_INT8 if values.numel() else values.new_zeros(len(values), 1)
+    steps = torch.where(scales > 0, values / scales, 0).round().clamp(-_LARGEST_INT8, _LARGEST_INT8)
+    return _bytes_of(scales) + _bytes_of(steps.to(torch.int8)), dtype
+
+
+def _decode_rows(buffer: Any, count: int, width: int, dtype: Dtype, scales: Tensor | None = None) -> Tensor:
+    """(count, width) float32 rows, each times its scale, (count,), if there are any."""
+    if dtype == "int8":
+        scales, buffer = _numbers(buffer, "<f4", count), memoryview(buffer)[4 * count :]
+    rows = _numbers(buffer, _STORED[dtype], count * width).view(count, width)
+    return rows.float() if scales is None else torch.mul(rows, scales[:, None])
+
+
+def _numbers(buffer: Any, kind: str, count: int) -> Tensor:
+    """The first numbers of a buffer, (count,), as a copy: torch converts them many times faster than numpy does."""
+    return torch.from_numpy(np.frombuffer(buffer, kind, count).copy())
+
+
+def _bytes_of(values: Tensor) -> bytes:
+    return values.contiguous().numpy().tobytes()
