@@ -27,7 +27,7 @@ _PER_CALL = {
 }  # fmt: skip
 
 
-class LoadedWhenNeeded(BaseModel):
+class ModelSettings(BaseModel):
     """Which model. No weights are loaded before they are needed; all objects of a process share them."""
 
     model: str = "smollm2-135m-joint"
@@ -43,7 +43,7 @@ class LoadedWhenNeeded(BaseModel):
     dtype: str = "auto"
     """"auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype."""
 
-    _given: ExtensibleLM | None = PrivateAttr(default=None)
+    _loaded: ExtensibleLM | None = PrivateAttr(default=None)
 
     @classmethod
     def from_model_id(cls, model_id: str, **settings: Any) -> Self:
@@ -54,18 +54,18 @@ class LoadedWhenNeeded(BaseModel):
     def from_lm(cls, lm: ExtensibleLM, **settings: Any) -> Self:
         """Over a model that is loaded already."""
         made = cls(model=lm.llm.name, **settings)
-        made._given = lm
+        made._loaded = lm
         return made
 
     @property
     def lm(self) -> ExtensibleLM:
         """The model; it is loaded now if it was not."""
-        if self._given is not None:
-            return self._given
+        if self._loaded is not None:
+            return self._loaded
         return share(self.model, self.embedder, store=self.store, device=self.device, dtype=self.dtype)
 
 
-class Answering(LoadedWhenNeeded):
+class GenerationSettings(ModelSettings):
     """How it answers."""
 
     _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream"})  # settings of a call that are not an answer's
@@ -90,7 +90,7 @@ class Answering(LoadedWhenNeeded):
             return self.lm
         return share(model, settings.get("embedder"), store=self.store, device=self.device, dtype=self.dtype)
 
-    def _told(self, answer: Answer, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _response_metadata(self, answer: Answer, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Metadata of a response: what became of each document, and how the answer ended. Warn of what was not read."""
         unread = [entry.source for entry in answer.dropped if entry.n_tokens]
         if unread:
@@ -117,7 +117,7 @@ class Answering(LoadedWhenNeeded):
             "extemb": {"documents": documents, "budget": answer.budget, "seconds": dict(answer.seconds)},
         }
 
-    def _asked(self, stop: list[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _call_settings(self, stop: list[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of one call, for `ExtensibleLM.stream`, without its documents.
 
         Raises:
@@ -133,3 +133,17 @@ class Answering(LoadedWhenNeeded):
                   for name in _PER_CALL - {"model", "embedder", "documents"}}  # fmt: skip
         chosen["max_new_tokens"] = chosen.pop("max_tokens")
         return chosen | {"stop": [*(stop or self.stop or [])]}
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """Collect all that an answer depends on, besides the messages."""
+        settings = {
+            name: getattr(self, name)
+            for name in ("model", "ratio", "budget", "max_tokens", "temperature", "top_p", "top_k",
+                         "repetition_penalty", "seed", "stop")
+        }  # fmt: skip
+        return settings | {"embedder": self.lm.embedder.fingerprint, "dtype": str(self.lm.llm.dtype)}
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Encode a text as token ids."""
+        return [int(one) for one in self.lm.llm.encode(text)]

@@ -23,9 +23,9 @@ from typing_extensions import Self
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools
 from extemb_core.frameworks.aio import MOST_AT_ONCE, AsyncAnswerStream, in_thread, until_cancelled
+from extemb_core.frameworks.settings import GenerationSettings
 from extemb_core.weights.resolve import window_of
 from langchain_extemb.messages import to_documents, to_messages
-from langchain_extemb.models import Answering
 
 if TYPE_CHECKING:
     from langchain_core.language_models import ModelProfile
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
 
-class ChatExtensible(Answering, BaseChatModel):
+class ChatExtensible(GenerationSettings, BaseChatModel):
     """A frozen LLM whose documents are compressed instead of truncated.
 
     ```python
@@ -77,9 +77,9 @@ class ChatExtensible(Answering, BaseChatModel):
             "reasoning_output": False,
             "temperature": True,
         }
-        if self._given is not None:
-            profile["tool_calling"] = takes_tools(self._given.llm)
-        window = self._given.llm.window if self._given is not None else window_of(self.model)
+        if self._loaded is not None:
+            profile["tool_calling"] = takes_tools(self._loaded.llm)
+        window = self._loaded.llm.window if self._loaded is not None else window_of(self.model)
         if window is not None:
             profile["max_input_tokens"] = window
         return profile
@@ -235,7 +235,7 @@ class ChatExtensible(Answering, BaseChatModel):
         self, lm: ExtensibleLM, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]
     ) -> dict[str, Any]:
         """What `ExtensibleLM.prepare` takes."""
-        return self._asked(stop, settings) | {
+        return self._call_settings(stop, settings) | {
             "question": to_messages(messages, lm.refs),
             "documents": to_documents(settings.get("documents")),
             "condense": True,
@@ -259,7 +259,7 @@ class ChatExtensible(Answering, BaseChatModel):
                 if one.arguments is None
             ],
             usage_metadata=_usage(answer),
-            response_metadata=self._told(answer, settings),
+            response_metadata=self._response_metadata(answer, settings),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -268,7 +268,7 @@ class ChatExtensible(Answering, BaseChatModel):
         message = AIMessageChunk(
             content="",
             usage_metadata=_usage(answer),
-            response_metadata=self._told(answer, settings),
+            response_metadata=self._response_metadata(answer, settings),
             chunk_position="last",
         )
         return ChatGenerationChunk(message=message)

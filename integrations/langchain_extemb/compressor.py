@@ -9,12 +9,12 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field
 
 from extemb_core.documents import Document as ExtensibleDocument
-from extemb_core.frameworks.settings import LoadedWhenNeeded
+from extemb_core.frameworks.settings import ModelSettings
 
 REF = "extemb_ref"
 
 
-class ExtensibleCompressor(LoadedWhenNeeded, BaseDocumentCompressor):
+class ExtensibleCompressor(ModelSettings, BaseDocumentCompressor):
     """Compresses documents into the store and adds `metadata["extemb_ref"]`; all else about them stays as it was.
 
     For `ContextualCompressionRetriever` and LCEL. A chain that formats documents with

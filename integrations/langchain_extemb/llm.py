@@ -10,11 +10,11 @@ from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from extemb_core.answers import AnswerStream
+from extemb_core.frameworks.settings import GenerationSettings
 from langchain_extemb.messages import to_documents
-from langchain_extemb.models import Answering
 
 
-class ExtensibleLLM(Answering, BaseLLM):
+class ExtensibleLLM(GenerationSettings, BaseLLM):
     """A frozen LLM that continues a prompt, without a chat template; documents are compressed instead of truncated.
 
     `documents=` of a call stand before each prompt; refs in a prompt are read where they stand.
@@ -32,11 +32,11 @@ class ExtensibleLLM(Answering, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         lm = self._lm_of(kwargs)
-        documents, settings = to_documents(kwargs.get("documents")), self._asked(stop, kwargs)
+        documents, settings = to_documents(kwargs.get("documents")), self._call_settings(stop, kwargs)
         prepared = [lm.prepare_text(lm.refs.find(prompt), documents, **settings) for prompt in prompts]
         return LLMResult(
             generations=[
-                [Generation(text=answer.text, generation_info=self._told(answer, kwargs))]
+                [Generation(text=answer.text, generation_info=self._response_metadata(answer, kwargs))]
                 for answer in lm.batcher.answer_all(prepared)
             ]
         )
@@ -50,7 +50,7 @@ class ExtensibleLLM(Answering, BaseLLM):
     ) -> Iterator[GenerationChunk]:
         lm = self._lm_of(kwargs)
         prepared = lm.prepare_text(
-            lm.refs.find(prompt), to_documents(kwargs.get("documents")), **self._asked(stop, kwargs)
+            lm.refs.find(prompt), to_documents(kwargs.get("documents")), **self._call_settings(stop, kwargs)
         )
         with AnswerStream(lm.llm, *prepared) as stream:
             for piece in stream:
@@ -58,4 +58,4 @@ class ExtensibleLLM(Answering, BaseLLM):
                 if run_manager:
                     run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
-        yield GenerationChunk(text="", generation_info=self._told(stream.answer, kwargs))
+        yield GenerationChunk(text="", generation_info=self._response_metadata(stream.answer, kwargs))

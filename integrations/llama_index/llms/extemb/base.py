@@ -22,12 +22,12 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt
 from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
-from extemb_core.frameworks.settings import Answering
+from extemb_core.frameworks.settings import GenerationSettings
 from extemb_core.weights.resolve import window_of
 from llama_index.llms.extemb.messages import to_messages
 
 
-class ExtensibleLLM(Answering, CustomLLM):
+class ExtensibleLLM(GenerationSettings, CustomLLM):
     """A frozen LLM whose documents are compressed instead of truncated.
 
     ```python
@@ -50,7 +50,7 @@ class ExtensibleLLM(Answering, CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """The LLM's window, and the longest answer."""
-        window = window_of(self.model) if self._given is None else self._given.llm.window
+        window = window_of(self.model) if self._loaded is None else self._loaded.llm.window
         return LLMMetadata(
             context_window=window if window is not None else self.lm.llm.window,
             num_output=self.max_tokens,
@@ -160,7 +160,7 @@ class ExtensibleLLM(Answering, CustomLLM):
     def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         stop = settings.get("stop")
         others = {name: value for name, value in settings.items() if name != "stop"}
-        return self._asked([stop] if isinstance(stop, str) else stop, others)
+        return self._call_settings([stop] if isinstance(stop, str) else stop, others)
 
     def _answer(
         self, asked: Any, given: Any, settings: dict[str, Any], cancelled: threading.Event | None = None
@@ -182,7 +182,7 @@ class ExtensibleLLM(Answering, CustomLLM):
         )
 
     def _raw(self, answer: Answer, settings: dict[str, Any]) -> dict[str, Any]:
-        return {**self._told(answer, settings), "usage": _usage(answer)}
+        return {**self._response_metadata(answer, settings), "usage": _usage(answer)}
 
 
 def _said(text: str) -> ChatMessage:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from extemb_core.context.planning import Plan, compressed_positions, plan_context
+from extemb_core.frameworks.settings import ModelSettings
 from llama_index.postprocessor.extemb.node import extensible, heading_of, text_of, to_document
-from llama_index.postprocessor.extemb.reader import ForReader
 
 if TYPE_CHECKING:
     from extemb_core.documents import Document
@@ -20,7 +20,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ExtensibleEmbeddingPostprocessor(ForReader, BaseNodePostprocessor):
+class CompressionSettings(ModelSettings):
+    """Which LLM will read what is compressed: its weights compress, into its store."""
+
+    llm: Any = Field(default=None, exclude=True)
+    """The `ExtensibleLLM` that will read the nodes; in its place, `model`, `embedder` and `store`."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Chunks per forward pass; by the device when not given."""
+
+    @field_validator("llm")
+    @classmethod
+    def _reads_embeddings(cls, llm: Any) -> Any:
+        if llm is not None and not hasattr(type(llm), "lm"):  # of the object it would load weights
+            raise ValueError(
+                f"a {type(llm).__name__} reads text alone; pass an ExtensibleLLM, or model=, or leave it out"
+            )
+        return llm
+
+    @property
+    def lm(self) -> ExtensibleLM:
+        """The model; it is loaded now if it was not."""
+        if self.llm is not None:
+            lm: ExtensibleLM = self.llm.lm
+            return lm
+        return super().lm
+
+
+class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocessor):
     """Nodes go to the LLM as extensible embeddings; `source_nodes` keep text, scores, ids, metadata and relationships.
 
     ```python

@@ -8,11 +8,11 @@ from typing import Any
 
 from llama_index.core.schema import BaseNode, TransformComponent
 
+from llama_index.postprocessor.extemb.base import CompressionSettings
 from llama_index.postprocessor.extemb.node import text_of, to_document
-from llama_index.postprocessor.extemb.reader import ForReader
 
 
-class ExtensibleTransform(ForReader, TransformComponent):
+class ExtensibleTransform(CompressionSettings, TransformComponent):
     """Compresses nodes into the store, each text once; the nodes go on unchanged.
 
     The last transformation of an `IngestionPipeline`, after the splitter. What is done is in the store batch by batch:
