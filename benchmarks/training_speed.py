@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         chunk_size=options.chunk_size,
         ratios=(options.ratio,),
     )
-    embedder.own_to(torch.float32)
+    embedder.trainable_to(torch.float32)
     samples = _samples(llm, options.data, options.batch_size, options.sample_length)
     ratios = [[options.ratio]] * len(samples)
     half = llm.dtype == torch.bfloat16

@@ -164,7 +164,7 @@ def random_embedder(llm: Any, *, seed: int = 1, **settings: Any) -> Any:
         embedder = ExtensibleEmbedder.from_llm(llm, **chosen)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in embedder.own_state_dict().items():
+        for name, tensor in embedder.trainable_state_dict().items():
             if name != "llm_probe":
                 tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
     return embedder

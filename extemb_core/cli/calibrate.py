@@ -91,7 +91,7 @@ def calibrate(
         from extemb_core.evaluation.calibration import calibrate as find_layer
 
         config = CalibrationConfig(
-            llm=llm, weighting=weighting, limit=limit, seed=seed, device=device, dtype=dtype, **settings  # type: ignore[arg-type]
+            llm=llm, weighting=weighting, limit=limit, seed=seed, device=device, dtype=dtype, **settings
         )  # fmt: skip
         try:
             found = find_layer(config, output, command=["extemb", *sys.argv[1:]], resume=resume)

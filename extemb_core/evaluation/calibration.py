@@ -25,7 +25,6 @@ from extemb_core.evaluation.settings import CommonConfig, require_counts
 from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
 from extemb_core.models.entry import decoder_layers
 from extemb_core.models.llm import LLM
-from extemb_core.models.pooling import TokenWeighting
 from extemb_core.training.data import read_texts
 
 RECORD, PLOT = "calibration.json", "calibration.png"
@@ -51,7 +50,7 @@ class CalibrationConfig(CommonConfig):
     text: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     ratios: tuple[int, ...] = (1, 2, 4, 8)
-    weighting: TokenWeighting = "rank"
+    weighting: str = "rank"
     counts: tuple[str, ...] = ()
     limit: int | None = 16
     batch_size: int = 2

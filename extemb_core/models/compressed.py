@@ -15,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
-from extemb_core.models.downscaling import Downscaling, chunk_lengths, coarsen, n_embeddings, picks
+from extemb_core.models.downscaling import chunk_lengths, coarsen, n_embeddings
 from extemb_core.models.entry import AnchoredStates
-from extemb_core.models.pooling import Groups, coarsen_groups
+from extemb_core.models.pooling import Groups, anchor_positions, coarsen_groups
 from extemb_core.utils.files import whole
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
@@ -54,7 +54,7 @@ class Compressed:
     fingerprint: str
     chunk_size: int
     ratios: tuple[int, ...]
-    downscaling: Downscaling
+    downscaling: str
     entry_layer: int = 0
     anchors: np.ndarray[Any, Any] | None = None
     mean_norms: Tensor | None = None
@@ -111,7 +111,7 @@ class Compressed:
         times = ratio // self.ratio
         pooled = [coarsen_groups(Groups(rows * part[:, None], *rest), times) for rows, part, *rest in each]
         groups = Groups(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
-        ends = np.concatenate([picks("strided", count, times).numpy() for count in counts])
+        ends = np.concatenate([anchor_positions(count, times).numpy() for count in counts])
         starts = np.repeat(np.cumsum([0, *counts[:-1]]), [len(chunk.weights) for chunk in pooled])
         return replace(
             self,

@@ -7,11 +7,11 @@ from typing import Any, Literal, get_args
 from transformers import PretrainedConfig
 
 from extemb_core.errors import ConfigError, RatioError
-from extemb_core.models.downscaling import Downscaling, check_ratios, is_count
-from extemb_core.models.pooling import TokenWeighting
+from extemb_core.models.connector import CONNECTORS
+from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios, is_count
+from extemb_core.models.pooling import TOKEN_WEIGHTINGS
 
 Adaptation = Literal["none", "lora", "full"]
-Connector = Literal["none", "linear", "mlp", "conv"]
 
 
 class ExtensibleEmbedderConfig(PretrainedConfig):
@@ -57,8 +57,8 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         self,
         num_layers: int | None = None,
         adaptation: Adaptation = "lora",
-        downscaling: Downscaling | None = None,
-        connector: Connector | None = None,
+        downscaling: str | None = None,
+        connector: str | None = None,
         chunk_size: int = 512,
         ratios: tuple[int, ...] | list[int] | None = None,
         residual_window: int | None = None,
@@ -66,7 +66,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         entry_layer: int = 0,
         kept_ratio: int | None = None,
         plan_ratios: tuple[int, ...] | list[int] | None = None,
-        token_weighting: TokenWeighting = "rank",
+        token_weighting: str = "rank",
         token_weights_digest: str = "",
         hidden_size: int = 0,
         llm_name: str = "",
@@ -102,9 +102,9 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
             residual_window = 8
         for name, value, legal in (
             ("adaptation", adaptation, get_args(Adaptation)),
-            ("downscaling", downscaling, get_args(Downscaling)),
-            ("connector", connector, get_args(Connector)),
-            ("token_weighting", token_weighting, get_args(TokenWeighting)),
+            ("downscaling", downscaling, tuple(DOWNSCALINGS)),
+            ("connector", connector, tuple(CONNECTORS)),
+            ("token_weighting", token_weighting, tuple(TOKEN_WEIGHTINGS)),
         ):
             if value not in legal:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
@@ -160,7 +160,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
 
 
 def _check_entry(
-    entry_layer: int, num_layers: int, downscaling: Downscaling, connector: Connector, residual_window: int | None
+    entry_layer: int, num_layers: int, downscaling: str, connector: str, residual_window: int | None
 ) -> None:
     """Raise `ConfigError` for settings without meaning above entry layer 0."""
     wrong = (

@@ -1,17 +1,11 @@
-"""From the layers' outputs to the LLM's input space.
+"""Connectors: from the layers' outputs to the LLM's input space.
 
-    none    RMSNorm with a learnable scale; nothing else (the paper's arm)
-    linear  token-embedding residual + zero-initialised linear over the RMSNorm
-    mlp     token-embedding residual + two layers with a GELU, the last zero-initialised
-    conv    the token embedding at the place itself + zero-initialised linear over the RMSNorm + a map of its own for
-            each of the last `residual_window` token embeddings
-
-The norm is always there: the hidden states after a few layers have norms tens of times those of token
+The RMSNorm is always there: the hidden states after a few layers have norms tens of times those of token
 embeddings. Its scale starts at the token embeddings' RMS and is free after that; useful soft vectors may
 have far larger norms, so nothing is ever clamped. With a connector, training starts from the mean of the
-nearest token embeddings, which a frozen LLM reads at once, instead of from noise. A mean does not say in which
-order its tokens stood; the maps of "conv", a causal convolution over the token embeddings, can. They start as random
-rotations at a small scale, so that what is between the places is there to be learned from the first step on.
+nearest token embeddings, which a frozen LLM reads at once, instead of from noise.
+
+To add a connector, write a subclass of `OutputConnector` and name it in `CONNECTORS`.
 """
 
 from __future__ import annotations
@@ -19,57 +13,99 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from extemb_core.models.config import Connector
-
 _ROTATED_SCALE = 0.3
 
 
 class OutputConnector(nn.Module):
-    """Maps selected outputs and their residuals to extensible embeddings."""
+    """RMSNorm with a learnable scale, and nothing else (the paper's arm). Subclasses map what it gives.
 
-    def __init__(self, kind: Connector, width: int, embedding_rms: float, window: int = 1) -> None:
+    Args:
+        hidden_size: D.
+        embedding_rms: Of the LLM's token embeddings.
+        window: Token embeddings that `forward` is handed as `recent`.
+    """
+
+    def __init__(self, hidden_size: int, embedding_rms: float, window: int = 1) -> None:
         super().__init__()
-        self.kind = kind
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.projection: nn.Module | None = None
-        self.maps: nn.Linear | None = None
-        if kind == "conv":
-            self.maps = nn.Linear(window * width, width, bias=False)
-            with torch.no_grad():
-                for offset in range(window - 1):  # the last is the place's own, which the residual has
-                    rotation = nn.init.orthogonal_(torch.empty(width, width))
-                    self.maps.weight[:, offset * width : (offset + 1) * width] = _ROTATED_SCALE * rotation
-                self.maps.weight[:, (window - 1) * width :] = 0
-        if kind == "none":
-            nn.init.constant_(self.norm.weight, embedding_rms)
-        elif kind in ("linear", "conv"):
-            self.projection = nn.Linear(width, width)
-            nn.init.zeros_(self.projection.weight)
-            nn.init.zeros_(self.projection.bias)
-        else:
-            last = nn.Linear(2 * width, width)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            self.projection = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), last)
+        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        nn.init.constant_(self.norm.weight, embedding_rms)
 
     def forward(self, outputs: Tensor, residuals: Tensor, recent: Tensor | None = None) -> Tensor:
-        """outputs, residuals: (..., D) -> (..., D).
+        """Map outputs to extensible embeddings.
 
-        "none" does not use the residuals; "conv" alone uses `recent`, (..., window * D), the last token embeddings (see
-        `recent_embeddings`).
+        Args:
+            outputs: (..., D).
+            residuals: (..., D), means of the token embeddings nearest to each.
+            recent: (..., window * D), the last token embeddings side by side (see `recent_embeddings`); for "conv".
+
+        Returns:
+            (..., D).
         """
-        scaled = self.norm(outputs.to(self.norm.weight.dtype))
-        if self.projection is None:
-            return torch.as_tensor(scaled)
-        projected: Tensor = self.projection(scaled)
-        if self.maps is not None:
-            assert recent is not None
-            projected = projected + self.maps(recent.to(self.maps.weight.dtype))
+        return torch.as_tensor(self.norm(outputs.to(self.norm.weight.dtype)))
+
+
+class LinearConnector(OutputConnector):
+    """Token-embedding residual and a zero-initialised linear map over the RMSNorm."""
+
+    def __init__(self, hidden_size: int, embedding_rms: float, window: int = 1) -> None:
+        super().__init__(hidden_size, embedding_rms, window)
+        nn.init.ones_(self.norm.weight)
+        self.projection: nn.Module = nn.Linear(hidden_size, hidden_size)
+        _zero(self.projection)
+
+    def forward(self, outputs: Tensor, residuals: Tensor, recent: Tensor | None = None) -> Tensor:
+        projected: Tensor = self.projection(super().forward(outputs, residuals))
         return projected + residuals.to(projected.dtype)
 
 
+class MlpConnector(LinearConnector):
+    """Token-embedding residual and two layers with a GELU, the last of them zero-initialised."""
+
+    def __init__(self, hidden_size: int, embedding_rms: float, window: int = 1) -> None:
+        super().__init__(hidden_size, embedding_rms, window)
+        last = nn.Linear(2 * hidden_size, hidden_size)
+        _zero(last)
+        self.projection = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.GELU(), last)
+
+
+class ConvConnector(LinearConnector):
+    """The place's own token embedding, the linear map, and a map for each of the last `window` token embeddings.
+
+    A mean does not say in which order its tokens stood; the maps, a causal convolution over the token embeddings, can.
+    They start as random rotations at a small scale, so that what is between the places is there to be learned from the
+    first step on.
+    """
+
+    def __init__(self, hidden_size: int, embedding_rms: float, window: int = 1) -> None:
+        super().__init__(hidden_size, embedding_rms, window)
+        self.maps = nn.Linear(window * hidden_size, hidden_size, bias=False)
+        with torch.no_grad():
+            for offset in range(window - 1):  # the last is the place's own, which the residual has
+                rotation = nn.init.orthogonal_(torch.empty(hidden_size, hidden_size))
+                self.maps.weight[:, offset * hidden_size : (offset + 1) * hidden_size] = _ROTATED_SCALE * rotation
+            self.maps.weight[:, (window - 1) * hidden_size :] = 0
+
+    def forward(self, outputs: Tensor, residuals: Tensor, recent: Tensor | None = None) -> Tensor:
+        assert recent is not None
+        mapped: Tensor = self.maps(recent.to(self.maps.weight.dtype))
+        return super().forward(outputs, residuals) + mapped
+
+
+CONNECTORS: dict[str, type[OutputConnector]] = {
+    "none": OutputConnector,
+    "linear": LinearConnector,
+    "mlp": MlpConnector,
+    "conv": ConvConnector,
+}
+
+
+def _zero(linear: nn.Module) -> None:
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+
+
 def trailing_means(embedded: Tensor, window: int) -> Tensor:
-    """Mean of the last `window` token embeddings at every position (fewer at the start).
+    """Take the mean of the last `window` token embeddings at every position (fewer at the start).
 
     embedded: (B, T, D) -> (B, T, D), in float32 so that long chunks lose no precision.
     """
@@ -82,7 +118,7 @@ def trailing_means(embedded: Tensor, window: int) -> Tensor:
 
 
 def recent_embeddings(embedded: Tensor, places: Tensor, window: int) -> Tensor:
-    """The last `window` token embeddings at some places, side by side, the place's own last; zeros before the start.
+    """Put the last `window` token embeddings at some places side by side, the place's own last; zeros before the start.
 
     embedded: (T, D), places: (N,) -> (N, window * D).
     """

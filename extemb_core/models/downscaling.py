@@ -1,33 +1,23 @@
-"""Down-scaling: which of a chunk's L outputs become its ceil(L / ratio) extensible embeddings.
+"""Down-scaling: which of a chunk's L outputs become its ceil(L / ratio) embeddings (twin paper, section 2.2).
 
 Every method is *nested*: the embeddings at a coarse ratio can be derived from those at any finer
 ratio that divides it, without another forward pass. That is what lets one stored copy serve all ratios.
 
-    strided   the last output of every `ratio` consecutive ones (the paper's choice; section 2.2)
-    mean      the mean of every `ratio` consecutive outputs
-    random    one output of every `ratio` consecutive ones, drawn once and for all by position
-    terminal  the chunk's last ceil(L / ratio) outputs
-
-A tail shorter than `ratio` is a span like any other: no token is without an embedding.
+A tail shorter than `ratio` is a span like any other: no token is without an embedding. To add a method, write a
+subclass of `Downscaling` and name it in `DOWNSCALINGS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from extemb_core.errors import ConfigError, RatioError
-
-Downscaling = Literal["strided", "mean", "random", "terminal"]
-
-# One fixed score for every position of a chunk; the highest of a span represents it. Being the maximum of
-# maxima, the choice at a coarse ratio is always among the choices at a finer one.
-_RANDOM_SEED = 2402_11577
 
 
 def check_ratios(ratios: Sequence[int], chunk_size: int) -> tuple[int, ...]:
@@ -63,74 +53,6 @@ def chunk_lengths(n_tokens: int, chunk_size: int) -> list[int]:
     return [chunk_size] * full + ([tail] if tail else [])
 
 
-def picks(method: Downscaling, length: int, ratio: int) -> Tensor:
-    """The positions whose outputs are taken, for the methods that select.
-
-    Args:
-        method: "strided", "random" or "terminal".
-        length: L, the tokens of the chunk.
-        ratio: Tokens per embedding.
-
-    Returns:
-        (ceil(L / ratio),) positions within the chunk, ascending.
-    """
-    count = n_embeddings(length, ratio)
-    if method == "terminal":
-        return torch.arange(length - count, length)
-    ends = torch.clamp((torch.arange(count) + 1) * ratio, max=length)
-    if method == "strided":
-        return ends - 1
-    scores = np.random.default_rng(_RANDOM_SEED).random(length)
-    starts = range(0, length, ratio)
-    return torch.tensor([start + int(scores[start : start + ratio].argmax()) for start in starts], dtype=torch.long)
-
-
-def downscale(outputs: Tensor, ratio: int, method: Downscaling) -> Tensor:
-    """Turn one chunk's outputs into its extensible embeddings.
-
-    Args:
-        outputs: (L, D).
-        ratio: Tokens per embedding.
-        method: One of `Downscaling`.
-
-    Returns:
-        (ceil(L / ratio), D).
-    """
-    if method != "mean":
-        return outputs[picks(method, outputs.shape[0], ratio).to(outputs.device)]
-    return span_means(outputs, torch.ones(outputs.shape[0], device=outputs.device), ratio)
-
-
-def coarsen(embeddings: Tensor, length: int, fine: int, coarse: int, method: Downscaling) -> Tensor:
-    """Derive a chunk's embeddings at `coarse` from those at `fine`.
-
-    Args:
-        embeddings: (ceil(length / fine), D).
-        length: Tokens of the chunk.
-        fine: The ratio at hand.
-        coarse: The ratio wanted, a multiple of `fine`.
-        method: One of `Downscaling`.
-
-    Returns:
-        (ceil(length / coarse), D), equal to `downscale` at `coarse`.
-
-    Raises:
-        RatioError: `coarse` is not a multiple of `fine`.
-    """
-    if coarse % fine:
-        raise RatioError(
-            f"ratio={coarse} is not a multiple of {fine}, the ratio at hand; compress the text again at {coarse}"
-        )
-    if coarse == fine or not length:
-        return embeddings
-    if method == "mean":
-        sizes = torch.full((embeddings.shape[0],), float(fine), device=embeddings.device)
-        sizes[-1] = length - fine * (embeddings.shape[0] - 1)
-        return span_means(embeddings, sizes, coarse // fine)
-    kept = torch.isin(picks(method, length, fine), picks(method, length, coarse))
-    return embeddings[kept.to(embeddings.device)]
-
-
 def span_means(vectors: Tensor, weights: Tensor, span: int) -> Tensor:
     """Take weighted means over consecutive spans; the last may be shorter.
 
@@ -148,3 +70,105 @@ def span_means(vectors: Tensor, weights: Tensor, span: int) -> Tensor:
     vectors = torch.nn.functional.pad(vectors, (0, 0, 0, padding)) if padding else vectors  # which would be a copy
     shares = weights / weights.sum(1, keepdim=True)
     return torch.bmm(shares[:, None], vectors.reshape(count, span, -1))[:, 0]
+
+
+class Downscaling:
+    """Selects some of a chunk's outputs. Subclasses that do more than select override `reduce` and `coarsen`."""
+
+    def select(self, length: int, ratio: int) -> Tensor:
+        """Choose the positions whose outputs are used.
+
+        Args:
+            length: L, the tokens of the chunk.
+            ratio: Tokens per embedding.
+
+        Returns:
+            Positions within the chunk, ascending, of int64; (ceil(L / ratio),) where `reduce` changes nothing.
+        """
+        raise NotImplementedError
+
+    def reduce(self, selected: Tensor, ratio: int) -> Tensor:
+        """Turn what the connector made of the selected outputs into embeddings: (S, D) -> (ceil(L / ratio), D)."""
+        return selected
+
+    def coarsen(self, embeddings: Tensor, length: int, fine: int, coarse: int) -> Tensor:
+        """Derive a chunk's embeddings at `coarse` from those at `fine`, of which it is a multiple.
+
+        Args:
+            embeddings: (ceil(length / fine), D).
+            length: Tokens of the chunk, 1 or more.
+            fine: The ratio at hand.
+            coarse: The ratio wanted.
+
+        Returns:
+            (ceil(length / coarse), D).
+        """
+        selected = torch.isin(self.select(length, fine), self.select(length, coarse))
+        return embeddings[selected.to(embeddings.device)]
+
+
+class Strided(Downscaling):
+    """Takes the last output of every `ratio` consecutive ones: the paper's choice."""
+
+    def select(self, length: int, ratio: int) -> Tensor:
+        return torch.clamp((torch.arange(n_embeddings(length, ratio)) + 1) * ratio, max=length) - 1
+
+
+class Random(Downscaling):
+    """Takes one output of every `ratio` consecutive ones, drawn once and for all by position.
+
+    There is one fixed score for every position of a chunk, and the highest of a span represents it. Being the maximum
+    of maxima, the choice at a coarse ratio is always among the choices at a finer one.
+    """
+
+    seed = 2402_11577
+
+    def select(self, length: int, ratio: int) -> Tensor:
+        scores = np.random.default_rng(self.seed).random(length)
+        starts = range(0, length, ratio)
+        return torch.tensor([start + int(scores[start : start + ratio].argmax()) for start in starts], dtype=torch.long)
+
+
+class Terminal(Downscaling):
+    """Takes the chunk's last ceil(L / ratio) outputs."""
+
+    def select(self, length: int, ratio: int) -> Tensor:
+        return torch.arange(length - n_embeddings(length, ratio), length)
+
+
+class Mean(Downscaling):
+    """Takes the mean of every `ratio` consecutive outputs."""
+
+    def select(self, length: int, ratio: int) -> Tensor:
+        return torch.arange(length)
+
+    def reduce(self, selected: Tensor, ratio: int) -> Tensor:
+        return span_means(selected, torch.ones(len(selected), device=selected.device), ratio)
+
+    def coarsen(self, embeddings: Tensor, length: int, fine: int, coarse: int) -> Tensor:
+        sizes = torch.full((len(embeddings),), float(fine), device=embeddings.device)
+        sizes[-1] = length - fine * (len(embeddings) - 1)
+        return span_means(embeddings, sizes, coarse // fine)
+
+
+DOWNSCALINGS: dict[str, Downscaling] = {
+    "strided": Strided(),
+    "mean": Mean(),
+    "random": Random(),
+    "terminal": Terminal(),
+}
+
+
+def coarsen(embeddings: Tensor, length: int, fine: int, coarse: int, downscaling: str) -> Tensor:
+    """Derive a chunk's embeddings at `coarse` from those at `fine`; see `Downscaling.coarsen`.
+
+    Raises:
+        RatioError: `coarse` is not a multiple of `fine`.
+    """
+    if coarse % fine:
+        raise RatioError(
+            f"ratio={coarse} is not a multiple of {fine}, the ratio at hand; compress the text again at {coarse}"
+        )
+    if coarse == fine or not length:
+        return embeddings
+    return DOWNSCALINGS[downscaling].coarsen(embeddings, length, fine, coarse)

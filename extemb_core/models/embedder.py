@@ -35,12 +35,12 @@ from extemb_core.errors import ConfigError, DocumentError, MismatchError, Weight
 from extemb_core.models.bulk import default_batch_size
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
-from extemb_core.models.connector import OutputConnector, recent_embeddings, trailing_means
-from extemb_core.models.downscaling import downscale, n_embeddings, picks
+from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_embeddings, trailing_means
+from extemb_core.models.downscaling import DOWNSCALINGS, n_embeddings
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, final_norm, shared_parameters
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.models.lora import add_adapters
-from extemb_core.models.pooling import Groups, digest_of, pool, token_weights
+from extemb_core.models.pooling import Groups, anchor_positions, digest_of, pool, token_weights
 from extemb_core.utils.progress import progress
 from extemb_core.weights.resolve import UNTRAINED
 
@@ -179,15 +179,15 @@ class ExtensibleEmbedder(PreTrainedModel):
         self.connector: OutputConnector | None = None
         if not (config.entry_layer and config.connector == "none"):
             rms = float(embedding.weight.float().pow(2).mean().sqrt())
-            self.connector = OutputConnector(config.connector, config.hidden_size, rms, self._residual_window)
+            self.connector = CONNECTORS[config.connector](config.hidden_size, rms, self._residual_window)
             self.connector.to(llm.device)
         self.register_buffer("llm_probe", _probe(llm, config.num_layers), persistent=True)
         weighting = "uniform" if config.token_weighting == "frequency" else config.token_weighting  # until it is loaded
         table = token_weights(weighting, int(embedding.num_embeddings)).to(llm.device)
         self.register_buffer("token_weights", table, persistent=False)
-        self.own_names = [name for name, p in self.named_parameters() if id(p) not in shared]
-        parents = ((name, *name.rpartition(".")[::2]) for name in self.own_names)
-        self._own_places = {
+        self.trainable_names = [name for name, p in self.named_parameters() if id(p) not in shared]
+        parents = ((name, *name.rpartition(".")[::2]) for name in self.trainable_names)
+        self._trainable_places = {
             name: (self.get_submodule(parent), leaf) for name, parent, leaf in parents
         }  # quick to look up
         self._fingerprint: tuple[int, str] | None = None
@@ -234,13 +234,13 @@ class ExtensibleEmbedder(PreTrainedModel):
         if made.dtype not in (now.dtype, self.llm.dtype) or made.device not in (now.device, self.llm.device):
             raise ConfigError(
                 f"the embedder cannot be moved to {made.dtype} on {made.device}: its layers share the tensors of "
-                f"{self.llm.name}; load the LLM there, or use own_to for what the embedder has of its own"
+                f"{self.llm.name}; load the LLM there, or use trainable_to for what the embedder has of its own"
             )
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def requires_grad_(self, requires_grad: bool = True) -> ExtensibleEmbedder:
         """Train, or no longer, the embedder's own tensors; the LLM's are never trained through it."""
-        for name in self.own_names:
+        for name in self.trainable_names:
             self.get_parameter(name).requires_grad_(requires_grad)
         return self
 
@@ -334,7 +334,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             raise WeightsCorruptError(
                 f"{file} does not hold the token weights that config.json names; get the folder again"
             )
-        own = {name: self.get_parameter(name) for name in self.own_names}
+        own = {name: self.get_parameter(name) for name in self.trainable_names}
         wrong = sorted(n for n in own.keys() | tensors.keys() if n not in own or n not in tensors)
         wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
         if probe is None or wrong:
@@ -359,19 +359,19 @@ class ExtensibleEmbedder(PreTrainedModel):
             if _same_in_bfloat16(here, probe, through_float16=self.llm.dtype == torch.float16):
                 self.llm_probe.copy_(probe)  # as trained, so that the fingerprint does not depend on the dtype
         # Of what the file holds: float16 tensors of the LLM's dtype may round the other way to bfloat16.
-        made = self.own_state_dict()
+        made = self.trainable_state_dict()
         self._fingerprint = (_version_of(made), self._digest(tensors | {"llm_probe": made["llm_probe"]}))
 
-    def own_state_dict(self) -> dict[str, Tensor]:
+    def trainable_state_dict(self) -> dict[str, Tensor]:
         """The tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""
-        own = {name: module._parameters[leaf] for name, (module, leaf) in self._own_places.items()}
+        own = {name: module._parameters[leaf] for name, (module, leaf) in self._trainable_places.items()}
         return {name: tensor.detach() for name, tensor in own.items() if tensor is not None} | {
             "llm_probe": self.llm_probe.detach()
         }
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors (the embedder's own tensors only)."""
-        tensors = self.own_state_dict()
+        tensors = self.trainable_state_dict()
         if self.config.token_weighting == "frequency":
             tensors["token_weights"] = self.token_weights.half()
         kwargs["state_dict"] = {name: t.contiguous().cpu() for name, t in tensors.items()}
@@ -387,7 +387,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
         Tensors are rounded to bfloat16 first, so that the same weights have one fingerprint in every dtype.
         """
-        own = self.own_state_dict()
+        own = self.trainable_state_dict()
         version = _version_of(own)
         if self._fingerprint is None or self._fingerprint[0] != version:
             self._fingerprint = (version, self._digest(own))
@@ -443,9 +443,9 @@ class ExtensibleEmbedder(PreTrainedModel):
         )
         return next(dtypes)
 
-    def own_to(self, dtype: torch.dtype) -> None:
+    def trainable_to(self, dtype: torch.dtype) -> None:
         """Hold the embedder's own tensors in `dtype` (training needs float32); the LLM's stay as they are."""
-        for name in self.own_names:
+        for name in self.trainable_names:
             parameter = self.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
 
@@ -466,20 +466,18 @@ class ExtensibleEmbedder(PreTrainedModel):
         """
         if self.config.entry_layer:
             states = self.pool(outputs, row, length, ratio, start).states
-            anchors = outputs.ids[row, start:length][picks("strided", length - start, ratio).to(outputs.ids.device)]
+            anchors = outputs.ids[row, start:length][anchor_positions(length - start, ratio).to(outputs.ids.device)]
             return AnchoredStates(anchors.cpu().numpy().astype(np.int32), states, self.config.entry_layer)
         assert outputs.residuals is not None
         assert outputs.embedded is not None
         assert self.connector is not None
         hidden, residuals = outputs.hidden[row, :length], outputs.residuals[row, :length]
-        method = self.config.downscaling
-        chosen = torch.arange(length) if method == "mean" else picks(method, length, ratio)
-        chosen = chosen.to(hidden.device)
+        downscaling = DOWNSCALINGS[self.config.downscaling]
+        chosen = downscaling.select(length, ratio).to(hidden.device)
         recent = None
         if self.config.connector == "conv":
             recent = recent_embeddings(outputs.embedded[row, :length], chosen, self._residual_window)
-        made: Tensor = self.connector(hidden[chosen], residuals[chosen], recent)
-        return downscale(made, ratio, method) if method == "mean" else made
+        return downscaling.reduce(self.connector(hidden[chosen], residuals[chosen], recent), ratio)
 
     def pool(self, outputs: ChunkOutputs, row: int, length: int, ratio: int, start: int = 0) -> Groups:
         """The groups of one chunk of a batch, or of its tokens from `start` on (see `read_out`)."""
@@ -624,7 +622,7 @@ class ExtensibleEmbedder(PreTrainedModel):
                     f"layer {self.config.entry_layer} of {self.llm.name} gives states that are not finite in "
                     f"{self.llm.dtype}; load the LLM in float32, or choose an earlier entry_layer"
                 )
-            made[chunk.text].write(chunk.offset, groups, chunk.ids[picks("strided", length, ratio).numpy()])
+            made[chunk.text].write(chunk.offset, groups, chunk.ids[anchor_positions(length, ratio).numpy()])
 
 
 def default_entry_layer(llm: LLM) -> int:

@@ -11,17 +11,16 @@ Groups *nest*: m, sum(w) and s at a coarser ratio are weighted means of those at
 from __future__ import annotations
 
 import hashlib
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from extemb_core.errors import ConfigError
-from extemb_core.models.downscaling import span_means
+from extemb_core.models.downscaling import DOWNSCALINGS, span_means
 
-TokenWeighting = Literal["uniform", "rank", "frequency"]
-
-_LEAST_WEIGHT = 0.01  # of a token that is nearly all there is: no group is without weight
+_MIN_WEIGHT = 0.01  # of a token that is nearly all there is: no group is without weight
 # H, the sum of 1/rank over a vocabulary of some 50,000: by Zipf's law, a token of rank r has a share of 1/(r H).
 _HARMONIC = 11.4
 
@@ -79,22 +78,21 @@ def _pooled(fine: Groups, span: int) -> Groups:
     return Groups(span_means(fine.means, fine.weights, span), total, norms)
 
 
-def token_weights(weighting: TokenWeighting, vocab_size: int, counts: Tensor | None = None) -> Tensor:
-    """Weight of every token of a vocabulary, (V,) float32 above 0.
+def uniform_weights(vocab_size: int, counts: Tensor | None = None) -> Tensor:
+    """Weigh all tokens alike."""
+    return torch.ones(vocab_size)
 
-    Args:
-        weighting: "uniform"; "frequency", log(N / count) from counted tokens; or "rank", the same by Zipf's law, with a
-            token's id for its rank: a BPE vocabulary lists its merges by frequency.
-        vocab_size: V.
-        counts: (V,) how often each token was seen, for "frequency". Tokens that were not count as seen once.
 
-    Raises:
-        ConfigError: "frequency" without counts of every token.
+def rank_weights(vocab_size: int, counts: Tensor | None = None) -> Tensor:
+    """Weigh tokens by log(N / count) as Zipf's law has it, with a token's id for its rank.
+
+    A BPE vocabulary lists its merges by frequency.
     """
-    if weighting == "uniform":
-        return torch.ones(vocab_size)
-    if weighting == "rank":
-        return (_HARMONIC * torch.arange(1, vocab_size + 1, dtype=torch.float32)).log()
+    return (_HARMONIC * torch.arange(1, vocab_size + 1, dtype=torch.float32)).log()
+
+
+def frequency_weights(vocab_size: int, counts: Tensor | None = None) -> Tensor:
+    """Weigh tokens by log(N / count) of what was counted; those that were not seen count as seen once."""
     if counts is None or counts.shape != (vocab_size,) or not (counts >= 0).all() or not counts.sum() > 0:
         given = "none" if counts is None else f"counts of shape {tuple(counts.shape)}"
         raise ConfigError(
@@ -102,7 +100,40 @@ def token_weights(weighting: TokenWeighting, vocab_size: int, counts: Tensor | N
             "them in text of the kind that will be compressed, or pass token_weighting='rank'"
         )
     seen = counts.double().clamp_min(1)
-    return (seen.sum() / seen).log().clamp_min(_LEAST_WEIGHT).float()
+    return (seen.sum() / seen).log().clamp_min(_MIN_WEIGHT).float()
+
+
+TOKEN_WEIGHTINGS: dict[str, Callable[[int, Tensor | None], Tensor]] = {
+    "uniform": uniform_weights,
+    "rank": rank_weights,
+    "frequency": frequency_weights,
+}
+
+
+def token_weights(weighting: str, vocab_size: int, counts: Tensor | None = None) -> Tensor:
+    """Weigh every token of a vocabulary.
+
+    Args:
+        weighting: One of `TOKEN_WEIGHTINGS`.
+        vocab_size: V.
+        counts: (V,) how often each token was seen, for "frequency".
+
+    Returns:
+        (V,) float32 above 0.
+
+    Raises:
+        ConfigError: "frequency" without counts of every token.
+    """
+    return TOKEN_WEIGHTINGS[weighting](vocab_size, counts)
+
+
+def anchor_positions(length: int, ratio: int) -> Tensor:
+    """Choose the token of each group that stands in the prompt: its last. Nested, as the groups are.
+
+    Returns:
+        (ceil(length / ratio),) positions, ascending.
+    """
+    return DOWNSCALINGS["strided"].select(length, ratio)
 
 
 def digest_of(weights: Tensor) -> str:

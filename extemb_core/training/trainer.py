@@ -106,7 +106,7 @@ class Trained(nn.Module):
         """What is trained, by the names that it has in the files: other versions of the code have the same."""
         embedder, reader = {}, {}
         if self.embedder is not None:
-            embedder = {f"embedder.{n}": self.embedder.get_parameter(n) for n in self.embedder.own_names}
+            embedder = {f"embedder.{n}": self.embedder.get_parameter(n) for n in self.embedder.trainable_names}
         if self.reader is not None:
             reader = {f"reader.{name}": parameter for name, parameter in reader_adapters(self.llm).items()}
         return {name: parameter for name, parameter in (embedder | reader).items() if parameter.requires_grad}
@@ -527,7 +527,7 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
             embedder = ExtensibleEmbedder.from_llm(llm, token_counts=_token_counts(config, llm), **config.embedder)
         else:
             embedder = ExtensibleEmbedder.from_pretrained(before, llm=llm, adapt=True)
-        embedder.own_to(torch.float32)  # in bfloat16 a small update would round to none
+        embedder.trainable_to(torch.float32)  # in bfloat16 a small update would round to none
         layer = embedder.config.entry_layer
     elif layer:  # a reader of what the LLM's first layers give as they are
         settings = {**config.embedder, "adaptation": "none"}

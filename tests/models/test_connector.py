@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 
-from extemb_core.models.config import Connector
-from extemb_core.models.connector import OutputConnector, recent_embeddings, trailing_means
+from extemb_core.models.connector import CONNECTORS, recent_embeddings, trailing_means
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_training_starts_from_the_mean_of_token_embeddings(kind):
     residuals = torch.randn(5, 8)
-    torch.testing.assert_close(OutputConnector(kind, 8, 0.1)(100 * torch.randn(5, 8), residuals), residuals)
+    torch.testing.assert_close(CONNECTORS[kind](8, 0.1)(100 * torch.randn(5, 8), residuals), residuals)
 
 
 def test_a_convolution_starts_from_the_token_itself_and_the_others_turned_and_small():
-    connector = OutputConnector("conv", 8, 0.1, window=3)
+    connector = CONNECTORS["conv"](8, 0.1, window=3)
     recent = torch.randn(5, 3, 8)
     recent[:, 1] = 0
     made = connector(100 * torch.randn(5, 8), recent[:, 2], recent.flatten(1))
@@ -29,7 +26,7 @@ def test_a_convolution_starts_from_the_token_itself_and_the_others_turned_and_sm
 
 def test_a_convolution_has_a_map_for_each_of_the_last_token_embeddings():
     embedded, maps, window = torch.randn(6, 4), torch.randn(3, 4, 4), 3
-    connector = OutputConnector("conv", 4, 0.1, window)
+    connector = CONNECTORS["conv"](4, 0.1, window)
     connector.maps.weight.data = torch.cat([each.T for each in maps], dim=1)
     places = torch.tensor([0, 1, 5])
     recent = recent_embeddings(embedded, places, window)
@@ -43,13 +40,13 @@ def test_a_convolution_has_a_map_for_each_of_the_last_token_embeddings():
 
 
 def test_without_a_connector_outputs_get_the_size_of_token_embeddings():
-    made = OutputConnector("none", 64, 0.1)(100 * torch.randn(5, 64), torch.randn(5, 64))
+    made = CONNECTORS["none"](64, 0.1)(100 * torch.randn(5, 64), torch.randn(5, 64))
     torch.testing.assert_close(made.pow(2).mean(-1).sqrt(), torch.full((5,), 0.1))
 
 
-@pytest.mark.parametrize("kind", get_args(Connector))
+@pytest.mark.parametrize("kind", tuple(CONNECTORS))
 def test_every_parameter_gets_a_gradient(kind):
-    connector = OutputConnector(kind, 8, 0.1, window=2)
+    connector = CONNECTORS[kind](8, 0.1, window=2)
     for parameter in connector.parameters():
         torch.nn.init.normal_(parameter)
     connector(torch.randn(5, 8), torch.randn(5, 8), torch.randn(5, 16)).pow(2).sum().backward()

@@ -24,12 +24,13 @@ from extemb_core.errors import (
     WeightsCorruptError,
     WeightsNotFoundError,
 )
-from extemb_core.models.config import Adaptation, Connector
-from extemb_core.models.downscaling import Downscaling
+from extemb_core.models.config import Adaptation
+from extemb_core.models.connector import CONNECTORS
+from extemb_core.models.downscaling import DOWNSCALINGS
 from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
-from extemb_core.models.pooling import TokenWeighting
+from extemb_core.models.pooling import TOKEN_WEIGHTINGS
 
 TEXT = "The lighthouse keeper counted forty-one ships before the fog came in. " * 3
 RATIOS = (2, 4, 8)
@@ -53,9 +54,9 @@ def positions(n_tokens, ratio, chunk_size=16):
 # -- the matrix ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("connector", get_args(Connector))
+@pytest.mark.parametrize("connector", tuple(CONNECTORS))
 @pytest.mark.parametrize("adaptation", ["lora", "full"])
-@pytest.mark.parametrize("downscaling", get_args(Downscaling))
+@pytest.mark.parametrize("downscaling", tuple(DOWNSCALINGS))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_matrix(architecture, downscaling, adaptation, connector, tmp_path):
     llm = tiny_llm(architecture)
@@ -71,12 +72,12 @@ def test_matrix(architecture, downscaling, adaptation, connector, tmp_path):
     outputs = embedder(torch.from_numpy(llm.encode(TEXT)[None, :16]).long())
     embedder.read_out(outputs, 0, 16, 4).pow(2).sum().backward()
     trained = {name for name, p in embedder.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert trained == embedder.own_state_dict().keys() - {"llm_probe"}
+    assert trained == embedder.trainable_state_dict().keys() - {"llm_probe"}
     assert all(p.grad is None for p in llm.model.parameters())
 
     embedder.save_pretrained(tmp_path)
     again = ExtensibleEmbedder.from_pretrained(tmp_path, llm=llm)
-    assert_equal_tensors(embedder.own_state_dict(), again.own_state_dict())
+    assert_equal_tensors(embedder.trainable_state_dict(), again.trainable_state_dict())
     assert again.fingerprint == embedder.fingerprint
     assert torch.equal(again.compress(TEXT, ratio=4).embeddings, results[0].embeddings)
 
@@ -93,11 +94,11 @@ def test_the_llm_is_bit_equal_after_everything(architecture, adaptation):
     embedder = random_embedder(llm, adaptation=adaptation)
     embedder.compress([TEXT, "a"])
     optimizer = torch.optim.SGD([p for p in embedder.parameters() if p.requires_grad], lr=0.1)
-    own = {name: tensor.clone() for name, tensor in embedder.own_state_dict().items()}
+    own = {name: tensor.clone() for name, tensor in embedder.trainable_state_dict().items()}
     embedder.train()
     embedder.read_out(embedder(ids[:, :16]), 0, 16, 4).pow(2).sum().backward()
     optimizer.step()
-    assert any(not torch.equal(tensor, own[name]) for name, tensor in embedder.own_state_dict().items())
+    assert any(not torch.equal(tensor, own[name]) for name, tensor in embedder.trainable_state_dict().items())
     assert_equal_tensors(before, copy_of(llm.model))
     assert torch.equal(llm.model(ids).logits, logits)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in llm.model.modules())
@@ -183,10 +184,10 @@ def test_empty_and_blank_texts_are_a_no_op_and_a_short_one(llm):
 
 @pytest.fixture(scope="module")
 def by_method():
-    return {method: random_embedder(tiny_llm(), downscaling=method) for method in get_args(Downscaling)}
+    return {method: random_embedder(tiny_llm(), downscaling=method) for method in DOWNSCALINGS}
 
 
-@given(length=st.integers(0, 50), method=st.sampled_from(get_args(Downscaling)), seed=st.integers(0, 99))
+@given(length=st.integers(0, 50), method=st.sampled_from(tuple(DOWNSCALINGS)), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=60)
 def test_coarser_equals_compressed_again(by_method, length, method, seed):
     ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).int().numpy()
@@ -368,7 +369,7 @@ def test_the_same_llm_in_bfloat16_is_the_same(llm, tmp_path, adaptation):
 def test_training_in_float32_over_an_llm_in_bfloat16(adaptation, architecture):
     llm = LLM(tiny_model(architecture).to(torch.bfloat16), tiny_tokenizer(), name="half")
     embedder = random_embedder(llm, adaptation=adaptation)
-    embedder.own_to(torch.float32)
+    embedder.trainable_to(torch.float32)
     assert all(p.dtype is torch.float32 for p in embedder.parameters() if p.requires_grad)
     assert llm.dtype is torch.bfloat16
     assert all(p.dtype is torch.bfloat16 for p in llm.model.parameters())
@@ -427,7 +428,7 @@ def assert_same_text(made, expected, atol=1e-5):
         torch.testing.assert_close(getattr(made, name), getattr(expected, name), atol=atol, rtol=1e-4)
 
 
-@pytest.mark.parametrize("weighting", get_args(TokenWeighting))
+@pytest.mark.parametrize("weighting", tuple(TOKEN_WEIGHTINGS))
 @pytest.mark.parametrize("connector", ["none", "linear", "mlp"])
 @pytest.mark.parametrize("adaptation", get_args(Adaptation))
 def test_matrix_above_layer_0(llm, adaptation, connector, weighting, tmp_path):
@@ -450,7 +451,7 @@ def test_matrix_above_layer_0(llm, adaptation, connector, weighting, tmp_path):
     part = embedder.read_out(outputs, 0, 16, 4)
     torch.testing.assert_close(part.states, results[0].embeddings[:4], atol=1e-5, rtol=0)
     assert part.anchors.tolist() == results[0].anchors[:4].tolist()
-    trained = embedder.own_state_dict().keys() - {"llm_probe"}
+    trained = embedder.trainable_state_dict().keys() - {"llm_probe"}
     assert bool(trained) == (adaptation != "none" or connector != "none")
     if trained:
         part.states.square().sum().backward()
@@ -460,7 +461,7 @@ def test_matrix_above_layer_0(llm, adaptation, connector, weighting, tmp_path):
 
     embedder.save_pretrained(tmp_path)
     again = ExtensibleEmbedder.from_pretrained(tmp_path, llm=llm)
-    assert_equal_tensors(embedder.own_state_dict(), again.own_state_dict())
+    assert_equal_tensors(embedder.trainable_state_dict(), again.trainable_state_dict())
     torch.testing.assert_close(again.token_weights, embedder.token_weights, atol=1e-6, rtol=0)
     assert again.fingerprint == embedder.fingerprint == results[0].fingerprint
     assert_same_text(again.compress(TEXT, ratio=4), results[0], atol=1e-6)
@@ -611,7 +612,7 @@ def test_the_embedder_runs_in_the_dtype_of_its_llm(entry_layer, adaptation):
 def test_own_tensors_may_be_held_in_another_dtype(llm, entry_layer):
     embedder = random_embedder(llm, entry_layer=entry_layer, num_layers=1)
     before = embedder.compress(TEXT)
-    embedder.own_to(torch.bfloat16)
+    embedder.trainable_to(torch.bfloat16)
     made = embedder.compress(TEXT)
     assert torch.isfinite(made.embeddings).all()
     assert (made.embeddings - before.embeddings).norm() / before.embeddings.norm() < 0.02
@@ -623,9 +624,9 @@ def test_only_own_tensors_are_ever_trained(llm):
     embedder.requires_grad_(False)
     assert not any(p.requires_grad for p in embedder.parameters())
     embedder.requires_grad_(True)
-    assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.own_names)
+    assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.trainable_names)
     torch.nn.Sequential(embedder).requires_grad_(True)
-    assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.own_names)
+    assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.trainable_names)
 
 
 # -- files and fingerprints ---------------------------------------------------------------------------------------
@@ -714,7 +715,7 @@ def test_the_fingerprint_above_layer_0_follows_what_the_states_depend_on(llm):
         assert same.fingerprint == prints[0]
     assert embedders[0].compress("abc").fingerprint == prints[0]
     with torch.no_grad():
-        embedders[9].get_parameter(embedders[9].own_names[0]).add_(1)
+        embedders[9].get_parameter(embedders[9].trainable_names[0]).add_(1)
     assert embedders[9].fingerprint not in prints
 
 

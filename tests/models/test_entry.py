@@ -405,7 +405,7 @@ def test_nothing_that_is_done_reaches_the_llm(family, adaptation, entry_layer, t
     ExtensibleEmbedder.from_pretrained(tmp_path, llm=llm)
     assert_unchanged(before, llm.model)
 
-    own = {name: tensor.clone() for name, tensor in embedder.own_state_dict().items()}
+    own = {name: tensor.clone() for name, tensor in embedder.trainable_state_dict().items()}
     embedder.requires_grad_(True).train()
     outputs = embedder(prompt_ids := torch.arange(3, 19)[None])
     assert_unchanged(before, llm.model)
@@ -413,9 +413,9 @@ def test_nothing_that_is_done_reaches_the_llm(family, adaptation, entry_layer, t
         embedder.pool(outputs, 0, 16, 2).states.sum().backward() if entry_layer else outputs.hidden.sum().backward()
     step(embedder.parameters())
     assert_unchanged(before, llm.model)
-    changed = {name for name, tensor in embedder.own_state_dict().items() if not torch.equal(tensor, own[name])}
+    changed = {name for name, tensor in embedder.trainable_state_dict().items() if not torch.equal(tensor, own[name])}
     assert bool(changed) == (adaptation != "none")
-    assert changed <= set(embedder.own_names)
+    assert changed <= set(embedder.trainable_names)
 
     embedder.stack.requires_grad_(True)
     for parameter in embedder.parameters():

@@ -98,7 +98,7 @@ def test_a_training_in_pieces_elsewhere_ends_as_one_here(bundle, settings, tmp_p
         settings | {"llm": str(tmp_path / "machine-0" / "llm"), "data": (str(tmp_path / "machine-0" / "tokens"),),
                     "questions": (str(tmp_path / "machine-0" / "questions.jsonl"),)}))  # fmt: skip
     left = load_file(tmp_path / "result" / "model.safetensors")
-    for name, tensor in own.embedder.own_state_dict().items():
+    for name, tensor in own.embedder.trainable_state_dict().items():
         torch.testing.assert_close(left[name], tensor, atol=1e-5, rtol=1e-4)
     checkpoints = [file.name for file in (tmp_path / "result").rglob("checkpoint-*/*")]
     assert set(checkpoints) == {"complete.json"}  # of finished stages nothing else is needed

@@ -67,7 +67,7 @@ def test_stages_follow_one_another_and_the_last_is_left(folder, settings):
     trained = train_recipe(read_recipe(folder / "own.yaml"), folder / "run", 6 * 96, **settings)
     left = load_file(folder / "run" / "model.safetensors")
     first = load_file(folder / "run" / "stages" / "1-warm-up" / "model.safetensors")
-    for name, tensor in trained.embedder.own_state_dict().items():
+    for name, tensor in trained.embedder.trainable_state_dict().items():
         assert torch.equal(left[name], tensor)
     assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in left.items())
     assert all(tensor.abs().max() == 0 for name, tensor in first.items() if "lora_B" in name)

@@ -273,7 +273,7 @@ def test_the_connector_has_a_learning_rate_of_its_own(config):
     layers, connector = small_trainer(config, embedder).create_optimizer().param_groups
     assert (layers["lr"], connector["lr"]) == (5e-3, 1e-2)
     assert {id(p) for p in connector["params"]} == {id(p) for p in embedder.connector.parameters()}
-    assert len(layers["params"]) + len(connector["params"]) == len(embedder.own_state_dict()) - 1
+    assert len(layers["params"]) + len(connector["params"]) == len(embedder.trainable_state_dict()) - 1
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
@@ -422,9 +422,9 @@ def test_an_embedder_can_go_on_for_a_reader_of_its_llm(asked, tmp_path):
     further = replace(first, llm=reader, start_from=first.output, embedder={}, output=str(tmp_path / "further"),
                       learning_rate=1e-9)  # fmt: skip
     adapted = train(further).embedder
-    for name, tensor in own.own_state_dict().items():
+    for name, tensor in own.trainable_state_dict().items():
         if name != "llm_probe":
-            torch.testing.assert_close(adapted.own_state_dict()[name], tensor, atol=1e-6, rtol=0)
+            torch.testing.assert_close(adapted.trainable_state_dict()[name], tensor, atol=1e-6, rtol=0)
     assert adapted.fingerprint != own.fingerprint
     with pytest.raises(MismatchError, match="differ by"):
         ExtensibleEmbedder.from_pretrained(first.output, llm=LLM.from_pretrained(reader))
@@ -479,7 +479,7 @@ def test_a_reader_beside_an_embedder_of_all_layers_is_refused(asked):
 
 
 def test_the_connector_can_be_trained_alone(config):
-    untrained = ExtensibleEmbedder.from_llm(LLM.from_pretrained(config.llm), **config.embedder).own_state_dict()
+    untrained = ExtensibleEmbedder.from_llm(LLM.from_pretrained(config.llm), **config.embedder).trainable_state_dict()
     train(replace(config, trained="connector"))
     changed = {name for name, tensor in tensors(config).items()
                if "lora_A" not in name and not torch.equal(tensor, untrained[name].cpu())}  # fmt: skip
