@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from extemb_core.evaluation.runs import RECORD_VERSION
+
 RATIOS = (4, 8, 16, 32)
 
 
@@ -20,6 +22,7 @@ def measured(mean: float, half: float, n: int = 20) -> dict[str, Any]:
 
 def record(kind: str, summary: dict[str, Any], n: int, data: str, **settings: Any) -> dict[str, Any]:
     return {
+        "version": RECORD_VERSION,
         "kind": kind,
         "config": {
             "llm": "smollm2-135m-instruct",
@@ -31,6 +34,7 @@ def record(kind: str, summary: dict[str, Any], n: int, data: str, **settings: An
         },
         "data": [{"file": data, "sha256": "c470b046" * 8}] if data else [],
         "fingerprint": "37db4103d6a8597be7408495ce665bcd",
+        "embedder": None,
         "provenance": {
             "command": f"extemb eval {kind} --llm smollm2-135m-instruct --data {data} --json {kind}.json",
             "date": "2026-11-24",
@@ -152,8 +156,8 @@ def qa_record(passages: int = 3) -> dict[str, Any]:
 
 def loss_record() -> dict[str, Any]:
     """By the loss alone, of an embedder that enters at layer 8: worse than chosen sentences at 4, level at 8."""
-    made = qa_record()
-    summary = made["summary"]
+    losses = qa_record()
+    summary = losses["summary"]
     arms = {"none": 4.0, "full": 0.75}
     for ratio in RATIOS:
         ours = 2.0 + 0.5 * math.log2(ratio / 4)
@@ -182,8 +186,8 @@ def loss_record() -> dict[str, Any]:
         },
     }
     del summary["retained"]
-    made["embedder"] = {"entry_layer": 8, "adaptation": "none", "downscaling": "mean", "token_weighting": "rank"}
-    return made
+    losses["embedder"] = {"entry_layer": 8, "adaptation": "none", "downscaling": "mean", "token_weighting": "rank"}
+    return losses
 
 
 def needle_record() -> dict[str, Any]:

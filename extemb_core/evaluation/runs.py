@@ -24,6 +24,7 @@ from extemb_core.utils.progress import progress
 
 Sample = dict[str, Any]
 
+RECORD_VERSION = 2  # version 1, which said none, knew neither the kind of an embedder nor the loss of an answer
 # What may differ between the parts of one run: how many samples, and how they are computed.
 _FREE = ("limit", "batch_size", "device")
 _EMBEDDER_SETTINGS = (
@@ -53,7 +54,7 @@ class Experiment(Protocol):
     def embedder_settings(self) -> dict[str, Any] | None: ...
 
     def groups(self) -> list[list[str]]:
-        """The ids of all samples, in the groups in which they are measured together."""
+        """List the ids of all samples, in the groups in which they are measured together."""
         ...
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
@@ -61,7 +62,7 @@ class Experiment(Protocol):
         ...
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """The tables, a pure function of the samples."""
+        """Make the tables, a pure function of the samples."""
         ...
 
 
@@ -128,6 +129,7 @@ def run(
             journal.sync()
     samples = [journal.samples[name] for name in ids]
     record = {
+        "version": RECORD_VERSION,
         "kind": experiment.kind,
         "config": identity["config"] | {name: getattr(experiment.config, name) for name in _FREE},
         "data": data,
@@ -180,7 +182,7 @@ class Journal:
         self._write({"sample": sample, "seconds": round(seconds, 3)})
 
     def sync(self) -> None:
-        """Everything added is on disk when this returns."""
+        """Wait until everything added is on disk."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
@@ -218,12 +220,12 @@ class Journal:
             os.truncate(self.file, len(whole))
 
     def _require(self, known: dict[str, Any], file: Path) -> None:
-        """That a file holds this run and no other."""
+        """Raise `ConfigError` unless a file holds this run and no other."""
         for name, value in self._identity.items():
             before = known.get(name)
             if name == "config" and isinstance(before, dict):
                 name, before, value = next(
-                    ((key, before.get(key), own) for key, own in value.items() if before.get(key) != own),
+                    ((key, before.get(key), setting) for key, setting in value.items() if before.get(key) != setting),
                     (name, value, value),
                 )
             if before != value:
@@ -234,10 +236,10 @@ class Journal:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """Read a record and check that it is one.
+    """Read a record and check that it is one, of the version that is written today.
 
     Raises:
-        DocumentError: The file is missing, not JSON, or not the record of a run.
+        DocumentError: The file is missing, not JSON, not the record of a run, or one of another version.
     """
     text = _existing(file).read_bytes()
     try:
@@ -248,6 +250,12 @@ def read_record(file: Path) -> dict[str, Any]:
     missing = [name for name in needed if name not in record] if isinstance(record, dict) else list(needed)
     if missing:
         raise DocumentError(f"{file} is not the record of a run: it has no {missing[0]!r}; measure it again")
+    version = record.get("version", 1)
+    if version != RECORD_VERSION:
+        raise DocumentError(
+            f"{file} is a record of version {version!r}, and this extemb reads version {RECORD_VERSION}; "
+            "measure it again with --no-resume, which replaces it"
+        )
     return dict(record)
 
 
@@ -262,7 +270,7 @@ def write_record(record: dict[str, Any], file: Path) -> None:
 
 
 def _identity(experiment: Experiment, data: list[dict[str, str]]) -> dict[str, Any]:
-    """What must be the same for a sample of an earlier run to count in this one."""
+    """Tell what must be the same for a sample of an earlier run to count in this one."""
     config = json.loads(json.dumps(asdict(experiment.config)))
     config |= {"llm": short_name(config["llm"]), "data": [Path(file).name for file in config["data"]]}
     config["embedder"] = short_name(config["embedder"]) if config["embedder"] else None

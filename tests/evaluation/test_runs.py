@@ -11,7 +11,7 @@ from tiny import tiny_llm
 
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.evaluation import runs
-from extemb_core.evaluation.runs import Measured, read_record, run
+from extemb_core.evaluation.runs import RECORD_VERSION, Measured, read_record, run
 from extemb_core.evaluation.settings import CommonConfig
 
 
@@ -74,6 +74,7 @@ def test_a_record_keeps_every_sample_and_what_made_it(config, out, tmp_path):
     assert read_record(out) == json.loads(json.dumps(record))
     assert [sample["square"] for sample in record["samples"]] == [0, 1, 4, 9, 16, 25]
     assert (record["kind"], record["n"], record["parts"], record["summary"]) == ("squares", 6, 1, {"sum": 55})
+    assert record["version"] == RECORD_VERSION
     assert record["data"][0]["file"] == "rows.jsonl"
     assert len(record["data"][0]["sha256"]) == 64
     assert record["provenance"]["command"] == "extemb eval --data=rows.jsonl"
@@ -149,6 +150,20 @@ def test_a_file_that_is_no_record_is_an_error(config, out, text):
     with pytest.raises(DocumentError, match="squares.json is not"):
         run(Squares(config), out)
     assert out.read_text() == text
+
+
+@pytest.mark.parametrize("version", [None, 1, RECORD_VERSION + 1, "2"])
+def test_a_record_of_another_version_is_not_gone_on_from(config, out, version):
+    run(Squares(replace(config, limit=4)), out)
+    record = json.loads(out.read_text()) | {"version": version}
+    if version is None:  # version 1 said none
+        del record["version"]
+    out.write_text(json.dumps(record))
+    remedy = f"{out.name} is a record of version {version or 1!r}, and this extemb reads version {RECORD_VERSION}; "
+    with pytest.raises(DocumentError, match=f"{remedy}measure it again with --no-resume"):
+        run(Squares(config), out)
+    assert json.loads(out.read_text()) == record
+    assert run(Squares(config), out, resume=False)["version"] == RECORD_VERSION
 
 
 def test_a_damaged_journal_is_an_error(config, out):
