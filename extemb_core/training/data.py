@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from extemb_core.errors import DocumentError, DocumentNotFoundError
-from extemb_core.models import cache as caching
 from extemb_core.models.llm import LLM
 from extemb_core.utils.files import sha256_of
 from extemb_core.utils.jsonl import evenly, is_rows, read_rows, read_whole
 from extemb_core.utils.progress import progress
+from extemb_core.weights import cache as caching
 
 logger = logging.getLogger(__name__)
 

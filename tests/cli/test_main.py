@@ -31,7 +31,7 @@ from extemb_core.cli.output import EXIT_CODES, ExitCode
 from extemb_core.cli.train import train as train_command
 
 TEXT = "The lighthouse keeper counted forty-one ships before the fog came in. " * 12
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "cli.md"
 
 
