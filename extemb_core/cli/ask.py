@@ -31,7 +31,15 @@ from extemb_core.cli.options import (
     load_documents,
     parse_ratio,
 )
-from extemb_core.cli.output import code_of, emit, harmless, library_output, note, reported, tell
+from extemb_core.cli.output import (
+    code_of,
+    library_output,
+    print_error,
+    print_json,
+    print_note,
+    reported,
+    strip_control_chars,
+)
 from extemb_core.cli.tables import show_context
 from extemb_core.errors import BudgetError, DocumentError
 from extemb_core.library import N_PASSAGES
@@ -90,7 +98,7 @@ def ask(
         if as_json:
             with library_output():
                 answer = stream.finish()
-            emit(answer.to_dict())
+            print_json(answer.to_dict())
             return
         with stream:
             for piece in stream:
@@ -137,7 +145,7 @@ def chat(
         except BrokenPipeError:
             raise
         except Exception as error:  # a message that does not fit, say: the next one may
-            tell(error, as_json=as_json)
+            print_error(error, as_json=as_json)
             failed = failed or error
             continue
         if not as_json and not context_shown:
@@ -184,7 +192,7 @@ def _messages() -> Iterator[str]:
         try:
             line = input("> ")
         except (EOFError, KeyboardInterrupt):
-            note("")
+            print_note("")
             return
         if line.strip():
             yield line.strip()
@@ -212,7 +220,7 @@ def _turn(session: Session, message: str, sampling: dict[str, Any], *, as_json: 
                 if stopped.is_set():
                     break
     if as_json:
-        emit(stream.answer.to_dict())
+        print_json(stream.answer.to_dict())
     else:
         typer.echo()
         _note_cut(stream.answer)
@@ -231,7 +239,7 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         if stopped.is_set():
             raise KeyboardInterrupt
         stopped.set()
-        note("\n(stopping; Ctrl-C again leaves)")
+        print_note("\n(stopping; Ctrl-C again leaves)")
 
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -245,12 +253,12 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
 
 def _say(piece: str) -> None:
     """A part of an answer: to a file as it is, to a terminal without what that would obey."""
-    typer.echo(harmless(piece) if sys.stdout.isatty() else piece, nl=False)
+    typer.echo(strip_control_chars(piece) if sys.stdout.isatty() else piece, nl=False)
 
 
 def _note_cut(answer: Answer) -> None:
     if answer.finish_reason == "length":
-        note(f"(cut at {answer.new_tokens} tokens; --max-new-tokens allows more)")
+        print_note(f"(cut at {answer.new_tokens} tokens; --max-new-tokens allows more)")
     if answer.dropped:
         names = ", ".join(entry.source for entry in answer.dropped)
-        note(f"warning: not read, for want of positions: {names}; raise --budget or pass fewer documents")
+        print_note(f"warning: not read, for want of positions: {names}; raise --budget or pass fewer documents")

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from extemb_core.cli.options import DeviceOption, DtypeOption, JsonOption, LlmOption
-from extemb_core.cli.output import emit, library_output, note, reported
+from extemb_core.cli.output import library_output, reported
+from extemb_core.cli.output import print_json as emit
+from extemb_core.cli.output import print_note as note
 
 
 @reported

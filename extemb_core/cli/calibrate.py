@@ -12,7 +12,7 @@ import typer
 from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.eval import ResumeOption, SeedOption, whole_numbers
 from extemb_core.cli.options import DeviceOption, DtypeOption, JsonOption
-from extemb_core.cli.output import emit, library_output, note, reported
+from extemb_core.cli.output import library_output, print_json, print_note, reported
 from extemb_core.cli.tables import show_table
 
 
@@ -99,7 +99,7 @@ def calibrate(
             raise KeyboardInterrupt(f"interrupted; the same command goes on from {output}") from None
     record = found.record
     if as_json:
-        emit(
+        print_json(
             {
                 "layer": found.layer,
                 "reason": found.reason,
@@ -117,9 +117,9 @@ def calibrate(
         show_table(columns, rows, numbers=columns[1:])
         typer.echo()
     typer.echo(f"entry layer {found.layer}: {found.reason}")
-    note(f"{record['n']} samples in {record['seconds']:.0f} s; use it with --embedder {output}")
+    print_note(f"{record['n']} samples in {record['seconds']:.0f} s; use it with --embedder {output}")
     if found.plot is None:
-        note("no plot: it needs matplotlib; run: pip install 'extemb[eval]'")
+        print_note("no plot: it needs matplotlib; run: pip install 'extemb[eval]'")
 
 
 def _table(

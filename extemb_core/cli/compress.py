@@ -18,7 +18,7 @@ from extemb_core.cli.options import (
     LlmOption,
     load_documents,
 )
-from extemb_core.cli.output import emit, library_output, note, reported
+from extemb_core.cli.output import library_output, print_json, print_note, reported
 from extemb_core.cli.tables import show_table
 from extemb_core.documents import Document
 
@@ -129,7 +129,7 @@ def _summary(rows: Sequence[dict[str, Any]], ratio: int, fingerprint: str, secon
     tokens = sum(row["n_tokens"] for row in rows)
     speed = tokens / seconds if seconds > 0 else 0.0
     if as_json:
-        emit(
+        print_json(
             {
                 "documents": list(rows),
                 "ratio": ratio,
@@ -145,4 +145,4 @@ def _summary(rows: Sequence[dict[str, Any]], ratio: int, fingerprint: str, secon
         for row in rows
     ]
     show_table(("source", "tokens", "positions", "output"), cells, numbers=("tokens", "positions"))
-    note(f"{tokens:,} tokens at ratio {ratio} in {seconds:.1f} s ({speed:,.0f} tokens/s)")
+    print_note(f"{tokens:,} tokens at ratio {ratio} in {seconds:.1f} s ({speed:,.0f} tokens/s)")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import typer
 
 from extemb_core.cli.options import JsonOption
-from extemb_core.cli.output import ExitCode, emit, library_output, note, reported
+from extemb_core.cli.output import ExitCode, library_output, print_json, print_note, reported
 from extemb_core.cli.tables import show_table
 
 
@@ -20,10 +20,10 @@ def doctor(as_json: JsonOption = False) -> None:
         checks = list(examine())
     works = can_work(checks)
     if as_json:
-        emit({"ok": works, "checks": [asdict(check) for check in checks]})
+        print_json({"ok": works, "checks": [asdict(check) for check in checks]})
     else:
         rows = [(check.state, check.name, check.value, check.remedy) for check in checks]
         show_table(("", "what", "found", "to do"), rows)
-        note("extemb can work here" if works else "extemb cannot work here; see the problems above")
+        print_note("extemb can work here" if works else "extemb cannot work here; see the problems above")
     if not works:
         raise typer.Exit(ExitCode.FAILURE)

@@ -11,7 +11,7 @@ import typer
 
 from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.options import DEFAULT_LLM, DeviceOption, DtypeOption, LlmOption, SeveralValues
-from extemb_core.cli.output import library_output, note, reported
+from extemb_core.cli.output import library_output, print_note, reported
 
 app = typer.Typer(no_args_is_help=True, help="Measure what the embeddings are worth, against every control.")
 
@@ -249,6 +249,6 @@ def _run(config_type: Callable[..., Any], experiment_type: Callable[..., Any], g
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; the same command goes on from {out}.partial") from None
     typer.echo(out)
-    note(
+    print_note(
         f"{record['n']} samples in {record['seconds']:.0f} s; tables: extemb eval report --records {out} --output FILE"
     )

@@ -20,7 +20,7 @@ from extemb_core.cli.options import (
     SeveralValues,
     StoredDtypeOption,
 )
-from extemb_core.cli.output import emit, harmless, library_output, note, reported
+from extemb_core.cli.output import library_output, print_json, print_note, reported, strip_control_chars
 from extemb_core.cli.store import verify
 from extemb_core.cli.tables import show_table
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
@@ -71,9 +71,9 @@ def add(
         with Library(library, lm, **settings, dtype=dtype) as opened:  # type: ignore[arg-type]
             added = opened.add([Path(one) for one in documents])
     if as_json:
-        emit(asdict(added))
+        print_json(asdict(added))
         return
-    note(
+    print_note(
         f"{added.added:,} documents added, {added.updated:,} brought up to date, {added.unchanged:,} unchanged; "
         f"{added.n_passages:,} passages, {added.compressed_tokens:,} tokens compressed in {added.seconds:.1f} s"
     )
@@ -104,9 +104,9 @@ def refresh(
         with Library(library, lm, ratio=ratio) as opened:
             made = opened.refresh()
     if as_json:
-        emit(asdict(made))
+        print_json(asdict(made))
         return
-    note(
+    print_note(
         f"{made.updated:,} documents compressed anew, {made.unchanged:,} were up to date; "
         f"{made.compressed_tokens:,} tokens compressed in {made.seconds:.1f} s"
     )
@@ -125,9 +125,9 @@ def remove(
     with library_output(), Library(library) as opened:
         gone = opened.remove(sources)
     if as_json:
-        emit({"removed": gone})
+        print_json({"removed": gone})
     else:
-        note(f"{gone:,} of {len(sources):,} were there and are gone")
+        print_note(f"{gone:,} of {len(sources):,} were there and are gone")
 
 
 @app.command()
@@ -144,11 +144,11 @@ def search(
     with library_output(), Library(library, mode="r") as opened:
         found = opened.search(question, k)
     if as_json:
-        emit({"passages": [asdict(passage) for passage in found]})
+        print_json({"passages": [asdict(passage) for passage in found]})
         return
     for passage in found:
-        typer.echo(harmless(f"{passage.source}:{passage.start}-{passage.end}  {passage.score:.4f}"))
-        typer.echo(harmless("  " + " ".join(passage.text.split())[:200]))
+        typer.echo(strip_control_chars(f"{passage.source}:{passage.start}-{passage.end}  {passage.score:.4f}"))
+        typer.echo(strip_control_chars("  " + " ".join(passage.text.split())[:200]))
 
 
 @app.command()
@@ -180,22 +180,22 @@ def stats(
             store = opened.store.stats()
             embedders, stale = opened.embedders, opened.n_stale
     if as_json:
-        emit({"documents": documents, "store": asdict(store), "embedders": embedders}
+        print_json({"documents": documents, "store": asdict(store), "embedders": embedders}
              | ({} if lm is None else {"stale": stale}))  # fmt: skip
         return
     rows = [(record["source"], f"{record['n_chars']:,}", f"{record['n_passages']:,}") for record in documents]
     show_table(("source", "characters", "passages"), rows, numbers=("characters", "passages"))
-    note(
+    print_note(
         f"{len(documents):,} documents, {store.n_documents:,} compressed passages, {store.live_bytes:,} bytes of "
         f"embeddings, {store.file_bytes:,} in all"
     )
     for name, count in sorted(embedders.items()):
-        note(f"{count:,} documents compressed by the embedder {name}")
+        print_note(f"{count:,} documents compressed by the embedder {name}")
     if lm is not None:
         command = ["extemb", "index", "refresh", library, "--llm", str(llm)]
         command += ["--embedder", embedder] if embedder is not None else []
         remedy = f"; compress them anew with: {shlex.join(command)}"
-        note(f"{stale:,} documents were compressed by another embedder than {llm}'s{remedy if stale else ''}")
+        print_note(f"{stale:,} documents were compressed by another embedder than {llm}'s{remedy if stale else ''}")
 
 
 app.command()(verify)  # its embeddings are a store

@@ -83,10 +83,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             _discard_stdout()
             raise typer.Exit(ExitCode.CLOSED_PIPE) from error
         except KeyboardInterrupt as error:
-            tell(error, as_json=bool(kwargs.get("as_json")))
+            print_error(error, as_json=bool(kwargs.get("as_json")))
             raise typer.Exit(ExitCode.INTERRUPTED) from error
         except Exception as error:
-            tell(error, as_json=bool(kwargs.get("as_json")))
+            print_error(error, as_json=bool(kwargs.get("as_json")))
             raise typer.Exit(code_of(error)) from error
 
     return run
@@ -97,30 +97,30 @@ def code_of(error: BaseException) -> ExitCode:
     return next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.FAILURE)
 
 
-def tell(error: BaseException, *, as_json: bool) -> None:
+def print_error(error: BaseException, *, as_json: bool) -> None:
     """Say what went wrong: one line on stderr, or one JSON object on stdout."""
     if debugging():
         traceback.print_exception(error)
     kind, message = _described(error)
     if as_json:
-        emit({"error": {"type": kind, "message": message}})
+        print_json({"error": {"type": kind, "message": message}})
     else:
-        note(f"error: {message}")
+        print_note(f"error: {message}")
 
 
-def harmless(text: str) -> str:
+def strip_control_chars(text: str) -> str:
     """Text that an LLM or a file's name gave, without what a terminal would obey."""
     return "".join(char for char in text if char in "\n\t" or not ("\0" <= char < " " or "\x7f" <= char < "\xa0"))
 
 
-def emit(value: Any) -> None:
+def print_json(value: Any) -> None:
     """Print one JSON object on one line of stdout."""
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
-def note(message: str) -> None:
+def print_note(message: str) -> None:
     """Say something that is not the result: on stderr."""
-    typer.echo(harmless(message), err=True)
+    typer.echo(strip_control_chars(message), err=True)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from extemb_core.cli.options import (
     SeveralValues,
     StoredDtypeOption,
 )
-from extemb_core.cli.output import debugging, emit, library_output, note, reported
+from extemb_core.cli.output import debugging, library_output, print_json, print_note, reported
 from extemb_core.scale import ROWS_PER_BATCH
 
 app = typer.Typer(no_args_is_help=True)
@@ -121,7 +121,7 @@ def compress(
             llm_dtype=llm_dtype,
         )
     if as_json:
-        emit(asdict(done))
+        print_json(asdict(done))
         return
     batch = done.batch
     left_out = (
@@ -129,7 +129,7 @@ def compress(
         if (batch.n_empty or batch.n_unreadable)
         else ""
     )
-    note(
+    print_note(
         f"{batch.n_texts:,} texts of {batch.n_rows:,} rows, {batch.n_present:,} of them compressed before{left_out}; "
         f"{batch.n_tokens:,} tokens in {done.seconds:.1f} s, {len(done.shards):,} shards in {output}"
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from extemb_core.cli.options import JsonOption
-from extemb_core.cli.output import ExitCode, emit, library_output, note, reported
+from extemb_core.cli.output import ExitCode, library_output, print_json, print_note, reported
 from extemb_core.cli.tables import show_table
 
 app = typer.Typer(no_args_is_help=True, help="A store of embeddings: what is in it, checking it, moving it.")
@@ -25,7 +25,7 @@ def stats(store: StoreArgument, as_json: JsonOption = False) -> None:
     with EmbeddingStore.open(store, "r") as opened:
         found = opened.stats()
     if as_json:
-        emit(asdict(found))
+        print_json(asdict(found))
         return
     rows = [
         ("documents", f"{found.n_documents:,}"),
@@ -48,13 +48,13 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
     with EmbeddingStore.open(store, "r") as opened:
         found = opened.verify()
     if as_json:
-        emit(asdict(found) | {"clean": found.clean})
+        print_json(asdict(found) | {"clean": found.clean})
     else:
         for ref, _, reason in found.damaged:
             typer.echo(f"damaged: {ref}: {reason}")
         for problem in found.problems:
             typer.echo(f"problem: {problem}")
-        note(f"{found.n_documents:,} documents are what was written, {len(found.damaged):,} are not")
+        print_note(f"{found.n_documents:,} documents are what was written, {len(found.damaged):,} are not")
     if not found.clean:
         raise typer.Exit(ExitCode.FAILURE)
 
@@ -75,9 +75,9 @@ def gc(
     with EmbeddingStore.open(store) as opened:
         freed = opened.gc(keep=keep)
     if as_json:
-        emit({"freed_bytes": freed})
+        print_json({"freed_bytes": freed})
     else:
-        note(f"{freed:,} bytes are free for new documents")
+        print_note(f"{freed:,} bytes are free for new documents")
 
 
 @app.command("export")
@@ -95,9 +95,9 @@ def export_(
         shards = export_store(opened, output)
     count = sum(shard.n_documents for shard in shards)
     if as_json:
-        emit({"n_documents": count, "shards": [asdict(shard) for shard in shards]})
+        print_json({"n_documents": count, "shards": [asdict(shard) for shard in shards]})
     else:
-        note(f"{count:,} documents in {len(shards):,} shards in {output}")
+        print_note(f"{count:,} documents in {len(shards):,} shards in {output}")
 
 
 @app.command("import")
@@ -116,6 +116,6 @@ def import_(
     with library_output(), EmbeddingStore.open(store) as opened:
         count = import_shards(opened, shards)
     if as_json:
-        emit({"n_documents": count})
+        print_json({"n_documents": count})
     else:
-        note(f"{count:,} documents from {shards}")
+        print_note(f"{count:,} documents from {shards}")

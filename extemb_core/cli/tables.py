@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from extemb_core.cli.output import harmless
+from extemb_core.cli.output import strip_control_chars
 
 if TYPE_CHECKING:
     from extemb_core.answers import Answer
@@ -23,7 +23,7 @@ def show_table(
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(harmless(cell)) for cell in row))
+        table.add_row(*(Text(strip_control_chars(cell)) for cell in row))
     console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = 200  # a log or a pipe has no edge to wrap at

@@ -11,7 +11,7 @@ import typer
 from extemb_core.cli import bundling
 from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.options import JsonOption, OwnCommand, SeveralValues
-from extemb_core.cli.output import emit, library_output, note, reported
+from extemb_core.cli.output import library_output, print_json, print_note, reported
 
 if TYPE_CHECKING:
     from extemb_core.training.trainer import Trained
@@ -315,17 +315,17 @@ def train(
         "seconds": round(time.perf_counter() - start, 1),
     }
     if as_json:
-        emit(result)
+        print_json(result)
         return
     typer.echo(output)
     if trained is None:
-        note("the time is up before the last stage is finished; the same command goes on")
+        print_note("the time is up before the last stage is finished; the same command goes on")
     elif trained.embedder is None:
-        note(f"trained in {result['seconds']:.0f} s; it is an LLM now: --llm {output}/reader")
+        print_note(f"trained in {result['seconds']:.0f} s; it is an LLM now: --llm {output}/reader")
     else:
-        note(f"trained in {result['seconds']:.0f} s; try it:")
+        print_note(f"trained in {result['seconds']:.0f} s; try it:")
         reader = f"{output}/reader" if trained.reader is not None else llm
-        note(f'extemb ask "..." --documents FILE --llm {reader} --embedder {output}')
+        print_note(f'extemb ask "..." --documents FILE --llm {reader} --embedder {output}')
 
 
 def _run(recipe: str | None, output: str, total_tokens: int, resume: bool, settings: dict[str, Any]) -> Trained | None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from extemb_core.cli.options import JsonOption
-from extemb_core.cli.output import emit, library_output, note, reported
+from extemb_core.cli.output import library_output, print_json, print_note, reported
 from extemb_core.cli.tables import show_table
 from extemb_core.weights import resolve as weights
 
@@ -24,7 +24,7 @@ def list_models(as_json: JsonOption = False) -> None:
     """Show every known model, and whether it is ready on this machine."""
     models = weights.list_models()
     if as_json:
-        emit({"models": [asdict(model) | {"path": str(model.path)} for model in models]})
+        print_json({"models": [asdict(model) | {"path": str(model.path)} for model in models]})
         return
     rows = [
         (
@@ -66,11 +66,11 @@ def verify(name: NameArgument, as_json: JsonOption = False) -> None:
     folder = weights.verify(name)
     _show_folder(name, folder, as_json=as_json)
     if not as_json:
-        note(f"every file of {name} is what was written")
+        print_note(f"every file of {name} is what was written")
 
 
 def _show_folder(name: str, folder: Path, *, as_json: bool) -> None:
     if as_json:
-        emit({"name": name, "path": str(folder)})
+        print_json({"name": name, "path": str(folder)})
     else:
         typer.echo(str(folder))

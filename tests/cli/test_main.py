@@ -505,7 +505,7 @@ def test_every_error_of_the_library_has_its_code() -> None:
 
 
 def test_a_terminal_is_not_told_what_to_do_by_text() -> None:
-    assert reporting.harmless("a\x1b[2Jb\tc\nd\x07\x9bé") == "a[2Jb\tc\ndé"
+    assert reporting.strip_control_chars("a\x1b[2Jb\tc\nd\x07\x9bé") == "a[2Jb\tc\ndé"
 
 
 # -- chat -----------------------------------------------------------------------------------------------------
