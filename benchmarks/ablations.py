@@ -35,7 +35,7 @@ from extemb_core.evaluation.provenance import provenance
 from extemb_core.evaluation.qa import QaConfig, QaExperiment
 from extemb_core.evaluation.statistics import mean_with_interval
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.trainer import Trained, train
+from extemb_core.training.trainer import TrainableModel, train
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def arm_config(args: argparse.Namespace, name: str, settings: dict[str, Any]) ->
 
 
 def measure(
-    trained: Trained, questions: str | None, text: str, ratios: tuple[int, ...], limit: int
+    trained: TrainableModel, questions: str | None, text: str, ratios: tuple[int, ...], limit: int
 ) -> dict[str, dict[str, Any]]:
     """Losses in nats, with intervals over documents; "answers/full" and so on."""
     found: dict[str, dict[str, Any]] = {}
@@ -105,7 +105,7 @@ def measure(
 
 
 def answer_losses(
-    trained: Trained, questions: str, ratios: tuple[int, ...], limit: int
+    trained: TrainableModel, questions: str, ratios: tuple[int, ...], limit: int
 ) -> tuple[dict[str, list[float]], list[str]]:
     """Arm -> mean loss per token of each question's first answer and the end of its turn; the questions' documents."""
     config = QaConfig(

@@ -22,7 +22,7 @@ from ending import run, write_json
 from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.training.trainer import Trained
+from extemb_core.training.trainer import TrainableModel
 from extemb_core.weights.resolve import resolve_embedder
 
 
@@ -42,9 +42,9 @@ def main() -> None:
     original, derivative = LLM.from_pretrained(args.llm), LLM.from_pretrained(args.derivative)
     own = ExtensibleEmbedder.from_pretrained(folder, llm=original)
     sides = {
-        "original": Trained(original, own),
-        "derivative, the original's layers": Trained(derivative, own),
-        "derivative, its own layers": Trained(
+        "original": TrainableModel(original, own),
+        "derivative, the original's layers": TrainableModel(derivative, own),
+        "derivative, its own layers": TrainableModel(
             derivative, ExtensibleEmbedder.from_pretrained(folder, llm=derivative, adapt=True)
         ),
     }

@@ -27,7 +27,7 @@ from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training.cpu_attention import attention_by_rows
 from extemb_core.training.data import read_texts
-from extemb_core.training.objectives import two_stream_loss
+from extemb_core.training.two_stream import two_stream_loss
 
 _PRODUCTS = 20  # of a measurement of the floor's rate
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -14,7 +14,7 @@ from extemb_core.cli.options import JsonOption, OwnCommand, SeveralValues
 from extemb_core.cli.output import library_output, print_json, print_note, reported
 
 if TYPE_CHECKING:
-    from extemb_core.training.trainer import Trained
+    from extemb_core.training.trainer import TrainableModel
 
 app = typer.Typer(cls=OwnCommand, help="Train an embedder or a reader; or pack a training for another machine.")
 app.command(cls=SeveralValues)(bundling.pack)
@@ -328,7 +328,9 @@ def train(
         print_note(f'extemb ask "..." --documents FILE --llm {reader} --embedder {output}')
 
 
-def _run(recipe: str | None, output: str, total_tokens: int, resume: bool, settings: dict[str, Any]) -> Trained | None:
+def _run(
+    recipe: str | None, output: str, total_tokens: int, resume: bool, settings: dict[str, Any]
+) -> TrainableModel | None:
     if recipe is not None:
         from extemb_core.training.recipes import read_recipe, train_recipe
 

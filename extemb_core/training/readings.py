@@ -21,7 +21,7 @@ from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat
 from extemb_core.errors import TrainingError
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, template_for, templates
-from extemb_core.training.objectives import Reading, Span
+from extemb_core.training.reading_loss import Reading, Span
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import yaml
 
 from extemb_core.errors import ConfigError
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.trainer import Trained, holds_reader_alone, is_finished, is_first_process, train
+from extemb_core.training.trainer import TrainableModel, holds_reader_alone, is_finished, is_first_process, train
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def stage_configs(recipe: Recipe, output: str | Path, total_tokens: int, **setti
 
 def train_recipe(
     recipe: Recipe, output: str | Path, total_tokens: int, *, resume: bool = True, **settings: Any
-) -> Trained | None:
+) -> TrainableModel | None:
     """Run a recipe's stages one after another and leave the result in `output`; finished stages are not run again.
 
     Args:

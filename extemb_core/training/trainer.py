@@ -35,8 +35,9 @@ from extemb_core.training.batches import Batches, Collator
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.cpu_attention import attention_by_rows
 from extemb_core.training.data import Samples, TokenFile
-from extemb_core.training.objectives import Reading, plan_passes, reading_losses, two_stream_losses
+from extemb_core.training.reading_loss import Reading, reading_losses
 from extemb_core.training.readings import QuestionReadings
+from extemb_core.training.two_stream import plan_passes, two_stream_losses
 from extemb_core.utils.files import push, write_whole
 from extemb_core.utils.progress import progress
 
@@ -48,7 +49,7 @@ _LOG = "log.jsonl"
 _FIXED = ("llm", "embedder", "trained", "reader_rank", "reader_first_layer", "start_from")
 
 
-class Trained(nn.Module):
+class TrainableModel(nn.Module):
     """What is trained, with its losses: an embedder, a reader (adapters on the LLM), or both.
 
     An LLM without a reader is not a submodule, so that it is neither moved nor saved. Above entry layer 0, a reader's
@@ -97,7 +98,7 @@ class Trained(nn.Module):
             loss = loss + 0 * next(iter(self.trainable().values())).sum()
         return {"loss": loss, "by_ratio": losses.by_ratio()}
 
-    def train(self, mode: bool = True) -> Trained:
+    def train(self, mode: bool = True) -> TrainableModel:
         super().train(mode)
         self.llm.model.train(False)  # its dropout stays off
         return self
@@ -125,9 +126,9 @@ class Trained(nn.Module):
 
 
 class RunTrainer(Trainer):
-    """`transformers.Trainer` for a `Trained`, over `Batches` in their order."""
+    """`transformers.Trainer` for a `TrainableModel`, over `Batches` in their order."""
 
-    model: Trained
+    model: TrainableModel
     eval_dataset: Samples | None
 
     def __init__(
@@ -339,7 +340,7 @@ class _RunCallback(TrainerCallback):
             write_whole(folder / COMPLETE, json.dumps(mark, indent=2))
 
 
-def train(config: TrainingConfig, *, resume: bool = True) -> Trained:
+def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
     """Train an embedder, or a reader, or both, and leave them in `config.output` (a reader in `reader/` there).
 
     Args:
@@ -510,7 +511,7 @@ def _device(config: TrainingConfig) -> str:
     return f"cuda:{rank}"
 
 
-def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
+def _starting_point(config: TrainingConfig, llm: LLM) -> TrainableModel:
     embedder: ExtensibleEmbedder | None = None
     reader: LoraConfig | None = None
     layer = int(config.embedder.get("entry_layer", 0))
@@ -546,7 +547,7 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> Trained:
         reader = add_reader(llm, config.reader_rank, max(shared, config.reader_first_layer))
         if before is not None and _has_reader(before):
             load_reader(llm, before / READER)
-    return Trained(llm, embedder, reader, config.distillation)
+    return TrainableModel(llm, embedder, reader, config.distillation)
 
 
 def _token_counts(config: TrainingConfig, llm: LLM) -> Tensor | None:

@@ -17,8 +17,8 @@ from extemb_core.lm import ExtensibleLM
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.questions import templates
-from extemb_core.training.objectives import two_stream_loss
-from extemb_core.training.trainer import Trained
+from extemb_core.training.trainer import TrainableModel
+from extemb_core.training.two_stream import two_stream_loss
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 TEXT = SENTENCES * 4
@@ -404,7 +404,7 @@ def mills(file):
 def test_answer_losses_are_those_of_the_answer_after_its_prompt(tmp_path):
     llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_llm().tokenizer, name="long")
     rows = mills(tmp_path / "questions.jsonl")
-    trained = Trained(llm, random_embedder(llm))
+    trained = TrainableModel(llm, random_embedder(llm))
     losses, _ = script("ablations").answer_losses(trained, str(tmp_path / "questions.jsonl"), (2,), 2)
     before, after = templates()["short"]["before"], templates()["short"]["after"]
     for row, loss in zip(rows, losses["full"], strict=True):

@@ -810,7 +810,7 @@ def test_train_passes_its_options_on(models: Models, novel: Path, monkeypatch: p
     def train(config: Any, *, resume: bool) -> Any:
         seen.append((config, resume))
         print("{'loss': 1.0}")  # noqa: T201  # as transformers does
-        return trainer.Trained(tiny_llm(), random_embedder(tiny_llm()))
+        return trainer.TrainableModel(tiny_llm(), random_embedder(tiny_llm()))
 
     monkeypatch.setattr(trainer, "train", train)
     command = train_options(models, novel, novel.parent / "run")
@@ -847,7 +847,7 @@ def test_train_ends_with_how_to_use_what_was_trained(
     from extemb_core.training import trainer
 
     embedder = random_embedder(tiny_llm()) if kind != "reader" else None
-    made = trainer.Trained(tiny_llm(), embedder, LoraConfig() if kind != "embedder" else None)
+    made = trainer.TrainableModel(tiny_llm(), embedder, LoraConfig() if kind != "embedder" else None)
     monkeypatch.setattr(trainer, "train", lambda config, *, resume: made)
     said = run(*train_options(models, novel, Path("out"))).stderr
     expected = {
@@ -863,7 +863,7 @@ def test_of_several_processes_that_train_the_first_says_how_it_ended(
 ) -> None:
     from extemb_core.training import trainer
 
-    made = trainer.Trained(tiny_llm(), random_embedder(tiny_llm()))
+    made = trainer.TrainableModel(tiny_llm(), random_embedder(tiny_llm()))
     monkeypatch.setattr(trainer, "train", lambda config, *, resume: made)
     for options in ((), ("--json",)):
         command = [*train_options(models, novel, Path("out")), *options]

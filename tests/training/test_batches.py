@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from extemb_core.training.batches import Batches, Collator
-from extemb_core.training.objectives import Reading
+from extemb_core.training.reading_loss import Reading
 from extemb_core.training.readings import reconstruction
 
 

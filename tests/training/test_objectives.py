@@ -12,17 +12,9 @@ from extemb_core.context.assembly import Prompt
 from extemb_core.errors import ConfigError
 from extemb_core.models.downscaling import chunk_lengths
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.training.objectives import (
-    Reading,
-    Span,
-    lay_out,
-    plan_passes,
-    reading_loss,
-    reading_losses,
-    two_stream_loss,
-    two_stream_losses,
-)
+from extemb_core.training.reading_loss import Reading, Span, reading_loss, reading_losses
 from extemb_core.training.readings import reconstruction
+from extemb_core.training.two_stream import lay_out, plan_passes, two_stream_loss, two_stream_losses
 
 CHUNK = 16
 

@@ -23,8 +23,8 @@ from extemb_core.models.llm import LLM
 from extemb_core.training import trainer as trainer_module
 from extemb_core.training.batches import Collator
 from extemb_core.training.config import OBJECTIVES, TrainingConfig
-from extemb_core.training.objectives import two_stream_losses
-from extemb_core.training.trainer import RunTrainer, Trained, train
+from extemb_core.training.trainer import RunTrainer, TrainableModel, train
+from extemb_core.training.two_stream import two_stream_losses
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def small_trainer(config, embedder, **changes):
     config = replace(config, **changes)
     items = [{"sample": torch.arange(at, at + 48), "index": at} for at in range(3, 7)]
     made = RunTrainer(
-        model=Trained(embedder.llm, embedder), args=trainer_module._arguments(config, embedder.llm, evaluate=False),
+        model=TrainableModel(embedder.llm, embedder), args=trainer_module._arguments(config, embedder.llm, evaluate=False),
         train_dataset=items, data_collator=Collator([4], [16], 0), connector_lr_factor=config.connector_lr_factor,
         eval_collators={},
     )  # fmt: skip
@@ -576,13 +576,13 @@ def test_the_optimiser_is_kept_by_the_names_in_the_files(entering, monkeypatch, 
     assert {name.rpartition("/")[0] for name in state} == names
     assert not [file for file in kept.rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
 
-    class Renamed(trainer_module.Trained):
+    class Renamed(trainer_module.TrainableModel):
         def __init__(self, *args):
             super().__init__(*args)
             self.weights_of_the_reader = self.adapted
             del self.adapted
 
-    monkeypatch.setattr(trainer_module, "Trained", Renamed)
+    monkeypatch.setattr(trainer_module, "TrainableModel", Renamed)
     further = replace(entering, decay_steps=0)
     train(further)
     whole = replace(further, output=further.output + "-whole")

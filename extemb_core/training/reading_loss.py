@@ -1,0 +1,243 @@
+"""The loss of readings: what an LLM answers after text and extensible embeddings.
+
+Reconstruction, recall and question answering are readings. The cross-entropy may be mixed with self-distillation: the
+divergence from what the same LLM predicts when it reads the text itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from extemb_core.context.assembly import Prompt, Segment
+from extemb_core.errors import ConfigError
+from extemb_core.models.entry import AnchoredStates
+
+_LEAST_FILLED, _FEWEST_POSITIONS = 0.8, 1024  # of a group of rows that go through the LLM together
+
+if TYPE_CHECKING:
+    from extemb_core.models.embedder import ExtensibleEmbedder
+    from extemb_core.models.entry import PromptInputs
+    from extemb_core.models.llm import LLM
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """What is lost at each of S tokens, row after row.
+
+    Attributes:
+        values: (S,) negative log-likelihoods in nats, mixed with divergences by distillation; with gradient.
+        rows: Of each row, the ratio of the embeddings in it (0 where all is text), and its tokens.
+    """
+
+    values: Tensor
+    rows: Sequence[tuple[int, int]]
+
+    def mean(self) -> Tensor:
+        """What is minimised."""
+        return self.values.mean()
+
+    def by_ratio(self) -> dict[int, Tensor]:
+        """The mean over the rows of each ratio, without gradient."""
+        parts = list(zip(self.rows, self.values.detach().split([n for _, n in self.rows]), strict=True))
+        ratios = sorted({ratio for ratio, _ in self.rows if ratio})
+        return {ratio: torch.cat([part for (own, _), part in parts if own == ratio]).mean() for ratio in ratios}
+
+
+class Span(NamedTuple):
+    """A part of a document that is read as extensible embeddings, at entry layers above 0.
+
+    The document's chunks are encoded whole, as a store holds them; groups are counted from the span's start, and never
+    cross a chunk's border.
+
+    Attributes:
+        document: (L,) token ids; spans of one document share the tensor.
+        start, stop: The tokens of it.
+    """
+
+    document: Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an LLM reads and answers, in one row.
+
+    Attributes:
+        parts: (T,) token ids and what they are, in order: "text"; a "document", which is read as extensible
+            embeddings and may be a `Span`; or an "answer", which is scored. The last one is an answer.
+    """
+
+    parts: tuple[tuple[Tensor | Span, Literal["text", "document", "answer"]], ...]
+
+
+def reading_loss(*args: Any, **settings: Any) -> Tensor:
+    """Mean of `reading_losses`."""
+    return reading_losses(*args, **settings).mean()
+
+
+def reading_losses(
+    llm: LLM,
+    readings: Sequence[Reading],
+    *,
+    embedder: ExtensibleEmbedder | None = None,
+    ratios: Sequence[Sequence[int]] = (),
+    chunk_size: int | None = None,
+    distillation: float = 0.0,
+) -> Losses:
+    """Negative log-likelihood, in nats, of the answers' tokens after their prompts.
+
+    Args:
+        llm: Reads; gradient flows through it, and to what of it is trained.
+        readings: Prompts and answers.
+        embedder: Makes the embeddings; without one every piece is read as text.
+        ratios: Of each reading; one pass of the embedder serves all of them.
+        chunk_size: Tokens per chunk; the embedder's own when not given.
+        distillation: Weight of the divergence from the LLM that reads every piece as text, instead of the tokens.
+
+    Raises:
+        ConfigError: A reading does not end with an answer, or holds a part of a document at entry layer 0.
+    """
+    if any(not reading.parts or reading.parts[-1][1] != "answer" for reading in readings):
+        raise ConfigError("a reading does not end with an answer, so there is nothing to score; add one")
+    compressed = _compressed(embedder, readings, ratios, chunk_size) if embedder is not None else {}
+    embedded = {(index, ratio) for index, _, ratio in compressed}
+    inputs: list[PromptInputs] = []
+    places, targets, texts, expected, rows = [], [], [], [], []
+    for index, reading in enumerate(readings):
+        answers = [_ids_of(part) for part, role in reading.parts if role == "answer"]
+        plain = [_ids_of(part).numpy() for part, _ in reading.parts]
+        if distillation:
+            texts.append(_prompt(llm, plain))
+        for ratio in ratios[index] if embedder is not None else (1,):
+            row = [compressed.get((index, number, ratio), ids) for number, ids in enumerate(plain)]
+            places.append((len(inputs), _answers_at(reading, row)))
+            inputs.append(_prompt(llm, row))
+            targets += answers
+            rows.append((ratio if (index, ratio) in embedded else 0, sum(map(len, answers))))
+            expected.append((index, _answers_at(reading, plain)))
+    scored = read_states(llm, inputs, places, frozen=False)
+    teacher = read_states(llm, texts, expected) if distillation else None
+    return Losses(mixed(llm, scored, torch.cat(targets).to(llm.device), teacher, distillation), rows)
+
+
+def _prompt(llm: LLM, row: Sequence[Segment]) -> PromptInputs:
+    """A row without its last token, after which nothing is predicted."""
+    return Prompt((*row[:-1], row[-1][:-1])).inputs(llm)
+
+
+def _ids_of(part: Tensor | Span) -> Tensor:
+    """The tokens of a part. (T,)"""
+    return part.document[part.start : part.stop] if isinstance(part, Span) else part
+
+
+def _compressed(
+    embedder: ExtensibleEmbedder, readings: Sequence[Reading], ratios: Sequence[Sequence[int]], chunk_size: int | None
+) -> dict[tuple[int, int, int], Segment]:
+    """(reading, part, ratio) -> embeddings: every chunk of every document in one batch, padded on the right."""
+    size = embedder.config.chunk_size if chunk_size is None else chunk_size
+    spans = {
+        (index, number): part if isinstance(part, Span) else Span(part, 0, len(part))
+        for index, reading in enumerate(readings)
+        for number, (part, role) in enumerate(reading.parts)
+        if role == "document"
+    }
+    part = next((span for span in spans.values() if span.stop - span.start < len(span.document)), None)
+    if part is not None and not embedder.config.entry_layer:
+        raise ConfigError(
+            f"a reading holds tokens {part.start} to {part.stop} of a document of {len(part.document)} alone, and at "
+            "entry layer 0 documents are read whole; leave out mixed_share, or train with an entry_layer above 0"
+        )
+    documents = {id(span.document): span.document for span in spans.values()}
+    if not documents:
+        return {}
+    chunks = {(key, at): chunk for key, ids in documents.items() for at, chunk in enumerate(ids.split(size))}
+    rows = {key: row for row, key in enumerate(chunks)}
+    outputs = embedder(torch.nn.utils.rnn.pad_sequence(list(chunks.values()), batch_first=True).to(embedder.llm.device))
+    made: dict[tuple[int, int, int], Segment] = {}
+    for (index, number), span in spans.items():
+        for ratio in ratios[index]:
+            made[index, number, ratio] = joined(
+                embedder.llm,
+                [
+                    embedder.read_out(
+                        outputs,
+                        rows[id(span.document), at],
+                        min(span.stop - at * size, size),
+                        ratio,
+                        max(span.start - at * size, 0),
+                    )
+                    for at in range(span.start // size, -(-span.stop // size))
+                ],
+            )
+    return made
+
+
+def joined(llm: LLM, parts: Sequence[Tensor | AnchoredStates]) -> Segment:
+    """Embeddings of consecutive chunks as one segment of a prompt."""
+    anchored = [part for part in parts if isinstance(part, AnchoredStates)]
+    if anchored:
+        return AnchoredStates.cat(anchored)
+    return torch.cat([part for part in parts if isinstance(part, Tensor)]).to(llm.dtype)
+
+
+def _answers_at(reading: Reading, rows: Sequence[Segment]) -> Tensor:
+    """(S,) places before each token of the answers, in a row of parts."""
+    places, start = [], 0
+    for (_, role), row in zip(reading.parts, rows, strict=True):
+        if role == "answer":
+            places.append(torch.arange(start - 1, start + len(row) - 1))
+        start += len(row)
+    return torch.cat(places)
+
+
+def read_states(
+    llm: LLM, inputs: Sequence[PromptInputs], places: Sequence[tuple[int, Tensor]], *, frozen: bool = True
+) -> Tensor:
+    """The LLM's hidden states at some places of some inputs.
+
+    Args:
+        llm: Reads them, those of like length in one batch.
+        inputs: Prompts.
+        places: Number of an input and (S,) places in it, each.
+        frozen: Without gradient.
+
+    Returns:
+        (all places, D).
+    """
+    rows: dict[int, Tensor] = {}
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        for group in groups_of_like_length([len(row) for row in inputs]):
+            rows |= zip(group, llm.hidden_of([inputs[index] for index in group]), strict=True)
+        return torch.cat([rows[index][at.to(llm.device)] for index, at in places])
+
+
+def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Which rows go through the LLM together: a group is cut off where padding would be a fifth of a row, once it is
+    large enough to keep a CPU busy."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
+        group = groups[-1] if groups else []
+        longest = lengths[group[0]] if group else 0
+        if group and (lengths[index] >= _LEAST_FILLED * longest or len(group) * longest < _FEWEST_POSITIONS):
+            group.append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def mixed(llm: LLM, scored: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:
+    """scored, teacher: (S, D) hidden states; targets: (S,) ids -> (S,)."""
+    logits = llm.logits(scored).float()
+    loss = torch.nn.functional.cross_entropy(logits, targets.long(), reduction="none")
+    if teacher is None:
+        return loss
+    with torch.no_grad():
+        expected = llm.logits(teacher).float().log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(logits.log_softmax(-1), expected, log_target=True, reduction="none").sum(-1)
+    return (1 - distillation) * loss + distillation * divergence
