@@ -234,7 +234,8 @@ def small_trainer(config, embedder, **changes):
     config = replace(config, **changes)
     items = [{"sample": torch.arange(at, at + 48), "index": at} for at in range(3, 7)]
     made = RunTrainer(
-        model=TrainableModel(embedder.llm, embedder), args=trainer_module._arguments(config, embedder.llm, evaluate=False),
+        model=TrainableModel(embedder.llm, embedder),
+        args=trainer_module._arguments(config, embedder.llm, evaluate=False),
         train_dataset=items, data_collator=Collator([4], [16], 0), connector_lr_factor=config.connector_lr_factor,
         eval_collators={},
     )  # fmt: skip
