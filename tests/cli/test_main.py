@@ -114,7 +114,8 @@ def commands() -> dict[str, Any]:
     found = {}
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            found |= {name if inner == name else f"{name} {inner}": own for inner, own in command.commands.items()}
+            inner_commands = {inner: own for inner, own in command.commands.items() if not own.hidden}
+            found |= {name if inner == name else f"{name} {inner}": own for inner, own in inner_commands.items()}
         else:
             found[name] = command
     return found
@@ -729,21 +730,6 @@ def test_eval_qa_without_an_embedder_has_the_controls(models: Models, questions:
     assert record["fingerprint"] is None
 
 
-def test_eval_reports_on_records(models: Models, novel: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    out = tmp_path / "ppl.json"
-    run("eval", "ppl", "--data", novel, *models.options, "--json", out, "--target", "8", "--contexts", "16",
-        "--ratios", "2", "--windows", "3")  # fmt: skip
-    page = tmp_path / "docs" / "results.md"
-    result = run("eval", "report", "--records", out, "--output", page)
-    assert result.exit_code == 0, result.output
-    written = [Path(line) for line in result.stdout.splitlines()]
-    assert written[0] == page
-    assert all(file.is_file() for file in written)
-    assert len(written) > 1
-    assert "extensible" in page.read_text()
-
-
 @pytest.mark.parametrize(
     ("code", "arguments", "message"),
     [
@@ -929,6 +915,30 @@ def test_train_refuses_settings_that_are_not_legal(models: Models, novel: Path, 
     command = train_options(models, novel, tmp_path / "run")
     assert "batch_size=0" in refused(ExitCode.SETTINGS, *command, "--batch-size", "0")
     assert "connector='magic' is not one of" in refused(ExitCode.SETTINGS, *command, "--connector", "magic")
+
+
+# -- verbs that have left -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(), ("--help",), ("DIR", "--output", "x", "--json"), ("--records", "a", "b")])
+@pytest.mark.parametrize(
+    ("group", "verb", "replacement"),
+    [
+        ("eval", "report", "python -m benchmarks.report --records FILE... --output FILE.md"),
+    ],
+)
+def test_a_verb_that_has_left_says_where_it_went(
+    group: str, verb: str, replacement: str, options: tuple[str, ...]
+) -> None:
+    result = run(group, verb, *options)
+    assert (result.exit_code, result.stdout) == (ExitCode.USAGE, "")
+    (line,) = result.stderr.splitlines()
+    assert line == (
+        f"error: `extemb {group} {verb}` is not in the package any more; in its repository, run: {replacement}"
+    )
+    assert not re.search(rf"^[│ ]+{verb} ", run(group, "--help").output, re.MULTILINE)
+    module = replacement.split()[2]
+    assert (ROOT / module.replace(".", "/") / "__main__.py").is_file()
 
 
 # -- processes: Ctrl-C and closed pipes -----------------------------------------------------------------------
