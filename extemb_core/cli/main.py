@@ -36,6 +36,8 @@ app.add_typer(scale.app, name="scale")
 app.add_typer(weights.app, name="weights")
 app.command()(doctor.doctor)
 moved.point_to(evaluate.app, "report", "python -m benchmarks.report --records FILE... --output FILE.md")
+for verb in ("pack", "run", "unpack"):
+    moved.point_to(train.app, verb, f"python -m benchmarks.offline_training {verb} --help")
 
 
 def _show_version(wanted: bool) -> None:

@@ -882,25 +882,6 @@ def test_a_recipe_is_trained_with_what_is_given_over_it(
     )
 
 
-def test_a_training_is_packed_run_and_unpacked(models: Models, novel: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "own.yaml"
-    recipe.write_text(
-        "embedder: {num_layers: 1, chunk_size: 16, ratios: [2, 4]}\n"
-        "stages: [{name: text, share: 1, sample_length: 48, batch_size: 1, objectives: {two_stream: 1}}]"
-    )
-    command = ["train", "pack", "--llm", str(models.llm), "--recipe", recipe, "--output", tmp_path / "bundle"]
-    packed = run(*command, "--data", novel, novel, "--total-tokens", "96", "--dtype", "float32", "--json")
-    assert packed.exit_code == 0, packed.output
-    assert json.loads(packed.stdout)["slices"] == len(list((tmp_path / "bundle").glob("slice-*")))
-    assert "exists; pass another folder" in refused(ExitCode.SETTINGS, *command, "--data", novel)
-    trained = run("train", "run", tmp_path / "bundle", "--output", tmp_path / "left", "--json")
-    assert json.loads(trained.stdout) == {"output": str(tmp_path / "left"), "finished": True}
-    assert run("train", "unpack", tmp_path / "left", "--output", tmp_path / "result").exit_code == 0
-    assert (tmp_path / "result" / "model.safetensors").is_file()
-    (tmp_path / "left" / "state-000").unlink()
-    assert "state-000" in refused(ExitCode.INPUT, "train", "unpack", tmp_path / "left", "--output", tmp_path / "again")
-
-
 def test_targets_are_made(models: Models, tmp_path: Path) -> None:
     row = {"id": "a", "context": "The mill was built in 1820.", "question": "When?", "answers": ["1820"]}
     (tmp_path / "questions.jsonl").write_text(json.dumps(row))
@@ -925,6 +906,9 @@ def test_train_refuses_settings_that_are_not_legal(models: Models, novel: Path, 
     ("group", "verb", "replacement"),
     [
         ("eval", "report", "python -m benchmarks.report --records FILE... --output FILE.md"),
+        ("train", "pack", "python -m benchmarks.offline_training pack --help"),
+        ("train", "run", "python -m benchmarks.offline_training run --help"),
+        ("train", "unpack", "python -m benchmarks.offline_training unpack --help"),
     ],
 )
 def test_a_verb_that_has_left_says_where_it_went(
