@@ -40,7 +40,7 @@ bench: $(VENV)/.installed-dev ## measure speed and size; results go to benchmark
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 results: $(VENV)/.installed-dev ## make docs/results.md and its plots anew from the records in benchmarks/results
-	$(BIN)/extemb eval report --records $(wildcard benchmarks/results/ppl*.json benchmarks/results/qa*.json \
+	$(BIN)/python -m benchmarks.report --records $(wildcard benchmarks/results/ppl*.json benchmarks/results/qa*.json \
 		benchmarks/results/eval_speed*.json benchmarks/results/needle*.json) --output docs/results.md
 
 clean: ## remove .venv and everything that was built

@@ -1,4 +1,4 @@
-"""`extemb eval`: measure what the embeddings are worth, one kind of measurement per command, and report on it."""
+"""`extemb eval`: measure what the embeddings are worth, one kind of measurement per command."""
 
 from __future__ import annotations
 
@@ -197,23 +197,6 @@ def speed(
     _run(SpeedConfig, SpeedExperiment, context.params)
 
 
-@app.command(cls=SeveralValues)
-@reported
-def report(
-    records: Annotated[
-        list[str], typer.Option("--records", metavar="FILE...", help="Records that the other commands wrote.")
-    ],
-    output: Annotated[
-        str, typer.Option("--output", metavar="FILE", help="The Markdown page; its plots go to a folder beside it.")
-    ],
-) -> None:
-    """Tables and plots of records, as a Markdown page. The same records give the same bytes."""
-    from extemb_core.evaluation.report import write_report
-
-    for file in write_report([Path(file) for file in records], Path(output)):
-        typer.echo(file)
-
-
 def whole_numbers(name: str, words: Sequence[str]) -> tuple[int, ...]:
     """`4 8` and `4,8` alike."""
     try:
@@ -249,6 +232,4 @@ def _run(config_type: Callable[..., Any], experiment_type: Callable[..., Any], g
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; the same command goes on from {out}.partial") from None
     typer.echo(out)
-    print_note(
-        f"{record['n']} samples in {record['seconds']:.0f} s; tables: extemb eval report --records {out} --output FILE"
-    )
+    print_note(f'{record["n"]} samples in {record["seconds"]:.0f} s; the tables are its "summary"')

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from extemb_core import __version__
-from extemb_core.cli import ask, calibrate, compress, doctor, index, scale, store, train, weights
+from extemb_core.cli import ask, calibrate, compress, doctor, index, moved, scale, store, train, weights
 from extemb_core.cli import eval as evaluate
 from extemb_core.cli.options import SeveralValues
 from extemb_core.cli.output import EXIT_CODES, ExitCode, debugging
@@ -35,6 +35,9 @@ app.add_typer(store.app, name="store")
 app.add_typer(scale.app, name="scale")
 app.add_typer(weights.app, name="weights")
 app.command()(doctor.doctor)
+moved.point_to(evaluate.app, "report", "python -m benchmarks.report --records FILE... --output FILE.md")
+for verb in ("pack", "run", "unpack"):
+    moved.point_to(train.app, verb, f"python -m benchmarks.offline_training {verb} --help")
 
 
 def _show_version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from extemb_core.cli import bundling
+from extemb_core.cli import train_targets
 from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.options import JsonOption, OwnCommand, SeveralValues
 from extemb_core.cli.output import library_output, print_json, print_note, reported
@@ -16,11 +16,8 @@ from extemb_core.cli.output import library_output, print_json, print_note, repor
 if TYPE_CHECKING:
     from extemb_core.training.trainer import TrainableModel
 
-app = typer.Typer(cls=OwnCommand, help="Train an embedder or a reader; or pack a training for another machine.")
-app.command(cls=SeveralValues)(bundling.pack)
-app.command()(bundling.run)
-app.command()(bundling.unpack)
-app.command("make-targets", cls=SeveralValues)(bundling.make_targets)
+app = typer.Typer(cls=OwnCommand, help="Train an embedder or a reader; or write answers for it to learn.")
+app.command("make-targets", cls=SeveralValues)(train_targets.make_targets)
 
 _NEW = "A new embedder"
 _RUN = "The run"
@@ -243,7 +240,7 @@ def train(
 ) -> None:
     """Train an embedder for an LLM. Resumes if interrupted; the LLM is never changed.
 
-    For training elsewhere, and for what to train on: extemb train pack, run, unpack, make-targets (each with --help).
+    For answers in the LLM's own words to train on: extemb train make-targets --help.
     """
     embedder = {
         name: value

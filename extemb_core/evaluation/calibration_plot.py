@@ -9,7 +9,7 @@ from typing import Any
 from extemb_core.errors import MissingExtraError
 from extemb_core.utils.files import whole
 
-# Okabe and Ito's, as in `plots`: a ratio's line, and its cut text, dashed.
+# Okabe and Ito's, which colour-blind readers tell apart: a ratio's line, and its cut text, dashed.
 _COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00")
 _MARKERS = "os^Dvp"
 

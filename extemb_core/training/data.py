@@ -157,30 +157,6 @@ def _tokenise(files: Sequence[Path], llm: LLM, folder: Path, show_progress: bool
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def shuffled_subset(source: TokenFile, folder: Path, max_tokens: int | None, seed: int) -> None:
-    """Write some of the documents, in random order, as a folder of tokens: a fair sample, however far it is read.
-
-    Args:
-        source: Where the documents are.
-        folder: Of the result.
-        max_tokens: Documents are taken up to so many tokens, the last one cut; all when None.
-        seed: Of the order.
-    """
-    folder.mkdir(parents=True)
-    left = source.n_tokens if max_tokens is None else max_tokens
-    offsets = [0]
-    with (folder / "tokens.bin").open("wb") as out:
-        for at in np.random.default_rng(seed).permutation(len(source)):
-            ids = source.tokens[source.offsets[at] : source.offsets[at + 1]][: left - offsets[-1]]
-            if not len(ids):
-                continue
-            out.write(ids.tobytes())
-            offsets.append(offsets[-1] + len(ids))
-    np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
-    meta = source.meta | {"documents": len(offsets) - 1, "tokens": offsets[-1]}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
 def _content_digest(file: Path) -> str:
     if not file.is_file():
         raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")

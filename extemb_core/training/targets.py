@@ -81,11 +81,11 @@ def make_targets(
         advance(len(rows))
         for at in range(len(rows), len(questions), batch_size):
             batch = questions[at : at + batch_size]
-            made = _rows(llm, batch, max_document_tokens)
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+            answered = _rows(llm, batch, max_document_tokens)
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
             stream.flush()
             os.fsync(stream.fileno())
-            rows += made
+            rows += answered
             advance(len(batch))
     temporary = out.with_name(out.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
@@ -110,8 +110,8 @@ def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> 
         if len(ids) <= max_document_tokens and len(prompt) + new <= llm.window:
             prompts[at] = prompt.inputs(llm)
             longest = max(longest, new)
-    made = llm.generate(list(prompts.values()), Sampling(max_new_tokens=max(1, longest)))
-    answers = dict(zip(prompts, (generated.text.strip() for generated in made), strict=True))
+    generated = llm.generate(list(prompts.values()), Sampling(max_new_tokens=max(1, longest)))
+    answers = dict(zip(prompts, (answer.text.strip() for answer in generated), strict=True))
     rows = []
     for at, question in enumerate(questions):
         agrees = at in answers and f1(answers[at], question.answers) >= _AGREEMENT
@@ -129,7 +129,7 @@ def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> 
 
 
 def _finished(partial: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """Whole rows of a stopped run; what it left of half a line is cut off."""
+    """Read the whole rows of a stopped run; what it left of half a line is cut off."""
     if not partial.is_file():
         return []
     text = partial.read_bytes()

@@ -114,7 +114,8 @@ def commands() -> dict[str, Any]:
     found = {}
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            found |= {name if inner == name else f"{name} {inner}": own for inner, own in command.commands.items()}
+            inner_commands = {inner: own for inner, own in command.commands.items() if not own.hidden}
+            found |= {name if inner == name else f"{name} {inner}": own for inner, own in inner_commands.items()}
         else:
             found[name] = command
     return found
@@ -729,21 +730,6 @@ def test_eval_qa_without_an_embedder_has_the_controls(models: Models, questions:
     assert record["fingerprint"] is None
 
 
-def test_eval_reports_on_records(models: Models, novel: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    out = tmp_path / "ppl.json"
-    run("eval", "ppl", "--data", novel, *models.options, "--json", out, "--target", "8", "--contexts", "16",
-        "--ratios", "2", "--windows", "3")  # fmt: skip
-    page = tmp_path / "docs" / "results.md"
-    result = run("eval", "report", "--records", out, "--output", page)
-    assert result.exit_code == 0, result.output
-    written = [Path(line) for line in result.stdout.splitlines()]
-    assert written[0] == page
-    assert all(file.is_file() for file in written)
-    assert len(written) > 1
-    assert "extensible" in page.read_text()
-
-
 @pytest.mark.parametrize(
     ("code", "arguments", "message"),
     [
@@ -896,25 +882,6 @@ def test_a_recipe_is_trained_with_what_is_given_over_it(
     )
 
 
-def test_a_training_is_packed_run_and_unpacked(models: Models, novel: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "own.yaml"
-    recipe.write_text(
-        "embedder: {num_layers: 1, chunk_size: 16, ratios: [2, 4]}\n"
-        "stages: [{name: text, share: 1, sample_length: 48, batch_size: 1, objectives: {two_stream: 1}}]"
-    )
-    command = ["train", "pack", "--llm", str(models.llm), "--recipe", recipe, "--output", tmp_path / "bundle"]
-    packed = run(*command, "--data", novel, novel, "--total-tokens", "96", "--dtype", "float32", "--json")
-    assert packed.exit_code == 0, packed.output
-    assert json.loads(packed.stdout)["slices"] == len(list((tmp_path / "bundle").glob("slice-*")))
-    assert "exists; pass another folder" in refused(ExitCode.SETTINGS, *command, "--data", novel)
-    trained = run("train", "run", tmp_path / "bundle", "--output", tmp_path / "left", "--json")
-    assert json.loads(trained.stdout) == {"output": str(tmp_path / "left"), "finished": True}
-    assert run("train", "unpack", tmp_path / "left", "--output", tmp_path / "result").exit_code == 0
-    assert (tmp_path / "result" / "model.safetensors").is_file()
-    (tmp_path / "left" / "state-000").unlink()
-    assert "state-000" in refused(ExitCode.INPUT, "train", "unpack", tmp_path / "left", "--output", tmp_path / "again")
-
-
 def test_targets_are_made(models: Models, tmp_path: Path) -> None:
     row = {"id": "a", "context": "The mill was built in 1820.", "question": "When?", "answers": ["1820"]}
     (tmp_path / "questions.jsonl").write_text(json.dumps(row))
@@ -929,6 +896,33 @@ def test_train_refuses_settings_that_are_not_legal(models: Models, novel: Path, 
     command = train_options(models, novel, tmp_path / "run")
     assert "batch_size=0" in refused(ExitCode.SETTINGS, *command, "--batch-size", "0")
     assert "connector='magic' is not one of" in refused(ExitCode.SETTINGS, *command, "--connector", "magic")
+
+
+# -- verbs that have left -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(), ("--help",), ("DIR", "--output", "x", "--json"), ("--records", "a", "b")])
+@pytest.mark.parametrize(
+    ("group", "verb", "replacement"),
+    [
+        ("eval", "report", "python -m benchmarks.report --records FILE... --output FILE.md"),
+        ("train", "pack", "python -m benchmarks.offline_training pack --help"),
+        ("train", "run", "python -m benchmarks.offline_training run --help"),
+        ("train", "unpack", "python -m benchmarks.offline_training unpack --help"),
+    ],
+)
+def test_a_verb_that_has_left_says_where_it_went(
+    group: str, verb: str, replacement: str, options: tuple[str, ...]
+) -> None:
+    result = run(group, verb, *options)
+    assert (result.exit_code, result.stdout) == (ExitCode.USAGE, "")
+    (line,) = result.stderr.splitlines()
+    assert line == (
+        f"error: `extemb {group} {verb}` is not in the package any more; in its repository, run: {replacement}"
+    )
+    assert not re.search(rf"^[│ ]+{verb} ", run(group, "--help").output, re.MULTILINE)
+    module = replacement.split()[2]
+    assert (ROOT / module.replace(".", "/") / "__main__.py").is_file()
 
 
 # -- processes: Ctrl-C and closed pipes -----------------------------------------------------------------------

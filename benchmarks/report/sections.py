@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from extemb_core.evaluation import report_cells as cells
-from extemb_core.evaluation.plots import METRIC_NAMES, SIDE_KINDS, arm_key
+from benchmarks.report import cells
+from benchmarks.report.plots import METRIC_NAMES, SIDE_KINDS, arm_key
 
 Summary = Mapping[str, Any]
 Minus = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -24,31 +24,34 @@ _SPEED = {
 
 
 def ppl(summary: Summary) -> list[str]:
-    """A column per length of context: perplexity, positions, differences of the loss, shares of the gap."""
+    """Write a column per length of context: perplexity, positions, differences of the loss, shares of the gap."""
     by_context = {int(context): summary[context] for context in _numbered(summary)}
-    heads = [f"{context:,} (n {own['n']})" for context, own in by_context.items()]
-    arms = [own["arms"] for own in by_context.values()]
+    heads = [f"{context:,} (n {table['n']})" for context, table in by_context.items()]
+    arms = [table["arms"] for table in by_context.values()]
     parts = ["Perplexity, by tokens of context:\n", _by_arm(heads, arms, cells.perplexity)]
     parts += ["Positions that the context takes:\n", _by_arm(heads, arms, cells.positions)]
     differences: dict[tuple[str, str], dict[int, Any]] = {}
     shares: dict[str, dict[int, Any]] = {}
-    for ratio in _numbered({ratio for own in by_context.values() for ratio in own["ratios"]}):
-        at = {context: own["ratios"][ratio] for context, own in by_context.items() if ratio in own["ratios"]}
-        shares[ratio] = {context: own["gap_share"] for context, own in at.items()}
-        for control in sorted({name for own in at.values() for name in own["minus"]}, key=arm_key):
-            found = {context: own["minus"][control] for context, own in at.items() if control in own["minus"]}
-            differences[ratio, control] = found
+    for ratio in _numbered({ratio for table in by_context.values() for ratio in table["ratios"]}):
+        of_ratio = {
+            context: table["ratios"][ratio] for context, table in by_context.items() if ratio in table["ratios"]
+        }
+        shares[ratio] = {context: worth["gap_share"] for context, worth in of_ratio.items()}
+        for control in sorted({name for worth in of_ratio.values() for name in worth["minus"]}, key=arm_key):
+            differences[ratio, control] = {
+                context: worth["minus"][control] for context, worth in of_ratio.items() if control in worth["minus"]
+            }
     if not shares:
         return parts
     rows = [
-        [_minus(ratio, control), *(cells.difference(found.get(context)) for context in by_context)]
-        for (ratio, control), found in differences.items()
+        [_minus(ratio, control), *(cells.difference(by_length.get(context)) for context in by_context)]
+        for (ratio, control), by_length in differences.items()
     ]
     parts += ["Difference of the loss, in nats per token (below 0: the embeddings are better):\n"]
     parts += [cells.table(["difference", *heads], rows)]
     rows = [
-        [cells.code(f"extensible/{ratio}"), *(cells.share(found.get(context)) for context in by_context)]
-        for ratio, found in shares.items()
+        [cells.code(f"extensible/{ratio}"), *(cells.share(by_length.get(context)) for context in by_context)]
+        for ratio, by_length in shares.items()
     ]
     parts += ["Share of the gap, (none - extensible) / (none - full):\n", cells.table(["arm", *heads], rows)]
     remarks = cells.remarks_by_length(differences)
@@ -56,10 +59,10 @@ def ppl(summary: Summary) -> list[str]:
 
 
 def qa(summary: Summary) -> list[str]:
-    """Scores and the loss of the reference answer, paired differences, retained shares, and all by rank."""
+    """Write scores and the loss of the reference answer, paired differences, retained shares, and all by rank."""
     metrics = [metric for metric in summary["metrics"] if metric != "loss"]
     has_loss = "loss" in summary["metrics"]
-    minus = summary.get("minus", {})
+    minus = summary["minus"]
     parts: list[str] = []
     if metrics:
         parts += ["Scores:\n", _scores(summary, dict.fromkeys(metrics, cells.percent))]
@@ -78,13 +81,8 @@ def qa(summary: Summary) -> list[str]:
             parts += ["Difference of that loss, in nats per token (below 0: the embeddings are better):\n"]
             parts += [cells.table(["difference", "loss"], rows)]
         title = "Share of what the full text gains in loss, (none - extensible) / (none - full):\n"
-        parts += _retained(title, summary.get("retained_loss", {}))
-    by_rank = [(rank, summary["by_rank"][rank]) for rank in _numbered(summary.get("by_rank", ()))]
-    heads = [f"rank {rank} (n {max((own['n'] for own in found.values()), default=0):,})" for rank, found in by_rank]
-    for metric in (metric for metric in summary["metrics"] if by_rank and metric != "em"):
-        scores = [{arm: own.get(metric) for arm, own in found.items()} for _, found in by_rank]
-        parts += [f"{_named(metric)} by the rank of the passage with the answer (0 stands first):\n"]
-        parts += [_by_arm(heads, scores, cells.plain_loss if metric == "loss" else cells.plain_percent)]
+        parts += _retained(title, summary["retained_loss"])
+    parts += _by_rank(summary)
     remarks: list[str] = []
     if metrics:
         main = "f1" if "f1" in metrics else metrics[0]
@@ -92,55 +90,55 @@ def qa(summary: Summary) -> list[str]:
     if has_loss:
         remarks += _remarks(minus, "loss", "loss", lower_is_better=True)
     remarks += [
-        f"{own['cut']:,} of {own['n']:,} texts of {cells.code(arm, cell=False)} were cut to fit the window."
-        for arm, own in summary["arms"].items()
-        if own.get("cut")
+        f"{scores['cut']:,} of {scores['n']:,} texts of {cells.code(arm, cell=False)} were cut to fit the window."
+        for arm, scores in summary["arms"].items()
+        if scores["cut"]
     ]
     return [*parts, cells.bullets(remarks)]
 
 
 def speed(summary: Summary) -> list[str]:
-    """A table per metric, a column per length; in brackets the ratio to "full" at that length."""
+    """Write a table per metric, a column per length; in brackets the ratio to "full" at that length."""
     by_length = {f"{int(tokens):,}": summary[tokens] for tokens in _numbered(summary)}
-    counts = sorted({own["n"] for sides in by_length.values() for own in sides.values()})
+    counts = sorted({medians["n"] for sides in by_length.values() for medians in sides.values()})
     rounds = " to ".join(dict.fromkeys(f"{count:,}" for count in counts[:: max(1, len(counts) - 1)]))
     parts = [
         f"Medians of {rounds} rounds; in brackets the ratio to `full` at the same length (of times: the median of the "
         "ratios within a round).\n"
     ]
     for metric, title in _SPEED.items():
-        shown = [
-            {side: _beside_full(sides, side, metric) for side, own in sides.items() if metric in own}
+        columns = [
+            {side: _beside_full(sides, side, metric) for side, medians in sides.items() if metric in medians}
             for sides in by_length.values()
         ]
-        if not any(shown):
+        if not any(columns):
             continue
         parts += [f"{title}, by tokens of documents:\n"]
-        parts += [_by_arm(list(by_length), shown, lambda text: text, ("side", SIDE_KINDS))]
+        parts += [_by_arm(list(by_length), columns, lambda text: text, ("side", SIDE_KINDS))]
     return parts
 
 
 def needle(summary: Summary) -> list[str]:
-    """Share of correct answers: over all that was measured of an arm, then by length."""
+    """Write the share of correct answers: over all that was measured of an arm, then by length."""
     tasks = sorted(summary["arms"])
-    overall = [{arm: own["correct"] for arm, own in summary["arms"][task].items()} for task in tasks]
+    overall = [{arm: scores["correct"] for arm, scores in summary["arms"][task].items()} for task in tasks]
     heads = [_named(task) for task in tasks]
     parts = ["Share of correct answers, over all that was measured of an arm (not every arm fits every length):\n"]
     parts += [_by_arm(heads, overall, cells.percent)]
     minus: dict[str, dict[str, dict[str, Any]]] = {}
-    for task, by_ratio in summary.get("minus", {}).items():
+    for task, by_ratio in summary["minus"].items():
         for ratio, controls in by_ratio.items():
-            for control, own in controls.items():
-                minus.setdefault(ratio, {}).setdefault(control, {})[task] = own
+            for control, difference in controls.items():
+                minus.setdefault(ratio, {}).setdefault(control, {})[task] = difference
     if minus:
         parts += [_POINTS, _points(minus, tasks)]
     lengths = sorted({cell["tokens"] for cell in summary["cells"]})
     for task in tasks:
-        found: list[dict[str, list[tuple[float, int]]]] = [{} for _ in lengths]
+        columns: list[dict[str, list[tuple[float, int]]]] = [{} for _ in lengths]
         for cell in (cell for cell in summary["cells"] if cell["task"] == task):
-            found[lengths.index(cell["tokens"])].setdefault(cell["arm"], []).append((cell["correct"], cell["n"]))
+            columns[lengths.index(cell["tokens"])].setdefault(cell["arm"], []).append((cell["correct"], cell["n"]))
         parts += [f"{_named(task)}, share of correct answers by tokens of text, over all depths:\n"]
-        parts += [_by_arm([f"{length:,}" for length in lengths], found, _pooled)]
+        parts += [_by_arm([f"{length:,}" for length in lengths], columns, _pooled)]
     remarks = [line for task in tasks for line in _remarks(minus, task, f"{_named(task)} answers")]
     return [*parts, cells.bullets(remarks)]
 
@@ -154,7 +152,7 @@ def _by_arm(
     shown: Callable[[Any], str],
     first: tuple[str, tuple[str, ...] | None] = ("arm", None),
 ) -> str:
-    """A row per arm; a column per mapping from arm to what `shown` turns into a cell."""
+    """Write a row per arm; a column per mapping from arm to what `shown` turns into a cell."""
     name, kinds = first
     order = (lambda arm: arm_key(arm, kinds)) if kinds else arm_key
     arms = sorted({arm for column in columns for arm in column}, key=order)
@@ -166,28 +164,40 @@ def _by_arm(
 
 
 def _scores(summary: Summary, shown: Mapping[str, Callable[[Any], str]]) -> str:
-    """A row per arm: the positions of its text, and a column per metric."""
+    """Write a row per arm: the positions of its text, and a column per metric."""
     rows = [
-        [cells.code(arm), cells.positions(own), *(show(own[metric]) for metric, show in shown.items())]
-        for arm, own in ((arm, summary["arms"][arm]) for arm in sorted(summary["arms"], key=arm_key))
+        [cells.code(arm), cells.positions(scores), *(show(scores[metric]) for metric, show in shown.items())]
+        for arm, scores in ((arm, summary["arms"][arm]) for arm in sorted(summary["arms"], key=arm_key))
     ]
     return cells.table(["arm", "positions", *map(_named, shown)], rows)
 
 
+def _by_rank(summary: Summary) -> list[str]:
+    """Write a table per metric, a column per rank of the passage with the answer; nothing where there are no ranks."""
+    tables = [(rank, summary["by_rank"][rank]) for rank in _numbered(summary["by_rank"])]
+    heads = [f"rank {rank} (n {max((scores['n'] for scores in arms.values()), default=0):,})" for rank, arms in tables]
+    parts: list[str] = []
+    for metric in (metric for metric in summary["metrics"] if tables and metric != "em"):
+        columns = [{arm: scores.get(metric) for arm, scores in arms.items()} for _, arms in tables]
+        parts += [f"{_named(metric)} by the rank of the passage with the answer (0 stands first):\n"]
+        parts += [_by_arm(heads, columns, cells.plain_loss if metric == "loss" else cells.plain_percent)]
+    return parts
+
+
 def _retained(title: str, shares: Mapping[str, Any]) -> list[str]:
-    """A row per ratio, with the reason where a share is refused."""
+    """Write a row per ratio, with the reason where a share is refused."""
     rows = [
         [
             cells.code(f"extensible/{ratio}"),
-            f"refused: {cells.escaped(own['refused'])}" if "refused" in own else cells.share(own),
+            f"refused: {cells.escaped(share['refused'])}" if "refused" in share else cells.share(share),
         ]
-        for ratio, own in ((ratio, shares[ratio]) for ratio in _numbered(shares))
+        for ratio, share in ((ratio, shares[ratio]) for ratio in _numbered(shares))
     ]
     return [title, cells.table(["arm", "retained"], rows)] if rows else []
 
 
 def _points(minus: Minus, columns: Sequence[str]) -> str:
-    """A row per ratio and control, a column per metric or task."""
+    """Write a row per ratio and control, a column per metric or task."""
     rows = [
         [_minus(ratio, control), *(cells.difference(minus[ratio][control].get(name), points=True) for name in columns)]
         for ratio in _numbered(minus)
@@ -197,8 +207,8 @@ def _points(minus: Minus, columns: Sequence[str]) -> str:
 
 
 def _remarks(minus: Minus, column: str, name: str, *, lower_is_better: bool = False) -> list[str]:
-    """What the intervals of one metric's differences say."""
-    found = {
+    """Say what the intervals of one metric's differences say."""
+    differences = {
         ratio: {
             control: minus[ratio][control][column]
             for control in sorted(minus[ratio], key=arm_key)
@@ -206,7 +216,7 @@ def _remarks(minus: Minus, column: str, name: str, *, lower_is_better: bool = Fa
         }
         for ratio in _numbered(minus)
     }
-    return cells.remarks_by_control(found, name, lower_is_better=lower_is_better)
+    return cells.remarks_by_control(differences, name, lower_is_better=lower_is_better)
 
 
 def _beside_full(sides: Mapping[str, Any], side: str, metric: str) -> str:
@@ -219,9 +229,9 @@ def _beside_full(sides: Mapping[str, Any], side: str, metric: str) -> str:
     return cells.three_digits(value) + (f" ({ratio:.2f}x)" if ratio is not None and side != "full" else "")
 
 
-def _pooled(found: list[tuple[float, int]]) -> str:
-    total = sum(n for _, n in found)
-    return cells.plain_percent(sum(share * n for share, n in found) / total if total else None)
+def _pooled(shares: list[tuple[float, int]]) -> str:
+    total = sum(n for _, n in shares)
+    return cells.plain_percent(sum(share * n for share, n in shares) / total if total else None)
 
 
 def _minus(ratio: str, control: str) -> str:

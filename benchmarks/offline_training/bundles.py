@@ -1,8 +1,8 @@
 """Training bundles: all that a training needs, for a machine without a network and without this package.
 
-`pack` writes a folder of slices (see `slices.py`) that hold the LLM's weights, tokenised text, questions, the recipe
-and this package's own code, beside `run.py`, which unpacks and trains with torch, transformers, peft and safetensors
-alone. `run` trains within a time limit and leaves slices again: what is needed to go on and to use the result.
+`pack` writes a folder of slices (see `slices.py`) that hold the LLM's weights, tokenised text, questions, the recipe,
+the package's code and this folder's, beside `run.py`, which unpacks and trains with torch, transformers, peft and
+safetensors alone. `run` trains within a time limit and leaves slices again: what it takes to go on and to use them.
 """
 
 from __future__ import annotations
@@ -19,44 +19,22 @@ from typing import Any
 
 import numpy as np
 
+import extemb_core
+from benchmarks.offline_training.slices import SliceError, join_slices, parse_size, write_slices
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.models.llm import LLM
 from extemb_core.questions import read_questions
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.data import TokenFile, shuffled_subset
+from extemb_core.training.data import TokenFile
 from extemb_core.training.recipes import Recipe, stage_configs, train_recipe
-from extemb_core.training.slices import SliceError, join_slices, parse_size, write_slices
 from extemb_core.training.trainer import COMPLETE, OPTIMIZER, is_finished, last_checkpoint
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(extemb_core.__file__).resolve().parent
+_HERE = Path(__file__).resolve().parent
+_BESIDE_THE_SLICES = ("run.py", "slices.py")
 _NOT_PACKED = ("pretrained", "__pycache__")
 _SETTINGS = "bundle.json"
-_MOST_FILES = 8
-_RUNNER = '''\
-"""Unpack this bundle and train: python run.py --help. Needs torch, transformers, peft, accelerate and safetensors."""
-
-import argparse
-import sys
-from pathlib import Path
-
-from slices import join_slices
-
-HERE = Path(__file__).resolve().parent
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--output", required=True, help="folder for what is left: slices to go on from")
-parser.add_argument("--work", default=str(HERE / "unpacked"), help="folder to unpack into and to train in")
-parser.add_argument("--max-minutes", type=float, default=None, help="of the whole call")
-parser.add_argument("--checkpoint-size-limit", default="15MiB", help="of each file that is left")
-parser.add_argument("--resume-from", default=None, help="folder of slices that an earlier call left")
-args = parser.parse_args()
-if not Path(args.work).exists():
-    join_slices(HERE, Path(args.work))
-sys.path.insert(0, str(Path(args.work) / "package"))
-from extemb_core.training.bundles import run_unpacked
-
-run_unpacked(args.work, args.output, max_minutes=args.max_minutes, checkpoint_size_limit=args.checkpoint_size_limit,
-             resume_from=args.resume_from)
-'''
+_MAX_FILES = 8
 
 
 def pack(
@@ -99,11 +77,16 @@ def pack(
     size = _bytes(slice_size)
     if out.exists():
         raise ConfigError(f"output={str(output)!r} exists; pass another folder, or remove it")
-    inside = {"llm": "llm", "data": ("tokens",) if data else (), "questions": ("questions.jsonl",) if questions else (),
-              "dtype": dtype} | settings  # fmt: skip
+    bundled: dict[str, Any] = {
+        "llm": "llm",
+        "data": ("tokens",) if data else (),
+        "questions": ("questions.jsonl",) if questions else (),
+        "dtype": dtype,
+        **settings,
+    }
     if start_from is not None:
-        inside["start_from"] = "start"
-    stage_configs(recipe, "run", total_tokens, **inside)  # that the settings are legal is known now, not there
+        bundled["start_from"] = "start"
+    stage_configs(recipe, "run", total_tokens, **bundled)  # settings that are not legal are known now, not there
     out.parent.mkdir(parents=True, exist_ok=True)
     work, partial = out.with_name(f".{out.name}.content"), out.with_name(f".{out.name}.partial")
     for folder in (work, partial):
@@ -121,14 +104,14 @@ def pack(
             _write_questions(questions, work / "questions.jsonl", max_questions, int(settings.get("seed", 0)))
         if start_from is not None:
             _copy_start(Path(start_from), work / "start")
-        shutil.copytree(_PACKAGE, work / "package" / "extemb_core", ignore=shutil.ignore_patterns(*_NOT_PACKED))
+        _copy_code(work / "package")
         (work / _SETTINGS).write_text(
-            json.dumps({"recipe": asdict(recipe), "total_tokens": total_tokens, "settings": inside}, indent=1),
+            json.dumps({"recipe": asdict(recipe), "total_tokens": total_tokens, "settings": bundled}, indent=1),
             encoding="utf-8",
         )
         write_slices(work, (file for file in work.rglob("*") if file.is_file()), partial, size)
-        (partial / "run.py").write_text(_RUNNER, encoding="utf-8")
-        shutil.copy(Path(__file__).with_name("slices.py"), partial / "slices.py")
+        for name in _BESIDE_THE_SLICES:
+            shutil.copy(_HERE / name, partial / name)
         partial.rename(out)
     finally:
         for folder in (work, partial):
@@ -157,15 +140,13 @@ def run(
     checkpoint_size_limit: str = "15MiB",
     resume_from: str | Path | None = None,
 ) -> bool:
-    """Verify and unpack a bundle and train; see `run_unpacked`."""
+    """Verify and unpack a bundle and train, as its `run.py` does; see `run_unpacked`."""
     folder = Path(work) if work is not None else Path(bundle) / "unpacked"
-    start = time.monotonic()
+    deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     if not folder.exists():
         unpack(bundle, folder)
-    if max_minutes is not None:
-        max_minutes = max(1e-6, max_minutes - (time.monotonic() - start) / 60)
     return run_unpacked(
-        folder, output, max_minutes=max_minutes, checkpoint_size_limit=checkpoint_size_limit, resume_from=resume_from
+        folder, output, deadline=deadline, checkpoint_size_limit=checkpoint_size_limit, resume_from=resume_from
     )
 
 
@@ -173,7 +154,7 @@ def run_unpacked(
     work: str | Path,
     output: str | Path,
     *,
-    max_minutes: float | None = None,
+    deadline: float | None = None,
     checkpoint_size_limit: str = "15MiB",
     resume_from: str | Path | None = None,
 ) -> bool:
@@ -182,7 +163,7 @@ def run_unpacked(
     Args:
         work: The unpacked bundle.
         output: Folder for slices of what is needed to go on and to use the result.
-        max_minutes: Stop cleanly after this long.
+        deadline: Stop cleanly at this reading of `time.monotonic()`, in seconds.
         checkpoint_size_limit: Of each file in `output`.
         resume_from: Slices that an earlier call left; not needed where `work` is as that call left it.
 
@@ -199,12 +180,37 @@ def run_unpacked(
         }
         if earlier is not None and not Path("run").exists():
             unpack(earlier, "run")
+        max_minutes = None if deadline is None else max(1e-6, (deadline - time.monotonic()) / 60)
         trained = train_recipe(recipe, "run", bundle["total_tokens"], max_minutes=max_minutes, resume=True, **settings)
         configs = stage_configs(recipe, "run", bundle["total_tokens"], **settings)
-        written = write_slices(Path("run"), _worth_keeping(configs, Path("run")), out, size, prefix="state")
-        if len(written) > _MOST_FILES - 1:  # the manifest is one more
-            print(f"warning: {len(written) + 1} files were left; a larger --checkpoint-size-limit makes fewer")  # noqa: T201
+        written = write_slices(Path("run"), _needed_files(configs, Path("run")), out, size, prefix="state")
+        if len(written) > _MAX_FILES - 1:  # the manifest is one more
+            print(f"warning: {len(written) + 1} files were left; a larger --checkpoint-size-limit makes fewer")
     return trained is not None
+
+
+def shuffled_subset(source: TokenFile, folder: Path, max_tokens: int | None, seed: int) -> None:
+    """Write some of the documents, in random order, as a folder of tokens: a fair sample, however far it is read.
+
+    Args:
+        source: Where the documents are.
+        folder: Of the result.
+        max_tokens: Documents are taken up to so many tokens, the last one cut; all when None.
+        seed: Of the order.
+    """
+    folder.mkdir(parents=True)
+    left = source.n_tokens if max_tokens is None else max_tokens
+    offsets = [0]
+    with (folder / "tokens.bin").open("wb") as out:
+        for at in np.random.default_rng(seed).permutation(len(source)):
+            ids = source.tokens[source.offsets[at] : source.offsets[at + 1]][: left - offsets[-1]]
+            if not len(ids):
+                continue
+            out.write(ids.tobytes())
+            offsets.append(offsets[-1] + len(ids))
+    np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
+    meta = source.meta | {"documents": len(offsets) - 1, "tokens": offsets[-1]}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _bytes(text: str) -> int:
@@ -212,6 +218,14 @@ def _bytes(text: str) -> int:
         return parse_size(text)
     except SliceError as error:
         raise ConfigError(str(error)) from error
+
+
+def _copy_code(out: Path) -> None:
+    """Copy the package and this folder, so that both can be imported there as they are here."""
+    without = shutil.ignore_patterns(*_NOT_PACKED)
+    shutil.copytree(_PACKAGE, out / _PACKAGE.name, ignore=without)
+    shutil.copytree(_HERE, out / _HERE.parent.name / _HERE.name, ignore=without)
+    shutil.copy(_HERE.parent / "__init__.py", out / _HERE.parent.name)
 
 
 def _copy_start(folder: Path, out: Path) -> None:
@@ -224,9 +238,9 @@ def _copy_start(folder: Path, out: Path) -> None:
             shutil.copy(last / name, out / last.name / name)
 
 
-def _worth_keeping(configs: Sequence[TrainingConfig], run_folder: Path) -> list[Path]:
-    """What a training leaves, less its data, logs for programs, and all checkpoints that nothing goes on from."""
-    kept = []
+def _needed_files(configs: Sequence[TrainingConfig], run_folder: Path) -> list[Path]:
+    """List what a training leaves, less its data, logs for programs, and checkpoints that nothing goes on from."""
+    files = []
     finished = {Path(config.output) for config in configs if is_finished(config)}
     last = {last_checkpoint(Path(config.output)) for config in configs}
     for file in filter(Path.is_file, run_folder.rglob("*")):
@@ -236,8 +250,8 @@ def _worth_keeping(configs: Sequence[TrainingConfig], run_folder: Path) -> list[
         else:
             needed = not {"data", "tensorboard"} & set(file.relative_to(run_folder).parts)
         if needed:
-            kept.append(file)
-    return kept
+            files.append(file)
+    return files
 
 
 def _write_questions(files: Sequence[str | Path], out: Path, limit: int | None, seed: int) -> None:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import SENTENCES, tiny_model, tiny_tokenizer
 
+from benchmarks.offline_training.bundles import pack, run, shuffled_subset
+from benchmarks.offline_training.slices import join_slices
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.models.llm import LLM
-from extemb_core.training.bundles import pack, run
-from extemb_core.training.data import TokenFile, shuffled_subset
+from extemb_core.training.data import TokenFile
 from extemb_core.training.recipes import read_recipe, train_recipe
-from extemb_core.training.slices import join_slices
 from extemb_core.training.trainer import OPTIMIZER
 
 RECIPE = """
@@ -63,7 +63,9 @@ def test_a_bundle_is_slices_and_what_unpacks_them(bundle, settings, tmp_path):
     join_slices(bundle, tmp_path / "unpacked")
     with_weights = [file.name for file in (tmp_path / "unpacked" / "llm").glob("*.safetensors")]
     assert with_weights == ["model.safetensors"]
-    assert not (tmp_path / "unpacked" / "package" / "extemb_core" / "pretrained").exists()
+    package = tmp_path / "unpacked" / "package"
+    assert not (package / "extemb_core" / "pretrained").exists()
+    assert {file.name for file in (package / "benchmarks").iterdir()} == {"__init__.py", "offline_training"}
     with pytest.raises(ConfigError, match="exists; pass another folder"):
         pack(read_recipe("text-reader"), bundle, total_tokens=1, llm=settings["llm"], questions=settings["questions"])
 
@@ -84,7 +86,9 @@ def test_a_training_in_pieces_elsewhere_ends_as_one_here(bundle, settings, tmp_p
         arguments = ["--work", str(work), "--output", str(left), "--max-minutes", "1e-6",
                      "--checkpoint-size-limit", "20kb", *(["--resume-from", str(state)] if state else [])]  # fmt: skip
         code = f"{guard}sys.argv = ['run.py', *{arguments!r}]\nsys.path.insert(0, {str(bundle)!r})\n" \
-               f"import runpy; runpy.run_path({str(bundle / 'run.py')!r}, run_name='__main__')"  # fmt: skip
+               f"import runpy; runpy.run_path({str(bundle / 'run.py')!r}, run_name='__main__')\n" \
+               f"import benchmarks, extemb_core\n" \
+               f"assert all(m.__file__.startswith({str(work)!r}) for m in (benchmarks, extemb_core))"  # fmt: skip
         if call == 1:  # the rest in one piece
             code = code.replace("'--max-minutes', '1e-6', ", "")
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -94,11 +98,11 @@ def test_a_training_in_pieces_elsewhere_ends_as_one_here(bundle, settings, tmp_p
         if call == 1:
             break
     join_slices(state, tmp_path / "result")
-    own = train_recipe(read_recipe(tmp_path / "own.yaml"), tmp_path / "here", TOKENS, **(
+    here = train_recipe(read_recipe(tmp_path / "own.yaml"), tmp_path / "here", TOKENS, **(
         settings | {"llm": str(tmp_path / "machine-0" / "llm"), "data": (str(tmp_path / "machine-0" / "tokens"),),
                     "questions": (str(tmp_path / "machine-0" / "questions.jsonl"),)}))  # fmt: skip
     left = load_file(tmp_path / "result" / "model.safetensors")
-    for name, tensor in own.embedder.trainable_state_dict().items():
+    for name, tensor in here.embedder.trainable_state_dict().items():
         torch.testing.assert_close(left[name], tensor, atol=1e-5, rtol=1e-4)
     checkpoints = [file.name for file in (tmp_path / "result").rglob("checkpoint-*/*")]
     assert set(checkpoints) == {"complete.json"}  # of finished stages nothing else is needed

@@ -50,30 +50,30 @@ _ABSENT = "#DDDDDD"
 
 
 def arm_key(arm: str, kinds: tuple[str, ...] = ARM_KINDS) -> tuple[int, str, int]:
-    """The place of an arm in every table and legend: controls from weakest to strongest, then by ratio."""
+    """Order arms as every table and legend does: controls from weakest to strongest, then by ratio."""
     kind, ratio = split_arm(arm)
     return (kinds.index(kind) if kind in kinds else len(kinds) - 3, kind, ratio or 0)
 
 
 def split_arm(arm: str) -> tuple[str, int | None]:
-    """Kind and ratio of an arm: ("nearest", 8) of "nearest/8"; an arm without a ratio has None."""
+    """Split an arm into kind and ratio: ("nearest", 8) of "nearest/8"; an arm without a ratio has None."""
     kind, _, ratio = arm.partition("/")
     return (kind, int(ratio)) if ratio.isdigit() else (arm, None)
 
 
 def source(record: Record) -> str:
-    """What was measured, in one line: LLM, data, n."""
+    """Say in one line what was measured: LLM, data, n."""
     files = [entry["file"] for entry in record["data"]]
     data = [files[0] if len(files) == 1 else f"{len(files)} files"] if files else []
     return ", ".join([str(record["config"]["llm"]), *data, f"n = {record['n']:,}"])
 
 
 def figures(record: Record) -> dict[str, Figure]:
-    """Every plot of a record, by a short name that goes into its file's name."""
+    """Draw every plot of a record, by a short name that goes into its file's name."""
     if record["kind"] == "qa":
         metrics = record["summary"]["metrics"]
-        drawn = {"quality": quality(record)} if metrics != ["loss"] else {}
-        return drawn | ({"loss": quality(record, "loss")} if "loss" in metrics else {})
+        scores = {"quality": quality(record)} if metrics != ["loss"] else {}
+        return scores | ({"loss": quality(record, "loss")} if "loss" in metrics else {})
     if record["kind"] == "ppl":
         return {"perplexity": perplexity(record)}
     if record["kind"] == "speed":
@@ -87,7 +87,7 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def quality(record: Record, metric: str | None = None) -> Figure:
-    """Question answering: a score, or the loss, against the mean positions that the text takes.
+    """Draw question answering: a score, or the loss, against the mean positions that the text takes.
 
     One line per kind of arm, a point per ratio with its 95% interval; "none" and "full", which take no ratio, are
     horizontal lines over bands of their intervals.
@@ -119,7 +119,7 @@ def quality(record: Record, metric: str | None = None) -> Figure:
 
 
 def perplexity(record: Record) -> Figure:
-    """Perplexity against the length of context: one line per arm, lighter the coarser the ratio.
+    """Draw perplexity against the length of context: one line per arm, lighter the coarser the ratio.
 
     Of a single length, perplexity against the positions that the context takes.
 
@@ -153,7 +153,7 @@ def perplexity(record: Record) -> Figure:
 
 
 def _perplexity_by_positions(record: Record, context: str) -> Figure:
-    """Of one length of context. No intervals: those of the levels are wide, and what counts is paired."""
+    """Draw one length of context. No intervals: those of the levels are wide, and what counts is paired."""
     figure = _figure(4.6, f"Perplexity after {int(context):,} tokens of context, by positions", source(record))
     axes = figure.add_subplot()
     arms = record["summary"][context]["arms"]
@@ -168,7 +168,7 @@ def _perplexity_by_positions(record: Record, context: str) -> Figure:
 
 
 def needle(record: Record, task: str) -> Figure:
-    """Heat maps of a needle task, a panel per arm: share of correct answers by length and depth.
+    """Draw heat maps of a needle task, a panel per arm: share of correct answers by length and depth.
 
     A cell that was not measured, for instance because the text does not fit, is grey and hatched.
 
@@ -184,8 +184,8 @@ def needle(record: Record, task: str) -> Figure:
     cells = [cell for cell in record["summary"]["cells"] if cell["task"] == task]
     lengths = sorted({cell["tokens"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
-    places = _panels({cell["arm"] for cell in cells})
-    rows, columns = (1 + max(at) for at in zip(*places.values(), strict=True))
+    panel_of_arm = _panels({cell["arm"] for cell in cells})
+    rows, columns = (1 + max(at) for at in zip(*panel_of_arm.values(), strict=True))
     figure = _figure(
         1.5 + rows * (0.4 + 0.24 * max(len(depths), 5)),
         f"{task.replace('_', '-')}: share of correct answers",
@@ -194,7 +194,7 @@ def needle(record: Record, task: str) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in panels.flat:
         axes.set_axis_off()
-    for arm, (row, column) in places.items():
+    for arm, (row, column) in panel_of_arm.items():
         shares = np.full((len(depths), len(lengths)), np.nan)
         for cell in cells:
             if cell["arm"] == arm:
@@ -208,7 +208,7 @@ def needle(record: Record, task: str) -> Figure:
         axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths], rotation=90, fontsize=_FONT - 1)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=_FONT - 1)
         axes.set_ylim(len(depths) - 0.5, -0.5)
-        axes.tick_params(length=0, labelbottom=(row + 1, column) not in places.values(), labelleft=column == 0)
+        axes.tick_params(length=0, labelbottom=(row + 1, column) not in panel_of_arm.values(), labelleft=column == 0)
         axes.spines[:].set_visible(False)
     figure.supxlabel("tokens of text (1K = 1,024)", fontsize=_FONT)
     figure.supylabel("depth of the needle (0% = start)", fontsize=_FONT)
@@ -219,7 +219,7 @@ def needle(record: Record, task: str) -> Figure:
 
 
 def speed(record: Record) -> Figure:
-    """Time to the first token and peak memory against the length of the documents, one line per side.
+    """Draw time to the first token and peak memory against the length of the documents, one line per side.
 
     Args:
         record: Of kind "speed".
@@ -268,28 +268,31 @@ def _figure(height: float, title: str, subtitle: str) -> Figure:
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, Mapping[int, float]], kinds: tuple[str, ...] = ARM_KINDS) -> None:
-    """One line per arm through its (x, y), lighter the coarser the ratio."""
+    """Draw one line per arm through its (x, y), lighter the coarser the ratio."""
     for kind, arms in _by_kind(lines, kinds).items():
-        for place, arm in enumerate(arms.values()):
-            style = _line_style(kind, coarse=place / max(1, len(arms) - 1))
+        for rank, arm in enumerate(arms.values()):
+            style = _line_style(kind, coarse=rank / max(1, len(arms) - 1))
             axes.plot(list(lines[arm]), list(lines[arm].values()), label=arm, **style)
 
 
 def _against_positions(figure: Figure, axes: Axes, points: Mapping[str, Mapping[str, Any]]) -> None:
-    """One line per kind of arm, a point per ratio; arms without a ratio are horizontal lines over their intervals.
+    """Draw one line per kind of arm, a point per ratio; arms without a ratio are lines over bands of their intervals.
 
-    points: arm -> positions, mean, interval (two ends, or None).
+    Args:
+        figure: What `axes` belong to.
+        axes: Where to.
+        points: Arm -> positions, mean, interval (two ends, or None).
     """
     from matplotlib.transforms import ScaledTranslation
 
     kinds = _by_kind(points)
     lines = [kind for kind, arms in kinds.items() if None not in arms]
     for at, kind in enumerate(lines):
-        own = [points[arm] for arm in kinds[kind].values()]
+        of_kind = [points[arm] for arm in kinds[kind].values()]
         line, caps, bars = axes.errorbar(
-            [point["positions"] for point in own],
-            [point["mean"] for point in own],
-            yerr=_bars(own),
+            [point["positions"] for point in of_kind],
+            [point["mean"] for point in of_kind],
+            yerr=_bars(of_kind),
             label=kind,
             capsize=2,
             elinewidth=1,
@@ -316,16 +319,16 @@ def _against_positions(figure: Figure, axes: Axes, points: Mapping[str, Mapping[
 
 
 def _by_kind(arms: Iterable[str], kinds: tuple[str, ...] = ARM_KINDS) -> dict[str, dict[int | None, str]]:
-    """Kind -> ratio -> arm, each in the order of tables and legends."""
-    found: dict[str, dict[int | None, str]] = {}
+    """Group arms: kind -> ratio -> arm, all in the order of tables and legends."""
+    grouped: dict[str, dict[int | None, str]] = {}
     for arm in sorted(set(arms), key=lambda arm: arm_key(arm, kinds)):
         kind, ratio = split_arm(arm)
-        found.setdefault(kind, {})[ratio] = arm
-    return found
+        grouped.setdefault(kind, {})[ratio] = arm
+    return grouped
 
 
 def _panels(arms: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Row and column of each arm's panel: those without a ratio first, then a row per kind and a column per ratio.
+    """Give each arm's panel a row and a column: those without a ratio first, then a row per kind, a column per ratio.
 
     With no more than one ratio all of them are one row.
     """
@@ -334,15 +337,16 @@ def _panels(arms: Iterable[str]) -> dict[str, tuple[int, int]]:
     several = [by_ratio for by_ratio in kinds.values() if None not in by_ratio]
     ratios = sorted({ratio or 0 for by_ratio in several for ratio in by_ratio})
     if len(ratios) <= 1:
-        return {arm: (0, column) for column, arm in enumerate(arm for own in kinds.values() for arm in own.values())}
-    places = {arm: (0, column) for column, arm in enumerate(single)}
+        in_order = (arm for by_ratio in kinds.values() for arm in by_ratio.values())
+        return {arm: (0, column) for column, arm in enumerate(in_order)}
+    panels = {arm: (0, column) for column, arm in enumerate(single)}
     for row, by_ratio in enumerate(several, start=bool(single)):
-        places |= {arm: (row, ratios.index(ratio or 0)) for ratio, arm in by_ratio.items()}
-    return places
+        panels |= {arm: (row, ratios.index(ratio or 0)) for ratio, arm in by_ratio.items()}
+    return panels
 
 
 def _line_style(kind: str, coarse: float = 0.0) -> dict[str, Any]:
-    """Colour, marker and width of a kind's lines.
+    """Choose colour, marker and width of a kind's lines.
 
     `coarse` goes from 0 for its finest ratio to 1 for its coarsest: lighter, and with smaller markers, so that one
     that lies on a finer one does not hide it.
@@ -359,7 +363,7 @@ def _line_style(kind: str, coarse: float = 0.0) -> dict[str, Any]:
 
 
 def _bars(scores: list[Mapping[str, Any]]) -> list[list[float]]:
-    """Error bars below and above each mean; none where there is no interval. A resampled mean may lie beside it."""
+    """Measure error bars below and above each mean, 0 without an interval. A resampled mean may lie beside it."""
     ends = [score["interval"] or (score["mean"], score["mean"]) for score in scores]
     return [
         [max(0.0, score["mean"] - low) for score, (low, _) in zip(scores, ends, strict=True)],
@@ -368,15 +372,16 @@ def _bars(scores: list[Mapping[str, Any]]) -> list[list[float]]:
 
 
 def _ratio_ticks(axes: Axes, arms: Mapping[str, Any], by_ratio: Mapping[int | None, str]) -> None:
-    """Ticks where the ratios lie, with their mean positions."""
-    places = [arms[arm]["positions"] for arm in by_ratio.values()]
-    axes.set_xlim(max(min(places) / 1.4, 0.5), max(places) * 1.4)
-    axes.set_xticks(places, [f"{place:,.0f}\nratio {ratio}" for place, ratio in zip(places, by_ratio, strict=True)])
+    """Put ticks where the ratios lie, with their mean positions."""
+    positions = [arms[arm]["positions"] for arm in by_ratio.values()]
+    labels = [f"{mean:,.0f}\nratio {ratio}" for mean, ratio in zip(positions, by_ratio, strict=True)]
+    axes.set_xlim(max(min(positions) / 1.4, 0.5), max(positions) * 1.4)
+    axes.set_xticks(positions, labels)
     axes.set_xticks([], minor=True)
 
 
 def _length_axis(axes: Axes, lengths: Iterable[int], label: str) -> None:
-    """A log axis with a tick at every measured length."""
+    """Make a log axis with a tick at every measured length."""
     lengths = list(lengths)
     axes.set_xscale("log", base=2)
     crowded = len(lengths) > 6
@@ -386,7 +391,7 @@ def _length_axis(axes: Axes, lengths: Iterable[int], label: str) -> None:
 
 
 def _plain_ticks(axes: Axes) -> None:
-    """Numbers on a log axis as one would write them, at 1, 2 and 5 of every decade."""
+    """Write the numbers of a log axis as one would by hand, at 1, 2 and 5 of every decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     written: Callable[[float, int], str] = lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"  # noqa: E731
@@ -396,7 +401,7 @@ def _plain_ticks(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, axes: Axes, kinds: tuple[str, ...] = ARM_KINDS, **where: Any) -> None:
-    """One legend beside the axes, in the order of tables."""
+    """Put one legend beside the axes, in the order of tables."""
     by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     labels = sorted(by_label, key=lambda arm: arm_key(arm, kinds))
     figure.legend([by_label[label] for label in labels], labels, frameon=False, fontsize=_FONT, **where)

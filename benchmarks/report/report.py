@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from benchmarks.report import plots
+from benchmarks.report.cells import ABSENT, code, escaped, table
+from benchmarks.report.sections import SECTIONS
 from extemb_core.errors import ConfigError, DocumentError
-from extemb_core.evaluation import plots, runs
-from extemb_core.evaluation.record_shapes import ShapeError, check_record
-from extemb_core.evaluation.report_cells import ABSENT, code, escaped, table
-from extemb_core.evaluation.report_sections import SECTIONS
+from extemb_core.evaluation import runs
 
 Record = Mapping[str, Any]
 
@@ -57,21 +57,20 @@ LLM is given in the place of a text:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read the record of a run and check that it has what the page shows.
+    """Read the record of a run and check that it is of a kind that the page shows.
 
     Raises:
-        DocumentError: It is missing, no JSON, no record, of an unknown kind, or something in it is not as it should be.
+        DocumentError: It is missing, no JSON, no record, of another version, or of another kind.
     """
     record = runs.read_record(path)
-    try:
-        check_record(record)
-    except ShapeError as error:
-        raise DocumentError(f"{path} is not the record of a run: {error}; measure it again") from error
+    if record["kind"] not in TITLES:
+        kinds = ", ".join(TITLES)
+        raise DocumentError(f"{path} is of kind {record['kind']!r}, not one of {kinds}; leave it out of --records")
     return record
 
 
 def markdown(records: Sequence[tuple[Path, Record]], links: Mapping[Path, Mapping[str, str]]) -> str:
-    """The page.
+    """Make the page.
 
     Args:
         records: File and record of each run, in any order; the page has its own.
@@ -79,13 +78,13 @@ def markdown(records: Sequence[tuple[Path, Record]], links: Mapping[Path, Mappin
     """
     parts = [LEGEND]
     for kind, title in TITLES.items():
-        own = sorted((each for each in records if each[1]["kind"] == kind), key=_place)
-        if own:
+        of_kind = sorted((entry for entry in records if entry[1]["kind"] == kind), key=_sort_key)
+        if of_kind:
             parts.append(f"## {title}\n")
-        for path, record in own:
-            names = [record["config"]["llm"], *_data(record)]
+        for path, record in of_kind:
+            names = [record["config"]["llm"], *_data_names(record)]
             parts.append(f"### {', '.join(code(name, cell=False) for name in names)} ({escaped(path.stem)})\n")
-            parts.append(_origin(path, record))
+            parts.append(_origin_table(path, record))
             parts += [part for part in SECTIONS[kind](record["summary"]) if part]
             parts += [f"![{escaped(shows)}]({link})\n" for shows, link in links.get(path, {}).items()]
     return "\n".join(parts)
@@ -95,27 +94,27 @@ def write_report(files: Sequence[Path], output: Path) -> list[Path]:
     """Write the page, and its plots into a folder beside it that has the page's name without ".md".
 
     Returns:
-        What was written: the page first.
+        The files that were written, the page first.
 
     Raises:
         ConfigError: `output` is not a .md file, there is no record, or two have one name.
-        DocumentError: A file is not the record of a run.
+        DocumentError: A file is not the record of a run, or one of another version or kind.
         MissingExtraError: matplotlib is not installed.
     """
     if output.suffix != ".md":
         raise ConfigError(f"output={str(output)!r} is not a Markdown file; pass a name that ends in .md")
     stems = [file.stem for file in files]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
-    if not stems or twice is not None:
-        what = "there is no record" if twice is None else f"two records are named {twice!r}"
-        raise ConfigError(f"{what}; pass JSON files of runs, each with a name of its own")
+    repeated = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if not stems or repeated is not None:
+        problem = "there is no record" if repeated is None else f"two records are named {repeated!r}"
+        raise ConfigError(f"{problem}; pass JSON files of runs, each with a name of its own")
     records = [(file, read_record(file)) for file in files]
-    drawn = {path: plots.figures(record) for path, record in records}  # all of them, before anything is written
+    figures_by_record = {path: plots.figures(record) for path, record in records}  # all, before anything is written
     folder = output.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     written = [output]
     links: dict[Path, dict[str, str]] = {}
-    for path, figures in drawn.items():
+    for path, figures in figures_by_record.items():
         links[path] = {}
         for name, figure in figures.items():
             file = folder / f"{path.stem}_{name}.png"
@@ -126,30 +125,30 @@ def write_report(files: Sequence[Path], output: Path) -> list[Path]:
     return written
 
 
-def _place(entry: tuple[Path, Record]) -> tuple[str, list[str], str]:
+def _sort_key(entry: tuple[Path, Record]) -> tuple[str, list[str], str]:
     path, record = entry
-    return str(record["config"]["llm"]), _data(record), path.name
+    return str(record["config"]["llm"]), _data_names(record), path.name
 
 
-def _data(record: Record) -> list[str]:
-    """Names of the data files; records have none with folders, and an edited one does not get them onto the page."""
+def _data_names(record: Record) -> list[str]:
+    """Name the data files; records have none with folders, and an edited one does not get them onto the page."""
     return [Path(entry["file"]).name for entry in record["data"]]
 
 
-def _origin(path: Path, record: Record) -> str:
-    """What a reader needs to measure it again."""
+def _origin_table(path: Path, record: Record) -> str:
+    """Tabulate what a reader needs to measure it again."""
     config, origin = record["config"], record["provenance"]
     embedder = "none: controls only"
     if record["fingerprint"] is not None:
         embedder = f"{code(str(config['embedder']))}, fingerprint {code(record['fingerprint'][:8])}"
-        embedder += _embedder(record.get("embedder") or {})
+        embedder += _embedder(record["embedder"] or {})  # 0.1.0 did not write it down
     git = origin["git"]
     revision = code(git["revision"][:8]) if git.get("revision") else "unknown revision"
     revision += " with uncommitted changes" if git.get("dirty") else ""
     rows = [
         ["LLM", code(config["llm"])],
         ["embedder", embedder],
-        ["data", ", ".join(map(code, _data(record))) or "made by the command"],
+        ["data", ", ".join(map(code, _data_names(record))) or "made by the command"],
         ["n, seed", f"{record['n']:,}, {config['seed']}"],
         ["hardware", escaped(_hardware(origin["hardware"]))],
         ["date, revision", f"{escaped(origin['date'])}, {revision}"],
@@ -160,7 +159,7 @@ def _origin(path: Path, record: Record) -> str:
 
 
 def _embedder(settings: Record) -> str:
-    """What kind of embedder it is, in words; what is not known is left out."""
+    """Say in words what kind of embedder it is; what is not known is left out."""
     words = {"entry_layer": "entry layer {}", "adaptation": "adaptation {}", "downscaling": "pooling {}",
              "token_weighting": "weights {}"}  # fmt: skip
     if not settings.get("entry_layer"):
@@ -169,7 +168,7 @@ def _embedder(settings: Record) -> str:
 
 
 def _hardware(machine: Record) -> str:
-    """The machine in words; what is not known is left out."""
+    """Describe the machine in words; what is not known is left out."""
     words = {
         "cpu": "{}",
         "cpu_cores": "{} cores",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from extemb_core.training.slices import MANIFEST, SliceError, join_slices, parse_size, write_slices
+from benchmarks.offline_training.slices import MANIFEST, SliceError, join_slices, parse_size, write_slices
 
 SIZE = 3000
 

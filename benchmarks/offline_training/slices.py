@@ -1,7 +1,7 @@
 """Folders as slices: one compressed archive cut into files of at most a given size, with a manifest of hashes.
 
-For carrying a folder over a border that lets only small files through. Standard library only: a copy of this file
-travels with every bundle and unpacks it where nothing of this package is installed.
+They carry a folder over a border that lets only small files through. Standard library only: a copy of this file travels
+with every bundle and unpacks it where nothing of this package is installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SliceError(ValueError):
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "60MiB", "15 MB" or "1000"."""
+    """Count the bytes of "60MiB", "15 MB" or "1000"."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
         raise SliceError(f"{text!r} is not a size above 0; pass e.g. 60MiB, 15MB or a number of bytes")
@@ -96,7 +96,7 @@ def join_slices(folder: Path, target: Path) -> None:
 
 
 class _SliceWriter:
-    """Takes bytes one after another and begins a new file whenever one is full."""
+    """A stream that takes bytes and begins a new file whenever one is full."""
 
     def __init__(self, folder: Path, size: int, prefix: str) -> None:
         self._folder = folder
@@ -140,18 +140,18 @@ class _SliceReader:
         self._file: BinaryIO | None = None
 
     def read(self, size: int) -> bytes:
-        found = b""
-        while len(found) < size:
+        data = b""
+        while len(data) < size:
             if self._file is None:
                 following = next(self._files, None)
                 if following is None:
                     break
                 self._file = following.open("rb")
-            part = self._file.read(size - len(found))
-            found += part
+            part = self._file.read(size - len(data))
+            data += part
             if not part:
                 self.close()
-        return found
+        return data
 
     def close(self) -> None:
         if self._file is not None:

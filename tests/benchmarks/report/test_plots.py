@@ -11,8 +11,8 @@ import pytest
 from fake_records import RATIOS, loss_record, needle_record, ppl_record, qa_record, speed_record
 from matplotlib.colors import to_rgb
 
+from benchmarks.report import plots
 from extemb_core.errors import MissingExtraError
-from extemb_core.evaluation import plots
 
 
 def lines_of(axes):

@@ -1,0 +1,57 @@
+"""`extemb train make-targets`: question rows to train on whose answers are the LLM's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from extemb_core.cli.options import DeviceOption, DtypeOption, JsonOption, LlmOption
+from extemb_core.cli.output import library_output, print_json, print_note, reported
+
+
+@reported
+def make_targets(
+    questions: Annotated[
+        list[str],
+        typer.Option(
+            "--questions",
+            metavar="FILE...",
+            help='Training questions: .jsonl[.zst] with "id", "context", "question" and "answers".',
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="A .jsonl file. Resumes if interrupted.")],
+    llm: LlmOption,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="At most so many questions, the first ones.")
+    ] = None,
+    max_document_tokens: Annotated[
+        int,
+        typer.Option("--max-document-tokens", metavar="N", help="A question about a longer text keeps its references."),
+    ] = 2048,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Questions at once.")] = 8,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write question rows whose answers are the LLM's own from the full text, where these are right."""
+    with library_output():
+        from extemb_core.models.llm import LLM
+        from extemb_core.training import targets
+
+        counts = targets.make_targets(
+            LLM.from_pretrained(llm, device=device, dtype=dtype),
+            questions,
+            Path(output),
+            limit=limit,
+            max_document_tokens=max_document_tokens,
+            batch_size=batch_size,
+        )
+    if as_json:
+        print_json({"output": output, "n": counts.n, "own": counts.own, "too_long": counts.too_long})
+        return
+    typer.echo(output)
+    print_note(
+        f"{counts.own} of {counts.n} answers are the LLM's own; {counts.too_long} texts were too long to ask about"
+    )
