@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args
 from transformers import PretrainedConfig
 
 from extemb_core.errors import ConfigError, RatioError
-from extemb_core.models.downscaling import Downscaling, check_ratios, is_count
+from extemb_core.models.downscaling import Downscaling, check_ratios
 from extemb_core.models.pooling import TokenWeighting
+from extemb_core.utils.validation import is_count
 
 Adaptation = Literal["none", "lora", "full"]
 Connector = Literal["none", "linear", "mlp", "conv"]
