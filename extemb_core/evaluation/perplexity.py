@@ -30,7 +30,7 @@ from extemb_core.context.assembly import Prompt, Segment, assemble_text
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.baselines import nearest, sinks_and_window
 from extemb_core.evaluation.runs import Measured, Sample
-from extemb_core.evaluation.settings import CommonConfig, require_counts
+from extemb_core.evaluation.settings import PerplexityConfig
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
@@ -38,37 +38,6 @@ from extemb_core.training.data import read_texts
 from extemb_core.utils.jsonl import evenly
 
 _BASELINES = ("none", "nearest", "streaming", "full")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerplexityConfig(CommonConfig):
-    """Lengths are in tokens.
-
-    Attributes:
-        contexts: C, the lengths of context.
-        target: S, tokens after it; all but the first are scored.
-        windows: Windows per document, evenly spread.
-        window: Positions that the LLM is given; its own window when not given.
-        sinks: First tokens that the streaming arm keeps.
-    """
-
-    contexts: tuple[int, ...] = (1024, 2048, 4096)
-    target: int = 512
-    windows: int = 1
-    window: int | None = None
-    sinks: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_counts(self, "contexts", "target", "windows")
-        if not self.contexts:
-            raise ConfigError("contexts is empty; pass at least one length")
-        if not self.data:
-            raise ConfigError("data is empty; pass held-out documents")
-        if isinstance(self.sinks, bool) or self.sinks < 0:
-            raise ConfigError(f"sinks={self.sinks!r} is below 0; pass a whole number")
-        if self.target < 2:
-            raise ConfigError(f"target={self.target}: the first target token is not scored; pass at least 2")
 
 
 @dataclass(frozen=True)

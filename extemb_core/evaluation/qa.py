@@ -10,7 +10,7 @@ the question's own goes round, so that every rank has its share of the questions
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,9 +19,9 @@ from extemb_core.context.assembly import Part, Prompt, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.evaluation import scoring
 from extemb_core.evaluation.baselines import head
-from extemb_core.evaluation.forms import CONTROLS, Forms, controls_for
+from extemb_core.evaluation.forms import Forms, controls_for
 from extemb_core.evaluation.runs import Measured, Sample
-from extemb_core.evaluation.settings import CommonConfig, require_counts
+from extemb_core.evaluation.settings import CONTROLS, QaConfig
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import PromptInputs
@@ -40,38 +40,6 @@ METRICS = {
     "rouge_l": scoring.rouge_l,
 }
 _POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
-
-
-@dataclass(frozen=True, kw_only=True)
-class QaConfig(CommonConfig):
-    """How questions are put.
-
-    Attributes:
-        passages: Passages of the text: the question's own and others.
-        template: A name in `templates.json`; "auto" goes by the reference answers.
-        controls: Which other arms are measured, all that can be where it is None; "none" and "full" always are.
-        generate: Without it, the loss of the reference answers is all that is measured: no answers, which take longer.
-        one_per_text: Of the questions about one text, draw one.
-    """
-
-    passages: int = 1
-    template: str = "auto"
-    controls: tuple[str, ...] | None = None
-    generate: bool = True
-    one_per_text: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_counts(self, "passages")
-        if not self.data:
-            raise ConfigError("data is empty; pass files of questions")
-        for name, given, legal in (
-            ("template", (self.template,), ("auto", *templates())),
-            ("controls", self.controls or (), CONTROLS),
-        ):
-            for value in given:
-                if value not in legal:
-                    raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
 
 
 class QaExperiment(Measured):

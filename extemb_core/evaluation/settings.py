@@ -1,4 +1,7 @@
-"""Settings that every kind of measurement shares."""
+"""The settings of each kind of measurement, from which the command line makes its options.
+
+Nothing here may need torch: `extemb --help` imports this file, and shows the first sentence on each attribute.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.models.downscaling import is_count
+from extemb_core.utils.validation import is_count
+
+CONTROLS = ("none", "truncated", "chosen", "lingua", "anchors", "random", "random_states", "wrong", "full")
+TASKS = ("passkey", "key_value")
+_MIN_TOKENS = 64  # of a haystack: more than any needle has characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +24,12 @@ class CommonConfig:
         llm: Name, path or hub id of the frozen LLM.
         embedder: Folder or hub id of its embedder; None measures the controls alone.
         data: Files.
-        ratios: Of the extensible arms and of the controls that take as many positions.
-        limit: At most so many samples, evenly from all.
-        seed: Of the bootstrap and of all that is drawn.
-        batch_size: Samples at once.
-        device: "auto" or a torch device.
-        dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype's name.
+        ratios: Ratios to measure. The controls take as many positions.
+        limit: Maximum number of samples, evenly from all.
+        seed: Random seed, of the bootstrap and of all that is drawn.
+        batch_size: Samples per batch.
+        device: auto (CUDA, then CPU), cpu, cuda or cuda:N.
+        dtype: Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
     """
 
     llm: str
@@ -46,6 +53,166 @@ class CommonConfig:
             require_counts(self, "limit")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} is not a whole number of at least 0; pass e.g. 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig(CommonConfig):
+    """What is predicted after which contexts. Lengths are in tokens.
+
+    Attributes:
+        data: Held-out text: .jsonl[.zst] with a "text" field, .txt, .md.
+        contexts: Lengths of context, in tokens (C).
+        target: Tokens after the context that are predicted (S). All but the first are scored.
+        windows: Windows per document, evenly spread.
+        window: Positions that the LLM is given. None is its own window.
+        sinks: First tokens that the streaming arm keeps.
+    """
+
+    contexts: tuple[int, ...] = (1024, 2048, 4096)
+    target: int = 512
+    windows: int = 1
+    window: int | None = None
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "contexts", "target", "windows")
+        if not self.contexts:
+            raise ConfigError("contexts is empty; pass at least one length")
+        if not self.data:
+            raise ConfigError("data is empty; pass held-out documents")
+        if isinstance(self.sinks, bool) or self.sinks < 0:
+            raise ConfigError(f"sinks={self.sinks!r} is below 0; pass a whole number")
+        if self.target < 2:
+            raise ConfigError(f"target={self.target}: the first target token is not scored; pass at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaConfig(CommonConfig):
+    """How questions are put.
+
+    Attributes:
+        data: Questions: .jsonl[.zst] with id, context, question, answers.
+        passages: Passages per question: its own and others.
+        template: auto (by the reference answers), short, yes_no or long. They are in `templates.json`.
+        controls: Besides none and full: truncated, chosen, lingua, random, wrong; above entry layer 0 anchors and
+            random_states too. None measures all that can be made.
+        generate: Let the LLM answer, or measure the loss of the right answers alone, which is quicker.
+        one_per_text: Ask one question about each text, drawn by the seed.
+    """
+
+    passages: int = 1
+    template: str = "auto"
+    controls: tuple[str, ...] | None = None
+    generate: bool = True
+    one_per_text: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "passages")
+        if not self.data:
+            raise ConfigError("data is empty; pass files of questions")
+        from extemb_core.questions import templates  # needs numpy
+
+        for name, given, legal in (
+            ("template", (self.template,), ("auto", *templates())),
+            ("controls", self.controls or (), CONTROLS),
+        ):
+            for value in given:
+                if value not in legal:
+                    raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleConfig(CommonConfig):
+    """What is hidden, and where.
+
+    Attributes:
+        data: Text to hide pass keys in. `SENTENCES` of `needle.py` when there is none.
+        tasks: Tasks to measure, of passkey and key_value.
+        tokens: Lengths of text, in tokens.
+        depths: Number of depths, evenly from the start of the text to its end. A single one is in the middle.
+        trials: Texts per task, length and depth.
+        max_new_tokens: Maximum tokens of an answer.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    tokens: tuple[int, ...] = (1024, 4096, 16384, 65536, 102400)
+    depths: int = 5
+    trials: int = 1
+    max_new_tokens: int = 24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "tokens", "depths", "trials", "max_new_tokens")
+        if not self.tokens or min(self.tokens) < _MIN_TOKENS:
+            raise ConfigError(
+                f"tokens={self.tokens!r}: a haystack must hold its needle; pass lengths from {_MIN_TOKENS}"
+            )
+        if not self.tasks or not set(self.tasks) <= set(TASKS) or len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"tasks={self.tasks!r} must be distinct ones of {', '.join(TASKS)}; pass one or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig(CommonConfig):
+    """What is timed.
+
+    Attributes:
+        data: Text to read. It is repeated where it is short, and made up when there is none.
+        tokens: Lengths of text, in tokens.
+        rounds: Rounds per length, each of which measures every side once.
+        new_tokens: Tokens of the answer.
+    """
+
+    tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 102400)
+    rounds: int = 3
+    new_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "tokens", "rounds", "new_tokens")
+        if not self.tokens:
+            raise ConfigError("tokens is empty; pass at least one length")
+        if self.new_tokens < 2:
+            raise ConfigError(f"new_tokens={self.new_tokens}: decoding begins with the second token; pass at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(CommonConfig):
+    """What is measured to find an entry layer.
+
+    Attributes:
+        data: Questions to choose by: .jsonl[.zst] with id, context, question, answers. Text alone decides without any.
+        text: Text to continue: .jsonl[.zst] with a "text" field, .txt, .md. The Python reference, which ships with
+            Python, where there is none.
+        layers: Candidate layers. `candidate_layers` where there are none.
+        ratios: Ratios to measure, powers of two. One is above 1.
+        weighting: Weight of a token in its group: uniform, rank or frequency. See `models/pooling.py`.
+        counts: Text to count tokens in, for the weighting "frequency".
+        limit: Maximum number of windows of text, and of questions.
+    """
+
+    text: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    ratios: tuple[int, ...] = (1, 2, 4, 8)
+    weighting: str = "rank"
+    counts: tuple[str, ...] = ()
+    limit: int | None = 16
+    batch_size: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "layers")
+        for ratio in self.ratios:
+            if ratio & (ratio - 1):
+                raise ConfigError(f"ratio={ratio} is not a power of two; pass ratios such as (1, 2, 4, 8)")
+        if max(self.ratios) == 1:
+            raise ConfigError("ratios=(1,) has none above 1, and at 1 layers do not differ; pass e.g. (1, 2, 4, 8)")
+        if (self.weighting == "frequency") != bool(self.counts):
+            raise ConfigError(
+                f"weighting={self.weighting!r} came with {len(self.counts)} files to count tokens in; pass "
+                "weighting='frequency' and counts together, or neither"
+            )
 
 
 def require_counts(config: Any, *names: str) -> None:

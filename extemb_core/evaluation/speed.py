@@ -41,10 +41,9 @@ import torch
 from torch import Tensor
 
 from extemb_core.context.assembly import Prompt, Segment, assemble_chat
-from extemb_core.errors import ConfigError
 from extemb_core.evaluation.needle import filler, positions_at, read_filler
 from extemb_core.evaluation.runs import Measured, Sample
-from extemb_core.evaluation.settings import CommonConfig, require_counts
+from extemb_core.evaluation.settings import SpeedConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs
 from extemb_core.models.llm import LLM
@@ -57,29 +56,6 @@ AFTER = "\n\nIn one sentence, what is this text about?"
 _FIRST_TOKENS = 64  # of the text that goes through every side before anything counts
 _MIB = 2**20
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeedConfig(CommonConfig):
-    """What is timed. Texts come from `data`, over again where that is short; from made-up text when there is none.
-
-    Attributes:
-        tokens: Lengths of the text.
-        rounds: Each measures every side of a length once.
-        new_tokens: Tokens of the answer.
-    """
-
-    tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 102400)
-    rounds: int = 3
-    new_tokens: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_counts(self, "tokens", "rounds", "new_tokens")
-        if not self.tokens:
-            raise ConfigError("tokens is empty; pass at least one length")
-        if self.new_tokens < 2:
-            raise ConfigError(f"new_tokens={self.new_tokens}: decoding begins with the second token; pass at least 2")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from transformers import PretrainedConfig
 
 from extemb_core.errors import ConfigError, RatioError
 from extemb_core.models.connector import CONNECTORS
-from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios, is_count
+from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios
 from extemb_core.models.pooling import TOKEN_WEIGHTINGS
+from extemb_core.utils.validation import is_count
 
 Adaptation = Literal["none", "lora", "full"]
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from extemb_core.errors import ConfigError, RatioError
+from extemb_core.utils.validation import is_count
 
 
 def check_ratios(ratios: Sequence[int], chunk_size: int) -> tuple[int, ...]:
@@ -35,11 +35,6 @@ def check_ratios(ratios: Sequence[int], chunk_size: int) -> tuple[int, ...]:
     if ordered[-1] > chunk_size:
         raise ConfigError(f"ratio={ordered[-1]} is above chunk_size={chunk_size}; pass ratios within one chunk")
     return ordered
-
-
-def is_count(value: Any) -> bool:
-    """Whether a setting is a positive whole number (True is not)."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def n_embeddings(n_tokens: int, ratio: int) -> int:

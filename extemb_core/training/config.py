@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.models.downscaling import is_count
+from extemb_core.utils.validation import is_count
 
 OBJECTIVES = ("two_stream", "reconstruction", "recall", "questions")
 TRAINED = ("embedder", "connector", "reader", "both")
@@ -20,15 +20,17 @@ TRAINED = ("embedder", "connector", "reader", "both")
 class TrainingConfig:
     """One training run. Lengths are in tokens, times in minutes.
 
+    The command line shows the first sentence on each attribute that it has an option for.
+
     Attributes:
-        llm: Name, path or hub id of the frozen LLM.
-        data: Text files (.jsonl[.zst] with a "text" field, .txt, .md).
-        output: Folder for checkpoints, logs and the finished embedder.
-        questions: Question files (.jsonl[.zst] with "id", "context", "question" and "answers").
-        eval_data: Held-out text files; none, no evaluation during training.
+        llm: The frozen LLM: a known name, a folder or a Hugging Face id.
+        data: Training text: .jsonl[.zst] with a "text" field, .txt, .md.
+        output: Folder for checkpoints, logs and what was trained.
+        questions: Training questions: .jsonl[.zst] with "id", "context", "question" and "answers".
+        eval_data: Held-out text, for the loss at every ratio. Without any there is no evaluation during training.
         embedder: Settings of `ExtensibleEmbedderConfig` for a new embedder.
-        start_from: Folder of an earlier run to go on from: its embedder, its reader, or both, and what its last
-            checkpoint knows of the optimiser.
+        start_from: Go on from what was trained in this folder, instead of a new embedder. It is an embedder, a reader
+            or both, and what the last checkpoint knows of the optimiser.
         cache: Folder for tokenised text; "data" in `output` when not given.
         objectives: Share of the batches of each of `OBJECTIVES`; they add up to 1 after scaling.
         distillation: Weight, 0 to 1, of the divergence from the LLM reading the text itself.
@@ -40,30 +42,39 @@ class TrainingConfig:
         most_per_source: Questions of each source (the id up to its number) in one round over them.
         raw_share: Of a question's documents, the share that stays text, so that what learns to read embeddings goes on
             reading text.
-        mixed_share: Of the others, the share that is compressed around a part that stays text; only at entry layers
-            above 0.
-        sample_length: Tokens of a training sample, and of a question's documents at most.
+        mixed_share: Share of documents compressed around a part left as text, above entry layer 0. It is a share of
+            those that `raw_share` leaves.
+        sample_length: Tokens per training sample. It is also the most that a question's documents take.
         spans: Tokens of the spans to reconstruct, at the start of the run and at its end: short ones first.
-        chunk_sizes: Chunk lengths in training, one drawn per batch; the embedder's own when empty. "two_stream" takes
-            those shorter than a sample.
+        chunk_sizes: Chunk lengths in training, one drawn per batch. Without any it is the embedder's own;
+            "two_stream" takes those shorter than a sample.
         ratios: Ratios drawn per sample; the embedder's own when empty.
         ratios_per_sample: How many; one pass of the embedder serves them all.
-        total_tokens: Tokens to train on; steps follow from it.
-        warmup_steps: Steps in which the learning rate rises to its peak.
-        decay_steps: Steps at the end of the run in which it falls to 0; all after the warm-up when None. With 0 it
-            stays, so that the run's end need not be known: a later resume goes on with more tokens, or with a decay.
-        save_minutes: Save a checkpoint this often, besides every `save_steps`.
-        max_minutes: Stop cleanly after this long; the next run resumes.
-        connector_lr_factor: The connector's learning rate over the layers'.
+        total_tokens: Tokens to train on. Steps follow from it.
+        batch_size: Samples per batch and device.
+        accumulation_steps: Gradient accumulation steps.
+        learning_rate: Peak learning rate.
+        connector_lr_factor: Learning rate of the connector, as a multiple of the layers'.
+        warmup_steps: Warm-up steps of the learning rate.
+        decay_steps: Last steps, in which the learning rate falls to 0; 0 keeps it constant. None is all after the
+            warm-up. With 0 the run's end need not be known: a later resume goes on with more tokens, or with a decay.
+        weight_decay: Weight decay of the optimiser.
+        max_grad_norm: Norm that gradients are clipped to.
+        save_steps: Steps between checkpoints.
+        eval_steps: Steps between evaluations.
         eval_samples: Held-out samples used.
-        device: "auto" or a torch device.
-        dtype: What the frozen LLM runs in: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32" or "bfloat16". The
-            trained tensors stay float32. Ask `extemb doctor` before bfloat16 on a CPU: some end the process.
+        logging_steps: Steps between log entries.
+        save_minutes: Minutes between checkpoints. They are saved besides those of `save_steps`.
+        max_minutes: Save and stop after this many minutes; the same run resumes.
+        seed: Random seed.
+        device: auto (CUDA, then CPU), cpu, cuda or cuda:N.
+        dtype: Of the frozen LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16; `extemb doctor` says
+            whether bfloat16 is safe here. The trained tensors stay float32. Some CPUs end the process in bfloat16.
     """
 
     llm: str
-    data: tuple[str, ...]
     output: str
+    data: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()
     embedder: Mapping[str, Any] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""Files, JSON Lines and progress bars: what has nothing to do with the method."""
+"""Files, JSON Lines, progress bars and checks: what has nothing to do with the method."""

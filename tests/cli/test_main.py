@@ -28,6 +28,7 @@ from extemb_core.cli import output as reporting
 from extemb_core.cli.main import app
 from extemb_core.cli.options import _repeat
 from extemb_core.cli.output import EXIT_CODES, ExitCode
+from extemb_core.cli.train import NewEmbedder
 from extemb_core.cli.train import train as train_command
 
 TEXT = "The lighthouse keeper counted forty-one ships before the fog came in. " * 12
@@ -198,15 +199,11 @@ def test_training_defaults_are_those_of_the_library() -> None:
     for name, param in inspect.signature(train_command).parameters.items():
         if param.default is inspect.Parameter.empty or name in own:
             continue
-        if name in fields:
-            assert param.default == fields[name], name
-        else:
-            assert param.default is None, name
-            (option,) = [p for p in commands()["train"].params if p.name == name]
-            assert option.show_default == str(getattr(embedder, name)), name
+        assert param.default == (fields[name] if name in fields else getattr(embedder, name)), name
     (drawn,) = [p for p in commands()["train"].params if p.name == "chunk_sizes"]
     assert drawn.show_default == "that of the embedder"
     assert fields["chunk_sizes"] == ()
+    assert NewEmbedder().ratios == tuple(embedder.ratios)
     (ratios,) = [p for p in commands()["train"].params if p.name == "ratios"]
     assert ratios.show_default.startswith(" ".join(map(str, embedder.ratios)) + ",")
 
@@ -768,7 +765,7 @@ def test_eval_defaults_are_those_of_the_library() -> None:
     for name, config in kinds.items():
         fields = {field.name: field.default for field in dataclasses.fields(config)}
         for param, found in inspect.signature(getattr(evaluating, name)).parameters.items():
-            if param in ("context", "out", "resume", "llm", "data"):
+            if param in ("out", "resume", "llm", "data"):
                 continue
             if found.default is not None:
                 assert found.default == fields[param], (name, param)

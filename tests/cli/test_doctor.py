@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from extemb_core import __version__, doctor
+from extemb_core import __version__
+from extemb_core.cli import doctor
+from extemb_core.cli.doctor import Check, can_work, examine
 from extemb_core.cli.main import app
-from extemb_core.doctor import Check, can_work, examine
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def test_a_failing_part_does_not_hide_the_rest(monkeypatch: pytest.MonkeyPatch) 
         raise OSError("no such device")
         yield
 
-    monkeypatch.setattr(doctor, "_device", broken)
+    monkeypatch.setattr(doctor, "_check_device", broken)
     checks = by_name()
     assert (checks["device"].state, checks["device"].value) == ("problem", "OSError: no such device")
     assert checks["self-test"].state == "ok"
@@ -107,7 +108,7 @@ def test_an_illegal_instruction_kills_the_probe_alone(monkeypatch: pytest.Monkey
     code = f"import os; os.kill(os.getpid(), {int(signal.SIGILL)})"
     assert doctor._probe(code) == "kills the process (SIGILL)"
     monkeypatch.setattr(doctor, "_BFLOAT16_PROBE", code)
-    (check,) = doctor._bfloat16()
+    (check,) = doctor._check_bfloat16()
     assert check.state == "note"
     assert "SIGILL" in check.value
     assert "float32" in check.remedy
@@ -134,7 +135,7 @@ def test_extras_come_with_their_pip_command(monkeypatch: pytest.MonkeyPatch) -> 
         'pytest>=8; extra == "dev"',
     ]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: listed)
-    documents, train = doctor._extras()
+    documents, train = doctor._check_extras()
     assert (documents.name, documents.state) == ("extra documents", "ok")
     assert (train.name, train.state) == ("extra train", "note")
     assert train.remedy == "pip install 'extemb[train]'"

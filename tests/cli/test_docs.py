@@ -1,0 +1,32 @@
+"""docs/cli.md is made from the commands, and what is written there by hand is kept."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+render = runpy.run_path(str(DOCS / "generate_cli.py"))["render"]
+PAGE = (DOCS / "cli.md").read_text(encoding="utf-8")
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert render(PAGE) == PAGE, "run: make docs"
+
+
+def test_text_by_hand_is_kept_and_the_rest_is_made_anew() -> None:
+    outdated = PAGE.replace("| `--k N` |", "| `--old N` |").replace("## `extemb doctor`", "## `extemb gone`")
+    outdated = outdated.replace("# The command line\n", "# The command line\n\nBy hand.\n", 1)
+    outdated = outdated.replace("A message that fails is reported", "By hand too: a message that fails is reported")
+    page = render(outdated)
+    assert "--old" not in page
+    assert "extemb gone" not in page
+    assert "## `extemb doctor`\n\nExamine this machine" in page
+    assert "\n\nBy hand.\n" in page
+    assert "By hand too: a message" in page
+    assert render(page) == page
+
+
+def test_a_row_of_the_table() -> None:
+    assert "| `--ratio auto\\|raw\\|N` | Tokens per extensible embedding: one ratio for all documents" in PAGE
+    assert "| `--resume` or `--no-resume` |" in PAGE
