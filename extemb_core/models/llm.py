@@ -30,6 +30,7 @@ from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, 
 from extemb_core.models import generation
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, reading_model
 from extemb_core.models.generation import Generated, Sampling
+from extemb_core.models.reader_lora import base_of, merge_reader
 from extemb_core.models.tokenization import TextEncoder
 from extemb_core.weights.resolve import resolve_llm, resolve_reader
 
@@ -56,7 +57,7 @@ class LLM(TextEncoder):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> LLM:
-        """Load by local path, known name or Hugging Face id (see `models/weights.py`).
+        """Load by local path, known name or Hugging Face id (see `weights/resolve.py`).
 
         A reader's folder or name gives its base LLM with the reader's adapters merged in.
 
@@ -66,9 +67,9 @@ class LLM(TextEncoder):
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype or its name.
         """
         if (reader := resolve_reader(name)) is not None:
-            from extemb_core.models.reader_lora import base_of, merged
-
-            return merged(cls.from_pretrained(base_of(reader), device=device, dtype=dtype), reader, str(name))
+            base = cls.from_pretrained(base_of(reader), device=device, dtype=dtype)
+            merge_reader(base.model, reader)
+            return cls(base.model, base.tokenizer, name=str(name))
         chosen = choose_device(device)
         source = resolve_llm(name)
         wanted = choose_dtype(dtype, chosen)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,8 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError, WeightsNotFoundError
-from extemb_core.models.llm import LLM
 from extemb_core.models.lora import make_frugal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from extemb_core.models.llm import LLM
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER = "default"
@@ -93,13 +97,13 @@ def load_reader(llm: LLM, folder: Path) -> None:
 
 
 def base_of(folder: Path) -> str:
-    """The LLM that a reader belongs to."""
+    """Name the LLM that a reader belongs to."""
     return str(_read_settings(folder)["base_model_name_or_path"])
 
 
 @torch.no_grad()
-def merged(llm: LLM, folder: Path, name: str) -> LLM:
-    """The LLM with a reader's adapters added to its weights, in place.
+def merge_reader(model: PreTrainedModel, folder: Path) -> None:
+    """Add a reader's adapters to the weights of its base LLM, in place.
 
     Raises:
         WeightsNotFoundError, WeightsCorruptError: A file is missing or damaged.
@@ -115,7 +119,7 @@ def merged(llm: LLM, folder: Path, name: str) -> LLM:
             )
     scale = settings["lora_alpha"] / settings["r"]
     tensors = _read_tensors(folder)
-    weights = dict(llm.model.named_parameters())
+    weights = dict(model.named_parameters())
     for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
         layer = key.removesuffix(".lora_A.weight")
         weight = weights.get(layer.removeprefix(_PREFIX) + ".weight")
@@ -126,11 +130,10 @@ def merged(llm: LLM, folder: Path, name: str) -> LLM:
         weight.copy_(sum_)
     if tensors:
         raise _mismatch(folder, min(tensors))
-    return LLM(llm.model, llm.tokenizer, name=name)
 
 
 def reader_adapters(llm: LLM) -> dict[str, nn.Parameter]:
-    """By the names that peft gives them in its files."""
+    """List a reader's adapters by the names that peft gives them in its files."""
     return {
         _PREFIX + name.replace(f".{_ADAPTER}.", "."): parameter
         for name, parameter in llm.model.named_parameters()
