@@ -33,7 +33,7 @@ from extemb_core.evaluation.statistics import mean_with_interval
 from extemb_core.loaders import read_document
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.utils.files import write_whole
+from extemb_core.utils.files import atomic_write_text
 from extemb_core.utils.progress import progress
 
 _QUESTIONS = "questions"
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     place["text"][kind] = {arm.replace("truncated", "nearest"): each for arm, each in own.items()}
             print(kind, {arm: round(float(np.average(each, weights=tokens)), 3) for arm, each in found.items()})
     record["provenance"] = provenance(["python", "benchmarks/entry_layer.py", *sys.argv[1:]])
-    write_whole(args.json, json.dumps(record, indent=1, default=str))
+    atomic_write_text(args.json, json.dumps(record, indent=1, default=str))
 
 
 def _mean(losses: list[float], tokens: list[int]) -> dict[str, Any]:

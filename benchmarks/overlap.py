@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from extemb_core.utils.jsonl import read_rows
+from extemb_core.utils.jsonl import read_jsonl
 from extemb_core.utils.progress import progress
 
 _WORD = re.compile(r"\w+")
@@ -41,7 +41,7 @@ def hashes(text: str, n: int) -> np.ndarray[Any, Any]:
 
 
 def texts(file: Path) -> Iterator[str]:
-    for _, row in read_rows(file):
+    for _, row in read_jsonl(file):
         yield str(row.get("text") or row.get("context") or "")
 
 

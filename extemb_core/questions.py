@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from extemb_core.errors import DocumentError
-from extemb_core.utils.jsonl import is_rows, read_rows
+from extemb_core.utils.jsonl import is_jsonl, read_jsonl
 
 _LONG_ANSWER_WORDS = 12
 
@@ -47,9 +47,9 @@ def read_questions(files: Sequence[str | Path], *, unique: bool = True) -> list[
     questions: list[Question] = []
     seen: dict[str, str] = {}
     for file in map(Path, files):
-        if not is_rows(file):
+        if not is_jsonl(file):
             raise DocumentError(f"{file} is not .jsonl or .jsonl.zst; pass rows with {_FIELDS}")
-        for number, row in read_rows(file):
+        for number, row in read_jsonl(file):
             where = f"{file}, line {number}"
             question = _question(row, where)
             if unique and question.id in seen:

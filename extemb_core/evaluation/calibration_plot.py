@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import MissingExtraError
-from extemb_core.utils.files import whole
+from extemb_core.utils.files import atomic_write
 
 # Okabe and Ito's, which colour-blind readers tell apart: a ratio's line, and its cut text, dashed.
 _COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00")
@@ -50,5 +50,5 @@ def plot_losses(record: Mapping[str, Any], file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("loss in nats per token")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    with whole(file) as temporary:
+    with atomic_write(file) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})

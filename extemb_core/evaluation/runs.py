@@ -19,7 +19,7 @@ from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.utils.files import sha256_of, write_whole
+from extemb_core.utils.files import atomic_write_text, sha256_of
 from extemb_core.utils.progress import progress
 
 Sample = dict[str, Any]
@@ -266,7 +266,7 @@ def write_record(record: dict[str, Any], file: Path) -> None:
         json.dumps(sample, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for sample in record["samples"]
     )
     text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(file, f'{text[:-2]},\n "samples": [\n{lines}\n]\n}}\n')
+    atomic_write_text(file, f'{text[:-2]},\n "samples": [\n{lines}\n]\n}}\n')
 
 
 def _identity(experiment: Experiment, data: list[dict[str, str]]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from extemb_core.answers import Answer, AnswerStream
 
-MOST_AT_ONCE = 32
-_pool = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="extemb")  # of all models: none of them blocks a loop
+MAX_CONCURRENCY = 32
+_pool = ThreadPoolExecutor(MAX_CONCURRENCY, thread_name_prefix="extemb")  # of all models: none of them blocks a loop
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extemb_core.store.base import Store
-from extemb_core.store.remote import Place
+from extemb_core.store.remote import StorageLocation
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
@@ -35,7 +35,7 @@ def share(
     from extemb_core.lm import ExtensibleLM, open_store
 
     weights = str(llm), None if embedder is None else str(embedder), device, dtype
-    key = (*weights, Place(store).absolute() if isinstance(store, str | Path) else id(store))
+    key = (*weights, StorageLocation(store).absolute() if isinstance(store, str | Path) else id(store))
     with _lock:
         if key not in _opened:
             if weights not in _models:

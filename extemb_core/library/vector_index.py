@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from extemb_core.errors import ConfigError, MissingExtraError, StoreError
-from extemb_core.utils.files import sha256_of, whole, write_whole
+from extemb_core.utils.files import atomic_write, atomic_write_text, sha256_of
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 _FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds
 _GRAPH_UP_TO = 5_000_000  # beyond, vectors whole are more memory than a machine has to spare
 _EF_SEARCH, _EF_CONSTRUCTION = 128, 200
 _PROBES = 64
-_MOST_GONE = 0.2  # of an index that cannot forget, before it is made anew
+_MAX_REMOVED = 0.2  # of an index that cannot forget, before it is made anew
 
 
 def choose_factory(count: int) -> str:
@@ -84,7 +84,7 @@ class VectorIndex:
     def should_be_made_anew(self) -> bool:
         """Whether it has become too large for its kind, or holds too much that is gone."""
         outgrown = self.wanted is None and choose_factory(len(self.ids)) != self.factory
-        return outgrown or len(self._gone) > _MOST_GONE * max(1, len(self.ids))
+        return outgrown or len(self._gone) > _MAX_REMOVED * max(1, len(self.ids))
 
     def save(self, file: Path, **description: Any) -> None:
         """Write it, whole or not at all, with a description beside it that is checked when it is read.
@@ -94,11 +94,11 @@ class VectorIndex:
         """
         faiss = _faiss()
         try:
-            with whole(file) as temporary:
+            with atomic_write(file) as temporary:
                 faiss.write_index(self._index, str(temporary))
                 said = description | {"factory": self.factory, "width": self.width, "sha256": sha256_of(temporary),
                                       "gone": sorted(self._gone)}  # fmt: skip
-            write_whole(_description_of(file), json.dumps(said) + "\n")
+            atomic_write_text(_description_of(file), json.dumps(said) + "\n")
         except (OSError, RuntimeError) as error:
             raise StoreError(f"{file} could not be written ({error}); it is made anew when next needed") from error
 

@@ -18,7 +18,7 @@ from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, Sto
 from extemb_core.models.downscaling import chunk_lengths, coarsen, n_embeddings
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.pooling import Groups, anchor_positions, coarsen_groups
-from extemb_core.utils.files import whole
+from extemb_core.utils.files import atomic_write
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
 _TENSORS = ("embeddings", "anchors", "mean_norms", "norms", "weights")
@@ -149,7 +149,7 @@ class Compressed:
             "entry_layer": str(self.entry_layer),
         }
         try:
-            with whole(Path(file)) as temporary:
+            with atomic_write(Path(file)) as temporary:
                 # save_file would write beside it, under a name of its own that a kill leaves there.
                 temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, said))
         except (OSError, SafetensorError) as error:

@@ -34,9 +34,9 @@ from extemb_core.models.reader_lora import base_of, merge_reader
 from extemb_core.models.tokenization import TextEncoder
 from extemb_core.weights.resolve import resolve_llm, resolve_reader
 
-_FEWEST_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
+_MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
 _POSITIONS_AT_ONCE = 4096  # of one pass that scores, padding included
-_LEAST_FULL = 0.8  # of the longest prompt of such a pass; shorter ones are not worth their padding
+_MIN_FULL = 0.8  # of the longest prompt of such a pass; shorter ones are not worth their padding
 _LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # Cohere's, Granite's, Falcon-H1's
 
 
@@ -220,7 +220,7 @@ class LLM(TextEncoder):
         while order:
             longest = len(whole[order[0]])
             most = order[: max(1, _POSITIONS_AT_ONCE // longest)]
-            group = [at for at in most if len(whole[at]) >= _LEAST_FULL * longest]
+            group = [at for at in most if len(whole[at]) >= _MIN_FULL * longest]
             order = order[len(group) :]
             for at, states in zip(group, self.hidden_of([whole[at] for at in group]), strict=True):
                 first = len(prompts[at]) - 1
@@ -338,7 +338,7 @@ class LLM(TextEncoder):
             for row in rows[1:]:
                 differs = (row[:length] != rows[0][:length]).unsqueeze(-1).flatten(1).any(1).nonzero()
                 length = int(differs[0]) if len(differs) else length
-        return length if length * (count - 1) >= _FEWEST_SHARED_POSITIONS else 0
+        return length if length * (count - 1) >= _MIN_SHARED_POSITIONS else 0
 
 
 def _memory_of(model: PreTrainedModel) -> tuple[Any, ...]:

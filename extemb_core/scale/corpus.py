@@ -14,7 +14,7 @@ from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, 
 from extemb_core.scale import ROWS_PER_BATCH
 from extemb_core.scale.worker import Batch, CompressWorker, finished, seal
 from extemb_core.store.format import Dtype
-from extemb_core.store.remote import Place, is_url
+from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import Shard
 from extemb_core.utils.progress import progress
 
@@ -98,7 +98,7 @@ def compress_corpus(
         # Reading takes no processor of its own: there may be as many workers as there are processors.
         results = read(files, num_cpus=0).map_batches(
             _RayWorker,
-            fn_constructor_args=[CompressWorker, Place(output).absolute()],
+            fn_constructor_args=[CompressWorker, StorageLocation(output).absolute()],
             fn_constructor_kwargs={
                 "llm": _absolute(llm),
                 "embedder": None if embedder is None else _absolute(embedder),

@@ -17,7 +17,7 @@ from extemb_core.documents import Document
 from extemb_core.errors import ConfigError, DocumentError, StoreCorruptError, StoreError
 from extemb_core.library.passages import split_passages
 from extemb_core.store.format import Dtype, check_dtype, ref_bytes
-from extemb_core.store.remote import Place
+from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shards import (
     MANIFEST,
     SUFFIX,
@@ -108,7 +108,7 @@ class CompressWorker:
     ) -> None:
         from extemb_core.frameworks.shared import share
 
-        self._place = Place(output)
+        self._place = StorageLocation(output)
         self._dtype = check_dtype(dtype)
         self._passage_tokens = passage_tokens
         self._column = column
@@ -201,14 +201,14 @@ def _document(value: Any) -> Document | None:
 
 def receipts(output: str | Path) -> list[Shard]:
     """The shards in a folder that are whole, by their receipts. Others are what a lost worker left."""
-    place = Place(output)
+    place = StorageLocation(output)
     sizes = place.sizes()
     names = [name for name in sorted(sizes) if name.startswith("shard-") and name.endswith(_RECEIPT)]
     shards = [_parsed(place, name, text) for name, text in place.read_texts(names).items()]
     return [shard for shard in shards if shard is not None and sizes.get(shard.file) == shard.size_bytes]
 
 
-def _receipt(place: Place, name: str) -> Shard | None:
+def _receipt(place: StorageLocation, name: str) -> Shard | None:
     """The receipt of a shard; None where there is none, or not that shard."""
     try:
         shard = _parsed(place, name + _RECEIPT, place.read_text(name + _RECEIPT))
@@ -217,7 +217,7 @@ def _receipt(place: Place, name: str) -> Shard | None:
     return shard if shard is not None and place.size(shard.file) == shard.size_bytes else None
 
 
-def _parsed(place: Place, name: str, text: str) -> Shard | None:
+def _parsed(place: StorageLocation, name: str, text: str) -> Shard | None:
     """A receipt; None where it is that of another shard."""
     try:
         shard = Shard(**json.loads(text))
@@ -232,7 +232,7 @@ def check_output(output: str | Path) -> list[Shard]:
     Raises:
         StoreError: It holds something else, which `seal` must not touch.
     """
-    place = Place(output)
+    place = StorageLocation(output)
     names, shards = require_only_shards(place), receipts(output)
     of_runs = {shard.file for shard in shards}
     if MANIFEST in names and any(shard.file not in of_runs for shard in read_manifest(place, verify=False)):
@@ -249,7 +249,7 @@ def finished(output: str | Path) -> dict[tuple[str, int], Refs]:
         StoreError: See `check_output`.
     """
     found: dict[tuple[str, int], list[Refs]] = {}
-    place = Place(output)
+    place = StorageLocation(output)
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
         readers = list(pool.map(lambda shard: ShardReader(place, shard.file), check_output(output)))
     for reader in readers:
@@ -264,7 +264,7 @@ def seal(output: str | Path) -> list[Shard]:
 
     For when all workers are done.
     """
-    place = Place(output)
+    place = StorageLocation(output)
     shards = receipts(output)
     write_manifest(place, shards)
     whole = {name for shard in shards for name in (shard.file, shard.file.removesuffix(SUFFIX) + _RECEIPT)}

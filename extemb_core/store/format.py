@@ -23,7 +23,7 @@ from extemb_core.documents import REF_PREFIX
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.lmdb_env import DATA_FILE
-from extemb_core.utils.files import write_whole
+from extemb_core.utils.files import atomic_write_text
 
 FORMAT, VERSION = "extemb-store", 2
 _READ = (1, 2)  # version 1 knew no entry layer above 0: all it holds is as version 2 has it
@@ -82,7 +82,7 @@ def describe(folder: Path) -> None:
     """Say that a folder is a store of this version, whole or not at all; once the data file is there."""
     if check_description(folder) == VERSION:
         return
-    write_whole(folder / DESCRIPTION, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
+    atomic_write_text(folder / DESCRIPTION, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
 
 
 @dataclass(frozen=True)

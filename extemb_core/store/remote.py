@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from extemb_core.errors import StoreError
-from extemb_core.utils.files import sha256_of, sha256_of_stream, whole
+from extemb_core.utils.files import atomic_write, sha256_of, sha256_of_stream
 
 
-class Place:
+class StorageLocation:
     """Such a folder.
 
     Args:
@@ -34,9 +34,9 @@ class Place:
         self.local = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
 
     @classmethod
-    def of(cls, where: str | Path | Place) -> Place:
+    def of(cls, where: str | Path | StorageLocation) -> StorageLocation:
         """A folder by its path or URL, or one that is one already."""
-        return where if isinstance(where, Place) else cls(where)
+        return where if isinstance(where, StorageLocation) else cls(where)
 
     def __str__(self) -> str:
         return self.where
@@ -101,7 +101,7 @@ class Place:
         """
         if self.local is not None:
             self.local.mkdir(parents=True, exist_ok=True)
-            with whole(self.local / name) as temporary:
+            with atomic_write(self.local / name) as temporary:
                 fill(temporary)
                 return sha256_of(temporary), temporary.stat().st_size
         with tempfile.TemporaryDirectory(prefix="extemb-") as folder:

@@ -7,7 +7,7 @@ from pathlib import Path
 from extemb_core.errors import StoreError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import ref_bytes
-from extemb_core.store.remote import Place, is_url
+from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import MANIFEST, ShardReader, read_manifest
 
 
@@ -30,7 +30,7 @@ class ShardStore:
     readonly = True
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
-        self.place = Place(folder)
+        self.place = StorageLocation(folder)
         self._readers = [ShardReader(self.place, shard.file) for shard in read_manifest(self.place, verify=verify)]
         self._found: dict[tuple[bytes, str], tuple[int, int, int]] = {}  # ratio, reader, place in it
         for number, reader in enumerate(self._readers):

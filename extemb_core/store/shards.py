@@ -36,14 +36,14 @@ from extemb_core.store.format import (
     ref_bytes,
     ref_of,
 )
-from extemb_core.store.remote import Place
+from extemb_core.store.remote import StorageLocation
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "extemb-shards", 2
 _READ = (1, 2)  # version 1 knew no entry layer above 0
 SUFFIX = ".safetensors"
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
-_MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _LISTS = {"n_tokens": "I64", "n_embeddings": "I64", "ratios": "I64", "checksums": "I64", "refs": "U8"}
 
 Array = np.ndarray[Any, Any]
@@ -59,7 +59,9 @@ class Shard:
     n_documents: int
 
 
-def write_shard(folder: str | Path | Place, name: str, texts: Sequence[Compressed], dtype: Dtype = "float16") -> Shard:
+def write_shard(
+    folder: str | Path | StorageLocation, name: str, texts: Sequence[Compressed], dtype: Dtype = "float16"
+) -> Shard:
     """Write one shard, `name`.safetensors; one of that name is replaced.
 
     Args:
@@ -73,7 +75,7 @@ def write_shard(folder: str | Path | Place, name: str, texts: Sequence[Compresse
         StoreError: The disk refuses; nothing is left of it.
         MismatchError: They enter above layer 0, and `dtype` is int8.
     """
-    place = Place.of(folder)
+    place = StorageLocation.of(folder)
     kinds = {EmbeddingFormat.of(text) for text in texts}
     if len(kinds) != 1:
         raise ConfigError(f"a shard holds documents of one embedder, and {len(kinds)} were passed; write one for each")
@@ -129,8 +131,8 @@ class ShardReader:
         StoreCorruptError: It is not a whole shard.
     """
 
-    def __init__(self, folder: str | Path | Place, file: str) -> None:
-        self.place = Place.of(folder)
+    def __init__(self, folder: str | Path | StorageLocation, file: str) -> None:
+        self.place = StorageLocation.of(folder)
         self.file = file
         try:
             self._read_header()
@@ -177,7 +179,7 @@ class ShardReader:
             raise FileNotFoundError(self.file)
         with self.place.open(self.file) as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-            if length > min(size, _MOST_HEADER_BYTES):
+            if length > min(size, _MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {length:,} bytes")
             header = json.loads(stream.read(length))
             metadata = header.pop("__metadata__")
@@ -215,9 +217,9 @@ class ShardReader:
         return np.frombuffer(stream.read(span[1] - span[0]), np.uint8 if dtype == "U8" else "<i8")
 
 
-def write_manifest(folder: str | Path | Place, shards: Iterable[Shard]) -> None:
+def write_manifest(folder: str | Path | StorageLocation, shards: Iterable[Shard]) -> None:
     """Name the shards of a folder: it is whole from now on."""
-    place = Place.of(folder)
+    place = StorageLocation.of(folder)
     content = {"format": FORMAT, "version": VERSION, "shards": [asdict(shard) for shard in shards]}
     try:
         place.write_text(MANIFEST, json.dumps(content, indent=2) + "\n")
@@ -225,7 +227,7 @@ def write_manifest(folder: str | Path | Place, shards: Iterable[Shard]) -> None:
         raise StoreError(f"{MANIFEST} could not be written to {place} ({error}); see to the disk") from error
 
 
-def read_manifest(folder: str | Path | Place, *, verify: bool = True) -> list[Shard]:
+def read_manifest(folder: str | Path | StorageLocation, *, verify: bool = True) -> list[Shard]:
     """The shards of a folder.
 
     Args:
@@ -236,7 +238,7 @@ def read_manifest(folder: str | Path | Place, *, verify: bool = True) -> list[Sh
         StoreNotFoundError: There is no manifest.
         StoreCorruptError: It is damaged, names what is not in its folder, or a shard is not what was written.
     """
-    place = Place.of(folder)
+    place = StorageLocation.of(folder)
     where = place.naming(MANIFEST)
     try:
         content = json.loads(place.read_text(MANIFEST))
@@ -262,13 +264,13 @@ def read_manifest(folder: str | Path | Place, *, verify: bool = True) -> list[Sh
     return shards
 
 
-def require_only_shards(folder: str | Path | Place) -> list[str]:
+def require_only_shards(folder: str | Path | StorageLocation) -> list[str]:
     """The names of what is in a folder of shards, whole ones and what writes that were killed left.
 
     Raises:
         StoreError: There is something else, which is not ours to remove.
     """
-    place = Place.of(folder)
+    place = StorageLocation.of(folder)
     names = place.names()
     foreign = [name for name in names if not name.startswith(("shard-", ".shard-", MANIFEST, f".{MANIFEST}."))]
     if foreign:

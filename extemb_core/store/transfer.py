@@ -8,7 +8,7 @@ from pathlib import Path
 from extemb_core.errors import ConfigError, StoreError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import EmbeddingFormat
-from extemb_core.store.remote import Place
+from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shards import (
     MANIFEST,
     Shard,
@@ -42,7 +42,7 @@ def export_store(
     """
     if shard_bytes < 1:
         raise ConfigError(f"shard_bytes={shard_bytes} is below 1; pass e.g. {SHARD_BYTES}")
-    place = Place(folder)
+    place = StorageLocation(folder)
     names = require_only_shards(place)
     if MANIFEST in names:
         raise StoreError(f"{place} holds an export already; pass another folder")
@@ -74,7 +74,7 @@ def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: b
         StoreNotFoundError, StoreCorruptError: The shards are not what was written.
         StoreError: The store is read-only, or the disk refuses.
     """
-    place = Place(folder)
+    place = StorageLocation(folder)
     shards = read_manifest(place)
     count = 0
     with progress("import", len(shards), show_progress) as advance:

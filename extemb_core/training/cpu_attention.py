@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "extemb_rows"
-_LONGEST = 512  # beyond, torch's kernel is faster: the scores no longer fit a cache
+_MAX_LENGTH = 512  # beyond, torch's kernel is faster: the scores no longer fit a cache
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def attend(
     gradient.
     """
     length = query.shape[2]
-    ours = query.dtype == torch.bfloat16 and 1 < length <= _LONGEST and length == key.shape[2] and not dropout
+    ours = query.dtype == torch.bfloat16 and 1 < length <= _MAX_LENGTH and length == key.shape[2] and not dropout
     if not (ours and torch.is_grad_enabled()):
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others

@@ -21,7 +21,7 @@ import numpy as np
 from extemb_core.errors import DocumentError, DocumentNotFoundError
 from extemb_core.models.llm import LLM
 from extemb_core.utils.files import sha256_of
-from extemb_core.utils.jsonl import evenly, is_rows, read_rows, read_whole
+from extemb_core.utils.jsonl import evenly, is_jsonl, read_jsonl, read_text_file
 from extemb_core.utils.progress import progress
 from extemb_core.weights import cache as caching
 
@@ -115,10 +115,10 @@ class Samples:
 
 def read_texts(file: Path) -> Iterator[str]:
     """The documents of a .jsonl or .jsonl.zst file (field "text"), or the whole of any other text file."""
-    if not is_rows(file):
-        yield read_whole(file)
+    if not is_jsonl(file):
+        yield read_text_file(file)
         return
-    for number, row in read_rows(file):
+    for number, row in read_jsonl(file):
         if "text" not in row:
             raise DocumentError(f'{file}, line {number}: each row must have a "text"; mend or drop the row')
         if not isinstance(row["text"], str):

@@ -17,7 +17,7 @@ from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.errors import ConfigError
 from extemb_core.models.entry import AnchoredStates
 
-_LEAST_FILLED, _FEWEST_POSITIONS = 0.8, 1024  # of a group of rows that go through the LLM together
+_MIN_FILLED, _MIN_POSITIONS = 0.8, 1024  # of a group of rows that go through the LLM together
 
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
@@ -224,7 +224,7 @@ def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
     for index in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
         group = groups[-1] if groups else []
         longest = lengths[group[0]] if group else 0
-        if group and (lengths[index] >= _LEAST_FILLED * longest or len(group) * longest < _FEWEST_POSITIONS):
+        if group and (lengths[index] >= _MIN_FILLED * longest or len(group) * longest < _MIN_POSITIONS):
             group.append(index)
         else:
             groups.append([index])

@@ -31,12 +31,12 @@ Role = Literal["text", "document", "answer"]
 NOT_FOUND = "not in the documents"
 _REPEAT = "\n\nRepeat the text above, word for word:\n"
 _GO_ON = "\n\nGo on from each of these words of the text above:\n"
-_LONGEST_CUE, _LONGEST_RECALLED, _MOST_CUES = 4, 7, 12
+_MAX_CUE, _MAX_RECALLED, _MAX_CUES = 4, 7, 12
 _CHARS_PER_TOKEN = 3  # few enough that a cut by characters seldom has too many tokens
-_MOST_DISTRACTORS = 3
-_SHORTEST_DISTRACTOR = 32
+_MAX_DISTRACTORS = 3
+_MIN_DISTRACTOR = 32
 _SPAN_GRID = 8  # raw spans inside compressed text begin and end at such places: group borders of the ratios up to it
-_LONGEST_RAW = 64
+_MAX_RAW = 64
 _SOURCE = re.compile(r"[A-Za-z_-]+(?::[A-Za-z-]+(?=:))?")
 
 
@@ -56,9 +56,9 @@ def recall(llm: LLM, ids: Ids, draw: np.random.Generator) -> Reading:
     prompt = assemble_text(llm, [ids, _GO_ON])
     parts = [(_tensor(part), _role(part is ids)) for part in prompt.segments]
     line = _tensor(llm.encode("\n"))
-    most = max(1, len(ids) // (2 * (_LONGEST_CUE + _LONGEST_RECALLED)))
-    for _ in range(min(most, _MOST_CUES)):
-        cue, recalled = int(draw.integers(2, _LONGEST_CUE + 1)), int(draw.integers(3, _LONGEST_RECALLED + 1))
+    most = max(1, len(ids) // (2 * (_MAX_CUE + _MAX_RECALLED)))
+    for _ in range(min(most, _MAX_CUES)):
+        cue, recalled = int(draw.integers(2, _MAX_CUE + 1)), int(draw.integers(3, _MAX_RECALLED + 1))
         start = int(draw.integers(max(1, len(ids) - cue - recalled + 1)))
         middle = min(start + cue, len(ids) - 1)
         parts += [(_tensor(ids[start:middle]), "text"), (_tensor(ids[middle : middle + recalled]), "answer"),
@@ -143,7 +143,7 @@ class QuestionReadings:
         answer = question.answers[int(draw.integers(len(question.answers)))].strip()
         missing = answer in question.context and draw.random() < self._missing_share
         own = [] if missing else [self._own(question, answer, draw)]
-        others = self._others(question, answer, own, int(draw.integers(missing, _MOST_DISTRACTORS + 1)), draw)
+        others = self._others(question, answer, own, int(draw.integers(missing, _MAX_DISTRACTORS + 1)), draw)
         if missing and not others:  # nothing else to read
             own, missing = [self._own(question, answer, draw)], False
         documents = own + others
@@ -171,7 +171,7 @@ class QuestionReadings:
         if not self._mixed_share or draw.random() >= self._mixed_share or len(ids) <= 2 * _SPAN_GRID:
             return [ids]
         start = _SPAN_GRID * int(draw.integers(len(ids) // _SPAN_GRID))
-        length = _SPAN_GRID * int(draw.integers(1, _LONGEST_RAW // _SPAN_GRID + 1))
+        length = _SPAN_GRID * int(draw.integers(1, _MAX_RAW // _SPAN_GRID + 1))
         return [ids[:start], ids[start : start + length], ids[start + length :]]
 
     def _conversation(
@@ -252,7 +252,7 @@ class QuestionReadings:
         found: list[Ids] = []
         for at in draw.integers(len(self), size=count):
             other = self.questions[int(at)].context
-            if left < _SHORTEST_DISTRACTOR or other == question.context:
+            if left < _MIN_DISTRACTOR or other == question.context:
                 continue
             ids = self._llm.encode(other[: _CHARS_PER_TOKEN * left])[:left]
             if answer.lower() not in other.lower():

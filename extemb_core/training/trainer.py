@@ -38,7 +38,7 @@ from extemb_core.training.data import Samples, TokenFile
 from extemb_core.training.reading_loss import Reading, reading_losses
 from extemb_core.training.readings import QuestionReadings
 from extemb_core.training.two_stream import plan_passes, two_stream_losses
-from extemb_core.utils.files import push, write_whole
+from extemb_core.utils.files import atomic_write_text, fsync
 from extemb_core.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -335,9 +335,9 @@ class _RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for file in filter(Path.is_file, folder.rglob("*")):
-                push(file)
+                fsync(file)
             mark = {"step": state.global_step, "config": _settings(self._config)}
-            write_whole(folder / COMPLETE, json.dumps(mark, indent=2))
+            atomic_write_text(folder / COMPLETE, json.dumps(mark, indent=2))
 
 
 def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
@@ -617,7 +617,7 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _write_config(config: TrainingConfig, output: Path) -> None:
-    write_whole(output / "training.json", json.dumps(asdict(config), indent=2))
+    atomic_write_text(output / "training.json", json.dumps(asdict(config), indent=2))
 
 
 def last_checkpoint(output: Path) -> Path | None:

@@ -16,7 +16,7 @@ _LEFT_SECONDS = 3600
 _NAME_CHARS = 60  # of a file's name in that of its temporary one: 255 bytes is the most that there may be
 
 
-def push(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Push what was written to a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
@@ -28,7 +28,7 @@ def push(path: Path) -> None:
 
 
 @contextmanager
-def whole(place: Path) -> Iterator[Path]:
+def atomic_write(place: Path) -> Iterator[Path]:
     """A name to write a file under, beside its place: it takes the place at the end, and is gone after an error.
 
     What processes left there that were killed is removed an hour later.
@@ -44,16 +44,16 @@ def whole(place: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that only their owner reads
-        push(temporary)
+        fsync(temporary)
         temporary.replace(place)
-        push(place.parent)
+        fsync(place.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(file: Path, text: str) -> None:
+def atomic_write_text(file: Path, text: str) -> None:
     """Write a text file that is whole or not there."""
-    with whole(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -16,12 +16,12 @@ _BLOCK_BYTES = 1 << 16
 Item = TypeVar("Item")
 
 
-def is_rows(file: Path) -> bool:
+def is_jsonl(file: Path) -> bool:
     """Whether a file's name says that it holds JSON Lines."""
     return file.name.removesuffix(".zst").endswith(".jsonl")
 
 
-def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a .jsonl or .jsonl.zst file with their line numbers, from 1; empty lines are passed over.
 
     Raises:
@@ -41,7 +41,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def read_whole(file: Path) -> str:
+def read_text_file(file: Path) -> str:
     """The text of a file that is not rows."""
     return _decoded(b"".join(_blocks_of(file)), file, 1)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import WeightsCorruptError, WeightsError
-from extemb_core.utils.files import push, sha256_of
+from extemb_core.utils.files import fsync, sha256_of
 from extemb_core.weights.gguf import CONVERSION_VERSION
 from extemb_core.weights.registry import KnownModel
 
@@ -137,7 +137,7 @@ def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = {"sha256": sha256_of(file), "size_bytes": file.stat().st_size}
-        push(file)
+        fsync(file)
     manifest = {
         "name": model.name,
         "licence": model.licence,
@@ -150,7 +150,7 @@ def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    push(folder / MANIFEST)
+    fsync(folder / MANIFEST)
 
 
 def replace_folder(made: Path, folder: Path) -> None:
@@ -158,4 +158,4 @@ def replace_folder(made: Path, folder: Path) -> None:
     if folder.exists():
         os.replace(folder, made.parent / "old")
     os.replace(made, folder)
-    push(folder.parent)
+    fsync(folder.parent)

@@ -22,7 +22,7 @@ from typing_extensions import Self
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools
-from extemb_core.frameworks.aio import MOST_AT_ONCE, AsyncAnswerStream, in_thread, until_cancelled
+from extemb_core.frameworks.aio import MAX_CONCURRENCY, AsyncAnswerStream, in_thread, until_cancelled
 from extemb_core.frameworks.settings import GenerationSettings
 from extemb_core.weights.resolve import window_of
 from langchain_extemb.messages import to_documents, to_messages
@@ -297,7 +297,7 @@ def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:
 def _at_once(config: RunnableConfig | list[RunnableConfig] | None, count: int) -> tuple[list[RunnableConfig], int]:
     """Configs of a batch, and how many of its prompts run at once: as many as they allow, or as a batch holds."""
     configs = get_config_list(config, count)
-    at_once = min(configs[0].get("max_concurrency") or MOST_AT_ONCE, count)
+    at_once = min(configs[0].get("max_concurrency") or MAX_CONCURRENCY, count)
     return [{**one, "max_concurrency": at_once} for one in configs], at_once
 
 

@@ -8,17 +8,17 @@ import fsspec
 import pytest
 
 from extemb_core.errors import StoreError
-from extemb_core.store.remote import Place
+from extemb_core.store.remote import StorageLocation
 
 
 @pytest.fixture(params=["path", "url"])
 def place(request, tmp_path):
     if request.param == "path":
-        return Place(tmp_path / "new" / "shards")
+        return StorageLocation(tmp_path / "new" / "shards")
     files = fsspec.filesystem("memory")
     files.store.clear()
     files.pseudo_dirs[:] = [""]
-    return Place("memory://bucket/shards")
+    return StorageLocation("memory://bucket/shards")
 
 
 def test_what_is_written_is_there_whole(place):
@@ -58,21 +58,21 @@ def test_nothing_is_left_of_a_file_that_could_not_be_filled(place):
 
 def test_a_relative_path_is_understood_from_other_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Place("out").absolute() == str(tmp_path / "out")
-    assert Place("memory://bucket").absolute() == "memory://bucket"
+    assert StorageLocation("out").absolute() == str(tmp_path / "out")
+    assert StorageLocation("memory://bucket").absolute() == "memory://bucket"
 
 
 def test_what_cannot_be_reached(tmp_path):
     with pytest.raises(StoreError, match="cannot be reached .Protocol not known: nowhere"):
-        Place("nowhere://bucket/a")
+        StorageLocation("nowhere://bucket/a")
     (tmp_path / "file").write_text("words")
     with pytest.raises(StoreError, match="is a file; pass a folder"):
-        Place(tmp_path / "file").names()
+        StorageLocation(tmp_path / "file").names()
 
 
 def test_a_link_is_not_a_file_of_the_folder(tmp_path):
     (tmp_path / "secret").write_text("words")
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "a").symlink_to(tmp_path / "secret")
-    place = Place(tmp_path / "shards")
+    place = StorageLocation(tmp_path / "shards")
     assert (place.size("a"), place.sizes(), place.names()) == (None, {}, ["a"])

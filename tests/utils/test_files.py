@@ -7,21 +7,21 @@ import os
 
 import pytest
 
-from extemb_core.utils.files import sha256_of_stream, whole, write_whole
+from extemb_core.utils.files import atomic_write, atomic_write_text, sha256_of_stream
 
 
 def test_a_file_is_what_was_written_or_what_was_there_before(tmp_path):
-    write_whole(tmp_path / "a", "one")
+    atomic_write_text(tmp_path / "a", "one")
 
     def fail():
-        with whole(tmp_path / "a") as temporary:
+        with atomic_write(tmp_path / "a") as temporary:
             temporary.write_text("half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
     assert os.listdir(tmp_path) == ["a"]
-    write_whole(tmp_path / "a", "zwölf")
+    atomic_write_text(tmp_path / "a", "zwölf")
     assert (tmp_path / "a").read_text(encoding="utf-8") == "zwölf"
 
 
@@ -31,7 +31,7 @@ def test_what_killed_processes_left_is_removed_when_it_is_old(tmp_path):
         file.write_text("half")
     for file in (left[0], left[2]):
         os.utime(file, (0, 0))
-    write_whole(tmp_path / "a[1]", "one")
+    atomic_write_text(tmp_path / "a[1]", "one")
     assert sorted(os.listdir(tmp_path)) == [".a[1].78.tmp", ".ab.77.tmp", "a[1]"]
 
 
