@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def first_token(lm: ExtensibleLM, rounds: int) -> dict[str, Any]:
     """Seconds until the first piece of an answer from documents that are in the store, half of the window as text."""
-    ids = lm.llm.encode(sample_text(4 * lm.llm.window))[: lm.llm.window // 2]
+    ids = lm.llm.encode(sample_text(4 * lm.llm.context_window))[: lm.llm.context_window // 2]
     size = -(-len(ids) // _PARTS)
     documents = [
         Document(lm.llm.decode(ids[at : at + size].tolist()), title=str(at)) for at in range(0, len(ids), size)

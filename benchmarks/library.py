@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         sections: dict[str, Callable[[], dict[str, Any]]] = {
-            "read": lambda: reading(folder, rounds, lm().llm.width, lm().embedder.config.entry_layer),
+            "read": lambda: reading(folder, rounds, lm().llm.hidden_size, lm().embedder.config.entry_layer),
             "disk": lambda: disk(folder, lm().llm, lm().embedder.config.entry_layer, 200 if quick else 2_000),
             "rounding": lambda: rounding(lm(), 2 if quick else 40),
             "open": lambda: opening(folder, 2_000 if quick else 1_000_000, rounds),
@@ -129,9 +129,9 @@ def disk(folder: Path, llm: LLM, entry_layer: int, count: int) -> dict[str, Any]
         with EmbeddingStore.open(folder / f"disk-{dtype}", dtype=dtype) as store:  # type: ignore[arg-type]
             empty = store.stats().file_bytes
             for start in range(0, count, 100):
-                store.put(*(made(at, 64, llm.width, entry_layer) for at in range(start, min(count, start + 100))))
+                store.put(*(made(at, 64, llm.hidden_size, entry_layer) for at in range(start, min(count, start + 100))))
             taken = store.stats().file_bytes
-        raw = count * 64 * llm.width * each
+        raw = count * 64 * llm.hidden_size * each
         sizes[dtype] = {"file_bytes": taken, "empty_bytes": empty, "raw_bytes": raw, "overhead": taken / raw - 1}
     text = llm.text_config
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -158,7 +158,7 @@ def rounding(lm: ExtensibleLM, n_windows: int) -> dict[str, Any]:
     In a small window 3/8 and 1/8 of it; the text is the Python reference.
     """
     ratio = 8 if 8 in lm.embedder.config.ratios else min(lm.embedder.config.ratios)
-    context, scored = min(512, 3 * lm.llm.window // 8), min(128, lm.llm.window // 8)
+    context, scored = min(512, 3 * lm.llm.context_window // 8), min(128, lm.llm.context_window // 8)
     ids = lm.llm.encode(sample_text(40 * n_windows * (context + scored)))
     anchored = lm.embedder.config.entry_layer > 0
     dtypes = [dtype for dtype in DTYPES if not (anchored and dtype == "int8")]  # which a store refuses
@@ -198,7 +198,7 @@ def opening(folder: Path, count: int, rounds: int) -> dict[str, Any]:
 
 def first_token(folder: Path, lm: ExtensibleLM, count: int, rounds: int) -> dict[str, Any]:
     """Time to the first token from documents in the store, against the same as full text, 7/8 of the window."""
-    n_tokens = (7 * lm.llm.window // 8 // count - 32) * count
+    n_tokens = (7 * lm.llm.context_window // 8 // count - 32) * count
     ids = lm.llm.encode(sample_text(12 * n_tokens))[:n_tokens]
     part = n_tokens // count
     texts = [Document(lm.llm.decode(ids[at : at + part].tolist()), title=str(at)) for at in range(0, n_tokens, part)]

@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "query": lambda: query(llm, post, nodes, rounds),
             "postprocessor": lambda: postprocessor(post, nodes, 3 if options.quick else 50),
         }
-        config = {"llm": short_name(options.llm), "window": lm.llm.window, "rounds": rounds, "n_nodes": _NODES,
+        config = {"llm": short_name(options.llm), "window": lm.llm.context_window, "rounds": rounds, "n_nodes": _NODES,
                   "words_per_node": count, "tokens_per_node": [len(lm.llm.encode(found.text)) for found in nodes],
                   "quick": options.quick, "seed": 0}  # fmt: skip
         return {"config": config} | ending.measured(sections, options.only)

@@ -121,7 +121,7 @@ def size(folder: Path, models: dict[str, str], chars: int, rows: int) -> dict[st
                 import_shards(store, folder / name, show_progress=False)
                 taken = store.stats().file_bytes - empty
             found[name] = {"n_tokens": n_tokens, "shards": shards / n_tokens, "store": taken / n_tokens}
-    return {"bytes_per_token": found, "width": lm.llm.width}
+    return {"bytes_per_token": found, "width": lm.llm.hidden_size}
 
 
 def index(folder: Path, count: int, factories: Sequence[str]) -> dict[str, Any]:

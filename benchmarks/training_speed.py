@@ -89,8 +89,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     packed = step(lambda: two_stream_loss(embedder, samples, ratios, options.chunk_size))
     single = step(lambda: one_call_per_chunk(embedder, samples, options.ratio, options.chunk_size))
     wide = int(llm.text_config.intermediate_size)
-    left = torch.randn(options.batch_size * options.sample_length, llm.width, dtype=llm.dtype, device=llm.device)
-    right = torch.randn(llm.width, wide, dtype=llm.dtype, device=llm.device)
+    left = torch.randn(options.batch_size * options.sample_length, llm.hidden_size, dtype=llm.dtype, device=llm.device)
+    right = torch.randn(llm.hidden_size, wide, dtype=llm.dtype, device=llm.device)
     readers = [llm.reading_model(layer)] if layer else []
     with attention_by_rows(llm.model, embedder.stack, *readers):
         counter = FlopCounterMode(
@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             },
             options.rounds,
         )
-    per_product = 2 * left.shape[0] * llm.width * wide
+    per_product = 2 * left.shape[0] * llm.hidden_size * wide
     seconds["floor"] = [took * operations / (_PRODUCTS * per_product) for took in seconds["products"]]
     return {
         "llm": short_name(options.llm),

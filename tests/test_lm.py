@@ -292,7 +292,7 @@ def lm_in_a_wide_window():
 
 
 def test_the_budget_that_there_was_is_told(lm):
-    free = lm.llm.window - lm.positions(QUESTION) - 8
+    free = lm.llm.context_window - lm.positions(QUESTION) - 8
     for documents in ([], [SENTENCES]):
         assert ask(lm, QUESTION, documents, budget=20).budget == 20
         assert ask(lm, QUESTION, documents).budget == free
@@ -385,11 +385,11 @@ def turns(count):
 def test_old_turns_of_a_conversation_past_three_windows_are_condensed(lm):
     messages = turns(24)
     length = len(assemble_chat(lm.llm, messages))
-    assert length > 6 * lm.llm.window
+    assert length > 6 * lm.llm.context_window
     with pytest.raises(BudgetError, match="use a session"):
         lm.chat(messages, max_new_tokens=4)
     ready, _ = lm.prepare(messages, condense=True, max_new_tokens=4)
-    assert len(ready.prompt) <= lm.llm.window - 4
+    assert len(ready.prompt) <= lm.llm.context_window - 4
     assert not ready.prompt.text_only
     told = {entry.source: entry for entry in ready.context}
     assert "turn 2, user" in told
@@ -416,7 +416,7 @@ def test_documents_come_before_old_turns(lm):
     ready, _ = lm.prepare(messages, [Document(LONG, title="mill")], ratio=4, condense=True, max_new_tokens=4)
     assert (ready.context[0].source, ready.context[0].fidelity) == ("mill", 4)
     assert all(entry.source.startswith("turn ") for entry in ready.context[1:])
-    assert len(ready.prompt) <= lm.llm.window - 4
+    assert len(ready.prompt) <= lm.llm.context_window - 4
 
 
 @pytest.mark.parametrize("budget", [None, 0, 40, 120, 10_000])
@@ -427,13 +427,13 @@ def test_a_conversation_of_any_length_has_room_for_its_documents(lm, count, budg
     messages = turns(count)
     length = len(assemble_chat(lm.llm, messages))
     ready, _ = lm.prepare(messages, [mill], budget=budget, condense=True, max_new_tokens=4)
-    assert len(ready.prompt) <= lm.llm.window - 4
+    assert len(ready.prompt) <= lm.llm.context_window - 4
     document, *old = ready.context
-    cap = lm.llm.window if budget is None else budget
+    cap = lm.llm.context_window if budget is None else budget
     assert document.source == "mill"
     assert document.positions <= ready.budget <= cap
     assert (document.fidelity == "dropped") == (budget == 0)
-    if length + cap <= lm.llm.window - 4:
+    if length + cap <= lm.llm.context_window - 4:
         assert old == []
     for way in (lm.chat, lambda *args, **given: lm.stream(*args, **given).finish()):
         if not old:
@@ -501,7 +501,7 @@ def test_what_an_old_turn_holds_besides_text_is_condensed_or_refused(lm):
     ready, _ = lm.prepare(messages, condense=True, max_new_tokens=4)
     oldest = ready.context[-1]
     assert (oldest.source, oldest.ref) == ("turn 1, user", text_ref(f"user: {LONG}from ids\n"))
-    messages[0] = {"role": "user", "content": [torch.zeros(3, lm.llm.width)]}
+    messages[0] = {"role": "user", "content": [torch.zeros(3, lm.llm.hidden_size)]}
     with pytest.raises(ConfigError, match="an older turn holds embeddings"):
         lm.prepare(messages, condense=True, max_new_tokens=4)
 

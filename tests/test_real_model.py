@@ -74,7 +74,7 @@ def test_the_tokenizer_made_from_the_gguf_file_has_these_ids(llm):
     assert llm.decode(made) == sentence
     assert made == llm.tokenizer(sentence, add_special_tokens=False).input_ids
     assert made == ids
-    assert (llm.window, llm.width, llm.bos_token_id) == (8192, 576, None)
+    assert (llm.context_window, llm.hidden_size, llm.bos_token_id) == (8192, 576, None)
 
 
 def test_it_answers(llm):

@@ -159,7 +159,7 @@ def _require_room(lm: ExtensibleLM, question: str, budget: int | None, max_new_t
     if room < budget:
         raise BudgetError(
             f"budget={budget} is more than the {room} positions that the question and an answer of up to "
-            f"{max_new_tokens} leave of {lm.llm.window}; pass at most {room}"
+            f"{max_new_tokens} leave of {lm.llm.context_window}; pass at most {room}"
         )
 
 

@@ -71,7 +71,7 @@ class Prompt:
         for segment in segments:
             if isinstance(segment, AnchoredStates):
                 _require_text(llm, segment.anchors)
-        return AnchoredPrompt.of(segments, llm.width, llm.device, llm.dtype)
+        return AnchoredPrompt.of(segments, llm.hidden_size, llm.device, llm.dtype)
 
     def embeddings(self, llm: LLM) -> Tensor:
         """(T, D) in the LLM's dtype and device, for entry layer 0; positions are contiguous from 0.
@@ -88,7 +88,7 @@ class Prompt:
             segment.to(llm.device, llm.dtype) if isinstance(segment, Tensor) else llm.embed(segment)  # type: ignore[arg-type]
             for segment in self.segments
         ]
-        return torch.cat(pieces) if pieces else torch.empty(0, llm.width, device=llm.device, dtype=llm.dtype)
+        return torch.cat(pieces) if pieces else torch.empty(0, llm.hidden_size, device=llm.device, dtype=llm.dtype)
 
 
 def _require_text(llm: LLM, anchors: np.ndarray[Any, Any]) -> None:

@@ -238,12 +238,13 @@ class ContextBuilder:
         Raises:
             BudgetError: Nothing is left, or the budget is below 0 or no whole number.
         """
-        free = self.llm.window - n_bare - max_new_tokens
+        free = self.llm.context_window - n_bare - max_new_tokens
         room = capped(budget, free)
         if free < 0 or (documents and free == 0):
             raise BudgetError(
                 f"the question takes {n_bare} positions and the answer up to {max_new_tokens}, more than the "
-                f"{self.llm.window} of {self.llm.name}; shorten the question, lower max_new_tokens, or use a session"
+                f"{self.llm.context_window} of {self.llm.name}; shorten the question, lower max_new_tokens, or use a "
+                "session"
             )
         return room
 
@@ -251,7 +252,7 @@ class ContextBuilder:
         """Count the positions of a prompt, its documents included; nothing is compressed."""
         n_bare = len(self.render(messages).fill({}))
         ranked = [*documents, *inline_documents(messages)]
-        room = capped(budget, max(0, self.llm.window - n_bare))
+        room = capped(budget, max(0, self.llm.context_window - n_bare))
         return n_bare + self.plan(ranked, room, ratio, n_headed=len(documents)).positions
 
     def positions_of(self, parts: Sequence[str | Document]) -> int:

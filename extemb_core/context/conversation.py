@@ -76,7 +76,7 @@ class Condenser:
         """
         start = time.perf_counter()
         builder = self._builder
-        room = max(0, builder.llm.window - max_new_tokens)
+        room = max(0, builder.llm.context_window - max_new_tokens)
         cap = room // 2 if budget is None else capped(budget, room)
         inline = inline_documents(messages)
         taken = builder.plan([*documents, *inline], cap, ratio, n_headed=len(documents)).positions
@@ -95,7 +95,7 @@ class Condenser:
         read = builder.read(every, plan, n_headed=len(documents))
         # Turns take what documents leave; the newest is the best of them.
         latest = [ranked[at] for at in reversed(turns)]
-        left = builder.llm.window - n_bare - max_new_tokens - plan.positions
+        left = builder.llm.context_window - n_bare - max_new_tokens - plan.positions
         earlier = builder.read(latest, builder.plan(latest, left, "auto", n_headed=0), n_headed=0, store=self.turns)
         contents = dict(zip([*others, *reversed(turns)], [*read.parts, *earlier.parts], strict=True))
         context, seconds = read.context + earlier.context, read.seconds + earlier.seconds
@@ -177,12 +177,12 @@ class Session:
         budget: int | None = None,
     ) -> None:
         llm = builder.llm
-        if window is not None and not 1 <= window <= llm.window:
-            raise ConfigError(f"window={window} is not between 1 and the {llm.window} positions of {llm.name}")
+        if window is not None and not 1 <= window <= llm.context_window:
+            raise ConfigError(f"window={window} is not between 1 and the {llm.context_window} positions of {llm.name}")
         self._builder = builder
         self._llm = llm
         self._embedder = builder.embedder
-        self._window = window or llm.window
+        self._window = window or llm.context_window
         self._documents = as_documents(documents)
         self._parts: list[Part] = []
         self._context: tuple[ContextEntry, ...] = ()

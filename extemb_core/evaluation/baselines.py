@@ -76,7 +76,7 @@ def token_information(llm: LLM, ids: Ids, prefix: Sequence[int] | Ids = ()) -> I
     """
     bos = [llm.bos_token_id] if llm.bos_token_id is not None else []
     text = np.concatenate([np.asarray(prefix, dtype=np.int64), np.asarray(ids, dtype=np.int64)])
-    room = llm.window - len(bos)
+    room = llm.context_window - len(bos)
     found = np.zeros(len(text), dtype=np.float32)
     unpredicted = not bos and not len(prefix)
     done = 1 if unpredicted else len(prefix)
@@ -116,7 +116,7 @@ def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
     total = len(ids)
     if n >= total:
         return ids
-    room = llm.window - int(llm.bos_token_id is not None)
+    room = llm.context_window - int(llm.bos_token_id is not None)
     # While everything kept fits the window, it is read once; else anew with every segment.
     prefix = Prefix(llm) if n + min(segment, total) <= room and Prefix.suits(llm) else None
     kept = ids[:0]

@@ -80,10 +80,10 @@ class Continuations:
 
     def __init__(self, llm: LLM, texts: Iterable[str], ratios: Sequence[int], limit: int | None = None) -> None:
         size = CONTEXT_TOKENS + CONTINUED_TOKENS
-        if size + (llm.bos_token_id is not None) > llm.window:
+        if size + (llm.bos_token_id is not None) > llm.context_window:
             raise ConfigError(
-                f"the window of {llm.name} has {llm.window} positions, and text is measured in {size} tokens; use an "
-                "LLM with a larger window"
+                f"the window of {llm.name} has {llm.context_window} positions, and text is measured in {size} tokens; use "
+                "an LLM with a larger window"
             )
         self._llm, self._ratios = llm, ratios
         self._documents = [llm.encode(text) for text in texts]

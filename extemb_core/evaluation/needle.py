@@ -173,11 +173,11 @@ class NeedleExperiment(Measured):
         """Make what each arm that fits puts in the place of the text: (T,) token ids, or compressed text."""
         ids = haystack.ids
         prompt = len(self.prompt(haystack, ids[:0]))
-        room = self.llm.window - prompt - self.config.max_new_tokens
+        room = self.llm.context_window - prompt - self.config.max_new_tokens
         if room < 0:
             raise BudgetError(
                 f"the question of {haystack.task} takes {prompt} positions and its answer up to "
-                f"{self.config.max_new_tokens}, more than the {self.llm.window} of {self.llm.name}; "
+                f"{self.config.max_new_tokens}, more than the {self.llm.context_window} of {self.llm.name}; "
                 "lower max_new_tokens or use an LLM with a longer window"
             )
         positions = {ratio: positions_at(len(ids), ratio, self.embedder) for ratio in self.config.ratios}

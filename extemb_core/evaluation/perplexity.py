@@ -57,12 +57,12 @@ class PerplexityExperiment(Measured):
     def __init__(self, config: PerplexityConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
         super().__init__(config, llm, embedder)
         self.config = config
-        window = config.window or llm.window
+        window = config.window or llm.context_window
         room = window - int(llm.bos_token_id is not None) - config.target
-        if room < 1 or window > llm.window:
+        if room < 1 or window > llm.context_window:
             raise ConfigError(
                 f"target={config.target} in a window of {window} leaves no room for a context, or the window is larger "
-                f"than the {llm.window} of {llm.name}; pass a smaller target or another window"
+                f"than the {llm.context_window} of {llm.name}; pass a smaller target or another window"
             )
         self._room = room
         self._documents = [llm.encode(text) for file in config.data for text in read_texts(Path(file))]

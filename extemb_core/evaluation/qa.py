@@ -138,7 +138,7 @@ class QaExperiment(Measured):
         passages = self.passages(question)
         forms = self._forms.of(passages, question.question)
         answer = max(self._sampling.max_new_tokens, len(self.reference(question)))
-        room = self.llm.window - len(self.prompt(question, [])) - answer
+        room = self.llm.context_window - len(self.prompt(question, [])) - answer
         largest = max(sum(map(len, parts)) for arm, parts in forms.items() if arm != "full")
         if room < max(1, largest):
             raise BudgetError(

@@ -112,7 +112,7 @@ class SpeedExperiment(Measured):
 
     def sides(self, tokens: int) -> dict[str, int]:
         """The sides that fit, with the positions that the text takes in each."""
-        room = self.llm.window - len(self.prompt(self._ids[:0])) - self.config.new_tokens
+        room = self.llm.context_window - len(self.prompt(self._ids[:0])) - self.config.new_tokens
         positions = {"full": tokens}
         for kind in ("online", "offline") if self.embedder is not None else ():
             positions |= {f"{kind}/{k}": positions_at(tokens, k, self.embedder) for k in self.config.ratios}

@@ -33,7 +33,7 @@ def default_batch_size(llm: LLM, chunk_size: int) -> int:
         return _CPU_CHUNKS
     free, _ = torch.cuda.mem_get_info(llm.device)
     free += torch.cuda.memory_reserved(llm.device) - torch.cuda.memory_allocated(llm.device)  # held for the next pass
-    chunks = free // (_SHARE * _BYTES_PER_UNIT * llm.width * chunk_size)
+    chunks = free // (_SHARE * _BYTES_PER_UNIT * llm.hidden_size * chunk_size)
     return max(_CPU_CHUNKS, min(_MAX_CUDA_CHUNKS, chunks))
 
 

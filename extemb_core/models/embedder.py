@@ -207,7 +207,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         layer, llm = self.config.entry_layer, self.llm
         try:
             states = AnchoredStates(ids, self(torch.from_numpy(ids).long()[None].to(llm.device)).hidden[0], layer)
-            prompt = AnchoredPrompt.of([np.array(bos, np.int32), states], llm.width, llm.device, llm.dtype)
+            prompt = AnchoredPrompt.of([np.array(bos, np.int32), states], llm.hidden_size, llm.device, llm.dtype)
             plain, read = llm.hidden_of([[*bos, *map(int, ids)]]).float(), llm.hidden_of([prompt]).float()
             far = plain.isfinite().all() and not (plain - read).norm() <= _EXACT_TOLERANCE * plain.norm()
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -265,7 +265,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             settings |= {"token_weighting": "frequency", "token_weights_digest": digest_of(table)}
         config = ExtensibleEmbedderConfig(
             **settings,
-            hidden_size=llm.width,
+            hidden_size=llm.hidden_size,
             llm_name=llm.name,
             llm_layers_type=str(llm.text_config.model_type),
             bos_token_id=llm.bos_token_id,
@@ -662,7 +662,7 @@ def _regrouped(
 def check_llm(config: ExtensibleEmbedderConfig, llm: LLM) -> None:
     """Raise `MismatchError` when an embedder of this configuration cannot belong to `llm`."""
     facts = (
-        ("input width", config.hidden_size, llm.width),
+        ("input width", config.hidden_size, llm.hidden_size),
         ("architecture", config.llm_layers_type, str(llm.text_config.model_type)),
         ("tokenizer", config.tokenizer_digest[:12], llm.tokenizer_digest[:12]),
     )

@@ -109,7 +109,7 @@ class LLM(TextEncoder):
         return self.model.config.get_text_config()
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         """D, the width of an input embedding and of the states between layers."""
         return int(self.model.get_input_embeddings().embedding_dim)
 
@@ -134,7 +134,7 @@ class LLM(TextEncoder):
         return bool(getattr(self.text_config, "sliding_window", None))
 
     @property
-    def window(self) -> int:
+    def context_window(self) -> int:
         """Positions the LLM was trained for."""
         return int(self.text_config.max_position_embeddings)
 

@@ -107,7 +107,7 @@ def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> 
         content = [template["before"], ids, template["after"].replace("{question}", question.question)]
         prompt = assemble_chat(llm, [{"role": "user", "content": content}])
         new = template["max_new_tokens"]
-        if len(ids) <= max_document_tokens and len(prompt) + new <= llm.window:
+        if len(ids) <= max_document_tokens and len(prompt) + new <= llm.context_window:
             prompts[at] = prompt.inputs(llm)
             longest = max(longest, new)
     generated = llm.generate(list(prompts.values()), Sampling(max_new_tokens=max(1, longest)))

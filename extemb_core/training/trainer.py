@@ -438,7 +438,9 @@ def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequenc
         short = _short_chunks(config, chunk_sizes)
         shortest = max(short) + 1
         for size in short:  # that the longest sample fits the window is known now, not at some step
-            plan_passes(chunk_lengths(config.sample_length, size), finest, llm.window, 0, llm.bos_token_id is not None)
+            plan_passes(
+                chunk_lengths(config.sample_length, size), finest, llm.context_window, 0, llm.bos_token_id is not None
+            )
     else:
         shortest = min(config.spans)
     if wanted.keys() - {"questions"}:

@@ -164,7 +164,7 @@ def two_stream_losses(
         With gradient to the embedder's own parameters.
     """
     llm = embedder.llm if llm is None else llm
-    window = llm.window if window is None else window
+    window = llm.context_window if window is None else window
     device = llm.device
     lengths = [chunk_lengths(len(sample), chunk_size) for sample in samples]
     short = next((len(sample) for sample, parts in zip(samples, lengths, strict=True) if len(parts) < 2), None)

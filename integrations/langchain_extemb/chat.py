@@ -79,7 +79,7 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
         }
         if self._loaded is not None:
             profile["tool_calling"] = takes_tools(self._loaded.llm)
-        window = self._loaded.llm.window if self._loaded is not None else window_of(self.model)
+        window = self._loaded.llm.context_window if self._loaded is not None else window_of(self.model)
         if window is not None:
             profile["max_input_tokens"] = window
         return profile

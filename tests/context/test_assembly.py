@@ -49,7 +49,7 @@ def test_text_only_logits_are_those_of_plain_transformers(architecture):
 
 
 def test_embeddings_stand_between_the_text_around_them(llm):
-    vectors = torch.randn(5, llm.width)
+    vectors = torch.randn(5, llm.hidden_size)
     prompt = assemble_chat(llm, user(["before ", vectors, " after"]))
     left, middle, right = prompt.segments
     assert middle is vectors
@@ -76,7 +76,7 @@ def test_control_tokens_in_text_are_characters(pieces):
 
 def test_fences_inside_text_are_text(llm):
     text = "".join(chr(0xF0000 + i) for i in range(3)) + "\U000f00000\U000f0000"
-    vectors = torch.randn(2, llm.width)
+    vectors = torch.randn(2, llm.hidden_size)
     prompt = assemble_chat(llm, user([text, vectors]))
     assert sum(isinstance(s, torch.Tensor) for s in prompt.segments) == 1
     assert text in llm.tokenizer.decode(prompt.segments[0])
@@ -116,8 +116,8 @@ def test_nothing_is_left_of_an_empty_text_above_layer_0(llm):
 
 
 def test_a_prompt_knows_its_positions(llm):
-    assert len(Prompt((np.array([1, 2]), torch.zeros(3, llm.width)))) == 5
-    assert Prompt(()).embeddings(llm).shape == (0, llm.width)
+    assert len(Prompt((np.array([1, 2]), torch.zeros(3, llm.hidden_size)))) == 5
+    assert Prompt(()).embeddings(llm).shape == (0, llm.hidden_size)
 
 
 def test_plain_text_starts_with_the_bos_where_the_llm_has_one(llm, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_malformed_message_is_an_error(llm, message):
 
 def test_a_template_that_drops_embeddings_is_an_error(llm, monkeypatch):
     monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ messages[-1]['content'] }}")
-    messages = [{"role": "user", "content": [torch.zeros(2, llm.width)]}, {"role": "user", "content": "?"}]
+    messages = [{"role": "user", "content": [torch.zeros(2, llm.hidden_size)]}, {"role": "user", "content": "?"}]
     with pytest.raises(ConfigError, match="left out"):
         assemble_chat(llm, messages)
 

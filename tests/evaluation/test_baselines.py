@@ -139,7 +139,7 @@ def test_information_of_next_to_nothing(kind, first):
 
 def obvious_selection(llm, ids, n, segment):
     """Token by token: what is kept of each segment, given what was kept before it."""
-    room = llm.window - (llm.bos_token_id is not None)
+    room = llm.context_window - (llm.bos_token_id is not None)
     kept = []
     for start in range(0, len(ids), segment):
         part = list(ids[start : start + segment])

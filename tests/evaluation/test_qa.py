@@ -227,7 +227,7 @@ def test_full_text_beyond_the_window_is_cut_and_says_so(make, llm):
     long[0]["context"] = long[1]["context"] = "The mill turned slowly all day. " * 100
     sample = next(sample for sample in measured(make(data=long, ratios=(8,))) if sample["id"] == "0-0")
     experiment = make(data=long, ratios=(8,))
-    room = llm.window - len(experiment.prompt(question(experiment, "0-0"), [])) - 32
+    room = llm.context_window - len(experiment.prompt(question(experiment, "0-0"), [])) - 32
     assert sample["arms"]["full"]["cut"] is True
     assert sample["arms"]["full"]["positions"] == room
     assert experiment.summarise(measured(experiment))["arms"]["full"]["cut"] == 2
@@ -242,7 +242,7 @@ def test_a_long_reference_answer_fits_the_window_after_the_full_text(make, llm):
     one = question(experiment, "0-0")
     assert len(experiment.reference(one)) > experiment._sampling.max_new_tokens
     full = experiment.prompt(one, experiment.forms(one)["full"])
-    assert len(full) + len(experiment.reference(one)) == llm.window
+    assert len(full) + len(experiment.reference(one)) == llm.context_window
 
 
 def test_questions_about_one_text_are_side_by_side(make):

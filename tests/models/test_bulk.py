@@ -70,7 +70,7 @@ class Card:
     """An LLM on a CUDA device, with so much memory free and so much held by torch for what comes next."""
 
     def __init__(self, monkeypatch, width, free, held=0):
-        self.device, self.width = torch.device("cuda", 0), width
+        self.device, self.hidden_size = torch.device("cuda", 0), width
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held + 2**30)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)

@@ -66,7 +66,7 @@ def test_matrix(architecture, downscaling, adaptation, connector, tmp_path):
     results = embedder.compress(texts, ratio=4)
     for text, result in zip(texts, results, strict=True):
         assert result.n_tokens == len(llm.encode(text))
-        assert result.embeddings.shape == (positions(result.n_tokens, 4), llm.width)
+        assert result.embeddings.shape == (positions(result.n_tokens, 4), llm.hidden_size)
         assert torch.isfinite(result.embeddings).all()
 
     outputs = embedder(torch.from_numpy(llm.encode(TEXT)[None, :16]).long())
@@ -173,7 +173,7 @@ def test_a_changed_token_changes_its_own_embedding_and_none_before_or_in_other_c
 
 def test_empty_and_blank_texts_are_a_no_op_and_a_short_one(llm):
     empty, blank, one = random_embedder(llm).compress(["", "   \n", "a"], ratio=8)
-    assert empty.embeddings.shape == (0, llm.width)
+    assert empty.embeddings.shape == (0, llm.hidden_size)
     assert len(blank) == len(one) == 1
     assert len(empty.at_ratio(8)) == 0
     assert random_embedder(llm).compress([]) == []
@@ -441,7 +441,7 @@ def test_matrix_above_layer_0(llm, adaptation, connector, weighting, tmp_path):
     results = embedder.compress(texts, ratio=4)
     for text, result in zip(texts, results, strict=True):
         assert result.n_tokens == len(llm.encode(text))
-        assert result.embeddings.shape == (positions(result.n_tokens, 4), llm.width)
+        assert result.embeddings.shape == (positions(result.n_tokens, 4), llm.hidden_size)
         assert len(result.anchors) == len(result)
         assert all(torch.isfinite(getattr(result, name)).all() for name in PARTS)
         assert result.entry_layer == 2

@@ -219,7 +219,7 @@ def test_text_only_in_a_batch_with_compressed_text_shares_a_prefix_of_text_only(
 
 def test_what_cannot_stand_together_is_refused(llm):
     first, second = (prompt_of(llm, part(entering(llm, layer), DOCUMENT, 4), QUESTION) for layer in LAYERS)
-    vectors = torch.zeros(3, llm.width)
+    vectors = torch.zeros(3, llm.hidden_size)
     for prompts in ([first, second], [first, vectors], [vectors, first]):
         with pytest.raises(MismatchError, match="one entry layer at a time"):
             llm.generate(prompts, GREEDY)

@@ -244,7 +244,7 @@ def test_score_is_the_log_softmax_of_transformers_logits(architecture):
 
 
 def test_an_empty_prompt_is_refused(llm):
-    for empty in ([], torch.empty(0, llm.width)):
+    for empty in ([], torch.empty(0, llm.hidden_size)):
         with pytest.raises(ConfigError, match="0 positions"):
             llm.generate([[5, 6], empty], GREEDY)
         with pytest.raises(ConfigError, match="0 positions"):
@@ -441,7 +441,7 @@ def test_a_saved_llm_loads_as_it_was_and_silently(saved, capfd):
     for name, tensor in tiny_llm().model.state_dict().items():
         assert torch.equal(llm.model.state_dict()[name], tensor)
     assert llm.tokenizer_digest == tiny_llm().tokenizer_digest
-    assert (llm.window, llm.width, llm.dtype) == (256, 32, torch.float32)
+    assert (llm.context_window, llm.hidden_size, llm.dtype) == (256, 32, torch.float32)
     assert LLM.from_pretrained(saved, dtype="bfloat16", device="cpu").dtype is torch.bfloat16
 
 

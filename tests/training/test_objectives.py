@@ -24,7 +24,7 @@ def slow_loss(embedder, llm, samples, ratios):
     losses = []
     for sample, ratio in zip(samples, ratios, strict=True):
         chunks = list(sample.split(CHUNK))
-        before = [torch.empty(0, llm.width)]
+        before = [torch.empty(0, llm.hidden_size)]
         for chunk, following in pairwise(chunks):
             before.append(embedder.read_out(embedder(chunk[None]), 0, len(chunk), ratio))
             prompt = torch.cat([llm.embed([llm.bos_token_id]) if llm.bos_token_id is not None else before[0], *before])
@@ -145,7 +145,7 @@ def slow_reading_loss(embedder, llm, readings, ratios, text=False):
     losses = []
     for reading, wanted in zip(readings, ratios, strict=True):
         for ratio in wanted:
-            row = torch.empty(0, llm.width)
+            row = torch.empty(0, llm.hidden_size)
             for ids, role in reading.parts:
                 if role == "answer":
                     inputs = torch.cat([row, llm.embed(ids[:-1])])
@@ -221,7 +221,7 @@ def slow_predictions(embedder, llm, samples, ratio):
     found = []
     for sample in samples:
         chunks = list(sample.split(CHUNK))
-        before, rows = [torch.empty(0, llm.width)], []
+        before, rows = [torch.empty(0, llm.hidden_size)], []
         for chunk, following in pairwise(chunks):
             before.append(embedder.read_out(embedder(chunk[None]), 0, len(chunk), ratio))
             prompt = torch.cat([llm.embed([llm.bos_token_id]) if llm.bos_token_id is not None else before[0], *before])

@@ -116,7 +116,7 @@ def test_the_readers_recipe_leaves_an_llm(folder, settings):
     (folder / "questions.jsonl").write_text(json.dumps(row))
     settings |= {"data": (), "questions": (str(folder / "questions.jsonl"),)}
     train_recipe(read_recipe("text-reader"), folder / "run", 2 * 8 * 224, **settings)
-    assert LLM.from_pretrained(folder / "run" / "reader").window == 1024
+    assert LLM.from_pretrained(folder / "run" / "reader").context_window == 1024
 
 
 def test_a_new_embedder_can_come_after_a_reader(folder, settings):

@@ -346,7 +346,7 @@ def test_the_profile_says_what_is_known_before_weights_are_loaded(chat, lm):
     assert named["max_output_tokens"] == 7
     assert not named["image_inputs"]
     assert not {"max_input_tokens", "tool_calling"} & named.keys()
-    assert chat.profile["max_input_tokens"] == lm.llm.window
+    assert chat.profile["max_input_tokens"] == lm.llm.context_window
     assert not chat.profile["tool_calling"]
     with_tools = tool_llm()
     assert ChatExtensible.from_lm(ExtensibleLM(with_tools, random_embedder(with_tools))).profile["tool_calling"]
@@ -415,7 +415,7 @@ def test_a_conversation_with_history_goes_on_past_three_windows(chat, lm):
         message = talk.invoke([HumanMessage(question)], config={"configurable": {}})
         told.append(message.response_metadata["extemb"]["documents"])
     length = lm.positions([{"role": "user", "content": "".join(str(one.content) for one in history.messages)}])
-    assert length > 5 * lm.llm.window
+    assert length > 5 * lm.llm.context_window
     assert told[0] == []
     assert {one["fidelity"] for one in told[-1]} & {2, 4, 8}
     assert len(history.messages) == 48
@@ -436,8 +436,8 @@ async def test_a_conversation_of_a_checkpointer_goes_on_past_three_windows(chat,
         answers.append(result["messages"][-1])
     assert len(result["messages"]) == 48
     length = lm.positions([{"role": "user", "content": "".join(str(one.content) for one in result["messages"])}])
-    assert length > 3 * lm.llm.window
-    assert max(one.usage_metadata["total_tokens"] for one in answers) <= lm.llm.window
+    assert length > 3 * lm.llm.context_window
+    assert max(one.usage_metadata["total_tokens"] for one in answers) <= lm.llm.context_window
     assert answers[0].response_metadata["extemb"]["documents"] == []
     condensed = answers[-1].response_metadata["extemb"]["documents"]
     assert {one["fidelity"] for one in condensed} & {2, 4, 8}

@@ -94,7 +94,7 @@ def test_a_conversation_past_the_window(lm, read):
     document, *turns = message.response_metadata["extemb"]["documents"]
     assert document["fidelity"] == 4
     assert any(isinstance(turn["fidelity"], int) for turn in turns)
-    assert message.usage_metadata["input_tokens"] <= lm.llm.window - 4
+    assert message.usage_metadata["input_tokens"] <= lm.llm.context_window - 4
     assert isinstance(read[0], AnchoredPrompt)
     assert lm.store.get(turns[0]["id"], lm.embedder.fingerprint, 8) is None
 

@@ -135,7 +135,7 @@ def test_an_agent_with_a_retriever_tool_reads_what_it_found_as_embeddings(lm, sa
     assert told["fidelity"] == 4
     assert told["source"].startswith("Mill")
     assert isinstance(prompts[0], str)
-    assert prompts[1].shape[1] == lm.llm.width  # embeddings among the tokens
+    assert prompts[1].shape[1] == lm.llm.hidden_size  # embeddings among the tokens
 
 
 def test_generated_is_what_the_fixture_fills():

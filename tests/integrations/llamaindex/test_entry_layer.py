@@ -102,7 +102,7 @@ def test_a_chat_past_the_window(lm, read):
     document, *turns = response.raw["extemb"]["documents"]
     assert document["fidelity"] == 4
     assert any(isinstance(turn["fidelity"], int) for turn in turns)
-    assert response.raw["usage"]["prompt_tokens"] <= lm.llm.window - 4
+    assert response.raw["usage"]["prompt_tokens"] <= lm.llm.context_window - 4
     assert isinstance(read[0], AnchoredPrompt)
     assert lm.store.get(turns[0]["id"], lm.embedder.fingerprint, 8) is None
 

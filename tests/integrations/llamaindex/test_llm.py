@@ -126,7 +126,7 @@ def test_settings_of_a_call_go_before_those_of_the_object(llm, lm):
 
 
 def test_the_metadata_is_the_llms(llm, lm):
-    assert (llm.metadata.context_window, llm.metadata.num_output) == (lm.llm.window, 4)
+    assert (llm.metadata.context_window, llm.metadata.num_output) == (lm.llm.context_window, 4)
     assert llm.metadata.is_chat_model
     assert ExtensibleLLM.from_model_id("smollm2-135m-joint").metadata.model_name == "smollm2-135m-joint"
     assert "from_model_id" not in llm.to_dict()
@@ -138,8 +138,8 @@ def test_a_chat_goes_on_past_three_windows(llm, lm):
         messages.append(ChatMessage(f"Question {number}: " + SENTENCES[:250], role=MessageRole.USER))
         response = llm.chat(messages)
         messages.append(response.message)
-    assert response.raw["usage"]["total_tokens"] <= lm.llm.window
-    assert len(lm.llm.encode("".join(str(one.content) for one in messages))) > 3 * lm.llm.window
+    assert response.raw["usage"]["total_tokens"] <= lm.llm.context_window
+    assert len(lm.llm.encode("".join(str(one.content) for one in messages))) > 3 * lm.llm.context_window
     assert {one["fidelity"] for one in response.raw["extemb"]["documents"]} & {2, 4, 8}
 
 

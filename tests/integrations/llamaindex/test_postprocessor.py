@@ -77,7 +77,7 @@ def calls(lm, monkeypatch):
 
     def answer(ready, sampling, cancelled=None):
         made.append(len(ready.prompt))
-        assert len(ready.prompt) + sampling.max_new_tokens <= lm.llm.window
+        assert len(ready.prompt) + sampling.max_new_tokens <= lm.llm.context_window
         return whole(ready, sampling, cancelled)
 
     monkeypatch.setattr(lm.batcher, "answer", answer)
@@ -205,7 +205,7 @@ def test_without_a_budget_of_its_own_it_aims_at_that_of_the_llm(lm, long_nodes):
         assert len(made) == 4
         return sum(found.node.extemb_positions for found in made)
 
-    assert positions(budget=600) <= 600 < positions() <= lm.llm.window // 2
+    assert positions(budget=600) <= 600 < positions() <= lm.llm.context_window // 2
     assert positions(budget=10) == positions(budget=0)  # as coarse as can be, and nothing is left out
 
 
@@ -285,12 +285,12 @@ def test_the_helper_counts_positions_and_splits_no_ref(llm, lm, long_nodes):
     assert len(packed) > 2
     assert sum(len(MARK.findall(text)) for text in packed) == 4
     for text in packed:
-        assert lm.positions_of(lm.refs.find(text)) <= lm.llm.window
+        assert lm.positions_of(lm.refs.find(text)) <= lm.llm.context_window
     assert "".join("".join(packed).split()).count("forty-one") >= 12
     cut = helper.truncate(prompt, [*chunks[:2], LONG * 12])
     assert cut[:2] == chunks[:2]
     assert LONG.startswith(cut[2][:200])
-    assert sum(lm.positions_of(lm.refs.find(text)) for text in cut) <= lm.llm.window
+    assert sum(lm.positions_of(lm.refs.find(text)) for text in cut) <= lm.llm.context_window
     plain = [LONG * 12, LONG]
     from llama_index.core import PromptHelper
 

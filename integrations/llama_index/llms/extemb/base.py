@@ -50,9 +50,9 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """The LLM's window, and the longest answer."""
-        window = window_of(self.model) if self._loaded is None else self._loaded.llm.window
+        window = window_of(self.model) if self._loaded is None else self._loaded.llm.context_window
         return LLMMetadata(
-            context_window=window if window is not None else self.lm.llm.window,
+            context_window=window if window is not None else self.lm.llm.context_window,
             num_output=self.max_tokens,
             is_chat_model=True,
             model_name=self.model,

@@ -120,7 +120,7 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
             room = self.budget
         elif self.ratio == "auto":
             llm_budget = getattr(self.llm, "budget", None)
-            aim = lm.llm.window // 2 if llm_budget is None else min(llm_budget, lm.llm.window // 2)
+            aim = lm.llm.context_window // 2 if llm_budget is None else min(llm_budget, lm.llm.context_window // 2)
             coarsest = [compressed_positions(count, config.plan_ratios[-1], config.chunk_size) for count in tokens]
             room = max(aim, sum(coarsest) + sum(overhead))
         else:
