@@ -82,8 +82,8 @@ class Continuations:
         size = CONTEXT_TOKENS + CONTINUED_TOKENS
         if size + (llm.bos_token_id is not None) > llm.context_window:
             raise ConfigError(
-                f"the window of {llm.name} has {llm.context_window} positions, and text is measured in {size} tokens; use "
-                "an LLM with a larger window"
+                f"the window of {llm.name} has {llm.context_window} positions, and text is measured in {size} tokens; "
+                "use an LLM with a larger window"
             )
         self._llm, self._ratios = llm, ratios
         self._documents = [llm.encode(text) for text in texts]
