@@ -4,12 +4,14 @@
 
 Sections: read (64 documents of 64 embeddings, against numpy.memmap), disk (against the raw arrays, and the LLM's own
 cache of the same text), rounding (what float16 and int8 cost the LLM), open (a store of a million entries), first_token
-(from the store against full text), again (adding an unchanged corpus once more), search (HNSW against exact search).
+(from the store against full text), add (a corpus against its passages through the bare embedder), again (adding an
+unchanged corpus once more), search (HNSW against exact search).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +29,9 @@ from timing import alternate, compare
 from extemb_core.context.assembly import Prompt
 from extemb_core.documents import Document, text_ref
 from extemb_core.evaluation.provenance import short_name
+from extemb_core.library import PASSAGE_TOKENS
 from extemb_core.library.library import Library
+from extemb_core.library.passages import split_passages
 from extemb_core.library.vector_index import VectorIndex
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.compressed import Compressed
@@ -36,7 +40,7 @@ from extemb_core.store.format import DTYPES, decode, encode
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.weights.resolve import resolve_embedder
 
-SECTIONS = ("read", "disk", "rounding", "open", "first_token", "again", "search")
+SECTIONS = ("read", "disk", "rounding", "open", "first_token", "add", "again", "search")
 FINGERPRINT = "00" * 16
 
 
@@ -63,6 +67,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "rounding": lambda: rounding(lm(), 2 if quick else 40),
             "open": lambda: opening(folder, 2_000 if quick else 1_000_000, rounds),
             "first_token": lambda: first_token(folder, lm(), 2 if quick else 16, 1 if quick else options.first_rounds),
+            "add": lambda: adding(folder, lm(), 1 if quick else 8, 1 if quick else options.first_rounds),
             "again": lambda: adding_again(folder, lm(), 20 if quick else options.documents),
             "search": lambda: searching(1_000 if quick else options.vectors, 20 if quick else 200),
         }
@@ -214,9 +219,31 @@ def first_token(folder: Path, lm: ExtensibleLM, count: int, rounds: int) -> dict
         sides = {f"ratio {ratio}": asked(ratio) for ratio in ratios} | {"full text": asked("raw")}
         samples = alternate(sides, rounds)
     for ratio in ratios:
-        row = compare(samples, f"ratio {ratio}", "full text", 1 / (0.8 * ratio))
+        row = compare(samples, f"ratio {ratio}", "full text", 1 / (0.85 * ratio))
         rows[str(ratio)] = row | {"times_faster": 1 / row["ratio"]}
     return {"n_tokens": n_tokens, "n_documents": len(texts), "ratios": rows}
+
+
+def adding(folder: Path, lm: ExtensibleLM, count: int, rounds: int) -> dict[str, Any]:
+    """Seconds to add documents of 2,048 tokens to a new library, against compressing its passages and no more."""
+    ids = lm.llm.encode(sample_text(12 * 2048 * count))
+    texts = [lm.llm.decode(ids[2048 * at : 2048 * (at + 1)].tolist()) for at in range(count)]
+    documents = [Document(text, metadata={"source": f"document {at}"}) for at, text in enumerate(texts)]
+    passages = [
+        text[begin:end] for text in texts for begin, end in split_passages(text, PASSAGE_TOKENS, lm.llm.lengths)
+    ]
+    numbers = itertools.count()
+
+    def library() -> None:
+        with Library(folder / f"add-{next(numbers)}", lm) as made:
+            made.add(documents, show_progress=False)
+
+    def embedder() -> None:
+        lm.embedder.compress(passages, ratio=lm.embedder.config.kept_ratio, show_progress=False)
+
+    samples = alternate({"library": library, "embedder": embedder}, rounds)
+    counts = {"n_documents": count, "n_passages": len(passages), "n_tokens": sum(lm.llm.lengths(passages))}
+    return counts | compare(samples, "library", "embedder", 1 / 0.9)
 
 
 def adding_again(folder: Path, lm: ExtensibleLM, count: int) -> dict[str, Any]:
@@ -287,8 +314,10 @@ def table(report: dict[str, Any]) -> str:
     if row := report.get("open"):
         rows.append((f"opening {row['n_entries']:,} entries", f"{row['median_ms']:.1f} ms", "< 50 ms", row["met"]))
     for ratio, row in report.get("first_token", {}).get("ratios", {}).items():
-        target = f">= {0.8 * int(ratio):.1f}x"
+        target = f">= {0.85 * int(ratio):.1f}x"
         rows.append((f"first token, full text / ratio {ratio}", f"{row['times_faster']:.1f}x", target, row["met"]))
+    if row := report.get("add"):
+        rows.append(("adding / the bare embedder, speed", f"{1 / row['ratio']:.2f}", ">= 0.90", row["met"]))
     if row := report.get("again"):
         rows.append(("adding / adding again", f"{row['times_faster']:.0f}x", ">= 50x", row["met"]))
     if row := report.get("search"):

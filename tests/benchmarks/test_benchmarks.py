@@ -89,12 +89,13 @@ def test_the_report_of_the_library_is_whole(models, dtypes, tmp_path, monkeypatc
     assert sizes == sorted({*sizes}, reverse=True)  # each smaller than the one before
     assert report["disk"]["cache_bytes_per_token"] == 2 * 3 * 2 * 8 * 2
     assert report["search"]["recall"] > 0.9
+    assert report["add"]["n_passages"] > report["add"]["n_documents"] > 0
     assert {"4", "8"} <= set(report["first_token"]["ratios"])
     increases = [abs(report["rounding"]["mean_increase"][dtype]) for dtype in ("float32", *dtypes)]
     assert increases == sorted({0.0, *increases})  # each larger than the one before, the first 0
     first, *lines = library.table(report).splitlines()
     assert first.startswith("loss of the next tokens")
-    assert len(lines) == 6 + len(report["first_token"]["ratios"])
+    assert len(lines) == 7 + len(report["first_token"]["ratios"])
     assert all(line.endswith(("met", "MISSED")) for line in lines)
 
 
