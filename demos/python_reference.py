@@ -108,7 +108,7 @@ def _compress(lm: ExtensibleLM, tasks: list[Task], console: Console) -> None:
 
 
 def _answer_three_ways(lm: ExtensibleLM, task: Task, console: Console) -> dict[str, object]:
-    n_tokens = len(lm.token_ids(task.document.text, task.document.ref))
+    n_tokens = len(lm.llm.encode(task.document.text))
     room = _room(lm, task.question)
     ways = {
         "full text" if n_tokens <= room else f"full text, first {room:,}": (
@@ -138,7 +138,7 @@ def _answer_three_ways(lm: ExtensibleLM, task: Task, console: Console) -> dict[s
 
 def _first(lm: ExtensibleLM, document: Document, positions: int) -> Document:
     """The document cut so that, with its heading, it takes at most `positions` as raw text."""
-    ids = lm.token_ids(document.text, document.ref)
+    ids = lm.llm.encode(document.text)
     kept = min(len(ids), positions - 32)  # the heading and the blank line after the text
     return Document(lm.llm.decode(ids[:kept].tolist()), title=document.title, metadata=document.metadata)
 

@@ -20,6 +20,7 @@ from tiny import SENTENCES, random_embedder, tiny_llm
 import langchain_extemb
 from extemb_core import EmbeddingStore, ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
+from extemb_core.models import generation
 from extemb_core.models.llm import LLM
 from langchain_extemb import ChatExtensible
 
@@ -385,13 +386,13 @@ def test_tokens_are_called_back(chat):
 
 
 def test_a_failing_llm_is_told_and_the_next_call_works(chat, lm, monkeypatch):
-    whole = LLM._run
-    monkeypatch.setattr(LLM, "_run", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError("too large")))
+    run = generation._run
+    monkeypatch.setattr(generation, "_run", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError("too large")))
     with pytest.raises(MemoryError):
         chat.invoke("How many?")
     with pytest.raises(MemoryError):
         list(chat.stream("How many?"))
-    monkeypatch.setattr(LLM, "_run", whole)
+    monkeypatch.setattr(generation, "_run", run)
     assert chat.invoke("How many?").usage_metadata["output_tokens"] == 4
     assert threading.active_count() < 60
 

@@ -26,7 +26,7 @@ from tiny import SENTENCES
 
 from extemb_core import EmbeddingStore, ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
-from extemb_core.models.llm import LLM
+from extemb_core.models import generation
 from llama_index.llms.extemb import ExtensibleLLM
 
 QUESTION = "How many ships?"
@@ -182,14 +182,14 @@ def test_tokens_are_counted_by_the_callbacks_of_llamaindex(llm):
 def slow(monkeypatch):
     """Every step of the LLM takes a while; counts them."""
     steps = []
-    whole = LLM._run
+    run = generation._run
 
-    def run(self, *args, **settings):
+    def running(*args, **settings):
         steps.append(1)
         time.sleep(0.02)
-        return whole(self, *args, **settings)
+        return run(*args, **settings)
 
-    monkeypatch.setattr(LLM, "_run", run)
+    monkeypatch.setattr(generation, "_run", running)
     return steps
 
 
