@@ -35,7 +35,7 @@ BLOCK_BYTES = 4 * 2**20
 
 
 class Blocks:
-    """The databases of a store. Every method but `entries` works within a transaction of its environment.
+    """Databases of a store. Every method but `entries` works within a transaction of its environment.
 
     Nothing is remembered from one to the next: what a transaction wrote is there once it is committed, which it may
     never be.

@@ -1,4 +1,4 @@
-"""One LMDB environment per folder and process: opened once, grown when full, opened anew after a fork.
+"""LMDB environment, one per folder and process: opened once, grown when full, opened anew after a fork.
 
 LMDB forbids a second environment of one folder in a process, and its map may be resized only while no transaction of
 the process is open; both are seen to here. Between processes LMDB itself serves any number of readers beside one
@@ -37,7 +37,7 @@ _shared_lock = threading.Lock()
 
 
 class Environment:
-    """The databases of one folder. Get one with `open_environment`, and give it back with `close`.
+    """Databases of one folder. Get one with `open_environment`, and release it with `close`.
 
     Attributes:
         folder: Where the files are.

@@ -15,7 +15,7 @@ _SMALL_BLOCK_BYTES = BLOCK_BYTES // 4
 
 @dataclass(frozen=True, kw_only=True)
 class StoreStats:
-    """What is in a store.
+    """Counts and sizes of a store.
 
     Attributes:
         n_documents: Texts, each counted once for every embedder that compressed it.
