@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.documents import Document, text_ref
@@ -34,6 +34,8 @@ from extemb_core.utils.progress import progress
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +129,7 @@ class Library:
         Raises:
             MismatchError: Another one than the library was made with was passed.
         """
-        with self.store.environment.read() as transaction:
-            known = self._catalogue.settings(transaction)["encoder"]
+        known = self._read(self._catalogue.settings)["encoder"]
         requested = self._requested_encoder
         if requested is None and known is not None and known.startswith(SENTENCE_TRANSFORMERS):
             requested = known.removeprefix(SENTENCE_TRANSFORMERS)
@@ -157,8 +158,7 @@ class Library:
 
     def __len__(self) -> int:
         """Count the documents."""
-        with self.store.environment.read() as transaction:
-            return self._catalogue.count(transaction)
+        return self._read(self._catalogue.count)
 
     @property
     def embedders(self) -> dict[str, int]:
@@ -244,8 +244,7 @@ class Library:
         Raises:
             DocumentError: There is no document of that source.
         """
-        with self.store.environment.read() as transaction:
-            text = self._catalogue.text(transaction, source)
+        text = self._read(self._catalogue.text, source)
         if text is None:
             raise DocumentError(f"{self.path} has no document {source!r}; library.documents() lists them")
         return text
@@ -276,8 +275,7 @@ class Library:
             if hybrid:
                 by_words = self._word_index().search(question, _FETCHED * k)
                 near = fuse([[number for number, _ in near], [number for number, _ in by_words]])
-            with self.store.environment.read() as transaction:
-                return self._catalogue.passages(transaction, near)[:k]
+            return self._read(self._catalogue.passages, near)[:k]
 
     def ask(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> Answer:
         """Answer from the passages nearest to the question: `search`, then `ExtensibleLM.ask`.
@@ -306,11 +304,15 @@ class Library:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
+    def _read(self, query: Callable[..., T], *args: Any) -> T:
+        """Call `query(transaction, *args)` of the catalogue in a transaction."""
+        with self.store.environment.read() as transaction:
+            return query(transaction, *args)
+
     def _stored_documents(self) -> Iterator[Document]:
         """Yield the documents that are here, one by one."""
         for record in self._catalogue.records():
-            with self.store.environment.read() as transaction:
-                text = self._catalogue.text(transaction, record["source"])
+            text = self._read(self._catalogue.text, record["source"])
             if text is not None:  # else it was removed meanwhile
                 yield Document(text, title=record["title"], metadata=record["metadata"])
 
@@ -327,8 +329,7 @@ class Library:
             batch: list[Split] = []
             waiting = 0
             for document in documents:
-                with self.store.environment.read() as transaction:
-                    known = self._catalogue.record(transaction, document.source)
+                known = self._read(self._catalogue.record, document.source)
                 if known is not None and is_of(known, document, fingerprint, finest):
                     counts["unchanged"] += 1
                     advance(1)
@@ -400,22 +401,17 @@ class Library:
 
     def _bring_up_to_date(self, index: VectorIndex, ids: set[int]) -> None:
         index.remove(index.ids - ids)
-        with self.store.environment.read() as transaction:
-            new, vectors = self._catalogue.vectors(transaction, sorted(ids - index.ids))
-        index.add(new, vectors)
+        index.add(*self._read(self._catalogue.vectors, sorted(ids - index.ids)))
 
     def _save_index(self) -> None:
         with self._lock:
             index = self._index()
-            with self.store.environment.read() as transaction:
-                encoder = self._catalogue.settings(transaction)["encoder"]
-            index.save(self.path / INDEX_FILE, encoder=encoder)
+            index.save(self.path / INDEX_FILE, encoder=self._read(self._catalogue.settings)["encoder"])
 
     def _word_index(self) -> WordIndex:
         if self._words is None or self._words[0] != self._synced:
             ids = sorted(self._index().ids)
-            with self.store.environment.read() as transaction:
-                passages = self._catalogue.passages(transaction, [(number, 0.0) for number in ids])
+            passages = self._read(self._catalogue.passages, [(number, 0.0) for number in ids])
             index = WordIndex([passage.id for passage in passages], [passage.text for passage in passages])
             self._words = self._synced, index
         return self._words[1]
