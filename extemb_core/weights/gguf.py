@@ -106,10 +106,7 @@ def _build_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     if template is None:
         raise WeightsError(f"{gguf} has no chat template, and an instruct model needs one; use another GGUF file")
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=template.contents(),
-        clean_up_tokenization_spaces=False,
-        **named,
+        tokenizer_object=backend, chat_template=template.contents(), clean_up_tokenization_spaces=False, **named
     )
 
 
