@@ -1,1 +1,1 @@
-"""What the integrations of LangChain and LlamaIndex share."""
+"""Code that the integrations of LangChain and LlamaIndex share."""

@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 
 async def in_thread(work: Callable[..., T], *args: Any) -> T:
-    """Work of a thread, awaited; it goes on to its end even if nobody waits any more."""
+    """Run work in a thread and await it; it goes on to its end even if nobody waits any more."""
     return await asyncio.wrap_future(_pool.submit(work, *args))
 
 
 async def until_cancelled(work: Callable[[threading.Event], T]) -> T:
-    """Work of a thread, which is told through its event when whoever waits for it is cancelled."""
+    """Run work in a thread, and set its event when whoever awaits it is cancelled."""
     cancelled = threading.Event()
     try:
         return await in_thread(work, cancelled)
@@ -33,7 +33,7 @@ async def until_cancelled(work: Callable[[threading.Event], T]) -> T:
 
 
 class AsyncAnswerStream:
-    """An answer, piece by piece: `async with AsyncAnswerStream(open) as stream: async for piece in stream`.
+    """Streams an answer, piece by piece: `async with AsyncAnswerStream(open) as stream: async for piece in stream`.
 
     Leaving it stops the LLM, once the step that is under way is done.
 
@@ -64,7 +64,7 @@ class AsyncAnswerStream:
 
     @property
     def answer(self) -> Answer:
-        """What there is, once the pieces are read."""
+        """Answer, once the pieces are read."""
         return self._opening.result().answer
 
 

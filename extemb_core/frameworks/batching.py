@@ -1,4 +1,4 @@
-"""Requests that come at once, from any number of threads, answered in batches."""
+"""Answer concurrent requests, from any number of threads, in batches."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Batcher:
 
     @contextmanager
     def announce(self, count: int) -> Iterator[None]:
-        """So many requests are about to come at once: the first of them waits a moment for the others."""
+        """Announce that so many requests are about to come at once: the first of them waits a moment for the others."""
         with self._changed:
             self._announced += count
         try:
@@ -76,9 +76,9 @@ class Batcher:
     def answer_all(
         self, prepared: Sequence[tuple[PreparedPrompt, Sampling]], cancelled: threading.Event | None = None
     ) -> list[Answer]:
-        """`answer` for several at once."""
+        """Answer several at once, as `answer` does."""
         never = threading.Event()
-        requests = [_Request(one, sampling, cancelled or never) for one, sampling in prepared]
+        requests = [_Request(prompt, sampling, cancelled or never) for prompt, sampling in prepared]
         with self._changed:
             self._waiting += requests
             self._changed.notify_all()
@@ -92,18 +92,18 @@ class Batcher:
             answers.append(request.answer)
         return answers
 
-    def _answer_with_others(self, own: _Request) -> None:
-        """Wait until `own` is answered, or nobody answers: then answer a batch with it."""
+    def _answer_with_others(self, first: _Request) -> None:
+        """Wait until `first` is answered, or nobody answers: then answer a batch with it."""
         with self._changed:
-            self._changed.wait_for(lambda: own.done or not self._answering)
-            if own.done:
+            self._changed.wait_for(lambda: first.done or not self._answering)
+            if first.done:
                 return
             self._answering = True
-        batch = [own]
+        batch = [first]
         try:
-            batch = self._gathered(own)
+            batch = self._gathered(first)
             if len(batch) == 1:
-                _alone(self.llm, own)
+                _alone(self.llm, first)
             else:
                 _together(self.llm, batch)
         except BaseException as error:
@@ -116,20 +116,20 @@ class Batcher:
                 self._answering = False
                 self._changed.notify_all()
 
-    def _gathered(self, own: _Request) -> list[_Request]:
-        """A batch of what waits, `own` first."""
+    def _gathered(self, first: _Request) -> list[_Request]:
+        """Take a batch of what waits, `first` first."""
         with self._changed:
             self._changed.wait_for(
                 lambda: len(self._waiting) >= min(self._announced, self.batch_size), timeout=_GATHER_SECONDS
             )
-            others = [request for request in self._waiting if request is not own and _may_join(request, own)]
-            batch = [own, *others][: self.batch_size]
+            others = [request for request in self._waiting if request is not first and _may_join(request, first)]
+            batch = [first, *others][: self.batch_size]
             self._waiting = [request for request in self._waiting if request not in batch]
         return batch
 
 
 def _may_join(request: _Request, other: _Request) -> bool:
-    """Draws with a seed are those of a prompt on its own."""
+    """Return True if they can share a batch: draws with a seed are those of a prompt on its own."""
     return request.sampling == other.sampling and request.sampling.seed is None
 
 
@@ -146,9 +146,9 @@ def _together(llm: LLM, batch: list[_Request]) -> None:
     from extemb_core.models.generation import Generated
 
     live = [request for request in batch if not request.cancelled.is_set()]
-    made = llm.generate([request.prepared.prompt.inputs(llm) for request in live], batch[0].sampling)
-    generated = dict(zip(map(id, live), made, strict=True))
+    outputs = llm.generate([request.prepared.prompt.inputs(llm) for request in live], batch[0].sampling)
+    generated = dict(zip(map(id, live), outputs, strict=True))
     for request in batch:
         seconds = time.perf_counter() - request.prepared.start
-        own = generated.get(id(request), Generated(finish_reason="cancelled"))
-        request.answer = to_answer(request.prepared, own, first_token=seconds, total=seconds)
+        output = generated.get(id(request), Generated(finish_reason="cancelled"))
+        request.answer = to_answer(request.prepared, output, first_token=seconds, total=seconds)

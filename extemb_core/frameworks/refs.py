@@ -1,4 +1,4 @@
-"""Refs: what stands for a document in the text that a framework handles, and what finds the document again.
+"""Refs: marks that stand for documents in the text that a framework handles, and find the documents again.
 
 A framework formats prompts, caches them and writes them to logs. What passes through it in a document's place is a
 mark, `[[ext:REF:SEAL]]`, of characters that templates and splitters leave alone; `[[ext:REF/8:SEAL]]` where the text
@@ -30,17 +30,17 @@ from extemb_core.store.store import EmbeddingStore
 logger = logging.getLogger(__name__)
 
 MARK = re.compile(r"\[\[ext:([0-9a-f]{32}(?:/[1-9][0-9]{0,3})?):([0-9a-f]{32})\]\]")
-"""What a mark looks like; whether it is one only its store can tell."""
+"""Pattern of a mark; only its store can tell a real one."""
 
 _SECRET = b"refs"
 _SECRET_BYTES = 32
 _SEAL_DIGITS = 32
-_KEPT_CHARS = 2**28  # of documents in memory
-_KEPT_NAMES = 2**14  # of documents on disk that need not be written again
+_MAX_CHARS = 2**28  # of documents in memory
+_MAX_NAMES = 2**14  # of documents on disk that need not be written again
 
 
 class Refs:
-    """The documents that were handed out as marks. Those of a store on disk are there for later processes too.
+    """Keeps the documents that were handed out as marks. Those of a store on disk are there for later processes too.
 
     Args:
         store: Where the documents' embeddings are kept: an `EmbeddingStore` that can be written keeps the documents
@@ -48,7 +48,7 @@ class Refs:
     """
 
     def __init__(self, store: Store) -> None:
-        self._keepers: list[_Kept] = [_InMemory()]  # the first is put to
+        self._keepers: list[_Keeper] = [_InMemory()]  # the first is put to
         if isinstance(store, EmbeddingStore):
             self._keepers.insert(1 if store.readonly else 0, _OnDisk(store.environment))
 
@@ -72,24 +72,24 @@ class Refs:
         return [f"[[{name}:{_seal(keeper.secret(), name)}]]" for name in named]
 
     def find(self, text: str) -> list[str | Document]:
-        """A text as what it is made of: texts, and the documents that marks in it stand for, in order.
+        """Split a text into texts and the documents that marks in it stand for, in order.
 
         Raises:
             DocumentError: A mark's document is not kept any more.
             StoreCorruptError: It is not what was put.
         """
-        found: list[str | Document] = []
+        parts: list[str | Document] = []
         start = 0
         for match in MARK.finditer(text):
             document = self._document(match)
             if document is not None:
-                found += [text[start : match.start()], document]
+                parts += [text[start : match.start()], document]
                 start = match.end()
-        found.append(text[start:])
-        return [part for part in found if part != ""]
+        parts.append(text[start:])
+        return [part for part in parts if part != ""]
 
     def _document(self, match: re.Match[str]) -> Document | None:
-        """What a mark stands for; None where it is none of ours."""
+        """Return the document of a mark; None if the mark is none of ours."""
         name = REF_PREFIX + match[1]
         ref, _, limit = name.partition("/")
         for keeper in self._keepers:
@@ -107,7 +107,7 @@ class Refs:
         return None
 
 
-class _Kept(Protocol):
+class _Keeper(Protocol):
     def secret(self) -> bytes: ...
 
     def put(self, documents: tuple[Document, ...]) -> None: ...
@@ -116,7 +116,7 @@ class _Kept(Protocol):
 
 
 class _InMemory:
-    """Recent documents, the least recently used go first."""
+    """Keeps recent documents; the least recently used go first."""
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(_SECRET_BYTES)
@@ -130,10 +130,10 @@ class _InMemory:
     def put(self, documents: tuple[Document, ...]) -> None:
         with self._lock:
             for document in documents:
-                before = self._documents.pop(document.ref, None)
+                if self._documents.pop(document.ref, None) is None:
+                    self._chars += len(document.text)
                 self._documents[document.ref] = document
-                self._chars += 0 if before is not None else len(document.text)
-            while self._chars > _KEPT_CHARS and len(self._documents) > 1:
+            while self._chars > _MAX_CHARS and len(self._documents) > 1:
                 _, oldest = self._documents.popitem(last=False)
                 self._chars -= len(oldest.text)
 
@@ -145,7 +145,7 @@ class _InMemory:
 
 
 class _OnDisk:
-    """In the environment of a store: ref -> text, title and source as compressed JSON."""
+    """Keeps documents in the environment of a store: ref -> text, title and source as compressed JSON."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
@@ -153,14 +153,13 @@ class _OnDisk:
         self._written: OrderedDict[tuple[str, str | None, str], None] = OrderedDict()  # recently, by this process
 
     def secret(self) -> bytes:
-        """Made with the first document; until then, one that seals nothing."""
+        """Return the secret, made with the first document; until then, one that seals nothing."""
         if self._known_secret is None:
             with self._environment.read() as transaction:
-                settings = self._environment.database("settings")
-                kept = None if settings is None else transaction.get(_SECRET, db=settings)
-                if kept is None:
+                stored = self._environment.get(transaction, "settings", _SECRET)
+                if stored is None:
                     return secrets.token_bytes(_SECRET_BYTES)
-                self._known_secret = bytes(kept)
+                self._known_secret = bytes(stored)
         return self._known_secret
 
     def put(self, documents: tuple[Document, ...]) -> None:
@@ -180,22 +179,19 @@ class _OnDisk:
 
         self._environment.write(work)
         self._written.update(dict.fromkeys(names))
-        while len(self._written) > _KEPT_NAMES:
+        while len(self._written) > _MAX_NAMES:
             self._written.popitem(last=False)
 
     def _are_there(self, names: Iterable[tuple[str, str | None, str]]) -> bool:
         if not all(name in self._written for name in names):
             return False
         with self._environment.read() as transaction:
-            handed = self._environment.database("handed")
-            return handed is not None and all(
-                transaction.get(ref_bytes(ref), db=handed) is not None for ref, _, _ in names
-            )
+            stored = (self._environment.get(transaction, "handed", ref_bytes(ref)) for ref, _, _ in names)
+            return all(data is not None for data in stored)
 
     def get(self, ref: str) -> Document | None:
         with self._environment.read() as transaction:
-            handed = self._environment.database("handed")
-            value = None if handed is None else transaction.get(ref_bytes(ref), db=handed)
+            value = self._environment.get(transaction, "handed", ref_bytes(ref))
             data = None if value is None else bytes(value)
         if data is None:
             return None

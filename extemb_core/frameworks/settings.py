@@ -1,4 +1,4 @@
-"""What the integrations have in common: settings, weights that are loaded when needed, and what is told of an answer.
+"""Settings of the integrations, weights that are loaded when needed, and metadata of a response.
 
 Needs pydantic, which each of the frameworks brings.
 """
@@ -21,14 +21,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PER_CALL = {
-    "model", "embedder", "documents", "budget", "ratio", "max_tokens", "temperature", "top_p", "top_k",
-    "repetition_penalty", "seed",
-}  # fmt: skip
+_OF_ANSWER = ("ratio", "budget", "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+_PER_CALL = {"model", "embedder", "documents", *_OF_ANSWER}
 
 
 class ModelSettings(BaseModel):
-    """Which model. No weights are loaded before they are needed; all objects of a process share them."""
+    """Settings of a model. No weights are loaded before they are needed; all objects of a process share them."""
 
     model: str = "smollm2-135m-joint"
     """A known name (`extemb weights list`), a folder or a Hugging Face id."""
@@ -47,26 +45,26 @@ class ModelSettings(BaseModel):
 
     @classmethod
     def from_model_id(cls, model_id: str, **settings: Any) -> Self:
-        """By the model's name, folder or hub id; settings are the fields of this class."""
+        """Make one by the model's name, folder or hub id; settings are the fields of this class."""
         return cls(model=model_id, **settings)
 
     @classmethod
     def from_lm(cls, lm: ExtensibleLM, **settings: Any) -> Self:
-        """Over a model that is loaded already."""
-        made = cls(model=lm.llm.name, **settings)
-        made._loaded = lm
-        return made
+        """Make one over a model that is loaded already."""
+        instance = cls(model=lm.llm.name, **settings)
+        instance._loaded = lm
+        return instance
 
     @property
     def lm(self) -> ExtensibleLM:
-        """The model; it is loaded now if it was not."""
+        """Model; it is loaded now if it was not."""
         if self._loaded is not None:
             return self._loaded
         return share(self.model, self.embedder, store=self.store, device=self.device, dtype=self.dtype)
 
 
 class GenerationSettings(ModelSettings):
-    """How it answers."""
+    """Settings of a model and of its answers."""
 
     _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream"})  # settings of a call that are not an answer's
 
@@ -84,14 +82,14 @@ class GenerationSettings(ModelSettings):
     """Texts that end an answer."""
 
     def _lm_of(self, settings: Mapping[str, Any]) -> ExtensibleLM:
-        """The model of one call, which may name another than this object's."""
+        """Return the model of one call, which may name another than this object's."""
         model = settings.get("model")
         if model is None:
             return self.lm
         return share(model, settings.get("embedder"), store=self.store, device=self.device, dtype=self.dtype)
 
     def _response_metadata(self, answer: Answer, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Metadata of a response: what became of each document, and how the answer ended. Warn of what was not read."""
+        """Describe what became of each document and how the answer ended. Warn of documents that were not read."""
         unread = [entry.source for entry in answer.dropped if entry.n_tokens]
         if unread:
             logger.warning(
@@ -118,7 +116,7 @@ class GenerationSettings(ModelSettings):
         }
 
     def _call_settings(self, stop: list[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of one call, for `ExtensibleLM.stream`, without its documents.
+        """Return the settings of one call, for `ExtensibleLM.stream`, without its documents.
 
         Raises:
             ConfigError: One is unknown.
@@ -126,24 +124,20 @@ class GenerationSettings(ModelSettings):
         unknown = sorted(settings.keys() - _PER_CALL - self._ELSEWHERE)
         if unknown:
             raise ConfigError(
-                f"{unknown[0]}={settings[unknown[0]]!r:.80} is no setting of a call; pass one of "
-                f"{', '.join(sorted(_PER_CALL))}"
+                f"unknown setting {unknown[0]}={settings[unknown[0]]!r:.80}; pass one of {', '.join(sorted(_PER_CALL))}"
             )
-        chosen = {name: settings[name] if settings.get(name) is not None else getattr(self, name)
-                  for name in _PER_CALL - {"model", "embedder", "documents"}}  # fmt: skip
+        chosen = {
+            name: settings[name] if settings.get(name) is not None else getattr(self, name) for name in _OF_ANSWER
+        }
         chosen["max_new_tokens"] = chosen.pop("max_tokens")
         return chosen | {"stop": [*(stop or self.stop or [])]}
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """Collect all that an answer depends on, besides the messages."""
-        settings = {
-            name: getattr(self, name)
-            for name in ("model", "ratio", "budget", "max_tokens", "temperature", "top_p", "top_k",
-                         "repetition_penalty", "seed", "stop")
-        }  # fmt: skip
+        settings = {name: getattr(self, name) for name in ("model", *_OF_ANSWER, "stop")}
         return settings | {"embedder": self.lm.embedder.fingerprint, "dtype": str(self.lm.llm.dtype)}
 
     def get_token_ids(self, text: str) -> list[int]:
         """Encode a text as token ids."""
-        return [int(one) for one in self.lm.llm.encode(text)]
+        return [int(token_id) for token_id in self.lm.llm.encode(text)]

@@ -1,4 +1,4 @@
-"""Models that several objects of a process use: loaded once, when first needed."""
+"""Share models between the objects of a process: loaded once, when first needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def share(
     device: str = "auto",
     dtype: str = "auto",
 ) -> ExtensibleLM:
-    """`ExtensibleLM.from_pretrained`; the same arguments give the same object for as long as the process lives.
+    """Load as `ExtensibleLM.from_pretrained` does; the same arguments give the same object while the process lives.
 
     Objects with other stores share the weights.
 

@@ -1,7 +1,7 @@
-"""Finding the passages that a question is about."""
+"""Find the passages that a question is about."""
 
 PASSAGE_TOKENS = 256
-"""Of a passage at most, when nothing else is asked for."""
+"""Default limit on the tokens of a passage."""
 
 N_PASSAGES = 8
-"""Passages found for a question, when nothing else is asked for."""
+"""Default number of passages to find for a question."""

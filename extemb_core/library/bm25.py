@@ -1,4 +1,4 @@
-"""Passages by their words: BM25, which finds the names and numbers that vectors blur."""
+"""Search passages by their words: BM25 finds the names and numbers that vectors blur."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from extemb_core.errors import MissingExtraError
 
 
 class WordIndex:
-    """BM25 (Lucene's form) over passages, made at once from all of them.
+    """BM25 index (Lucene's form) over passages, built at once from all of them.
 
     Args:
         ids: (n,) of the passages.
@@ -31,17 +31,17 @@ class WordIndex:
             self._index.index(words, show_progress=False)
 
     def search(self, question: str, k: int) -> list[tuple[int, float]]:
-        """(id, score) of the passages with the question's words, best first; equal scores in the order of the ids."""
-        words = [word for word in self._words([question])[0] if self._index is not None]
-        if not words:
+        """Return (id, score) of the passages with the question's words, best first; equal scores by id."""
+        words = self._words([question])[0]
+        if self._index is None or not words:
             return []
         scores = self._index.get_scores(words)
         best = np.lexsort((self._ids, -scores))[:k]
         return [(int(self._ids[at]), float(scores[at])) for at in best if scores[at] > 0]
 
     def _words(self, texts: Sequence[str]) -> list[list[str]]:
-        made = self._bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
-        return [list(words) for words in made]
+        tokenised = self._bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+        return [list(words) for words in tokenised]
 
 
 def _library() -> Any:

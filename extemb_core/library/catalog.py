@@ -1,4 +1,4 @@
-"""What a library knows of its documents, transaction by transaction: what `Library` is made of.
+"""Store a library's documents and passages, transaction by transaction, for `Library`.
 
 documents   source -> its record as JSON        texts     source -> the text, UTF-8
 passages    id -> document, ref, offsets        vectors   id -> the text encoder's vector, float16
@@ -29,7 +29,7 @@ _SETTINGS = b"library"
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A part of a document that was found.
+    """Part of a document that was found.
 
     Attributes:
         id: Its number in the library.
@@ -51,7 +51,7 @@ class Passage:
     ref: str
 
     def to_document(self) -> Document:
-        """To ask about it; an answer cites it as `source:start-end`."""
+        """Return it as a document; an answer cites it as `source:start-end`."""
         return Document(
             self.text,
             title=self.title or self.source,
@@ -61,7 +61,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Split:
-    """A document with its passages: (start, end) characters, and the text of each."""
+    """Document with its passages: (start, end) characters, and the text of each."""
 
     document: Document
     spans: Sequence[tuple[int, int]]
@@ -69,22 +69,21 @@ class Split:
 
 
 class Catalogue:
-    """The databases of a library. Every method but `records` works within a transaction of its environment."""
+    """Databases of a library. Every method but `records` works within a transaction of its environment."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
 
     def settings(self, transaction: Any) -> dict[str, Any]:
-        """encoder (None in a library without documents), width, next_id, generation (another after every change)."""
-        database = self._environment.database("settings")
-        data = None if database is None else transaction.get(_SETTINGS, db=database)
+        """Read encoder (None in a library without documents), width, next_id, generation (new after every change)."""
+        data = self._environment.get(transaction, "settings", _SETTINGS)
         if data is None:
             return {"encoder": None, "width": 1, "next_id": 0, "generation": 0}
         settings: dict[str, Any] = json.loads(bytes(data))
         return settings
 
     def embedders(self, transaction: Any) -> dict[str, int]:
-        """Documents that each embedder compressed, by its fingerprint."""
+        """Count the documents that each embedder compressed, by its fingerprint."""
         counted: dict[str, int] | None = self.settings(transaction).get("embedders")
         if counted is None:  # version 1 did not count them
             database = self._environment.database("documents")
@@ -93,7 +92,7 @@ class Catalogue:
         return counted
 
     def change(self, transaction: Any, **settings: Any) -> None:
-        """Note that something has changed, and other settings."""
+        """Write settings, with another generation to show that something has changed."""
         now = self.settings(transaction)
         data = json.dumps(now | settings | {"generation": now["generation"] + 1}).encode()
         transaction.put(_SETTINGS, data, db=self._environment.database("settings"))
@@ -124,24 +123,24 @@ class Catalogue:
         number = int(self.settings(transaction)["next_id"])
         rows = iter(vectors)
         before: set[tuple[bytes, str]] = set()
-        for one in documents:
-            before |= self.forget(transaction, one.document.source) or set()
+        for split in documents:
+            before |= self.forget(transaction, split.document.source) or set()
             self.change(transaction, embedders=self._counted(transaction, fingerprint, 1))
-            key = _key(one.document.source)
+            key = _key(split.document.source)
             first, offset = number, 0
-            for (start, end), text in zip(one.spans, one.texts, strict=True):
+            for (start, end), text in zip(split.spans, split.texts, strict=True):
                 size = len(text.encode())
                 ref, name = ref_bytes(text_ref(text)), _ID.pack(number)
-                place = _PASSAGE.pack(key, ref, offset, offset + size, start, end)
-                transaction.put(name, place, db=database("passages"))
+                passage = _PASSAGE.pack(key, ref, offset, offset + size, start, end)
+                transaction.put(name, passage, db=database("passages"))
                 transaction.put(name, next(rows).tobytes(), db=database("vectors"))
                 transaction.put(ref + name, b"", db=database("refs"))
                 offset += size
                 number += 1
-            record = _described(one.document) | {"passages": [first, number]}
+            record = _described(split.document) | {"passages": [first, number]}
             record |= {"fingerprint": fingerprint, "ratio": ratio}
             transaction.put(key, json.dumps(record).encode(), db=database("documents"))
-            transaction.put(key, one.document.text.encode(), db=database("texts"))
+            transaction.put(key, split.document.text.encode(), db=database("texts"))
         self.change(transaction, next_id=number, encoder=encoder, width=vectors.shape[1])
         return before
 
@@ -164,93 +163,86 @@ class Catalogue:
             transaction.delete(ref + name, db=database("refs"))
             transaction.delete(name, db=database("passages"))
             transaction.delete(name, db=database("vectors"))
-        transaction.delete(_key(source), db=database("documents"))
-        transaction.delete(_key(source), db=database("texts"))
+        for kind in ("documents", "texts"):
+            transaction.delete(_key(source), db=database(kind))
         return refs
 
     def is_orphan(self, transaction: Any, ref: bytes) -> bool:
-        """Whether no passage has a ref any more."""
+        """Return True if no passage has a ref any more."""
         cursor = transaction.cursor(db=self._environment.database("refs"))
         return not cursor.set_range(ref) or bytes(cursor.key())[:16] != ref
 
     def record(self, transaction: Any, source: str) -> dict[str, Any] | None:
-        """What is known of a document: source, title, ref, n_chars, metadata, its passages' first and last id, and
+        """Read the record of a document: source, title, ref, n_chars, metadata, its passages' first and last id, and
         the embedder and the ratio that it was compressed with."""
-        database = self._environment.database("documents")
-        data = None if database is None else transaction.get(_key(source), db=database)
+        data = self._environment.get(transaction, "documents", _key(source))
         record: dict[str, Any] | None = None if data is None else json.loads(bytes(data))
         return record
 
     def text(self, transaction: Any, source: str) -> str | None:
-        """The text of a document, if it is here."""
-        database = self._environment.database("texts")
-        data = None if database is None else transaction.get(_key(source), db=database)
+        """Read the text of a document, or None if it is not here."""
+        data = self._environment.get(transaction, "texts", _key(source))
         return None if data is None else bytes(data).decode()
 
     def ids(self, transaction: Any) -> set[int]:
-        """Of all passages."""
+        """Return the ids of all passages."""
         database = self._environment.database("passages")
         if database is None:
             return set()
         return {int(_ID.unpack(key)[0]) for key in transaction.cursor(db=database).iternext(values=False)}
 
     def vectors(self, transaction: Any, ids: Sequence[int]) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float32]]]:
-        """Those of some passages that are here, and their (n, width) vectors."""
-        database = self._environment.database("vectors")
+        """Return the ids of those passages that are here, and their (n, width) vectors."""
         width = int(self.settings(transaction)["width"])
-        found = [(number, transaction.get(_ID.pack(number), db=database)) for number in ids]
-        here = [(number, np.frombuffer(data, "<f2").astype(np.float32)) for number, data in found if data is not None]
-        rows = [vector for _, vector in here]
-        return [number for number, _ in here], np.stack(rows) if rows else np.zeros((0, width), np.float32)
+        stored = {number: self._environment.get(transaction, "vectors", _ID.pack(number)) for number in ids}
+        rows = {number: np.frombuffer(data, "<f2") for number, data in stored.items() if data is not None}
+        return list(rows), np.array([*rows.values()], np.float32).reshape(-1, width)
 
-    def passages(self, transaction: Any, found: Iterable[tuple[int, float]]) -> list[Passage]:
-        """What is known of passages by their (id, score); those that went meanwhile are left out."""
-        database = self._environment.database
+    def passages(self, transaction: Any, scores: Iterable[tuple[int, float]]) -> list[Passage]:
+        """Read passages by their (id, score); those removed meanwhile are left out."""
         passages = []
-        for number, score in found:
-            data = transaction.get(_ID.pack(number), db=database("passages"))
+        for number, score in scores:
+            data = self._environment.get(transaction, "passages", _ID.pack(number))
             if data is None:
                 continue
             key, ref, first, last, start, end = _PASSAGE.unpack(data)
-            record = json.loads(bytes(transaction.get(key, db=database("documents"))))
-            text = bytes(transaction.get(key, db=database("texts"))[first:last]).decode()
-            made = {"source": record["source"], "title": record["title"], "ref": ref_of(ref)}
-            passages.append(Passage(id=number, text=text, start=start, end=end, score=score, **made))
+            record = json.loads(bytes(self._environment.get(transaction, "documents", key)))
+            text = bytes(self._environment.get(transaction, "texts", key)[first:last]).decode()
+            document = {"source": record["source"], "title": record["title"], "ref": ref_of(ref)}
+            passages.append(Passage(id=number, text=text, start=start, end=end, score=score, **document))
         return passages
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Every record, with the number of passages; no transaction stays open while the caller works."""
+        """Yield every record, with the number of passages; no transaction stays open while the caller works."""
         for _, value in self._environment.items("documents"):
             record = json.loads(value)
             first, end = record.pop("passages")
             yield record | {"n_passages": end - first}
 
     def _counted(self, transaction: Any, fingerprint: str, more: int) -> dict[str, int]:
-        """`embedders` with so many documents of one more."""
+        """Return `embedders` with so many more documents of one."""
         counted = Counter(self.embedders(transaction))
         counted[fingerprint] += more
         return {name: count for name, count in counted.items() if count > 0}
 
     def count(self, transaction: Any) -> int:
-        """Documents."""
-        database = self._environment.database("documents")
-        return 0 if database is None else int(transaction.stat(database)["entries"])
+        """Count the documents."""
+        return self._environment.count(transaction, "documents")
 
 
 def is_of(record: Mapping[str, Any], document: Document, fingerprint: str, ratio: int) -> bool:
-    """Whether a record is of this very document, title and metadata included, compressed as it would be now."""
+    """Return True if a record is of this very document, title and metadata included, compressed as it would be now."""
     same = all(record[name] == value for name, value in _described(document).items())
     return same and record["fingerprint"] == fingerprint and ratio % int(record["ratio"]) == 0
 
 
 def _described(document: Document) -> dict[str, Any]:
-    plain = json.loads(json.dumps(dict(document.metadata), default=str))  # what JSON cannot hold, as text
     return {
         "source": document.source,
         "title": document.title,
         "ref": document.ref,
         "n_chars": len(document.text),
-        "metadata": plain,
+        "metadata": json.loads(json.dumps(dict(document.metadata), default=str)),  # what JSON cannot hold, as text
     }
 
 

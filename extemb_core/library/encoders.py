@@ -1,4 +1,4 @@
-"""Text encoders for retrieval: one vector for a text, near those of texts about the same.
+"""Text encoders for retrieval: one vector for a text, near those of similar texts.
 
 StaticEncoder                 the default: WordLlama's 256-wide static token vectors, from a file in its wheel
 SentenceTransformerEncoder    any model of sentence-transformers, by name
@@ -54,11 +54,11 @@ class TextEncoder(Protocol):
     width: int
 
     def encode(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
-        """(n, width) float32, each of length 1, or 0 for a text of which nothing is known. `query` for questions."""
+        """Return (n, width) float32, each of length 1, or 0 for an unknown text. `query` for questions."""
 
 
 class StaticEncoder:
-    """The mean of a text's token vectors: no forward pass, no network, thousands of passages a second.
+    """Averages a text's token vectors: no forward pass, no network, thousands of passages a second.
 
     Raises:
         WeightsNotFoundError: The wordllama wheel is not installed.
@@ -75,17 +75,17 @@ class StaticEncoder:
         self.width = int(self._vectors.shape[1])
 
     def encode(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
-        found = np.zeros((len(texts), self.width), np.float32)
+        vectors = np.zeros((len(texts), self.width), np.float32)
         for start in range(0, len(texts), _BATCH):
             batch = self._tokenizer.encode_batch(list(texts[start : start + _BATCH]), add_special_tokens=False)
-            for place, encoding in enumerate(batch, start):
+            for row, encoding in enumerate(batch, start):
                 if encoding.ids:
-                    found[place] = self._vectors[encoding.ids].mean(axis=0, dtype=np.float32)
-        return _of_unit_length(found)
+                    vectors[row] = self._vectors[encoding.ids].mean(axis=0, dtype=np.float32)
+        return _of_unit_length(vectors)
 
 
 class SentenceTransformerEncoder:
-    """A model of sentence-transformers.
+    """Encodes with a model of sentence-transformers.
 
     Args:
         model: Its name, or its folder.
@@ -110,7 +110,7 @@ class SentenceTransformerEncoder:
 
 
 class CallableEncoder:
-    """Any function from a list of texts to (n, width) numbers.
+    """Encodes with any function from a list of texts to (n, width) numbers.
 
     Args:
         function: The same vectors for the same texts.
@@ -126,14 +126,14 @@ class CallableEncoder:
         vectors = np.asarray(self._function(list(texts)), np.float32)
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
             raise ConfigError(
-                f"{self.name} made {vectors.shape} of {len(texts)} texts; an encoder returns one row of finite numbers "
-                "for each text"
+                f"{self.name} returned shape {vectors.shape} for {len(texts)} texts; an encoder must return one row "
+                "of finite numbers for each text"
             )
         return _of_unit_length(vectors)
 
 
 def as_encoder(encoder: TextEncoder | str | Callable[[list[str]], Any] | None) -> TextEncoder:
-    """An encoder of what users pass: none for the default, a sentence-transformers name, a function, or an encoder."""
+    """Make an encoder: None is the default; or a sentence-transformers name, a function, or an encoder."""
     if encoder is None or encoder == "static":
         return _default()
     if isinstance(encoder, str):
@@ -143,8 +143,8 @@ def as_encoder(encoder: TextEncoder | str | Callable[[list[str]], Any] | None) -
     if callable(encoder):
         return CallableEncoder(encoder)
     raise ConfigError(
-        f"encoder={encoder!r} is none; pass the name of a sentence-transformers model, a function from texts to "
-        "vectors, or nothing for the default"
+        f"encoder={encoder!r} is not a text encoder; pass the name of a sentence-transformers model, a function from "
+        "texts to vectors, or nothing for the default"
     )
 
 
@@ -169,5 +169,4 @@ def _checked(part: Part) -> Path:
 
 def _of_unit_length(vectors: Vectors) -> Vectors:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    made: Vectors = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
-    return made
+    return cast(Vectors, np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))

@@ -1,4 +1,4 @@
-"""Several rankings as one."""
+"""Fuse several rankings into one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ RANK_OFFSET = 60  # of reciprocal rank fusion, as its authors set it (Cormack et
 
 
 def fuse(rankings: Sequence[Sequence[int]], weights: Sequence[float] | None = None) -> list[tuple[int, float]]:
-    """Reciprocal rank fusion: an item's score is the sum of weight / (60 + rank), ranks from 1.
+    """Fuse rankings by reciprocal rank: an item's score is the sum of weight / (60 + rank), ranks from 1.
 
     Args:
         rankings: Items, best first, of each ranking.

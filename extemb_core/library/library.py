@@ -1,8 +1,8 @@
-"""A library: documents kept compressed, found by what they say, and asked for ever after.
+"""Library: documents kept compressed, found by their content, and asked in any later process.
 
-In the folder of an `EmbeddingStore`, in the same LMDB file, so that a process killed at any moment leaves documents
-that are there or not, never half; see `retrieval.catalogue`. The FAISS index beside it is made from the vectors there:
-one that is lost, damaged or late is brought up to date.
+It shares the folder and the LMDB file of an `EmbeddingStore`, so that a process killed at any moment leaves documents
+that are there or not, never half; see `catalog`. The FAISS index beside it is built from the vectors there: one that is
+lost, damaged or late is brought up to date.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.documents import Document, text_ref
@@ -35,6 +35,8 @@ from extemb_core.utils.progress import progress
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "passages.faiss"
@@ -45,14 +47,14 @@ _FETCHED = 4  # times k, from each ranking before they are fused
 
 @dataclass(frozen=True, kw_only=True)
 class Added:
-    """What an `add` or a `refresh` did.
+    """Result of an `add` or a `refresh`.
 
     Attributes:
         added, updated, unchanged: Documents.
         n_passages: New ones.
         n_tokens: Of the new passages.
         compressed_tokens: Of those whose embeddings were not there already.
-        seconds: That it took.
+        seconds: Duration.
     """
 
     added: int = 0
@@ -76,7 +78,7 @@ class Library:
         passage_tokens: Tokens of a passage at most, by the LLM's tokenizer.
         ratio: The finest ratio that will be asked for; the embedder's `kept_ratio` when not given.
         dtype: Of the embeddings on disk: see `EmbeddingStore.open`.
-        index: What FAISS calls the index, such as "HNSW32"; by the number of passages when not given.
+        index: FAISS name of the index, such as "HNSW32"; by the number of passages when not given.
 
     Raises:
         StoreError: The folder cannot be opened, or is something else.
@@ -100,7 +102,7 @@ class Library:
             raise ConfigError(f"passage_tokens={passage_tokens} is below 1; pass e.g. {PASSAGE_TOKENS}")
         if lm is not None and ratio is not None:
             lm.embedder.config.require_ratio(ratio)
-        self._given_encoder = encoder
+        self._requested_encoder = encoder
         self.store = EmbeddingStore.open(path, mode, dtype=dtype)
         self.lm = None if lm is None else type(lm)(lm.llm, lm.embedder, self.store)
         self.ratio = ratio
@@ -115,24 +117,23 @@ class Library:
         self._embedders: tuple[int, dict[str, int]] | None = None  # of a generation
         if encoder is not None:
             try:
-                _ = self.encoder  # whether it is that of the library is to be known now
+                _ = self.encoder  # refuses another one than the library's now
             except BaseException:
                 self.store.close()
                 raise
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """What finds passages.
+        """Text encoder that finds passages.
 
         Raises:
             MismatchError: Another one than the library was made with was passed.
         """
-        with self.store.environment.read() as transaction:
-            known = self._catalogue.settings(transaction)["encoder"]
-        given = self._given_encoder
-        if given is None and known is not None and known.startswith(SENTENCE_TRANSFORMERS):
-            given = known.removeprefix(SENTENCE_TRANSFORMERS)
-        encoder = as_encoder(given)
+        known = self._read(self._catalogue.settings)["encoder"]
+        requested = self._requested_encoder
+        if requested is None and known is not None and known.startswith(SENTENCE_TRANSFORMERS):
+            requested = known.removeprefix(SENTENCE_TRANSFORMERS)
+        encoder = as_encoder(requested)
         if known not in (None, encoder.name):
             raise MismatchError(
                 f"{self.path} was made with the text encoder {known!r}, and this is {encoder.name!r}; pass that one as "
@@ -142,10 +143,11 @@ class Library:
 
     @property
     def path(self) -> Path:
+        """Folder of the library."""
         return self.store.path
 
     def close(self) -> None:
-        """Give the files back."""
+        """Close the files."""
         self.store.close()
 
     def __enter__(self) -> Library:
@@ -155,13 +157,12 @@ class Library:
         self.close()
 
     def __len__(self) -> int:
-        """Documents."""
-        with self.store.environment.read() as transaction:
-            return self._catalogue.count(transaction)
+        """Count the documents."""
+        return self._read(self._catalogue.count)
 
     @property
     def embedders(self) -> dict[str, int]:
-        """Documents that each embedder compressed, by its fingerprint."""
+        """Number of documents that each embedder compressed, by its fingerprint."""
         with self.store.environment.read() as transaction:
             generation = self._catalogue.settings(transaction)["generation"]
             if self._embedders is None or self._embedders[0] != generation:  # version 1 has to be counted each time
@@ -170,13 +171,13 @@ class Library:
 
     @property
     def n_stale(self) -> int:
-        """Documents that another embedder compressed than that of `lm`; 0 without one.
+        """Number of documents that another embedder compressed than that of `lm`; 0 without one.
 
         Their texts are found and read like all others, but are compressed again at each question. `refresh` compresses
         them once.
         """
-        own = None if self.lm is None else self.lm.embedder.fingerprint
-        return sum(count for name, count in self.embedders.items() if own not in (None, name))
+        current = None if self.lm is None else self.lm.embedder.fingerprint
+        return sum(count for name, count in self.embedders.items() if current not in (None, name))
 
     # -- documents --------------------------------------------------------------------------------------------
 
@@ -196,11 +197,11 @@ class Library:
             DocumentError: A document cannot be read.
             StoreError: The library is read-only, or the disk refuses.
         """
-        every = _as_documents(documents)
-        return self._bring_in("add", every, len(every), show_progress)
+        as_documents = _as_documents(documents)
+        return self._compress_changed("add", as_documents, len(as_documents), show_progress)
 
     def refresh(self, *, show_progress: bool | None = None) -> Added:
-        """Compress anew the documents that another embedder compressed, from the texts that are here; see `n_stale`.
+        """Compress again the documents that another embedder compressed, from the texts that are here; see `n_stale`.
 
         Those that were compressed more coarsely than `ratio` too. What the other embedder made of them goes. Every few
         thousand tokens what is done is on disk: after Ctrl-C, or worse, the same call goes on.
@@ -212,7 +213,7 @@ class Library:
             ConfigError: The library has no `lm`.
             StoreError: The library is read-only, or the disk refuses.
         """
-        return self._bring_in("refresh", self._again(), len(self), show_progress)
+        return self._compress_changed("refresh", self._stored_documents(), len(self), show_progress)
 
     def remove(self, sources: str | Iterable[str]) -> int:
         """Remove documents by their sources. Returns how many were there.
@@ -224,9 +225,9 @@ class Library:
 
         def work(transaction: Any) -> int:
             forgotten = [self._catalogue.forget(transaction, source) for source in wanted]
-            found = [passages for passages in forgotten if passages is not None]
-            self._drop_orphans(transaction, set().union(*found))
-            return len(found)
+            passages = [refs for refs in forgotten if refs is not None]
+            self._drop_orphans(transaction, set().union(*passages))
+            return len(passages)
 
         gone = self.store.write(work)
         if gone:
@@ -234,17 +235,16 @@ class Library:
         return gone
 
     def documents(self) -> Iterator[dict[str, Any]]:
-        """The record of every document: source, title, ref, n_chars, n_passages, metadata, fingerprint, ratio."""
+        """Yield the record of every document: source, title, ref, n_chars, n_passages, metadata, fingerprint, ratio."""
         return self._catalogue.records()
 
     def text(self, source: str) -> str:
-        """The text of a document.
+        """Return the text of a document.
 
         Raises:
             DocumentError: There is no document of that source.
         """
-        with self.store.environment.read() as transaction:
-            text = self._catalogue.text(transaction, source)
+        text = self._read(self._catalogue.text, source)
         if text is None:
             raise DocumentError(f"{self.path} has no document {source!r}; library.documents() lists them")
         return text
@@ -252,7 +252,7 @@ class Library:
     # -- questions --------------------------------------------------------------------------------------------
 
     def search(self, question: str, k: int = N_PASSAGES, *, hybrid: bool = True) -> list[Passage]:
-        """The passages nearest to a question, best first.
+        """Find the passages nearest to a question, best first.
 
         Args:
             question: In the user's words.
@@ -273,10 +273,9 @@ class Library:
             vector = self.encoder.encode([question], query=True)[0]
             near = index.search(vector, _FETCHED * k if hybrid else k)
             if hybrid:
-                named = self._word_index().search(question, _FETCHED * k)
-                near = fuse([[found for found, _ in near], [found for found, _ in named]])
-            with self.store.environment.read() as transaction:
-                return self._catalogue.passages(transaction, near)[:k]
+                by_words = self._word_index().search(question, _FETCHED * k)
+                near = fuse([[number for number, _ in near], [number for number, _ in by_words]])
+            return self._read(self._catalogue.passages, near)[:k]
 
     def ask(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> Answer:
         """Answer from the passages nearest to the question: `search`, then `ExtensibleLM.ask`.
@@ -290,7 +289,7 @@ class Library:
         return self.stream(question, k=k, hybrid=hybrid, **settings).finish()
 
     def stream(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> AnswerStream:
-        """`ask`, piece by piece."""
+        """Stream the answer of `ask`, piece by piece."""
         lm = self._need_lm()
         if not self._warned and (stale := self.n_stale):
             self._warned = True
@@ -300,21 +299,27 @@ class Library:
                 "refresh %s",
                 stale, len(self), self.path, self.path,
             )  # fmt: skip
-        found = [passage.to_document() for passage in self.search(question, k, hybrid=hybrid)]
-        return lm.stream(question, found, **settings)
+        documents = [passage.to_document() for passage in self.search(question, k, hybrid=hybrid)]
+        return lm.stream(question, documents, **settings)
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _again(self) -> Iterator[Document]:
-        """The documents that are here, one by one."""
+    def _read(self, query: Callable[..., T], *args: Any) -> T:
+        """Call `query(transaction, *args)` of the catalogue in a transaction."""
+        with self.store.environment.read() as transaction:
+            return query(transaction, *args)
+
+    def _stored_documents(self) -> Iterator[Document]:
+        """Yield the documents that are here, one by one."""
         for record in self._catalogue.records():
-            with self.store.environment.read() as transaction:
-                text = self._catalogue.text(transaction, record["source"])
+            text = self._read(self._catalogue.text, record["source"])
             if text is not None:  # else it was removed meanwhile
                 yield Document(text, title=record["title"], metadata=record["metadata"])
 
-    def _bring_in(self, name: str, documents: Iterable[Document], total: int, show_progress: bool | None) -> Added:
-        """Compress and write the documents that are not here as they would be now."""
+    def _compress_changed(
+        self, name: str, documents: Iterable[Document], total: int, show_progress: bool | None
+    ) -> Added:
+        """Compress and write the documents that are not here in this form."""
         start = time.perf_counter()
         lm = self._need_lm()
         self.store.environment.require_writable()
@@ -324,8 +329,7 @@ class Library:
             batch: list[Split] = []
             waiting = 0
             for document in documents:
-                with self.store.environment.read() as transaction:
-                    known = self._catalogue.record(transaction, document.source)
+                known = self._read(self._catalogue.record, document.source)
                 if known is not None and is_of(known, document, fingerprint, finest):
                     counts["unchanged"] += 1
                     advance(1)
@@ -345,18 +349,18 @@ class Library:
         return Added(**counts, seconds=time.perf_counter() - start)
 
     def _write(self, lm: ExtensibleLM, batch: Sequence[Split], counts: dict[str, int]) -> None:
-        """Compress the passages of some documents, then write the documents: all at once."""
+        """Compress the passages of some documents, then write the documents in one transaction."""
         if not batch:
             return
-        texts = [text for one in batch for text in one.texts]
+        texts = [text for split in batch for text in split.texts]
         vectors = self.encoder.encode(texts).astype("<f2")
         finest, fingerprint = self._finest(lm), lm.embedder.fingerprint
         refs = [text_ref(text) for text in texts]
         wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
         missing = [(ref, ids) for ref, ids in wanted.items() if self.store.get(ref, fingerprint, finest) is None]
-        for made in compress_in_batches(lm.embedder, missing, ratio=finest, show_progress=False):
-            self.store.put(*made)
-            counts["compressed_tokens"] += sum(one.n_tokens for one in made)
+        for compressed in compress_in_batches(lm.embedder, missing, ratio=finest, show_progress=False):
+            self.store.put(*compressed)
+            counts["compressed_tokens"] += sum(text.n_tokens for text in compressed)
 
         def work(transaction: Any) -> None:
             before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, self.encoder.name)
@@ -377,7 +381,7 @@ class Library:
                 self.store.forget(transaction, ref_of(ref), other)
 
     def _index(self) -> VectorIndex:
-        """The FAISS index, with what was added and removed since it was last looked at."""
+        """Return the FAISS index, brought up to date with what was added and removed since."""
         with self.store.environment.read() as transaction:
             settings = self._catalogue.settings(transaction)
             if self._vectors is not None and settings["generation"] == self._synced:
@@ -397,24 +401,19 @@ class Library:
 
     def _bring_up_to_date(self, index: VectorIndex, ids: set[int]) -> None:
         index.remove(index.ids - ids)
-        with self.store.environment.read() as transaction:
-            new, vectors = self._catalogue.vectors(transaction, sorted(ids - index.ids))
-        index.add(new, vectors)
+        index.add(*self._read(self._catalogue.vectors, sorted(ids - index.ids)))
 
     def _save_index(self) -> None:
         with self._lock:
             index = self._index()
-            with self.store.environment.read() as transaction:
-                encoder = self._catalogue.settings(transaction)["encoder"]
-            index.save(self.path / INDEX_FILE, encoder=encoder)
+            index.save(self.path / INDEX_FILE, encoder=self._read(self._catalogue.settings)["encoder"])
 
     def _word_index(self) -> WordIndex:
         if self._words is None or self._words[0] != self._synced:
-            every = [(number, 0.0) for number in sorted(self._index().ids)]
-            with self.store.environment.read() as transaction:
-                passages = self._catalogue.passages(transaction, every)
-            made = WordIndex([passage.id for passage in passages], [passage.text for passage in passages])
-            self._words = self._synced, made
+            ids = sorted(self._index().ids)
+            passages = self._read(self._catalogue.passages, [(number, 0.0) for number in ids])
+            index = WordIndex([passage.id for passage in passages], [passage.text for passage in passages])
+            self._words = self._synced, index
         return self._words[1]
 
     def _finest(self, lm: ExtensibleLM) -> int:
@@ -427,9 +426,7 @@ class Library:
 
 
 def _as_documents(documents: Any) -> list[Document]:
-    """Paths are read, everything else is a document."""
+    """Read paths, and take everything else as documents."""
     several = documents if isinstance(documents, Iterable) and not isinstance(documents, str | Mapping) else [documents]
-    found: list[Document] = []
-    for one in several:
-        found += read_documents(one) if isinstance(one, Path) else [Document.from_any(one)]
-    return found
+    read = (read_documents(one) if isinstance(one, Path) else [Document.from_any(one)] for one in several)
+    return [document for part in read for document in part]

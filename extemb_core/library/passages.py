@@ -1,4 +1,4 @@
-"""Passages: parts of a document that are found, compressed and quoted on their own. And sentences."""
+"""Split documents into passages, which are found, compressed and quoted on their own, and into sentences."""
 
 from __future__ import annotations
 
@@ -33,16 +33,13 @@ def split_passages(
     if max_tokens < 1:
         raise ConfigError(f"max_tokens={max_tokens} is below 1; pass e.g. {PASSAGE_TOKENS}")
     pieces = _pieces(text, 0, len(text), max_tokens, count, 0) if text else []
-    found: list[tuple[int, int]] = []
-    start, taken = 0, 0
+    starts, size = [0], 0
     for begin, _, tokens in pieces:
-        if taken and taken + tokens > max_tokens:
-            found.append((start, begin))
-            start, taken = begin, 0
-        taken += tokens
-    if text:
-        found.append((start, len(text)))
-    return found
+        if size and size + tokens > max_tokens:
+            starts.append(begin)
+            size = 0
+        size += tokens
+    return list(pairwise([*starts, len(text)])) if text else []
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
@@ -63,7 +60,7 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
 def _pieces(
     text: str, start: int, end: int, max_tokens: int, count: Callable[[Sequence[str]], Sequence[int]], level: int
 ) -> list[tuple[int, int, int]]:
-    """(start, end, tokens) of what is not to be cut further: paragraphs where they are short, else lines, and so on."""
+    """List (start, end, tokens) of pieces that need no further cut: short paragraphs, else lines, and so on."""
     if level == len(_CUTS):  # a word longer than a passage
         half = (start + end) // 2
         bounds = [start, half, end] if end - start > 1 else [start, end]
@@ -71,10 +68,10 @@ def _pieces(
         cuts = [match.end() for match in _CUTS[level].finditer(text, start, end)]
         bounds = [start, *(cut for cut in cuts if start < cut < end), end]
     spans = list(pairwise(bounds))
-    found = []
+    pieces = []
     for (begin, stop), tokens in zip(spans, count([text[begin:stop] for begin, stop in spans]), strict=True):
         if tokens <= max_tokens or stop - begin == 1:
-            found.append((begin, stop, tokens))
+            pieces.append((begin, stop, tokens))
         else:
-            found += _pieces(text, begin, stop, max_tokens, count, min(level + 1, len(_CUTS)))
-    return found
+            pieces += _pieces(text, begin, stop, max_tokens, count, min(level + 1, len(_CUTS)))
+    return pieces

@@ -1,4 +1,4 @@
-"""Passages by their vectors, in FAISS: `IndexIDMap2` over a flat index, HNSW or IVF-PQ, whichever the size asks for."""
+"""Search passages by their vectors, in FAISS: `IndexIDMap2` over a flat index, HNSW or IVF-PQ, depending on size."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds
 _GRAPH_UP_TO = 5_000_000  # beyond, vectors whole are more memory than a machine has to spare
 _EF_SEARCH, _EF_CONSTRUCTION = 128, 200
 _PROBES = 64
-_MAX_REMOVED = 0.2  # of an index that cannot forget, before it is made anew
+_MAX_REMOVED = 0.2  # of an index that cannot forget, before it is rebuilt
 
 
 def choose_factory(count: int) -> str:
-    """What FAISS calls the index for so many vectors."""
+    """Return the FAISS name of the index for so many vectors."""
     if count <= _FLAT_UP_TO:
         return "Flat"
     if count <= _GRAPH_UP_TO:
@@ -35,7 +35,7 @@ class VectorIndex:
 
     Args:
         width: Of the vectors.
-        factory: What FAISS calls the index ("Flat", "HNSW32", "IVF4096,PQ32"); flat when not given.
+        factory: FAISS name of the index ("Flat", "HNSW32", "IVF4096,PQ32"); flat when not given.
         wanted: The factory that it stays with; None when its size may ask for another.
 
     Raises:
@@ -49,10 +49,10 @@ class VectorIndex:
         self.factory = factory or "Flat"
         self.ids: set[int] = set()
         self._gone: set[int] = set()
-        self._index: Any = _made(width, self.factory)
+        self._index: Any = _build(width, self.factory)
 
     def add(self, ids: Sequence[int], vectors: np.ndarray[Any, Any]) -> None:
-        """ids, vectors: (n,), (n, width). An index that learns from its vectors learns from the first ones."""
+        """Add vectors. ids, vectors: (n,), (n, width). An index that is trained is trained on the first ones."""
         if not len(ids):
             return
         data = np.ascontiguousarray(vectors, np.float32)
@@ -62,7 +62,7 @@ class VectorIndex:
         self.ids.update(map(int, ids))
 
     def remove(self, ids: Iterable[int]) -> None:
-        """Forget some; a graph cannot, so there they are left out of what is found."""
+        """Remove vectors; a graph cannot, so there they are left out of search results."""
         gone = {int(index) for index in ids} & self.ids
         if not gone:
             return
@@ -73,21 +73,21 @@ class VectorIndex:
             self._index.remove_ids(np.fromiter(gone, np.int64))
 
     def search(self, vector: np.ndarray[Any, Any], k: int) -> list[tuple[int, float]]:
-        """(id, inner product) of the nearest, best first; fewer than `k` when there are fewer."""
+        """Return (id, inner product) of the nearest, best first; fewer than `k` if there are fewer."""
         wanted = min(k + len(self._gone), len(self.ids) + len(self._gone))
         if not self.ids or wanted < 1:
             return []
-        scores, found = self._index.search(np.ascontiguousarray(vector, np.float32).reshape(1, -1), wanted)
-        pairs = zip(found[0].tolist(), scores[0].tolist(), strict=True)
+        scores, indices = self._index.search(np.ascontiguousarray(vector, np.float32).reshape(1, -1), wanted)
+        pairs = zip(indices[0].tolist(), scores[0].tolist(), strict=True)
         return [(index, score) for index, score in pairs if index >= 0 and index not in self._gone][:k]
 
     def should_be_made_anew(self) -> bool:
-        """Whether it has become too large for its kind, or holds too much that is gone."""
+        """Return True if it has become too large for its kind, or holds too much that was removed."""
         outgrown = self.wanted is None and choose_factory(len(self.ids)) != self.factory
         return outgrown or len(self._gone) > _MAX_REMOVED * max(1, len(self.ids))
 
     def save(self, file: Path, **description: Any) -> None:
-        """Write it, whole or not at all, with a description beside it that is checked when it is read.
+        """Write it atomically, with a description beside it that is checked when it is read.
 
         Raises:
             StoreError: The disk refuses.
@@ -96,38 +96,40 @@ class VectorIndex:
         try:
             with atomic_write(file) as temporary:
                 faiss.write_index(self._index, str(temporary))
-                said = description | {"factory": self.factory, "width": self.width, "sha256": sha256_of(temporary),
-                                      "gone": sorted(self._gone)}  # fmt: skip
-            atomic_write_text(_description_of(file), json.dumps(said) + "\n")
+                description |= {"factory": self.factory, "width": self.width, "sha256": sha256_of(temporary),
+                                "gone": sorted(self._gone)}  # fmt: skip
+            atomic_write_text(_description_of(file), json.dumps(description) + "\n")
         except (OSError, RuntimeError) as error:
-            raise StoreError(f"{file} could not be written ({error}); it is made anew when next needed") from error
+            raise StoreError(f"{file} could not be written ({error}); it is rebuilt when next needed") from error
 
     @classmethod
     def load(cls, file: Path, width: int, factory: str | None = None, **description: Any) -> VectorIndex | None:
-        """Read one, if it is whole and of this description; else None, and it is to be made anew."""
+        """Load an index, or None if it is missing, damaged or of another description and has to be rebuilt."""
         try:
-            said = json.loads(_description_of(file).read_text(encoding="utf-8"))
+            saved = json.loads(_description_of(file).read_text(encoding="utf-8"))
             wanted = description | {"width": width, "sha256": sha256_of(file)}
-            if any(said.get(name) != value for name, value in wanted.items()) or factory not in (None, said["factory"]):
+            if factory is not None:
+                wanted["factory"] = factory
+            if any(saved.get(name) != value for name, value in wanted.items()):
                 return None
             loaded = cls.__new__(cls)
-            loaded.width, loaded.wanted, loaded.factory = width, factory, str(said["factory"])
+            loaded.width, loaded.wanted, loaded.factory = width, factory, str(saved["factory"])
             faiss = _faiss()
             loaded._index = faiss.read_index(str(file))
-            loaded._gone = set(said["gone"])
+            loaded._gone = set(saved["gone"])
             loaded.ids = set(faiss.vector_to_array(loaded._index.id_map).tolist()) - loaded._gone
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError):
             return None
         return loaded
 
 
-def _made(width: int, factory: str) -> Any:
+def _build(width: int, factory: str) -> Any:
     faiss = _faiss()
     try:
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ConfigError(
-            f"index={factory!r} is nothing that FAISS makes for vectors of {width}; pass e.g. 'Flat', 'HNSW32' or "
+            f"index={factory!r} is not an index that FAISS builds for width {width}; pass e.g. 'Flat', 'HNSW32' or "
             "'IVF1024,PQ32'"
         ) from error
     if hasattr(index, "hnsw"):

@@ -1,4 +1,4 @@
-"""Compressing a corpus over many processes and machines."""
+"""Compress a corpus over many processes and machines."""
 
 ROWS_PER_BATCH = 64
-"""Of the input, that a worker compresses at once, when nothing else is asked for."""
+"""Default number of input rows that a worker compresses at once."""

@@ -1,4 +1,4 @@
-"""A corpus compressed by Ray Data: rows from Parquet or JSON Lines in, shards and a manifest out."""
+"""Compress a corpus with Ray Data: from Parquet or JSON Lines to shards and a manifest."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _CONTEXT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
         batch: All batches together.
         shards: In the folder now, those of earlier runs included.
-        seconds: That it took, without the start of Ray.
+        seconds: Duration, without the start of Ray.
     """
 
     batch: Batch
@@ -119,9 +119,8 @@ def compress_corpus(
         total = Batch()
         with progress("compress", None, show_progress) as advance:
             for row in results.iter_rows():
-                if row[_ERROR]:
-                    raise pickle.loads(row[_ERROR])
-                del row[_ERROR]
+                if error := row.pop(_ERROR):
+                    raise pickle.loads(error)
                 batch = Batch(**{name: int(value) for name, value in row.items()})
                 total += batch
                 advance(batch.n_rows)
@@ -129,7 +128,7 @@ def compress_corpus(
 
 
 class _RayWorker:
-    """A `CompressWorker` whose errors are results: Ray hides what is raised, and restarts what fails to start."""
+    """Runs a `CompressWorker` and returns its errors: Ray hides what is raised, and restarts what fails to start."""
 
     def __init__(self, worker: Any, *args: Any, **kwargs: Any) -> None:
         self._failed: ExtembError | None = None
@@ -148,7 +147,7 @@ class _RayWorker:
 
 
 def _inputs(inputs: Sequence[str | Path]) -> tuple[tuple[str, ...], list[str]]:
-    """The files to read, and of which kind they are; what is a URL is taken as it is."""
+    """List the files to read, after their kind; a URL is taken as it is."""
     files: list[str] = []
     for one in inputs:
         path = Path(one)
@@ -170,13 +169,13 @@ def _inputs(inputs: Sequence[str | Path]) -> tuple[tuple[str, ...], list[str]]:
 
 
 def _absolute(where: str | Path) -> str:
-    """A model's folder for a process that works in another one; a name stays."""
+    """Return a model's folder for a process that works in another one; a name stays."""
     return str(Path(where).absolute()) if Path(where).is_dir() else str(where)
 
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
-    """Ray Data, connected, with our settings while it is used."""
+    """Connect to Ray Data, with our settings while it is used."""
     try:
         import ray
         import ray.data
@@ -190,7 +189,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
             ray.init(address=address or "local", log_to_driver=False, configure_logging=False)
         except ConnectionError as error:
             raise ConfigError(
-                f"ray_address={address!r} is no running cluster ({error}); start one with: ray start --head"
+                f"ray_address={address!r} is not a running cluster ({error}); start one with: ray start --head"
             ) from error
     try:
         for name, value in _CONTEXT.items():

@@ -1,4 +1,4 @@
-"""The work that every engine hands out: texts in, a shard of embeddings and its receipt out."""
+"""Compress texts into a shard of embeddings and its receipt, for any engine that hands out work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ Done = Mapping[tuple[str, int], Refs]  # (fingerprint, ratio) -> refs, (E,) of 1
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What became of one batch, or of all batches together.
+    """Counts for one batch, or for all batches together.
 
     Attributes:
         n_rows: Handed in.
@@ -65,7 +65,7 @@ class Batch:
     n_bytes: int = 0
 
     def __add__(self, other: Batch) -> Batch:
-        return Batch(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
+        return Batch(**{name: count + getattr(other, name) for name, count in asdict(self).items()})
 
 
 class CompressWorker:
@@ -108,7 +108,7 @@ class CompressWorker:
     ) -> None:
         from extemb_core.frameworks.shared import share
 
-        self._place = StorageLocation(output)
+        self._location = StorageLocation(output)
         self._dtype = check_dtype(dtype)
         self._passage_tokens = passage_tokens
         self._column = column
@@ -116,11 +116,10 @@ class CompressWorker:
         # Workers of one process load once.
         self._embedder = share(llm, embedder, device=device, dtype=llm_dtype).embedder
         self._ratio = self._embedder.config.finest(ratio)
-        own = self._embedder.fingerprint
         self._done = [
             refs
-            for (fingerprint, there), refs in (done or {}).items()
-            if fingerprint == own and self._ratio % there == 0
+            for (fingerprint, stored_ratio), refs in (done or {}).items()
+            if fingerprint == self._embedder.fingerprint and self._ratio % stored_ratio == 0
         ]
 
     def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[int]]:
@@ -133,27 +132,28 @@ class CompressWorker:
             ConfigError: There is no such column.
             StoreError: The shard could not be written.
         """
+        names = ", ".join(sorted(rows))
         if self._column not in rows:
-            raise ConfigError(f"column={self._column!r} is none of the input's: {', '.join(sorted(rows))}; pass one")
+            raise ConfigError(f"column={self._column!r} is not a column of the input; pass one of {names}")
         read = [_document(value) for value in rows[self._column]]
         documents = [document for document in read if document is not None]
         texts = {text.ref: text.text for document in documents for text in self._passages(document)}
         missing = self._missing(list(texts))
         name = self._name(missing)
-        if missing and _receipt(self._place, name) is not None:
+        if missing and _receipt(self._location, name) is not None:
             missing = []
-        made = self._embedder.compress(
+        compressed = self._embedder.compress(
             [texts[ref] for ref in missing], ratio=self._ratio, batch_size=self._batch_size, show_progress=False
         )
-        shard = self._write(name, made) if made else None
+        shard = self._write(name, compressed) if compressed else None
         batch = Batch(
             n_rows=len(read),
             n_empty=sum(not document.text for document in documents),
             n_unreadable=len(read) - len(documents),
             n_texts=len(texts),
-            n_present=len(texts) - len(made),
-            n_tokens=sum(one.n_tokens for one in made),
-            n_embeddings=sum(map(len, made)),
+            n_present=len(texts) - len(compressed),
+            n_tokens=sum(text.n_tokens for text in compressed),
+            n_embeddings=sum(map(len, compressed)),
             n_bytes=shard.size_bytes if shard else 0,
         )
         return {name: [value] for name, value in asdict(batch).items()}
@@ -170,93 +170,93 @@ class CompressWorker:
         if not refs or not self._done:
             return refs
         wanted = _sortable([ref_bytes(ref) for ref in refs])
-        there = np.zeros(len(refs), bool)
+        present = np.zeros(len(refs), bool)
         for done in self._done:
             at = np.searchsorted(done, wanted).clip(max=max(0, len(done) - 1))
-            there |= done[at] == wanted if len(done) else False
-        return [ref for ref, found in zip(refs, there, strict=True) if not found]
+            present |= done[at] == wanted if len(done) else False
+        return [ref for ref, is_present in zip(refs, present, strict=True) if not is_present]
 
     def _name(self, refs: Sequence[str]) -> str:
-        """What a shard of these texts is called."""
+        """Return the name of a shard of these texts."""
         digest = hashlib.sha256(f"{self._embedder.fingerprint} {self._ratio} {self._dtype}".encode())
         for ref in sorted(refs):
             digest.update(ref.encode())
         return f"shard-{digest.hexdigest()[:32]}"
 
     def _write(self, name: str, texts: Sequence[Compressed]) -> Shard:
-        """A shard, then its receipt."""
-        shard = write_shard(self._place, name, texts, self._dtype)
-        self._place.write_text(name + _RECEIPT, json.dumps(asdict(shard)))
+        """Write a shard, then its receipt."""
+        shard = write_shard(self._location, name, texts, self._dtype)
+        self._location.write_text(name + _RECEIPT, json.dumps(asdict(shard)))
         return shard
 
 
 def _document(value: Any) -> Document | None:
-    """The text of a row; None where it is none."""
+    """Read the text of a row; None if it is not text."""
     try:
         return Document("" if value is None else value)
     except DocumentError as error:
-        logger.warning("a row is left out: %s", error)
+        logger.warning("a row is skipped: %s", error)
         return None
 
 
 def receipts(output: str | Path) -> list[Shard]:
-    """The shards in a folder that are whole, by their receipts. Others are what a lost worker left."""
-    place = StorageLocation(output)
-    sizes = place.sizes()
+    """List the whole shards in a folder, by their receipts. Others are what a lost worker left."""
+    location = StorageLocation(output)
+    sizes = location.sizes()
     names = [name for name in sorted(sizes) if name.startswith("shard-") and name.endswith(_RECEIPT)]
-    shards = [_parsed(place, name, text) for name, text in place.read_texts(names).items()]
+    shards = [_parsed(location, name, text) for name, text in location.read_texts(names).items()]
     return [shard for shard in shards if shard is not None and sizes.get(shard.file) == shard.size_bytes]
 
 
-def _receipt(place: StorageLocation, name: str) -> Shard | None:
-    """The receipt of a shard; None where there is none, or not that shard."""
+def _receipt(location: StorageLocation, name: str) -> Shard | None:
+    """Read the receipt of a shard; None if it or the shard is missing."""
     try:
-        shard = _parsed(place, name + _RECEIPT, place.read_text(name + _RECEIPT))
+        shard = _parsed(location, name + _RECEIPT, location.read_text(name + _RECEIPT))
     except FileNotFoundError:
         return None
-    return shard if shard is not None and place.size(shard.file) == shard.size_bytes else None
+    return shard if shard is not None and location.size(shard.file) == shard.size_bytes else None
 
 
-def _parsed(place: StorageLocation, name: str, text: str) -> Shard | None:
-    """A receipt; None where it is that of another shard."""
+def _parsed(location: StorageLocation, name: str, text: str) -> Shard | None:
+    """Parse a receipt; None if it is that of another shard."""
     try:
         shard = Shard(**json.loads(text))
     except (ValueError, TypeError) as error:
-        raise StoreCorruptError(f"{place.naming(name)} is no receipt of a shard ({error}); remove it") from error
+        raise StoreCorruptError(f"{location.naming(name)} is not a receipt of a shard ({error}); remove it") from error
     return shard if shard.file == name.removesuffix(_RECEIPT) + SUFFIX else None
 
 
 def check_output(output: str | Path) -> list[Shard]:
-    """See that a folder is empty or of earlier runs. Returns their whole shards.
+    """Check that a folder is empty or of earlier runs. Returns their whole shards.
 
     Raises:
         StoreError: It holds something else, which `seal` must not touch.
     """
-    place = StorageLocation(output)
-    names, shards = require_only_shards(place), receipts(output)
+    location = StorageLocation(output)
+    names, shards = require_only_shards(location), receipts(output)
     of_runs = {shard.file for shard in shards}
-    if MANIFEST in names and any(shard.file not in of_runs for shard in read_manifest(place, verify=False)):
-        raise StoreError(f"{place} holds the export of a store; pass another folder")
+    if MANIFEST in names and any(shard.file not in of_runs for shard in read_manifest(location, verify=False)):
+        raise StoreError(f"{location} holds the export of a store; pass another folder")
     return shards
 
 
 def finished(output: str | Path) -> dict[tuple[str, int], Refs]:
-    """What is in the shards of a folder: for each fingerprint and ratio the refs, sorted, for `CompressWorker(done=)`.
+    """List the sorted refs in the shards of a folder, by fingerprint and ratio, for `CompressWorker(done=)`.
 
     Of every shard no more is read than its list of documents.
 
     Raises:
         StoreError: See `check_output`.
     """
-    found: dict[tuple[str, int], list[Refs]] = {}
-    place = StorageLocation(output)
+    lists: dict[tuple[str, int], list[Refs]] = {}
+    location = StorageLocation(output)
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        readers = list(pool.map(lambda shard: ShardReader(place, shard.file), check_output(output)))
+        readers = list(pool.map(lambda shard: ShardReader(location, shard.file), check_output(output)))
     for reader in readers:
         for ratio in np.unique(reader.ratios):
-            own = reader.refs[reader.ratios == ratio]
-            found.setdefault((reader.kind.fingerprint, int(ratio)), []).append(_sortable(own))
-    return {key: np.unique(np.concatenate(refs)) for key, refs in found.items()}
+            refs = _sortable(reader.refs[reader.ratios == ratio])
+            lists.setdefault((reader.kind.fingerprint, int(ratio)), []).append(refs)
+    return {key: np.unique(np.concatenate(refs)) for key, refs in lists.items()}
 
 
 def seal(output: str | Path) -> list[Shard]:
@@ -264,16 +264,16 @@ def seal(output: str | Path) -> list[Shard]:
 
     For when all workers are done.
     """
-    place = StorageLocation(output)
+    location = StorageLocation(output)
     shards = receipts(output)
-    write_manifest(place, shards)
+    write_manifest(location, shards)
     whole = {name for shard in shards for name in (shard.file, shard.file.removesuffix(SUFFIX) + _RECEIPT)}
-    for name in place.names():
+    for name in location.names():
         if name.startswith(("shard-", ".shard-")) and name not in whole:
-            place.remove(name)
+            location.remove(name)
     return shards
 
 
 def _sortable(refs: Any) -> Refs:
-    """(E,) of 16 bytes each, to sort and compare as one."""
+    """Return (E,) of 16 bytes each, to sort and compare as one."""
     return np.frombuffer(b"".join(bytes(ref) for ref in refs), "S16")

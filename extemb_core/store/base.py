@@ -1,4 +1,4 @@
-"""What `ExtensibleLM` needs of a store, and the store in memory: what a second question is answered from."""
+"""Store protocol, and the store in memory that a second question is answered from."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Store(Protocol):
 
     @property
     def readonly(self) -> bool:
-        """Whether nothing can be put."""
+        """Return True if nothing can be put."""
 
     def get(self, ref: str, fingerprint: str, ratio: int) -> Compressed | None:
-        """The text at `ratio`, if it is here at that ratio or at a finer one it can be derived from."""
+        """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here."""
 
     def put(self, *texts: Compressed) -> None:
-        """Keep texts, unless they are here already at a ratio at least as fine."""
+        """Keep texts, except those here already at a ratio at least as fine."""
 
 
 class MemoryStore:
     """Keeps compressed texts by ref and fingerprint, the finest ratio of each; the least recently used go first.
 
     Args:
-        max_bytes: What the embeddings may take together.
+        max_bytes: Limit on the total size of the embeddings.
     """
 
     readonly = False
@@ -40,41 +40,35 @@ class MemoryStore:
             raise ConfigError(f"max_bytes={max_bytes} is below 0; pass 0 to keep nothing")
         self.max_bytes = max_bytes
         self.n_bytes = 0
-        self._kept: OrderedDict[tuple[str, str], Compressed] = OrderedDict()
+        self._texts: OrderedDict[tuple[str, str], Compressed] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, ref: str, fingerprint: str, ratio: int) -> Compressed | None:
-        """The text at `ratio`, if it is here at that ratio or at a finer one it can be derived from."""
+        """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here."""
         with self._lock:
-            kept = self._kept.get((ref, fingerprint))
-            if kept is None or ratio % kept.ratio:
+            text = self._texts.get((ref, fingerprint))
+            if text is None or ratio % text.ratio:
                 return None
-            self._kept.move_to_end((ref, fingerprint))
-        return kept.at_ratio(ratio)
+            self._texts.move_to_end((ref, fingerprint))
+        return text.at_ratio(ratio)
 
     def put(self, *texts: Compressed) -> None:
-        """Keep texts, but those here already at a ratio at least as fine, and those larger than the whole store."""
-        for compressed in texts:
-            self._put(compressed)
-
-    def _put(self, compressed: Compressed) -> None:
-        key = (compressed.ref, compressed.fingerprint)
+        """Keep texts, except those here already at a ratio at least as fine and those larger than the whole store."""
         with self._lock:
-            before = self._kept.get(key)
-            if before is not None and before.ratio <= compressed.ratio:
-                return
-            if _n_bytes(compressed) > self.max_bytes:
-                return
-            if before is not None:
-                self.n_bytes -= _n_bytes(self._kept.pop(key))
-            self._kept[key] = compressed
-            self.n_bytes += _n_bytes(compressed)
-            while self.n_bytes > self.max_bytes:
-                _, oldest = self._kept.popitem(last=False)
-                self.n_bytes -= _n_bytes(oldest)
+            for text in texts:
+                key, size = (text.ref, text.fingerprint), _n_bytes(text)
+                before = self._texts.get(key)
+                if size > self.max_bytes or (before is not None and before.ratio <= text.ratio):
+                    continue
+                if before is not None:
+                    self.n_bytes -= _n_bytes(self._texts.pop(key))
+                self._texts[key] = text
+                self.n_bytes += size
+                while self.n_bytes > self.max_bytes:
+                    _, oldest = self._texts.popitem(last=False)
+                    self.n_bytes -= _n_bytes(oldest)
 
 
-def _n_bytes(compressed: Compressed) -> int:
-    kept = (compressed.embeddings, compressed.mean_norms, compressed.norms, compressed.weights)
-    anchors = 0 if compressed.anchors is None else compressed.anchors.nbytes
-    return anchors + sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+def _n_bytes(text: Compressed) -> int:
+    arrays = (text.embeddings, text.mean_norms, text.norms, text.weights, text.anchors)
+    return sum(array.nbytes for array in arrays if array is not None)

@@ -1,4 +1,4 @@
-"""Documents in shared blocks, transaction by transaction: what `EmbeddingStore` is made of.
+"""Store documents in shared blocks, transaction by transaction, for `EmbeddingStore`.
 
     entries   ref, fingerprint -> block, offset, tokens, embeddings, ratio, kind, dtype, checksum
     blocks    number -> embeddings of one or more documents
@@ -35,7 +35,7 @@ BLOCK_BYTES = 4 * 2**20
 
 
 class Blocks:
-    """The databases of a store. Every method but `entries` works within a transaction of its environment.
+    """Databases of a store. Every method but `entries` works within a transaction of its environment.
 
     Nothing is remembered from one to the next: what a transaction wrote is there once it is committed, which it may
     never be.
@@ -45,42 +45,41 @@ class Blocks:
         self.environment = environment
 
     def databases(self, *names: str) -> list[Any]:
+        """Return the handles of databases by name."""
         return [self.environment.database(name) for name in names]
 
     def at(self, transaction: Any, key: bytes, ratio: int | None = None) -> Compressed | None:
-        """The document of a key, at a ratio or at the one it is kept at."""
-        entries = self.environment.database("entries")
-        data = None if entries is None else transaction.get(key, db=entries)
+        """Return the document of a key, at a ratio or at the stored one; None if it is not here at that ratio."""
+        data = self.environment.get(transaction, "entries", key)
         if data is None:
             return None
         entry = Entry.unpack(data)
         if ratio is not None and ratio % entry.ratio:
             return None
         kind = self.kind(transaction, key, entry)
-        payload = self.payload(transaction, key, entry, kind)
-        kept = kind.decode(payload, entry, ref_of(key))
-        return kept if ratio in (None, kept.ratio) else kept.at_ratio(ratio)
+        text = kind.decode(self.payload(transaction, key, entry, kind), entry, ref_of(key))
+        return text if ratio in (None, entry.ratio) else text.at_ratio(ratio)
 
     def entries(self) -> Iterator[tuple[bytes, Entry, EmbeddingFormat]]:
-        """Everything that is here, with its key; no transaction stays open while the caller works."""
+        """Yield every entry with its key and format; no transaction stays open while the caller works."""
         kinds: dict[tuple[int, bytes], EmbeddingFormat] = {}  # committed, and rows never go
         for key, value in self.environment.items("entries"):
             entry = Entry.unpack(value)
-            own = entry.kind, name_in(key)
-            if own not in kinds:
+            embedder = entry.kind, name_in(key)
+            if embedder not in kinds:
                 with self.environment.read() as transaction:
-                    kinds[own] = self.kind(transaction, key, entry)
-            yield key, entry, kinds[own]
+                    kinds[embedder] = self.kind(transaction, key, entry)
+            yield key, entry, kinds[embedder]
 
     def kind(self, transaction: Any, key: bytes, entry: Entry) -> EmbeddingFormat:
-        """What a document is of. Raises `StoreCorruptError` when that is lost."""
-        data = transaction.get(NUMBER.pack(entry.kind), db=self.environment.database("kinds"))
-        if data is not None and EmbeddingFormat.parse(data).made(key):
-            return EmbeddingFormat.parse(data)
+        """Return the format of a document. Raises `StoreCorruptError` if it is lost."""
+        data = self.environment.get(transaction, "kinds", NUMBER.pack(entry.kind))
+        if data is not None and (kind := EmbeddingFormat.parse(data)).matches(key):
+            return kind
         # Earlier versions lost rows, and the numbers became other embedders'. With the next document that its embedder
         # puts there is a row again, under whatever number.
         for _, kind in self._kinds(transaction):
-            if kind.made(key):
+            if kind.matches(key):
                 return kind
         raise StoreCorruptError(
             f"{self.environment.folder}: the settings of the embedder of {ref_of(key)} are lost; compress any new "
@@ -88,15 +87,15 @@ class Blocks:
         )
 
     def size(self, transaction: Any, key: bytes, entry: Entry) -> int:
-        """Bytes of a document's embeddings, by their checksum where its kind is lost. 0 where they are damaged too: a
-        count of the block that stays too high keeps the others in it."""
+        """Count the bytes of a document's embeddings, by their checksum if its format is lost. 0 if they are damaged
+        too: a count of the block that stays too high keeps the others in it."""
         try:
             return self.kind(transaction, key, entry).size(entry)
         except StoreCorruptError:
             return entry.size_in(key, self._from(transaction, entry))
 
     def payload(self, transaction: Any, key: bytes, entry: Entry, kind: EmbeddingFormat) -> memoryview:
-        """A document's bytes, a view of the file. Raises `StoreCorruptError` when they are not what was written."""
+        """Read a document's bytes, a view of the file. Raises `StoreCorruptError` if they are not what was written."""
         size = kind.size(entry)
         payload = self._from(transaction, entry)[:size]
         if len(payload) != size or entry.sum_of(key, payload) != entry.checksum:
@@ -107,14 +106,13 @@ class Blocks:
         return payload
 
     def put(self, transaction: Any, coded: Sequence[tuple[bytes, Compressed, bytes, Dtype]]) -> None:
-        """Write documents with their keys and bytes, but those that are here at a ratio at least as fine."""
-        entries = self.environment.database("entries")
+        """Write documents with their keys and bytes, except those here at a ratio at least as fine."""
         block = Block()
         for key, text, payload, dtype in coded:
             # Before what is here is left as it is: it also makes documents readable whose kind was lost.
             kind = self._number_of(transaction, EmbeddingFormat.of(text))
-            there = transaction.get(key, db=entries)
-            if there is not None and Entry.unpack(there).ratio <= text.ratio:
+            stored = self.environment.get(transaction, "entries", key)
+            if stored is not None and Entry.unpack(stored).ratio <= text.ratio:
                 continue
             entry = Entry(0, 0, text.n_tokens, len(text), text.ratio, kind, DTYPES.index(dtype), 0)
             self.add(transaction, block, key, entry, payload)
@@ -124,15 +122,15 @@ class Blocks:
         """Put a document into a block; a full one is written first."""
         if block.payload and len(block.payload) + len(payload) > BLOCK_BYTES:
             self.put_block(transaction, block)
-        placed = replace(entry, offset=len(block.payload), checksum=entry.sum_of(key, payload))
-        block.entries.append((key, placed))
+        entry = replace(entry, offset=len(block.payload), checksum=entry.sum_of(key, payload))
+        block.entries.append((key, entry))
         block.payload += payload
 
     def put_block(self, transaction: Any, block: Block) -> None:
         """Put a block and its entries into the databases, and empty it."""
-        entries, blocks, live = self.databases("entries", "blocks", "live")
         if not block.entries:
             return
+        entries, blocks, live = self.databases("entries", "blocks", "live")
         cursor = transaction.cursor(db=live)
         number = NUMBER.unpack(cursor.key())[0] + 1 if cursor.last() else 0
         for key, entry in block.entries:
@@ -160,23 +158,22 @@ class Blocks:
             transaction.delete(name, db=blocks)
 
     def keys_of(self, transaction: Any, ref: str, fingerprint: str | None) -> list[bytes]:
-        """Of a document: of one embedder, or of all."""
-        entries = self.environment.database("entries")
+        """Return the keys of a document: of one embedder, or of all."""
         if fingerprint is not None:
             key = key_of(ref, fingerprint)
-            return [key] if transaction.get(key, db=entries) is not None else []
+            return [key] if self.environment.get(transaction, "entries", key) is not None else []
         start = ref_bytes(ref)
-        cursor = transaction.cursor(db=entries)
+        cursor = transaction.cursor(db=self.environment.database("entries"))
         keys = []
-        found = cursor.set_range(start)
-        while found and bytes(cursor.key())[:16] == start:
+        has_item = cursor.set_range(start)
+        while has_item and bytes(cursor.key())[:16] == start:
             keys.append(bytes(cursor.key()))
-            found = cursor.next()
+            has_item = cursor.next()
         return keys
 
     def _from(self, transaction: Any, entry: Entry) -> memoryview:
-        """A block from a document on, a view of the file."""
-        block = transaction.get(NUMBER.pack(entry.block), db=self.environment.database("blocks"))
+        """Return a block from a document on, a view of the file."""
+        block = self.environment.get(transaction, "blocks", NUMBER.pack(entry.block))
         return memoryview(b"" if block is None else block)[entry.offset :]
 
     def _kinds(self, transaction: Any) -> Iterator[tuple[int, EmbeddingFormat]]:

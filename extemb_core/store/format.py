@@ -1,4 +1,4 @@
-"""The format of a store on disk: its folder, the records of its databases, and embeddings as bytes.
+"""On-disk format of a store: its folder, the records of its databases, and embeddings as bytes.
 
 Embeddings are float16, int8 with a scale for each vector, or float32. Above entry layer 0 each has 16 bytes more, so
 that every coarser ratio can still be derived, and is kept as a direction, which no range of numbers is too small for.
@@ -40,54 +40,52 @@ _REF_BYTES = 16
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder of a store, or see that it is one."""
+    """Create the folder of a store, or check that it is one."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file, and a store is a folder; pass another path")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"{folder} cannot be made ({error.strerror}); pass a path that can be written to") from error
+        raise StoreError(f"{folder} cannot be created ({error.strerror}); pass a writable path") from error
     if any(folder.iterdir()) and not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
         raise StoreError(f"{folder} holds files that are not a store's; pass another folder, or an empty one")
     check_description(folder)
 
 
 def check_description(folder: Path) -> int | None:
-    """See that a folder which says it is a store has its data.
+    """Check that a folder with a description of a store has its data.
 
     Returns:
-        The version it says; None where it says nothing.
+        The version in the description; None without a description.
     """
     file = folder / DESCRIPTION
     if not file.is_file():
         return None
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        known = said["format"] == FORMAT
-        version = said["version"]
+        description = json.loads(file.read_text(encoding="utf-8"))
+        name, version = description["format"], description["version"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise StoreCorruptError(f"{file} does not describe a store ({error}); get it again from a copy") from error
-    if not known or version not in _READ:
+        raise StoreCorruptError(f"{file} does not describe a store ({error}); restore it from a copy") from error
+    if name != FORMAT or version not in _READ:
         raise StoreError(
-            f"{file} says {said['format']!r} version {version!r}, and this library reads {FORMAT!r} versions "
+            f"{file} says {name!r} version {version!r}, and this library reads {FORMAT!r} versions "
             f"{' and '.join(map(str, _READ))}; export it with the version that wrote it, and import it here"
         )
     data = folder / DATA_FILE
     if not data.is_file() or not data.stat().st_size:
-        raise StoreCorruptError(f"{data} is missing or empty; get it again from a copy, or start with a new folder")
+        raise StoreCorruptError(f"{data} is missing or empty; restore it from a copy, or start with a new folder")
     return int(version)
 
 
 def describe(folder: Path) -> None:
-    """Say that a folder is a store of this version, whole or not at all; once the data file is there."""
-    if check_description(folder) == VERSION:
-        return
-    atomic_write_text(folder / DESCRIPTION, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
+    """Mark a folder as a store of this version, atomically, once the data file is there."""
+    if check_description(folder) != VERSION:
+        atomic_write_text(folder / DESCRIPTION, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a document's embeddings are."""
+    """Location, sizes and checksum of a document's embeddings."""
 
     block: int
     offset: int
@@ -100,22 +98,25 @@ class Entry:
 
     @classmethod
     def unpack(cls, data: Any) -> Entry:
+        """Read an entry from its bytes."""
         return cls(*_ENTRY.unpack(data))
 
     def pack(self) -> bytes:
+        """Return the entry as bytes."""
         return _ENTRY.pack(*(getattr(self, name) for name in self.__dataclass_fields__))
 
     def size(self, width: int, *, anchored: bool = False) -> int:
+        """Return the bytes that embeddings of this width take."""
         return n_bytes(self.n_embeddings, width, DTYPES[self.dtype], anchored=anchored)
 
     def sum_of(self, key: bytes, payload: Any) -> int:
-        """The checksum of what is stored: of everything but where it is, which `gc` may change."""
+        """Compute the checksum of everything stored except its location, which `gc` may change."""
         digest = self._sum_begun(key)
         digest.update(payload)
         return digest.intdigest()
 
     def size_in(self, key: bytes, payload: Any) -> int:
-        """`size` without the kind: the one that the checksum fits, of bytes that begin with the embeddings; else 0.
+        """Find `size` without the format: the one whose bytes, the first of the payload, have the checksum; else 0.
 
         Anchors and norms are as many bytes as some dimensions more.
         """
@@ -139,7 +140,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class EmbeddingFormat:
-    """What documents of one embedder have in common."""
+    """Settings that documents of one embedder have in common."""
 
     fingerprint: str
     chunk_size: int
@@ -150,28 +151,30 @@ class EmbeddingFormat:
 
     @classmethod
     def of(cls, text: Compressed) -> EmbeddingFormat:
+        """Return the format of a text."""
         width = int(text.embeddings.shape[1])
         return cls(text.fingerprint, text.chunk_size, tuple(text.ratios), text.downscaling, width, text.entry_layer)
 
     @classmethod
     def parse(cls, data: Any) -> EmbeddingFormat:
+        """Read a format from what `to_bytes` wrote."""
         return _parsed(bytes(data))
 
     @cached_property
     def name(self) -> bytes:
-        """What the keys of its documents end with."""
+        """Bytes that the keys of its documents end with."""
         return _name(self.fingerprint)
 
-    def made(self, key: bytes) -> bool:
-        """Whether a document is of this embedder."""
+    def matches(self, key: bytes) -> bool:
+        """Return True if a document is of this embedder."""
         return name_in(key) == self.name
 
     def size(self, entry: Entry) -> int:
-        """Bytes of a document's embeddings."""
+        """Return the bytes of a document's embeddings."""
         return entry.size(self.width, anchored=self.entry_layer > 0)
 
     def decode(self, payload: Any, entry: Entry, ref: str) -> Compressed:
-        """Read a document of this kind from its `size` bytes."""
+        """Read a document of this format from its `size` bytes."""
         dtype, anchored = DTYPES[entry.dtype], self.entry_layer > 0
         fields = decode(payload, entry.n_embeddings, self.width, dtype, anchored=anchored)
         return Compressed(
@@ -187,6 +190,7 @@ class EmbeddingFormat:
         )
 
     def to_bytes(self) -> bytes:
+        """Return the format as JSON."""
         return json.dumps(asdict(self)).encode()
 
 
@@ -199,28 +203,28 @@ class Block:
 
 
 def key_of(ref: str, fingerprint: str) -> bytes:
-    """32 bytes: those of the ref, then a hash of the fingerprint."""
+    """Return a key of 32 bytes: those of the ref, then a hash of the fingerprint."""
     return ref_bytes(ref) + _name(fingerprint)
 
 
 def name_in(key: bytes) -> bytes:
-    """The part of a key that stands for the embedder."""
+    """Return the part of a key that stands for the embedder."""
     return key[_REF_BYTES:]
 
 
 def ref_bytes(ref: str) -> bytes:
-    """The 16 bytes of a ref. Raises `ConfigError` when it is none."""
+    """Return the 16 bytes of a ref. Raises `ConfigError` if it is not one."""
     try:
-        own = bytes.fromhex(ref.removeprefix(REF_PREFIX))
+        data = bytes.fromhex(ref.removeprefix(REF_PREFIX))
     except ValueError:
-        own = b""
-    if not ref.startswith(REF_PREFIX) or len(own) != _REF_BYTES:
+        data = b""
+    if not ref.startswith(REF_PREFIX) or len(data) != _REF_BYTES:
         raise ConfigError(f"ref={ref!r} is not a document's ref ({REF_PREFIX} and 32 hex digits); pass document.ref")
-    return own
+    return data
 
 
 def ref_of(data: bytes) -> str:
-    """The ref that a key, or the bytes of a ref, begin with."""
+    """Return the ref that a key, or the bytes of a ref, begin with."""
     return REF_PREFIX + data[:_REF_BYTES].hex()
 
 
@@ -235,6 +239,7 @@ def _parsed(data: bytes) -> EmbeddingFormat:
 
 
 def check_dtype(dtype: str) -> Dtype:
+    """Return the dtype. Raises `ConfigError` if it is unknown."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}; pass one of them")
     return dtype
@@ -247,7 +252,7 @@ def encode(text: Compressed, dtype: Dtype) -> tuple[bytes, Dtype]:
     Above entry layer 0: N anchors, mean norms, norms and weights, and then the embeddings, each divided by its norm.
 
     Returns:
-        The bytes, and what they are: float32 where a value is beyond float16, so that none becomes infinite.
+        The bytes and their dtype: float32 where a value is beyond float16, so that none becomes infinite.
 
     Raises:
         MismatchError: int8 above entry layer 0.
@@ -267,9 +272,9 @@ def encode(text: Compressed, dtype: Dtype) -> tuple[bytes, Dtype]:
 
 
 def n_bytes(count: int, width: int, dtype: Dtype, *, anchored: bool) -> int:
-    """What (count, width) embeddings take; `anchored` above entry layer 0."""
-    each = width + 4 if dtype == "int8" else width * (2 if dtype == "float16" else 4)
-    return count * (each + 4 * len(_COLUMNS) * anchored)
+    """Count the bytes of (count, width) embeddings; `anchored` above entry layer 0."""
+    row_bytes = width + 4 if dtype == "int8" else width * (2 if dtype == "float16" else 4)
+    return count * (row_bytes + 4 * len(_COLUMNS) * anchored)
 
 
 def decode(buffer: Any, count: int, width: int, dtype: Dtype, *, anchored: bool) -> dict[str, Any]:
@@ -280,7 +285,7 @@ def decode(buffer: Any, count: int, width: int, dtype: Dtype, *, anchored: bool)
     for at, (name, kind) in enumerate(_COLUMNS.items()):
         fields[name] = _numbers(memoryview(buffer)[4 * count * at :], kind, count)
     rows = memoryview(buffer)[4 * count * len(_COLUMNS) :]
-    embeddings = _decode_rows(rows, count, width, dtype, fields["norms"])
+    embeddings = _decode_rows(rows, count, width, dtype, scales=fields["norms"])
     return fields | {"anchors": fields["anchors"].numpy(), "embeddings": embeddings}
 
 
@@ -299,7 +304,7 @@ def _encode_rows(embeddings: Tensor, dtype: Dtype) -> tuple[bytes, Dtype]:
 
 
 def _decode_rows(buffer: Any, count: int, width: int, dtype: Dtype, scales: Tensor | None = None) -> Tensor:
-    """(count, width) float32 rows, each times its scale, (count,), if there are any."""
+    """Read (count, width) float32 rows, each times its scale, (count,), if there are any."""
     if dtype == "int8":
         scales, buffer = _numbers(buffer, "<f4", count), memoryview(buffer)[4 * count :]
     rows = _numbers(buffer, _STORED[dtype], count * width).view(count, width)
@@ -307,7 +312,7 @@ def _decode_rows(buffer: Any, count: int, width: int, dtype: Dtype, scales: Tens
 
 
 def _numbers(buffer: Any, kind: str, count: int) -> Tensor:
-    """The first numbers of a buffer, (count,), as a copy: torch converts them many times faster than numpy does."""
+    """Copy the first numbers of a buffer, (count,): torch converts them many times faster than numpy does."""
     return torch.from_numpy(np.frombuffer(buffer, kind, count).copy())
 
 

@@ -1,4 +1,4 @@
-"""One LMDB environment per folder and process: opened once, grown when full, opened anew after a fork.
+"""LMDB environment, one per folder and process: opened once, grown when full, opened anew after a fork.
 
 LMDB forbids a second environment of one folder in a process, and its map may be resized only while no transaction of
 the process is open; both are seen to here. Between processes LMDB itself serves any number of readers beside one
@@ -37,7 +37,7 @@ _shared_lock = threading.Lock()
 
 
 class Environment:
-    """The databases of one folder. Get one with `open_environment`, and give it back with `close`.
+    """Databases of one folder. Get one with `open_environment`, and release it with `close`.
 
     Attributes:
         folder: Where the files are.
@@ -57,24 +57,30 @@ class Environment:
         self._connect()
 
     def database(self, name: str) -> Any:
-        """A handle, within a transaction; None when it does not exist, which is in a read-only environment alone."""
+        """Return a handle within a transaction, or None if a read-only environment lacks the database."""
         return self._databases[name]
+
+    def get(self, transaction: Any, name: str, key: bytes) -> Any:
+        """Return the value of a key as a view of the file, or None if the key or the database does not exist."""
+        database = self._databases[name]
+        return None if database is None else transaction.get(key, db=database)
+
+    def count(self, transaction: Any, name: str) -> int:
+        """Return the number of keys in a database, 0 if it does not exist."""
+        database = self._databases[name]
+        return 0 if database is None else int(transaction.stat(database)["entries"])
 
     @contextmanager
     def read(self) -> Iterator[Any]:
-        """A transaction that sees one state of all databases. Its buffers are views of the file: copy what stays.
+        """Open a transaction that sees one state of all databases. Its buffers are views of the file: copy what stays.
 
         A thread has one at a time: a second one within it could wait for the end of the first.
         """
-        self._enter()
-        try:
-            with self._failures("read"), self._begun(write=False) as transaction:
-                yield transaction
-        finally:
-            self._leave()
+        with self._entered(), self._failures("read"), self._begun(write=False) as transaction:
+            yield transaction
 
     def items(self, name: str) -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values of a database, a page at a time: no transaction stays open while the caller works."""
+        """Yield keys and values of a database, a page at a time: no transaction stays open while the caller works."""
         last: bytes | None = None
         while True:
             page: list[tuple[bytes, bytes]] = []
@@ -83,10 +89,10 @@ class Environment:
                 if database is None:
                     return
                 cursor = transaction.cursor(db=database)
-                found = cursor.first() if last is None else cursor.set_range(last + b"\0")
-                while found and len(page) < _PAGE:
+                has_item = cursor.first() if last is None else cursor.set_range(last + b"\0")
+                while has_item and len(page) < _PAGE:
                     page.append((bytes(cursor.key()), bytes(cursor.value())))
-                    found = cursor.next()
+                    has_item = cursor.next()
             if not page:
                 return
             last = page[-1][0]
@@ -104,18 +110,13 @@ class Environment:
         self.require_writable()
         with self._writing:
             while True:
-                self._enter()
-                try:
-                    with self._failures("write"), self._begun(write=True) as transaction:
-                        return work(transaction)
-                except lmdb.MapFullError:
-                    pass
-                finally:
-                    self._leave()
+                full = suppress(lmdb.MapFullError)
+                with full, self._entered(), self._failures("write"), self._begun(write=True) as transaction:
+                    return work(transaction)
                 self._grow()
 
     def require_writable(self) -> None:
-        """Raise `StoreError` if it is read-only: before long work whose end would be that error."""
+        """Raise `StoreError` if it is read-only, before long work that would end in that error."""
         if self.readonly:
             raise StoreError(f"{self.folder} was opened to read; open it with mode='a' to write")
 
@@ -123,7 +124,7 @@ class Environment:
         return (self.folder / DATA_FILE).stat().st_size
 
     def close(self) -> None:
-        """Give it back; the files are closed when nobody in this process uses them."""
+        """Release it; the files are closed when nothing in this process uses them."""
         with _shared_lock:
             self._users -= 1
             if self._users == 0:
@@ -134,19 +135,19 @@ class Environment:
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _before_fork(self) -> None:
-        """Closed until it is used again: a child can neither use what it inherits nor close it, as that would end the
-        parent's transactions. Held until the fork is done, so that no thread connects in between."""
+        """Close until used again: a child can neither use what it inherits nor close it, as that would end the parent's
+        transactions. The gate is held until the fork is done, so that no thread connects in between."""
         self._gate.acquire()
         self._disconnect()
 
     def _after_fork(self) -> None:
-        """In the child: no other thread is left that could hold these, or wait."""
+        """Reset the locks in the child, where no other thread is left that could hold them or wait."""
         self._waiting = 0
         self._gate = threading.Condition(threading.Lock())
         self._writing = threading.Lock()
 
     def _settle(self) -> None:
-        """With the gate held, wait until no transaction is open."""
+        """Wait, with the gate held, until no transaction is open."""
         self._waiting += 1
         self._gate.wait_for(lambda: self._open == 0)
         self._waiting -= 1
@@ -175,7 +176,7 @@ class Environment:
         except lmdb.Error as error:
             raise _damaged_or_refused(self.folder, error) from error
         try:
-            self._look_over(file)
+            self._check_file(file)
             with self._failures("read"):
                 self._open_databases()
         except BaseException:
@@ -183,26 +184,27 @@ class Environment:
             self._env = None
             raise
 
-    def _look_over(self, file: Path) -> None:
-        """A file that was cut would end the process at the first read beyond its end."""
+    def _check_file(self, file: Path) -> None:
+        """Refuse a truncated file, which would end the process at the first read beyond its end."""
         used = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
         if used > file.stat().st_size:
             raise StoreCorruptError(
-                f"{file} was cut at {file.stat().st_size:,} bytes, and its pages end at {used:,}; get it again from a "
-                "copy, or add the documents to a new store"
+                f"{file} is truncated at {file.stat().st_size:,} bytes, and its pages end at {used:,}; restore it from "
+                "a copy, or add the documents to a new store"
             )
         if not self.readonly:
-            self._env.reader_check()  # places of processes that are gone
+            self._env.reader_check()  # drops the slots of processes that are gone
 
     def _open_databases(self) -> None:
-        """Once, before anything else: LMDB wants no two threads to do it. To write, it waits for the writer of now."""
+        """Open them once, before anything else, as LMDB allows one thread to. To write, wait for the current writer."""
         self._databases = dict.fromkeys(DATABASES)
         with suppress(lmdb.NotFoundError):  # to read: they are made together, so none of the others is there
             for name in DATABASES:
                 opened = partial(self._env.open_db, name.encode(), create=not self.readonly)
                 self._databases[name] = _following(opened, lambda: self._env.set_mapsize(0))
 
-    def _enter(self) -> None:
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
         with self._gate:
             self._gate.wait_for(lambda: not self._waiting)
             if not self._users:
@@ -210,23 +212,19 @@ class Environment:
             if self._env is None:
                 self._connect()
             self._open += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._open -= 1
+                self._gate.notify_all()
 
-    def _leave(self) -> None:
-        with self._gate:
-            self._open -= 1
-            self._gate.notify_all()
-
-    @contextmanager
-    def _begun(self, *, write: bool) -> Iterator[Any]:
-        with _following(lambda: self._env.begin(write=write, buffers=True), lambda: self._resize(0)) as transaction:
-            yield transaction
+    def _begun(self, *, write: bool) -> Any:
+        return _following(lambda: self._env.begin(write=write, buffers=True), lambda: self._resize(0))
 
     def _grow(self) -> None:
-        self._enter()
-        try:
+        with self._entered():
             self._resize(2 * self._env.info()["map_size"])
-        finally:
-            self._leave()
 
     def _resize(self, size: int) -> None:
         """Resize the map once no transaction of this process but the caller's own, not yet begun, is open."""
@@ -256,13 +254,13 @@ class Environment:
             raise _damaged_or_refused(self.folder, error) from error
         except lmdb.Error as error:
             raise StoreError(
-                f"{self.folder} could not be {'written to' if what == 'write' else 'read'} ({error}); {_UNHARMED}; see "
-                "to the disk and call again"
+                f"{self.folder} could not be {'written to' if what == 'write' else 'read'} ({error}); {_UNHARMED}; "
+                "check the disk and call again"
             ) from error
 
 
 def open_environment(folder: Path, *, readonly: bool) -> Environment:
-    """The environment of a folder, shared with whoever has it open in this process.
+    """Open the environment of a folder, shared with whoever has it open in this process.
 
     Raises:
         StoreNotFoundError: It is to be read, and is not there.
@@ -271,16 +269,16 @@ def open_environment(folder: Path, *, readonly: bool) -> Environment:
     """
     folder = folder.resolve()
     with _shared_lock:
-        found = _shared.get(str(folder))
-        if found is None:
+        environment = _shared.get(str(folder))
+        if environment is None:
             if readonly and not (folder / DATA_FILE).is_file():
                 raise StoreNotFoundError(f"{folder} has no store in it; check the path, or open it with mode='a'")
-            found = _shared[str(folder)] = Environment(folder, readonly)
-        elif found.readonly and not readonly:
+            environment = _shared[str(folder)] = Environment(folder, readonly)
+        elif environment.readonly and not readonly:
             raise StoreError(f"{folder} is open to read in this process; close that before opening it to write")
         else:
-            found._users += 1
-        return found
+            environment._users += 1
+        return environment
 
 
 def _before_fork() -> None:
@@ -307,7 +305,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _following(begin: Callable[[], T], resize: Callable[[], None]) -> T:
-    """`begin()`, with the map as large as other processes made it meanwhile."""
+    """Call `begin`, with the map resized to what other processes made it meanwhile."""
     while True:
         try:
             return begin()
@@ -318,6 +316,6 @@ def _following(begin: Callable[[], T], resize: Callable[[], None]) -> T:
 def _damaged_or_refused(folder: Path, error: Exception) -> StoreError:
     if isinstance(error, _DAMAGE):
         return StoreCorruptError(
-            f"{folder / DATA_FILE} is damaged ({error}); get it again from a copy, or add the documents to a new store"
+            f"{folder / DATA_FILE} is damaged ({error}); restore it from a copy, or add the documents to a new store"
         )
     return StoreError(f"{folder} cannot be opened ({error}); check that the folder may be read and written")

@@ -1,7 +1,8 @@
-"""Looking after a store: what is in it, whether it is what was written, and making room."""
+"""Maintain a store: count what is in it, verify that it is what was written, and make room."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ _SMALL_BLOCK_BYTES = BLOCK_BYTES // 4
 
 @dataclass(frozen=True, kw_only=True)
 class StoreStats:
-    """What is in a store.
+    """Counts and sizes of a store.
 
     Attributes:
         n_documents: Texts, each counted once for every embedder that compressed it.
@@ -37,7 +38,7 @@ class StoreStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What `verify` found.
+    """Result of `verify`.
 
     Attributes:
         n_documents: That were read and are what was written.
@@ -51,31 +52,30 @@ class Verified:
 
     @property
     def clean(self) -> bool:
+        """Return True if nothing is wrong."""
         return not self.damaged and not self.problems
 
 
 def stats_of(blocks: Blocks) -> StoreStats:
-    """What is here, and what it takes."""
+    """Count the documents and the space they take."""
     tokens = embeddings = live = 0
-    by_fingerprint: dict[str, int] = {}
-    count = 0
+    by_fingerprint: Counter[str] = Counter()
     for _, entry, kind in blocks.entries():
-        count += 1
         tokens += entry.n_tokens
         embeddings += entry.n_embeddings
         live += kind.size(entry)
-        by_fingerprint[kind.fingerprint] = by_fingerprint.get(kind.fingerprint, 0) + 1
+        by_fingerprint[kind.fingerprint] += 1
     with blocks.environment.read() as transaction:
         (values,) = blocks.databases("blocks")
-        taken = 0 if values is None else sum(len(value) for _, value in transaction.cursor(db=values))
+        block_bytes = 0 if values is None else sum(len(value) for _, value in transaction.cursor(db=values))
     return StoreStats(
-        n_documents=count,
+        n_documents=by_fingerprint.total(),
         n_tokens=tokens,
         n_embeddings=embeddings,
         live_bytes=live,
-        block_bytes=taken,
+        block_bytes=block_bytes,
         file_bytes=blocks.environment.file_bytes(),
-        by_fingerprint=by_fingerprint,
+        by_fingerprint=dict(by_fingerprint),
     )
 
 
@@ -83,15 +83,14 @@ def verify(blocks: Blocks) -> Verified:
     """Read everything and compare it with its checksums."""
     good = 0
     damaged: list[tuple[str, str, str]] = []
-    problems: list[str] = []
     with blocks.environment.read() as transaction:
         entries, values, live = blocks.databases("entries", "blocks", "live")
         if entries is None:
             return Verified(n_documents=0)
-        found: dict[int, int] = {}
+        held: Counter[int] = Counter()  # bytes of documents in each block
         for data, value in transaction.cursor(db=entries):
             key, entry, name = bytes(data), Entry.unpack(value), "?"
-            found[entry.block] = found.get(entry.block, 0) + blocks.size(transaction, key, entry)
+            held[entry.block] += blocks.size(transaction, key, entry)
             try:
                 kind = blocks.kind(transaction, key, entry)
                 name = kind.fingerprint
@@ -99,23 +98,23 @@ def verify(blocks: Blocks) -> Verified:
                 good += 1
             except StoreCorruptError as error:
                 damaged.append((ref_of(key), name, str(error)))
-        counted = {NUMBER.unpack(key)[0]: COUNT.unpack(value)[0] for key, value in transaction.cursor(db=live)}
+        counted = _live_bytes(transaction, live)
         present = {NUMBER.unpack(key)[0] for key in transaction.cursor(db=values).iternext(values=False)}
-        problems += [
-            f"block {at} holds {found.get(at, 0):,} bytes of documents, and {counted.get(at, 0):,} are noted"
-            for at in sorted(found.keys() | counted.keys())
-            if found.get(at, 0) != counted.get(at, 0)
-        ]
-        problems += [f"block {at} belongs to no document" for at in sorted(present - found.keys())]
+    problems = [
+        f"block {at} holds {held[at]:,} bytes of documents, and {counted.get(at, 0):,} are noted"
+        for at in sorted(held.keys() | counted.keys())
+        if held[at] != counted.get(at, 0)
+    ]
+    problems += [f"block {at} belongs to no document" for at in sorted(present - held.keys())]
     return Verified(n_documents=good, damaged=tuple(damaged), problems=tuple(problems))
 
 
 def sparse(blocks: Blocks) -> list[tuple[int, int]]:
-    """(number, live bytes) of the blocks with gaps, and of the small ones if there are several."""
+    """List (number, live bytes) of the blocks with gaps, and of the small ones if there are several."""
     with blocks.environment.read() as transaction:
         values, live = blocks.databases("blocks", "live")
         sizes = {NUMBER.unpack(key)[0]: len(value) for key, value in transaction.cursor(db=values)}
-        counted = {NUMBER.unpack(key)[0]: COUNT.unpack(value)[0] for key, value in transaction.cursor(db=live)}
+        counted = _live_bytes(transaction, live)
     small = [at for at, size in sizes.items() if size < _SMALL_BLOCK_BYTES]
     chosen = {at for at, size in sizes.items() if counted.get(at, 0) < size}
     chosen |= set(small) if len(small) > 1 else set()
@@ -123,7 +122,7 @@ def sparse(blocks: Blocks) -> list[tuple[int, int]]:
 
 
 def move(blocks: Blocks, transaction: Any, numbers: set[int]) -> None:
-    """Write the documents of some blocks anew, together."""
+    """Rewrite the documents of some blocks together."""
     entries = blocks.environment.database("entries")
     moved = [(bytes(key), Entry.unpack(value)) for key, value in transaction.cursor(db=entries)
              if Entry.unpack(value).block in numbers]  # fmt: skip
@@ -133,3 +132,7 @@ def move(blocks: Blocks, transaction: Any, numbers: set[int]) -> None:
         payload = bytes(blocks.payload(transaction, key, entry, blocks.kind(transaction, key, entry)))
         blocks.add(transaction, block, key, entry, payload)
     blocks.put_block(transaction, block)
+
+
+def _live_bytes(transaction: Any, live: Any) -> dict[int, int]:
+    return {NUMBER.unpack(key)[0]: COUNT.unpack(value)[0] for key, value in transaction.cursor(db=live)}

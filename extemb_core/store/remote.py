@@ -1,4 +1,4 @@
-"""A folder of files that are written once: on this machine, or wherever fsspec reaches (s3://, gs://, hf://, ...)."""
+"""Folders of files that are written once: on this machine, or wherever fsspec reaches (s3://, gs://, hf://, ...)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from extemb_core.utils.files import atomic_write, sha256_of, sha256_of_stream
 
 
 class StorageLocation:
-    """Such a folder.
+    """Folder of files, local or remote.
 
     Args:
         where: A path, or a URL that fsspec knows.
@@ -35,62 +35,60 @@ class StorageLocation:
 
     @classmethod
     def of(cls, where: str | Path | StorageLocation) -> StorageLocation:
-        """A folder by its path or URL, or one that is one already."""
+        """Return the location of a path or URL, or the location itself."""
         return where if isinstance(where, StorageLocation) else cls(where)
 
     def __str__(self) -> str:
         return self.where
 
     def naming(self, name: str) -> str:
-        """A file here, to be told."""
+        """Return the path or URL of a file here, for messages."""
         return f"{self.where.rstrip('/')}/{name}"
 
     def absolute(self) -> str:
-        """The same place for a process that works in another folder."""
+        """Return the location for a process that works in another folder."""
         return self.where if self.local is None else str(self.local)
 
     def names(self) -> list[str]:
-        """What is here, sorted; nothing where there is no such folder."""
+        """List the names here, sorted; none if there is no such folder."""
         return sorted(self._listed())
 
     def sizes(self) -> dict[str, int]:
-        """The files here and their bytes, from one listing; links are none."""
-        found = self._listed()
-        return {
-            name: int(one["size"]) for name, one in found.items() if one["type"] == "file" and not one.get("islink")
-        }
+        """Map the files here to their bytes, from one listing; links are left out."""
+        files = {name: info for name, info in self._listed().items() if info["type"] == "file"}
+        return {name: int(info["size"]) for name, info in files.items() if not info.get("islink")}
 
     def _listed(self) -> dict[str, dict[str, Any]]:
         try:
             self._files.invalidate_cache()
-            found = self._files.ls(self._root, detail=True)
+            infos = self._files.ls(self._root, detail=True)
         except FileNotFoundError:
             return {}
-        if [one["name"] for one in found] == [self._root] and found[0]["type"] == "file":
+        if [info["name"] for info in infos] == [self._root] and infos[0]["type"] == "file":
             raise StoreError(f"{self} is a file; pass a folder")
-        return {PurePosixPath(one["name"]).name: one for one in found}
+        return {PurePosixPath(info["name"]).name: info for info in infos}
 
     def size(self, name: str) -> int | None:
-        """Of a file in bytes; None where there is none of that name, or a link."""
+        """Return the bytes of a file; None if there is none of that name, or a link."""
         if self.local is not None and (self.local / name).is_symlink():
             return None
         try:
-            found = self._files.info(self._path(name))
+            info = self._files.info(self._path(name))
         except FileNotFoundError:
             return None
-        return int(found["size"]) if found["type"] == "file" else None
+        return int(info["size"]) if info["type"] == "file" else None
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading at any place of it."""
+        """Open a seekable file for reading."""
         return cast(BinaryIO, self._files.open(self._path(name), "rb"))
 
     def sha256(self, name: str) -> str:
-        """The hash of a file, read block by block."""
+        """Hash a file, read block by block."""
         with self.open(name) as stream:
             return sha256_of_stream(stream)
 
     def write(self, name: str, fill: Callable[[Path], Any]) -> tuple[str, int]:
-        """Write a file, one of its name is replaced; it is there whole or not at all.
+        """Write a file atomically; one of its name is replaced.
 
         Args:
             name: Of the file.
@@ -112,25 +110,27 @@ class StorageLocation:
             return sha256_of(temporary), temporary.stat().st_size
 
     def write_text(self, name: str, text: str) -> None:
-        """`write` for a small text file."""
+        """Write a small text file atomically."""
         self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        """A part of a file."""
+        """Read a part of a file."""
         return cast(bytes, self._files.cat_file(self._path(name), begin, end))
 
     def read_text(self, name: str) -> str:
+        """Read a small text file."""
         with self.open(name) as stream:
             return stream.read().decode("utf-8")
 
     def read_texts(self, names: Sequence[str]) -> dict[str, str]:
-        """Several small text files, at once where the file system can."""
+        """Read several small text files, at once where the file system can."""
         if not names:
             return {}
-        found = self._files.cat([self._path(name) for name in names])
-        return {PurePosixPath(path).name: data.decode("utf-8") for path, data in found.items()}
+        contents = self._files.cat([self._path(name) for name in names])
+        return {PurePosixPath(path).name: data.decode("utf-8") for path, data in contents.items()}
 
     def remove(self, name: str) -> None:
+        """Remove a file."""
         self._files.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
@@ -138,5 +138,5 @@ class StorageLocation:
 
 
 def is_url(where: str | Path) -> bool:
-    """Whether this is a URL and no path."""
+    """Return True if this is a URL and not a path."""
     return "://" in str(where)

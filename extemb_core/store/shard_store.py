@@ -1,4 +1,4 @@
-"""A folder of shards read as a store, where it lies: on this machine or in object storage."""
+"""Store that reads a folder of shards where it is: on this machine or in object storage."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from extemb_core.store.shards import MANIFEST, ShardReader, read_manifest
 
 
 class ShardStore:
-    """The documents of the shards that a manifest names; nothing can be put. Of each no more is read than is asked for.
+    """Read-only store over the shards that a manifest names. Reads no more than it is asked for.
 
-    What a distributed job or an export wrote is asked right where it is; `import_shards` takes it into a store on this
-    machine instead, which is faster to read.
+    It serves what a distributed job or an export wrote; `import_shards` takes that into a store on this machine
+    instead, which is faster to read.
 
     Args:
         folder: A path, or a URL that fsspec knows.
@@ -30,36 +30,37 @@ class ShardStore:
     readonly = True
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
-        self.place = StorageLocation(folder)
-        self._readers = [ShardReader(self.place, shard.file) for shard in read_manifest(self.place, verify=verify)]
-        self._found: dict[tuple[bytes, str], tuple[int, int, int]] = {}  # ratio, reader, place in it
+        self._location = StorageLocation(folder)
+        shards = read_manifest(self._location, verify=verify)
+        self._readers = [ShardReader(self._location, shard.file) for shard in shards]
+        self._entries: dict[tuple[bytes, str], tuple[int, int, int]] = {}  # ratio, reader, index in it
         for number, reader in enumerate(self._readers):
             for at, (ref, ratio) in enumerate(zip(reader.refs, reader.ratios.tolist(), strict=True)):
                 key = ref.tobytes(), reader.kind.fingerprint
-                if key not in self._found or ratio < self._found[key][0]:
-                    self._found[key] = ratio, number, at
+                if key not in self._entries or ratio < self._entries[key][0]:
+                    self._entries[key] = ratio, number, at
 
     def __len__(self) -> int:
-        """Documents, each counted once for every embedder that compressed it."""
-        return len(self._found)
+        """Count the documents, each once for every embedder that compressed it."""
+        return len(self._entries)
 
     def get(self, ref: str, fingerprint: str, ratio: int) -> Compressed | None:
-        """The text at `ratio`, if it is here at that ratio or at a finer one it can be derived from.
+        """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here.
 
         Raises:
             StoreCorruptError: Its bytes are not what was written.
         """
-        found = self._found.get((ref_bytes(ref), fingerprint))
-        if found is None or ratio % found[0]:
+        entry = self._entries.get((ref_bytes(ref), fingerprint))
+        if entry is None or ratio % entry[0]:
             return None
-        _, number, at = found
+        _, number, at = entry
         return self._readers[number].text(at).at_ratio(ratio)
 
     def put(self, *texts: Compressed) -> None:
-        """Raises `StoreError`: shards are never changed."""
-        raise StoreError(f"{self.place} is a folder of shards, which are never changed; import it into a store")
+        """Raise `StoreError`: shards are never changed."""
+        raise StoreError(f"{self._location} is a folder of shards, which are never changed; import it into a store")
 
 
 def is_sharded(where: str | Path) -> bool:
-    """Whether a store to be opened is a folder of shards: a URL, or a folder with a manifest."""
+    """Return True if a store to be opened is a folder of shards: a URL, or a folder with a manifest."""
     return is_url(where) or (Path(where) / MANIFEST).is_file()

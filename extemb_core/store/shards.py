@@ -3,11 +3,11 @@
 A shard holds documents of one embedder in one dtype:
 
     refs (E, 16) uint8, n_tokens (E,) int64, n_embeddings (E,) int64, ratios (E,) int64: the documents, in order
-    checksums (E,) int64: of each, see `records.Entry.sum_of`
-    payload (sum of bytes,) uint8: their embeddings as `coding` has them, one after another
+    checksums (E,) int64: of each, see `format.Entry.sum_of`
+    payload (sum of bytes,) uint8: their embeddings as `format.encode` writes them, one after another
 
-Its settings are in the file's metadata. A file is written beside its place, pushed to the disk and renamed, so that
-one with a shard's name is whole; the manifest comes last and names every shard with its size and sha256.
+Its settings are in the file's metadata. A file is written under another name, flushed to disk and renamed, so that one
+with a shard's name is whole; the manifest comes last and names every shard with its size and sha256.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard as the manifest names it."""
+    """Name, hash and size of a shard, as in the manifest."""
 
     file: str
     sha256: str
@@ -75,12 +75,12 @@ def write_shard(
         StoreError: The disk refuses; nothing is left of it.
         MismatchError: They enter above layer 0, and `dtype` is int8.
     """
-    place = StorageLocation.of(folder)
+    location = StorageLocation.of(folder)
     kinds = {EmbeddingFormat.of(text) for text in texts}
     if len(kinds) != 1:
         raise ConfigError(f"a shard holds documents of one embedder, and {len(kinds)} were passed; write one for each")
     coded = [encode(text, dtype) for text in texts]
-    if any(own != dtype for _, own in coded):
+    if any(used != dtype for _, used in coded):
         dtype = "float32"
         coded = [encode(text, dtype) for text in texts]
     kind = kinds.pop()
@@ -109,19 +109,19 @@ def write_shard(
     file = f"{name}{SUFFIX}"
     try:
         # save_file would write beside it, under a name of its own that a kill leaves there.
-        sha256, size = place.write(file, lambda target: target.write_bytes(save(tensors, metadata)))
+        sha256, size = location.write(file, lambda target: target.write_bytes(save(tensors, metadata)))
     except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"{file} could not be written to {place} ({error}); nothing of it was kept, see to the disk"
+            f"{file} could not be written to {location} ({error}); nothing of it was kept, check the disk"
         ) from error
     return Shard(file, sha256, size, len(texts))
 
 
 class ShardReader:
-    """One shard, of which no more is read than what is asked for.
+    """Reads one shard, no more of it than is asked for.
 
     Attributes:
-        kind: What its documents have in common.
+        kind: The format of its documents.
         dtype: Of the embeddings.
         refs: (E, 16) uint8.
         n_tokens: (E,) int64; so are n_embeddings and ratios.
@@ -132,7 +132,7 @@ class ShardReader:
     """
 
     def __init__(self, folder: str | Path | StorageLocation, file: str) -> None:
-        self.place = StorageLocation.of(folder)
+        self._location = StorageLocation.of(folder)
         self.file = file
         try:
             self._read_header()
@@ -141,26 +141,26 @@ class ShardReader:
         except (KeyError, ValueError, TypeError, OSError, RecursionError) as error:
             if isinstance(error, StoreError):
                 raise
-            raise StoreCorruptError(f"{self} is not a whole shard ({error}); get it again") from error
+            raise StoreCorruptError(f"{self} is not a whole shard ({error}); download it again") from error
 
     def __str__(self) -> str:
-        return self.place.naming(self.file)
+        return self._location.naming(self.file)
 
     def __len__(self) -> int:
         return len(self.refs)
 
     def text(self, at: int) -> Compressed:
-        """A document by its place.
+        """Read a document by its index.
 
         Raises:
             StoreCorruptError: Its bytes are not what was written.
         """
         begin, end = int(self._begins[at]), int(self._begins[at + 1])
-        return self._text(at, self.place.read(self.file, begin, end))
+        return self._text(at, self._location.read(self.file, begin, end))
 
     def texts(self) -> Iterator[Compressed]:
-        """All documents, in order."""
-        with self.place.open(self.file) as stream:
+        """Read all documents, in order."""
+        with self._location.open(self.file) as stream:
             stream.seek(int(self._begins[0]))
             for at in range(len(self)):
                 yield self._text(at, stream.read(int(self._begins[at + 1] - self._begins[at])))
@@ -169,22 +169,22 @@ class ShardReader:
         ref = ref_of(self.refs[at].tobytes())
         entry = _entry(self.n_tokens[at], self.n_embeddings[at], self.ratios[at], self.dtype)
         if entry.sum_of(key_of(ref, self.kind.fingerprint), data) != int(self._sums[at]):
-            raise StoreCorruptError(f"{self} has another checksum for {ref} than was written; get it again")
+            raise StoreCorruptError(f"{self} has another checksum for {ref} than was written; download it again")
         return self.kind.decode(data, entry, ref)
 
     def _read_header(self) -> None:
-        """What the file says it holds, compared with its size. By hand: safetensors reads no parts of remote files."""
-        size = self.place.size(self.file)
+        """Read the header and compare it with the file's size. By hand: safetensors reads no parts of remote files."""
+        size = self._location.size(self.file)
         if size is None:
             raise FileNotFoundError(self.file)
-        with self.place.open(self.file) as stream:
+        with self._location.open(self.file) as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if length > min(size, _MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {length:,} bytes")
             header = json.loads(stream.read(length))
             metadata = header.pop("__metadata__")
             if metadata["format"] != FORMAT or metadata["version"] not in map(str, _READ):
-                raise StoreError(f"{self} is {metadata['format']!r} version {metadata['version']!r}; write it anew")
+                raise StoreError(f"{self} is {metadata['format']!r} version {metadata['version']!r}; export it again")
             start = _LENGTH_BYTES + length
             spans = {name: [start + int(at) for at in tensor["data_offsets"]] for name, tensor in header.items()}
             if max(end for _, end in spans.values()) != size:
@@ -218,17 +218,17 @@ class ShardReader:
 
 
 def write_manifest(folder: str | Path | StorageLocation, shards: Iterable[Shard]) -> None:
-    """Name the shards of a folder: it is whole from now on."""
-    place = StorageLocation.of(folder)
+    """Write the manifest of a folder, which makes it whole."""
+    location = StorageLocation.of(folder)
     content = {"format": FORMAT, "version": VERSION, "shards": [asdict(shard) for shard in shards]}
     try:
-        place.write_text(MANIFEST, json.dumps(content, indent=2) + "\n")
+        location.write_text(MANIFEST, json.dumps(content, indent=2) + "\n")
     except OSError as error:
-        raise StoreError(f"{MANIFEST} could not be written to {place} ({error}); see to the disk") from error
+        raise StoreError(f"{MANIFEST} could not be written to {location} ({error}); check the disk") from error
 
 
 def read_manifest(folder: str | Path | StorageLocation, *, verify: bool = True) -> list[Shard]:
-    """The shards of a folder.
+    """Read the manifest of a folder and check its shards.
 
     Args:
         folder: A path, or a URL that fsspec knows, with a manifest.
@@ -238,46 +238,44 @@ def read_manifest(folder: str | Path | StorageLocation, *, verify: bool = True) 
         StoreNotFoundError: There is no manifest.
         StoreCorruptError: It is damaged, names what is not in its folder, or a shard is not what was written.
     """
-    place = StorageLocation.of(folder)
-    where = place.naming(MANIFEST)
+    location = StorageLocation.of(folder)
+    where = location.naming(MANIFEST)
     try:
-        content = json.loads(place.read_text(MANIFEST))
+        content = json.loads(location.read_text(MANIFEST))
         if content["format"] != FORMAT or content["version"] not in _READ:
-            raise StoreError(f"{where} is {content['format']!r} version {content['version']!r}; export it anew")
+            raise StoreError(f"{where} is {content['format']!r} version {content['version']!r}; export it again")
         shards = [Shard(**shard) for shard in content["shards"]]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreNotFoundError(
-            f"{place} has no {MANIFEST}, so its shards are not known to be whole; export again"
+            f"{location} has no {MANIFEST}, so its shards are not known to be whole; export again"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreCorruptError(f"{where} is not a manifest of shards ({error}); export again") from error
-    sizes = place.sizes()
+    sizes = location.sizes()
     for shard in shards:
         if Path(shard.file).name != shard.file or not shard.file.endswith(SUFFIX):
-            raise StoreCorruptError(
-                f"{where} names {shard.file!r}, which is no shard beside it; do not trust this folder"
-            )
+            raise StoreCorruptError(f"{where} names {shard.file!r}, which is not a shard beside it; do not trust it")
         if sizes.get(shard.file) != shard.size_bytes:
             raise StoreCorruptError(f"{shard.file} is missing or of another size than {where} says; export again")
-        if verify and place.sha256(shard.file) != shard.sha256:
+        if verify and location.sha256(shard.file) != shard.sha256:
             raise StoreCorruptError(f"{shard.file} is not what was written (another sha256 than in {where})")
     return shards
 
 
 def require_only_shards(folder: str | Path | StorageLocation) -> list[str]:
-    """The names of what is in a folder of shards, whole ones and what writes that were killed left.
+    """List the files in a folder of shards, whole ones and leftovers of writes that were killed.
 
     Raises:
         StoreError: There is something else, which is not ours to remove.
     """
-    place = StorageLocation.of(folder)
-    names = place.names()
+    location = StorageLocation.of(folder)
+    names = location.names()
     foreign = [name for name in names if not name.startswith(("shard-", ".shard-", MANIFEST, f".{MANIFEST}."))]
     if foreign:
-        raise StoreError(f"{place} holds {foreign[0]!r}, which is no shard; pass a new folder")
+        raise StoreError(f"{location} holds {foreign[0]!r}, which is not a shard; pass a new folder")
     return names
 
 
 def _entry(n_tokens: Any, n_embeddings: Any, ratio: Any, dtype: Dtype) -> Entry:
-    """What a store would note of a document, but where it is."""
+    """Make a document's entry as in a store, but without its location."""
     return Entry(0, 0, int(n_tokens), int(n_embeddings), int(ratio), 0, DTYPES.index(dtype), 0)

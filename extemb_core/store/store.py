@@ -1,6 +1,6 @@
-"""The store on disk: compressed documents by ref and fingerprint, written once and read by any number of processes.
+"""Store on disk: compressed documents by ref and fingerprint, written once and read by any number of processes.
 
-In LMDB, so that a process killed at any moment loses nothing that was acknowledged; see `blocks`.
+It is an LMDB, so that a process killed at any moment loses nothing that was acknowledged; see `blocks`.
 """
 
 from __future__ import annotations
@@ -72,14 +72,16 @@ class EmbeddingStore:
 
     @property
     def path(self) -> Path:
+        """Folder of the store."""
         return self.environment.folder
 
     @property
     def readonly(self) -> bool:
+        """Return True if nothing can be put."""
         return self.environment.readonly
 
     def close(self) -> None:
-        """Give the files back. A second call does nothing."""
+        """Close the files. A second call does nothing."""
         self._closing.close()
 
     def __enter__(self) -> EmbeddingStore:
@@ -91,7 +93,7 @@ class EmbeddingStore:
     # -- reading ----------------------------------------------------------------------------------------------
 
     def get(self, ref: str, fingerprint: str, ratio: int) -> Compressed | None:
-        """The text at `ratio`, if it is here at that ratio or at a finer one it can be derived from.
+        """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here.
 
         Raises:
             StoreCorruptError: Its bytes are not what was written.
@@ -99,32 +101,30 @@ class EmbeddingStore:
         return self.get_many([ref], fingerprint, ratio)[0]
 
     def get_many(self, refs: Sequence[str], fingerprint: str, ratio: int) -> list[Compressed | None]:
-        """`get` for several documents, in one transaction."""
+        """Call `get` for several documents, in one transaction."""
         with self.environment.read() as transaction:
             return [self._blocks.at(transaction, key_of(ref, fingerprint), ratio) for ref in refs]
 
     def finest(self, ref: str, fingerprint: str) -> Compressed | None:
-        """The text at the ratio it is kept at, if it is here."""
+        """Return the text at the stored ratio, or None if it is not here."""
         with self.environment.read() as transaction:
             return self._blocks.at(transaction, key_of(ref, fingerprint))
 
     def items(self) -> Iterator[tuple[str, str]]:
-        """(ref, fingerprint) of everything here, as of now."""
+        """Yield (ref, fingerprint) of every document, as of now."""
         for key, _, kind in self._blocks.entries():
             yield ref_of(key), kind.fingerprint
 
     def __contains__(self, item: tuple[str, str]) -> bool:
         with self.environment.read() as transaction:
-            (entries,) = self._blocks.databases("entries")
-            return entries is not None and transaction.get(key_of(*item), db=entries) is not None
+            return self.environment.get(transaction, "entries", key_of(*item)) is not None
 
     def __len__(self) -> int:
         with self.environment.read() as transaction:
-            (entries,) = self._blocks.databases("entries")
-            return 0 if entries is None else int(transaction.stat(entries)["entries"])
+            return self.environment.count(transaction, "entries")
 
     def stats(self) -> StoreStats:
-        """What is here, and what it takes."""
+        """Count the documents and the space they take."""
         return stats_of(self._blocks)
 
     def verify(self) -> Verified:
@@ -134,7 +134,7 @@ class EmbeddingStore:
     # -- writing ----------------------------------------------------------------------------------------------
 
     def put(self, *texts: Compressed) -> None:
-        """Keep texts, unless they are here at a ratio at least as fine: all of them are on disk when this returns.
+        """Keep texts, except those here at a ratio at least as fine; all are on disk when this returns.
 
         Raises:
             StoreError: The store is read-only, or the disk refuses; then none of them was kept.
@@ -152,11 +152,10 @@ class EmbeddingStore:
     def remove(self, refs: Iterable[str], fingerprint: str | None = None) -> int:
         """Remove documents, of one embedder or of all. Returns how many entries went."""
         wanted = list(refs)
-
         return self.write(lambda transaction: sum(self.forget(transaction, ref, fingerprint) for ref in wanted))
 
     def forget(self, transaction: Any, ref: str, fingerprint: str | None = None) -> int:
-        """`remove` of one document within a transaction of `write`."""
+        """Remove one document within a transaction of `write`. Returns how many entries went."""
         keys = self._blocks.keys_of(transaction, ref, fingerprint)
         for key in keys:
             self._blocks.forget(transaction, key)
@@ -180,16 +179,16 @@ class EmbeddingStore:
                     "store.stats().by_fingerprint names"
                 )
             for fingerprint in set(before.by_fingerprint) - set(keep):
-                self.remove([ref for ref, own in self.items() if own == fingerprint], fingerprint)
+                self.remove([ref for ref, embedder in self.items() if embedder == fingerprint], fingerprint)
         waiting = sparse(self._blocks)
         while waiting:
-            some: set[int] = set()
-            taken = 0
-            while waiting and taken < _WRITE_BYTES:
+            numbers: set[int] = set()
+            total = 0
+            while waiting and total < _WRITE_BYTES:
                 number, size = waiting.pop()
-                some.add(number)
-                taken += size
-            self._move(some)
+                numbers.add(number)
+                total += size
+            self._move(numbers)
         return before.block_bytes - self.stats().block_bytes
 
     def write(self, work: Callable[[Any], T]) -> T:

@@ -1,4 +1,4 @@
-"""From a store to shards and back: how documents move to other machines, to object storage and into another store."""
+"""Export a store to shards and import them: to other machines, to object storage and into another store."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def export_store(
     Args:
         store: Is read while others may write; documents that come meanwhile may be among them or not.
         folder: A path or a URL that fsspec knows: a new or empty one, or one whose export was interrupted.
-        shard_bytes: Of the embeddings of a shard, about.
+        shard_bytes: Approximate size of the embeddings of a shard.
         show_progress: Show a bar; None shows it on a terminal.
 
     Raises:
@@ -42,18 +42,18 @@ def export_store(
     """
     if shard_bytes < 1:
         raise ConfigError(f"shard_bytes={shard_bytes} is below 1; pass e.g. {SHARD_BYTES}")
-    place = StorageLocation(folder)
-    names = require_only_shards(place)
+    location = StorageLocation(folder)
+    names = require_only_shards(location)
     if MANIFEST in names:
-        raise StoreError(f"{place} holds an export already; pass another folder")
+        raise StoreError(f"{location} holds an export already; pass another folder")
     for leftover in names:  # of an export that was interrupted
-        place.remove(leftover)
+        location.remove(leftover)
     shards: list[Shard] = []
     with progress("export", len(store), show_progress) as advance:
         for texts in _groups(store, shard_bytes):
-            shards.append(write_shard(place, f"shard-{len(shards):05d}", texts, store.dtype))
+            shards.append(write_shard(location, f"shard-{len(shards):05d}", texts, store.dtype))
             advance(len(texts))
-    write_manifest(place, shards)
+    write_manifest(location, shards)
     return shards
 
 
@@ -74,14 +74,14 @@ def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: b
         StoreNotFoundError, StoreCorruptError: The shards are not what was written.
         StoreError: The store is read-only, or the disk refuses.
     """
-    place = StorageLocation(folder)
-    shards = read_manifest(place)
+    location = StorageLocation(folder)
+    shards = read_manifest(location)
     count = 0
     with progress("import", len(shards), show_progress) as advance:
         for shard in shards:
             waiting: list[Compressed] = []
             size = 0
-            for text in ShardReader(place, shard.file).texts():
+            for text in ShardReader(location, shard.file).texts():
                 waiting.append(text)
                 size += text.embeddings.numel() * 4
                 count += 1
@@ -94,23 +94,19 @@ def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: b
 
 
 def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[list[Compressed]]:
-    """Documents of one embedder, about `shard_bytes` of embeddings together."""
+    """Group the documents of one embedder, about `shard_bytes` of embeddings together."""
     for fingerprint in sorted(store.stats().by_fingerprint):
         group: list[Compressed] = []
         size = 0
-        for ref, own in store.items():
-            text = store.finest(ref, own) if own == fingerprint else None
+        for ref, embedder in store.items():
+            text = store.finest(ref, embedder) if embedder == fingerprint else None
             if text is None:  # of another embedder, or removed meanwhile
                 continue
-            if group and EmbeddingFormat.of(text) != EmbeddingFormat.of(
-                group[0]
-            ):  # a fingerprint leaves some settings out
+            # A fingerprint leaves some settings out.
+            if group and (size >= shard_bytes or EmbeddingFormat.of(text) != EmbeddingFormat.of(group[0])):
                 yield group
                 group, size = [], 0
             group.append(text)
             size += text.embeddings.numel() * (1 if store.dtype == "int8" else 2)
-            if size >= shard_bytes:
-                yield group
-                group, size = [], 0
         if group:
             yield group

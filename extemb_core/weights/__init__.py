@@ -1,1 +1,1 @@
-"""Where the weights of LLMs and embedders come from: folders, known names, a hub."""
+"""Find the weights of LLMs and embedders: in folders, by known names, on a hub."""

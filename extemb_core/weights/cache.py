@@ -1,4 +1,4 @@
-"""The folder of a known model in the cache: made whole or not at all, and checked against its manifest."""
+"""Keep the folder of a known model in the cache: written atomically, and checked against its manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANIFEST = "extemb-weights.json"
 
 
 def cache_root() -> Path:
-    """The folder for everything this library keeps: ``EXTEMB_HOME``, or the platform's cache folder."""
+    """Return the folder for everything this library stores: ``EXTEMB_HOME``, or the platform's cache folder."""
     if home := os.environ.get("EXTEMB_HOME"):
         return Path(home).expanduser()
     from platformdirs import user_cache_dir
@@ -30,12 +30,12 @@ def cache_root() -> Path:
 
 
 def folder_of(model: KnownModel) -> Path:
-    """Where the model is, or will be."""
+    """Return the folder where the model is, or will be."""
     return cache_root() / "models" / model.name
 
 
 def is_ready(model: KnownModel) -> bool:
-    """Whether the folder is there: from the pinned bytes, by this conversion, with files of the right sizes.
+    """Return True if the folder is there: from the pinned bytes, by this conversion, with files of the right sizes.
 
     Raises:
         WeightsCorruptError: The folder is there and damaged.
@@ -51,7 +51,7 @@ def is_ready(model: KnownModel) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What ``extemb-weights.json`` says about the files beside it."""
+    """Read ``extemb-weights.json``, which describes the files beside it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return {
@@ -85,13 +85,13 @@ def check_files(folder: Path, *, hashes: bool = False) -> None:
         size = file.stat().st_size
         if size != expected["size_bytes"]:
             raise WeightsCorruptError(f"{file} has {size} bytes and must have {expected['size_bytes']}; {remedy}")
-        if hashes and (found := sha256_of(file)) != expected["sha256"]:
-            raise WeightsCorruptError(f"{file} has sha256 {found} and must have {expected['sha256']}; {remedy}")
+        if hashes and (actual := sha256_of(file)) != expected["sha256"]:
+            raise WeightsCorruptError(f"{file} has sha256 {actual} and must have {expected['sha256']}; {remedy}")
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time make ``folder``; the lock goes with the process, however that ends."""
+    """Let one process at a time build ``folder``; the lock is released when the process ends, however it does."""
     from filelock import FileLock
 
     try:
@@ -110,7 +110,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def partial_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` that is gone afterwards, and with it what a killed process left behind."""
+    """Create a temporary folder beside ``folder``, after removing what a killed process left behind."""
     pattern = f".{folder.name}.partial-"
     for abandoned in folder.parent.glob(f"{pattern}*"):  # the lock is held, so nobody works in it
         shutil.rmtree(abandoned, ignore_errors=True)
@@ -122,7 +122,7 @@ def partial_folder(folder: Path) -> Iterator[Path]:
 
 
 def need_space(parent: Path, model: KnownModel) -> None:
-    """Refuse before the work when the disk cannot hold its result."""
+    """Raise an error before the work if the disk cannot hold its result."""
     free = shutil.disk_usage(parent).free
     needed = model.cache_bytes + 2 * model.size_bytes
     if free < needed:
@@ -133,7 +133,7 @@ def need_space(parent: Path, model: KnownModel) -> None:
 
 
 def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
-    """Write the manifest, the last of the files, and push all of them to the disk."""
+    """Write the manifest, the last of the files, and flush all of them to disk."""
     files = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = {"sha256": sha256_of(file), "size_bytes": file.stat().st_size}
@@ -153,9 +153,9 @@ def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
     fsync(folder / MANIFEST)
 
 
-def replace_folder(made: Path, folder: Path) -> None:
-    """Put the finished folder in place; an old one steps aside, as only an empty one can be replaced."""
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put the finished folder in place; an old one is moved first, as only an empty one can be replaced."""
     if folder.exists():
-        os.replace(folder, made.parent / "old")
-    os.replace(made, folder)
+        os.replace(folder, new.parent / "old")
+    os.replace(new, folder)
     fsync(folder.parent)

@@ -1,4 +1,4 @@
-"""A model folder that the caller points at: is it one, of the kind that is read, and whole?"""
+"""Check a model folder that the caller points at: that it is one, of a supported kind, and whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from extemb_core.weights import cache
 
 
 def check_llm(path: Path) -> None:
-    """Refuse what is not a causal LM in safetensors, or is visibly damaged.
+    """Raise an error for what is not a causal LM in safetensors, or is visibly damaged.
 
     Raises:
         WeightsError: Not a folder with ``config.json`` and safetensors, or an embedder.
@@ -27,15 +27,15 @@ def check_llm(path: Path) -> None:
         _check_safetensors(file)
     if not shards and not any(path.glob("*.safetensors")):
         other = next((f.name for f in sorted(path.iterdir()) if f.suffix in {".bin", ".pt", ".pth", ".gguf"}), None)
-        found = f" (it holds {other})" if other else ""
+        content = f" (it holds {other})" if other else ""
         raise WeightsError(
-            f"{path} has no safetensors file{found}, and no other kind is read; save the model with "
+            f"{path} has no safetensors file{content}, and no other kind is read; save the model with "
             f"save_pretrained of transformers and pass that folder"
         )
 
 
 def check_embedder(path: Path) -> None:
-    """Refuse what is not the folder of an embedder, with the errors of ``check_llm``."""
+    """Raise the errors of ``check_llm`` for what is not the folder of an embedder."""
     kind = _read_config(path).get("model_type")
     if kind != "extemb":
         raise WeightsError(
@@ -58,24 +58,24 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsCorruptError(f"{file} is not valid JSON ({error}); get or save the model again") from error
+        raise WeightsCorruptError(f"{file} is not valid JSON ({error}); download or save the model again") from error
     if not isinstance(content, dict):
-        raise WeightsCorruptError(f"{file} is not a JSON object; get or save the model again")
+        raise WeightsCorruptError(f"{file} is not a JSON object; download or save the model again")
     return content
 
 
 def _check_safetensors(file: Path) -> None:
-    """Read the header only: it says where the last byte of the last tensor must be."""
+    """Check a file by its header alone, which says where the last byte of the last tensor must be."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise WeightsNotFoundError(f"{file} is named by its index and does not exist; get or save the model again")
+        raise WeightsNotFoundError(f"{file} is named by its index and does not exist; download or save the model again")
     try:
         with safe_open(file, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
         raise WeightsCorruptError(
-            f"{file} is truncated or not a safetensors file ({error}); get or save the model again"
+            f"{file} is truncated or not a safetensors file ({error}); download or save the model again"
         ) from error
 
 
@@ -83,4 +83,4 @@ def _shards(index: Path) -> list[str]:
     try:
         return sorted({str(shard) for shard in _read_json(index)["weight_map"].values()})
     except (KeyError, AttributeError) as error:
-        raise WeightsCorruptError(f"{index} has no weight_map; get or save the model again") from error
+        raise WeightsCorruptError(f"{index} has no weight_map; download or save the model again") from error

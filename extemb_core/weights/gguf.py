@@ -1,4 +1,4 @@
-"""GGUF file in, ordinary model folder out: float32 safetensors, and the tokenizer it was trained with."""
+"""Convert a GGUF file to an ordinary model folder: float32 safetensors, and the tokenizer it was trained with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# Raised whenever the folder that comes out changes: a cache made by an older conversion is then made anew.
+# Raised whenever the folder that comes out changes: a cache of an older conversion is then rebuilt.
 CONVERSION_VERSION = 1
 
 _QWEN2_WORDS = (
@@ -100,16 +100,13 @@ def _build_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     named = {
         f"{name}_token": tokens[token_id]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (token_id := _field(reader, f"{key}_token_id", None)) is not None
+        if (token_id := _field(reader, f"{key}_token_id", required=False)) is not None
     }
     template = reader.get_field("tokenizer.chat_template")
     if template is None:
         raise WeightsError(f"{gguf} has no chat template, and an instruct model needs one; use another GGUF file")
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=template.contents(),
-        clean_up_tokenization_spaces=False,
-        **named,
+        tokenizer_object=backend, chat_template=template.contents(), clean_up_tokenization_spaces=False, **named
     )
 
 
@@ -126,43 +123,30 @@ def _backend(reader: GGUFReader, tokens: list[str], kinds: list[int]) -> Tokeniz
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.decoder = decoders.ByteLevel()
     if (kind, splitting) == ("gpt2", "smollm"):
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+        split: pre_tokenizers.PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
     elif (kind, splitting) == ("gpt2", "qwen2"):
         backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        split = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
     else:
         raise WeightsError(
             f"the tokenizer {kind!r} with splitting {splitting!r} is not one of ('gpt2', 'smollm') and "
             f"('gpt2', 'qwen2'); add its splitting rule to extemb_core/weights/gguf.py"
         )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting == "smollm")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     return backend
 
 
-_REQUIRED = object()
-
-
-def _field(reader: GGUFReader, name: str, default: Any = _REQUIRED) -> Any:
+def _field(reader: GGUFReader, name: str, *, required: bool = True) -> Any:
     field = reader.get_field(f"tokenizer.ggml.{name}")
-    if field is None:
-        if default is _REQUIRED:
-            raise WeightsError(f"the GGUF file has no field tokenizer.ggml.{name}; use another GGUF file")
-        return default
-    return field.contents()
+    if field is None and required:
+        raise WeightsError(f"the GGUF file has no field tokenizer.ggml.{name}; use another GGUF file")
+    return None if field is None else field.contents()
 
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers' own bars quiet: who shows progress, and where, is the caller's choice."""
+    """Hide the progress bars of transformers: it is the caller's choice to show any."""
     from transformers.utils import logging
 
     # Its GGUF reader takes tqdm directly, past the switch below.

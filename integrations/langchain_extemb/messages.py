@@ -1,4 +1,4 @@
-"""LangChain's messages as ours: texts, and the documents in them wherever LangChain puts any."""
+"""Convert LangChain's messages to ours: texts, and the documents in them wherever LangChain puts any."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Part = str | Document
 
 
 def to_messages(messages: Iterable[BaseMessage], refs: Refs) -> list[dict[str, Any]]:
-    """Messages with "role" and "content", a list of texts and documents.
+    """Return messages with "role" and "content", a list of texts and documents.
 
     Documents are found in `text-plain`, `document` and `search_result` blocks, in the artifact of a tool's message, and
     behind refs in text.
@@ -37,20 +37,22 @@ def to_messages(messages: Iterable[BaseMessage], refs: Refs) -> list[dict[str, A
     Raises:
         DocumentError: A block holds what is no text, or a ref's document is not kept any more.
     """
-    found: list[dict[str, Any]] = []
+    converted: list[dict[str, Any]] = []
     for message in messages:
-        content: list[Part] = [piece for part in _parts(message) for piece in _found(part, refs)]
-        found.append({"role": _role(message), "content": content})
+        content: list[Part] = []
+        for part in _parts(message):
+            content += refs.find(part) if isinstance(part, str) else [part]
+        converted.append({"role": _role(message), "content": content})
         if isinstance(message, AIMessage) and message.tool_calls:
-            found[-1]["tool_calls"] = [
+            converted[-1]["tool_calls"] = [
                 {"type": "function", "function": {"name": call["name"], "arguments": call["args"]}}
                 for call in message.tool_calls
             ]
-    return found
+    return converted
 
 
 def to_documents(documents: Any) -> list[Document]:
-    """What `documents=` takes: one document or several, of LangChain or ours, dicts or texts.
+    """Convert the value of `documents=`: one document or several, of LangChain or ours, dicts or texts.
 
     Raises:
         DocumentError: It is none of these.
@@ -136,7 +138,3 @@ def _titled(text: Any, block: Mapping[str, Any]) -> Document:
     metadata = {"source": source} if isinstance(source, str) else {}
     title = block.get("title")
     return Document(text, title=title if isinstance(title, str) else None, metadata=metadata)
-
-
-def _found(part: Part, refs: Refs) -> list[Part]:
-    return refs.find(part) if isinstance(part, str) else [part]

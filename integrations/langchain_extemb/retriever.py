@@ -1,4 +1,4 @@
-"""Passages of a library as LangChain's documents."""
+"""Return passages of a library as LangChain's documents."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class ExtensibleRetriever(BaseRetriever):
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **_: Any
     ) -> list[Document]:
         if self._opened is None:
-            given = self.library
-            self._opened = given if isinstance(given, Library) else Library(given, mode="r")
+            library = self.library
+            self._opened = library if isinstance(library, Library) else Library(library, mode="r")
         return [
             Document(
                 page_content=passage.text,

@@ -103,7 +103,7 @@ def test_what_is_read_is_what_was_put(tmp_path, value):
 
 
 def test_memory_is_bounded_and_threads_may_share(monkeypatch):
-    monkeypatch.setattr("extemb_core.frameworks.refs._KEPT_CHARS", 1000)
+    monkeypatch.setattr("extemb_core.frameworks.refs._MAX_CHARS", 1000)
     refs = Refs(MemoryStore())
     documents = [Document(f"Text {number}. " * 10) for number in range(40)]
     with ThreadPoolExecutor(8) as pool:

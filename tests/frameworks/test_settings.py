@@ -40,7 +40,7 @@ def test_settings_of_a_call_go_before_those_of_the_object(lm):
     assert (asked["ratio"], asked["max_new_tokens"], asked["temperature"], asked["stop"]) == (8, 3, 0.0, ["a"])
     assert made._call_settings(["b"], {})["stop"] == ["b"]
     assert "documents" not in asked
-    with pytest.raises(ConfigError, match="top_n=3 is no setting of a call; pass one of budget, documents"):
+    with pytest.raises(ConfigError, match="unknown setting top_n=3; pass one of budget, documents"):
         made._call_settings(None, {"top_n": 3})
 
 

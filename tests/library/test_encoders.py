@@ -28,9 +28,9 @@ def test_a_function_is_an_encoder():
 def test_what_an_encoder_returns_is_checked(made):
     encoder = CallableEncoder(lambda texts: [[1.0]] * len(texts), "mine")
     encoder._function = lambda texts: made
-    with pytest.raises(ConfigError, match="mine made"):
+    with pytest.raises(ConfigError, match="mine returned shape"):
         encoder.encode(["a", "b"])
-    with pytest.raises(ConfigError, match="encoder=3 is none"):
+    with pytest.raises(ConfigError, match="encoder=3 is not a text encoder"):
         as_encoder(3)
 
 

@@ -88,5 +88,5 @@ def test_a_file_that_is_not_whole_or_of_something_else_is_not_read(tmp_path):
 
 
 def test_an_index_that_faiss_does_not_know():
-    with pytest.raises(ConfigError, match="index='Tree' is nothing that FAISS makes"):
+    with pytest.raises(ConfigError, match="index='Tree' is not an index that FAISS builds"):
         VectorIndex(16, "Tree")

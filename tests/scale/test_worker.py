@@ -81,7 +81,7 @@ def test_rows_without_text_are_counted_and_the_others_compressed(models, out):
 
 
 def test_a_column_that_is_not_there(models, out):
-    with pytest.raises(ConfigError, match="column='text' is none of the input's: body, id; pass one"):
+    with pytest.raises(ConfigError, match="column='text' is not a column of the input; pass one of body, id"):
         CompressWorker(out, **models)({"body": ["a"], "id": [1]})
     assert batch_of(CompressWorker(out, **models, column="body")({"body": ["a"]})).n_texts == 1
     with pytest.raises(RatioError):
@@ -166,7 +166,7 @@ def test_a_folder_of_something_else_is_not_touched(models, out, tmp_path):
     check_output(out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("words")
-    with pytest.raises(StoreError, match="holds 'letter.txt', which is no shard"):
+    with pytest.raises(StoreError, match="holds 'letter.txt', which is not a shard"):
         check_output(tmp_path / "mine")
     with EmbeddingStore.open(tmp_path / "store") as store:
         store.put(*random_embedder(tiny_llm()).compress(TEXTS[:2]))
@@ -177,7 +177,7 @@ def test_a_folder_of_something_else_is_not_touched(models, out, tmp_path):
     (shard,) = seal(out)
     receipt = out / shard.file.replace(".safetensors", ".json")
     receipt.write_text(json.dumps({"file": "../else"}))
-    with pytest.raises(StoreCorruptError, match="is no receipt of a shard"):
+    with pytest.raises(StoreCorruptError, match="is not a receipt of a shard"):
         check_output(out)
 
 

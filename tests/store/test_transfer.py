@@ -133,7 +133,7 @@ def test_an_interrupted_export_is_begun_again_and_other_files_are_not_touched(st
         export_store(store, out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("words")
-    with pytest.raises(StoreError, match="holds 'letter.txt', which is no shard"):
+    with pytest.raises(StoreError, match="holds 'letter.txt', which is not a shard"):
         export_store(store, tmp_path / "mine")
     with pytest.raises(ConfigError, match="shard_bytes=0 is below 1"):
         export_store(store, tmp_path / "new", shard_bytes=0)
@@ -156,7 +156,7 @@ def test_a_damaged_or_hostile_folder_is_refused_before_anything_is_put(store, tm
     for name in ("../secret.safetensors", str(secret), "manifest.json"):
         manifest["shards"][0]["file"] = name
         (out / "manifest.json").write_text(json.dumps(manifest))
-        refused("which is no shard beside it")
+        refused("which is not a shard beside it")
     (out / "manifest.json").write_text(good)
     shard = out / "shard-00001.safetensors"
     content = bytearray(shard.read_bytes())
@@ -171,7 +171,7 @@ def test_a_damaged_or_hostile_folder_is_refused_before_anything_is_put(store, tm
     (out / "manifest.json").write_text(good[:50])
     refused("is not a manifest of shards")
     (out / "manifest.json").write_text(good.replace('"version": 2', '"version": 9'))
-    refused("version 9; export it anew", StoreError)
+    refused("version 9; export it again", StoreError)
 
 
 def test_a_file_that_is_no_shard(tmp_path):

@@ -142,7 +142,7 @@ def test_ranks_become_fidelities_within_the_budget(llm, lm, long_nodes, caplog):
     with caplog.at_level(logging.WARNING):
         chosen, made = ratios(ratio=2, budget=1300)
     assert [found.node_id for found in made] == ["0", "1"]
-    assert "2 of 4 nodes are left out, as budget=1300 does not hold them: 2, 3" in caplog.text
+    assert "2 of 4 nodes dropped: no room in budget=1300: 2, 3" in caplog.text
     huge = [NodeWithScore(node=TextNode(text=(LONG * 200)[at:40000])) for at in range(2)]
     made = ExtensibleEmbeddingPostprocessor(llm=llm).postprocess_nodes(huge)
     assert [found.node.extemb_ratio for found in made] == [lm.embedder.config.ratios[-1]] * 2

@@ -1,4 +1,4 @@
-"""A LlamaIndex LLM that reads documents as extensible embeddings, and a prompt helper that counts them.
+"""LlamaIndex LLM that reads documents as extensible embeddings, and a prompt helper that counts them.
 
 The helper loads on first use; torch and transformers load with it, or with the first call of an LLM.
 """

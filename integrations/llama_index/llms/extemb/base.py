@@ -1,4 +1,4 @@
-"""The LLM: completions and chats, streamed or not, in threads or an event loop."""
+"""LLM for completions and chats, streamed or not, in threads or an event loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llama_index.llms.extemb.messages import to_messages
 
 
 class ExtensibleLLM(GenerationSettings, CustomLLM):
-    """A frozen LLM whose documents are compressed instead of truncated.
+    """Frozen LLM whose documents are compressed instead of truncated.
 
     ```python
     from llama_index.llms.extemb import ExtensibleLLM
@@ -49,7 +49,7 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """The LLM's window, and the longest answer."""
+        """Context window of the LLM, and its longest answer."""
         window = window_of(self.model) if self._loaded is None else self._loaded.llm.context_window
         return LLMMetadata(
             context_window=window if window is not None else self.lm.llm.context_window,
@@ -62,35 +62,35 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        return self._as_chat(self._answer(self._asked_of_chat, messages, kwargs), kwargs)
+        return self._as_chat(self._answer(self._prepare_chat, messages, kwargs), kwargs)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        stream = self._opened(self._asked_of_chat, messages, kwargs)
+        stream = self._opened(self._prepare_chat, messages, kwargs)
 
         def pieces() -> ChatResponseGen:
             text = ""
             with stream:
                 for piece in stream:
                     text += piece
-                    yield ChatResponse(message=_said(text), delta=piece)
+                    yield ChatResponse(message=_reply(text), delta=piece)
             yield self._as_chat(stream.answer, kwargs, delta="")
 
         return pieces()
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        answer = await until_cancelled(lambda event: self._answer(self._asked_of_chat, messages, kwargs, event))
+        answer = await until_cancelled(lambda event: self._answer(self._prepare_chat, messages, kwargs, event))
         return self._as_chat(answer, kwargs)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         async def pieces() -> ChatResponseAsyncGen:
             text = ""
-            async with AsyncAnswerStream(lambda: self._opened(self._asked_of_chat, messages, kwargs)) as stream:
+            async with AsyncAnswerStream(lambda: self._opened(self._prepare_chat, messages, kwargs)) as stream:
                 async for piece in stream:
                     text += piece
-                    yield ChatResponse(message=_said(text), delta=piece)
+                    yield ChatResponse(message=_reply(text), delta=piece)
                 yield self._as_chat(stream.answer, kwargs, delta="")
 
         return pieces()
@@ -99,12 +99,12 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """The answer to a prompt; with `formatted`, what follows on it, without a chat template."""
-        return self._as_completion(self._answer(self._asked_of_completion(formatted), prompt, kwargs), kwargs)
+        """Answer a prompt; with `formatted`, continue it without a chat template."""
+        return self._as_completion(self._answer(self._prepare_completion(formatted), prompt, kwargs), kwargs)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        stream = self._opened(self._asked_of_completion(formatted), prompt, kwargs)
+        stream = self._opened(self._prepare_completion(formatted), prompt, kwargs)
 
         def pieces() -> CompletionResponseGen:
             text = ""
@@ -118,17 +118,17 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        asked = self._asked_of_completion(formatted)
-        answer = await until_cancelled(lambda event: self._answer(asked, prompt, kwargs, event))
+        prepare = self._prepare_completion(formatted)
+        answer = await until_cancelled(lambda event: self._answer(prepare, prompt, kwargs, event))
         return self._as_completion(answer, kwargs)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        asked = self._asked_of_completion(formatted)
+        prepare = self._prepare_completion(formatted)
 
         async def pieces() -> CompletionResponseAsyncGen:
             text = ""
-            async with AsyncAnswerStream(lambda: self._opened(asked, prompt, kwargs)) as stream:
+            async with AsyncAnswerStream(lambda: self._opened(prepare, prompt, kwargs)) as stream:
                 async for piece in stream:
                     text += piece
                     yield CompletionResponse(text=text, delta=piece)
@@ -138,18 +138,15 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _asked_of_chat(self, messages: Sequence[ChatMessage], settings: dict[str, Any]) -> tuple[PreparedPrompt, Any]:
+    def _prepare_chat(self, messages: Sequence[ChatMessage], settings: dict[str, Any]) -> tuple[PreparedPrompt, Any]:
         lm = self._lm_of(settings)
         return lm.prepare(
-            to_messages(messages, lm.refs),
-            settings.get("documents") or (),
-            condense=True,
-            **self._settings(settings),
+            to_messages(messages, lm.refs), settings.get("documents") or (), condense=True, **self._settings(settings)
         )
 
-    def _asked_of_completion(self, formatted: bool) -> Any:
+    def _prepare_completion(self, formatted: bool) -> Any:
         def of_chat(prompt: str, settings: dict[str, Any]) -> tuple[PreparedPrompt, Any]:
-            return self._asked_of_chat([ChatMessage(prompt)], settings)
+            return self._prepare_chat([ChatMessage(prompt)], settings)
 
         def of_text(prompt: str, settings: dict[str, Any]) -> tuple[PreparedPrompt, Any]:
             lm = self._lm_of(settings)
@@ -163,17 +160,17 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
         return self._call_settings([stop] if isinstance(stop, str) else stop, others)
 
     def _answer(
-        self, asked: Any, given: Any, settings: dict[str, Any], cancelled: threading.Event | None = None
+        self, prepare: Any, prompt: Any, settings: dict[str, Any], cancelled: threading.Event | None = None
     ) -> Answer:
-        ready, sampling = asked(given, settings)
-        return self._lm_of(settings).batcher.answer(ready, sampling, cancelled)
+        prepared, sampling = prepare(prompt, settings)
+        return self._lm_of(settings).batcher.answer(prepared, sampling, cancelled)
 
-    def _opened(self, asked: Any, given: Any, settings: dict[str, Any]) -> AnswerStream:
-        return AnswerStream(self._lm_of(settings).llm, *asked(given, settings))
+    def _opened(self, prepare: Any, prompt: Any, settings: dict[str, Any]) -> AnswerStream:
+        return AnswerStream(self._lm_of(settings).llm, *prepare(prompt, settings))
 
     def _as_chat(self, answer: Answer, settings: dict[str, Any], delta: str | None = None) -> ChatResponse:
         return ChatResponse(
-            message=_said(answer.text), delta=delta, raw=self._raw(answer, settings), additional_kwargs=_usage(answer)
+            message=_reply(answer.text), delta=delta, raw=self._raw(answer, settings), additional_kwargs=_usage(answer)
         )
 
     def _as_completion(self, answer: Answer, settings: dict[str, Any], delta: str | None = None) -> CompletionResponse:
@@ -185,11 +182,11 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
         return {**self._response_metadata(answer, settings), "usage": _usage(answer)}
 
 
-def _said(text: str) -> ChatMessage:
+def _reply(text: str) -> ChatMessage:
     return ChatMessage(text, role=MessageRole.ASSISTANT)
 
 
 def _usage(answer: Answer) -> dict[str, int]:
-    """Positions of the window that were really used."""
+    """Return the positions of the window that were really used."""
     read, written = answer.prompt_positions, answer.new_tokens
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

@@ -1,4 +1,4 @@
-"""LlamaIndex's chat messages as ours: texts, and the documents in them."""
+"""Convert LlamaIndex's chat messages to ours: texts, and the documents in them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SILENT = {"cache", "thinking", "tool_call"}  # by name: not all versions have t
 
 
 def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, Any]]:
-    """Messages with "role" and "content", a list of texts and documents.
+    """Return messages with "role" and "content", a list of texts and documents.
 
     Raises:
         DocumentError: A block holds what is no text, or a ref's document is not kept any more.
@@ -73,7 +73,7 @@ def _text_of(block: Any) -> str:
         return str(block.resolve_document().read(), "utf-8")
     except UnicodeDecodeError as error:
         raise DocumentError(
-            f"the document {block.title!r} ({block.document_mimetype}) is no text in UTF-8; pass path= for files of "
+            f"the document {block.title!r} ({block.document_mimetype}) is not UTF-8 text; pass path= for files of "
             "other formats"
         ) from error
 

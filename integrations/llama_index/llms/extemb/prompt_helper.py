@@ -1,4 +1,4 @@
-"""A prompt helper that counts what refs really take, and never splits one."""
+"""Prompt helper that counts the positions of refs, and never splits one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BETWEEN = "\n\n"
 
 
 def extensible_prompt_helper(llm: ExtensibleLLM, **settings: Any) -> PromptHelper:
-    """For `Settings.prompt_helper` or `get_response_synthesizer(prompt_helper=...)`; it loads the LLM.
+    """Make one for `Settings.prompt_helper` or `get_response_synthesizer(prompt_helper=...)`; it loads the LLM.
 
     Texts with refs in them are packed whole and counted in positions; the prompt is counted through the LLM's chat
     template; texts without refs are packed as LlamaIndex does.
@@ -32,7 +32,7 @@ def extensible_prompt_helper(llm: ExtensibleLLM, **settings: Any) -> PromptHelpe
 
 
 class ExtensiblePromptHelper(PromptHelper):
-    """See `extensible_prompt_helper`."""
+    """Packs prompts as `extensible_prompt_helper` says."""
 
     _llm: ExtensibleLLM = PrivateAttr()
 
@@ -77,7 +77,7 @@ class ExtensiblePromptHelper(PromptHelper):
         llm: Any = None,
         tools: Any = None,
     ) -> list[str]:
-        """Few texts that each fill the window, in order; a text with a ref in it is in one of them whole."""
+        """Pack texts into few that each fill the window, in order; a text with a ref in it stays whole."""
         if not any(map(MARK.search, text_chunks)):
             return super().repack(prompt, text_chunks, padding, llm, tools)
         size = self._get_available_chunk_size(prompt, padding=padding, llm=llm, tools=tools)
@@ -105,7 +105,7 @@ class ExtensiblePromptHelper(PromptHelper):
         llm: Any = None,
         tools: Any = None,
     ) -> list[str]:
-        """Texts cut so that all fit the window together; those with refs in them stay whole."""
+        """Cut texts so that all fit the window together; those with refs in them stay whole."""
         count = self._token_counter.get_string_tokens
         plain = [chunk for chunk in text_chunks if not MARK.search(chunk)]
         if len(plain) == len(text_chunks):

@@ -1,4 +1,4 @@
-"""What retrieval returned, compressed on its way to the response synthesizer."""
+"""Compress retrieved nodes on their way to the response synthesizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class CompressionSettings(ModelSettings):
-    """Which LLM will read what is compressed: its weights compress, into its store."""
+    """LLM that will read what is compressed: its weights compress, into its store."""
 
     llm: Any = Field(default=None, exclude=True)
     """The `ExtensibleLLM` that will read the nodes; in its place, `model`, `embedder` and `store`."""
@@ -39,7 +39,7 @@ class CompressionSettings(ModelSettings):
 
     @property
     def lm(self) -> ExtensibleLM:
-        """The model; it is loaded now if it was not."""
+        """Model; it is loaded now if it was not."""
         if self.llm is not None:
             lm: ExtensibleLM = self.llm.lm
             return lm
@@ -47,7 +47,7 @@ class CompressionSettings(ModelSettings):
 
 
 class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocessor):
-    """Nodes go to the LLM as extensible embeddings; `source_nodes` keep text, scores, ids, metadata and relationships.
+    """Sends nodes to the LLM as embeddings; `source_nodes` keep text, scores, ids, metadata and relationships.
 
     ```python
     index.as_query_engine(llm=llm, node_postprocessors=[ExtensibleEmbeddingPostprocessor(llm=llm, budget=1024)])
@@ -59,9 +59,9 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
     """
 
     budget: int | None = None
-    """Positions of the window that the nodes may take together, with their metadata. What does not fit is left out, the
+    """Positions of the window that the nodes may take together, with their metadata. What does not fit is dropped, the
     worst ranked first, with a warning. When not given, "auto" aims at the LLM's own budget or half of the window, and
-    nothing is left out: LlamaIndex asks several times then."""
+    nothing is dropped: LlamaIndex asks several times then."""
     min_tokens: int = Field(default=64, ge=0)
     """Nodes of at most so many tokens stay text, as far as the budget allows."""
     top_raw: int = Field(default=0, ge=0)
@@ -75,47 +75,47 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         lm = self.lm
-        texts = {at: text for at, found in enumerate(nodes) if (text := text_of(found.node)) is not None}
+        texts = {at: text for at, scored in enumerate(nodes) if (text := text_of(scored.node)) is not None}
         documents = {at: to_document(nodes[at].node, text) for at, text in texts.items()}
         chosen = dict(zip(documents, self._plan(lm, nodes, documents).documents, strict=True))
-        ratios = {at: one.fidelity for at, one in chosen.items() if isinstance(one.fidelity, int)}
+        ratios = {at: plan.fidelity for at, plan in chosen.items() if isinstance(plan.fidelity, int)}
         for ratio in sorted(set(ratios.values())):
             lm.compress(
-                [documents[at] for at, own in ratios.items() if own == ratio],
+                [documents[at] for at, chosen_ratio in ratios.items() if chosen_ratio == ratio],
                 ratio=ratio,
                 batch_size=self.batch_size,
                 show_progress=False,
             )
         marks = lm.refs.put(*(documents[at] for at in ratios), finest=list(ratios.values()))
-        made: dict[int, BaseNode] = {}
+        compressed: dict[int, BaseNode] = {}
         for (at, ratio), mark in zip(ratios.items(), marks, strict=True):
             tokens = chosen[at].n_tokens
             positions = compressed_positions(tokens, ratio, lm.embedder.config.chunk_size)
-            made[at] = extensible(
+            compressed[at] = extensible(
                 nodes[at].node, documents[at], mark=mark, ratio=ratio, tokens=tokens, positions=positions
             )
-        dropped = [at for at, one in chosen.items() if one.fidelity == "dropped" and one.n_tokens]
+        dropped = [at for at, plan in chosen.items() if plan.fidelity == "dropped" and plan.n_tokens]
         if dropped:
             logger.warning(
-                "%d of %d nodes are left out, as budget=%s does not hold them: %s",
+                "%d of %d nodes dropped: no room in budget=%s: %s",
                 len(dropped), len(nodes), self.budget, ", ".join(nodes[at].node_id for at in dropped),
             )  # fmt: skip
         return [
-            found.model_copy(update={"node": made[at]}) if at in made else found
-            for at, found in enumerate(nodes)
+            scored.model_copy(update={"node": compressed[at]}) if at in compressed else scored
+            for at, scored in enumerate(nodes)
             if at not in dropped
         ]
 
     def _plan(self, lm: ExtensibleLM, nodes: list[NodeWithScore], documents: dict[int, Document]) -> Plan:
-        """What becomes of the nodes that are text, each with its metadata as overhead."""
+        """Plan the fidelity of the nodes that are text, each with its metadata as overhead."""
         config = lm.embedder.config
-        tokens = [lm.builder.n_tokens(one) for one in documents.values()]
+        tokens = [lm.builder.n_tokens(document) for document in documents.values()]
         overhead = [len(lm.llm.encode(heading_of(nodes[at].node))) for at in documents]
-        for place, document in enumerate(documents.values()):
+        for index, document in enumerate(documents.values()):
             if not document.text.strip():  # its metadata is all there is to it: nothing to compress
-                whole = tokens[place] + overhead[place]
-                tokens[place] = min(1, whole)
-                overhead[place] = whole - tokens[place]
+                whole = tokens[index] + overhead[index]
+                tokens[index] = min(1, whole)
+                overhead[index] = whole - tokens[index]
         if self.budget is not None:
             room = self.budget
         elif self.ratio == "auto":

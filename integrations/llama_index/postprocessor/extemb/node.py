@@ -1,18 +1,11 @@
-"""A node with its text for whoever asks, and a ref of its embeddings for the LLM."""
+"""Node with its text for whoever asks, and a ref of its embeddings for the LLM."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llama_index.core.base.llms.types import TextBlock
-from llama_index.core.schema import (
-    DEFAULT_TEXT_NODE_TMPL,
-    BaseNode,
-    MediaResource,
-    MetadataMode,
-    Node,
-    TextNode,
-)
+from llama_index.core.schema import DEFAULT_TEXT_NODE_TMPL, BaseNode, MediaResource, MetadataMode, Node, TextNode
 
 from extemb_core.documents import Document, text_ref
 
@@ -20,7 +13,7 @@ _SOURCES = ("source", "file_path", "file_name", "url", "title")
 
 
 class ExtensibleNode(TextNode):
-    """A node whose text the LLM reads as extensible embeddings. All else about it is as it was, its text included.
+    """Node whose text the LLM reads as extensible embeddings. All else about it is as it was, its text included.
 
     Attributes:
         extemb_mark: What the LLM is given in the text's place (see `extemb_core.frameworks.refs`).
@@ -41,7 +34,7 @@ class ExtensibleNode(TextNode):
         return "ExtensibleNode"
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
-        """The node's content; in LLM mode with the mark in the text's place."""
+        """Return the node's content; in LLM mode with the mark in the text's place."""
         if metadata_mode != MetadataMode.LLM or not self.stands:
             return super().get_content(metadata_mode)
         metadata = self.get_metadata_str(mode=metadata_mode).strip()
@@ -50,7 +43,7 @@ class ExtensibleNode(TextNode):
         return self.text_template.format(content=self.extemb_mark, metadata_str=metadata).strip()
 
     def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[Any]:
-        """`get_content` as blocks of a chat message."""
+        """Return `get_content` as blocks of a chat message."""
         if metadata_mode != MetadataMode.LLM or not self.stands:
             return super().get_content_blocks(metadata_mode)
         metadata = self.get_metadata_str(mode=metadata_mode).strip()
@@ -58,12 +51,12 @@ class ExtensibleNode(TextNode):
 
     @property
     def stands(self) -> bool:
-        """Whether the text is still what the mark stands for."""
+        """Return True if the text is still what the mark stands for."""
         return text_ref(self.text) == self.extemb_ref
 
 
 def text_of(node: BaseNode) -> str | None:
-    """The text of a node that is nothing but text; None for images, links to other things, and the like."""
+    """Return the text of a node that is nothing but text; None for images, links to other things, and the like."""
     if type(node) in (TextNode, ExtensibleNode):
         return node.get_content(MetadataMode.NONE)
     resources = ("image_resource", "audio_resource", "video_resource")
@@ -73,14 +66,14 @@ def text_of(node: BaseNode) -> str | None:
 
 
 def heading_of(node: BaseNode) -> str:
-    """The metadata that an LLM is shown, as it stands around the node's text; empty where there is none."""
+    """Return the metadata that an LLM is shown around the node's text; empty if there is none."""
     metadata = node.get_metadata_str(mode=MetadataMode.LLM).strip()
     template = getattr(node, "text_template", DEFAULT_TEXT_NODE_TMPL)
     return str(template.format(content="", metadata_str=metadata)) if metadata else ""
 
 
 def to_document(node: BaseNode, text: str) -> Document:
-    """A node as our document, which cites the node's source or else its id."""
+    """Convert a node to our document, which cites the node's source or else its id."""
     named = next((node.metadata[key] for key in _SOURCES if node.metadata.get(key)), node.node_id)
     return Document(text, metadata={"source": str(named)})
 
@@ -88,9 +81,9 @@ def to_document(node: BaseNode, text: str) -> Document:
 def extensible(
     node: BaseNode, document: Document, *, mark: str, ratio: int, tokens: int, positions: int
 ) -> ExtensibleNode:
-    """The node, with a mark for the LLM; nothing of it is copied or checked anew."""
-    own = {name: getattr(node, name) for name in ExtensibleNode.model_fields if hasattr(node, name)}
-    own |= {
+    """Return the node with a mark for the LLM; nothing of it is copied or validated again."""
+    fields = {name: getattr(node, name) for name in ExtensibleNode.model_fields if hasattr(node, name)}
+    fields |= {
         "text": document.text,
         "extemb_mark": mark,
         "extemb_ref": document.ref,
@@ -98,4 +91,4 @@ def extensible(
         "extemb_tokens": tokens,
         "extemb_positions": positions,
     }
-    return ExtensibleNode.model_construct(**own)
+    return ExtensibleNode.model_construct(**fields)

@@ -1,4 +1,4 @@
-"""Compression while documents are taken in, so that questions find it done."""
+"""Compress documents during ingestion, so that questions need not wait for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ExtensibleTransform(CompressionSettings, TransformComponent):
     """Compresses nodes into the store, each text once; the nodes go on unchanged.
 
     The last transformation of an `IngestionPipeline`, after the splitter. What is done is in the store batch by batch:
-    a run that was broken off goes on where it was, and a node whose text is there costs a look-up. Give `ratio` the
+    an interrupted run resumes, and a node whose text is there costs a look-up. Give `ratio` the
     finest one that will be asked for, or "auto" for the one that the embedder keeps.
     """
 
@@ -29,8 +29,8 @@ class ExtensibleTransform(CompressionSettings, TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         if self.ratio != "raw":
-            found = (to_document(node, text) for node in nodes if (text := text_of(node)) and text.strip())
-            documents = list({document.ref: document for document in found}.values())
+            with_text = (to_document(node, text) for node in nodes if (text := text_of(node)) and text.strip())
+            documents = list({document.ref: document for document in with_text}.values())
             ratio = None if self.ratio == "auto" else int(self.ratio)
             self.lm.compress(documents, ratio=ratio, batch_size=self.batch_size, show_progress=self.show_progress)
         return nodes
