@@ -32,7 +32,7 @@ def made(architecture="llama", *, bos=None, window=256):
         bos_token_id = bos
 
         @property
-        def window(self):
+        def context_window(self):
             return window
 
     plain = tiny_llm(architecture)
@@ -179,7 +179,7 @@ class Indifferent:
     """An LLM that expects every token alike."""
 
     bos_token_id = None
-    window = 64
+    context_window = 64
     has_sliding_window = True
 
     def embed(self, ids):
