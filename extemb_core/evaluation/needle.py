@@ -157,13 +157,26 @@ class NeedleExperiment(Measured):
             }
 
     def haystack(self, case: Case) -> Haystack:
-        """Make the haystack of a case."""
+        """Make the haystack of a case: its needle is in that of the gaps which is nearest to the depth."""
         draw = np.random.default_rng(
             [self.config.seed, TASKS.index(case.task), case.tokens, round(case.depth * 10_000), case.trial]
         )
+        words = PROMPTS[case.task]
         if case.task == "passkey":
-            return _passkey(self.llm, case, draw, self._texts)
-        return _key_value(self.llm, case, draw)
+            key, answer = "", str(draw.integers(10_000, 100_000))
+        else:
+            pairs = _pairs(draw)
+            key, answer = next(pairs)
+        needle = self.llm.encode(words["needle"].format(key=key, answer=answer))
+        size = case.tokens - len(needle)
+        if case.task == "passkey":
+            hay, gaps = filler(self.llm, size, draw, self._texts)
+        else:
+            lines = (self.llm.encode(words["needle"].format(key=other, answer=value)) for other, value in pairs)
+            hay, gaps = _fill(lines, size)
+        at = int(gaps[np.abs(gaps - case.depth * size).argmin()])
+        ids = np.concatenate([hay[:at], needle, hay[at:]])
+        return Haystack(case.task, ids, at, words["after"].format(key=key), answer)
 
     def forms(self, haystack: Haystack) -> dict[str, Segment]:
         """Make what each arm that fits puts in the place of the text: (T,) token ids, or compressed text."""
@@ -276,29 +289,6 @@ def positions_at(n_tokens: int, ratio: int, embedder: ExtensibleEmbedder | None)
     """Count the positions that so many tokens take at a ratio: the tail of each chunk takes one too."""
     size = embedder.config.chunk_size if embedder is not None else max(1, n_tokens)
     return sum(n_embeddings(length, ratio) for length in chunk_lengths(n_tokens, size))
-
-
-def _passkey(llm: LLM, case: Case, draw: np.random.Generator, texts: Ids | None) -> Haystack:
-    answer = str(draw.integers(10_000, 100_000))
-    needle = llm.encode(PROMPTS[case.task]["needle"].format(answer=answer))
-    hay = filler(llm, case.tokens - len(needle), draw, texts)
-    return _hidden(case, needle, *hay, PROMPTS[case.task]["after"], answer)
-
-
-def _key_value(llm: LLM, case: Case, draw: np.random.Generator) -> Haystack:
-    line, after = PROMPTS[case.task]["needle"], PROMPTS[case.task]["after"]
-    pairs = _pairs(draw)
-    key, answer = next(pairs)
-    needle = llm.encode(line.format(key=key, answer=answer))
-    others = (llm.encode(line.format(key=other, answer=value)) for other, value in pairs)
-    hay = _fill(others, case.tokens - len(needle))
-    return _hidden(case, needle, *hay, after.format(key=key), answer)
-
-
-def _hidden(case: Case, needle: Ids, hay: Ids, gaps: Ids, question: str, answer: str) -> Haystack:
-    """Put the needle into that of the gaps which is nearest to the depth."""
-    at = int(gaps[np.abs(gaps - case.depth * len(hay)).argmin()])
-    return Haystack(case.task, np.concatenate([hay[:at], needle, hay[at:]]), at, question, answer)
 
 
 def _fill(pieces: Iterable[Ids], count: int) -> tuple[Ids, Ids]:

@@ -24,7 +24,6 @@ from extemb_core.evaluation.runs import Measured, Sample, batches_by_length, gro
 from extemb_core.evaluation.settings import CONTROLS, QaConfig
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, read_questions, template_for, templates
@@ -93,12 +92,14 @@ class QaExperiment(Measured):
         lengths = {arm: max(map(len, of_arm)) for arm, of_arm in prompts.items()}
         for batch in batches_by_length(lengths, rows=len(questions)):
             inputs = [prompt.inputs(self.llm) for arm in batch for prompt in prompts[arm]]
-            losses = iter(self._losses(inputs, questions * len(batch)))
+            references = [self.reference(question) for question in questions]
+            scores = iter(self.llm.log_probs(inputs, references * len(batch)))
             texts = iter(self.llm.generate(inputs, self._sampling) if self.config.generate else ())
             for arm in batch:
                 for row, (question, form) in enumerate(zip(questions, forms, strict=True)):
                     answer = next(texts).text.strip() if self.config.generate else None
-                    answered[row][arm] = self._scored(question, arm, answer, next(losses), form[arm])
+                    loss = round(-float(next(scores).mean()), 6)
+                    answered[row][arm] = self._scored(question, arm, answer, loss, form[arm])
         for question, arms in zip(questions, answered, strict=True):
             yield {
                 "id": question.id,
@@ -109,11 +110,6 @@ class QaExperiment(Measured):
                 "answer_tokens": len(self.reference(question)),
                 "arms": arms,
             }
-
-    def _losses(self, inputs: Sequence[PromptInputs], questions: Sequence[Question]) -> list[float]:
-        """Measure the loss of each question's reference answer after a prompt: the mean over its tokens, in nats."""
-        scores = self.llm.log_probs(inputs, [self.reference(question) for question in questions])
-        return [round(-float(score.mean()), 6) for score in scores]
 
     def _scored(
         self, question: Question, arm: str, prediction: str | None, loss: float, parts: Sequence[Part]
