@@ -94,7 +94,7 @@ class Batches:
 
 
 class Collator:
-    """Draws the ratios of each sample and the chunk size of the batch, from the place of its first item.
+    """Draws the ratios of each sample and the chunk size of the batch, from the index of its first item.
 
     A ratio that is named twice is drawn twice as often, but never twice for one sample. Two streams take a chunk size
     that leaves something to predict.

@@ -74,12 +74,12 @@ class TokenFile:
     @classmethod
     def _checked(cls, folder: Path, llm: LLM) -> TokenFile:
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            file = cls.open(folder)
         except (OSError, ValueError) as error:
             raise DocumentError(f"{folder} is not a folder of tokens ({error}); pass text files") from error
-        if meta.get("tokenizer", llm.tokenizer_digest) != llm.tokenizer_digest:
+        if file.meta.get("tokenizer", llm.tokenizer_digest) != llm.tokenizer_digest:
             raise DocumentError(f"{folder} holds the tokens of another tokenizer than {llm.name}'s; pass text files")
-        return cls.open(folder)
+        return file
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -108,7 +108,7 @@ def reading_losses(
     compressed = _compressed(embedder, readings, ratios, chunk_size) if embedder is not None else {}
     embedded = {(index, ratio) for index, _, ratio in compressed}
     inputs: list[PromptInputs] = []
-    places, targets, texts, expected, rows = [], [], [], [], []
+    positions, targets, texts, expected, rows = [], [], [], [], []
     for index, reading in enumerate(readings):
         answers = [_ids_of(part) for part, role in reading.parts if role == "answer"]
         plain = [_ids_of(part).numpy() for part, _ in reading.parts]
@@ -116,12 +116,12 @@ def reading_losses(
             texts.append(_prompt(llm, plain))
         for ratio in ratios[index] if embedder is not None else (1,):
             row = [compressed.get((index, number, ratio), ids) for number, ids in enumerate(plain)]
-            places.append((len(inputs), _answers_at(reading, row)))
+            positions.append((len(inputs), _answers_at(reading, row)))
             inputs.append(_prompt(llm, row))
             targets += answers
             rows.append((ratio if (index, ratio) in embedded else 0, sum(map(len, answers))))
             expected.append((index, _answers_at(reading, plain)))
-    scored = read_states(llm, inputs, places, frozen=False)
+    scored = read_states(llm, inputs, positions, frozen=False)
     teacher = read_states(llm, texts, expected) if distillation else None
     return Losses(mixed(llm, scored, torch.cat(targets).to(llm.device), teacher, distillation), rows)
 
@@ -179,34 +179,34 @@ def joined(llm: LLM, parts: Sequence[Tensor | AnchoredStates]) -> Segment:
 
 
 def _answers_at(reading: Reading, rows: Sequence[Segment]) -> Tensor:
-    """Find the (S,) places before each token of the answers, in a row of parts."""
-    places, start = [], 0
+    """Find the (S,) positions before each token of the answers, in a row of parts."""
+    positions, start = [], 0
     for (_, role), row in zip(reading.parts, rows, strict=True):
         if role == "answer":
-            places.append(torch.arange(start - 1, start + len(row) - 1))
+            positions.append(torch.arange(start - 1, start + len(row) - 1))
         start += len(row)
-    return torch.cat(places)
+    return torch.cat(positions)
 
 
 def read_states(
-    llm: LLM, inputs: Sequence[PromptInputs], places: Sequence[tuple[int, Tensor]], *, frozen: bool = True
+    llm: LLM, inputs: Sequence[PromptInputs], positions: Sequence[tuple[int, Tensor]], *, frozen: bool = True
 ) -> Tensor:
-    """Compute the LLM's hidden states at some places of some inputs.
+    """Compute the LLM's hidden states at some positions of some inputs.
 
     Args:
         llm: Reads them, those of like length in one batch.
         inputs: Prompts.
-        places: Number of an input and (S,) places in it, each.
+        positions: Number of an input and (S,) positions in it, each.
         frozen: Without gradient.
 
     Returns:
-        (all places, D).
+        (all positions, D).
     """
     rows: dict[int, Tensor] = {}
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         for group in groups_of_like_length([len(row) for row in inputs]):
             rows |= zip(group, llm.hidden_of([inputs[index] for index in group]), strict=True)
-        return torch.cat([rows[index][at.to(llm.device)] for index, at in places])
+        return torch.cat([rows[index][at.to(llm.device)] for index, at in positions])
 
 
 def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
