@@ -1,1 +1,1 @@
-"""Measuring what extensible embeddings carry, always beside their controls."""
+"""Measure what extensible embeddings carry, always beside their controls."""

@@ -1,6 +1,6 @@
-"""What else the same positions could hold: plain tokens chosen from the text in several ways, and noise.
+"""Fill the same positions with something else: plain tokens chosen from the text in several ways, or noise.
 
-Each is a pure function of a text or its token ids (T,), or of embeddings, and of how many positions there are.
+Each baseline is a pure function of a text or its token ids (T,), or of embeddings, and of how many positions there are.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Ids = np.ndarray[Any, Any]
 
 
 def nearest(ids: Ids, n: int) -> Ids:
-    """The last `n` tokens; all of them where there are no more. ids: (T,)."""
+    """Return the last `n` tokens; all of them where there are no more. ids: (T,)."""
     _require_count(n)
     return ids[max(0, len(ids) - n) :]
 
 
 def head(ids: Ids, n: int) -> Ids:
-    """The first `n` tokens; all of them where there are no more. ids: (T,)."""
+    """Return the first `n` tokens; all of them where there are no more. ids: (T,)."""
     _require_count(n)
     return ids[:n]
 
 
 def sinks_and_window(ids: Ids, n: int, sinks: int = 4) -> Ids:
-    """What StreamingLLM (Xiao et al., arXiv 2309.17453) keeps of a text: its first tokens and its most recent ones.
+    """Keep what StreamingLLM (Xiao et al., arXiv 2309.17453) does: the first tokens and the most recent ones.
 
     As there, positions are slots of the cache, contiguous whatever lies between the tokens in the text. This is the
     variant with re-computation: the tokens are read anew within the cache, whereas the states of a running stream's
@@ -60,7 +60,7 @@ def sinks_and_window(ids: Ids, n: int, sinks: int = 4) -> Ids:
 
 @torch.no_grad()
 def token_information(llm: LLM, ids: Ids, prefix: Sequence[int] | Ids = ()) -> Ids:
-    """What each token tells the LLM that it did not expect: its negative log-likelihood given those before it.
+    """Measure how unexpected each token is to the LLM: its negative log-likelihood given those before it.
 
     A text longer than the window is read in windows, each beginning with a BOS where the LLM has one; each token is
     then scored once, given all before it or at least half a window of them.
@@ -77,7 +77,7 @@ def token_information(llm: LLM, ids: Ids, prefix: Sequence[int] | Ids = ()) -> I
     bos = [llm.bos_token_id] if llm.bos_token_id is not None else []
     text = np.concatenate([np.asarray(prefix, dtype=np.int64), np.asarray(ids, dtype=np.int64)])
     room = llm.context_window - len(bos)
-    found = np.zeros(len(text), dtype=np.float32)
+    information = np.zeros(len(text), dtype=np.float32)
     unpredicted = not bos and not len(prefix)
     done = 1 if unpredicted else len(prefix)
     while done < len(text):
@@ -85,15 +85,15 @@ def token_information(llm: LLM, ids: Ids, prefix: Sequence[int] | Ids = ()) -> I
         end = min(start + room, len(text))
         read = np.concatenate([np.array(bos, dtype=np.int64), text[start : end - 1]])
         hidden = llm.hidden(llm.embed(read)[None])[0, -(end - done) :]
-        found[done:end] = _negative_log_likelihoods(llm, hidden, text[done:end])
+        information[done:end] = _negative_log_likelihoods(llm, hidden, text[done:end])
         done = end
     if unpredicted:
-        found[:1] = found[1:].max(initial=0)
-    return found[len(prefix) :]
+        information[:1] = information[1:].max(initial=0)
+    return information[len(prefix) :]
 
 
 def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
-    """The `n` most informative tokens of a text, in their order.
+    """Select the `n` most informative tokens of a text, in their order.
 
     The token-level criterion of LLMLingua (Jiang et al., arXiv 2310.05736, iterative token-level prompt compression),
     with the LLM that reads the outcome as its small model too: the text is gone through in segments, and a token's
@@ -119,22 +119,22 @@ def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
     room = llm.context_window - int(llm.bos_token_id is not None)
     # While everything kept fits the window, it is read once; else anew with every segment.
     prefix = Prefix(llm) if n + min(segment, total) <= room and Prefix.suits(llm) else None
-    kept = ids[:0]
+    selected = ids[:0]
     for start in range(0, total, segment):
         part = ids[start : start + segment]
         due = (2 * n * (start + len(part)) + total) // (2 * total)  # the budget so far, rounded: n at the end
-        if due == len(kept):
+        if due == len(selected):
             continue
         if prefix is not None and prefix.last is not None:
             hidden = torch.cat([prefix.last[None], prefix.peek(part)[:-1]])
             information = _negative_log_likelihoods(llm, hidden, part)
         else:
-            information = token_information(llm, part, nearest(kept, max(0, room - len(part))))
-        chosen = part[np.sort(np.argsort(-information, kind="stable")[: due - len(kept)])]
-        kept = np.concatenate([kept, chosen])
+            information = token_information(llm, part, nearest(selected, max(0, room - len(part))))
+        chosen = part[np.sort(np.argsort(-information, kind="stable")[: due - len(selected)])]
+        selected = np.concatenate([selected, chosen])
         if prefix is not None:
             prefix.read(chosen)
-    return kept
+    return selected
 
 
 def choose_sentences(llm: LLM, text: str, question: str, n: int) -> Ids:
@@ -175,7 +175,7 @@ def random_tokens(llm: LLM, n: int, seed: int) -> Ids:
 
 
 def random_embeddings(like: Tensor, seed: int) -> Tensor:
-    """Gaussian vectors with the norms of others: what positions are worth that say nothing.
+    """Draw Gaussian vectors with the norms of others: they show what positions are worth that say nothing.
 
     Args:
         like: (N, D).
@@ -191,7 +191,7 @@ def random_embeddings(like: Tensor, seed: int) -> Tensor:
 
 
 def _negative_log_likelihoods(llm: LLM, hidden: Tensor, following: Ids) -> Ids:
-    """hidden: (S, D), following: (S,) -> (S,)."""
+    """Score each token after a hidden state. hidden: (S, D), following: (S,) -> (S,)."""
     targets = torch.as_tensor(following, device=hidden.device).long()
     losses = [
         torch.nn.functional.cross_entropy(

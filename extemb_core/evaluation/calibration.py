@@ -20,7 +20,7 @@ from extemb_core.errors import ConfigError, DocumentNotFoundError, MissingExtraE
 from extemb_core.evaluation.calibration_plot import plot_losses
 from extemb_core.evaluation.calibration_rule import choose_layer
 from extemb_core.evaluation.calibration_samples import Answers, Continuations, Task, arm_losses
-from extemb_core.evaluation.runs import Sample, run
+from extemb_core.evaluation.runs import Sample, groups_of, run
 from extemb_core.evaluation.settings import CalibrationConfig
 from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
 from extemb_core.models.entry import decoder_layers
@@ -35,7 +35,7 @@ _DEPTHS = (1 / 5, 3 / 10, 2 / 5, 1 / 2, 2 / 3)  # of all layers; two fifths is `
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was found.
+    """Result of a calibration.
 
     Attributes:
         layer: The entry layer.
@@ -78,9 +78,9 @@ class CalibrationExperiment:
             config, layers=layers, data=(*config.data, *files, *config.counts), dtype=str(llm.dtype).split(".")[-1],
             text=tuple(Path(file).name for file in files), counts=tuple(Path(file).name for file in config.counts),
         )  # fmt: skip
-        given = {"token_counts": count_tokens(llm, config.counts)} if config.counts else {}
+        counts = count_tokens(llm, config.counts) if config.counts else None
         self.embedders = {
-            layer: ExtensibleEmbedder.untrained(llm, layer, token_weighting=config.weighting, **given)
+            layer: ExtensibleEmbedder.untrained(llm, layer, token_weighting=config.weighting, token_counts=counts)
             for layer in layers
         }
         for ratio in config.ratios:
@@ -97,15 +97,14 @@ class CalibrationExperiment:
 
     @property
     def fingerprint(self) -> str:
-        """That of the deepest candidate, which depends on all that the others do."""
+        """Return the fingerprint of the deepest candidate, which depends on all that the others do."""
         return self.embedders[max(self.embedders)].fingerprint
 
     def groups(self) -> list[list[str]]:
-        size = self.config.batch_size
         return [
-            [f"{kind}:{name}" for name in task.names[at : at + size]]
+            group
             for kind, task in self.tasks.items()
-            for at in range(0, len(task.names), size)
+            for group in groups_of([f"{kind}:{name}" for name in task.names], self.config.batch_size)
         ]
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
@@ -182,7 +181,7 @@ def calibrate(
 
 
 def _text(files: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files of text, and the documents in them."""
+    """Read the files of text, or the Python reference without any: their names, and the documents in them."""
     if files:
         return list(files), [text for file in files for text in read_texts(Path(file))]
     try:

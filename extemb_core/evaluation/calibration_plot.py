@@ -1,4 +1,4 @@
-"""The plot of a calibration: loss by entry layer, a line for each ratio, beside the controls."""
+"""Plot a calibration: loss by entry layer, a line for each ratio, beside the controls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of some entry layers suits an LLM, by the losses that were measured at each.
+"""Choose the entry layer that suits an LLM, by the losses that were measured at each.
 
 1. A layer at which text is read worse than no text at all, beyond noise and at any of the ratios, is out. Answers do
    not show this: there are layers that are level on answers and spoil text (docs/experiments.md).
@@ -96,5 +96,5 @@ def choose_layer(
 
 
 def _above(difference: Mapping[str, Any]) -> bool:
-    """Whether a mean is above 0 beyond noise."""
+    """Tell whether a mean is above 0 beyond noise."""
     return bool(difference["interval"][0] > 0)

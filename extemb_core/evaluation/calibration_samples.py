@@ -1,4 +1,4 @@
-"""What an LLM reads at each entry layer when one is chosen for it: texts to be continued, and questions about texts.
+"""Samples by which an entry layer is chosen for an LLM: texts to be continued, and questions about texts.
 
 A task has samples, and each sample a text, a prompt around any form of it, and target tokens after that prompt. Every
 arm puts another form of the text into the same prompt:
@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from extemb_core.context.assembly import Part, Prompt, assemble_text
 from extemb_core.errors import ConfigError
-from extemb_core.evaluation.baselines import nearest
+from extemb_core.evaluation.baselines import Ids, nearest
+from extemb_core.evaluation.forms import compress_at_ratios
 from extemb_core.evaluation.perplexity import spread_windows
 from extemb_core.evaluation.qa import QaExperiment
 from extemb_core.evaluation.settings import QaConfig
@@ -29,7 +28,6 @@ from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.utils.jsonl import evenly
 
-Ids = np.ndarray[Any, Any]
 Losses = dict[str, float]
 
 CONTEXT_TOKENS, CONTINUED_TOKENS = 512, 128
@@ -57,7 +55,7 @@ class Task(Protocol):
 
     @property
     def names(self) -> list[str]:
-        """Of all samples, those of like length side by side."""
+        """Return the names of all samples, those of like length side by side."""
         ...
 
     def reading(self, name: str) -> Reading:
@@ -66,7 +64,7 @@ class Task(Protocol):
 
 
 class Continuations:
-    """Text that goes on after a compressed context, in windows evenly spread over some texts.
+    """Texts that go on after a compressed context, in windows evenly spread over some texts.
 
     Args:
         llm: Reads them.
@@ -158,20 +156,20 @@ def arm_losses(
     targets = [reading.target for reading in readings]
 
     def measure(arm: str, forms: Sequence[list[Part]]) -> None:
-        """One arm at a time: its prompts are of like length, so that little is padding."""
+        """Measure one arm: its prompts are of like length, so that little is padding."""
         prompts = [reading.prompt(form).inputs(llm) for reading, form in zip(readings, forms, strict=True)]
-        for own, scores in zip(losses, llm.log_probs(prompts, targets), strict=True):
-            own[arm] = round(-float(scores.mean()), 6)
+        for by_arm, scores in zip(losses, llm.log_probs(prompts, targets), strict=True):
+            by_arm[arm] = round(-float(scores.mean()), 6)
 
     for arm in readings[0].controls:
         measure(arm, [reading.controls[arm] for reading in readings])
     for name, embedder in embedders.items():
-        made = embedder.compress_ids([reading.text for reading in readings], ratio=min(ratios), show_progress=False)
-        for ratio in ratios:
-            measure(f"{name}/{ratio}", [[text.at_ratio(ratio).part] for text in made])
+        compressed = compress_at_ratios(embedder, [reading.text for reading in readings], ratios)
+        for ratio, parts in compressed.items():
+            measure(f"{name}/{ratio}", [[part] for part in parts])
     return losses
 
 
 def _controls(none: list[Part], cut: Mapping[int, list[Part]], full: list[Part]) -> dict[str, list[Part]]:
-    """At ratio 1 nothing is cut: that is the full text."""
+    """Gather the controls by arm. At ratio 1 nothing is cut: that is the full text."""
     return {"none": none} | {f"truncated/{ratio}": form for ratio, form in cut.items() if ratio > 1} | {"full": full}

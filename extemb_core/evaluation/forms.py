@@ -1,4 +1,4 @@
-"""The forms in which question answering gives an LLM a text, one for each arm.
+"""Make the forms in which an LLM is given a text, one for each arm of question answering.
 
     none             nothing
     full             the whole text
@@ -19,6 +19,7 @@ has random anchors and `wrong/k` the other text's, and two controls more tell wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,50 @@ from torch import Tensor
 
 from extemb_core.context.assembly import Part
 from extemb_core.errors import ConfigError
-from extemb_core.evaluation.baselines import choose_sentences, head, random_embeddings, random_tokens, select_tokens
+from extemb_core.evaluation.baselines import (
+    Ids,
+    choose_sentences,
+    head,
+    random_embeddings,
+    random_tokens,
+    select_tokens,
+)
 from extemb_core.evaluation.settings import CONTROLS
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.llm import LLM
 
-Ids = np.ndarray[Any, Any]
-
+_WITHOUT_RATIO = ("none", "streaming", "full")
 _NEED = {"random": 1, "wrong": 1, "anchors": 2, "random_states": 2}  # an embedder; one that enters above layer 0
+
+
+def arm_name(kind: str, ratio: int) -> str:
+    """Name the arm of a kind at a ratio; some kinds have none."""
+    return kind if kind in _WITHOUT_RATIO else f"{kind}/{ratio}"
+
+
+def arm_names(kinds: Sequence[str], ratios: Sequence[int]) -> list[str]:
+    """List the arms of some kinds in the order in which they are shown."""
+    return list(dict.fromkeys(arm_name(kind, ratio) for kind in kinds for ratio in ratios))
+
+
+def compress_at_ratios(
+    embedder: ExtensibleEmbedder | None, texts: Sequence[Ids], ratios: Sequence[int]
+) -> dict[int, list[Tensor | AnchoredStates]]:
+    """Compress texts once, for all ratios; {} without an embedder or a ratio.
+
+    Args:
+        embedder: Compresses them.
+        texts: (T,) ids each.
+        ratios: Each a multiple of the finest.
+
+    Returns:
+        Ratio -> a part of a prompt for each text.
+    """
+    if embedder is None or not ratios:
+        return {}
+    compressed = embedder.compress_ids(texts, ratio=min(ratios), show_progress=False)
+    return {ratio: [text.at_ratio(ratio).part for text in compressed] for ratio in ratios}
 
 
 def controls_for(embedder: ExtensibleEmbedder | None, asked: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -52,15 +88,16 @@ def controls_for(embedder: ExtensibleEmbedder | None, asked: Sequence[str] | Non
     for name in asked or ():
         if _NEED.get(name, 0) > have:
             wanted = ("", "an embedder", "an embedder with an entry layer above 0")[_NEED[name]]
-            given = "there is none" if embedder is None else "this one's is 0"
-            raise ConfigError(f"controls={name!r} needs {wanted}, and {given}; leave it out or pass another embedder")
+            actual = "there is none" if embedder is None else "this one's is 0"
+            raise ConfigError(f"controls={name!r} needs {wanted}, and {actual}; leave it out or pass another embedder")
     return tuple(name for name in CONTROLS if (asked is None or name in asked) and _NEED.get(name, 0) <= have)
 
 
+@dataclass(eq=False)
 class Forms:
-    """Make every arm's form of some passages.
+    """Makes every arm's form of some passages.
 
-    Args:
+    Attributes:
         llm: Reads them.
         embedder: None for the controls alone.
         texts: Name -> text.
@@ -70,28 +107,17 @@ class Forms:
         seed: Of what is drawn.
     """
 
-    def __init__(
-        self,
-        llm: LLM,
-        embedder: ExtensibleEmbedder | None,
-        texts: Mapping[str, str],
-        *,
-        separator: str,
-        ratios: Sequence[int],
-        controls: Sequence[str],
-        seed: int,
-    ) -> None:
-        self._llm = llm
-        self._embedder = embedder
-        self._texts = texts
-        self._separator = separator
-        self._ratios = ratios
-        self._controls = controls
-        self._seed = seed
-        self._ids: dict[str, Ids] = {}
-        self._recent: list[str] = []
-        self._recent_forms: dict[str, list[Part]] = {}
-        self._positions: dict[int, int] = {}
+    llm: LLM
+    embedder: ExtensibleEmbedder | None
+    texts: Mapping[str, str]
+    separator: str
+    ratios: Sequence[int]
+    controls: Sequence[str]
+    seed: int
+    _ids: dict[str, Ids] = field(init=False, default_factory=dict)
+    _recent: list[str] = field(init=False, default_factory=list)
+    _recent_forms: dict[str, list[Part]] = field(init=False, default_factory=dict)
+    _positions: dict[int, int] = field(init=False, default_factory=dict)
 
     def of(self, passages: Sequence[str], question: str) -> dict[str, list[Part]]:
         """Make the form of each arm, as parts of a prompt; "full" is not cut.
@@ -102,31 +128,31 @@ class Forms:
         """
         if self._recent != list(passages):
             self._recent, self._recent_forms = list(passages), self._of_passages(passages)
-        if "chosen" not in self._controls:
+        if "chosen" not in self.controls:
             return dict(self._recent_forms)
-        text = self._separator.join(self._texts[name] for name in passages)
+        text = self.separator.join(self.texts[name] for name in passages)
         return self._recent_forms | {
-            f"chosen/{ratio}": [choose_sentences(self._llm, text, question, n)] for ratio, n in self._positions.items()
+            f"chosen/{ratio}": [choose_sentences(self.llm, text, question, n)] for ratio, n in self._positions.items()
         }
 
     def tokens(self, passages: Sequence[str]) -> list[Ids]:
         """Encode passages, with the separator's ids between them."""
         for name in passages:
             if name not in self._ids:
-                self._ids[name] = self._llm.encode(self._texts[name])
+                self._ids[name] = self.llm.encode(self.texts[name])
         return self._separated([self._ids[name] for name in passages])
 
     def wrong(self, passages: Sequence[str]) -> list[str]:
-        """For each passage, find the text nearest to it in length that is none of them; one may come twice.
+        """Find for each passage the text nearest to it in length that is none of them; one may come twice.
 
         Raises:
             ConfigError: There is no other text.
         """
-        names = [name for name in self._texts if name not in passages]
+        names = [name for name in self.texts if name not in passages]
         if not names:
-            raise ConfigError(f"all {len(self._texts)} texts are used as passages; pass more rows or fewer --passages")
-        lengths = {name: len(self._texts[name]) for name in self._texts}
-        return [min(names, key=lambda name: (abs(lengths[name] - lengths[own]), name)) for own in passages]
+            raise ConfigError(f"all {len(self.texts)} texts are used as passages; pass more rows or fewer --passages")
+        lengths = {name: len(self.texts[name]) for name in self.texts}
+        return [min(names, key=lambda name: (abs(lengths[name] - lengths[passage]), name)) for passage in passages]
 
     @torch.no_grad()
     def _of_passages(self, passages: Sequence[str]) -> dict[str, list[Part]]:
@@ -135,32 +161,29 @@ class Forms:
         flat: Ids = np.concatenate(raw)
         forms: dict[str, list[Part]] = {"none": [], "full": list(raw)}
         ours = self._compressed(passages)
-        others = self._compressed(self.wrong(passages)) if "wrong" in self._controls else {}
-        for ratio in self._ratios:
+        others = self._compressed(self.wrong(passages)) if "wrong" in self.controls else {}
+        for ratio in self.ratios:
             n = sum(map(len, ours[ratio])) if ours else sum(-(-len(part) // ratio) for part in raw)
             self._positions[ratio] = n
-            if "truncated" in self._controls:
+            if "truncated" in self.controls:
                 forms[f"truncated/{ratio}"] = [head(flat, n)]
-            if "lingua" in self._controls:
-                forms[f"lingua/{ratio}"] = [select_tokens(self._llm, flat, n)]
+            if "lingua" in self.controls:
+                forms[f"lingua/{ratio}"] = [select_tokens(self.llm, flat, n)]
             if ours:
                 forms[f"extensible/{ratio}"] = ours[ratio]
             for kind in ("random", "random_states", "anchors"):
-                if kind in self._controls:
+                if kind in self.controls:
                     forms[f"{kind}/{ratio}"] = [
-                        self._control(kind, part, self._seed + at) for at, part in enumerate(ours[ratio])
+                        self._control(kind, part, self.seed + at) for at, part in enumerate(ours[ratio])
                     ]
             if others:
                 forms[f"wrong/{ratio}"] = others[ratio]
         return forms
 
     def _compressed(self, passages: Sequence[str]) -> dict[int, list[Part]]:
-        """Compress each passage on its own: ratio -> parts, with the separator between them."""
-        if self._embedder is None:
-            return {}
-        ids = self.tokens(passages)[::2]
-        compressed = self._embedder.compress_ids(ids, ratio=min(self._ratios), show_progress=False)
-        return {ratio: self._separated([each.at_ratio(ratio).part for each in compressed]) for ratio in self._ratios}
+        """Compress each passage by itself: ratio -> parts, with the separator between them."""
+        compressed = compress_at_ratios(self.embedder, self.tokens(passages)[::2], self.ratios)
+        return {ratio: self._separated(parts) for ratio, parts in compressed.items()}
 
     def _control(self, kind: str, part: Part, seed: int) -> Part:
         """Take the text out of a compressed part, or the part of it that `kind` says; separators stay."""
@@ -170,9 +193,9 @@ class Forms:
             return part
         if kind == "anchors":
             return part.anchors
-        anchors = random_tokens(self._llm, len(part), seed) if kind == "random" else part.anchors
+        anchors = random_tokens(self.llm, len(part), seed) if kind == "random" else part.anchors
         return AnchoredStates(anchors, random_embeddings(part.states, seed), part.layer)
 
     def _separated(self, parts: Sequence[Any]) -> list[Any]:
-        separator = self._llm.encode(self._separator)
-        return [each for part in parts for each in (separator, part)][1:]
+        separator = self.llm.encode(self.separator)
+        return [item for part in parts for item in (separator, part)][1:]

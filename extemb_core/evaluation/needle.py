@@ -1,4 +1,4 @@
-"""Finding one thing in much text: a pass key in a sentence, or the value of one key among many.
+"""Measure how well an LLM finds one thing in much text: a pass key, or the value of one key among many.
 
 A haystack has exactly so many tokens, and its needle stands at a depth from 0 (first) to 1 (last):
 
@@ -19,7 +19,7 @@ on its own task, length, depth and trial: not on which others are measured.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,8 +28,9 @@ import numpy as np
 
 from extemb_core.context.assembly import Prompt, Segment, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
-from extemb_core.evaluation.baselines import head
-from extemb_core.evaluation.runs import Measured, Sample
+from extemb_core.evaluation.baselines import Ids, head
+from extemb_core.evaluation.forms import arm_name, arm_names, compress_at_ratios
+from extemb_core.evaluation.runs import Measured, Sample, batches_by_length, groups_of
 from extemb_core.evaluation.scoring import contained
 from extemb_core.evaluation.settings import TASKS, NeedleConfig
 from extemb_core.evaluation.statistics import mean_with_interval
@@ -39,8 +40,6 @@ from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.training.data import read_texts
 from extemb_core.utils.jsonl import evenly
-
-Ids = np.ndarray[Any, Any]
 
 PROMPTS: Mapping[str, Mapping[str, str]] = {
     "passkey": {
@@ -55,7 +54,6 @@ PROMPTS: Mapping[str, Mapping[str, str]] = {
         "after": "\n\nWhich line begins with {key}? Copy that line.",
     },
 }
-_BATCH_POSITIONS = 4096  # of prompts that are answered together
 _SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
 
 SENTENCES = (
@@ -89,7 +87,7 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Case:
-    """Which haystack."""
+    """One haystack that is to be made."""
 
     task: str
     tokens: int
@@ -98,12 +96,13 @@ class Case:
 
     @property
     def id(self) -> str:
+        """Return the name of its sample."""
         return f"{self.task}:{self.tokens}:{self.depth:g}:{self.trial}"
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """The text as (T,) `ids`; the needle's first token is at `at`. `question` comes after the text."""
+    """One text as (T,) `ids`; the needle's first token is at `at`. `question` comes after the text."""
 
     task: str
     ids: Ids
@@ -113,7 +112,7 @@ class Haystack:
 
 
 class NeedleExperiment(Measured):
-    """See the module. Without an embedder only "none", "truncated" and "full" are measured."""
+    """Measures haystacks. Without an embedder only "none", "truncated" and "full" are measured."""
 
     kind: ClassVar[str] = "needle"
 
@@ -133,8 +132,8 @@ class NeedleExperiment(Measured):
         self._cases = {case.id: case for case in evenly(cases, config.limit)}
 
     def groups(self) -> list[list[str]]:
-        """One haystack each: its arms are one sample."""
-        return [[name] for name in self._cases]
+        """List one haystack a group: its arms are one sample."""
+        return groups_of(list(self._cases), 1)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
         for name in group:
@@ -144,10 +143,7 @@ class NeedleExperiment(Measured):
             predictions = self._answers({arm: self.prompt(haystack, form) for arm, form in forms.items()})
             yield {
                 "id": name,
-                "task": case.task,
-                "tokens": case.tokens,
-                "depth": case.depth,
-                "trial": case.trial,
+                **asdict(case),
                 "at": haystack.at,
                 "answer": haystack.answer,
                 "arms": {
@@ -161,13 +157,26 @@ class NeedleExperiment(Measured):
             }
 
     def haystack(self, case: Case) -> Haystack:
-        """The haystack of a case."""
+        """Make the haystack of a case: its needle is in that of the gaps which is nearest to the depth."""
         draw = np.random.default_rng(
             [self.config.seed, TASKS.index(case.task), case.tokens, round(case.depth * 10_000), case.trial]
         )
+        words = PROMPTS[case.task]
         if case.task == "passkey":
-            return _passkey(self.llm, case, draw, self._texts)
-        return _key_value(self.llm, case, draw)
+            key, answer = "", str(draw.integers(10_000, 100_000))
+        else:
+            pairs = _pairs(draw)
+            key, answer = next(pairs)
+        needle = self.llm.encode(words["needle"].format(key=key, answer=answer))
+        size = case.tokens - len(needle)
+        if case.task == "passkey":
+            hay, gaps = filler(self.llm, size, draw, self._texts)
+        else:
+            lines = (self.llm.encode(words["needle"].format(key=other, answer=value)) for other, value in pairs)
+            hay, gaps = _fill(lines, size)
+        at = int(gaps[np.abs(gaps - case.depth * size).argmin()])
+        ids = np.concatenate([hay[:at], needle, hay[at:]])
+        return Haystack(case.task, ids, at, words["after"].format(key=key), answer)
 
     def forms(self, haystack: Haystack) -> dict[str, Segment]:
         """Make what each arm that fits puts in the place of the text: (T,) token ids, or compressed text."""
@@ -184,15 +193,14 @@ class NeedleExperiment(Measured):
         fitting = [ratio for ratio in self.config.ratios if positions[ratio] <= room]
         forms: dict[str, Segment] = {"none": ids[:0]}
         forms |= {f"truncated/{ratio}": head(ids, positions[ratio]) for ratio in fitting}
-        if self.embedder is not None and fitting:
-            made = self.embedder.compress_ids([ids], ratio=min(fitting), show_progress=False)[0]
-            forms |= {f"extensible/{ratio}": made.at_ratio(ratio).part for ratio in fitting}
+        compressed = compress_at_ratios(self.embedder, [ids], fitting)
+        forms |= {f"extensible/{ratio}": part for ratio, (part,) in compressed.items()}
         if len(ids) <= room:
             forms["full"] = ids
         return forms
 
     def prompt(self, haystack: Haystack, form: Segment) -> Prompt:
-        """The chat prompt with this form in the place of the text; around it, id for id the same for every form."""
+        """Make the chat prompt with this form in the place of the text; around it, every form has the same ids."""
         content = [PROMPTS[haystack.task]["before"], form, haystack.question]
         return assemble_chat(self.llm, [{"role": "user", "content": content}])
 
@@ -201,52 +209,50 @@ class NeedleExperiment(Measured):
         arms: dict[str, dict[str, Any]] = {}
         minus: dict[str, dict[str, Any]] = {}
         for task in self.config.tasks:
-            own = [sample for sample in samples if sample["task"] == task]
-            for arm in self._arm_names():
-                having = [sample for sample in own if arm in sample["arms"]]
+            of_task = [sample for sample in samples if sample["task"] == task]
+            for arm in arm_names(("none", "truncated", "extensible", "full"), self.config.ratios):
+                having = [sample for sample in of_task if arm in sample["arms"]]
                 for tokens, depth in sorted({(sample["tokens"], sample["depth"]) for sample in having}):
-                    found = [s["arms"][arm]["correct"] for s in having if (s["tokens"], s["depth"]) == (tokens, depth)]
+                    right = [s["arms"][arm]["correct"] for s in having if (s["tokens"], s["depth"]) == (tokens, depth)]
                     cell = {"task": task, "arm": arm, "tokens": tokens, "depth": depth}
-                    cells.append(cell | {"n": len(found), "correct": sum(found) / len(found)})
+                    cells.append(cell | {"n": len(right), "correct": sum(right) / len(right)})
                 if having:
                     mean = self._mean([sample["arms"][arm]["correct"] for sample in having])
                     arms.setdefault(task, {})[arm] = {"n": mean.pop("n"), "correct": mean}
-            compared = {str(ratio): self._compared(own, ratio) for ratio in self.config.ratios}
+            compared = {str(ratio): self._compared(of_task, ratio) for ratio in self.config.ratios}
             if any(compared.values()):
                 minus[task] = {ratio: controls for ratio, controls in compared.items() if controls}
         return {"cells": cells, "arms": arms, "minus": minus}
 
     def _compared(self, samples: Sequence[Sample], ratio: int) -> dict[str, Any]:
-        """The extensible arm less each control, on the haystacks that both read."""
-        ours = f"extensible/{ratio}"
-        found = {}
-        for control, arm in (("none", "none"), ("truncated", f"truncated/{ratio}"), ("full", "full")):
+        """Compute the extensible arm less each control, on the haystacks that both read."""
+        ours = arm_name("extensible", ratio)
+        differences = {}
+        for control in ("none", "truncated", "full"):
+            arm = arm_name(control, ratio)
             both = [sample["arms"] for sample in samples if ours in sample["arms"] and arm in sample["arms"]]
             if both:
-                found[control] = self._mean([int(row[ours]["correct"]) - int(row[arm]["correct"]) for row in both])
-        return found
+                differences[control] = self._mean([row[ours]["correct"] - row[arm]["correct"] for row in both])
+        return differences
 
     def _mean(self, values: Sequence[int]) -> dict[str, Any]:
         return mean_with_interval(np.array(values, dtype=float), np.arange(len(values)), self.config.seed)
 
     def _answers(self, prompts: Mapping[str, Prompt]) -> dict[str, str]:
-        """What the LLM answers to each arm's prompt; short ones are read together."""
+        """Have the LLM answer each arm's prompt; short ones are read together."""
         answers: dict[str, str] = {}
-        for batch in batches({arm: len(prompt) for arm, prompt in prompts.items()}, self.config.batch_size):
-            made = self.llm.generate([prompts[arm].inputs(self.llm) for arm in batch], self._sampling)
-            answers |= {arm: generated.text.strip() for arm, generated in zip(batch, made, strict=True)}
+        lengths = {arm: len(prompt) for arm, prompt in prompts.items()}
+        for batch in batches_by_length(lengths, batch_size=self.config.batch_size):
+            generated = self.llm.generate([prompts[arm].inputs(self.llm) for arm in batch], self._sampling)
+            answers |= {arm: answer.text.strip() for arm, answer in zip(batch, generated, strict=True)}
         return answers
-
-    def _arm_names(self) -> list[str]:
-        """The arms in the order in which they are shown."""
-        return ["none", *(f"{kind}/{k}" for kind in ("truncated", "extensible") for k in self.config.ratios), "full"]
 
 
 # -- texts ----------------------------------------------------------------------------------------------------
 
 
 def read_filler(llm: LLM, files: Sequence[str]) -> Ids | None:
-    """(T,) ids of all texts of some files, an empty line between two; None where there are no files.
+    """Read all texts of some files as (T,) ids, an empty line between two; None where there are no files.
 
     Raises:
         DocumentError: There is no text in them.
@@ -261,7 +267,7 @@ def read_filler(llm: LLM, files: Sequence[str]) -> Ids | None:
 
 
 def filler(llm: LLM, count: int, draw: np.random.Generator, texts: Ids | None = None) -> tuple[Ids, Ids]:
-    """Running text of exactly so many tokens, and where a sentence may be put into it.
+    """Make running text of exactly so many tokens, and find where a sentence may be put into it.
 
     Args:
         llm: Encodes the sentences.
@@ -280,53 +286,13 @@ def filler(llm: LLM, count: int, draw: np.random.Generator, texts: Ids | None = 
 
 
 def positions_at(n_tokens: int, ratio: int, embedder: ExtensibleEmbedder | None) -> int:
-    """Positions that so many tokens take at a ratio: the tail of each chunk takes one too."""
+    """Count the positions that so many tokens take at a ratio: the tail of each chunk takes one too."""
     size = embedder.config.chunk_size if embedder is not None else max(1, n_tokens)
     return sum(n_embeddings(length, ratio) for length in chunk_lengths(n_tokens, size))
 
 
-def batches(lengths: Mapping[str, int], batch_size: int) -> Iterator[list[str]]:
-    """Names in batches, shortest first, such that a padded batch stays small; a long one is alone.
-
-    Args:
-        lengths: Name -> positions.
-        batch_size: At most so many in one.
-    """
-    batch: list[str] = []
-    for name in sorted(lengths, key=lambda each: lengths[each]):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[name] > _BATCH_POSITIONS):
-            yield batch
-            batch = []
-        batch.append(name)
-    if batch:
-        yield batch
-
-
-def _passkey(llm: LLM, case: Case, draw: np.random.Generator, texts: Ids | None) -> Haystack:
-    answer = str(draw.integers(10_000, 100_000))
-    needle = llm.encode(PROMPTS[case.task]["needle"].format(answer=answer))
-    hay = filler(llm, case.tokens - len(needle), draw, texts)
-    return _hidden(case, needle, *hay, PROMPTS[case.task]["after"], answer)
-
-
-def _key_value(llm: LLM, case: Case, draw: np.random.Generator) -> Haystack:
-    line, after = PROMPTS[case.task]["needle"], PROMPTS[case.task]["after"]
-    pairs = _pairs(draw)
-    key, answer = next(pairs)
-    needle = llm.encode(line.format(key=key, answer=answer))
-    others = (llm.encode(line.format(key=each, answer=value)) for each, value in pairs)
-    hay = _fill(others, case.tokens - len(needle))
-    return _hidden(case, needle, *hay, after.format(key=key), answer)
-
-
-def _hidden(case: Case, needle: Ids, hay: Ids, places: Ids, question: str, answer: str) -> Haystack:
-    """The needle at that of the places which is nearest to the depth."""
-    at = int(places[np.abs(places - case.depth * len(hay)).argmin()])
-    return Haystack(case.task, np.concatenate([hay[:at], needle, hay[at:]]), at, question, answer)
-
-
 def _fill(pieces: Iterable[Ids], count: int) -> tuple[Ids, Ids]:
-    """As many pieces as make exactly `count` ids, and the offsets between them.
+    """Join as many pieces as make exactly `count` ids, and return the offsets between them too.
 
     What is too much is cut from the start: so whatever the depth, a piece that is whole comes before the needle.
     """
@@ -347,7 +313,7 @@ def _fill(pieces: Iterable[Ids], count: int) -> tuple[Ids, Ids]:
 
 
 def _shuffled(llm: LLM, draw: np.random.Generator) -> Iterator[Ids]:
-    """SENTENCES in a random order, then all of them again in another, without end."""
+    """Yield SENTENCES in a random order, then all of them again in another, without end."""
     encoded = [llm.encode(f" {sentence}") for sentence in SENTENCES]
     while True:
         for at in draw.permutation(len(encoded)):
@@ -355,13 +321,13 @@ def _shuffled(llm: LLM, draw: np.random.Generator) -> Iterator[Ids]:
 
 
 def _pairs(draw: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Keys and values, no word twice."""
+    """Yield keys and values, no word twice."""
     words = map(_word, map(int, draw.permutation(len(_SYLLABLES) ** 3)))
     while pair := tuple(islice(words, 2)):
         yield pair[0], pair[1]
 
 
 def _word(number: int) -> str:
-    """A word of three syllables that can be said and means nothing."""
+    """Make a word of three syllables that can be said and means nothing."""
     size = len(_SYLLABLES)
-    return "".join(_SYLLABLES[number // size**place % size] for place in range(3))
+    return "".join(_SYLLABLES[number // size**digit % size] for digit in range(3))

@@ -1,4 +1,4 @@
-"""Perplexity of the last tokens of a text, by how much comes before them and in what form.
+"""Measure the perplexity of the last tokens of a text, by how much comes before them and in what form.
 
 A window is a place in a document: S target tokens, and before them contexts of several lengths C that all end where
 the target begins. Each arm puts another form of the context before the same target tokens:
@@ -28,8 +28,9 @@ from torch import Tensor
 
 from extemb_core.context.assembly import Prompt, Segment, assemble_text
 from extemb_core.errors import ConfigError
-from extemb_core.evaluation.baselines import nearest, sinks_and_window
-from extemb_core.evaluation.runs import Measured, Sample
+from extemb_core.evaluation.baselines import Ids, nearest, sinks_and_window
+from extemb_core.evaluation.forms import arm_name, arm_names, compress_at_ratios
+from extemb_core.evaluation.runs import Measured, Sample, groups_of
 from extemb_core.evaluation.settings import PerplexityConfig
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -42,7 +43,7 @@ _BASELINES = ("none", "nearest", "streaming", "full")
 
 @dataclass(frozen=True)
 class Window:
-    """`start` is the first target token within document number `document`; `contexts` are the lengths that fit."""
+    """One place in document number `document`: `start` is its first target token, `contexts` the lengths that fit."""
 
     document: int
     start: int
@@ -50,7 +51,7 @@ class Window:
 
 
 class PerplexityExperiment(Measured):
-    """See the module. Without an embedder only the controls are measured."""
+    """Measures windows. Without an embedder only the controls are measured."""
 
     kind: ClassVar[str] = "ppl"
 
@@ -71,13 +72,11 @@ class PerplexityExperiment(Measured):
         self._windows = {f"{window.document}:{window.start}": window for window in evenly(windows, config.limit)}
 
     def groups(self) -> list[list[str]]:
-        names = list(self._windows)
-        size = self.config.batch_size
-        return [names[at : at + size] for at in range(0, len(names), size)]
+        return groups_of(list(self._windows), self.config.batch_size)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
         windows = [self._windows[name] for name in group]
-        found: list[dict[str, dict[str, Any]]] = [{} for _ in windows]
+        tables: list[dict[str, dict[str, Any]]] = [{} for _ in windows]
         for context in sorted(self.config.contexts):
             rows = [row for row, window in enumerate(windows) if context in window.contexts]
             if not rows:
@@ -85,18 +84,18 @@ class PerplexityExperiment(Measured):
             spans = np.stack([self._span(windows[row], context) for row in rows]).astype(np.int64)
             forms = self.forms(spans[:, :context])
             arms = {arm: target_losses(self.llm, form, spans[:, context:]).mean(1) for arm, form in forms.items()}
-            for place, row in enumerate(rows):
-                found[row][str(context)] = {
-                    arm: {"loss": round(float(losses[place]), 6), "positions": len(forms[arm][place])}
+            for at, row in enumerate(rows):
+                tables[row][str(context)] = {
+                    arm: {"loss": round(float(losses[at]), 6), "positions": len(forms[arm][at])}
                     for arm, losses in arms.items()
                 }
-        for name, window, contexts in zip(group, windows, found, strict=True):
-            for arms_of in contexts.values():
-                if "streaming" not in arms_of and "full" in arms_of:  # the whole context fits: the same input
-                    arms_of["streaming"] = arms_of["full"]
+        for name, window, contexts in zip(group, windows, tables, strict=True):
+            for table in contexts.values():
+                if "full" in table:  # the whole context fits, so that streaming has the same input
+                    table["streaming"] = table["full"]
             yield {"id": name, "document": window.document, "contexts": contexts}
 
-    def forms(self, contexts: np.ndarray[Any, Any]) -> dict[str, list[Prompt]]:
+    def forms(self, contexts: Ids) -> dict[str, list[Prompt]]:
         """Make what each arm puts before the target tokens.
 
         Args:
@@ -106,39 +105,35 @@ class PerplexityExperiment(Measured):
             Arm -> B prompts of one length; arms that do not fit are absent, and "streaming" is where it is "full".
         """
         length = contexts.shape[1]
-        made: dict[str, list[Segment]] = {"none": list(contexts[:, :0])}
-        compressed = []
-        if self.embedder is not None:
-            compressed = self.embedder.compress_ids(list(contexts), ratio=min(self.config.ratios), show_progress=False)
+        compressed = compress_at_ratios(self.embedder, list(contexts), self.config.ratios)
+        segments: dict[str, list[Segment]] = {"none": list(contexts[:, :0])}
+        segments |= {f"extensible/{ratio}": list(parts) for ratio, parts in compressed.items()}
         for ratio in self.config.ratios:
-            count = -(-length // ratio)
-            if compressed:
-                made[f"extensible/{ratio}"] = [each.at_ratio(ratio).part for each in compressed]
-                count = len(made[f"extensible/{ratio}"][0])
-            made[f"nearest/{ratio}"] = [nearest(row, count) for row in contexts]
+            count = len(compressed[ratio][0]) if compressed else -(-length // ratio)
+            segments[f"nearest/{ratio}"] = [nearest(row, count) for row in contexts]
         if length <= self._room:
-            made["full"] = list(contexts)
+            segments["full"] = list(contexts)
         else:
-            made["streaming"] = [sinks_and_window(row, self._room, self.config.sinks) for row in contexts]
+            segments["streaming"] = [sinks_and_window(row, self._room, self.config.sinks) for row in contexts]
         return {
             arm: [assemble_text(self.llm, [part]) for part in parts]
-            for arm, parts in made.items()
+            for arm, parts in segments.items()
             if len(parts[0]) <= self._room
         }
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        return {
-            str(context): _table([s for s in samples if str(context) in s["contexts"]], str(context), self.config)
-            for context in sorted(self.config.contexts)
-            if any(str(context) in sample["contexts"] for sample in samples)
-        }
+        tables = {}
+        for context in map(str, sorted(self.config.contexts)):
+            if having := [sample for sample in samples if context in sample["contexts"]]:
+                tables[context] = _table(having, context, self.config)
+        return tables
 
-    def _span(self, window: Window, context: int) -> np.ndarray[Any, Any]:
+    def _span(self, window: Window, context: int) -> Ids:
         return self._documents[window.document][window.start - context : window.start + self.config.target]
 
 
 def spread_windows(lengths: Sequence[int], per_document: int, contexts: Sequence[int], target: int) -> list[Window]:
-    """Windows evenly spread over each document, never overlapping in what the longest context of theirs holds.
+    """Spread windows evenly over each document, never overlapping in what the longest context of theirs holds.
 
     Args:
         lengths: Tokens of each document; one without room for the shortest context gets no window.
@@ -159,8 +154,8 @@ def spread_windows(lengths: Sequence[int], per_document: int, contexts: Sequence
     return windows
 
 
-def target_losses(llm: LLM, prompts: Sequence[Prompt], targets: np.ndarray[Any, Any]) -> Tensor:
-    """Negative log-likelihood in nats of every target token but the first.
+def target_losses(llm: LLM, prompts: Sequence[Prompt], targets: Ids) -> Tensor:
+    """Compute the negative log-likelihood in nats of every target token but the first.
 
     Args:
         llm: Predicts them.
@@ -170,20 +165,21 @@ def target_losses(llm: LLM, prompts: Sequence[Prompt], targets: np.ndarray[Any, 
     Returns:
         (B, S - 1) in float32, on the CPU.
     """
-    begun = [Prompt((*prompt.segments, row[:1])).inputs(llm) for prompt, row in zip(prompts, targets, strict=True)]
-    return -torch.stack(llm.log_probs(begun, [row[1:] for row in targets])).cpu()
+    inputs = [Prompt((*prompt.segments, row[:1])).inputs(llm) for prompt, row in zip(prompts, targets, strict=True)]
+    return -torch.stack(llm.log_probs(inputs, [row[1:] for row in targets])).cpu()
 
 
 def _table(samples: Sequence[Sample], context: str, config: PerplexityConfig) -> dict[str, Any]:
-    """One context length: every arm, and what the extensible ones are worth against the others."""
+    """Summarise one context length: every arm, and what the extensible ones are worth against the others."""
     rows = [sample["contexts"][context] for sample in samples]
     groups = np.array([sample["document"] for sample in samples])
-    names = [arm for arm in _arm_names(config.ratios) if any(arm in row for row in rows)]
     arms = {}
-    for arm in names:
-        losses, own = _paired(rows, groups, arm)
-        summary = mean_with_interval(losses[0], own, config.seed)
+    for arm in arm_names(("none", "nearest", "streaming", "extensible", "full"), config.ratios):
         positions = [row[arm]["positions"] for row in rows if arm in row]
+        if not positions:
+            continue
+        (losses,), documents = _paired(rows, groups, arm)
+        summary = mean_with_interval(losses, documents, config.seed)
         arms[arm] = {
             "n": summary["n"],
             "positions": round(float(np.mean(positions)), 1),
@@ -196,27 +192,20 @@ def _table(samples: Sequence[Sample], context: str, config: PerplexityConfig) ->
         ours = f"extensible/{ratio}"
         minus = {}
         for baseline in _BASELINES:
-            other = f"nearest/{ratio}" if baseline == "nearest" else baseline
-            (a, b), own = _paired(rows, groups, ours, other)
+            (a, b), documents = _paired(rows, groups, ours, arm_name(baseline, ratio))
             if len(a):
-                minus[baseline] = mean_with_interval(a - b, own, config.seed)
+                minus[baseline] = mean_with_interval(a - b, documents, config.seed)
         if not minus:
             continue
-        (extensible, none, full), own = _paired(rows, groups, ours, "none", "full")
-        gap = share(none - extensible, none - full, own, config.seed) if len(own) else {"refused": "no full text fits"}
+        (extensible, none, full), documents = _paired(rows, groups, ours, "none", "full")
+        gap = {"refused": "no full text fits"}
+        if len(documents):
+            gap = share(none - extensible, none - full, documents, config.seed)
         ratios[str(ratio)] = {"minus": minus, "gap_share": gap}
     return {"n": len(samples), "arms": arms, "ratios": ratios}
 
 
-def _paired(
-    rows: Sequence[Mapping[str, Any]], groups: np.ndarray[Any, Any], *arms: str
-) -> tuple[list[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """The losses of some arms on the windows that have all of them, and those windows' documents."""
-    kept = [at for at, row in enumerate(rows) if all(arm in row for arm in arms)]
-    return [np.array([rows[at][arm]["loss"] for at in kept]) for arm in arms], groups[kept]
-
-
-def _arm_names(ratios: Sequence[int]) -> list[str]:
-    """The arms in the order in which they are shown."""
-    middle = [f"{kind}/{ratio}" for kind in ("nearest", "extensible") for ratio in ratios]
-    return ["none", *middle[: len(ratios)], "streaming", *middle[len(ratios) :], "full"]
+def _paired(rows: Sequence[Mapping[str, Any]], groups: Ids, *arms: str) -> tuple[list[Ids], Ids]:
+    """Return the losses of some arms on the windows that have all of them, and those windows' documents."""
+    having = [at for at, row in enumerate(rows) if all(arm in row for arm in arms)]
+    return [np.array([rows[at][arm]["loss"] for at in having]) for arm in arms], groups[having]

@@ -1,4 +1,4 @@
-"""Where a number comes from: versions, hardware in words, git revision and the command that made it."""
+"""Record where a number comes from: versions, hardware in words, git revision and the command that made it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy
 
 
 def provenance(command: Sequence[str]) -> dict[str, Any]:
-    """Everything about this run that is not its settings.
+    """Collect everything about this run that is not its settings.
 
     Args:
         command: The words of the command line; of paths outside the repository only the file's name is kept.
@@ -42,7 +42,7 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
 
 
 def git_revision() -> dict[str, Any]:
-    """The commit, and whether code differs from it; None where the package is not in a git checkout of its own."""
+    """Return the commit, and whether code differs from it; None where the package has no git checkout of its own."""
     if not (ROOT / "pyproject.toml").is_file():  # installed, perhaps inside somebody else's checkout
         return {"revision": None, "dirty": None}
     revision = _git("rev-parse", "HEAD")
@@ -51,7 +51,7 @@ def git_revision() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's model."""
+    """Return the processor's model."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -60,7 +60,7 @@ def cpu_name() -> str:
 
 
 def short_name(name: str) -> str:
-    """A model's name without the folders that lead to it."""
+    """Return a model's name without the folders that lead to it."""
     return Path(name).resolve().name if Path(name).exists() else name
 
 

@@ -1,4 +1,4 @@
-"""Question answering: what an LLM answers, and how likely the right answer is to it, by the form of the text.
+"""Measure question answering: what an LLM answers, and how likely the right answer is, by the form of the text.
 
 Every arm fills the same prompt, through the LLM's own chat template, with another form of the same text: see `forms`.
 Where the whole text does not fit the window, "full" has its first tokens, and the sample says "cut".
@@ -9,7 +9,7 @@ the question's own goes round, so that every rank has its share of the questions
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -18,20 +18,17 @@ import numpy as np
 from extemb_core.context.assembly import Part, Prompt, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.evaluation import scoring
-from extemb_core.evaluation.baselines import head
-from extemb_core.evaluation.forms import Forms, controls_for
-from extemb_core.evaluation.runs import Measured, Sample
+from extemb_core.evaluation.baselines import Ids, head
+from extemb_core.evaluation.forms import Forms, arm_name, arm_names, controls_for
+from extemb_core.evaluation.runs import Measured, Sample, batches_by_length, groups_of
 from extemb_core.evaluation.settings import CONTROLS, QaConfig
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, read_questions, template_for, templates
 from extemb_core.training.readings import turn_end
 from extemb_core.utils.jsonl import evenly
-
-Ids = np.ndarray[Any, Any]
 
 METRICS = {
     "em": scoring.exact_match,
@@ -39,11 +36,11 @@ METRICS = {
     "contained": scoring.contained,
     "rouge_l": scoring.rouge_l,
 }
-_POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
+_ARMS = ("none", "random", "random_states", "wrong", "anchors", "truncated", "lingua", "chosen", "extensible", "full")
 
 
 class QaExperiment(Measured):
-    """See the module. Without an embedder only "none", "full", "truncated", "chosen" and "lingua" are measured.
+    """Puts questions. Without an embedder only "none", "full", "truncated", "chosen" and "lingua" are measured.
 
     Raises:
         ConfigError: There are too few texts, or a control is asked for that the embedder does not allow.
@@ -76,14 +73,13 @@ class QaExperiment(Measured):
         )  # fmt: skip
 
     def questions(self) -> list[Question]:
-        """Those that are put."""
+        """Return the questions that are put."""
         return list(self._questions.values())
 
     def groups(self) -> list[list[str]]:
-        """Questions about one text side by side, and texts by length: little padding, and prefixes are shared."""
+        """List questions about one text side by side, and texts by length: little padding, and prefixes are shared."""
         ordered = sorted(self._questions.values(), key=lambda q: (len(q.context), q.document, self._ranks[q.id], q.id))
-        size = self.config.batch_size
-        return [[question.id for question in ordered[at : at + size]] for at in range(0, len(ordered), size)]
+        return groups_of([question.id for question in ordered], self.config.batch_size)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
         questions = [self._questions[name] for name in group]
@@ -93,14 +89,17 @@ class QaExperiment(Measured):
             arm: [self.prompt(question, form[arm]) for question, form in zip(questions, forms, strict=True)]
             for arm in forms[0]
         }
-        for batch in _batches({arm: max(map(len, made)) for arm, made in prompts.items()}, len(questions)):
+        lengths = {arm: max(map(len, of_arm)) for arm, of_arm in prompts.items()}
+        for batch in batches_by_length(lengths, rows=len(questions)):
             inputs = [prompt.inputs(self.llm) for arm in batch for prompt in prompts[arm]]
-            losses = iter(self._losses(inputs, questions * len(batch)))
+            references = [self.reference(question) for question in questions]
+            scores = iter(self.llm.log_probs(inputs, references * len(batch)))
             texts = iter(self.llm.generate(inputs, self._sampling) if self.config.generate else ())
             for arm in batch:
                 for row, (question, form) in enumerate(zip(questions, forms, strict=True)):
                     answer = next(texts).text.strip() if self.config.generate else None
-                    answered[row][arm] = self._scored(question, arm, answer, next(losses), form[arm])
+                    loss = round(-float(next(scores).mean()), 6)
+                    answered[row][arm] = self._scored(question, arm, answer, loss, form[arm])
         for question, arms in zip(questions, answered, strict=True):
             yield {
                 "id": question.id,
@@ -111,11 +110,6 @@ class QaExperiment(Measured):
                 "answer_tokens": len(self.reference(question)),
                 "arms": arms,
             }
-
-    def _losses(self, inputs: Sequence[PromptInputs], questions: Sequence[Question]) -> list[float]:
-        """The loss of each question's reference answer after a prompt: the mean over its tokens, in nats."""
-        scores = self.llm.log_probs(inputs, [self.reference(question) for question in questions])
-        return [round(-float(score.mean()), 6) for score in scores]
 
     def _scored(
         self, question: Question, arm: str, prediction: str | None, loss: float, parts: Sequence[Part]
@@ -153,28 +147,30 @@ class QaExperiment(Measured):
         return np.append(self.llm.encode(question.answers[0].strip()), np.int32(turn_end(self.llm)))
 
     def prompt(self, question: Question, parts: Sequence[Part]) -> Prompt:
-        """The chat prompt with these parts in the place of the text."""
+        """Make the chat prompt with these parts in the place of the text."""
         after = self.template["after"].replace("{question}", question.question)
         return assemble_chat(self.llm, [{"role": "user", "content": [self.template["before"], *parts, after]}])
 
     def passages(self, question: Question) -> list[str]:
-        """The names of the texts that the question is put with, its own at its rank."""
+        """Return the names of the texts that the question is put with, its own at its rank."""
         chosen = self._others(question, self.config.passages - 1)
         chosen.insert(self._ranks[question.id], question.document)
         return chosen
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        names = [arm for arm in self._arm_names() if all(arm in sample["arms"] for sample in samples)]
+        names = [
+            arm for arm in arm_names(_ARMS, self.config.ratios) if all(arm in sample["arms"] for sample in samples)
+        ]
         groups = np.array([sample["document"] for sample in samples])
         metrics, seed = self.metrics, self.config.seed
         # Each question counts the same for a score; for the loss, each token does.
         weights = dict.fromkeys(metrics, np.ones(len(samples)))
         weights["loss"] = np.array([sample["answer_tokens"] for sample in samples], dtype=float)
 
-        def values(arm: str, metric: str) -> np.ndarray[Any, Any]:
+        def values(arm: str, metric: str) -> Ids:
             return np.array([sample["arms"][arm][metric] for sample in samples], dtype=float)
 
-        def mean(numbers: np.ndarray[Any, Any], metric: str) -> dict[str, Any]:
+        def mean(numbers: Ids, metric: str) -> dict[str, Any]:
             return mean_with_interval(numbers, groups, seed, weights[metric])
 
         def compared(arm: str, other: str) -> dict[str, Any]:
@@ -195,7 +191,7 @@ class QaExperiment(Measured):
             str(ratio): {
                 control: compared(f"extensible/{ratio}", arm)
                 for control in CONTROLS
-                if (arm := control if control in ("none", "full") else f"{control}/{ratio}") in names
+                if (arm := arm_name(control, ratio)) in names
             }
             for ratio in ours
         }
@@ -218,15 +214,10 @@ class QaExperiment(Measured):
         return summary
 
     def _others(self, question: Question, count: int) -> list[str]:
-        """Other texts than the question's, drawn by the seed and the question's id."""
+        """Draw other texts than the question's, by the seed and the question's id."""
         names = [name for name in self._texts if name != question.document]
         draw = np.random.default_rng([self.config.seed, int.from_bytes(question.id.encode()[-6:], "big")])
         return [names[int(at)] for at in draw.permutation(len(names))[:count]]
-
-    def _arm_names(self) -> list[str]:
-        """The arms in the order in which they are shown."""
-        kinds = ("random", "random_states", "wrong", "anchors", "truncated", "lingua", "chosen", "extensible")
-        return ["none", *(f"{kind}/{ratio}" for kind in kinds for ratio in self.config.ratios), "full"]
 
 
 def draw_one_per_text(questions: Sequence[Question], seed: int) -> list[Question]:
@@ -235,23 +226,6 @@ def draw_one_per_text(questions: Sequence[Question], seed: int) -> list[Question
     for question in questions:
         by_text.setdefault(question.document, []).append(question)
     return [
-        own[int(np.random.default_rng([seed, int(document, 16)]).integers(len(own)))]
-        for document, own in by_text.items()
+        about[int(np.random.default_rng([seed, int(document, 16)]).integers(len(about)))]
+        for document, about in by_text.items()
     ]
-
-
-def _batches(lengths: Mapping[str, int], rows: int) -> Iterator[list[str]]:
-    """Arms that are answered in one call, the short ones together: a step costs little more for more rows.
-
-    Args:
-        lengths: Arm -> positions of its longest prompt.
-        rows: Prompts of each arm.
-    """
-    batch: list[str] = []
-    for arm in sorted(lengths, key=lambda arm: lengths[arm]):
-        if batch and (len(batch) + 1) * rows * lengths[arm] > _POSITIONS_AT_ONCE:
-            yield batch
-            batch = []
-        batch.append(arm)
-    if batch:
-        yield batch

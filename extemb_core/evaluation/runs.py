@@ -1,4 +1,4 @@
-"""One measured run: samples one by one into a journal, then everything into one JSON record.
+"""Measure samples one by one into a journal, then write everything into one JSON record.
 
 A run that is stopped goes on where it was: each finished sample is a line of `OUT.partial`, on disk before the next
 group begins, and is not measured again. The record keeps every sample, so that any table can be recomputed.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -30,10 +30,11 @@ _FREE = ("limit", "batch_size", "device")
 _EMBEDDER_SETTINGS = (
     "entry_layer", "num_layers", "adaptation", "downscaling", "token_weighting", "connector", "chunk_size", "llm_name",
 )  # fmt: skip
+_POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
 
 
 class Experiment(Protocol):
-    """One kind of measurement, ready to run.
+    """Defines one kind of measurement, ready to run.
 
     Attributes:
         kind: "ppl", "qa", "needle" or "speed".
@@ -67,7 +68,7 @@ class Experiment(Protocol):
 
 
 class Measured:
-    """What experiments have in common: settings, an LLM, and an embedder whose ratios they ask for, or none."""
+    """Holds what experiments have in common: an LLM, and an embedder whose ratios they ask for, or none."""
 
     def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
         self.llm = llm
@@ -78,13 +79,41 @@ class Measured:
 
     @property
     def fingerprint(self) -> str | None:
+        """Return the embedder's fingerprint, or None without one."""
         return self.embedder.fingerprint if self.embedder is not None else None
 
     @property
     def embedder_settings(self) -> dict[str, Any] | None:
+        """Return the embedder's settings that records keep, or None without one."""
         if self.embedder is None:
             return None
         return {name: getattr(self.embedder.config, name) for name in _EMBEDDER_SETTINGS}
+
+
+def groups_of(names: Sequence[str], size: int) -> list[list[str]]:
+    """Split names into groups of `size`, in their order; the last may be smaller."""
+    return [list(names[at : at + size]) for at in range(0, len(names), size)]
+
+
+def batches_by_length(
+    lengths: Mapping[str, int], *, rows: int = 1, batch_size: int | None = None
+) -> Iterator[list[str]]:
+    """Yield names in batches, shortest first, such that a padded batch stays small; a long one is alone.
+
+    Args:
+        lengths: Name -> positions of its longest prompt.
+        rows: Prompts of each name.
+        batch_size: Maximum number of names in a batch; None for no limit.
+    """
+    batch: list[str] = []
+    for name in sorted(lengths, key=lambda name: lengths[name]):
+        full = len(batch) == batch_size or (len(batch) + 1) * rows * lengths[name] > _POSITIONS_AT_ONCE
+        if batch and full:
+            yield batch
+            batch = []
+        batch.append(name)
+    if batch:
+        yield batch
 
 
 def run(
@@ -148,7 +177,7 @@ def run(
 
 
 class Journal:
-    """Finished samples of one run, one JSON line each, after a first line that says what run it is."""
+    """Keeps finished samples of one run, one JSON line each, after a first line that says what run it is."""
 
     def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool = True) -> None:
         self.file = out.with_name(out.name + ".partial")
@@ -270,7 +299,7 @@ def write_record(record: dict[str, Any], file: Path) -> None:
 
 
 def _identity(experiment: Experiment, data: list[dict[str, str]]) -> dict[str, Any]:
-    """Tell what must be the same for a sample of an earlier run to count in this one."""
+    """Collect what must be the same for a sample of an earlier run to count in this one."""
     config = json.loads(json.dumps(asdict(experiment.config)))
     config |= {"llm": short_name(config["llm"]), "data": [Path(file).name for file in config["data"]]}
     config["embedder"] = short_name(config["embedder"]) if config["embedder"] else None

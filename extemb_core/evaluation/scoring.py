@@ -1,4 +1,4 @@
-"""How good an answer is, by the rules of SQuAD v1.1 (Rajpurkar et al., arXiv 1606.05250), and by ROUGE-L.
+"""Score an answer by the rules of SQuAD v1.1 (Rajpurkar et al., arXiv 1606.05250), and by ROUGE-L.
 
 Every score is between 0 and 1, the best over the reference answers. SQuAD's rules compare without case, ASCII
 punctuation and English articles. Of an answer such as "A" or "%" they leave nothing, which an empty prediction would
@@ -25,12 +25,12 @@ Tokens = list[str]
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles, one space between words; in that order, as SQuAD has it."""
+    """Lower the case, drop ASCII punctuation, then articles, and put one space between words, as SQuAD does."""
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 where the prediction is one of the answers, else 0.
+    """Return 1 where the prediction is one of the answers, else 0.
 
     Raises:
         ConfigError: There is no answer to compare with; so all of these functions.
@@ -39,17 +39,17 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Harmonic mean of the shares of the prediction's and of the answer's tokens that the two have in common."""
+    """Return the harmonic mean of the shares of the prediction's and the answer's tokens that both have in common."""
     return _best(_overlap, prediction, answers, _answer_tokens)
 
 
 def contained(prediction: str, answers: Sequence[str]) -> float:
-    """1 where an answer's tokens stand side by side in the prediction, else 0: long-winded answers count too."""
+    """Return 1 where an answer's tokens stand side by side in the prediction, else 0: long-winded answers count too."""
     return _best(_holds, prediction, answers, _answer_tokens)
 
 
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
-    """ROUGE-L (Lin, 2004): as `f1`, but in common is the longest common subsequence, of lower-cased words.
+    """Return ROUGE-L (Lin, 2004): as `f1`, but in common is the longest common subsequence, of lower-cased words.
 
     A word is a run of letters and digits; articles count, and nothing is stemmed.
     """
@@ -65,7 +65,7 @@ def _best(
 
 
 def _tokens(prediction: str, answer: str, split: Callable[[str], Tokens]) -> tuple[Tokens, Tokens]:
-    """Both texts as tokens; raw where the answer would have none."""
+    """Split both texts into tokens; raw where the answer would have none."""
     wanted = split(answer)
     return (split(prediction), wanted) if wanted else (prediction.split(), answer.split())
 
@@ -78,34 +78,34 @@ def _words(text: str) -> Tokens:
     return _WORD.findall(text.lower())
 
 
-def _is_same(found: Tokens, wanted: Tokens) -> float:
-    return float(found == wanted)
+def _is_same(predicted: Tokens, wanted: Tokens) -> float:
+    return float(predicted == wanted)
 
 
-def _holds(found: Tokens, wanted: Tokens) -> float:
+def _holds(predicted: Tokens, wanted: Tokens) -> float:
     if not wanted:
-        return float(not found)
-    starts = range(len(found) - len(wanted) + 1)
-    return float(any(found[at : at + len(wanted)] == wanted for at in starts))
+        return float(not predicted)
+    starts = range(len(predicted) - len(wanted) + 1)
+    return float(any(predicted[at : at + len(wanted)] == wanted for at in starts))
 
 
-def _overlap(found: Tokens, wanted: Tokens) -> float:
-    return _f_measure((Counter(found) & Counter(wanted)).total(), found, wanted)
+def _overlap(predicted: Tokens, wanted: Tokens) -> float:
+    return _f_measure((Counter(predicted) & Counter(wanted)).total(), predicted, wanted)
 
 
-def _ordered_overlap(found: Tokens, wanted: Tokens) -> float:
-    return _f_measure(_longest_common_subsequence(found, wanted), found, wanted)
+def _ordered_overlap(predicted: Tokens, wanted: Tokens) -> float:
+    return _f_measure(_longest_common_subsequence(predicted, wanted), predicted, wanted)
 
 
-def _f_measure(common: int, found: Tokens, wanted: Tokens) -> float:
-    """The harmonic mean of common / found and common / wanted; two empty texts are the same."""
-    return 2 * common / (len(found) + len(wanted)) if found or wanted else 1.0
+def _f_measure(common: int, predicted: Tokens, wanted: Tokens) -> float:
+    """Return the harmonic mean of common / predicted and common / wanted; two empty texts are the same."""
+    return 2 * common / (len(predicted) + len(wanted)) if predicted or wanted else 1.0
 
 
 def _longest_common_subsequence(a: Tokens, b: Tokens) -> int:
-    """Its length, by rows of the usual table: entry j is what `a` so far has in common with the first j of `b`."""
+    """Return its length, by rows of the usual table: entry j is what `a` so far shares with the first j of `b`."""
     numbers: dict[str, int] = {}
-    a_ids, b_ids = (np.array([numbers.setdefault(each, len(numbers)) for each in tokens]) for tokens in (a, b))
+    a_ids, b_ids = (np.array([numbers.setdefault(token, len(numbers)) for token in tokens]) for tokens in (a, b))
     row = np.zeros(len(b) + 1, dtype=np.int64)
     for token in a_ids:
         longer = np.maximum(row[1:], row[:-1] + (b_ids == token))

@@ -1,4 +1,4 @@
-"""The settings of each kind of measurement, from which the command line makes its options.
+"""Settings of each kind of measurement, from which the command line makes its options.
 
 Nothing here may need torch: `extemb --help` imports this file, and shows the first sentence on each attribute.
 """
@@ -18,7 +18,7 @@ _MIN_TOKENS = 64  # of a haystack: more than any needle has characters
 
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """What is measured, on what.
+    """Settings that all measurements have.
 
     Attributes:
         llm: Name, path or hub id of the frozen LLM.
@@ -29,7 +29,7 @@ class CommonConfig:
         seed: Random seed, of the bootstrap and of all that is drawn.
         batch_size: Samples per batch.
         device: auto (CUDA, then CPU), cpu, cuda or cuda:N.
-        dtype: Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
+        dtype: Data type of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
     """
 
     llm: str
@@ -57,7 +57,7 @@ class CommonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityConfig(CommonConfig):
-    """What is predicted after which contexts. Lengths are in tokens.
+    """Settings of perplexity after contexts of several lengths. Lengths are in tokens.
 
     Attributes:
         data: Held-out text: .jsonl[.zst] with a "text" field, .txt, .md.
@@ -89,7 +89,7 @@ class PerplexityConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QaConfig(CommonConfig):
-    """How questions are put.
+    """Settings of question answering.
 
     Attributes:
         data: Questions: .jsonl[.zst] with id, context, question, answers.
@@ -114,18 +114,16 @@ class QaConfig(CommonConfig):
             raise ConfigError("data is empty; pass files of questions")
         from extemb_core.questions import templates  # needs numpy
 
-        for name, given, legal in (
-            ("template", (self.template,), ("auto", *templates())),
-            ("controls", self.controls or (), CONTROLS),
-        ):
-            for value in given:
-                if value not in legal:
-                    raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
+        choices = [("template", self.template, ("auto", *templates()))]
+        choices += [("controls", control, CONTROLS) for control in self.controls or ()]
+        for name, value, legal in choices:
+            if value not in legal:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleConfig(CommonConfig):
-    """What is hidden, and where.
+    """Settings of finding one thing in much text.
 
     Attributes:
         data: Text to hide pass keys in. `SENTENCES` of `needle.py` when there is none.
@@ -155,7 +153,7 @@ class NeedleConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig(CommonConfig):
-    """What is timed.
+    """Settings of timing answers.
 
     Attributes:
         data: Text to read. It is repeated where it is short, and made up when there is none.
@@ -179,7 +177,7 @@ class SpeedConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(CommonConfig):
-    """What is measured to find an entry layer.
+    """Settings of finding an entry layer.
 
     Attributes:
         data: Questions to choose by: .jsonl[.zst] with id, context, question, answers. Text alone decides without any.

@@ -1,4 +1,4 @@
-"""What it costs to answer about a text: time to the first token, decoding, memory, by length (twin paper, Table 3).
+"""Measure the cost of an answer about a text: first token, decoding, memory, by length (twin paper, Table 3).
 
 For each length the same text is read in several ways, one question after it:
 
@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
@@ -41,15 +42,15 @@ import torch
 from torch import Tensor
 
 from extemb_core.context.assembly import Prompt, Segment, assemble_chat
+from extemb_core.evaluation.baselines import Ids
+from extemb_core.evaluation.forms import compress_at_ratios
 from extemb_core.evaluation.needle import filler, positions_at, read_filler
-from extemb_core.evaluation.runs import Measured, Sample
+from extemb_core.evaluation.runs import Measured, Sample, groups_of
 from extemb_core.evaluation.settings import SpeedConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs
 from extemb_core.models.llm import LLM
 from extemb_core.utils.jsonl import evenly
-
-Ids = np.ndarray[Any, Any]
 
 BEFORE = "Read the text.\n\nText:\n"
 AFTER = "\n\nIn one sentence, what is this text about?"
@@ -68,7 +69,7 @@ class Document:
 
 
 class SpeedExperiment(Measured):
-    """See the module. Without an embedder only "full" is measured."""
+    """Times answers. Without an embedder only "full" is measured."""
 
     kind: ClassVar[str] = "speed"
 
@@ -78,23 +79,23 @@ class SpeedExperiment(Measured):
         longest = max(config.tokens)
         draw = np.random.default_rng(config.seed)
         self._ids = filler(llm, max(longest, _FIRST_TOKENS), draw, read_filler(llm, config.data))[0]
-        places = [
+        rounds = [
             (tokens, number)
             for tokens in sorted(config.tokens)
             if self.sides(tokens)
             for number in range(config.rounds)
         ]
-        self._places = {f"{tokens}:{number}": (tokens, number) for tokens, number in evenly(places, config.limit)}
+        self._rounds = {f"{tokens}:{number}": (tokens, number) for tokens, number in evenly(rounds, config.limit)}
         self._document: Document | None = None
         self._peaks: dict[str, float | None] = {}
 
     def groups(self) -> list[list[str]]:
-        """One round of one length each; a length at which no side fits has none."""
-        return [[name] for name in self._places]
+        """List one round of one length a group; a length at which no side fits has none."""
+        return groups_of(list(self._rounds), 1)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
         for name in group:
-            tokens, number = self._places[name]
+            tokens, number = self._rounds[name]
             document = self._prepared(tokens)
             order = list(document.sides)
             timed = {side: self.answer(side, document) for side in (order[::-1] if number % 2 else order)}
@@ -111,7 +112,7 @@ class SpeedExperiment(Measured):
             }
 
     def sides(self, tokens: int) -> dict[str, int]:
-        """The sides that fit, with the positions that the text takes in each."""
+        """Return the sides that fit, with the positions that the text takes in each."""
         room = self.llm.context_window - len(self.prompt(self._ids[:0])) - self.config.new_tokens
         positions = {"full": tokens}
         for kind in ("online", "offline") if self.embedder is not None else ():
@@ -129,19 +130,19 @@ class SpeedExperiment(Measured):
         compressed = None
         start = time.perf_counter()
         if kind == "online" and self.embedder is not None:
-            made = self.embedder.compress_ids([document.ids], ratio=int(ratio), show_progress=False)
+            (text,) = self.embedder.compress_ids([document.ids], ratio=int(ratio), show_progress=False)
             compressed = time.perf_counter()
-            form: Segment = made[0].part
+            form: Segment = text.part
         else:
             form = document.compressed[int(ratio)] if ratio else document.ids
         _, times = greedy(self.llm, self.prompt(form).inputs(self.llm), self.config.new_tokens)
-        found = {
+        measured = {
             "first_token_s": round(times[0] - start, 6),
             "decode_tokens_per_s": round((len(times) - 1) / (times[-1] - times[0]), 3),
         }
         if compressed is not None:
-            found["compress_tokens_per_s"] = round(len(document.ids) / (compressed - start), 3)
-        return found
+            measured["compress_tokens_per_s"] = round(len(document.ids) / (compressed - start), 3)
+        return measured
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
         tables: dict[str, Any] = {}
@@ -153,14 +154,11 @@ class SpeedExperiment(Measured):
     def _document_of(self, tokens: int) -> Document:
         ids, sides = self._ids[:tokens], self.sides(tokens)
         ratios = [ratio for ratio in self.config.ratios if f"offline/{ratio}" in sides]
-        compressed: dict[int, Segment] = {}
-        if self.embedder is not None and ratios:
-            made = self.embedder.compress_ids([ids], ratio=min(ratios), show_progress=False)[0]
-            compressed = {ratio: made.at_ratio(ratio).part for ratio in ratios}
-        return Document(ids, compressed, sides)
+        compressed = compress_at_ratios(self.embedder, [ids], ratios)
+        return Document(ids, {ratio: part for ratio, (part,) in compressed.items()}, sides)
 
     def _prepared(self, tokens: int) -> Document:
-        """The text of a length; where it is another than the last, after the pass that is not timed."""
+        """Prepare the text of a length; where it is another than the last, after the pass that is not timed."""
         if self._document is None:
             self._untimed_pass(self._document_of(_FIRST_TOKENS))
         if self._document is None or len(self._document.ids) != tokens:
@@ -171,17 +169,13 @@ class SpeedExperiment(Measured):
         return self._document
 
     def _untimed_pass(self, document: Document) -> dict[str, float | None]:
-        """Every side once, for its memory in MiB."""
-
-        def run(side: str) -> Callable[[], object]:
-            return lambda: self.answer(side, document)
-
-        return {side: peak_mib(run(side), self.llm.device) for side in document.sides}
+        """Run every side once, for its memory in MiB."""
+        return {side: peak_mib(partial(self.answer, side, document), self.llm.device) for side in document.sides}
 
 
 @torch.no_grad()
 def greedy(llm: LLM, prompt: PromptInputs, count: int) -> tuple[list[int], list[float]]:
-    """The LLM's likeliest next token, `count` times one after the other; stop tokens are tokens like any other.
+    """Take the LLM's likeliest next token, `count` times in a row; stop tokens are tokens like any other.
 
     Args:
         llm: Goes on from the prompt.
@@ -215,7 +209,7 @@ def greedy(llm: LLM, prompt: PromptInputs, count: int) -> tuple[list[int], list[
 
 
 def peak_mib(work: Callable[[], object], device: torch.device) -> float | None:
-    """Do something and tell its peak of memory beyond what was in use before; None where the system does not.
+    """Measure the peak of memory of some work beyond what was in use before; None where the system cannot.
 
     Args:
         work: What to do.
@@ -228,11 +222,11 @@ def peak_mib(work: Callable[[], object], device: torch.device) -> float | None:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return round((torch.cuda.max_memory_allocated(device) - before) / _MIB, 1)
-    kept = _reset_resident_peak()
+    is_reset = _reset_resident_peak()
     resident = _status_mib("VmRSS")
     work()
     peak = _status_mib("VmHWM")
-    return round(max(0.0, peak - resident), 1) if kept and peak is not None and resident is not None else None
+    return round(max(0.0, peak - resident), 1) if is_reset and peak is not None and resident is not None else None
 
 
 def _reset_resident_peak() -> bool:
@@ -257,18 +251,18 @@ def _status_mib(name: str) -> float | None:
 
 
 def _medians(rows: Sequence[dict[str, dict[str, Any]]], side: str) -> dict[str, Any]:
-    """One side of one length over its rounds."""
-    own = [row[side] for row in rows]
-    peaks = [row["peak_mib"] for row in own if row["peak_mib"] is not None]
+    """Summarise one side of one length over its rounds."""
+    timed = [row[side] for row in rows]
+    peaks = [row["peak_mib"] for row in timed if row["peak_mib"] is not None]
     over = [row[side]["first_token_s"] / row["full"]["first_token_s"] for row in rows if "full" in row]
     table = {
-        "n": len(own),
-        "first_token_s": median(row["first_token_s"] for row in own),
-        "decode_tokens_per_s": median(row["decode_tokens_per_s"] for row in own),
+        "n": len(timed),
+        "first_token_s": median(row["first_token_s"] for row in timed),
+        "decode_tokens_per_s": median(row["decode_tokens_per_s"] for row in timed),
         "peak_mib": median(peaks) if peaks else None,
-        "positions": own[0]["positions"],
+        "positions": timed[0]["positions"],
         "first_token_over_full": median(over) if over else None,
     }
-    if "compress_tokens_per_s" in own[0]:
-        table["compress_tokens_per_s"] = median(row["compress_tokens_per_s"] for row in own)
+    if "compress_tokens_per_s" in timed[0]:
+        table["compress_tokens_per_s"] = median(row["compress_tokens_per_s"] for row in timed)
     return table

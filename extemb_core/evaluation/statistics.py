@@ -1,4 +1,4 @@
-"""Means, and shares of means, with intervals over documents.
+"""Compute means, and shares of means, with intervals over documents.
 
 Measurements of one document are not independent, so whole groups are resampled: a bootstrap of as many groups as
 there are, drawn with replacement, and the 2.5% and 97.5% quantiles of what is computed from them.
@@ -21,7 +21,7 @@ Values = np.ndarray[Any, Any]
 def bootstrap_interval(
     values: Values, groups: Values, seed: int = 0, weights: Values | None = None
 ) -> tuple[float, float] | None:
-    """95% interval of the mean by resampling whole groups.
+    """Compute the 95% interval of the mean by resampling whole groups.
 
     Args:
         values: (W,).
@@ -38,7 +38,7 @@ def bootstrap_interval(
 
 
 def mean_with_interval(values: Values, groups: Values, seed: int = 0, weights: Values | None = None) -> dict[str, Any]:
-    """The mean of all values, its 95% interval over groups as a list or None, and their number `n`.
+    """Compute the mean of all values, its 95% interval over groups as a list or None, and their number `n`.
 
     Args:
         values: (W,), at least one.
@@ -56,7 +56,7 @@ def mean_with_interval(values: Values, groups: Values, seed: int = 0, weights: V
 
 
 def share(numerator: Values, denominator: Values, groups: Values, seed: int = 0) -> dict[str, Any]:
-    """The ratio of two means, such as the part of a gain that is retained, or why there is none to speak of.
+    """Compute the ratio of two means, such as the part of a gain that is retained, or why there is none to speak of.
 
     Args:
         numerator: (W,), at least one: what was gained.
@@ -85,7 +85,7 @@ def share(numerator: Values, denominator: Values, groups: Values, seed: int = 0)
 
 
 def _resampled_sums(columns: list[Values], groups: Values, seed: int) -> list[Values] | None:
-    """The sum of each column over every resample of the groups, (R,) each; None with fewer than two groups."""
+    """Sum each column over every resample of the groups, (R,) each; None with fewer than two groups."""
     _, index = np.unique(groups, return_inverse=True)
     sums = [np.bincount(index, weights=column) for column in columns]
     count = len(sums[0])

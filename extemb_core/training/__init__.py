@@ -1,1 +1,1 @@
-"""Training embedders: objectives (pure functions), data (tokenised once), trainer (on `transformers.Trainer`)."""
+"""Train embedders: objectives (pure functions), data (tokenised once), trainer (on `transformers.Trainer`)."""

@@ -1,4 +1,4 @@
-"""Which batch trains what: the plan of a run, item by item.
+"""Plan which batch of a run trains what, item by item.
 
 Every batch is of one objective. Which one, and which of its samples, follows from the seed and the batch's number
 alone, so that a resumed run, and each of several processes, trains on what one uninterrupted process would have.
@@ -19,7 +19,7 @@ from extemb_core.training.readings import QuestionReadings, recall, reconstructi
 
 
 class Batches:
-    """A map-style dataset in training order: `batch_size` consecutive items are one batch.
+    """Map-style dataset in training order: `batch_size` consecutive items are one batch.
 
     Args:
         objectives: Share of the batches of each.
@@ -64,29 +64,29 @@ class Batches:
     def __getitem__(self, index: int) -> dict[str, Any]:
         batch, row = divmod(index, self._size)
         objective = self.objectives[batch]
-        place = int(self._before[batch]) * self._size + row  # among the samples of this objective
+        number = int(self._before[batch]) * self._size + row  # among the samples of this objective
         item: dict[str, Any] = {"objective": objective, "index": index}
         if objective == "questions":
             assert self._questions is not None
-            return item | {"readings": [self._questions.reading(place)]}
-        ids = self._text(place)
+            return item | {"readings": [self._questions.reading(number)]}
+        ids = self._text(number)
         if objective == "two_stream":
             return item | {"sample": torch.from_numpy(ids)}
-        if objective == "recall":
-            return item | {"readings": [recall(self._llm, ids, np.random.default_rng([self._seed, 2, index]))]}
-        return item | {"readings": self._spans_of(ids, batch, index)}
+        draw = np.random.default_rng([self._seed, 2, index])
+        return item | {
+            "readings": [recall(self._llm, ids, draw)] if objective == "recall" else self._spans_of(ids, batch, draw)
+        }
 
-    def _text(self, place: int) -> np.ndarray[Any, Any]:
-        """Sample number `place` of an endless stream; each round over the samples is another order."""
+    def _text(self, number: int) -> np.ndarray[Any, Any]:
+        """Return sample `number` of an endless stream; each round over the samples is another order."""
         assert self._samples is not None
-        rounds, at = divmod(place, len(self._samples))
+        rounds, at = divmod(number, len(self._samples))
         return self._samples[int(shuffled(len(self._samples), self._seed, 1, rounds)[at])]["input_ids"]  # type: ignore[no-any-return]
 
-    def _spans_of(self, ids: np.ndarray[Any, Any], batch: int, index: int) -> list[Reading]:
-        """Spans side by side, from anywhere in the sample: a span is read twice, so they take half its length."""
+    def _spans_of(self, ids: np.ndarray[Any, Any], batch: int, draw: np.random.Generator) -> list[Reading]:
+        """Cut spans side by side, from anywhere in the sample: a span is read twice, so they take half its length."""
         first, last = self._spans
         longest = round(first + (last - first) * batch / max(1, len(self.objectives) - 1))
-        draw = np.random.default_rng([self._seed, 2, index])
         length = min(int(draw.integers(min(first, longest), longest + 1)), len(ids))
         count = max(1, len(ids) // (2 * length))
         start = int(draw.integers(len(ids) - count * length + 1))
@@ -94,7 +94,7 @@ class Batches:
 
 
 class Collator:
-    """Draws the ratios of each sample and the chunk size of the batch, from the place of its first item.
+    """Draws the ratios of each sample and the chunk size of the batch, from the index of its first item.
 
     A ratio that is named twice is drawn twice as often, but never twice for one sample. Two streams take a chunk size
     that leaves something to predict.

@@ -1,4 +1,4 @@
-"""The settings of one training run."""
+"""Settings of one training run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TrainingConfig:
         reader_first_layer: Decoder layers before it get none. An embedder shares the layers that a reader leaves as
             they are; 0 takes all, or all above those of an embedder that is trained beside it.
         most_per_source: Questions of each source (the id up to its number) in one round over them.
-        raw_share: Of a question's documents, the share that stays text, so that what learns to read embeddings goes on
+        raw_share: Share of a question's documents that stays text, so that what learns to read embeddings goes on
             reading text.
         mixed_share: Share of documents compressed around a part left as text, above entry layer 0. It is a share of
             those that `raw_share` leaves.
@@ -49,7 +49,7 @@ class TrainingConfig:
         chunk_sizes: Chunk lengths in training, one drawn per batch. Without any it is the embedder's own;
             "two_stream" takes those shorter than a sample.
         ratios: Ratios drawn per sample; the embedder's own when empty.
-        ratios_per_sample: How many; one pass of the embedder serves them all.
+        ratios_per_sample: Ratios per sample; one pass of the embedder serves them all.
         total_tokens: Tokens to train on. Steps follow from it.
         batch_size: Samples per batch and device.
         accumulation_steps: Gradient accumulation steps.
@@ -68,8 +68,9 @@ class TrainingConfig:
         max_minutes: Save and stop after this many minutes; the same run resumes.
         seed: Random seed.
         device: auto (CUDA, then CPU), cpu, cuda or cuda:N.
-        dtype: Of the frozen LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16; `extemb doctor` says
-            whether bfloat16 is safe here. The trained tensors stay float32. Some CPUs end the process in bfloat16.
+        dtype: Data type of the frozen LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16; `extemb
+            doctor` says whether bfloat16 is safe here. The trained tensors stay float32. Some CPUs end the process in
+            bfloat16.
     """
 
     llm: str
@@ -173,7 +174,7 @@ class TrainingConfig:
 
     @property
     def token_cache(self) -> Path:
-        """Where tokenised text is kept."""
+        """Folder for tokenised text."""
         return Path(self.cache) if self.cache is not None else Path(self.output) / "data"
 
     @property
@@ -183,10 +184,10 @@ class TrainingConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all processes that train together."""
+        """Tokens of one optimiser step, over all processes that train together."""
         return self.batch_size * self.accumulation_steps * self.sample_length * self.processes
 
     @property
     def processes(self) -> int:
-        """That train together, as torchrun says."""
+        """Number of processes that train together, as torchrun says."""
         return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""Attention for training on a CPU: the same sums as torch's, with far less time in the backward pass.
+"""Attend on a CPU in training: the same sums as torch's, with far less time in the backward pass.
 
 torch's own kernel for CPUs is slow in the backward pass of short rows in bfloat16: at 128 positions it takes four
 times as long as this one, at 350 more than twice (docs/experiments.md). Here the probabilities are kept instead of
@@ -46,10 +46,10 @@ def attend(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query (B, H, T, D), key and value (B, G, S, D), mask (B or 1, 1, T, S) -> (B, T, H, D).
+    """Attend. query (B, H, T, D), key and value (B, G, S, D), mask (B or 1, 1, T, S) -> (B, T, H, D).
 
-    Without a mask attention is causal. What it is not made for goes to torch's kernel: float32, long rows, a cache, no
-    gradient.
+    transformers calls this. Without a mask attention is causal. What it is not made for goes to torch's kernel:
+    float32, long rows, a cache, no gradient.
     """
     length = query.shape[2]
     ours = query.dtype == torch.bfloat16 and 1 < length <= _MAX_LENGTH and length == key.shape[2] and not dropout
@@ -77,28 +77,28 @@ class _Rows(torch.autograd.Function):
         batch, heads, length, width = query.shape
         groups = key.shape[1]
         output = torch.empty_like(query)
-        kept = query.new_empty(batch, groups, heads // groups * length, length)
+        probabilities = query.new_empty(batch, groups, heads // groups * length, length)
         for row in range(batch):
             asked = query[row].view(groups, -1, width)
             scores = torch.matmul(asked, key[row].transpose(-1, -2)).float().mul_(scale)
             scores.view(heads, length, length).add_(mask[min(row, len(mask) - 1)])
-            kept[row] = scores.softmax(-1)
-            torch.matmul(kept[row], value[row], out=output[row].view(groups, -1, width))
-        ctx.save_for_backward(query, key, value, kept)
+            probabilities[row] = scores.softmax(-1)
+            torch.matmul(probabilities[row], value[row], out=output[row].view(groups, -1, width))
+        ctx.save_for_backward(query, key, value, probabilities)
         ctx.scale = scale
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, kept = ctx.saved_tensors
+        query, key, value, probabilities = ctx.saved_tensors
         groups, width = key.shape[1], query.shape[-1]
         gradient = gradient.contiguous()
         to_query, to_key, to_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for row in range(len(query)):
-            given = gradient[row].view(groups, -1, width)
-            torch.matmul(kept[row].transpose(-1, -2), given, out=to_value[row])
-            change = torch.matmul(given, value[row].transpose(-1, -2)).float()
-            change = torch._softmax_backward_data(change, kept[row].float(), -1, torch.float32)
+            of_output = gradient[row].view(groups, -1, width)
+            torch.matmul(probabilities[row].transpose(-1, -2), of_output, out=to_value[row])
+            change = torch.matmul(of_output, value[row].transpose(-1, -2)).float()
+            change = torch._softmax_backward_data(change, probabilities[row].float(), -1, torch.float32)
             change = change.mul_(ctx.scale).to(query.dtype)
             torch.matmul(change, key[row], out=to_query[row].view(groups, -1, width))
             torch.matmul(change.transpose(-1, -2), query[row].view(groups, -1, width), out=to_key[row])

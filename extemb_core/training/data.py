@@ -74,12 +74,12 @@ class TokenFile:
     @classmethod
     def _checked(cls, folder: Path, llm: LLM) -> TokenFile:
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            file = cls.open(folder)
         except (OSError, ValueError) as error:
             raise DocumentError(f"{folder} is not a folder of tokens ({error}); pass text files") from error
-        if meta.get("tokenizer", llm.tokenizer_digest) != llm.tokenizer_digest:
+        if file.meta.get("tokenizer", llm.tokenizer_digest) != llm.tokenizer_digest:
             raise DocumentError(f"{folder} holds the tokens of another tokenizer than {llm.name}'s; pass text files")
-        return cls.open(folder)
+        return file
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -101,9 +101,9 @@ class Samples:
         spans: list[tuple[int, int]] = []
         for start, stop in zip(file.offsets[:-1], file.offsets[1:], strict=True):
             spans += [(int(at), int(min(at + length, stop))) for at in range(int(start), int(stop), length)]
-        kept = [(start, stop) for start, stop in spans if stop - start >= shortest]
-        self.left_out = file.n_tokens - sum(stop - start for start, stop in kept)
-        self.spans = evenly(kept, limit)
+        spans = [(start, stop) for start, stop in spans if stop - start >= shortest]
+        self.left_out = file.n_tokens - sum(stop - start for start, stop in spans)
+        self.spans = evenly(spans, limit)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -114,7 +114,7 @@ class Samples:
 
 
 def read_texts(file: Path) -> Iterator[str]:
-    """The documents of a .jsonl or .jsonl.zst file (field "text"), or the whole of any other text file."""
+    """Yield the documents of a .jsonl or .jsonl.zst file (field "text"), or the whole of any other text file."""
     if not is_jsonl(file):
         yield read_text_file(file)
         return

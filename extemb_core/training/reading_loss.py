@@ -1,4 +1,4 @@
-"""The loss of readings: what an LLM answers after text and extensible embeddings.
+"""Compute the loss of readings: what an LLM answers after text and extensible embeddings.
 
 Reconstruction, recall and question answering are readings. The cross-entropy may be mixed with self-distillation: the
 divergence from what the same LLM predicts when it reads the text itself.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """What is lost at each of S tokens, row after row.
+    """Losses at each of S tokens, row after row.
 
     Attributes:
         values: (S,) negative log-likelihoods in nats, mixed with divergences by distillation; with gradient.
@@ -38,18 +38,18 @@ class Losses:
     rows: Sequence[tuple[int, int]]
 
     def mean(self) -> Tensor:
-        """What is minimised."""
+        """Return the mean over all tokens, which is minimised."""
         return self.values.mean()
 
     def by_ratio(self) -> dict[int, Tensor]:
-        """The mean over the rows of each ratio, without gradient."""
+        """Return the mean over the rows of each ratio, without gradient."""
         parts = list(zip(self.rows, self.values.detach().split([n for _, n in self.rows]), strict=True))
         ratios = sorted({ratio for ratio, _ in self.rows if ratio})
-        return {ratio: torch.cat([part for (own, _), part in parts if own == ratio]).mean() for ratio in ratios}
+        return {ratio: torch.cat([part for (at, _), part in parts if at == ratio]).mean() for ratio in ratios}
 
 
 class Span(NamedTuple):
-    """A part of a document that is read as extensible embeddings, at entry layers above 0.
+    """Part of a document that is read as extensible embeddings, at entry layers above 0.
 
     The document's chunks are encoded whole, as a store holds them; groups are counted from the span's start, and never
     cross a chunk's border.
@@ -66,7 +66,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """What an LLM reads and answers, in one row.
+    """One row that an LLM reads and answers.
 
     Attributes:
         parts: (T,) token ids and what they are, in order: "text"; a "document", which is read as extensible
@@ -77,7 +77,7 @@ class Reading:
 
 
 def reading_loss(*args: Any, **settings: Any) -> Tensor:
-    """Mean of `reading_losses`."""
+    """Return the mean of `reading_losses`."""
     return reading_losses(*args, **settings).mean()
 
 
@@ -90,7 +90,7 @@ def reading_losses(
     chunk_size: int | None = None,
     distillation: float = 0.0,
 ) -> Losses:
-    """Negative log-likelihood, in nats, of the answers' tokens after their prompts.
+    """Compute the negative log-likelihood, in nats, of the answers' tokens after their prompts.
 
     Args:
         llm: Reads; gradient flows through it, and to what of it is trained.
@@ -108,7 +108,7 @@ def reading_losses(
     compressed = _compressed(embedder, readings, ratios, chunk_size) if embedder is not None else {}
     embedded = {(index, ratio) for index, _, ratio in compressed}
     inputs: list[PromptInputs] = []
-    places, targets, texts, expected, rows = [], [], [], [], []
+    positions, targets, texts, expected, rows = [], [], [], [], []
     for index, reading in enumerate(readings):
         answers = [_ids_of(part) for part, role in reading.parts if role == "answer"]
         plain = [_ids_of(part).numpy() for part, _ in reading.parts]
@@ -116,30 +116,30 @@ def reading_losses(
             texts.append(_prompt(llm, plain))
         for ratio in ratios[index] if embedder is not None else (1,):
             row = [compressed.get((index, number, ratio), ids) for number, ids in enumerate(plain)]
-            places.append((len(inputs), _answers_at(reading, row)))
+            positions.append((len(inputs), _answers_at(reading, row)))
             inputs.append(_prompt(llm, row))
             targets += answers
             rows.append((ratio if (index, ratio) in embedded else 0, sum(map(len, answers))))
             expected.append((index, _answers_at(reading, plain)))
-    scored = read_states(llm, inputs, places, frozen=False)
+    scored = read_states(llm, inputs, positions, frozen=False)
     teacher = read_states(llm, texts, expected) if distillation else None
     return Losses(mixed(llm, scored, torch.cat(targets).to(llm.device), teacher, distillation), rows)
 
 
 def _prompt(llm: LLM, row: Sequence[Segment]) -> PromptInputs:
-    """A row without its last token, after which nothing is predicted."""
+    """Assemble a row without its last token, after which nothing is predicted."""
     return Prompt((*row[:-1], row[-1][:-1])).inputs(llm)
 
 
 def _ids_of(part: Tensor | Span) -> Tensor:
-    """The tokens of a part. (T,)"""
+    """Return the tokens of a part. (T,)"""
     return part.document[part.start : part.stop] if isinstance(part, Span) else part
 
 
 def _compressed(
     embedder: ExtensibleEmbedder, readings: Sequence[Reading], ratios: Sequence[Sequence[int]], chunk_size: int | None
 ) -> dict[tuple[int, int, int], Segment]:
-    """(reading, part, ratio) -> embeddings: every chunk of every document in one batch, padded on the right."""
+    """Compress every chunk of every document in one padded batch: (reading, part, ratio) -> embeddings."""
     size = embedder.config.chunk_size if chunk_size is None else chunk_size
     spans = {
         (index, number): part if isinstance(part, Span) else Span(part, 0, len(part))
@@ -159,27 +159,19 @@ def _compressed(
     chunks = {(key, at): chunk for key, ids in documents.items() for at, chunk in enumerate(ids.split(size))}
     rows = {key: row for row, key in enumerate(chunks)}
     outputs = embedder(torch.nn.utils.rnn.pad_sequence(list(chunks.values()), batch_first=True).to(embedder.llm.device))
-    made: dict[tuple[int, int, int], Segment] = {}
-    for (index, number), span in spans.items():
-        for ratio in ratios[index]:
-            made[index, number, ratio] = joined(
-                embedder.llm,
-                [
-                    embedder.read_out(
-                        outputs,
-                        rows[id(span.document), at],
-                        min(span.stop - at * size, size),
-                        ratio,
-                        max(span.start - at * size, 0),
-                    )
-                    for at in range(span.start // size, -(-span.stop // size))
-                ],
-            )
-    return made
+
+    def read_out(span: Span, ratio: int) -> Segment:
+        parts = []
+        for at in range(span.start // size, -(-span.stop // size)):
+            start, stop = max(span.start - at * size, 0), min(span.stop - at * size, size)
+            parts.append(embedder.read_out(outputs, rows[id(span.document), at], stop, ratio, start))
+        return joined(embedder.llm, parts)
+
+    return {(*key, ratio): read_out(span, ratio) for key, span in spans.items() for ratio in ratios[key[0]]}
 
 
 def joined(llm: LLM, parts: Sequence[Tensor | AnchoredStates]) -> Segment:
-    """Embeddings of consecutive chunks as one segment of a prompt."""
+    """Join embeddings of consecutive chunks into one segment of a prompt."""
     anchored = [part for part in parts if isinstance(part, AnchoredStates)]
     if anchored:
         return AnchoredStates.cat(anchored)
@@ -187,39 +179,41 @@ def joined(llm: LLM, parts: Sequence[Tensor | AnchoredStates]) -> Segment:
 
 
 def _answers_at(reading: Reading, rows: Sequence[Segment]) -> Tensor:
-    """(S,) places before each token of the answers, in a row of parts."""
-    places, start = [], 0
+    """Find the (S,) positions before each token of the answers, in a row of parts."""
+    positions, start = [], 0
     for (_, role), row in zip(reading.parts, rows, strict=True):
         if role == "answer":
-            places.append(torch.arange(start - 1, start + len(row) - 1))
+            positions.append(torch.arange(start - 1, start + len(row) - 1))
         start += len(row)
-    return torch.cat(places)
+    return torch.cat(positions)
 
 
 def read_states(
-    llm: LLM, inputs: Sequence[PromptInputs], places: Sequence[tuple[int, Tensor]], *, frozen: bool = True
+    llm: LLM, inputs: Sequence[PromptInputs], positions: Sequence[tuple[int, Tensor]], *, frozen: bool = True
 ) -> Tensor:
-    """The LLM's hidden states at some places of some inputs.
+    """Compute the LLM's hidden states at some positions of some inputs.
 
     Args:
         llm: Reads them, those of like length in one batch.
         inputs: Prompts.
-        places: Number of an input and (S,) places in it, each.
+        positions: Number of an input and (S,) positions in it, each.
         frozen: Without gradient.
 
     Returns:
-        (all places, D).
+        (all positions, D).
     """
     rows: dict[int, Tensor] = {}
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         for group in groups_of_like_length([len(row) for row in inputs]):
             rows |= zip(group, llm.hidden_of([inputs[index] for index in group]), strict=True)
-        return torch.cat([rows[index][at.to(llm.device)] for index, at in places])
+        return torch.cat([rows[index][at.to(llm.device)] for index, at in positions])
 
 
 def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Which rows go through the LLM together: a group is cut off where padding would be a fifth of a row, once it is
-    large enough to keep a CPU busy."""
+    """Group rows that go through the LLM together, longest first.
+
+    A group is cut off where padding would be a fifth of a row, once it is large enough to keep a CPU busy.
+    """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
         group = groups[-1] if groups else []
@@ -232,7 +226,7 @@ def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def mixed(llm: LLM, scored: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:
-    """scored, teacher: (S, D) hidden states; targets: (S,) ids -> (S,)."""
+    """Mix losses with divergences. scored, teacher: (S, D) hidden states; targets: (S,) ids -> (S,)."""
     logits = llm.logits(scored).float()
     loss = torch.nn.functional.cross_entropy(logits, targets.long(), reduction="none")
     if teacher is None:

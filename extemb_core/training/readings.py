@@ -1,4 +1,4 @@
-"""Readings to train on: a text to give back from its embeddings, and questions about documents.
+"""Make readings to train on: a text to give back from its embeddings, and questions about documents.
 
 Both are made on demand from an index, with nothing drawn but from the seed and that index, so that a resumed run
 trains on what an uninterrupted one would have.
@@ -10,6 +10,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -66,13 +67,14 @@ def recall(llm: LLM, ids: Ids, draw: np.random.Generator) -> Reading:
     return Reading(tuple(part for part in parts[:-1] if len(part[0])))
 
 
+@dataclass(eq=False, repr=False)
 class QuestionReadings:
     """Questions about their own document, often among others, in the prompts that `ask` and `extemb eval` make.
 
     Further questions about the same document follow as further turns: reading the document is most of the work. Some
     documents stay text, and some questions lose their document, so that the answer is `NOT_FOUND`.
 
-    Args:
+    Attributes:
         questions: What to ask. Left out are those whose document is too long and does not hold the answer literally,
             and those with longer answers than `max_answer_tokens`.
         llm: Whose tokenizer and chat template are used.
@@ -90,85 +92,75 @@ class QuestionReadings:
         TrainingError: No question is left.
     """
 
-    def __init__(
-        self,
-        questions: Sequence[Question],
-        llm: LLM,
-        *,
-        max_tokens: int = 768,
-        max_answer_tokens: int = 64,
-        most_per_source: int = 4000,
-        missing_share: float = 0.1,
-        raw_share: float = 0.15,
-        mixed_share: float = 0.0,
-        most_further: int = 3,
-        seed: int = 0,
-    ) -> None:
-        self._llm = llm
-        self._max_tokens = max_tokens
-        self._max_answer_tokens = max_answer_tokens
-        self._missing_share = missing_share
-        self._raw_share = raw_share
-        self._mixed_share = mixed_share
-        self._most_further = most_further
-        self._seed = seed
-        self._most_chars = _CHARS_PER_TOKEN * max_tokens
+    questions: Sequence[Question]
+    llm: LLM
+    _: KW_ONLY
+    max_tokens: int = 768
+    max_answer_tokens: int = 64
+    most_per_source: int = 4000
+    missing_share: float = 0.1
+    raw_share: float = 0.15
+    mixed_share: float = 0.0
+    most_further: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._most_chars = _CHARS_PER_TOKEN * self.max_tokens
         by_source: dict[str, list[Question]] = defaultdict(list)
-        for question in questions:
+        for question in self.questions:
             if self._is_usable(question):
                 by_source[_source(question.id)].append(question)
-        self.questions = []
-        for source in sorted(by_source):
-            rows = by_source[source]
-            chosen = np.random.default_rng(seed).permutation(len(rows))[:most_per_source]
-            self.questions += [rows[int(at)] for at in np.sort(chosen)]
-        if not self.questions:
+        usable = []
+        for _, rows in sorted(by_source.items()):
+            chosen = np.random.default_rng(self.seed).permutation(len(rows))[: self.most_per_source]
+            usable += [rows[int(at)] for at in np.sort(chosen)]
+        if not usable:
             raise TrainingError(
-                f"none of the {len(questions)} questions has a document of at most {max_tokens} tokens or a literal "
-                f"answer of at most {max_answer_tokens}; pass other questions or a larger sample_length"
+                f"none of the {len(self.questions)} questions has a document of at most {self.max_tokens} tokens or a "
+                f"literal answer of at most {self.max_answer_tokens}; pass other questions or a larger sample_length"
             )
         self._by_document: dict[str, list[Question]] = defaultdict(list)
-        for question in self.questions:
+        for question in usable:
             self._by_document[question.document].append(question)
-        logger.info("%d of %d questions are trained on", len(self.questions), len(questions))
+        logger.info("%d of %d questions are trained on", len(usable), len(self.questions))
+        self.questions = usable
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def reading(self, index: int) -> Reading:
-        """The reading of question number `index` of an endless stream: each round over them is another order."""
-        rounds, place = divmod(index, len(self))
-        question = self.questions[int(shuffled(len(self), self._seed, rounds)[place])]
-        draw = np.random.default_rng([self._seed, 1, index])
+        """Make the reading of question `index` of an endless stream: each round over them is another order."""
+        rounds, at = divmod(index, len(self))
+        question = self.questions[int(shuffled(len(self), self.seed, rounds)[at])]
+        draw = np.random.default_rng([self.seed, 1, index])
         answer = question.answers[int(draw.integers(len(question.answers)))].strip()
-        missing = answer in question.context and draw.random() < self._missing_share
-        own = [] if missing else [self._own(question, answer, draw)]
-        others = self._others(question, answer, own, int(draw.integers(missing, _MAX_DISTRACTORS + 1)), draw)
+        missing = answer in question.context and draw.random() < self.missing_share
+        answering = [] if missing else [self._own_document(question, answer, draw)]
+        others = self._others(question, answer, answering, int(draw.integers(missing, _MAX_DISTRACTORS + 1)), draw)
         if missing and not others:  # nothing else to read
-            own, missing = [self._own(question, answer, draw)], False
-        documents = own + others
+            answering, missing = [self._own_document(question, answer, draw)], False
+        documents = answering + others
         documents = [documents[int(at)] for at in draw.permutation(len(documents))]
-        stays = draw.random(len(documents)) < self._raw_share
+        stays = draw.random(len(documents)) < self.raw_share
         turns = [(question.question, NOT_FOUND if missing else answer)]
-        if own:
-            turns += self._further(question, own[0], draw)
+        if answering:
+            turns += self._further(question, answering[0], draw)
         as_asked = bool(draw.random() < 0.5)
-        pieces = [
-            [ids] if raw else self._pieces(ids, draw) for ids, raw in zip(documents, stays, strict=True)
-        ]  # parts of each document
+        documents_pieces: list[list[Ids]] = []
         spans: dict[int, Tensor | Span] = {}
-        for ids, own_pieces, raw in zip(documents, pieces, stays, strict=True):
+        for ids, raw in zip(documents, stays, strict=True):
+            pieces = [ids] if raw else self._pieces(ids, draw)
+            documents_pieces.append(pieces)
             whole, start = _tensor(ids), 0
-            for number, piece in enumerate(own_pieces):
+            for number, piece in enumerate(pieces):
                 if not raw and number % 2 == 0:  # every second piece, if there are several, stays text
-                    span = Span(whole, start, start + len(piece))
-                    spans[id(piece)] = whole if len(own_pieces) == 1 else span
+                    spans[id(piece)] = whole if len(pieces) == 1 else Span(whole, start, start + len(piece))
                 start += len(piece)
-        return self._conversation(pieces, turns, spans, as_asked)
+        return self._conversation(documents_pieces, turns, spans, as_asked)
 
     def _pieces(self, ids: Ids, draw: np.random.Generator) -> list[Ids]:
-        """A document's compressed, raw and compressed pieces; itself alone if it is compressed whole."""
-        if not self._mixed_share or draw.random() >= self._mixed_share or len(ids) <= 2 * _SPAN_GRID:
+        """Cut a document into compressed, raw and compressed pieces; itself alone if it is compressed whole."""
+        if not self.mixed_share or draw.random() >= self.mixed_share or len(ids) <= 2 * _SPAN_GRID:
             return [ids]
         start = _SPAN_GRID * int(draw.integers(len(ids) // _SPAN_GRID))
         length = _SPAN_GRID * int(draw.integers(1, _MAX_RAW // _SPAN_GRID + 1))
@@ -181,7 +173,7 @@ class QuestionReadings:
         compressed: Mapping[int, Tensor | Span],
         as_asked: bool,
     ) -> Reading:
-        """Half the prompts are those of `ExtensibleLM.ask`, half those of the evaluation.
+        """Make the reading of a conversation, in the prompt of `ExtensibleLM.ask` or that of the evaluation.
 
         Args:
             documents: The pieces of each.
@@ -190,36 +182,36 @@ class QuestionReadings:
             as_asked: In the prompt of `ExtensibleLM.ask`.
         """
         messages: list[dict[str, Any]] = []
-        answers = [self._llm.encode(answer) for _, answer in turns]
+        answers = [self.llm.encode(answer) for _, answer in turns]
         for (question, text), ids in zip(turns, answers, strict=True):
             template = templates()[template_for([text])]
             asked = question if as_asked else template["after"].replace("{question}", question)
-            parts: list[Part] = [asked]
+            content: list[Part] = [asked]
             if not messages:
-                parts = [*_asked(documents), asked] if as_asked else [*_evaluated(documents, template), asked]
-            messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": [ids]}]
-        prompt = assemble_chat(self._llm, messages[:-1])
-        end = turn_end(self._llm)
+                content = [*_asked(documents), asked] if as_asked else [*_evaluated(documents, template), asked]
+            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": [ids]}]
+        prompt = assemble_chat(self.llm, messages[:-1])
+        end = turn_end(self.llm)
         scored = {id(ids) for ids in answers}
-        found: list[tuple[Tensor | Span, Role]] = []
+        parts: list[tuple[Tensor | Span, Role]] = []
         for segment in prompt.segments:
             part = _tensor(segment)
-            before = found[-1][0] if found and found[-1][1] == "answer" else None
+            before = parts[-1][0] if parts and parts[-1][1] == "answer" else None
             if isinstance(before, Tensor) and part[0] == end:  # the end of a turn is part of the answer
-                found[-1] = torch.cat([before, part[:1]]), "answer"
+                parts[-1] = torch.cat([before, part[:1]]), "answer"
                 part = part[1:]
             if id(segment) in compressed:
-                found.append((compressed[id(segment)], "document"))
+                parts.append((compressed[id(segment)], "document"))
             elif len(part):
-                found.append((part, "answer" if id(segment) in scored else "text"))
+                parts.append((part, "answer" if id(segment) in scored else "text"))
         last = torch.cat([_tensor(answers[-1]), torch.tensor([end])])
-        return Reading((*found, (last, "answer")))
+        return Reading((*parts, (last, "answer")))
 
-    def _further(self, question: Question, own: Ids, draw: np.random.Generator) -> list[tuple[str, str]]:
-        """More questions about a document, as far as it holds their answers: with their answers."""
+    def _further(self, question: Question, document: Ids, draw: np.random.Generator) -> list[tuple[str, str]]:
+        """Draw more questions about a document, as far as it holds their answers: with their answers."""
         siblings = [other for other in self._by_document[question.document] if other is not question]
-        text = self._llm.decode(own.tolist()) if len(question.context) > self._most_chars else question.context
-        chosen = [siblings[int(at)] for at in draw.permutation(len(siblings))[: self._most_further]]
+        text = self.llm.decode(document.tolist()) if len(question.context) > self._most_chars else question.context
+        chosen = [siblings[int(at)] for at in draw.permutation(len(siblings))[: self.most_further]]
         return [
             (other.question, other.answers[0].strip())
             for other in chosen
@@ -229,36 +221,36 @@ class QuestionReadings:
     def _is_usable(self, question: Question) -> bool:
         longest = max(question.answers, key=len)
         fits = len(question.context) <= self._most_chars or all(a.strip() in question.context for a in question.answers)
-        short = len(longest) <= 2 * _CHARS_PER_TOKEN * self._max_answer_tokens
-        return fits and short and len(self._llm.encode(longest)) <= self._max_answer_tokens
+        short = len(longest) <= 2 * _CHARS_PER_TOKEN * self.max_answer_tokens
+        return fits and short and len(self.llm.encode(longest)) <= self.max_answer_tokens
 
-    def _own(self, question: Question, answer: str, draw: np.random.Generator) -> Ids:
-        """The question's document; of a long one a part with the answer somewhere in it."""
+    def _own_document(self, question: Question, answer: str, draw: np.random.Generator) -> Ids:
+        """Encode the question's document; of a long one a part with the answer somewhere in it."""
         text, end = question.context, 0
         if len(text) > self._most_chars:
             at = text.find(answer)
             start = int(draw.integers(max(0, at + len(answer) - self._most_chars), at + 1))
             start = text.rfind(" ", 0, start + 1) + 1
             text, end = text[start : start + self._most_chars], at + len(answer) - start
-        ids = self._llm.encode(text)
-        cut = max(0, len(self._llm.encode(text[:end])) - self._max_tokens) if len(ids) > self._max_tokens else 0
-        return ids[cut : cut + self._max_tokens]
+        ids = self.llm.encode(text)
+        cut = max(0, len(self.llm.encode(text[:end])) - self.max_tokens) if len(ids) > self.max_tokens else 0
+        return ids[cut : cut + self.max_tokens]
 
     def _others(
         self, question: Question, answer: str, documents: Sequence[Ids], count: int, draw: np.random.Generator
     ) -> list[Ids]:
-        """Up to `count` documents of other questions, as far as tokens are left, none with the answer in it."""
-        left = self._max_tokens - sum(map(len, documents))
-        found: list[Ids] = []
+        """Draw up to `count` documents of other questions, as far as tokens are left, none with the answer in it."""
+        left = self.max_tokens - sum(map(len, documents))
+        distractors: list[Ids] = []
         for at in draw.integers(len(self), size=count):
             other = self.questions[int(at)].context
             if left < _MIN_DISTRACTOR or other == question.context:
                 continue
-            ids = self._llm.encode(other[: _CHARS_PER_TOKEN * left])[:left]
+            ids = self.llm.encode(other[: _CHARS_PER_TOKEN * left])[:left]
             if answer.lower() not in other.lower():
-                found.append(ids)
+                distractors.append(ids)
                 left -= len(ids)
-        return found
+        return distractors
 
 
 def _asked(documents: Sequence[Sequence[Ids]]) -> list[Part]:
@@ -277,7 +269,7 @@ def _evaluated(documents: Sequence[Sequence[Ids]], template: Mapping[str, Any]) 
 
 @lru_cache(maxsize=8)
 def shuffled(count: int, *seed: int) -> np.ndarray[Any, Any]:
-    """An order of `count` things, kept for the next who asks: a round over a million samples is drawn once."""
+    """Draw an order of `count` things, once for all who ask for it: a round over a million samples is drawn once."""
     return np.random.default_rng(seed).permutation(count)
 
 
@@ -291,9 +283,9 @@ def _source(name: str) -> str:
 
 
 def turn_end(llm: LLM) -> int:
-    """What ends an assistant's turn."""
-    own = llm.tokenizer.eos_token_id
-    return int(own) if own in llm.stop_token_ids or not llm.stop_token_ids else llm.stop_token_ids[0]
+    """Return the id of the token that ends an assistant's turn."""
+    eos = llm.tokenizer.eos_token_id
+    return int(eos) if eos in llm.stop_token_ids or not llm.stop_token_ids else llm.stop_token_ids[0]
 
 
 def _tensor(ids: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Recipes: the stages of a training, each a `TrainingConfig`, from a file of the package or the caller's own.
+"""Run recipes: the stages of a training, each a `TrainingConfig`, from a file of the package or the caller's own.
 
 A recipe is YAML: `embedder`, the settings of a new one, and `stages`, each with a `name`, its `share` of the tokens
 and any other field of `TrainingConfig`. Every stage goes on from what the one before it left.
@@ -29,7 +29,7 @@ _STAGE_FIELDS = sorted({field.name for field in fields(TrainingConfig)} - set(_N
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe's file says, checked."""
+    """Checked content of a recipe's file."""
 
     name: str
     embedder: Mapping[str, Any]
@@ -37,9 +37,9 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Those of the package."""
-    found = resources.files("extemb_core").joinpath("recipes").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in found if file.name.endswith(".yaml"))
+    """List the names of the package's recipes."""
+    files = resources.files("extemb_core").joinpath("recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def read_recipe(name: str | Path) -> Recipe:
@@ -77,7 +77,7 @@ def read_recipe(name: str | Path) -> Recipe:
 
 
 def stage_configs(recipe: Recipe, output: str | Path, total_tokens: int, **settings: Any) -> list[TrainingConfig]:
-    """The run of every stage, in folders of their own under `output`.
+    """Configure the run of every stage, in folders of their own under `output`.
 
     Args:
         recipe: What to do.
@@ -93,10 +93,10 @@ def stage_configs(recipe: Recipe, output: str | Path, total_tokens: int, **setti
     configs = []
     for number, stage in enumerate(recipe.stages, start=1):
         folder = Path(output) / "stages" / f"{number}-{stage['name']}"
-        own = {key: _plain(value) for key, value in stage.items() if key not in ("name", "share")}
+        of_stage = {key: _plain(value) for key, value in stage.items() if key not in ("name", "share")}
         configs.append(
             TrainingConfig(
-                **(own | settings),
+                **(of_stage | settings),
                 embedder={} if has_embedder else embedder,
                 start_from=start_from,
                 total_tokens=max(1, round(total_tokens * stage["share"] / whole)),
@@ -144,5 +144,5 @@ def train_recipe(
 
 
 def _plain(value: Any) -> Any:
-    """YAML's lists as the tuples that settings are."""
+    """Turn YAML's lists into the tuples that settings are."""
     return tuple(value) if isinstance(value, list) else value

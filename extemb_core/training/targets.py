@@ -1,4 +1,4 @@
-"""Targets of question training: what the LLM itself answers from the full text, where that is right.
+"""Make targets of question training: what the LLM itself answers from the full text, where that is right.
 
 An answer in the LLM's own words is easier to learn than a reference in another's (sequence-level distillation, as in
 PISCO and CompLLM). Where its own answer does not agree with a reference, the reference stays the target.
@@ -20,7 +20,7 @@ from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, read_questions, template_for, templates
-from extemb_core.utils.files import sha256_of
+from extemb_core.utils.files import atomic_write_text, sha256_of
 from extemb_core.utils.progress import progress
 
 _AGREEMENT = 0.5  # F1 with the best reference
@@ -28,7 +28,7 @@ _AGREEMENT = 0.5  # F1 with the best reference
 
 @dataclass(frozen=True)
 class TargetCounts:
-    """Of `n` targets, `own` are the LLM's answers; `too_long` questions were left as they are."""
+    """Counts: of `n` targets, `own` are the LLM's answers; `too_long` questions were left as they are."""
 
     n: int
     own: int
@@ -87,12 +87,7 @@ def make_targets(
             os.fsync(stream.fileno())
             rows += answered
             advance(len(batch))
-    temporary = out.with_name(out.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(out)
+    atomic_write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     partial.unlink()
     kinds = [row["target"] for row in rows]
     return TargetCounts(len(rows), kinds.count("own"), kinds.count("too long"))

@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from extemb_core.errors import ConfigError, TrainingError
 from extemb_core.models.config import ExtensibleEmbedderConfig
@@ -50,7 +50,7 @@ _FIXED = ("llm", "embedder", "trained", "reader_rank", "reader_first_layer", "st
 
 
 class TrainableModel(nn.Module):
-    """What is trained, with its losses: an embedder, a reader (adapters on the LLM), or both.
+    """Trained parts with their losses: an embedder, a reader (adapters on the LLM), or both.
 
     An LLM without a reader is not a submodule, so that it is neither moved nor saved. Above entry layer 0, a reader's
     adapters are put on a reading model of their own (see `models/entry.py`), and `llm` is that.
@@ -77,7 +77,7 @@ class TrainableModel(nn.Module):
         samples: Sequence[Tensor] | None = None,
         readings: Sequence[Reading] | None = None,
     ) -> dict[str, Any]:
-        """The loss with gradient, and that of each ratio without."""
+        """Compute the loss with gradient, and that of each ratio without."""
         distillation = self.distillation if self.training else 0.0
         if samples is not None:
             assert self.embedder is not None
@@ -104,7 +104,7 @@ class TrainableModel(nn.Module):
         return self
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What is trained, by the names that it has in the files: other versions of the code have the same."""
+        """Return what is trained, by the names that it has in the files: other versions of the code have the same."""
         embedder, reader = {}, {}
         if self.embedder is not None:
             embedder = {f"embedder.{n}": self.embedder.get_parameter(n) for n in self.embedder.trainable_names}
@@ -126,7 +126,7 @@ class TrainableModel(nn.Module):
 
 
 class RunTrainer(Trainer):
-    """`transformers.Trainer` for a `TrainableModel`, over `Batches` in their order."""
+    """Trainer of transformers for a `TrainableModel`, over `Batches` in their order."""
 
     model: TrainableModel
     eval_dataset: Samples | None
@@ -154,10 +154,10 @@ class RunTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         objective = inputs.get("objective")
-        made = model(**{name: value for name, value in inputs.items() if name != "objective"})
-        loss = made["loss"]
+        output = model(**{name: value for name, value in inputs.items() if name != "objective"})
+        loss = output["loss"]
         if model.training and objective is not None:
-            parts = {objective: loss.detach()} | {f"ratio_{ratio}": each for ratio, each in made["by_ratio"].items()}
+            parts = {objective: loss.detach()} | {f"ratio_{ratio}": part for ratio, part in output["by_ratio"].items()}
             for name, part in parts.items():
                 self._parts.setdefault(name, []).append(part)
         if model.training and not torch.isfinite(loss):
@@ -168,9 +168,9 @@ class RunTrainer(Trainer):
         return (loss, {"loss": loss}) if kwargs.get("return_outputs") else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """With the mean loss of each objective and each ratio since the last log: one can hide the other."""
+        """Log with the mean loss of each objective and each ratio since the last log: one can hide the other."""
         if "loss" in logs:
-            logs |= {f"loss_{name}": float(torch.stack(each).mean()) for name, each in sorted(self._parts.items())}
+            logs |= {f"loss_{name}": float(torch.stack(losses).mean()) for name, losses in sorted(self._parts.items())}
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
@@ -206,7 +206,7 @@ class RunTrainer(Trainer):
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss at every ratio, each over the same samples: eval_ratio_K."""
+        """Measure the held-out loss at every ratio, each over the same samples: eval_ratio_K."""
         if self.eval_dataset is None:
             return {}
         metrics: dict[str, float] = {}
@@ -232,7 +232,7 @@ class RunTrainer(Trainer):
         self.model.load(Path(resume_from_checkpoint))
 
     def _rates(self, step: int) -> list[float]:
-        """Of each group of parameters at a step."""
+        """Return the learning rate of each group of parameters at a step."""
         scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
         return [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
 
@@ -272,13 +272,13 @@ class RunTrainer(Trainer):
         """
         optimizer: Any = self.optimizer
         file = checkpoint / OPTIMIZER
-        kept: dict[str, dict[str, Tensor]] = {}
+        saved: dict[str, dict[str, Tensor]] = {}
         for key, value in (load_file(file) if file.is_file() else {}).items():
             name, _, what = key.rpartition("/")
-            kept.setdefault(name, {})[what] = value
+            saved.setdefault(name, {})[what] = value
         parameters = self.model.trainable()
         for name, parameter in parameters.items():
-            state = kept.get(name, {})
+            state = saved.get(name, {})
             if state and all(value.shape in ((), parameter.shape) for value in state.values()):
                 optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device, parameter.dtype)
@@ -287,10 +287,10 @@ class RunTrainer(Trainer):
         return sum(parameter not in optimizer.state for parameter in parameters.values()), len(parameters)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Nothing: all that is drawn follows from the seed and the batch's number."""
+        """Save nothing: all that is drawn follows from the seed and the batch's number."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing: see `_save_rng_state`."""
+        """Load nothing: see `_save_rng_state`."""
 
 
 class _RunCallback(TrainerCallback):
@@ -299,7 +299,6 @@ class _RunCallback(TrainerCallback):
     def __init__(self, config: TrainingConfig, advance: Callable[[int], None]) -> None:
         self._config = config
         self._advance = advance
-        self._log = Path(config.output) / _LOG
         self._start = self._saved = time.monotonic()
         self._logged: tuple[float, int] | None = None  # when, and at which step
 
@@ -311,8 +310,7 @@ class _RunCallback(TrainerCallback):
                 tokens = (state.global_step - self._logged[1]) * self._config.tokens_per_step
                 row["tokens_per_second"] = round(tokens / (now - self._logged[0]), 1)
             self._logged = now, state.global_step
-            with self._log.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row) + "\n")
+            _append_log(self._config, row)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(state.global_step)
@@ -374,6 +372,9 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
     held_out = _held_out(config, llm)
     longest = max(_short_chunks(config, chunk_sizes)) if held_out is not None else 0
     logger.info("%d steps of %d tokens at most", config.max_steps, config.tokens_per_step)
+    before = None  # the checkpoint that holds the optimiser's state of the run that this one goes on from
+    if checkpoint is None and config.start_from is not None:
+        before = last_checkpoint(Path(config.start_from))
     with progress("train", config.max_steps) as advance:
         trainer = RunTrainer(
             model=model,
@@ -384,21 +385,20 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
             callbacks=[_RunCallback(config, advance), *_tensorboard(output)],
             connector_lr_factor=config.connector_lr_factor,
             decay_steps=config.decay_steps,
-            optimizer_from=_optimizer_before(config) if checkpoint is None else None,
+            optimizer_from=before,
             eval_collators={f"ratio_{r}": Collator([r], [longest], 0) for r in ratios},
         )
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
             if checkpoint is not None and (changed := changed_settings(checkpoint, config)):
-                row = {"step": int(checkpoint.name.rsplit("-", 1)[1]), "changed": changed}
-                with (output / _LOG).open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(row) + "\n")
-            _write_config(config, output)
-        with attention_by_rows(
-            model.llm.model,
-            *_read_through(model.llm, settings),
-            *([model.embedder.stack] if model.embedder is not None else []),
-        ):
+                _append_log(config, {"step": _step_of(checkpoint), "changed": changed})
+            atomic_write_text(output / "training.json", json.dumps(asdict(config), indent=2))
+        models: list[Any] = [model.llm.model]
+        if settings.entry_layer:  # embeddings are read by a model of their own
+            models.append(model.llm.reading_model(settings.entry_layer))
+        if model.embedder is not None:
+            models.append(model.embedder.stack)
+        with attention_by_rows(*models):
             if held_out is not None and checkpoint is None:
                 trainer.evaluate()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -409,29 +409,24 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
     return model
 
 
-def _optimizer_before(config: TrainingConfig) -> Path | None:
-    """The checkpoint that holds the optimiser's state of the run that this one goes on from."""
-    return last_checkpoint(Path(config.start_from)) if config.start_from is not None else None
-
-
-def _read_through(llm: LLM, settings: ExtensibleEmbedderConfig) -> list[PreTrainedModel]:
-    """The model that reads embeddings, where it is another than the LLM's."""
-    return [llm.reading_model(settings.entry_layer)] if settings.entry_layer else []
+def _append_log(config: TrainingConfig, row: dict[str, Any]) -> None:
+    with (Path(config.output) / _LOG).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(row) + "\n")
 
 
 def is_first_process() -> bool:
-    """Whether this is the one of those that train together that writes files."""
+    """Tell whether this is the one of those that train together that writes files."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_finished(config: TrainingConfig) -> bool:
-    """Whether the run's last checkpoint is that of its last step."""
+    """Tell whether the run's last checkpoint is that of its last step."""
     checkpoint = _last_checkpoint(config)
-    return checkpoint is not None and int(checkpoint.name.rsplit("-", 1)[1]) >= config.max_steps
+    return checkpoint is not None and _step_of(checkpoint) >= config.max_steps
 
 
 def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequence[int]) -> Batches:
-    """What the run trains on, batch by batch."""
+    """Plan what the run trains on, batch by batch."""
     wanted = {name: share for name, share in config.objectives.items() if share}
     samples = questions = None
     if "two_stream" in wanted:
@@ -444,7 +439,7 @@ def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequenc
     else:
         shortest = min(config.spans)
     if wanted.keys() - {"questions"}:
-        tokens = TokenFile.build([Path(file) for file in config.data], llm, config.token_cache)
+        tokens = _token_file(config, llm, config.data)
         samples = Samples(tokens, config.sample_length, shortest)
         if not len(samples):
             raise TrainingError(
@@ -474,7 +469,7 @@ def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequenc
 
 
 def _short_chunks(config: TrainingConfig, chunk_sizes: Sequence[int]) -> list[int]:
-    """Those that leave something of a sample to predict after a chunk: what two streams are made of."""
+    """List those that leave something of a sample to predict after a chunk: what two streams are made of."""
     short = [size for size in chunk_sizes if size < config.sample_length]
     if not short:
         raise ConfigError(
@@ -487,10 +482,8 @@ def _short_chunks(config: TrainingConfig, chunk_sizes: Sequence[int]) -> list[in
 def _held_out(config: TrainingConfig, llm: LLM) -> Samples | None:
     if not config.eval_data:
         return None
-    samples = Samples(
-        TokenFile.build([Path(file) for file in config.eval_data], llm, config.token_cache),
-        config.sample_length, config.sample_length, config.eval_samples,
-    )  # fmt: skip
+    tokens = _token_file(config, llm, config.eval_data)
+    samples = Samples(tokens, config.sample_length, config.sample_length, config.eval_samples)
     if not len(samples):
         raise TrainingError(
             f"no document in eval_data has {config.sample_length} tokens, the length of a sample; "
@@ -500,7 +493,7 @@ def _held_out(config: TrainingConfig, llm: LLM) -> Samples | None:
 
 
 def _device(config: TrainingConfig) -> str:
-    """Where the Trainer will put the model: with several processes, each takes the GPU of its local rank."""
+    """Choose the device of the Trainer: with several processes, each takes the GPU of its local rank."""
     chosen = choose_device(config.device)
     if chosen.type != "cuda":
         return str(chosen)
@@ -553,15 +546,19 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> TrainableModel:
 
 
 def _token_counts(config: TrainingConfig, llm: LLM) -> Tensor | None:
-    """How often each token occurs in the training text, if the embedder weighs them by that."""
+    """Count how often each token occurs in the training text, if the embedder weighs them by that."""
     if config.embedder.get("token_weighting") != "frequency":
         return None
     if not config.data:
         raise ConfigError("token_weighting='frequency' counts tokens in data, and data is empty; pass text files")
-    tokens = TokenFile.build([Path(file) for file in config.data], llm, config.token_cache).tokens
+    tokens = _token_file(config, llm, config.data).tokens
     size = int(llm.model.get_input_embeddings().num_embeddings)
     parts = (tokens[at : at + 2**24] for at in range(0, len(tokens), 2**24))
     return torch.from_numpy(sum(np.bincount(part, minlength=size) for part in parts))
+
+
+def _token_file(config: TrainingConfig, llm: LLM, files: Sequence[str]) -> TokenFile:
+    return TokenFile.build([Path(file) for file in files], llm, config.token_cache)
 
 
 def _has_reader(folder: Path) -> bool:
@@ -569,7 +566,7 @@ def _has_reader(folder: Path) -> bool:
 
 
 def holds_reader_alone(folder: Path) -> bool:
-    """Whether a run's folder has a reader, and no embedder beside it."""
+    """Tell whether a run's folder has a reader, and no embedder beside it."""
     return _has_reader(folder) and not (folder / "config.json").is_file()
 
 
@@ -613,23 +610,23 @@ def _tensorboard(output: Path) -> list[TrainerCallback]:
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
-    """The settings of a run as JSON has them."""
+    """Return the settings of a run as JSON has them."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return values
 
 
-def _write_config(config: TrainingConfig, output: Path) -> None:
-    atomic_write_text(output / "training.json", json.dumps(asdict(config), indent=2))
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The last whole checkpoint in a run's folder, of whatever run."""
+    """Find the last whole checkpoint in a run's folder, of whatever run."""
     whole = [folder for folder in output.glob("checkpoint-*") if (folder / COMPLETE).is_file()]
-    return max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+    return max(whole, key=_step_of, default=None)
 
 
 def _last_checkpoint(config: TrainingConfig) -> Path | None:
-    """That of this run; `TrainingError` if it is another's."""
+    """Find that of this run; raise `TrainingError` if it is another's."""
     output = Path(config.output)
     last = last_checkpoint(output)
     if last is None:
@@ -646,7 +643,7 @@ def _last_checkpoint(config: TrainingConfig) -> Path | None:
 
 
 def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tuple[Any, Any]]:
-    """What is another setting now than when a checkpoint was made: name -> (then, now).
+    """Compare the settings with those that a checkpoint was made with: changed name -> (then, now).
 
     One that the checkpoint's version did not know was its default.
     """
@@ -656,7 +653,7 @@ def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tupl
 
 
 def _config_of(checkpoint: Path) -> dict[str, Any]:
-    """The settings a checkpoint was made with: in its own mark, in those of the first versions in the run's file."""
+    """Read a checkpoint's settings: in its own mark, in those of the first versions in the run's file."""
     for file in (checkpoint / COMPLETE, checkpoint.parent / "training.json"):
         try:
             values = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Two-stream auto-regression (twin paper, section 2.3).
+"""Train by two-stream auto-regression (twin paper, section 2.3).
 
 Stream 1: the embedder compresses every chunk of a sample but the last. Stream 2: the frozen LLM predicts every
 token of every chunk but the first, each token seeing only
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything stands in one pass of T slots: [BOS?] [embeddings] [raw tokens of the pass's chunks].
+    """Layout of one pass of T slots: [BOS?] [embeddings] [raw tokens of the pass's chunks].
 
     Attributes:
         n_prefix: 1 when the LLM wants a BOS, else 0.
@@ -95,9 +96,9 @@ def plan_passes(lengths: Sequence[int], ratio: int, window: int, sample: int = 0
 
 
 def lay_out(lengths: Sequence[int], ratio: int, run: Pass, n_prefix: int = 0) -> Layout:
-    """The slots, positions, block mask and targets of one pass. See `Layout`."""
+    """Lay out the slots, positions, block mask and targets of one pass. See `Layout`."""
     before = _embeddings_before(lengths, ratio)
-    starts = [sum(lengths[:chunk]) for chunk in range(len(lengths) + 1)]
+    starts = list(accumulate(lengths, initial=0))
     n_embedded = before[run.end - 1]
     head = n_prefix + n_embedded
     # `chunk` of a slot: -1 for the BOS, so that everything sees it.
@@ -116,10 +117,10 @@ def lay_out(lengths: Sequence[int], ratio: int, run: Pass, n_prefix: int = 0) ->
         sources += [visible - 1, *range(slot, slot + length - 1)]
         targets += range(starts[chunk], starts[chunk] + length)
         slot += length
-    place = torch.arange(slot)
+    slots = torch.arange(slot)
     chunk_ids = torch.tensor(chunk_of)
-    embedded = place < head
-    causal = place[None, :] <= place[:, None]
+    embedded = slots < head
+    causal = slots[None, :] <= slots[:, None]
     same = chunk_ids[None, :] == chunk_ids[:, None]
     earlier = chunk_ids[None, :] < chunk_ids[:, None]
     mask = torch.where(embedded[None, :], torch.where(embedded[:, None], causal, earlier), causal & same)
@@ -135,7 +136,7 @@ def lay_out(lengths: Sequence[int], ratio: int, run: Pass, n_prefix: int = 0) ->
 
 
 def two_stream_loss(*args: Any, **settings: Any) -> Tensor:
-    """Mean of `two_stream_losses`."""
+    """Return the mean of `two_stream_losses`."""
     return two_stream_losses(*args, **settings).mean()
 
 
@@ -149,7 +150,7 @@ def two_stream_losses(
     window: int | None = None,
     distillation: float = 0.0,
 ) -> Losses:
-    """Negative log-likelihood, in nats, of every token of every chunk but each sample's first.
+    """Compute the negative log-likelihood, in nats, of every token of every chunk but each sample's first.
 
     Args:
         embedder: The model being trained. Gradient flows to it through its frozen LLM.
@@ -194,8 +195,8 @@ def two_stream_losses(
     for index, ((ratio, run), layout) in enumerate(zip(runs, layouts, strict=True)):
         sample = samples[run.sample]
         before = np.array([bos] * n_prefix, dtype=np.int64)
-        own = embeddings[run.sample, ratio][: layout.n_embedded]
-        inputs.append(Prompt((before, own, sample[slice(*layout.raw)].numpy())).inputs(llm))
+        visible = embeddings[run.sample, ratio][: layout.n_embedded]
+        inputs.append(Prompt((before, visible, sample[slice(*layout.raw)].numpy())).inputs(llm))
         padding = longest - len(layout.positions)
         masks.append(_padded_mask(layout.mask, padding))
         positions.append(torch.nn.functional.pad(layout.positions, (0, padding)))
@@ -216,11 +217,8 @@ def two_stream_losses(
 
 
 def _embeddings_before(lengths: Sequence[int], ratio: int) -> list[int]:
-    """How many embeddings stand before each chunk; one entry more than there are chunks."""
-    before = [0]
-    for length in lengths:
-        before.append(before[-1] + n_embeddings(length, ratio))
-    return before
+    """Count the embeddings before each chunk; one entry more than there are chunks."""
+    return list(accumulate((n_embeddings(length, ratio) for length in lengths), initial=0))
 
 
 def _padded_mask(mask: Tensor, padding: int) -> Tensor:

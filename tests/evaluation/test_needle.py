@@ -14,7 +14,7 @@ from tiny import RawEmbedder, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, RatioError
 from extemb_core.evaluation import needle
-from extemb_core.evaluation.needle import PROMPTS, TASKS, NeedleConfig, NeedleExperiment, batches, filler
+from extemb_core.evaluation.needle import PROMPTS, TASKS, NeedleConfig, NeedleExperiment, filler
 from extemb_core.evaluation.runs import run
 from extemb_core.models.generation import Generated
 from extemb_core.models.llm import LLM
@@ -248,13 +248,6 @@ def test_a_window_too_small_for_the_question_is_an_error(make):
     experiment = make(max_new_tokens=WINDOW)
     with pytest.raises(BudgetError, match="question of passkey takes .* more than the 1024 of tiny; lower max_new"):
         list(experiment.measure(experiment.groups()[0]))
-
-
-def test_short_prompts_are_answered_together():
-    lengths = {"none": 50, "truncated/32": 82, "full": 1074, "truncated/4": 306, "extensible/4": 306}
-    assert list(batches(lengths, 8)) == [["none", "truncated/32", "truncated/4", "extensible/4"], ["full"]]
-    assert list(batches(lengths, 2)) == [["none", "truncated/32"], ["truncated/4", "extensible/4"], ["full"]]
-    assert list(batches({"a": 9000, "b": 3000}, 8)) == [["b"], ["a"]]
 
 
 # -- runs -----------------------------------------------------------------------------------------------------

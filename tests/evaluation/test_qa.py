@@ -11,7 +11,7 @@ from anchored import OwnStates, scores_of, untrained
 from tiny import RawEmbedder, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import BudgetError, ConfigError
-from extemb_core.evaluation.qa import QaConfig, QaExperiment, _batches
+from extemb_core.evaluation.qa import QaConfig, QaExperiment
 from extemb_core.models.llm import LLM
 from extemb_core.questions import templates
 
@@ -189,13 +189,7 @@ def test_the_loss_alone_is_the_same_without_an_answer(make, llm, monkeypatch):
     assert set(summary["minus"]["2"]["anchors"]) == {"loss"}
 
 
-# -- batches, texts, templates --------------------------------------------------------------------------------
-
-
-def test_short_arms_are_answered_together_and_long_ones_apart():
-    lengths = {"none": 80, "full": 4000, "truncated/4": 1000, "extensible/8": 100, "random/8": 120}
-    assert list(_batches(lengths, 8)) == [["none", "extensible/8", "random/8"], ["truncated/4"], ["full"]]
-    assert list(_batches({"none": 10, "full": 5000}, 1)) == [["none"], ["full"]]
+# -- texts, templates -----------------------------------------------------------------------------------------
 
 
 def test_the_own_passage_has_every_rank_and_parts_stay_apart(make, llm):

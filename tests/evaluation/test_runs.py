@@ -11,7 +11,7 @@ from tiny import tiny_llm
 
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.evaluation import runs
-from extemb_core.evaluation.runs import RECORD_VERSION, Measured, read_record, run
+from extemb_core.evaluation.runs import RECORD_VERSION, Measured, batches_by_length, groups_of, read_record, run
 from extemb_core.evaluation.settings import CommonConfig
 
 
@@ -199,3 +199,26 @@ def test_a_record_says_what_kind_of_embedder_was_measured(config, out):
     }  # fmt: skip
     assert read_record(out)["embedder"] == record["embedder"]
     assert run(MeasuredSquares(config, tiny_llm(), None), out.with_name("controls.json"))["embedder"] is None
+
+
+# -- groups and batches ---------------------------------------------------------------------------------------
+
+
+def test_groups_keep_the_order_and_the_last_may_be_smaller():
+    assert groups_of(["a", "b", "c"], 2) == [["a", "b"], ["c"]]
+    assert groups_of([], 2) == []
+
+
+def test_short_prompts_are_read_together_and_long_ones_apart():
+    lengths = {"none": 50, "truncated/32": 82, "full": 1074, "truncated/4": 306, "extensible/4": 306}
+    four = [["none", "truncated/32", "truncated/4", "extensible/4"], ["full"]]
+    assert list(batches_by_length(lengths, batch_size=8)) == list(batches_by_length(lengths)) == four
+    assert list(batches_by_length(lengths, batch_size=2)) == [four[0][:2], four[0][2:], ["full"]]
+    assert list(batches_by_length({"a": 9000, "b": 3000})) == [["b"], ["a"]]
+
+
+def test_every_prompt_of_a_name_counts():
+    lengths = {"none": 80, "full": 4000, "truncated/4": 1000, "extensible/8": 100, "random/8": 120}
+    batches = list(batches_by_length(lengths, rows=8))
+    assert batches == [["none", "extensible/8", "random/8"], ["truncated/4"], ["full"]]
+    assert list(batches_by_length({"none": 10, "full": 5000}, rows=1)) == [["none"], ["full"]]
