@@ -22,7 +22,11 @@ class WordIndex:
     """
 
     def __init__(self, ids: Sequence[int], texts: Sequence[str]) -> None:
-        self._bm25s = _library()
+        try:
+            import bm25s
+        except ImportError as error:
+            raise MissingExtraError("bm25s", "library", "search by words") from error
+        self._bm25s: Any = bm25s
         self._ids = np.asarray(ids, np.int64)
         self._index: Any = None
         words = self._words(texts)
@@ -42,11 +46,3 @@ class WordIndex:
     def _words(self, texts: Sequence[str]) -> list[list[str]]:
         tokenised = self._bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
         return [list(words) for words in tokenised]
-
-
-def _library() -> Any:
-    try:
-        import bm25s
-    except ImportError as error:
-        raise MissingExtraError("bm25s", "library", "search by words") from error
-    return bm25s

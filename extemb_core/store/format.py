@@ -105,10 +105,6 @@ class Entry:
         """Return the entry as bytes."""
         return _ENTRY.pack(*(getattr(self, name) for name in self.__dataclass_fields__))
 
-    def size(self, width: int, *, anchored: bool = False) -> int:
-        """Return the bytes that embeddings of this width take."""
-        return n_bytes(self.n_embeddings, width, DTYPES[self.dtype], anchored=anchored)
-
     def sum_of(self, key: bytes, payload: Any) -> int:
         """Compute the checksum of everything stored except its location, which `gc` may change."""
         digest = self._sum_begun(key)
@@ -116,14 +112,14 @@ class Entry:
         return digest.intdigest()
 
     def size_in(self, key: bytes, payload: Any) -> int:
-        """Find `size` without the format: the one whose bytes, the first of the payload, have the checksum; else 0.
+        """Find the size of the embeddings, at the start of a payload, by their checksum, without their format; else 0.
 
         Anchors and norms are as many bytes as some dimensions more.
         """
         digest = self._sum_begun(key)
         end = 0
         for width in count(1):
-            size = self.size(width)
+            size = n_bytes(self.n_embeddings, width, DTYPES[self.dtype], anchored=False)
             if not end < size <= len(payload):
                 break
             digest.update(payload[end:size])
@@ -171,7 +167,7 @@ class EmbeddingFormat:
 
     def size(self, entry: Entry) -> int:
         """Return the bytes of a document's embeddings."""
-        return entry.size(self.width, anchored=self.entry_layer > 0)
+        return n_bytes(entry.n_embeddings, self.width, DTYPES[entry.dtype], anchored=self.entry_layer > 0)
 
     def decode(self, payload: Any, entry: Entry, ref: str) -> Compressed:
         """Read a document of this format from its `size` bytes."""

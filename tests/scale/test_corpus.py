@@ -70,7 +70,7 @@ def test_another_run_compresses_what_is_new(folder, found):
 @pytest.mark.slow
 def test_what_is_wrong_is_said_as_it_was_where_it_happened(folder, found):
     assert found["column"]["error"] == "ConfigError"
-    assert found["column"]["message"].startswith("column='body' is none of the input's: id, text")
+    assert found["column"]["message"].startswith("column='body' is not a column of the input; pass one of id, text")
     assert not (folder / "other").exists()
     for setting, value in (("dtype", "float8"), ("device", "tpu")):
         assert found[setting]["error"] == "ConfigError"

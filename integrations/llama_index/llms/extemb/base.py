@@ -62,11 +62,11 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        return self._as_chat(self._answer(self._prepare_chat, messages, kwargs), kwargs)
+        return self._as_chat(self._answer(messages, kwargs), kwargs)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        stream = self._opened(self._prepare_chat, messages, kwargs)
+        stream = self._opened(messages, kwargs)
 
         def pieces() -> ChatResponseGen:
             text = ""
@@ -80,14 +80,14 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        answer = await until_cancelled(lambda event: self._answer(self._prepare_chat, messages, kwargs, event))
+        answer = await until_cancelled(lambda event: self._answer(messages, kwargs, cancelled=event))
         return self._as_chat(answer, kwargs)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         async def pieces() -> ChatResponseAsyncGen:
             text = ""
-            async with AsyncAnswerStream(lambda: self._opened(self._prepare_chat, messages, kwargs)) as stream:
+            async with AsyncAnswerStream(lambda: self._opened(messages, kwargs)) as stream:
                 async for piece in stream:
                     text += piece
                     yield ChatResponse(message=_reply(text), delta=piece)
@@ -100,11 +100,11 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt; with `formatted`, continue it without a chat template."""
-        return self._as_completion(self._answer(self._prepare_completion(formatted), prompt, kwargs), kwargs)
+        return self._as_completion(self._answer(prompt, kwargs, formatted), kwargs)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        stream = self._opened(self._prepare_completion(formatted), prompt, kwargs)
+        stream = self._opened(prompt, kwargs, formatted)
 
         def pieces() -> CompletionResponseGen:
             text = ""
@@ -118,17 +118,14 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        prepare = self._prepare_completion(formatted)
-        answer = await until_cancelled(lambda event: self._answer(prepare, prompt, kwargs, event))
+        answer = await until_cancelled(lambda event: self._answer(prompt, kwargs, formatted, event))
         return self._as_completion(answer, kwargs)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        prepare = self._prepare_completion(formatted)
-
         async def pieces() -> CompletionResponseAsyncGen:
             text = ""
-            async with AsyncAnswerStream(lambda: self._opened(prepare, prompt, kwargs)) as stream:
+            async with AsyncAnswerStream(lambda: self._opened(prompt, kwargs, formatted)) as stream:
                 async for piece in stream:
                     text += piece
                     yield CompletionResponse(text=text, delta=piece)
@@ -138,21 +135,14 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _prepare_chat(self, messages: Sequence[ChatMessage], settings: dict[str, Any]) -> tuple[PreparedPrompt, Any]:
-        lm = self._lm_of(settings)
-        return lm.prepare(
-            to_messages(messages, lm.refs), settings.get("documents") or (), condense=True, **self._settings(settings)
-        )
-
-    def _prepare_completion(self, formatted: bool) -> Any:
-        def of_chat(prompt: str, settings: dict[str, Any]) -> tuple[PreparedPrompt, Any]:
-            return self._prepare_chat([ChatMessage(prompt)], settings)
-
-        def of_text(prompt: str, settings: dict[str, Any]) -> tuple[PreparedPrompt, Any]:
-            lm = self._lm_of(settings)
-            return lm.prepare_text(lm.refs.find(prompt), settings.get("documents") or (), **self._settings(settings))
-
-        return of_text if formatted else of_chat
+    def _prepare(
+        self, prompt: str | Sequence[ChatMessage], settings: dict[str, Any], formatted: bool
+    ) -> tuple[PreparedPrompt, Any]:
+        lm, documents = self._lm_of(settings), settings.get("documents") or ()
+        if isinstance(prompt, str) and formatted:
+            return lm.prepare_text(lm.refs.find(prompt), documents, **self._settings(settings))
+        messages = to_messages([ChatMessage(prompt)] if isinstance(prompt, str) else prompt, lm.refs)
+        return lm.prepare(messages, documents, condense=True, **self._settings(settings))
 
     def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         stop = settings.get("stop")
@@ -160,13 +150,19 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
         return self._call_settings([stop] if isinstance(stop, str) else stop, others)
 
     def _answer(
-        self, prepare: Any, prompt: Any, settings: dict[str, Any], cancelled: threading.Event | None = None
+        self,
+        prompt: str | Sequence[ChatMessage],
+        settings: dict[str, Any],
+        formatted: bool = False,
+        cancelled: threading.Event | None = None,
     ) -> Answer:
-        prepared, sampling = prepare(prompt, settings)
+        prepared, sampling = self._prepare(prompt, settings, formatted)
         return self._lm_of(settings).batcher.answer(prepared, sampling, cancelled)
 
-    def _opened(self, prepare: Any, prompt: Any, settings: dict[str, Any]) -> AnswerStream:
-        return AnswerStream(self._lm_of(settings).llm, *prepare(prompt, settings))
+    def _opened(
+        self, prompt: str | Sequence[ChatMessage], settings: dict[str, Any], formatted: bool = False
+    ) -> AnswerStream:
+        return AnswerStream(self._lm_of(settings).llm, *self._prepare(prompt, settings, formatted))
 
     def _as_chat(self, answer: Answer, settings: dict[str, Any], delta: str | None = None) -> ChatResponse:
         return ChatResponse(
