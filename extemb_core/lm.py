@@ -24,6 +24,7 @@ from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.store.base import MemoryStore, Store
+from extemb_core.utils.validation import whole_number
 from extemb_core.weights.resolve import resolve_embedder
 
 DEFAULT_LLM = "smollm2-135m-joint"
@@ -261,8 +262,7 @@ class ExtensibleLM:
             raise ConfigError(
                 f"{len(questions)} questions came with {len(each)} lists of documents; pass one per question"
             )
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
+        whole_number(batch_size, "batch_size")
         settings = Sampling(**sampling)
         prepared = [
             self.prepare(question, texts, budget=budget, ratio=ratio, **sampling)[0]

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias
 
-from extemb_core.errors import BudgetError, ConfigError, ExtembError, RatioError
+from extemb_core.errors import BudgetError, ConfigError, RatioError
+from extemb_core.utils.validation import whole_number
 
 Fidelity: TypeAlias = Literal["raw", "dropped"] | int
 
@@ -128,10 +129,10 @@ def plan_context(
         BudgetError: budget is negative or not a whole number.
         ConfigError: another number outside its legal values.
     """
-    lengths = [_whole(length, "n_tokens") for length in n_tokens]
+    lengths = [whole_number(length, "n_tokens", 0) for length in n_tokens]
     budget = check_budget(budget)
-    chunk_size = _whole(chunk_size, "chunk_size", least=1)
-    raw_below = _whole(raw_below, "raw_below")
+    chunk_size = whole_number(chunk_size, "chunk_size")
+    raw_below = whole_number(raw_below, "raw_below", 0)
     ladders = _ladders(ratio, ratios, finest, len(lengths), auto_ratios)
     wished = _wished(keep_raw, finest, len(lengths))
     ladders = [
@@ -250,7 +251,7 @@ def _ladders(
 
 def _ladder(ratio: object, ratios: Sequence[int]) -> list[Fidelity]:
     """The fidelities that a plan may use, coarsest first."""
-    trained = sorted({_whole(value, "ratios", least=1) for value in ratios})
+    trained = sorted({whole_number(value, "ratios") for value in ratios})
     if ratio == "raw":
         return ["raw"]
     if not trained:
@@ -275,27 +276,17 @@ def _wished(keep_raw: Sequence[bool] | None, finest: Sequence[int | None] | None
 
 def _overheads(overhead: Sequence[int] | int, count: int) -> list[int]:
     if not isinstance(overhead, Sequence):
-        return [_whole(overhead, "overhead")] * count
+        return [whole_number(overhead, "overhead", 0)] * count
     if len(overhead) != count:
         raise ConfigError(
             f"overhead has {len(overhead)} entries for {count} documents; pass one for each, or one number for all"
         )
-    return [_whole(value, "overhead") for value in overhead]
+    return [whole_number(value, "overhead", 0) for value in overhead]
 
 
 def check_budget(budget: Any) -> int:
     """Return a budget as an int, or raise `BudgetError` if it is no whole number or below 0."""
-    return _whole(budget, "budget", error=BudgetError)
-
-
-def _whole(value: Any, name: str, *, least: int = 0, error: type[ExtembError] = ConfigError) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise error(f"{name}={value!r} is not a whole number of at least {least}; pass an int from {least} up")
-    return number
+    return whole_number(budget, "budget", 0, error=BudgetError)
 
 
 def _name(fidelity: Fidelity) -> str:

@@ -17,6 +17,7 @@ from extemb_core.library.bm25 import WordIndex
 from extemb_core.library.passages import split_sentences
 from extemb_core.models.kv_prefix import Prefix
 from extemb_core.models.llm import LLM
+from extemb_core.utils.validation import whole_number
 
 _LOGITS_AT_ONCE = 256  # positions: logits are wide
 
@@ -25,13 +26,13 @@ Ids = np.ndarray[Any, Any]
 
 def nearest(ids: Ids, n: int) -> Ids:
     """Return the last `n` tokens; all of them where there are no more. ids: (T,)."""
-    _require_count(n)
+    whole_number(n, "n", 0)
     return ids[max(0, len(ids) - n) :]
 
 
 def head(ids: Ids, n: int) -> Ids:
     """Return the first `n` tokens; all of them where there are no more. ids: (T,)."""
-    _require_count(n)
+    whole_number(n, "n", 0)
     return ids[:n]
 
 
@@ -50,7 +51,7 @@ def sinks_and_window(ids: Ids, n: int, sinks: int = 4) -> Ids:
     Raises:
         ConfigError: The cache does not hold the sinks.
     """
-    _require_count(n)
+    whole_number(n, "n", 0)
     if len(ids) <= n:
         return ids
     if not 0 <= sinks <= n:
@@ -110,9 +111,8 @@ def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
     Returns:
         (min(n, T),) ids. Of equally informative tokens the earlier ones are kept.
     """
-    _require_count(n)
-    if segment < 1:
-        raise ConfigError(f"segment={segment} is below 1; pass a positive whole number")
+    whole_number(n, "n", 0)
+    whole_number(segment, "segment")
     total = len(ids)
     if n >= total:
         return ids
@@ -156,7 +156,7 @@ def choose_sentences(llm: LLM, text: str, question: str, n: int) -> Ids:
     Raises:
         MissingExtraError: bm25s is not installed.
     """
-    _require_count(n)
+    whole_number(n, "n", 0)
     sentences = [text[start:end] for start, end in split_sentences(text)]
     best = [at for at, _ in WordIndex(range(len(sentences)), sentences).search(question, len(sentences))]
     chosen: dict[int, Ids] = {}

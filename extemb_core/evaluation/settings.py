@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.validation import is_count
+from extemb_core.utils.validation import is_count, whole_number
 
 CONTROLS = ("none", "truncated", "chosen", "lingua", "anchors", "random", "random_states", "wrong", "full")
 TASKS = ("passkey", "key_value")
@@ -51,8 +51,7 @@ class CommonConfig:
             raise ConfigError("ratios is empty; pass at least one ratio")
         if self.limit is not None:
             require_counts(self, "limit")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed={self.seed!r} is not a whole number of at least 0; pass e.g. 0")
+        whole_number(self.seed, "seed", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +80,7 @@ class PerplexityConfig(CommonConfig):
             raise ConfigError("contexts is empty; pass at least one length")
         if not self.data:
             raise ConfigError("data is empty; pass held-out documents")
-        if isinstance(self.sinks, bool) or self.sinks < 0:
-            raise ConfigError(f"sinks={self.sinks!r} is below 0; pass a whole number")
+        whole_number(self.sinks, "sinks", 0)
         if self.target < 2:
             raise ConfigError(f"target={self.target}: the first target token is not scored; pass at least 2")
 
@@ -220,5 +218,5 @@ def require_counts(config: Any, *names: str) -> None:
         if isinstance(value, tuple):
             if not all(is_count(number) for number in value) or len(set(value)) != len(value):
                 raise ConfigError(f"{name}={value!r} must be distinct positive whole numbers; pass e.g. (4, 8)")
-        elif not is_count(value):
-            raise ConfigError(f"{name}={value!r} is not a positive whole number; pass 1 or more")
+        else:
+            whole_number(value, name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, to_answer
-from extemb_core.errors import ConfigError
+from extemb_core.utils.validation import whole_number
 
 if TYPE_CHECKING:
     from extemb_core.models.generation import Sampling
@@ -41,8 +41,7 @@ class Batcher:
     """
 
     def __init__(self, llm: LLM, batch_size: int = 32) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
+        whole_number(batch_size, "batch_size")
         self.llm = llm
         self.batch_size = batch_size
         self._changed = threading.Condition()  # what follows, and whether a request is done

@@ -31,6 +31,7 @@ from extemb_core.models.bulk import compress_in_batches
 from extemb_core.store.format import ref_of
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.progress import progress
+from extemb_core.utils.validation import whole_number
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
@@ -98,8 +99,7 @@ class Library:
         dtype: Literal["float32", "float16", "int8"] = "float16",
         index: str | None = None,
     ) -> None:
-        if passage_tokens < 1:
-            raise ConfigError(f"passage_tokens={passage_tokens} is below 1; pass e.g. {PASSAGE_TOKENS}")
+        whole_number(passage_tokens, "passage_tokens", remedy=f"e.g. {PASSAGE_TOKENS}")
         if lm is not None and ratio is not None:
             lm.embedder.config.require_ratio(ratio)
         self._requested_encoder = encoder
@@ -264,8 +264,7 @@ class Library:
         """
         if not question.strip():
             raise ConfigError("the question is empty; ask something")
-        if k < 1:
-            raise ConfigError(f"k={k} is below 1; pass e.g. {N_PASSAGES}")
+        whole_number(k, "k", remedy=f"e.g. {N_PASSAGES}")
         with self._lock:
             index = self._index()
             if not index.ids:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from extemb_core.errors import ConfigError
 from extemb_core.library import PASSAGE_TOKENS
+from extemb_core.utils.validation import whole_number
 
 # Where a text may be cut, best first: after a paragraph, a line, a sentence, a word.
 _CUTS = tuple(re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"(?<=[.!?])[\"')\]]*\s+", r"\s+"))
@@ -30,8 +30,7 @@ def split_passages(
     Raises:
         ConfigError: `max_tokens` is not positive.
     """
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens} is below 1; pass e.g. {PASSAGE_TOKENS}")
+    whole_number(max_tokens, "max_tokens", remedy=f"e.g. {PASSAGE_TOKENS}")
     pieces = _pieces(text, 0, len(text), max_tokens, count, 0) if text else []
     starts, size = [0], 0
     for begin, _, tokens in pieces:

@@ -10,7 +10,7 @@ from extemb_core.errors import ConfigError, RatioError
 from extemb_core.models.connector import CONNECTORS
 from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios
 from extemb_core.models.pooling import TOKEN_WEIGHTINGS
-from extemb_core.utils.validation import is_count
+from extemb_core.utils.validation import is_count, whole_number
 
 Adaptation = Literal["none", "lora", "full"]
 
@@ -115,8 +115,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
             ("residual_window", 1 if enters else residual_window),
             ("lora_rank", lora_rank),
         ):
-            if not is_count(number):
-                raise ConfigError(f"{name}={number!r} is not a positive whole number; pass 1 or more")
+            whole_number(number, name)
         self.num_layers = num_layers
         self.adaptation = adaptation
         self.downscaling = downscaling

@@ -42,6 +42,7 @@ from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.models.lora import add_adapters
 from extemb_core.models.pooling import Groups, anchor_positions, digest_of, pool, token_weights
 from extemb_core.utils.progress import progress
+from extemb_core.utils.validation import whole_number
 from extemb_core.weights.resolve import UNTRAINED
 
 # The base tensors of an LLM are recognised by a sample of their values, rounded to bfloat16: the same LLM in another
@@ -566,8 +567,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         ratio = self.config.finest(ratio)
         if batch_size is None:
             batch_size = default_batch_size(self.llm, self.config.chunk_size)
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} is below 1; pass a positive whole number")
+        whole_number(batch_size, "batch_size")
         anchored = self.config.entry_layer > 0
         made = [_Made(self.config.hidden_size, anchored=anchored) for _ in texts]
         n_tokens = [0] * len(texts)

@@ -17,6 +17,7 @@ from extemb_core.store.format import Dtype
 from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import Shard
 from extemb_core.utils.progress import progress
+from extemb_core.utils.validation import whole_number
 
 PARQUET = (".parquet",)
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
@@ -87,9 +88,8 @@ def compress_corpus(
         DocumentNotFoundError, ConfigError: The input is missing, of a type that is not read, or lacks the column.
         StoreError: The output holds something else, or cannot be written to.
     """
-    for name, value in (("rows_per_batch", rows_per_batch), ("workers", workers)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} is below 1; pass a positive whole number")
+    whole_number(rows_per_batch, "rows_per_batch")
+    whole_number(workers, "workers")
     kind, files = _inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
     done = finished(output)
     with _cluster(ray_address) as data:

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
-from extemb_core.errors import ConfigError
+from extemb_core.utils.validation import whole_number
 
 if TYPE_CHECKING:
     from extemb_core.models.compressed import Compressed
@@ -36,9 +36,7 @@ class MemoryStore:
     readonly = False
 
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
-        if max_bytes < 0:
-            raise ConfigError(f"max_bytes={max_bytes} is below 0; pass 0 to keep nothing")
-        self.max_bytes = max_bytes
+        self.max_bytes = whole_number(max_bytes, "max_bytes", 0, remedy="0 to keep nothing")
         self.n_bytes = 0
         self._texts: OrderedDict[tuple[str, str], Compressed] = OrderedDict()
         self._lock = threading.Lock()

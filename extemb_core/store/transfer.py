@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from extemb_core.errors import ConfigError, StoreError
+from extemb_core.errors import StoreError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import EmbeddingFormat
 from extemb_core.store.remote import StorageLocation
@@ -20,6 +20,7 @@ from extemb_core.store.shards import (
 )
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.progress import progress
+from extemb_core.utils.validation import whole_number
 
 SHARD_BYTES = 256 * 2**20
 _PUT_BYTES = 32 * 2**20  # of one transaction
@@ -40,8 +41,7 @@ def export_store(
         ConfigError: `shard_bytes` is not positive.
         StoreError: The folder holds a finished export or other files, or the disk refuses.
     """
-    if shard_bytes < 1:
-        raise ConfigError(f"shard_bytes={shard_bytes} is below 1; pass e.g. {SHARD_BYTES}")
+    whole_number(shard_bytes, "shard_bytes", remedy=f"e.g. {SHARD_BYTES}")
     location = StorageLocation(folder)
     names = require_only_shards(location)
     if MANIFEST in names:

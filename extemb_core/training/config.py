@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.validation import is_count
+from extemb_core.utils.validation import is_count, whole_number
 
 OBJECTIVES = ("two_stream", "reconstruction", "recall", "questions")
 TRAINED = ("embedder", "connector", "reader", "both")
@@ -121,16 +121,16 @@ class TrainingConfig:
         for name in ("sample_length", "total_tokens", "batch_size", "accumulation_steps", "save_steps", "eval_steps",
                      "eval_samples", "logging_steps", "ratios_per_sample", "reader_rank",
                      "most_per_source"):  # fmt: skip
-            if not is_count(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive whole number; pass 1 or more")
+            whole_number(getattr(self, name), name)
         for name in ("chunk_sizes", "ratios", "spans"):
             if not all(is_count(number) for number in getattr(self, name)):
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} must be positive whole numbers; pass e.g. (256, 512)"
                 )
-        for name in ("warmup_steps", "weight_decay", "seed", "reader_first_layer"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is below 0; pass 0 or more")
+        for name in ("warmup_steps", "seed", "reader_first_layer"):
+            whole_number(getattr(self, name), name, 0)
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay={self.weight_decay} is below 0; pass 0 or more")
         for name in ("connector_lr_factor", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not above 0; pass e.g. 1.0")
@@ -138,10 +138,8 @@ class TrainingConfig:
             minutes = getattr(self, name)
             if minutes is not None and not minutes > 0:
                 raise ConfigError(f"{name}={minutes} is not above 0; pass minutes, or None for no limit")
-        if self.decay_steps is not None and not (self.decay_steps == 0 or is_count(self.decay_steps)):
-            raise ConfigError(
-                f"decay_steps={self.decay_steps!r} is not a whole number of at least 0; pass steps, or None"
-            )
+        if self.decay_steps is not None:
+            whole_number(self.decay_steps, "decay_steps", 0, remedy="steps, or None")
         if self.trained not in TRAINED:
             raise ConfigError(f"trained={self.trained!r} is not one of {', '.join(TRAINED)}; pass one of them")
         if self.dtype not in ("auto", "float32", "bfloat16"):

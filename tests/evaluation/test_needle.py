@@ -323,7 +323,7 @@ def test_the_summary_of_samples_made_by_hand(make):
         ({"tokens": (96, 96)}, r"tokens=\(96, 96\) must be distinct"),
         ({"tasks": ("passkey", "maze")}, r"tasks=.*'maze'.* must be distinct ones of passkey, key_value; pass"),
         ({"tasks": ()}, r"tasks=\(\) must be"),
-        ({"depths": 0}, "depths=0 is not a positive whole number; pass"),
+        ({"depths": 0}, "depths=0 is not a whole number of at least 1; pass"),
         ({"trials": 0}, "trials=0 is not"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is not"),
     ],

@@ -269,7 +269,7 @@ def test_the_peak_is_what_comes_on_top(monkeypatch, tmp_path):
     [
         ({"tokens": ()}, "tokens is empty; pass at least one length"),
         ({"tokens": (64, 0)}, r"tokens=\(64, 0\) must be distinct positive"),
-        ({"rounds": 0}, "rounds=0 is not a positive whole number; pass"),
+        ({"rounds": 0}, "rounds=0 is not a whole number of at least 1; pass"),
         ({"new_tokens": 1}, "new_tokens=1: decoding begins with the second token; pass at least 2"),
     ],
 )

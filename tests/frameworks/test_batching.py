@@ -158,5 +158,5 @@ def test_who_gives_up_gets_what_there_is(lm):
 
 
 def test_the_size_of_a_batch_is_checked(lm):
-    with pytest.raises(ConfigError, match="batch_size=0 is below 1"):
+    with pytest.raises(ConfigError, match="batch_size=0 is not a whole number of at least 1"):
         Batcher(lm.llm, batch_size=0)

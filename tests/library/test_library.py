@@ -275,7 +275,7 @@ def test_a_library_stays_with_its_encoder_and_needs_an_lm_to_add(opened, tmp_pat
             library.add([document("tower")])
         for call, message in (
             (lambda: library.search(" "), "the question is empty"),
-            (lambda: library.search("a", k=0), "k=0 is below 1"),
+            (lambda: library.search("a", k=0), "k=0 is not a whole number of at least 1"),
         ):
             with pytest.raises(ConfigError, match=message):
                 call()

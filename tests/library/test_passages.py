@@ -44,7 +44,7 @@ def test_a_word_longer_than_a_passage_is_cut_too():
 
 def test_an_empty_text_has_none():
     assert split_passages("", 5, words) == []
-    with pytest.raises(ConfigError, match="max_tokens=0 is below 1"):
+    with pytest.raises(ConfigError, match="max_tokens=0 is not a whole number of at least 1"):
         split_passages("a", 0, words)
 
 

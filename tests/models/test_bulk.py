@@ -60,7 +60,7 @@ def test_one_batch_is_held_at_a_time(embedder):
 
 
 def test_settings_that_cannot_be(embedder):
-    with pytest.raises(ConfigError, match="batch_size=0 is below 1"):
+    with pytest.raises(ConfigError, match="batch_size=0 is not a whole number of at least 1"):
         list(compress_in_batches(embedder, pairs(embedder), batch_size=0))
     with pytest.raises(RatioError, match="ratio=3"):
         list(compress_in_batches(embedder, pairs(embedder), ratio=3))

@@ -111,5 +111,5 @@ def test_inputs_are_of_one_kind(tmp_path):
 
 @pytest.mark.parametrize("setting", ["rows_per_batch", "workers"])
 def test_settings_are_checked_before_anything_starts(tmp_path, setting):
-    with pytest.raises(ConfigError, match=f"{setting}=0 is below 1"):
+    with pytest.raises(ConfigError, match=f"{setting}=0 is not a whole number of at least 1"):
         compress_corpus(tmp_path / "a.jsonl", tmp_path / "out", llm="x", **{setting: 0})

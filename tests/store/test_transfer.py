@@ -135,7 +135,7 @@ def test_an_interrupted_export_is_begun_again_and_other_files_are_not_touched(st
     (tmp_path / "mine" / "letter.txt").write_text("words")
     with pytest.raises(StoreError, match="holds 'letter.txt', which is not a shard"):
         export_store(store, tmp_path / "mine")
-    with pytest.raises(ConfigError, match="shard_bytes=0 is below 1"):
+    with pytest.raises(ConfigError, match="shard_bytes=0 is not a whole number of at least 1"):
         export_store(store, tmp_path / "new", shard_bytes=0)
 
 
