@@ -181,5 +181,5 @@ def test_one_bar_for_all_batches_moves_with_every_pass(embedder, monkeypatch):
 def test_ids_are_those_of_the_text(embedder):
     lm = ExtensibleLM(embedder.llm, embedder)
     lm.compress(["a <|im_end|> b " * 9])
-    (kept,) = lm.store._kept.values()
+    (kept,) = lm.store._texts.values()
     assert kept.n_tokens == len(np.asarray(embedder.llm.encode("a <|im_end|> b " * 9)))

@@ -127,7 +127,7 @@ def test_bad_input_is_an_error_or_told(chat, documents):
     for wrong in (-1, "many"):
         with pytest.raises(BudgetError, match=f"budget={wrong!r} is not a whole number"):
             chat.invoke("How many?", documents=documents, budget=wrong)
-    with pytest.raises(ConfigError, match="frequency_penalty=1 is no setting of a call"):
+    with pytest.raises(ConfigError, match="unknown setting frequency_penalty=1"):
         chat.invoke("How many?", frequency_penalty=1)
 
 
@@ -386,13 +386,13 @@ def test_tokens_are_called_back(chat):
 
 
 def test_a_failing_llm_is_told_and_the_next_call_works(chat, lm, monkeypatch):
-    run = generation._run
+    whole = generation._run
     monkeypatch.setattr(generation, "_run", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError("too large")))
     with pytest.raises(MemoryError):
         chat.invoke("How many?")
     with pytest.raises(MemoryError):
         list(chat.stream("How many?"))
-    monkeypatch.setattr(generation, "_run", run)
+    monkeypatch.setattr(generation, "_run", whole)
     assert chat.invoke("How many?").usage_metadata["output_tokens"] == 4
     assert threading.active_count() < 60
 

@@ -91,7 +91,7 @@ def test_documents_of_files(llm, tmp_path):
     [
         (ImageBlock(url="http://none/a.png"), "a ImageBlock holds no text"),
         (DocumentBlock(url="http://none/a.txt", title="a"), "is a URL, and nothing is fetched"),
-        (DocumentBlock(data=base64.b64encode(b"\xff\xfe\x00"), title="a"), "is no text in UTF-8"),
+        (DocumentBlock(data=base64.b64encode(b"\xff\xfe\x00"), title="a"), "is not UTF-8 text"),
     ],
 )
 def test_blocks_without_text_are_an_error(llm, block, said):
@@ -121,7 +121,7 @@ def test_settings_of_a_call_go_before_those_of_the_object(llm, lm):
     assert llm.complete(QUESTION, max_tokens=2).raw["usage"]["completion_tokens"] == 2
     first = llm.complete(QUESTION).text[0]
     assert first not in llm.complete(QUESTION, stop=first).text
-    with pytest.raises(ConfigError, match="colour='red' is no setting of a call"):
+    with pytest.raises(ConfigError, match="unknown setting colour='red'"):
         llm.complete(QUESTION, colour="red")
 
 
@@ -182,14 +182,14 @@ def test_tokens_are_counted_by_the_callbacks_of_llamaindex(llm):
 def slow(monkeypatch):
     """Every step of the LLM takes a while; counts them."""
     steps = []
-    run = generation._run
+    whole = generation._run
 
-    def running(*args, **settings):
+    def run(*args, **settings):
         steps.append(1)
         time.sleep(0.02)
-        return run(*args, **settings)
+        return whole(*args, **settings)
 
-    monkeypatch.setattr(generation, "_run", running)
+    monkeypatch.setattr(generation, "_run", run)
     return steps
 
 
