@@ -34,7 +34,7 @@ class Dying(CompressWorker):
             (self._folder / "killed").touch(exist_ok=False)
         except FileExistsError:
             return super()._write(name, texts)
-        self._place.write(f"{name}.safetensors", lambda file: file.write_bytes(b"half"))
+        self._location.write(f"{name}.safetensors", lambda file: file.write_bytes(b"half"))
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")
 
