@@ -54,5 +54,5 @@ def test_what_is_larger_than_the_store_is_not_kept(compressed):
     store = MemoryStore(max_bytes=10)
     store.put(compressed)
     assert store.n_bytes == 0
-    with pytest.raises(ConfigError, match="below 0"):
+    with pytest.raises(ConfigError, match="max_bytes=-1 is not a whole number of at least 0; pass 0 to keep nothing"):
         MemoryStore(max_bytes=-1)
