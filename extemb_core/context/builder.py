@@ -44,9 +44,14 @@ class ReadDocuments:
         seconds: That compressing took.
     """
 
-    parts: Sequence[Sequence[Part]] = ()
-    context: tuple[ContextEntry, ...] = ()
-    seconds: float = 0.0
+    parts: Sequence[Sequence[Part]]
+    context: tuple[ContextEntry, ...]
+    seconds: float
+
+    @property
+    def positions(self) -> int:
+        """Positions that all documents take together."""
+        return sum(entry.positions for entry in self.context)
 
 
 class ContextBuilder:
@@ -87,12 +92,24 @@ class ContextBuilder:
             ConfigError: There is no user message that the documents could join.
         """
         start = time.perf_counter()
-        template = self.render(messages, documents, tools=tools, assistant_prefix=assistant_prefix)
+        rendered = self.render(messages, documents, tools=tools, assistant_prefix=assistant_prefix)
+        return self.fill(rendered, messages, documents, start, budget, ratio, max_new_tokens)
+
+    def fill(
+        self,
+        rendered: ChatPrompt,
+        messages: Messages,
+        documents: Sequence[Document],
+        start: float,
+        budget: int | None,
+        ratio: str | int,
+        max_new_tokens: int,
+    ) -> PreparedPrompt:
+        """Build what `chat` does from what `render` made of the same messages and documents."""
         ranked = [*documents, *inline_documents(messages)]
-        n_bare = len(template.fill({}))
-        room = self.room(n_bare, max_new_tokens, budget, ranked)
-        read = self.read(ranked, self.plan(ranked, room, ratio, n_headed=len(documents)), n_headed=len(documents))
-        return PreparedPrompt(template.fill(dict(enumerate(read.parts))), read.context, read.seconds, start, room)
+        room = self.room(len(rendered.fill({})), max_new_tokens, budget, ranked)
+        read = self.read(ranked, room, ratio, n_headed=len(documents))
+        return PreparedPrompt(rendered.fill(dict(enumerate(read.parts))), read.context, read.seconds, start, room)
 
     def text(
         self,
@@ -110,7 +127,7 @@ class ContextBuilder:
         ranked = [*documents, *(piece for piece in pieces if isinstance(piece, Document))]
         bare = assemble_text(self.llm, [piece for piece in encoded if not isinstance(piece, Document)])
         room = self.room(len(bare), max_new_tokens, budget, ranked)
-        read = self.read(ranked, self.plan(ranked, room, ratio, n_headed=len(documents)), n_headed=len(documents))
+        read = self.read(ranked, room, ratio, n_headed=len(documents))
         parts: list[Part] = [part for before in read.parts[: len(documents)] for part in before]
         inside = iter(read.parts[len(documents) :])
         for piece in encoded:
@@ -151,12 +168,14 @@ class ContextBuilder:
     def read(
         self,
         documents: Sequence[Document],
-        plan: Plan,
+        room: int,
+        ratio: str | int,
         *,
         n_headed: int | None = None,
         store: Store | None = None,
     ) -> ReadDocuments:
-        """Compress documents as planned, as far as they are not in `store` (the builder's when not given)."""
+        """Compress documents as `plan` has it, as far as they are not in `store` (the builder's when not given)."""
+        plan = self.plan(documents, room, ratio, n_headed=n_headed)
         start = time.perf_counter()
         store = self.store if store is None else store
         wanted = [

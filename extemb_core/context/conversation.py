@@ -78,12 +78,12 @@ class Condenser:
         builder = self._builder
         room = max(0, builder.llm.context_window - max_new_tokens)
         cap = room // 2 if budget is None else capped(budget, room)
-        inline = inline_documents(messages)
-        taken = builder.plan([*documents, *inline], cap, ratio, n_headed=len(documents)).positions
-        condensed = self._condensed(messages, room - taken, template)
+        rendered = builder.render(messages, documents, **template)
+        ranked = [*documents, *inline_documents(messages)]
+        left = room - builder.plan(ranked, cap, ratio, n_headed=len(documents)).positions
+        condensed = None if len(rendered.fill({})) <= left else self._condensed(messages, left, template)
         if condensed is None:
-            return builder.chat(messages, documents, budget=budget, ratio=ratio, max_new_tokens=max_new_tokens,
-                                **template)  # fmt: skip
+            return builder.fill(rendered, messages, documents, start, budget, ratio, max_new_tokens)
         rendered = builder.render(condensed, documents, **template)
         ranked = [*documents, *inline_documents(condensed)]
         turns = [at for at, document in enumerate(ranked) if isinstance(document, CompressedTurn)]
@@ -91,18 +91,16 @@ class Condenser:
         every = [ranked[at] for at in others]
         n_bare = len(rendered.fill({}))
         room = builder.room(n_bare, max_new_tokens, cap, every)
-        plan = builder.plan(every, room, ratio, n_headed=len(documents))
-        read = builder.read(every, plan, n_headed=len(documents))
+        read = builder.read(every, room, ratio, n_headed=len(documents))
         # Turns take what documents leave; the newest is the best of them.
-        latest = [ranked[at] for at in reversed(turns)]
-        left = builder.llm.context_window - n_bare - max_new_tokens - plan.positions
-        earlier = builder.read(latest, builder.plan(latest, left, "auto", n_headed=0), n_headed=0, store=self.turns)
+        left = builder.llm.context_window - n_bare - max_new_tokens - read.positions
+        earlier = builder.read([ranked[at] for at in reversed(turns)], left, "auto", n_headed=0, store=self.turns)
         contents = dict(zip([*others, *reversed(turns)], [*read.parts, *earlier.parts], strict=True))
         context, seconds = read.context + earlier.context, read.seconds + earlier.seconds
         return PreparedPrompt(rendered.fill(contents), context, seconds, start, room)
 
     def _condensed(self, messages: Messages, left: int, template: dict[str, Any]) -> Messages | None:
-        """Make the older turns documents before the first that stays; None where `left` positions hold all.
+        """Make the older turns documents before the first that stays; None where there are none.
 
         Turns stay text from the newest backwards as far as they take half, and begin with the user's.
         """
@@ -111,7 +109,7 @@ class Condenser:
             return len(self._builder.render(some, **template).fill({}))
 
         starts = [at for at, message in enumerate(messages) if message["role"] == "user"]
-        if not starts or length(messages) <= left:
+        if not starts:
             return None
         system = [message for message in messages if message["role"] == "system"]
         first = starts[-1]
@@ -237,8 +235,7 @@ class Session:
     def _read_documents(self) -> None:
         """Read the documents within the budget."""
         if self._documents:
-            plan = self._builder.plan(self._documents, self._budget, self._ratio)
-            read = self._builder.read(self._documents, plan)
+            read = self._builder.read(self._documents, self._budget, self._ratio)
             self._parts = [part for parts in read.parts for part in parts]
             self._context = read.context
             self._compress_seconds += read.seconds

@@ -44,9 +44,10 @@ def tokenised(lm, monkeypatch):
     return counts
 
 
+@pytest.mark.parametrize("condense", [False, True])
 @pytest.mark.parametrize("ratio", ["auto", 4])
-def test_a_question_is_rendered_once_and_its_texts_are_tokenised_once(lm, tokenised, ratio):
-    prepared, _ = lm.prepare(QUESTION, DOCUMENTS, ratio=ratio, max_new_tokens=4)
+def test_a_question_is_rendered_once_and_its_texts_are_tokenised_once(lm, tokenised, ratio, condense):
+    prepared, _ = lm.prepare(QUESTION, DOCUMENTS, ratio=ratio, condense=condense, max_new_tokens=4)
     assert any(isinstance(entry.fidelity, int) for entry in prepared.context)
     assert tokenised["rendered"] == 1
     headings = {f"[{rank}] {title}\n\n\n" for rank, title in enumerate(("Notes", "Document", "Document"), 1)}
