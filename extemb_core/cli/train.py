@@ -59,7 +59,7 @@ class NewEmbedder:
     TrainingConfig,
     "sample_length", "chunk_sizes", "total_tokens", "batch_size", "accumulation_steps", "learning_rate",
     "connector_lr_factor", "warmup_steps", "decay_steps", "mixed_share", "save_minutes", "save_steps", "eval_steps",
-    "max_minutes", "seed", "device", "dtype",
+    "max_minutes", "dataloader_num_workers", "seed", "device", "dtype",
     panel="The run",
     chunk_sizes="that of the embedder",
     decay_steps="all after the warm-up",

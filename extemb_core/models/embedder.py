@@ -78,13 +78,15 @@ class ChunkOutputs(NamedTuple):
     """What the layers give for a batch of chunks, and were given.
 
     Attributes:
-        ids: (B, T) token ids.
+        ids: (B, T) token ids, where they were given.
         hidden: (B, T, D).
+        weights: (B, T) of the tokens in their groups' means; above entry layer 0.
         residuals, embedded: (B, T, D), the first in float32; at entry layer 0.
     """
 
     ids: Tensor
     hidden: Tensor
+    weights: Tensor | None = None
     residuals: Tensor | None = None
     embedded: Tensor | None = None
 
@@ -207,7 +209,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         ids = np.linspace(0, self.token_weights.numel() - 1, _CHECKED_TOKENS).astype(np.int32)
         layer, llm = self.config.entry_layer, self.llm
         try:
-            states = AnchoredStates(ids, self(torch.from_numpy(ids).long()[None].to(llm.device)).hidden[0], layer)
+            states = AnchoredStates(ids, self(torch.from_numpy(ids).long()[None]).hidden[0], layer)
             prompt = AnchoredPrompt.of([np.array(bos, np.int32), states], llm.hidden_size, llm.device, llm.dtype)
             plain, read = llm.hidden_of([[*bos, *map(int, ids)]]).float(), llm.hidden_of([prompt]).float()
             far = plain.isfinite().all() and not (plain - read).norm() <= _EXACT_TOLERANCE * plain.norm()
@@ -416,21 +418,24 @@ class ExtensibleEmbedder(PreTrainedModel):
         needed and a chunk's outputs do not depend on its batch.
 
         Args:
-            input_ids: (B, T) token ids.
+            input_ids: (B, T) token ids, on any device; where they are on the CPU, the anchors are known without waiting
+                for a GPU.
 
         Returns:
             See `ChunkOutputs`.
         """
         bos = self.config.bos_token_id
-        ids = input_ids if bos is None else nn.functional.pad(input_ids, (1, 0), value=bos)
+        own = input_ids.to(self.llm.device)
+        ids = own if bos is None else nn.functional.pad(own, (1, 0), value=bos)
         embedded = self.stack.get_input_embeddings()(ids)
         hidden = self.stack(inputs_embeds=embedded.to(self._layer_dtype), use_cache=False).last_hidden_state
         first = int(bos is not None)
         hidden, embedded = hidden[:, first:], embedded[:, first:]
         if self.config.entry_layer:
-            return ChunkOutputs(input_ids, hidden if self.connector is None else self.connector(hidden, hidden))
+            hidden = hidden if self.connector is None else self.connector(hidden, hidden)
+            return ChunkOutputs(input_ids, hidden, self.token_weights[own])
         window = 1 if self.config.connector == "conv" else self._residual_window
-        return ChunkOutputs(input_ids, hidden, trailing_means(embedded, window), embedded)
+        return ChunkOutputs(input_ids, hidden, None, trailing_means(embedded, window), embedded)
 
     @property
     def _residual_window(self) -> int:
@@ -467,8 +472,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         """
         if self.config.entry_layer:
             states = self.pool(outputs, row, length, ratio, start).states
-            anchors = outputs.ids[row, start:length][anchor_positions(length - start, ratio).to(outputs.ids.device)]
-            return AnchoredStates(anchors.cpu().numpy().astype(np.int32), states, self.config.entry_layer)
+            anchors = outputs.ids[row, start:length].cpu()[anchor_positions(length - start, ratio)]
+            return AnchoredStates(anchors.numpy().astype(np.int32), states, self.config.entry_layer)
         assert outputs.residuals is not None
         assert outputs.embedded is not None
         assert self.connector is not None
@@ -482,8 +487,8 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def pool(self, outputs: ChunkOutputs, row: int, length: int, ratio: int, start: int = 0) -> Groups:
         """The groups of one chunk of a batch, or of its tokens from `start` on (see `read_out`)."""
-        weights = self.token_weights[outputs.ids[row, start:length]]
-        return pool(outputs.hidden[row, start:length], weights, ratio)
+        assert outputs.weights is not None
+        return pool(outputs.hidden[row, start:length], outputs.weights[row, start:length], ratio)
 
     # -- compressing ------------------------------------------------------------------------------------------
 
@@ -610,7 +615,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         padded = np.zeros((len(batch), len(batch[0].ids)), dtype=np.int64)
         for row, chunk in enumerate(batch):
             padded[row, : len(chunk.ids)] = chunk.ids
-        outputs = self(torch.from_numpy(padded).to(self.llm.device))
+        outputs = self(torch.from_numpy(padded))
         for row, chunk in enumerate(batch):
             length = len(chunk.ids)
             if not self.config.entry_layer:

@@ -95,20 +95,20 @@ class AnchoredPrompt:
         ids, states, mask, layers = [], [], [], set()
         for segment in segments:
             if isinstance(segment, AnchoredStates):
-                own = segment.anchors
                 layers.add(segment.layer)
                 states.append(clamp_to_dtype(segment.states.to(device), dtype))
             else:
-                own = np.asarray(segment)
-                states.append(torch.zeros(len(own), width, device=device, dtype=dtype))
-            ids.append(torch.as_tensor(own, dtype=torch.long, device=device))
-            mask.append(torch.full((len(own),), isinstance(segment, AnchoredStates), device=device))
+                states.append(torch.zeros(len(segment), width, device=device, dtype=dtype))
+            # Joined on the CPU: one transfer to a GPU for each prompt, not for each segment.
+            ids.append(np.asarray(segment.anchors if isinstance(segment, AnchoredStates) else segment, dtype=np.int64))
+            mask.append(np.full(len(segment), isinstance(segment, AnchoredStates)))
         if len(layers) > 1 or any(part.shape[-1] != width for part in states):
             raise MismatchError(
                 f"compressed texts for entry layers {sorted(layers)} of widths {sorted({p.shape[-1] for p in states})} "
                 f"stand in one prompt of an LLM of width {width}; compress them all with one embedder of this LLM"
             )
-        return cls(torch.cat(ids), torch.cat(states), torch.cat(mask), layers.pop() if layers else 0)
+        joined = [torch.from_numpy(np.concatenate(parts)).to(device) for parts in (ids, mask)]
+        return cls(joined[0], torch.cat(states), joined[1], layers.pop() if layers else 0)
 
     @classmethod
     def of_text(cls, ids: Sequence[int], like: AnchoredPrompt) -> AnchoredPrompt:

@@ -64,6 +64,7 @@ class TrainingConfig:
         eval_steps: Steps between evaluations.
         eval_samples: Held-out samples used.
         logging_steps: Steps between log entries.
+        dataloader_num_workers: Processes that make the batches; 0 makes them between the steps. A GPU waits for one.
         save_minutes: Minutes between checkpoints. They are saved besides those of `save_steps`.
         max_minutes: Save and stop after this many minutes; the same run resumes.
         seed: Random seed.
@@ -107,6 +108,7 @@ class TrainingConfig:
     eval_steps: int = 50
     eval_samples: int = 16
     logging_steps: int = 10
+    dataloader_num_workers: int = 0
     save_minutes: float | None = None
     max_minutes: float | None = None
     seed: int = 0
@@ -127,7 +129,7 @@ class TrainingConfig:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} must be positive whole numbers; pass e.g. (256, 512)"
                 )
-        for name in ("warmup_steps", "seed", "reader_first_layer"):
+        for name in ("warmup_steps", "seed", "reader_first_layer", "dataloader_num_workers"):
             whole_number(getattr(self, name), name, 0)
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay={self.weight_decay} is below 0; pass 0 or more")

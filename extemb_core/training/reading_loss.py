@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,11 @@ from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.errors import ConfigError
 from extemb_core.models.entry import AnchoredStates
 
-_MIN_FILLED, _MIN_POSITIONS = 0.8, 1024  # of a group of rows that go through the LLM together
+# Of a group of rows that go through the LLM together; a GPU is kept busy by more positions than a CPU.
+_MIN_FILLED = 0.8
+_MIN_POSITIONS = {"cpu": 1024, "cuda": 8192}
+
+Ids = np.ndarray[Any, Any]
 
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
@@ -55,11 +60,11 @@ class Span(NamedTuple):
     cross a chunk's border.
 
     Attributes:
-        document: (L,) token ids; spans of one document share the tensor.
+        document: (L,) token ids; spans of one document share the array.
         start, stop: The tokens of it.
     """
 
-    document: Tensor
+    document: Ids
     start: int
     stop: int
 
@@ -73,7 +78,7 @@ class Reading:
             embeddings and may be a `Span`; or an "answer", which is scored. The last one is an answer.
     """
 
-    parts: tuple[tuple[Tensor | Span, Literal["text", "document", "answer"]], ...]
+    parts: tuple[tuple[Ids | Span, Literal["text", "document", "answer"]], ...]
 
 
 def reading_loss(*args: Any, **settings: Any) -> Tensor:
@@ -111,7 +116,7 @@ def reading_losses(
     positions, targets, texts, expected, rows = [], [], [], [], []
     for index, reading in enumerate(readings):
         answers = [_ids_of(part) for part, role in reading.parts if role == "answer"]
-        plain = [_ids_of(part).numpy() for part, _ in reading.parts]
+        plain = [_ids_of(part) for part, _ in reading.parts]
         if distillation:
             texts.append(_prompt(llm, plain))
         for ratio in ratios[index] if embedder is not None else (1,):
@@ -123,7 +128,9 @@ def reading_losses(
             expected.append((index, _answers_at(reading, plain)))
     scored = read_states(llm, inputs, positions, frozen=False)
     teacher = read_states(llm, texts, expected) if distillation else None
-    return Losses(mixed(llm, scored, torch.cat(targets).to(llm.device), teacher, distillation), rows)
+    return Losses(
+        mixed(llm, scored, torch.from_numpy(np.concatenate(targets)).to(llm.device), teacher, distillation), rows
+    )
 
 
 def _prompt(llm: LLM, row: Sequence[Segment]) -> PromptInputs:
@@ -131,7 +138,7 @@ def _prompt(llm: LLM, row: Sequence[Segment]) -> PromptInputs:
     return Prompt((*row[:-1], row[-1][:-1])).inputs(llm)
 
 
-def _ids_of(part: Tensor | Span) -> Tensor:
+def _ids_of(part: Ids | Span) -> Ids:
     """Return the tokens of a part. (T,)"""
     return part.document[part.start : part.stop] if isinstance(part, Span) else part
 
@@ -156,9 +163,13 @@ def _compressed(
     documents = {id(span.document): span.document for span in spans.values()}
     if not documents:
         return {}
-    chunks = {(key, at): chunk for key, ids in documents.items() for at, chunk in enumerate(ids.split(size))}
+    chunks = {
+        (key, at // size): torch.from_numpy(ids[at : at + size])
+        for key, ids in documents.items()
+        for at in range(0, len(ids), size)
+    }
     rows = {key: row for row, key in enumerate(chunks)}
-    outputs = embedder(torch.nn.utils.rnn.pad_sequence(list(chunks.values()), batch_first=True).to(embedder.llm.device))
+    outputs = embedder(torch.nn.utils.rnn.pad_sequence(list(chunks.values()), batch_first=True))
 
     def read_out(span: Span, ratio: int) -> Segment:
         parts = []
@@ -203,22 +214,23 @@ def read_states(
         (all positions, D).
     """
     rows: dict[int, Tensor] = {}
+    least = _MIN_POSITIONS.get(llm.device.type, _MIN_POSITIONS["cpu"])
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        for group in groups_of_like_length([len(row) for row in inputs]):
+        for group in groups_of_like_length([len(row) for row in inputs], least):
             rows |= zip(group, llm.hidden_of([inputs[index] for index in group]), strict=True)
         return torch.cat([rows[index][at.to(llm.device)] for index, at in positions])
 
 
-def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+def groups_of_like_length(lengths: Sequence[int], min_positions: int) -> list[list[int]]:
     """Group rows that go through the LLM together, longest first.
 
-    A group is cut off where padding would be a fifth of a row, once it is large enough to keep a CPU busy.
+    A group is cut off where padding would be a fifth of a row, once it has `min_positions`.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
         group = groups[-1] if groups else []
         longest = lengths[group[0]] if group else 0
-        if group and (lengths[index] >= _MIN_FILLED * longest or len(group) * longest < _MIN_POSITIONS):
+        if group and (lengths[index] >= _MIN_FILLED * longest or len(group) * longest < min_positions):
             group.append(index)
         else:
             groups.append([index])

@@ -15,18 +15,14 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
-
 from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat, assemble_text, document_heading
 from extemb_core.errors import TrainingError
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, template_for, templates
-from extemb_core.training.reading_loss import Reading, Span
+from extemb_core.training.reading_loss import Ids, Reading, Span
 
 logger = logging.getLogger(__name__)
 
-Ids = np.ndarray[Any, Any]
 Role = Literal["text", "document", "answer"]
 
 NOT_FOUND = "not in the documents"
@@ -44,8 +40,8 @@ _SOURCE = re.compile(r"[A-Za-z_-]+(?::[A-Za-z-]+(?=:))?")
 def reconstruction(llm: LLM, ids: Ids) -> Reading:
     """Give a span back from its embeddings, after a short instruction. ids: (T,)."""
     prompt = assemble_text(llm, [ids, _REPEAT])
-    parts = tuple((_tensor(part), _role(part is ids)) for part in prompt.segments)
-    return Reading((*parts, (_tensor(ids), "answer")))
+    parts = tuple((_array(part), _role(part is ids)) for part in prompt.segments)
+    return Reading((*parts, (_array(ids), "answer")))
 
 
 def recall(llm: LLM, ids: Ids, draw: np.random.Generator) -> Reading:
@@ -55,14 +51,14 @@ def recall(llm: LLM, ids: Ids, draw: np.random.Generator) -> Reading:
     and say what comes next.
     """
     prompt = assemble_text(llm, [ids, _GO_ON])
-    parts = [(_tensor(part), _role(part is ids)) for part in prompt.segments]
-    line = _tensor(llm.encode("\n"))
+    parts = [(_array(part), _role(part is ids)) for part in prompt.segments]
+    line = _array(llm.encode("\n"))
     most = max(1, len(ids) // (2 * (_MAX_CUE + _MAX_RECALLED)))
     for _ in range(min(most, _MAX_CUES)):
         cue, recalled = int(draw.integers(2, _MAX_CUE + 1)), int(draw.integers(3, _MAX_RECALLED + 1))
         start = int(draw.integers(max(1, len(ids) - cue - recalled + 1)))
         middle = min(start + cue, len(ids) - 1)
-        parts += [(_tensor(ids[start:middle]), "text"), (_tensor(ids[middle : middle + recalled]), "answer"),
+        parts += [(_array(ids[start:middle]), "text"), (_array(ids[middle : middle + recalled]), "answer"),
                   (line, "text")]  # fmt: skip
     return Reading(tuple(part for part in parts[:-1] if len(part[0])))
 
@@ -147,11 +143,11 @@ class QuestionReadings:
             turns += self._further(question, answering[0], draw)
         as_asked = bool(draw.random() < 0.5)
         documents_pieces: list[list[Ids]] = []
-        spans: dict[int, Tensor | Span] = {}
+        spans: dict[int, Ids | Span] = {}
         for ids, raw in zip(documents, stays, strict=True):
             pieces = [ids] if raw else self._pieces(ids, draw)
             documents_pieces.append(pieces)
-            whole, start = _tensor(ids), 0
+            whole, start = _array(ids), 0
             for number, piece in enumerate(pieces):
                 if not raw and number % 2 == 0:  # every second piece, if there are several, stays text
                     spans[id(piece)] = whole if len(pieces) == 1 else Span(whole, start, start + len(piece))
@@ -170,7 +166,7 @@ class QuestionReadings:
         self,
         documents: Sequence[Sequence[Ids]],
         turns: Sequence[tuple[str, str]],
-        compressed: Mapping[int, Tensor | Span],
+        compressed: Mapping[int, Ids | Span],
         as_asked: bool,
     ) -> Reading:
         """Make the reading of a conversation, in the prompt of `ExtensibleLM.ask` or that of the evaluation.
@@ -193,18 +189,18 @@ class QuestionReadings:
         prompt = assemble_chat(self.llm, messages[:-1])
         end = turn_end(self.llm)
         scored = {id(ids) for ids in answers}
-        parts: list[tuple[Tensor | Span, Role]] = []
+        parts: list[tuple[Ids | Span, Role]] = []
         for segment in prompt.segments:
-            part = _tensor(segment)
+            part = _array(segment)
             before = parts[-1][0] if parts and parts[-1][1] == "answer" else None
-            if isinstance(before, Tensor) and part[0] == end:  # the end of a turn is part of the answer
-                parts[-1] = torch.cat([before, part[:1]]), "answer"
+            if isinstance(before, np.ndarray) and part[0] == end:  # the end of a turn is part of the answer
+                parts[-1] = np.append(before, part[:1]), "answer"
                 part = part[1:]
             if id(segment) in compressed:
                 parts.append((compressed[id(segment)], "document"))
             elif len(part):
                 parts.append((part, "answer" if id(segment) in scored else "text"))
-        last = torch.cat([_tensor(answers[-1]), torch.tensor([end])])
+        last = np.append(_array(answers[-1]), end)
         return Reading((*parts, (last, "answer")))
 
     def _further(self, question: Question, document: Ids, draw: np.random.Generator) -> list[tuple[str, str]]:
@@ -288,5 +284,5 @@ def turn_end(llm: LLM) -> int:
     return int(eos) if eos in llm.stop_token_ids or not llm.stop_token_ids else llm.stop_token_ids[0]
 
 
-def _tensor(ids: Any) -> Tensor:
-    return torch.as_tensor(np.asarray(ids), dtype=torch.long)
+def _array(ids: Any) -> Ids:
+    return np.asarray(ids, dtype=np.int64)

@@ -592,6 +592,7 @@ def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingA
         seed=config.seed,
         use_cpu=llm.device.type == "cpu",
         bf16=llm.dtype == torch.bfloat16,
+        dataloader_num_workers=config.dataloader_num_workers,
         dataloader_pin_memory=llm.device.type == "cuda",
         label_names=[],
     )

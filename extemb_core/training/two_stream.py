@@ -167,6 +167,7 @@ def two_stream_losses(
     llm = embedder.llm if llm is None else llm
     window = llm.context_window if window is None else window
     device = llm.device
+    samples = [sample.cpu() for sample in samples]  # the Trainer moves them to its own
     lengths = [chunk_lengths(len(sample), chunk_size) for sample in samples]
     short = next((len(sample) for sample, parts in zip(samples, lengths, strict=True) if len(parts) < 2), None)
     if short is not None:
@@ -175,7 +176,7 @@ def two_stream_losses(
     # Stream 1: all chunks but each sample's last are full, so they form one batch without padding.
     rows = [s[i * chunk_size : (i + 1) * chunk_size] for s, parts in zip(samples, lengths, strict=True)
             for i in range(len(parts) - 1)]  # fmt: skip
-    outputs = embedder(torch.stack(rows).to(device))
+    outputs = embedder(torch.stack(rows))
     bos = llm.bos_token_id
     n_prefix = int(bos is not None)
     embeddings: dict[tuple[int, int], Segment] = {}

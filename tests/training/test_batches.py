@@ -25,7 +25,7 @@ class Texts:
 
 class Questions:
     def reading(self, index):
-        return Reading(((torch.tensor([index]), "text"), (torch.tensor([1]), "answer")))
+        return Reading(((np.array([index]), "text"), (np.array([1]), "answer")))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_each_sample_comes_once_a_round_in_an_order_of_its_own(make):
 
 def test_questions_come_in_turn_whatever_stands_between_them(make):
     batches = make({"two_stream": 1, "questions": 1})
-    asked = [int(batches[at]["readings"][0].parts[0][0]) for at in range(len(batches))
+    asked = [batches[at]["readings"][0].parts[0][0].item() for at in range(len(batches))
              if batches[at]["objective"] == "questions"]  # fmt: skip
     assert asked == list(range(len(asked)))
     assert len(asked) > 20
@@ -126,7 +126,7 @@ def test_two_streams_take_chunks_that_leave_something_to_predict():
 
 
 def test_readings_of_all_items_join_one_batch():
-    readings = [Reading(((torch.tensor([at]), "answer"),)) for at in range(3)]
+    readings = [Reading(((np.array([at]), "answer"),)) for at in range(3)]
     batch = Collator([2], [16], 0)([{"readings": readings[:2], "index": 0}, {"readings": readings[2:], "index": 1}])
     assert batch["readings"] == readings
     assert batch["ratios"] == [[2]] * 3

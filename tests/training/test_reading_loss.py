@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from tiny import ARCHITECTURES, random_embedder, tiny_llm
@@ -21,7 +22,7 @@ def readings_of(llm):
     ids = iter(samples_of([5, 40, 3, 33, 4, 6, 7, 8, 7, 16, 2, 9], len(llm.tokenizer)))
     roles = [("text", "document", "text", "document", "text", "answer", "text", "answer"),
              ("text", "document", "text", "answer")]  # fmt: skip
-    return [Reading(tuple((next(ids), role) for role in row)) for row in roles]
+    return [Reading(tuple((next(ids).numpy(), role) for role in row)) for row in roles]
 
 
 def slow_reading_loss(embedder, llm, readings, ratios, text=False):
@@ -30,7 +31,7 @@ def slow_reading_loss(embedder, llm, readings, ratios, text=False):
     for reading, wanted in zip(readings, ratios, strict=True):
         for ratio in wanted:
             row = torch.empty(0, llm.hidden_size)
-            for ids, role in reading.parts:
+            for ids, role in ((torch.from_numpy(part), role) for part, role in reading.parts):
                 if role == "answer":
                     inputs = torch.cat([row, llm.embed(ids[:-1])])
                     logits = llm.model(inputs_embeds=inputs[None], use_cache=False).logits[0, len(row) - 1 :]
@@ -78,7 +79,7 @@ def test_distillation_is_the_divergence_from_the_llm_that_reads_the_text(llm):
 def test_what_is_read_as_text_alone_counts_for_no_ratio(llm):
     embedder = random_embedder(llm)
     (ids,) = samples_of([9], len(llm.tokenizer))
-    readings = [*readings_of(llm), Reading(((ids[:4], "text"), (ids[4:], "answer")))]
+    readings = [*readings_of(llm), Reading(((ids[:4].numpy(), "text"), (ids[4:].numpy(), "answer")))]
     options = {"embedder": embedder, "chunk_size": CHUNK}
     losses = reading_losses(llm, readings, ratios=[[2, 4], [2], [8]], **options).by_ratio()
     coarse = reading_loss(llm, readings[:1], ratios=[[4]], **options)
@@ -95,7 +96,7 @@ def test_without_an_embedder_every_piece_is_text(llm):
 
 def test_a_reading_without_an_answer_is_an_error(llm):
     with pytest.raises(ConfigError, match="does not end with an answer"):
-        reading_loss(llm, [Reading(((torch.tensor([3]), "text"),))])
+        reading_loss(llm, [Reading(((np.array([3]), "text"),))])
 
 
 # -- entry layers above 0 -----------------------------------------------------------------------------------------
@@ -104,9 +105,10 @@ def test_a_reading_without_an_answer_is_an_error(llm):
 def test_a_reading_slices_the_states_of_whole_chunks_and_keeps_its_gradients():
     llm, embedder = entering()
     head, document, middle, answer = samples_of([5, 40, 3, 6], len(llm.tokenizer))
+    whole = document.numpy()
     parts = (
-        (head, "text"), (Span(document, 0, 12), "document"), (document[12:20], "text"),
-        (Span(document, 20, 40), "document"), (middle, "text"), (answer, "answer"),
+        (head.numpy(), "text"), (Span(whole, 0, 12), "document"), (whole[12:20], "text"),
+        (Span(whole, 20, 40), "document"), (middle.numpy(), "text"), (answer.numpy(), "answer"),
     )  # fmt: skip
     fast = reading_loss(llm, [Reading(parts)], embedder=embedder, ratios=[[4]], chunk_size=CHUNK)
     chunks = document.split(CHUNK)
@@ -125,7 +127,7 @@ def test_a_reading_slices_the_states_of_whole_chunks_and_keeps_its_gradients():
 def test_a_reading_reads_what_is_served():
     llm, embedder = entering()
     head, document, answer = samples_of([5, 40, 6], len(llm.tokenizer))
-    reading = Reading(((head, "text"), (document, "document"), (answer, "answer")))
+    reading = Reading(((head.numpy(), "text"), (document.numpy(), "document"), (answer.numpy(), "answer")))
     for ratio in (1, 2, 8):
         served = embedder.compress_ids([document.numpy()], ratio=ratio)[0].part
         prompt = Prompt((head.numpy(), served)).inputs(llm)
@@ -152,7 +154,7 @@ def test_what_the_llm_would_have_computed_itself_diverges_in_nothing():
     llm = tiny_llm()
     embedder = ExtensibleEmbedder.untrained(llm, 2, chunk_size=CHUNK, ratios=(1, 2, 4))
     document, text = samples_of([14, 9], len(llm.tokenizer))
-    reading = Reading(((document, "document"), (text, "answer")))
+    reading = Reading(((document.numpy(), "document"), (text.numpy(), "answer")))
     divergence = {
         ratio: reading_loss(llm, [reading], embedder=embedder, ratios=[[ratio]], distillation=1.0).item()
         for ratio in (1, 4)
@@ -163,6 +165,6 @@ def test_what_the_llm_would_have_computed_itself_diverges_in_nothing():
 
 def test_a_span_of_a_document_needs_an_entry_layer_above_0(llm):
     (document, answer) = samples_of([20, 3], len(llm.tokenizer))
-    reading = Reading(((Span(document, 4, 20), "document"), (answer, "answer")))
+    reading = Reading(((Span(document.numpy(), 4, 20), "document"), (answer.numpy(), "answer")))
     with pytest.raises(ConfigError, match="tokens 4 to 20 of a document of 20 .* entry layer 0"):
         reading_loss(llm, [reading], embedder=random_embedder(llm), ratios=[[2]], chunk_size=CHUNK)

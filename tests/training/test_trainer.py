@@ -269,6 +269,16 @@ def test_accumulated_batches_give_the_gradient_of_one_batch(config, monkeypatch)
         torch.testing.assert_close(steps["accumulated"][name], grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
+def test_batches_made_in_other_processes_are_the_same_batches(config, tmp_path):
+    objectives = {"two_stream": 1, "recall": 1}
+    config = replace(config, objectives=objectives, embedder={"entry_layer": 1, "chunk_size": 16, "ratios": (2, 4)})
+    train(replace(config, output=str(tmp_path / "none")))
+    train(replace(config, output=str(tmp_path / "one"), dataloader_num_workers=1))
+    assert losses(replace(config, output=str(tmp_path / "one"))) == losses(
+        replace(config, output=str(tmp_path / "none"))
+    )
+
+
 def test_the_connector_has_a_learning_rate_of_its_own(config):
     embedder = random_embedder(tiny_llm())
     layers, connector = small_trainer(config, embedder).create_optimizer().param_groups
