@@ -43,8 +43,8 @@ results: $(VENV)/.installed-dev ## make docs/results.md and its plots anew from 
 	$(BIN)/python -m benchmarks.report --records $(wildcard benchmarks/results/ppl*.json benchmarks/results/qa*.json \
 		benchmarks/results/eval_speed*.json benchmarks/results/needle*.json) --output docs/results.md
 
-docs: $(VENV)/.installed-dev ## bring docs/cli.md up to date with the commands
-	$(BIN)/python docs/generate_cli.py
+docs: $(VENV)/.installed-dev ## bring docs/cli.md and docs/settings.md up to date
+	$(BIN)/python docs/generate.py
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -75,9 +75,13 @@ class GenerationSettings(ModelSettings):
     temperature: float = 0.0
     """0 is greedy and repeatable."""
     top_p: float = 1.0
+    """Draw from the likeliest tokens that have this probability together."""
     top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0 from all."""
     repetition_penalty: float = 1.0
+    """Of tokens that stand there already; 1 is off."""
     seed: int | None = None
+    """Makes sampling repeatable."""
     stop: list[str] | None = None
     """Texts that end an answer."""
 

@@ -18,8 +18,8 @@ from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.errors import ConfigError
 from extemb_core.models.entry import AnchoredStates
 
-# Of a group of rows that go through the LLM together. A small LLM's pass over 8,192 positions takes a GPU less time than the
-# processor takes to launch it.
+# Of a group of rows that go through the LLM together. A small LLM's pass over 8,192 positions takes a GPU less time
+# than the processor takes to launch it.
 _MIN_FILLED = 0.8
 _MIN_POSITIONS = {"cpu": 1024, "cuda": 32768}
 

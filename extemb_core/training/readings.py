@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
+
 from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat, assemble_text, document_heading
 from extemb_core.errors import TrainingError
 from extemb_core.models.llm import LLM

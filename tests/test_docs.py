@@ -1,17 +1,29 @@
-"""docs/cli.md is made from the commands, and what is written there by hand is kept."""
+"""docs/cli.md and docs/settings.md are made from the code, and what is written there by hand is kept."""
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-render = runpy.run_path(str(DOCS / "generate_cli.py"))["render"]
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+GENERATE = runpy.run_path(str(DOCS / "generate.py"))
+render = GENERATE["render_cli"]
 PAGE = (DOCS / "cli.md").read_text(encoding="utf-8")
 
 
-def test_the_page_is_up_to_date() -> None:
-    assert render(PAGE) == PAGE, "run: make docs"
+@pytest.mark.parametrize("name", ["cli", "settings"])
+def test_a_page_is_up_to_date(name: str) -> None:
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    assert GENERATE[f"render_{name}"](page) == page, "run: make docs"
+
+
+def test_every_setting_says_what_it_means() -> None:
+    page = (DOCS / "settings.md").read_text(encoding="utf-8")
+    assert "| `budget` | Positions of the LLM's window that the documents may take at most" in page
+    assert not re.findall(r"^\| `[^|]*` \|\s+\|", page, flags=re.MULTILINE)
 
 
 def test_text_by_hand_is_kept_and_the_rest_is_made_anew() -> None:
