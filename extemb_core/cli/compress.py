@@ -22,10 +22,7 @@ def compress(
     output: Annotated[
         Path, option("--output", "PATH", f"A name ending in {SUFFIX} for one document, a folder for several.")
     ],
-    ratio: Annotated[
-        int | None,
-        option("--ratio", "N", "Tokens per extensible embedding.", "what the embedder keeps: 2, or its finest"),
-    ] = None,
+    ratio: Annotated[int | None, option("--ratio", "N", "Tokens per extensible embedding.", options.KEPT_RATIO)] = None,
     llm: options.LlmOption = options.DEFAULT_LLM,
     embedder: options.EmbedderOption = None,
     batch_size: Annotated[int | None, option("--batch-size", "N", "Chunks per forward pass.", "by the device")] = None,
@@ -40,8 +37,10 @@ def compress(
     """
     documents = load_documents(files)
     targets = _targets(documents, output)
-    if not force:
-        _refuse_overwriting(targets)
+    existing = [target for target in targets if target.exists()]
+    if existing and not force:
+        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise _misused(f"{existing[0]}{more} is there already; pass --force to overwrite.")
     with library_output():
         from extemb_core.lm import ExtensibleLM
 
@@ -60,10 +59,20 @@ def compress(
             row = {"source": document.source, "output": written, "ref": document.ref}
             rows.append(row | {"n_tokens": compressed.n_tokens, "positions": len(compressed)})
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; {sum(row['output'] is not None for row in rows)} of {len(documents)} documents are written"
-        ) from None
-    _print_summary(rows, finest, model.fingerprint, time.perf_counter() - start, as_json=as_json)
+        n_written = sum(row["output"] is not None for row in rows)
+        raise KeyboardInterrupt(f"interrupted; {n_written} of {len(documents)} documents are written") from None
+    seconds = time.perf_counter() - start
+    n_tokens = sum(row["n_tokens"] for row in rows)
+    speed = n_tokens / seconds if seconds > 0 else 0.0
+    if as_json:
+        value = {"documents": rows, "ratio": finest, "fingerprint": model.fingerprint, "n_tokens": n_tokens}
+        print_json(value | {"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)})
+        return
+    cells = [
+        (row["source"], row["n_tokens"], row["positions"], row["output"] or "nothing: it is empty") for row in rows
+    ]
+    print_table(("source", "tokens", "positions", "output"), cells)
+    print_note(f"{n_tokens:,} tokens at ratio {finest} in {seconds:.1f} s ({speed:,.0f} tokens/s)")
 
 
 def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
@@ -86,28 +95,5 @@ def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
     return targets
 
 
-def _refuse_overwriting(targets: Sequence[Path]) -> None:
-    existing = [target for target in targets if target.exists()]
-    if existing:
-        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
-        raise _misused(f"{existing[0]}{more} is there already; pass --force to overwrite.")
-
-
 def _misused(message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint="'--output'")
-
-
-def _print_summary(
-    rows: Sequence[dict[str, Any]], ratio: int, fingerprint: str, seconds: float, *, as_json: bool
-) -> None:
-    n_tokens = sum(row["n_tokens"] for row in rows)
-    speed = n_tokens / seconds if seconds > 0 else 0.0
-    if as_json:
-        value = {"documents": list(rows), "ratio": ratio, "fingerprint": fingerprint, "n_tokens": n_tokens}
-        print_json(value | {"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)})
-        return
-    cells = [
-        (row["source"], row["n_tokens"], row["positions"], row["output"] or "nothing: it is empty") for row in rows
-    ]
-    print_table(("source", "tokens", "positions", "output"), cells)
-    print_note(f"{n_tokens:,} tokens at ratio {ratio} in {seconds:.1f} s ({speed:,.0f} tokens/s)")

@@ -45,8 +45,8 @@ def add(
         from extemb_core.lm import ExtensibleLM
 
         lm = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=llm_dtype)
-        settings: dict[str, Any] = {"encoder": encoder, "ratio": ratio, "passage_tokens": passage_tokens}
-        with Library(library, lm, **settings, dtype=dtype) as opened:  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"ratio": ratio, "passage_tokens": passage_tokens, "dtype": dtype}
+        with Library(library, lm, encoder=encoder, **settings) as opened:
             added = opened.add([Path(name) for name in documents])
     message = (
         f"{added.added:,} documents added, {added.updated:,} brought up to date, {added.unchanged:,} unchanged; "

@@ -26,12 +26,8 @@ app = CommandGroup(
 )
 for command in (ask.ask, ask.chat, compress.compress, calibrate.calibrate):
     app.command()(command)
-app.add_typer(train.app, name="train")
-app.add_typer(evaluate.app, name="eval")
-app.add_typer(index.app, name="index")
-app.add_typer(store.app, name="store")
-app.add_typer(scale.app, name="scale")
-app.add_typer(weights.app, name="weights")
+for group in (train, evaluate, index, store, scale, weights):
+    app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 app.command()(doctor.doctor)
 moved.point_to(evaluate.app, "report", "python -m benchmarks.report --records FILE... --output FILE.md")
 for verb in ("pack", "run", "unpack"):

@@ -86,13 +86,13 @@ def option(flag: str, metavar: str | None, text: str, default: bool | str = True
 # -- options that several commands share ----------------------------------------------------------------------
 
 LlmOption = Annotated[str, option("--llm", "NAME", "The frozen LLM: a known name, a folder or a Hugging Face id.")]
+SHIPPED = "the one shipped for the LLM"
 EmbedderOption = Annotated[
-    str | None,
-    option("--embedder", "PATH", "The embedder: a folder or a Hugging Face id.", "the one shipped for the LLM"),
+    str | None, option("--embedder", "PATH", "The embedder: a folder or a Hugging Face id.", SHIPPED)
 ]
+KEPT_RATIO = "what the embedder keeps: 2, or its finest"
 FinestRatioOption = Annotated[
-    int | None,
-    option("--ratio", "N", "The finest ratio that will be asked for.", "what the embedder keeps: 2, or its finest"),
+    int | None, option("--ratio", "N", "The finest ratio that will be asked for.", KEPT_RATIO)
 ]
 StoredDtypeOption = Annotated[str, option("--dtype", "NAME", "Of embeddings on disk: float16, int8 or float32.")]
 DeviceOption = Annotated[str, option("--device", "NAME", "auto (CUDA, then CPU), cpu, cuda or cuda:N.")]

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, is_dataclass
 from enum import IntEnum
 from typing import Any, ParamSpec
@@ -27,31 +27,29 @@ _LOG_COLUMNS = 200  # a log or a pipe has no edge to wrap at
 class ExitCode(IntEnum):
     """What the shell gets; documented in docs/cli.md and at the end of `extemb --help`."""
 
-    OK = 0
-    FAILURE = 1
-    USAGE = 2
-    INPUT = 3
-    WEIGHTS = 4
-    SETTINGS = 5
-    INTERRUPTED = 130
-    CLOSED_PIPE = 141
+    meaning: str
+
+    OK = 0, "done"
+    FAILURE = 1, "failed while running: memory, disk, training, a missing extra"
+    USAGE = 2, "a command line that cannot be understood"
+    INPUT = 3, "a document, data file or store that is missing or cannot be read"
+    WEIGHTS = 4, "weights that are missing or damaged"
+    SETTINGS = 5, "settings that are not legal or do not fit together: ratio, budget, LLM and embedder"
+    INTERRUPTED = 130, "interrupted with Ctrl-C"
+    CLOSED_PIPE = 141, "the reader of the output has gone (as in: extemb ... | head -1)"
+
+    def __new__(cls, value: int, meaning: str) -> ExitCode:
+        code = int.__new__(cls, value)
+        code._value_, code.meaning = value, meaning
+        return code
 
 
-EXIT_CODES: dict[ExitCode, str] = {
-    ExitCode.OK: "done",
-    ExitCode.FAILURE: "failed while running: memory, disk, training, a missing extra",
-    ExitCode.USAGE: "a command line that cannot be understood",
-    ExitCode.INPUT: "a document, data file or store that is missing or cannot be read",
-    ExitCode.WEIGHTS: "weights that are missing or damaged",
-    ExitCode.SETTINGS: "settings that are not legal or do not fit together: ratio, budget, LLM and embedder",
-    ExitCode.INTERRUPTED: "interrupted with Ctrl-C",
-    ExitCode.CLOSED_PIPE: "the reader of the output has gone (as in: extemb ... | head -1)",
-}
+EXIT_CODES = {code: code.meaning for code in ExitCode}
 
 # The first that fits; everything else is a FAILURE.
-_CODES: tuple[tuple[tuple[type[ExtembError], ...], ExitCode], ...] = (
+_CODES: tuple[tuple[Any, ExitCode], ...] = (
     ((errors.DocumentError, errors.StoreNotFoundError, errors.StoreCorruptError), ExitCode.INPUT),
-    ((errors.WeightsError,), ExitCode.WEIGHTS),
+    (errors.WeightsError, ExitCode.WEIGHTS),
     ((errors.ConfigError, errors.BudgetError, errors.MismatchError), ExitCode.SETTINGS),
 )
 
@@ -192,9 +190,5 @@ def _is_out_of_memory(error: BaseException, text: str) -> bool:
 
 def _discard_stdout() -> None:
     """Let the interpreter flush what is left into nothing, or it complains at exit."""
-    try:
-        handle = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(handle, sys.stdout.fileno())
-        os.close(handle)
-    except (OSError, ValueError):  # stdout is not a file: a test's, or a notebook's
-        pass
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:  # stdout may be no file: a notebook's
+        os.dup2(nothing.fileno(), sys.stdout.fileno())

@@ -52,6 +52,11 @@ class NewEmbedder:
     ratios: tuple[int, ...] = (2, 4, 8, 16, 32)
 
 
+_RECIPE = (
+    "Stages to train: default, frozen, joint, paper, reader, text-reader, or a YAML file. Other options override it."
+)
+
+
 @app.command()
 @options_from(TrainingConfig, "llm", "output", "data", "questions", "eval_data", "start_from")
 @options_from(NewEmbedder, panel="A new embedder", ratios="2 4 8 16 32, or those of --start-from")
@@ -66,16 +71,7 @@ class NewEmbedder:
 )  # fmt: skip
 def train(
     context: typer.Context,
-    recipe: Annotated[
-        str | None,
-        option(
-            "--recipe",
-            "NAME",
-            "Stages to train: default, frozen, joint, paper, reader, text-reader, or a YAML file. Other options "
-            "override it.",
-            "two-stream auto-regression alone",
-        ),
-    ] = None,
+    recipe: Annotated[str | None, option("--recipe", "NAME", _RECIPE, "two-stream auto-regression alone")] = None,
     resume: ResumeOption = True,
     as_json: JsonOption = False,
     **settings: Any,
@@ -84,7 +80,9 @@ def train(
 
     For answers in the LLM's own words to train on: extemb train make-targets --help.
     """
-    given = {name: value for name, value in settings.items() if _is_given(context, name)}
+    # For what is not on the command line, a recipe's stages may have their own values.
+    sources = {name: context.get_parameter_source(name) for name in settings}
+    given = {name: value for name, value in settings.items() if getattr(sources[name], "name", "") == "COMMANDLINE"}
     embedder = {name: given.pop(name) for name in NewEmbedder.__dataclass_fields__ if name in given}
     start_from = given.get("start_from")
     if start_from is not None:
@@ -110,7 +108,7 @@ def train(
         return
     seconds = time.perf_counter() - start
     if as_json:
-        fingerprint = None if trained is None or trained.embedder is None else trained.embedder.fingerprint
+        fingerprint = trained.embedder.fingerprint if trained and trained.embedder else None
         print_json({"output": output, "fingerprint": fingerprint, "seconds": round(seconds, 1)})
         return
     typer.echo(output)
@@ -122,12 +120,6 @@ def train(
         reader = f"{output}/reader" if trained.reader is not None else given["llm"]
         print_note(f"trained in {seconds:.0f} s; try it:")
         print_note(f'extemb ask "..." --documents FILE --llm {reader} --embedder {output}')
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Tell whether an option is on the command line; for the others, a recipe's stages may have their own values."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _train(
