@@ -30,12 +30,7 @@ from extemb_core.questions import Question, read_questions, template_for, templa
 from extemb_core.training.readings import turn_end
 from extemb_core.utils.jsonl import evenly
 
-METRICS = {
-    "em": scoring.exact_match,
-    "f1": scoring.f1,
-    "contained": scoring.contained,
-    "rouge_l": scoring.rouge_l,
-}
+METRICS = {"em": scoring.exact_match, "f1": scoring.f1, "contained": scoring.contained, "rouge_l": scoring.rouge_l}
 _ARMS = ("none", "random", "random_states", "wrong", "anchors", "truncated", "lingua", "chosen", "extensible", "full")
 
 
@@ -85,6 +80,7 @@ class QaExperiment(Measured):
         questions = [self._questions[name] for name in group]
         forms = [self.forms(question) for question in questions]
         answered: list[dict[str, dict[str, Any]]] = [{arm: {} for arm in forms[0]} for _ in questions]
+        references = [self.reference(question) for question in questions]
         prompts = {
             arm: [self.prompt(question, form[arm]) for question, form in zip(questions, forms, strict=True)]
             for arm in forms[0]
@@ -92,7 +88,6 @@ class QaExperiment(Measured):
         lengths = {arm: max(map(len, of_arm)) for arm, of_arm in prompts.items()}
         for batch in batches_by_length(lengths, rows=len(questions)):
             inputs = [prompt.inputs(self.llm) for arm in batch for prompt in prompts[arm]]
-            references = [self.reference(question) for question in questions]
             scores = iter(self.llm.log_probs(inputs, references * len(batch)))
             texts = iter(self.llm.generate(inputs, self._sampling) if self.config.generate else ())
             for arm in batch:
@@ -100,14 +95,14 @@ class QaExperiment(Measured):
                     answer = next(texts).text.strip() if self.config.generate else None
                     loss = round(-float(next(scores).mean()), 6)
                     answered[row][arm] = self._scored(question, arm, answer, loss, form[arm])
-        for question, arms in zip(questions, answered, strict=True):
+        for question, reference, arms in zip(questions, references, answered, strict=True):
             yield {
                 "id": question.id,
                 "document": question.document,
                 "rank": self._ranks[question.id] if self.config.passages > 1 else None,
                 "question": question.question,
                 "answers": list(question.answers),
-                "answer_tokens": len(self.reference(question)),
+                "answer_tokens": len(reference),
                 "arms": arms,
             }
 
@@ -158,9 +153,8 @@ class QaExperiment(Measured):
         return chosen
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        names = [
-            arm for arm in arm_names(_ARMS, self.config.ratios) if all(arm in sample["arms"] for sample in samples)
-        ]
+        measured_arms = set.intersection(*(set(sample["arms"]) for sample in samples))
+        names = [arm for arm in arm_names(_ARMS, self.config.ratios) if arm in measured_arms]
         groups = np.array([sample["document"] for sample in samples])
         metrics, seed = self.metrics, self.config.seed
         # Each question counts the same for a score; for the loss, each token does.
@@ -195,13 +189,11 @@ class QaExperiment(Measured):
             }
             for ratio in ours
         }
-        for name, metric, gain in (("retained", "f1", 1), ("retained_loss", "loss", -1)):
+        for name, metric, sign in (("retained", "f1", 1), ("retained_loss", "loss", -1)):
             if metric in metrics:
-                none, full = (gain * weights[metric] * values(arm, metric) for arm in ("none", "full"))
+                gains = {arm: sign * weights[metric] * (values(arm, metric) - values("none", metric)) for arm in names}
                 summary[name] = {
-                    str(ratio): share(gain * weights[metric] * values(arm, metric) - none, full - none, groups, seed)
-                    for ratio in ours
-                    for arm in [f"extensible/{ratio}"]
+                    str(ratio): share(gains[f"extensible/{ratio}"], gains["full"], groups, seed) for ratio in ours
                 }
         summary["by_rank"] = {}
         for rank in sorted({sample["rank"] for sample in samples} - {None}):
