@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,38 +25,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskOptions:
+class AskOptions(options.ModelOptions):
     """Options of `extemb ask`; those of `extemb chat` are all but the ones on a library.
 
     Attributes:
         documents: Files and folders to read, best first: text, Markdown, HTML, PDF; - is text from stdin.
         ratio: Tokens per extensible embedding: one ratio for all documents, raw text, or the finest that fits.
         budget: Positions of the LLM's window that the documents may take.
-        llm: The frozen LLM: a known name, a folder or a Hugging Face id.
-        embedder: The embedder: a folder or a Hugging Face id.
         store: Keep compressed documents in this folder, and reuse those that are there.
         library: Ask the documents of a library (`extemb index add`).
         k: Maximum number of passages of the library.
         max_new_tokens: Maximum tokens of an answer.
         temperature: Sampling temperature; 0 is greedy and repeatable.
         seed: Random seed of the sampling.
-        device: auto (CUDA, then CPU), cpu, cuda or cuda:N.
-        dtype: Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
     """
 
     documents: tuple[str, ...] = ()
     ratio: str = field(default="auto", metadata={"metavar": "auto|raw|N"})
     budget: int | None = None
-    llm: str = options.DEFAULT_LLM
-    embedder: str | None = field(default=None, metadata={"default": options.SHIPPED})
     store: str | None = field(default=None, metadata={"default": "in memory"})
     library: str | None = None
     k: int = N_PASSAGES
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int | None = field(default=None, metadata={"default": "another each time"})
-    device: str = "auto"
-    dtype: str = "auto"
 
     def parsed_ratio(self) -> str | int:
         """Parse `auto`, `raw` or a whole number."""
@@ -72,13 +64,9 @@ class AskOptions:
         """Return the settings of an answer."""
         return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
 
-    def load(self, question: str) -> ExtensibleLM:
+    def load_for(self, question: str) -> ExtensibleLM:
         """Load what answers; raise `BudgetError` for a budget that its window does not hold, which it would lower."""
-        from extemb_core.lm import ExtensibleLM
-
-        lm = ExtensibleLM.from_pretrained(
-            self.llm, self.embedder, store=self.store, device=self.device, dtype=self.dtype
-        )
+        lm = self.load(store=self.store)
         if self.budget is None:
             return lm
         room = lm.plan(question, (), budget=self.budget, max_new_tokens=self.max_new_tokens).budget
@@ -90,7 +78,14 @@ class AskOptions:
         return lm
 
 
-@options_from(AskOptions, budget="all that is free")
+_LIBRARY = ("library", "k")
+_NAMES = (
+    "documents", "ratio", "budget", "llm", "embedder", "store", *_LIBRARY, "max_new_tokens", "temperature", "seed",
+    "device", "dtype",
+)  # fmt: skip
+
+
+@options_from(AskOptions, *_NAMES, budget="all that is free")
 def ask(
     question: Annotated[
         str | None,
@@ -108,7 +103,7 @@ def ask(
     texts = options.load_documents(paths) if given.library is None else []
     with ExitStack() as exit_stack:
         with output.library_output():
-            lm = given.load(question)
+            lm = given.load_for(question)
             if given.library is None:
                 stream = lm.stream(question, texts, **answering)
             else:
@@ -129,11 +124,7 @@ def ask(
         _note_cut(stream.answer)
 
 
-@options_from(
-    AskOptions,
-    *(option.name for option in fields(AskOptions) if option.name not in ("library", "k")),
-    budget="half of the window",
-)
+@options_from(AskOptions, *(name for name in _NAMES if name not in _LIBRARY), budget="half of the window")
 def chat(as_json: options.JsonOption = False, **settings: Any) -> None:
     """Talk about documents: a prompt on a terminal, one message per line from a pipe.
 
@@ -144,7 +135,7 @@ def chat(as_json: options.JsonOption = False, **settings: Any) -> None:
     ratio = given.parsed_ratio()
     texts = options.load_documents(given.documents, stdin=False)
     with output.library_output():
-        session = given.load("?").session(texts, ratio=ratio, budget=given.budget)
+        session = given.load_for("?").session(texts, ratio=ratio, budget=given.budget)
     first_error: Exception | None = None
     context_shown = False
     for message in _messages():

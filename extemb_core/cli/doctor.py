@@ -190,10 +190,8 @@ def _check_bfloat16() -> Iterator[Check]:
     from extemb_core.models.llm import choose_device
 
     if choose_device().type == "cuda":
-        if torch.cuda.is_bf16_supported():
-            yield Check("bfloat16", "supported by the device")
-        else:
-            yield Check("bfloat16", "slow on this device", "note", 'dtype="float32"')
+        slow = Check("bfloat16", "slow on this device", "note", 'dtype="float32"')
+        yield Check("bfloat16", "supported by the device") if torch.cuda.is_bf16_supported() else slow
     elif failure := _probe(_BFLOAT16_PROBE):
         remedy = 'keep to float32, which dtype="auto" takes'
         yield Check("bfloat16", f"not for this CPU: a matrix product {failure}", "note", remedy)
@@ -227,9 +225,8 @@ def _check_answer() -> Iterator[Check]:
     start = time.perf_counter()
     llm = _tiny_llm()
     embedder = ExtensibleEmbedder.from_llm(llm, num_layers=1, chunk_size=32, ratios=(2, 4))
-    answer = ExtensibleLM(llm, embedder).ask(
-        "Who keeps the light?", "The lighthouse keeper counted the ships. " * 8, ratio=4, max_new_tokens=4
-    )
+    text = "The lighthouse keeper counted the ships. " * 8
+    answer = ExtensibleLM(llm, embedder).ask("Who keeps the light?", text, ratio=4, max_new_tokens=4)
     entry = answer.context[0]
     value = f"{entry.n_tokens} tokens in {entry.positions} positions, {answer.new_tokens} tokens written"
     if entry.fidelity == 4 and 0 < entry.positions < entry.n_tokens and answer.new_tokens <= 4:

@@ -12,28 +12,27 @@ import typer
 from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import DEFAULT_LLM, SHIPPED, CommandGroup, LlmOption, ResumeOption, option
-from extemb_core.cli.output import library_output, print_note
+from extemb_core.cli.output import explain_interrupt, library_output, print_note
 from extemb_core.evaluation.settings import NeedleConfig, PerplexityConfig, QaConfig, SpeedConfig
 
 app = CommandGroup(no_args_is_help=True, help="Measure what the embeddings are worth, against every control.")
 
-OutOption = Annotated[str, option("--json", "FILE", "Record to write: settings, every sample, and the tables.")]
+_OUT = "Record to write: settings, every sample, and the tables."
 _EMBEDDER = "The embedder: a folder, a Hugging Face id, or none for the controls alone."
-EmbedderOption = Annotated[str | None, option("--embedder", "PATH", _EMBEDDER, SHIPPED)]
 
 Experiment = Callable[..., Any]
 
 
 def _measurement(
-    config_type: Callable[..., Any], *fields: str, **defaults: Any
+    config_type: type[Any], *fields: str, **defaults: Any
 ) -> Callable[[Callable[[], Experiment]], Callable[..., None]]:
     """Make the command that measures from a function with its name and help, which imports the kind of experiment."""
 
     def register(import_experiment: Callable[[], Experiment]) -> Callable[..., None]:
         def measure(
-            out: OutOption,
+            out: Annotated[str, option("--json", "FILE", _OUT)],
             llm: LlmOption = DEFAULT_LLM,
-            embedder: EmbedderOption = None,
+            embedder: Annotated[str | None, option("--embedder", "PATH", _EMBEDDER, SHIPPED)] = None,
             resume: ResumeOption = True,
             **settings: Any,
         ) -> None:
@@ -49,10 +48,8 @@ def _measurement(
                 model = LLM.from_pretrained(config.llm, device=config.device, dtype=config.dtype)
                 measured = ExtensibleEmbedder.from_pretrained(folder, llm=model) if folder else None
                 experiment = import_experiment()(config, model, measured)
-                try:
+                with explain_interrupt(lambda: f"the same command goes on from {out}.partial"):
                     record = run(experiment, Path(out), command=["extemb", *sys.argv[1:]], resume=resume)
-                except KeyboardInterrupt:
-                    raise KeyboardInterrupt(f"interrupted; the same command goes on from {out}.partial") from None
             typer.echo(out)
             print_note(f'{record["n"]} samples in {record["seconds"]:.0f} s; the tables are its "summary"')
 

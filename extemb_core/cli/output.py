@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, is_dataclass
 from enum import IntEnum
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TextIO
 
 import typer
 
@@ -50,6 +50,7 @@ EXIT_CODES = {code: code.meaning for code in ExitCode}
 _CODES: tuple[tuple[Any, ExitCode], ...] = (
     ((errors.DocumentError, errors.StoreNotFoundError, errors.StoreCorruptError), ExitCode.INPUT),
     (errors.WeightsError, ExitCode.WEIGHTS),
+    (KeyboardInterrupt, ExitCode.INTERRUPTED),
     ((errors.ConfigError, errors.BudgetError, errors.MismatchError), ExitCode.SETTINGS),
 )
 
@@ -81,16 +82,21 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 def code_of(error: BaseException) -> ExitCode:
     """Choose the exit code that stands for an error."""
-    if isinstance(error, KeyboardInterrupt):
-        return ExitCode.INTERRUPTED
     return next((code for kinds, code in _CODES if isinstance(error, kinds)), ExitCode.FAILURE)
 
 
-@contextmanager
-def library_output() -> Iterator[None]:
+def library_output() -> redirect_stdout[TextIO]:
     """Send what libraries print on stdout to stderr: stdout is for the result alone."""
-    with redirect_stdout(sys.stderr):
+    return redirect_stdout(sys.stderr)
+
+
+@contextmanager
+def explain_interrupt(explain: Callable[[], str]) -> Iterator[None]:
+    """Say what an interrupted command has done, or how to go on from there."""
+    try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {explain()}") from None
 
 
 def strip_control_chars(text: str) -> str:
@@ -174,18 +180,13 @@ def _describe(error: BaseException) -> tuple[str, str]:
         return kind, text
     if isinstance(error, KeyboardInterrupt):
         return kind, text or "interrupted"
-    if _is_out_of_memory(error, text):
+    out_of_memory = isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text)
+    if out_of_memory or isinstance(error, MemoryError) or kind == "OutOfMemoryError":  # torch's, not imported here
         remedy = "close other programs, or pass a smaller --budget, a coarser --ratio or a smaller --batch-size"
         return "OutOfMemoryError", f"out of memory ({quoted or kind}); {remedy}"
     if isinstance(error, OSError) and error.strerror:
         return kind, f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return kind, f"unexpected {kind} ({quoted}); `extemb --debug ...` shows where it comes from"
-
-
-def _is_out_of_memory(error: BaseException, text: str) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
-        return True
-    return isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text)
 
 
 def _discard_stdout() -> None:

@@ -38,14 +38,10 @@ def _quiet() -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
+class CorpusOptions(options.StoringOptions):
     """Options that `compress_corpus` has defaults for too: its module needs Ray.
 
     Attributes:
-        llm: The frozen LLM: a known name, a folder or a Hugging Face id.
-        embedder: The embedder: a folder or a Hugging Face id.
-        ratio: The finest ratio that will be asked for.
-        dtype: Of embeddings on disk: float16, int8 or float32.
         passage_tokens: Cut documents into passages as `extemb index add` does.
         column: Column of the input that holds the text.
         rows_per_batch: Rows of a shard, and lost with a worker at most.
@@ -53,14 +49,8 @@ class CorpusOptions:
         cpus_per_worker: Processors of each.
         gpus_per_worker: GPUs of each.
         ray_address: Address of a running cluster; auto for the one that this machine is part of.
-        device: auto (CUDA, then CPU), cpu, cuda or cuda:N.
-        llm_dtype: Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
     """
 
-    llm: str = options.DEFAULT_LLM
-    embedder: str | None = None
-    ratio: int | None = None
-    dtype: str = "float16"
     passage_tokens: int | None = None
     column: str = "text"
     rows_per_batch: int = ROWS_PER_BATCH
@@ -68,8 +58,6 @@ class CorpusOptions:
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0
     ray_address: str | None = None
-    device: str = "auto"
-    llm_dtype: str = "auto"
 
 
 _INPUTS = "Files or folders of Parquet or JSON Lines (.gz, .zst too), or their URLs; one kind at a time."
@@ -77,8 +65,9 @@ _INPUTS = "Files or folders of Parquet or JSON Lines (.gz, .zst too), or their U
 
 @app.command()
 @options_from(
-    CorpusOptions, embedder=options.SHIPPED, ratio=options.KEPT_RATIO, passage_tokens="whole documents",
-    ray_address="a new one on this machine",
+    CorpusOptions, "llm", "embedder", "ratio", "dtype", "passage_tokens", "column", "rows_per_batch", "workers",
+    "cpus_per_worker", "gpus_per_worker", "ray_address", "device", "llm_dtype",
+    passage_tokens="whole documents", ray_address="a new one on this machine",
 )  # fmt: skip
 def compress(
     inputs: Annotated[list[str], option("--input", "FILE...", _INPUTS)],

@@ -1,19 +1,21 @@
-"""`extemb train`: a recipe, or the main settings of `TrainingConfig` and of the embedder's configuration as options."""
+"""`extemb train`: a recipe, or the main settings of `TrainingConfig` and of the embedder's configuration as options.
+
+`extemb train make-targets` writes question rows to train on whose answers are the LLM's own.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from extemb_core.cli import train_targets
 from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.config_options import options_from
-from extemb_core.cli.options import CommandGroup, DefaultCommand, JsonOption, ResumeOption, option
-from extemb_core.cli.output import library_output, print_json, print_note
+from extemb_core.cli.options import CommandGroup, DefaultCommand, JsonOption, ModelOptions, ResumeOption, option
+from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note
 from extemb_core.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -21,7 +23,48 @@ if TYPE_CHECKING:
 
 
 app = CommandGroup(cls=DefaultCommand, help="Train an embedder or a reader; or write answers for it to learn.")
-app.command("make-targets")(train_targets.make_targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(ModelOptions):
+    """Options that `targets.make_targets` has defaults for too: its module needs torch.
+
+    Attributes:
+        questions: Training questions: .jsonl[.zst] with "id", "context", "question" and "answers".
+        output: A .jsonl file; resumes if interrupted.
+        limit: Maximum number of questions, the first ones.
+        max_document_tokens: A question about a longer text keeps its references.
+        batch_size: Questions at once.
+    """
+
+    questions: tuple[str, ...]
+    output: str = field(metadata={"metavar": "FILE"})
+    limit: int | None = None
+    max_document_tokens: int = 2048
+    batch_size: int = 8
+
+
+@app.command("make-targets")
+@options_from(
+    TargetOptions, "questions", "output", "llm", "limit", "max_document_tokens", "batch_size", "device", "dtype",
+    llm=...,
+)  # fmt: skip
+def make_targets(as_json: JsonOption = False, **settings: Any) -> None:
+    """Write question rows whose answers are the LLM's own from the full text, where these are right."""
+    output = settings.pop("output")
+    with library_output():
+        from extemb_core.models.llm import LLM
+        from extemb_core.training import targets
+
+        llm = LLM.from_pretrained(settings.pop("llm"), device=settings.pop("device"), dtype=settings.pop("dtype"))
+        counts = targets.make_targets(llm, settings.pop("questions"), Path(output), **settings)
+    if as_json:
+        print_json({"output": output, "n": counts.n, "own": counts.own, "too_long": counts.too_long})
+        return
+    typer.echo(output)
+    print_note(
+        f"{counts.own} of {counts.n} answers are the LLM's own; {counts.too_long} texts were too long to ask about"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +140,8 @@ def train(
     keep_freed_memory()
     output, total_tokens = given.pop("output"), given.pop("total_tokens", settings["total_tokens"])
     start = time.perf_counter()
-    try:
-        with library_output():
-            trained = _train(recipe, output, total_tokens, resume, given | {"embedder": embedder})
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(Path(output))}") from None
+    with library_output(), explain_interrupt(lambda: _how_to_resume(Path(output))):
+        trained = _train(recipe, output, total_tokens, resume, given | {"embedder": embedder})
     from extemb_core.training.trainer import is_first_process
 
     if not is_first_process():
