@@ -65,8 +65,8 @@ def read_questions(files: Sequence[str | Path], *, unique: bool = True) -> list[
 def _question(row: dict[str, Any], where: str) -> Question:
     for name in ("id", "context", "question", "answers"):
         value = row.get(name)
-        texts = value if name == "answers" and isinstance(value, list) else [value] if name != "answers" else []
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        texts = value if name == "answers" else [value]
+        if not (isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)):
             problem = f"is {value!r:.40}" if name in row else "is missing"
             raise DocumentError(f'{where}: "{name}" {problem}; a row needs {_FIELDS}')
     return Question(row["id"], row["context"], row["question"], tuple(row["answers"]))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ _FREE = ("limit", "batch_size", "device")
 _EMBEDDER_SETTINGS = (
     "entry_layer", "num_layers", "adaptation", "downscaling", "token_weighting", "connector", "chunk_size", "llm_name",
 )  # fmt: skip
+_dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False)
 _POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
 
 
@@ -92,8 +94,7 @@ def batches_by_length(lengths: Mapping[str, int], rows: int = 1, batch_size: int
     """
     batch: list[str] = []
     for name in sorted(lengths, key=lambda name: lengths[name]):
-        full = len(batch) == batch_size or (len(batch) + 1) * rows * lengths[name] > _POSITIONS_AT_ONCE
-        if batch and full:
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * rows * lengths[name] > _POSITIONS_AT_ONCE):
             yield batch
             batch = []
         batch.append(name)
@@ -122,8 +123,7 @@ def run(
         ConfigError: There is nothing to measure, or `out` holds a run with other settings.
         DocumentError: `out` is not such a record.
     """
-    data = [{"file": Path(file).name, "sha256": sha256_of(_existing(file))} for file in experiment.config.data]
-    identity = _identity(experiment, data)
+    identity = _identity(experiment)
     groups = experiment.groups()
     ids = [name for group in groups for name in group]
     if not ids:
@@ -142,10 +142,8 @@ def run(
     samples = [journal.samples[name] for name in ids]
     record = {
         "version": RECORD_VERSION,
-        "kind": experiment.kind,
+        **identity,
         "config": identity["config"] | {name: getattr(experiment.config, name) for name in _FREE},
-        "data": data,
-        "fingerprint": experiment.fingerprint,
         "embedder": experiment.embedder_settings,
         "provenance": origin,
         "parts": journal.parts,
@@ -155,7 +153,7 @@ def run(
         "samples": samples,
     }
     write_record(record, out)
-    journal.remove()
+    journal.file.unlink()
     return record
 
 
@@ -169,12 +167,15 @@ class Journal:
         self.parts = 1
         self._identity = identity
         if not resume:
-            self.remove()
+            self.file.unlink(missing_ok=True)
         elif out.is_file():  # a finished run may go on too: with a higher limit
-            self._take_record(out)
+            record = read_record(out)
+            self._require(record, out)
+            self.samples = {sample["id"]: sample for sample in record["samples"]}
+            self.seconds, self.parts = record["seconds"], record["parts"] + 1
         if self.file.is_file():
             self._take_lines()
-        self._stream = self.file.open("a", encoding="utf-8")
+        self._stream = self.file.open("a", buffering=1, encoding="utf-8")  # flushed with every line
         if self.file.stat().st_size == 0:
             self._write({"identity": identity})
         self._last = time.perf_counter()
@@ -194,22 +195,11 @@ class Journal:
 
     def sync(self) -> None:
         """Wait until everything added is on disk."""
-        self._stream.flush()
         os.fsync(self._stream.fileno())
 
-    def remove(self) -> None:
-        """Delete the file."""
-        self.file.unlink(missing_ok=True)
-
     def _write(self, row: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._stream.flush()
-
-    def _take_record(self, out: Path) -> None:
-        record = read_record(out)
-        self._require(record, out)
-        self.samples = {sample["id"]: sample for sample in record["samples"]}
-        self.seconds, self.parts = record["seconds"], record["parts"] + 1
+        """Write a line."""
+        self._stream.write(_dumps(row) + "\n")
 
     def _take_lines(self) -> None:
         text = self.file.read_bytes()
@@ -226,17 +216,16 @@ class Journal:
         except (ValueError, KeyError, TypeError) as error:
             raise DocumentError(f"{self.file} is damaged ({error}); remove it to measure anew") from error
         self.parts += bool(rows)
-        if len(whole) != len(text):
-            os.truncate(self.file, len(whole))
+        os.truncate(self.file, len(whole))
 
     def _require(self, known: dict[str, Any], file: Path) -> None:
         """Raise `ConfigError` unless a file holds this run and no other."""
-        settings = [(name, known["config"].get(name), value) for name, value in self._identity["config"].items()]
-        others = [(name, known[name], self._identity[name]) for name in ("kind", "data", "fingerprint")]
-        for name, before, now in [*settings, *others]:
-            if before != now:
+        settings = [(name, known["config"], self._identity["config"]) for name in self._identity["config"]]
+        kind, *others = [(name, known, self._identity) for name in ("kind", "data", "fingerprint")]
+        for name, before, now in [kind, *settings, *others]:
+            if before.get(name) != now[name]:
                 raise ConfigError(
-                    f"{file} holds a run with another {name} ({before!r:.60}, now {now!r:.60}); "
+                    f"{file} holds a run with another {name} ({before.get(name)!r:.60}, now {now[name]!r:.60}); "
                     "write the result elsewhere, or pass --no-resume to replace it"
                 )
 
@@ -268,14 +257,12 @@ def read_record(file: Path) -> dict[str, Any]:
 def write_record(record: dict[str, Any], file: Path) -> None:
     """Write a record whole or not at all; one line per sample, so that a diff shows what changed."""
     head = {name: value for name, value in record.items() if name != "samples"}
-    lines = ",\n".join(
-        json.dumps(sample, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for sample in record["samples"]
-    )
-    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
+    lines = ",\n".join(_dumps(sample, separators=(",", ":")) for sample in record["samples"])
+    text = _dumps(head, indent=1)
     atomic_write_text(file, f'{text[:-2]},\n "samples": [\n{lines}\n]\n}}\n')
 
 
-def _identity(experiment: Measured, data: list[dict[str, str]]) -> dict[str, Any]:
+def _identity(experiment: Measured) -> dict[str, Any]:
     """Collect what must be the same for a sample of an earlier run to count in this one."""
     config = json.loads(json.dumps(asdict(experiment.config)))
     config |= {"llm": short_name(config["llm"]), "data": [Path(file).name for file in config["data"]]}
@@ -283,7 +270,7 @@ def _identity(experiment: Measured, data: list[dict[str, str]]) -> dict[str, Any
     return {
         "kind": experiment.kind,
         "config": {name: value for name, value in config.items() if name not in _FREE},
-        "data": data,
+        "data": [{"file": Path(file).name, "sha256": sha256_of(_existing(file))} for file in experiment.config.data],
         "fingerprint": experiment.fingerprint,
     }
 
