@@ -19,6 +19,9 @@ from extemb_core.utils.jsonl import is_jsonl, read_jsonl
 _LONG_ANSWER_WORDS = 12
 
 
+_FIELDS = '"id", "context", "question" (text) and "answers" (a list of text)'
+
+
 @dataclass(frozen=True)
 class Question:
     """One question about one text; `answers` are its reference answers."""
@@ -30,12 +33,12 @@ class Question:
 
     @cached_property
     def document(self) -> str:
-        """Names the text: questions about the same text have the same."""
+        """Name the text: questions about the same text have the same."""
         return hashlib.sha256(self.context.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def read_questions(files: Sequence[str | Path], *, unique: bool = True) -> list[Question]:
-    """All rows of some files.
+    """Read all rows of some files.
 
     Args:
         files: .jsonl or .jsonl.zst.
@@ -59,31 +62,24 @@ def read_questions(files: Sequence[str | Path], *, unique: bool = True) -> list[
     return questions
 
 
-_FIELDS = '"id", "context", "question" (text) and "answers" (a list of text)'
-
-
 def _question(row: dict[str, Any], where: str) -> Question:
-    for name in ("id", "context", "question"):
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            found = f"is {row[name]!r:.40}" if name in row else "is missing"
-            raise DocumentError(f'{where}: "{name}" {found}; a row needs {_FIELDS}')
-    answers = row.get("answers")
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        found = f"is {answers!r:.40}" if "answers" in row else "is missing"
-        raise DocumentError(f'{where}: "answers" {found}; a row needs {_FIELDS}')
-    return Question(row["id"], row["context"], row["question"], tuple(answers))
+    for name in ("id", "context", "question", "answers"):
+        value = row.get(name)
+        texts = value if name == "answers" else [value]
+        if not (isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)):
+            problem = f"is {value!r:.40}" if name in row else "is missing"
+            raise DocumentError(f'{where}: "{name}" {problem}; a row needs {_FIELDS}')
+    return Question(row["id"], row["context"], row["question"], tuple(row["answers"]))
 
 
 @cache
 def templates() -> Mapping[str, Mapping[str, Any]]:
-    """The prompts that questions are evaluated with, by name."""
-    text = resources.files("extemb_core").joinpath("templates.json").read_text(encoding="utf-8")
-    found: Mapping[str, Mapping[str, Any]] = json.loads(text)
-    return found
+    """Read the prompts that questions are evaluated with, by name."""
+    return dict(json.loads(resources.files("extemb_core").joinpath("templates.json").read_text(encoding="utf-8")))
 
 
 def template_for(answers: Sequence[str]) -> str:
-    """The prompt that goes with these reference answers: yes or no, sentences, or a few words."""
+    """Choose the prompt that goes with these reference answers: yes or no, sentences, or a few words."""
     if all(re.fullmatch("yes|no", answer.strip(), re.IGNORECASE) for answer in answers):
         return "yes_no"
     return "long" if median(len(answer.split()) for answer in answers) > _LONG_ANSWER_WORDS else "short"

@@ -7,13 +7,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from extemb_core.cli import options, output
-from extemb_core.cli.options import option
+from extemb_core.cli.config_options import options_from
 from extemb_core.errors import BudgetError
 from extemb_core.library import N_PASSAGES
 
@@ -22,66 +23,94 @@ if TYPE_CHECKING:
     from extemb_core.context.conversation import Session
     from extemb_core.lm import ExtensibleLM
 
-DEFAULT_MAX_NEW_TOKENS = 256
 
-QuestionArgument = Annotated[
-    str | None,
-    typer.Argument(metavar="QUESTION", help="What to ask; before or after the documents.", show_default=False),
-]
-_DOCUMENTS = "Files and folders to read, best first: text, Markdown, HTML, PDF; - is text from stdin."
-DocumentsOption = Annotated[list[str] | None, option("--documents", "FILE...", _DOCUMENTS)]
-_RATIO = "Tokens per extensible embedding: one ratio for all documents, raw text, or the finest that fits."
-RatioOption = Annotated[str, option("--ratio", "auto|raw|N", _RATIO)]
-_BUDGET = "Positions of the LLM's window that the documents may take."
-BudgetOption = Annotated[int | None, option("--budget", "N", _BUDGET, "all that is free")]
-SessionBudgetOption = Annotated[int | None, option("--budget", "N", _BUDGET, "half of the window")]
-StoreOption = Annotated[
-    str | None,
-    option("--store", "DIR", "Keep compressed documents in this folder, and reuse those that are there.", "in memory"),
-]
-MaxNewTokensOption = Annotated[int, option("--max-new-tokens", "N", "Maximum tokens of an answer.")]
-TemperatureOption = Annotated[float, option("--temperature", "X", "Sampling temperature; 0 is greedy and repeatable.")]
-SeedOption = Annotated[int | None, option("--seed", "N", "Random seed of the sampling.", "another each time")]
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(options.ModelOptions):
+    """Options of `extemb ask`; those of `extemb chat` are all but the ones on a library.
+
+    Attributes:
+        documents: Files and folders to read, best first: text, Markdown, HTML, PDF; - is text from stdin.
+        ratio: Tokens per extensible embedding: one ratio for all documents, raw text, or the finest that fits.
+        budget: Positions of the LLM's window that the documents may take.
+        store: Keep compressed documents in this folder, and reuse those that are there.
+        library: Ask the documents of a library (`extemb index add`).
+        k: Maximum number of passages of the library.
+        max_new_tokens: Maximum tokens of an answer.
+        temperature: Sampling temperature; 0 is greedy and repeatable.
+        seed: Random seed of the sampling.
+    """
+
+    documents: tuple[str, ...] = ()
+    ratio: str = field(default="auto", metadata={"metavar": "auto|raw|N"})
+    budget: int | None = None
+    store: str | None = field(default=None, metadata={"default": "in memory"})
+    library: str | None = None
+    k: int = N_PASSAGES
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int | None = field(default=None, metadata={"default": "another each time"})
+
+    def parsed_ratio(self) -> str | int:
+        """Parse `auto`, `raw` or a whole number."""
+        if self.ratio in ("auto", "raw"):
+            return self.ratio
+        try:
+            return int(self.ratio)
+        except ValueError:
+            message = f"{self.ratio!r} is not auto, raw or a whole number."
+            raise typer.BadParameter(message, param_hint="'--ratio'") from None
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the settings of an answer."""
+        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
+
+    def load_for(self, question: str) -> ExtensibleLM:
+        """Load what answers; raise `BudgetError` for a budget that its window does not hold, which it would lower."""
+        lm = self.load(store=self.store)
+        if self.budget is None:
+            return lm
+        room = lm.plan(question, (), budget=self.budget, max_new_tokens=self.max_new_tokens).budget
+        if room < self.budget:
+            raise BudgetError(
+                f"budget={self.budget} is more than the {room} positions that the question and an answer of up to "
+                f"{self.max_new_tokens} leave of {lm.llm.context_window}; pass at most {room}"
+            )
+        return lm
 
 
+_LIBRARY = ("library", "k")
+_NAMES = (
+    "documents", "ratio", "budget", "llm", "embedder", "store", *_LIBRARY, "max_new_tokens", "temperature", "seed",
+    "device", "dtype",
+)  # fmt: skip
+
+
+@options_from(AskOptions, *_NAMES, budget="all that is free")
 def ask(
-    question: QuestionArgument = None,
-    documents: DocumentsOption = None,
-    ratio: RatioOption = "auto",
-    budget: BudgetOption = None,
-    llm: options.LlmOption = options.DEFAULT_LLM,
-    embedder: options.EmbedderOption = None,
-    store: StoreOption = None,
-    library: Annotated[
-        str | None, option("--library", "DIR", "Ask the documents of a library (`extemb index add`).")
+    question: Annotated[
+        str | None,
+        typer.Argument(metavar="QUESTION", help="What to ask; before or after the documents.", show_default=False),
     ] = None,
-    k: Annotated[int, option("--k", "N", "Maximum number of passages of the library.")] = N_PASSAGES,
-    max_new_tokens: MaxNewTokensOption = DEFAULT_MAX_NEW_TOKENS,
-    temperature: TemperatureOption = 0.0,
-    seed: SeedOption = None,
-    device: options.DeviceOption = "auto",
-    dtype: options.DtypeOption = "auto",
     as_json: options.JsonOption = False,
+    **settings: Any,
 ) -> None:
     """Answer a question from documents: the answer on stdout, what became of each document on stderr."""
-    question, paths = _question_and_paths(question, documents or [])
-    if library is not None and (paths or store is not None):
+    given = AskOptions(**settings)
+    question, paths = _question_and_paths(question, list(given.documents))
+    if given.library is not None and (paths or given.store is not None):
         raise typer.BadParameter("a library has its own documents and store; leave out --documents and --store")
-    settings: dict[str, Any] = {"budget": budget, "ratio": _parse_ratio(ratio)}
-    settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    texts = options.load_documents(paths) if library is None else []
+    answering: dict[str, Any] = {"budget": given.budget, "ratio": given.parsed_ratio(), **given.sampling()}
+    texts = options.load_documents(paths) if given.library is None else []
     with ExitStack() as exit_stack:
         with output.library_output():
-            from extemb_core.lm import ExtensibleLM
-
-            lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device, dtype=dtype)
-            _require_room(lm, question, budget, max_new_tokens)
-            if library is None:
-                stream = lm.stream(question, texts, **settings)
+            lm = given.load_for(question)
+            if given.library is None:
+                stream = lm.stream(question, texts, **answering)
             else:
                 from extemb_core.library.library import Library
 
-                stream = exit_stack.enter_context(Library(library, lm, mode="r")).stream(question, k=k, **settings)
+                library = exit_stack.enter_context(Library(given.library, lm, mode="r"))
+                stream = library.stream(question, k=given.k, **answering)
         if as_json:
             with output.library_output():
                 answer = stream.finish()
@@ -95,39 +124,23 @@ def ask(
         _note_cut(stream.answer)
 
 
-def chat(
-    documents: DocumentsOption = None,
-    ratio: RatioOption = "auto",
-    budget: SessionBudgetOption = None,
-    llm: options.LlmOption = options.DEFAULT_LLM,
-    embedder: options.EmbedderOption = None,
-    store: StoreOption = None,
-    max_new_tokens: MaxNewTokensOption = DEFAULT_MAX_NEW_TOKENS,
-    temperature: TemperatureOption = 0.0,
-    seed: SeedOption = None,
-    device: options.DeviceOption = "auto",
-    dtype: options.DtypeOption = "auto",
-    as_json: options.JsonOption = False,
-) -> None:
+@options_from(AskOptions, *(name for name in _NAMES if name not in _LIBRARY), budget="half of the window")
+def chat(as_json: options.JsonOption = False, **settings: Any) -> None:
     """Talk about documents: a prompt on a terminal, one message per line from a pipe.
 
     Ctrl-C stops the answer that is being written; at the prompt, Ctrl-C or Ctrl-D leaves. What no longer fits
     the window is condensed, so a conversation may be of any length. With --json, one object per answer and line.
     """
-    parsed_ratio = _parse_ratio(ratio)
-    texts = options.load_documents(documents or [], stdin=False)
-    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    given = AskOptions(**settings)
+    ratio = given.parsed_ratio()
+    texts = options.load_documents(given.documents, stdin=False)
     with output.library_output():
-        from extemb_core.lm import ExtensibleLM
-
-        lm = ExtensibleLM.from_pretrained(llm, embedder, store=store, device=device, dtype=dtype)
-        _require_room(lm, "?", budget, max_new_tokens)
-        session = lm.session(texts, ratio=parsed_ratio, budget=budget)
+        session = given.load_for("?").session(texts, ratio=ratio, budget=given.budget)
     first_error: Exception | None = None
     context_shown = False
     for message in _messages():
         try:
-            answer = _turn(session, message, sampling, as_json=as_json)
+            answer = _turn(session, message, given.sampling(), as_json=as_json)
         except BrokenPipeError:
             raise
         except Exception as error:  # a message that does not fit, say: the next one may
@@ -139,28 +152,6 @@ def chat(
             context_shown = True
     if first_error is not None and not sys.stdin.isatty():
         raise typer.Exit(output.code_of(first_error))
-
-
-def _parse_ratio(value: str) -> str | int:
-    """Parse `auto`, `raw` or a whole number."""
-    if value in ("auto", "raw"):
-        return value
-    try:
-        return int(value)
-    except ValueError:
-        raise typer.BadParameter(f"{value!r} is not auto, raw or a whole number.", param_hint="'--ratio'") from None
-
-
-def _require_room(lm: ExtensibleLM, question: str, budget: int | None, max_new_tokens: int) -> None:
-    """Raise `BudgetError` for a budget that the window does not hold, which `ExtensibleLM` would lower."""
-    if budget is None:
-        return
-    room = lm.plan(question, (), budget=budget, max_new_tokens=max_new_tokens).budget
-    if room < budget:
-        raise BudgetError(
-            f"budget={budget} is more than the {room} positions that the question and an answer of up to "
-            f"{max_new_tokens} leave of {lm.llm.context_window}; pass at most {room}"
-        )
 
 
 def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, list[str]]:

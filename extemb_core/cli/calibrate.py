@@ -12,7 +12,7 @@ import typer
 from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import JsonOption, LlmOption, ResumeOption, option
-from extemb_core.cli.output import library_output, print_json, print_note, print_table
+from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note, print_table
 from extemb_core.evaluation.settings import CalibrationConfig
 
 
@@ -39,23 +39,13 @@ def calibrate(
         from extemb_core.evaluation.calibration import calibrate as find_layer
 
         config = CalibrationConfig(llm=llm, **settings)
-        try:
+        with explain_interrupt(lambda: f"the same command goes on from {output}"):
             calibration = find_layer(config, output, command=["extemb", *sys.argv[1:]], resume=resume)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; the same command goes on from {output}") from None
     record = calibration.record
     if as_json:
-        print_json(
-            {
-                "layer": calibration.layer,
-                "reason": calibration.reason,
-                "output": str(output),
-                "fingerprint": calibration.embedder.fingerprint,
-                "plot": str(calibration.plot) if calibration.plot else None,
-                "seconds": record["seconds"],
-                "summary": record["summary"],
-            }
-        )
+        value = {"layer": calibration.layer, "reason": calibration.reason, "output": str(output)}
+        value |= {"fingerprint": calibration.embedder.fingerprint, "seconds": record["seconds"]}
+        print_json(value | {"plot": calibration.plot and str(calibration.plot), "summary": record["summary"]})
         return
     remarks = dict.fromkeys(record["summary"]["unfit"], " (out)") | {str(calibration.layer): " (chosen)"}
     for kind, table in record["summary"]["tasks"].items():

@@ -4,66 +4,86 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from extemb_core.cli import options
-from extemb_core.cli.options import load_documents, option
-from extemb_core.cli.output import library_output, print_json, print_note, print_table
+from extemb_core.cli.config_options import options_from
+from extemb_core.cli.options import KEPT_RATIO, JsonOption, ModelOptions, load_documents
+from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note, print_table
 from extemb_core.documents import Document
 
 SUFFIX = ".safetensors"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(ModelOptions):
+    """Options of `extemb compress`.
+
+    Attributes:
+        output: A name ending in .safetensors for one document, a folder for several.
+        ratio: Tokens per extensible embedding.
+        batch_size: Chunks per forward pass.
+        force: Overwrite files that are there.
+    """
+
+    output: Path = field(metadata={"metavar": "PATH"})
+    ratio: int | None = field(default=None, metadata={"default": KEPT_RATIO})
+    batch_size: int | None = None
+    force: bool = False
+
+
+@options_from(
+    CompressOptions, "output", "ratio", "llm", "embedder", "batch_size", "device", "dtype", "force",
+    batch_size="by the device",
+)  # fmt: skip
 def compress(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files and folders; - is text from stdin.")],
-    output: Annotated[
-        Path, option("--output", "PATH", f"A name ending in {SUFFIX} for one document, a folder for several.")
-    ],
-    ratio: Annotated[
-        int | None,
-        option("--ratio", "N", "Tokens per extensible embedding.", "what the embedder keeps: 2, or its finest"),
-    ] = None,
-    llm: options.LlmOption = options.DEFAULT_LLM,
-    embedder: options.EmbedderOption = None,
-    batch_size: Annotated[int | None, option("--batch-size", "N", "Chunks per forward pass.", "by the device")] = None,
-    device: options.DeviceOption = "auto",
-    dtype: options.DtypeOption = "auto",
-    force: Annotated[bool, option("--force", None, "Overwrite files that are there.")] = False,
-    as_json: options.JsonOption = False,
+    as_json: JsonOption = False,
+    **settings: Any,
 ) -> None:
     """Compress documents into safetensors files, which `Compressed.load` reads.
 
     A file is written whole or not at all. Empty documents are reported and leave no file.
     """
+    given = CompressOptions(**settings)
     documents = load_documents(files)
-    targets = _targets(documents, output)
-    if not force:
-        _refuse_overwriting(targets)
+    targets = _targets(documents, given.output)
+    existing = [target for target in targets if target.exists()]
+    if existing and not given.force:
+        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise _misused(f"{existing[0]}{more} is there already; pass --force to overwrite.")
     with library_output():
-        from extemb_core.lm import ExtensibleLM
-
-        model = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=dtype).embedder
-        finest = model.config.finest(ratio)
+        model = given.load().embedder
+        finest = model.config.finest(given.ratio)
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    try:
+    with explain_interrupt(
+        lambda: f"{sum(bool(row['output']) for row in rows)} of {len(documents)} documents are written"
+    ):
         for document, target in zip(documents, targets, strict=True):
             with library_output():
-                compressed = model.compress(document.text, ratio=finest, batch_size=batch_size)
+                compressed = model.compress(document.text, ratio=finest, batch_size=given.batch_size)
             if len(compressed):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 compressed.save(target, metadata={"source": document.source, "title": document.title or ""})
             written = str(target) if len(compressed) else None
             row = {"source": document.source, "output": written, "ref": document.ref}
             rows.append(row | {"n_tokens": compressed.n_tokens, "positions": len(compressed)})
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; {sum(row['output'] is not None for row in rows)} of {len(documents)} documents are written"
-        ) from None
-    _print_summary(rows, finest, model.fingerprint, time.perf_counter() - start, as_json=as_json)
+    seconds = time.perf_counter() - start
+    n_tokens = sum(row["n_tokens"] for row in rows)
+    speed = n_tokens / seconds if seconds > 0 else 0.0
+    if as_json:
+        value = {"documents": rows, "ratio": finest, "fingerprint": model.fingerprint, "n_tokens": n_tokens}
+        print_json(value | {"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)})
+        return
+    cells = [
+        (row["source"], row["n_tokens"], row["positions"], row["output"] or "nothing: it is empty") for row in rows
+    ]
+    print_table(("source", "tokens", "positions", "output"), cells)
+    print_note(f"{n_tokens:,} tokens at ratio {finest} in {seconds:.1f} s ({speed:,.0f} tokens/s)")
 
 
 def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
@@ -86,28 +106,5 @@ def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
     return targets
 
 
-def _refuse_overwriting(targets: Sequence[Path]) -> None:
-    existing = [target for target in targets if target.exists()]
-    if existing:
-        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
-        raise _misused(f"{existing[0]}{more} is there already; pass --force to overwrite.")
-
-
 def _misused(message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint="'--output'")
-
-
-def _print_summary(
-    rows: Sequence[dict[str, Any]], ratio: int, fingerprint: str, seconds: float, *, as_json: bool
-) -> None:
-    n_tokens = sum(row["n_tokens"] for row in rows)
-    speed = n_tokens / seconds if seconds > 0 else 0.0
-    if as_json:
-        value = {"documents": list(rows), "ratio": ratio, "fingerprint": fingerprint, "n_tokens": n_tokens}
-        print_json(value | {"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)})
-        return
-    cells = [
-        (row["source"], row["n_tokens"], row["positions"], row["output"] or "nothing: it is empty") for row in rows
-    ]
-    print_table(("source", "tokens", "positions", "output"), cells)
-    print_note(f"{n_tokens:,} tokens at ratio {ratio} in {seconds:.1f} s ({speed:,.0f} tokens/s)")

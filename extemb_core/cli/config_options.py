@@ -12,9 +12,12 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from extemb_core.cli.options import option, parse_whole_numbers
 
 # Where the command line shows a field in another way than its type says.
-_METAVARS = {"output": "DIR", "start_from": "PATH"} | dict.fromkeys(
-    ("data", "questions", "eval_data", "text", "counts"), "FILE..."
-)
+_METAVARS = {
+    **dict.fromkeys(("output", "store", "library"), "DIR"),
+    **dict.fromkeys(("embedder", "start_from"), "PATH"),
+    "ray_address": "ADDRESS",
+    **dict.fromkeys(("data", "documents", "questions", "eval_data", "text", "counts"), "FILE..."),
+}
 _FLAGS = {"generate": "--generate/--loss-only", "one_per_text": "--one-per-text/--all-questions"}
 _LETTERS = {int: "N", float: "X", str: "NAME"}
 
@@ -32,7 +35,8 @@ def options_from(
         config: The dataclass. Its module is imported with the command line and must not import torch.
         names: Fields, in the order of the help, where what is required comes first; all fields when none is named.
         panel: Heading of the options in the help.
-        **defaults: By field: `...` if the command requires it, or what the help calls a default of None or ().
+        **defaults: By field: `...` if the command requires it, or what the help calls a default of None or (), which
+            may also stand in the field's own `metadata`, as may its "metavar".
     """
     hints, texts = get_type_hints(config), _read_field_docs(config)
     fields = {field.name: field for field in dataclasses.fields(config)}
@@ -40,9 +44,11 @@ def options_from(
     types = {name: _item_type(hints[name]) for name in names}
 
     def parameter(name: str) -> inspect.Parameter:
-        default, words = fields[name].default, defaults.get(name, True)
+        default, shown = fields[name].default, fields[name].metadata
+        words = defaults.get(name, shown.get("default", True))
         item_type, takes_several = types[name]
-        metavar = _METAVARS.get(name) or _LETTERS.get(item_type, "") + "..." * takes_several or None
+        type_metavar = _LETTERS.get(item_type, "") + "..." * takes_several
+        metavar = shown.get("metavar") or _METAVARS.get(name) or type_metavar or None
         annotation: Any = list[str] if takes_several else item_type
         if words is ... or default is dataclasses.MISSING:
             default, words = inspect.Parameter.empty, True

@@ -21,8 +21,6 @@ from extemb_core.cli.options import JsonOption
 from extemb_core.cli.output import ExitCode, debugging, library_output, print_json, print_note, print_table
 from extemb_core.errors import ConfigError, ExtembError
 
-State = Literal["ok", "note", "problem"]
-
 # Large enough that a CPU which advertises bfloat16 units does use them.
 _BFLOAT16_PROBE = """
 import time, torch
@@ -40,7 +38,6 @@ if longer > 3:
 """
 _MAX_PROBE_SECONDS = 120
 _MAX_ERROR_CHARS = 200
-_NEEDED = ("torch", "transformers", "peft")
 _NOT_FOR_USERS = ("dev", "demos")  # extras
 _INSTALL = "pip install --upgrade extemb"
 
@@ -51,7 +48,7 @@ class Check:
 
     name: str
     value: str
-    state: State = "ok"
+    state: Literal["ok", "note", "problem"] = "ok"
     remedy: str = ""
 
 
@@ -63,9 +60,8 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print_json({"ok": works, "checks": [asdict(check) for check in checks]})
     else:
-        print_table(
-            ("", "what", "found", "to do"), [(check.state, check.name, check.value, check.remedy) for check in checks]
-        )
+        rows = [(check.state, check.name, check.value, check.remedy) for check in checks]
+        print_table(("", "what", "found", "to do"), rows)
         print_note("extemb can work here" if works else "extemb cannot work here; see the problems above")
     if not works:
         raise typer.Exit(ExitCode.FAILURE)
@@ -75,7 +71,7 @@ def examine() -> Iterator[Check]:
     """Examine this machine, quick things first. The network is not used."""
     yield Check("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})")
     yield Check("extemb", __version__)
-    packages = [_check_package(name) for name in _NEEDED]
+    packages = [_check_package(name) for name in ("torch", "transformers", "peft")]
     yield from packages
     yield from _attempt("cache", _check_cache)
     yield from _attempt("weights", _check_weights)
@@ -169,9 +165,8 @@ def _check_extras() -> Iterator[Check]:
         if match and match[2] not in _NOT_FOR_USERS and match[1] != "extemb":
             extras.setdefault(match[2], []).append(match[1])
     for extra, names in sorted(extras.items()):
-        missing = [name for name in names if _version(name) is None]
-        if missing:
-            yield Check(f"extra {extra}", f"without {', '.join(missing)}", "note", f"pip install 'extemb[{extra}]'")
+        if missing := ", ".join(name for name in names if _version(name) is None):
+            yield Check(f"extra {extra}", f"without {missing}", "note", f"pip install 'extemb[{extra}]'")
         else:
             yield Check(f"extra {extra}", ", ".join(names))
 
@@ -195,10 +190,8 @@ def _check_bfloat16() -> Iterator[Check]:
     from extemb_core.models.llm import choose_device
 
     if choose_device().type == "cuda":
-        if torch.cuda.is_bf16_supported():
-            yield Check("bfloat16", "supported by the device")
-        else:
-            yield Check("bfloat16", "slow on this device", "note", 'dtype="float32"')
+        slow = Check("bfloat16", "slow on this device", "note", 'dtype="float32"')
+        yield Check("bfloat16", "supported by the device") if torch.cuda.is_bf16_supported() else slow
     elif failure := _probe(_BFLOAT16_PROBE):
         remedy = 'keep to float32, which dtype="auto" takes'
         yield Check("bfloat16", f"not for this CPU: a matrix product {failure}", "note", remedy)
@@ -210,10 +203,9 @@ def _probe(code: str) -> str | None:
     """Run code in a process of its own; return None if it came through, else what happened, in words."""
     import signal
 
+    command = [sys.executable, "-c", code]
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, timeout=_MAX_PROBE_SECONDS, check=False
-        )
+        done = subprocess.run(command, capture_output=True, timeout=_MAX_PROBE_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return f"took more than {_MAX_PROBE_SECONDS} s"
     if done.returncode < 0:
@@ -233,9 +225,8 @@ def _check_answer() -> Iterator[Check]:
     start = time.perf_counter()
     llm = _tiny_llm()
     embedder = ExtensibleEmbedder.from_llm(llm, num_layers=1, chunk_size=32, ratios=(2, 4))
-    answer = ExtensibleLM(llm, embedder).ask(
-        "Who keeps the light?", "The lighthouse keeper counted the ships. " * 8, ratio=4, max_new_tokens=4
-    )
+    text = "The lighthouse keeper counted the ships. " * 8
+    answer = ExtensibleLM(llm, embedder).ask("Who keeps the light?", text, ratio=4, max_new_tokens=4)
     entry = answer.context[0]
     value = f"{entry.n_tokens} tokens in {entry.positions} positions, {answer.new_tokens} tokens written"
     if entry.fidelity == 4 and 0 < entry.positions < entry.n_tokens and answer.new_tokens <= 4:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from extemb_core.cli import options
+from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import CommandGroup, JsonOption, option
 from extemb_core.cli.output import library_output, print_json, print_line, print_note, print_result, print_table
 from extemb_core.cli.store import verify
@@ -18,36 +19,39 @@ from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 app = CommandGroup(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
 
 LibraryArgument = Annotated[str, typer.Argument(metavar="DIR", help="The library's folder.")]
-_ENCODER = "A sentence-transformers model that finds passages."
-EncoderOption = Annotated[str | None, option("--encoder", "NAME", _ENCODER, "static vectors from the wordllama wheel")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddOptions(options.StoringOptions):
+    """Options of `extemb index add`.
+
+    Attributes:
+        documents: Files and folders to add or bring up to date.
+        encoder: A sentence-transformers model that finds passages.
+        passage_tokens: Maximum tokens of a passage.
+    """
+
+    documents: tuple[str, ...]
+    encoder: str | None = field(default=None, metadata={"default": "static vectors from the wordllama wheel"})
+    passage_tokens: int = PASSAGE_TOKENS
 
 
 @app.command()
-def add(
-    library: LibraryArgument,
-    documents: Annotated[list[str], option("--documents", "FILE...", "Files and folders to add or bring up to date.")],
-    llm: options.LlmOption = options.DEFAULT_LLM,
-    embedder: options.EmbedderOption = None,
-    encoder: EncoderOption = None,
-    ratio: options.FinestRatioOption = None,
-    passage_tokens: Annotated[int, option("--passage-tokens", "N", "Maximum tokens of a passage.")] = PASSAGE_TOKENS,
-    dtype: options.StoredDtypeOption = "float16",
-    device: options.DeviceOption = "auto",
-    llm_dtype: options.LlmDtypeOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
+@options_from(
+    AddOptions, "documents", "llm", "embedder", "encoder", "ratio", "passage_tokens", "dtype", "device", "llm_dtype"
+)
+def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) -> None:
     """Add documents to a library, which is made if it is not there; what has not changed costs nothing.
 
     Every few thousand tokens what is done is on disk: after Ctrl-C the same command goes on.
     """
+    given = AddOptions(**settings)
     with library_output():
         from extemb_core.library.library import Library
-        from extemb_core.lm import ExtensibleLM
 
-        lm = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=llm_dtype)
-        settings: dict[str, Any] = {"encoder": encoder, "ratio": ratio, "passage_tokens": passage_tokens}
-        with Library(library, lm, **settings, dtype=dtype) as opened:  # type: ignore[arg-type]
-            added = opened.add([Path(name) for name in documents])
+        lm, names = given.load(dtype=given.llm_dtype), ("encoder", "ratio", "passage_tokens", "dtype")
+        with Library(library, lm, **{name: getattr(given, name) for name in names}) as opened:
+            added = opened.add([Path(name) for name in given.documents])
     message = (
         f"{added.added:,} documents added, {added.updated:,} brought up to date, {added.unchanged:,} unchanged; "
         f"{added.n_passages:,} passages, {added.compressed_tokens:,} tokens compressed in {added.seconds:.1f} s"
@@ -56,27 +60,19 @@ def add(
 
 
 @app.command()
-def refresh(
-    library: LibraryArgument,
-    llm: options.LlmOption = options.DEFAULT_LLM,
-    embedder: options.EmbedderOption = None,
-    ratio: options.FinestRatioOption = None,
-    device: options.DeviceOption = "auto",
-    llm_dtype: options.LlmDtypeOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
+@options_from(options.StoringOptions, "llm", "embedder", "ratio", "device", "llm_dtype")
+def refresh(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) -> None:
     """Compress anew, from the texts in a library, the documents that another embedder compressed.
 
     Every few thousand tokens what is done is on disk: after Ctrl-C the same command goes on.
     """
+    given = options.StoringOptions(**settings)
     with library_output():
         from extemb_core.library.library import Library
-        from extemb_core.lm import ExtensibleLM
         from extemb_core.store.store import EmbeddingStore
 
         EmbeddingStore.open(library, "r").close()  # one that is not there is not made
-        lm = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=llm_dtype)
-        with Library(library, lm, ratio=ratio) as opened:
+        with Library(library, given.load(dtype=given.llm_dtype), ratio=given.ratio) as opened:
             refreshed = opened.refresh()
     message = (
         f"{refreshed.updated:,} documents compressed anew, {refreshed.unchanged:,} were up to date; "
@@ -134,11 +130,7 @@ def stats(
     if embedder is not None and llm is None:
         raise typer.BadParameter("an embedder belongs to an LLM; pass --llm too", param_hint="'--embedder'")
     with library_output():
-        lm = None
-        if llm is not None:
-            from extemb_core.lm import ExtensibleLM
-
-            lm = ExtensibleLM.from_pretrained(llm, embedder)
+        lm = options.ModelOptions(llm=llm, embedder=embedder).load() if llm is not None else None
         with Library(library, lm, mode="r") as opened:
             documents = list(opened.documents())
             store = opened.store.stats()

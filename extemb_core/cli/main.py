@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from extemb_core import __version__
-from extemb_core.cli import ask, calibrate, compress, doctor, index, moved, scale, store, train, weights
+from extemb_core.cli import ask, calibrate, compress, doctor, index, scale, store, train, weights
 from extemb_core.cli import eval as evaluate
 from extemb_core.cli.options import CommandGroup
-from extemb_core.cli.output import EXIT_CODES, ExitCode, debugging
+from extemb_core.cli.output import EXIT_CODES, ExitCode, debugging, print_note
 
 app = CommandGroup(
     name="extemb",
@@ -26,16 +26,26 @@ app = CommandGroup(
 )
 for command in (ask.ask, ask.chat, compress.compress, calibrate.calibrate):
     app.command()(command)
-app.add_typer(train.app, name="train")
-app.add_typer(evaluate.app, name="eval")
-app.add_typer(index.app, name="index")
-app.add_typer(store.app, name="store")
-app.add_typer(scale.app, name="scale")
-app.add_typer(weights.app, name="weights")
+for group in (train, evaluate, index, store, scale, weights):
+    app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 app.command()(doctor.doctor)
-moved.point_to(evaluate.app, "report", "python -m benchmarks.report --records FILE... --output FILE.md")
+
+
+def _point_to(replacement: str, group: typer.Typer, verb: str) -> None:
+    """Register a verb of 0.1.0 that left the package: hidden, it names what replaces it, and ends as a usage error."""
+    anything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+    @group.command(verb, hidden=True, context_settings=anything)
+    def moved(context: typer.Context) -> None:
+        print_note(
+            f"error: `{context.command_path}` is not in the package any more; in its repository, run: {replacement}"
+        )
+        raise typer.Exit(ExitCode.USAGE)
+
+
+_point_to("python -m benchmarks.report --records FILE... --output FILE.md", evaluate.app, "report")
 for verb in ("pack", "run", "unpack"):
-    moved.point_to(train.app, verb, f"python -m benchmarks.offline_training {verb} --help")
+    _point_to(f"python -m benchmarks.offline_training {verb} --help", train.app, verb)
 
 
 def _show_version(wanted: bool) -> None:

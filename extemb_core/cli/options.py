@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 import typer.core
@@ -15,8 +16,13 @@ from extemb_core.documents import Document
 from extemb_core.errors import DocumentError
 from extemb_core.loaders import read_documents
 
+if TYPE_CHECKING:
+    from extemb_core.lm import ExtensibleLM
+
 STDIN = "-"
 DEFAULT_LLM = "smollm2-135m-joint"  # lm.DEFAULT_LLM, whose module is too heavy to import for --help
+SHIPPED = "the one shipped for the LLM"
+KEPT_RATIO = "what the embedder keeps: 2, or its finest"
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -65,11 +71,9 @@ def _repeat(args: Sequence[str], repeatable: set[str]) -> list[str]:
     for index, arg in enumerate(args):
         if arg == "--":
             return [*result, *args[index:]]
-        if arg in repeatable:
-            option_name, n_values = arg, 0
-        elif arg.startswith("-") and arg != STDIN:
-            option_name = next((name for name in repeatable if arg.startswith(f"{name}=")), None)
-            n_values = 1
+        if arg.startswith("-") and arg != STDIN:
+            name, equals, _ = arg.partition("=")
+            option_name, n_values = (name if name in repeatable else None), len(equals)
         elif option_name is not None:
             if n_values:
                 result.append(option_name)
@@ -86,23 +90,51 @@ def option(flag: str, metavar: str | None, text: str, default: bool | str = True
 # -- options that several commands share ----------------------------------------------------------------------
 
 LlmOption = Annotated[str, option("--llm", "NAME", "The frozen LLM: a known name, a folder or a Hugging Face id.")]
-EmbedderOption = Annotated[
-    str | None,
-    option("--embedder", "PATH", "The embedder: a folder or a Hugging Face id.", "the one shipped for the LLM"),
-]
-FinestRatioOption = Annotated[
-    int | None,
-    option("--ratio", "N", "The finest ratio that will be asked for.", "what the embedder keeps: 2, or its finest"),
-]
-StoredDtypeOption = Annotated[str, option("--dtype", "NAME", "Of embeddings on disk: float16, int8 or float32.")]
-DeviceOption = Annotated[str, option("--device", "NAME", "auto (CUDA, then CPU), cpu, cuda or cuda:N.")]
-_LLM_DTYPE = "Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16."
-DtypeOption = Annotated[str, option("--dtype", "NAME", _LLM_DTYPE)]
-LlmDtypeOption = Annotated[str, option("--llm-dtype", "NAME", _LLM_DTYPE)]
+_EMBEDDER = "The embedder: a folder or a Hugging Face id."
+EmbedderOption = Annotated[str | None, option("--embedder", "PATH", _EMBEDDER, SHIPPED)]
 ResumeOption = Annotated[
     bool, option("--resume/--no-resume", None, "Resume from what an interrupted run left, or start over.")
 ]
 JsonOption = Annotated[bool, option("--json", None, "Print JSON on stdout, errors included.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Options on an LLM and its embedder.
+
+    Attributes:
+        llm: The frozen LLM: a known name, a folder or a Hugging Face id.
+        embedder: The embedder: a folder or a Hugging Face id.
+        device: auto (CUDA, then CPU), cpu, cuda or cuda:N.
+        dtype: Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
+    """
+
+    llm: str = DEFAULT_LLM
+    embedder: str | None = field(default=None, metadata={"default": SHIPPED})
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def load(self, **settings: Any) -> ExtensibleLM:
+        """Load both; `settings` are those of `ExtensibleLM.from_pretrained`, instead of these or besides."""
+        from extemb_core.lm import ExtensibleLM
+
+        chosen: dict[str, Any] = {"device": self.device, "dtype": self.dtype} | settings
+        return ExtensibleLM.from_pretrained(self.llm, self.embedder, **chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoringOptions(ModelOptions):
+    """Options on embeddings that are kept on disk.
+
+    Attributes:
+        ratio: The finest ratio that will be asked for.
+        dtype: Of embeddings on disk: float16, int8 or float32.
+        llm_dtype: Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
+    """
+
+    ratio: int | None = field(default=None, metadata={"default": KEPT_RATIO})
+    dtype: str = "float16"
+    llm_dtype: str = "auto"
 
 
 # -- values ---------------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, is_dataclass
 from enum import IntEnum
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TextIO
 
 import typer
 
@@ -27,31 +27,30 @@ _LOG_COLUMNS = 200  # a log or a pipe has no edge to wrap at
 class ExitCode(IntEnum):
     """What the shell gets; documented in docs/cli.md and at the end of `extemb --help`."""
 
-    OK = 0
-    FAILURE = 1
-    USAGE = 2
-    INPUT = 3
-    WEIGHTS = 4
-    SETTINGS = 5
-    INTERRUPTED = 130
-    CLOSED_PIPE = 141
+    meaning: str
+
+    OK = 0, "done"
+    FAILURE = 1, "failed while running: memory, disk, training, a missing extra"
+    USAGE = 2, "a command line that cannot be understood"
+    INPUT = 3, "a document, data file or store that is missing or cannot be read"
+    WEIGHTS = 4, "weights that are missing or damaged"
+    SETTINGS = 5, "settings that are not legal or do not fit together: ratio, budget, LLM and embedder"
+    INTERRUPTED = 130, "interrupted with Ctrl-C"
+    CLOSED_PIPE = 141, "the reader of the output has gone (as in: extemb ... | head -1)"
+
+    def __new__(cls, value: int, meaning: str) -> ExitCode:
+        code = int.__new__(cls, value)
+        code._value_, code.meaning = value, meaning
+        return code
 
 
-EXIT_CODES: dict[ExitCode, str] = {
-    ExitCode.OK: "done",
-    ExitCode.FAILURE: "failed while running: memory, disk, training, a missing extra",
-    ExitCode.USAGE: "a command line that cannot be understood",
-    ExitCode.INPUT: "a document, data file or store that is missing or cannot be read",
-    ExitCode.WEIGHTS: "weights that are missing or damaged",
-    ExitCode.SETTINGS: "settings that are not legal or do not fit together: ratio, budget, LLM and embedder",
-    ExitCode.INTERRUPTED: "interrupted with Ctrl-C",
-    ExitCode.CLOSED_PIPE: "the reader of the output has gone (as in: extemb ... | head -1)",
-}
+EXIT_CODES = {code: code.meaning for code in ExitCode}
 
 # The first that fits; everything else is a FAILURE.
-_CODES: tuple[tuple[tuple[type[ExtembError], ...], ExitCode], ...] = (
+_CODES: tuple[tuple[Any, ExitCode], ...] = (
     ((errors.DocumentError, errors.StoreNotFoundError, errors.StoreCorruptError), ExitCode.INPUT),
-    ((errors.WeightsError,), ExitCode.WEIGHTS),
+    (errors.WeightsError, ExitCode.WEIGHTS),
+    (KeyboardInterrupt, ExitCode.INTERRUPTED),
     ((errors.ConfigError, errors.BudgetError, errors.MismatchError), ExitCode.SETTINGS),
 )
 
@@ -83,16 +82,21 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 def code_of(error: BaseException) -> ExitCode:
     """Choose the exit code that stands for an error."""
-    if isinstance(error, KeyboardInterrupt):
-        return ExitCode.INTERRUPTED
     return next((code for kinds, code in _CODES if isinstance(error, kinds)), ExitCode.FAILURE)
 
 
-@contextmanager
-def library_output() -> Iterator[None]:
+def library_output() -> redirect_stdout[TextIO]:
     """Send what libraries print on stdout to stderr: stdout is for the result alone."""
-    with redirect_stdout(sys.stderr):
+    return redirect_stdout(sys.stderr)
+
+
+@contextmanager
+def explain_interrupt(explain: Callable[[], str]) -> Iterator[None]:
+    """Say what an interrupted command has done, or how to go on from there."""
+    try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {explain()}") from None
 
 
 def strip_control_chars(text: str) -> str:
@@ -176,7 +180,8 @@ def _describe(error: BaseException) -> tuple[str, str]:
         return kind, text
     if isinstance(error, KeyboardInterrupt):
         return kind, text or "interrupted"
-    if _is_out_of_memory(error, text):
+    out_of_memory = isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text)
+    if out_of_memory or isinstance(error, MemoryError) or kind == "OutOfMemoryError":  # torch's, not imported here
         remedy = "close other programs, or pass a smaller --budget, a coarser --ratio or a smaller --batch-size"
         return "OutOfMemoryError", f"out of memory ({quoted or kind}); {remedy}"
     if isinstance(error, OSError) and error.strerror:
@@ -184,17 +189,7 @@ def _describe(error: BaseException) -> tuple[str, str]:
     return kind, f"unexpected {kind} ({quoted}); `extemb --debug ...` shows where it comes from"
 
 
-def _is_out_of_memory(error: BaseException, text: str) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
-        return True
-    return isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text)
-
-
 def _discard_stdout() -> None:
     """Let the interpreter flush what is left into nothing, or it complains at exit."""
-    try:
-        handle = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(handle, sys.stdout.fileno())
-        os.close(handle)
-    except (OSError, ValueError):  # stdout is not a file: a test's, or a notebook's
-        pass
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:  # stdout may be no file: a notebook's
+        os.dup2(nothing.fileno(), sys.stdout.fileno())

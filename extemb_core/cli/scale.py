@@ -6,11 +6,11 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
-
-import typer
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 from extemb_core.cli import options
+from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import CommandGroup, option
 from extemb_core.cli.output import debugging, library_output, print_result
 from extemb_core.scale import ROWS_PER_BATCH
@@ -37,45 +37,43 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions(options.StoringOptions):
+    """Options that `compress_corpus` has defaults for too: its module needs Ray.
+
+    Attributes:
+        passage_tokens: Cut documents into passages as `extemb index add` does.
+        column: Column of the input that holds the text.
+        rows_per_batch: Rows of a shard, and lost with a worker at most.
+        workers: Number of processes.
+        cpus_per_worker: Processors of each.
+        gpus_per_worker: GPUs of each.
+        ray_address: Address of a running cluster; auto for the one that this machine is part of.
+    """
+
+    passage_tokens: int | None = None
+    column: str = "text"
+    rows_per_batch: int = ROWS_PER_BATCH
+    workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    ray_address: str | None = None
+
+
+_INPUTS = "Files or folders of Parquet or JSON Lines (.gz, .zst too), or their URLs; one kind at a time."
+
+
 @app.command()
+@options_from(
+    CorpusOptions, "llm", "embedder", "ratio", "dtype", "passage_tokens", "column", "rows_per_batch", "workers",
+    "cpus_per_worker", "gpus_per_worker", "ray_address", "device", "llm_dtype",
+    passage_tokens="whole documents", ray_address="a new one on this machine",
+)  # fmt: skip
 def compress(
-    context: typer.Context,
-    inputs: Annotated[
-        list[str],
-        option(
-            "--input",
-            "FILE...",
-            "Files or folders of Parquet or JSON Lines (.gz, .zst too), or their URLs; one kind at a time.",
-        ),
-    ],
+    inputs: Annotated[list[str], option("--input", "FILE...", _INPUTS)],
     output: Annotated[str, option("--output", "DIR", "Folder that all machines see, or its URL (s3://...).")],
-    llm: options.LlmOption = options.DEFAULT_LLM,
-    embedder: options.EmbedderOption = None,
-    ratio: options.FinestRatioOption = None,
-    dtype: options.StoredDtypeOption = "float16",
-    passage_tokens: Annotated[
-        int | None,
-        option("--passage-tokens", "N", "Cut documents into passages as `extemb index add` does.", "whole documents"),
-    ] = None,
-    column: Annotated[str, option("--column", "NAME", "Column of the input that holds the text.")] = "text",
-    rows_per_batch: Annotated[
-        int, option("--rows-per-batch", "N", "Rows of a shard, and lost with a worker at most.")
-    ] = ROWS_PER_BATCH,
-    workers: Annotated[int, option("--workers", "N", "Number of processes.")] = 1,
-    cpus_per_worker: Annotated[float, option("--cpus-per-worker", "N", "Processors of each.")] = 1,
-    gpus_per_worker: Annotated[float, option("--gpus-per-worker", "N", "GPUs of each.")] = 0,
-    ray_address: Annotated[
-        str | None,
-        option(
-            "--ray-address",
-            "ADDRESS",
-            "Address of a running cluster; auto for the one that this machine is part of.",
-            "a new one on this machine",
-        ),
-    ] = None,
-    device: options.DeviceOption = "auto",
-    llm_dtype: options.LlmDtypeOption = "auto",
     as_json: options.JsonOption = False,
+    **settings: Any,
 ) -> None:
     """Compress the texts of a corpus into a folder of shards, with Ray Data.
 
@@ -84,7 +82,7 @@ def compress(
     with library_output(), _quiet():
         from extemb_core.scale.corpus import compress_corpus
 
-        compression = compress_corpus(**{name: value for name, value in context.params.items() if name != "as_json"})
+        compression = compress_corpus(inputs, output, **asdict(CorpusOptions(**settings)))
     batch = compression.batch
     message = f"{batch.n_texts:,} texts of {batch.n_rows:,} rows, {batch.n_present:,} of them compressed before; "
     if batch.n_empty or batch.n_unreadable:

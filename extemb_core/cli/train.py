@@ -1,19 +1,21 @@
-"""`extemb train`: a recipe, or the main settings of `TrainingConfig` and of the embedder's configuration as options."""
+"""`extemb train`: a recipe, or the main settings of `TrainingConfig` and of the embedder's configuration as options.
+
+`extemb train make-targets` writes question rows to train on whose answers are the LLM's own.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from extemb_core.cli import train_targets
 from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.config_options import options_from
-from extemb_core.cli.options import CommandGroup, DefaultCommand, JsonOption, ResumeOption, option
-from extemb_core.cli.output import library_output, print_json, print_note
+from extemb_core.cli.options import CommandGroup, DefaultCommand, JsonOption, ModelOptions, ResumeOption, option
+from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note
 from extemb_core.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -21,7 +23,48 @@ if TYPE_CHECKING:
 
 
 app = CommandGroup(cls=DefaultCommand, help="Train an embedder or a reader; or write answers for it to learn.")
-app.command("make-targets")(train_targets.make_targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(ModelOptions):
+    """Options that `targets.make_targets` has defaults for too: its module needs torch.
+
+    Attributes:
+        questions: Training questions: .jsonl[.zst] with "id", "context", "question" and "answers".
+        output: A .jsonl file; resumes if interrupted.
+        limit: Maximum number of questions, the first ones.
+        max_document_tokens: A question about a longer text keeps its references.
+        batch_size: Questions at once.
+    """
+
+    questions: tuple[str, ...]
+    output: str = field(metadata={"metavar": "FILE"})
+    limit: int | None = None
+    max_document_tokens: int = 2048
+    batch_size: int = 8
+
+
+@app.command("make-targets")
+@options_from(
+    TargetOptions, "questions", "output", "llm", "limit", "max_document_tokens", "batch_size", "device", "dtype",
+    llm=...,
+)  # fmt: skip
+def make_targets(as_json: JsonOption = False, **settings: Any) -> None:
+    """Write question rows whose answers are the LLM's own from the full text, where these are right."""
+    output = settings.pop("output")
+    with library_output():
+        from extemb_core.models.llm import LLM
+        from extemb_core.training import targets
+
+        llm = LLM.from_pretrained(settings.pop("llm"), device=settings.pop("device"), dtype=settings.pop("dtype"))
+        counts = targets.make_targets(llm, settings.pop("questions"), Path(output), **settings)
+    if as_json:
+        print_json({"output": output, "n": counts.n, "own": counts.own, "too_long": counts.too_long})
+        return
+    typer.echo(output)
+    print_note(
+        f"{counts.own} of {counts.n} answers are the LLM's own; {counts.too_long} texts were too long to ask about"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +95,11 @@ class NewEmbedder:
     ratios: tuple[int, ...] = (2, 4, 8, 16, 32)
 
 
+_RECIPE = (
+    "Stages to train: default, frozen, joint, paper, reader, text-reader, or a YAML file. Other options override it."
+)
+
+
 @app.command()
 @options_from(TrainingConfig, "llm", "output", "data", "questions", "eval_data", "start_from")
 @options_from(NewEmbedder, panel="A new embedder", ratios="2 4 8 16 32, or those of --start-from")
@@ -66,16 +114,7 @@ class NewEmbedder:
 )  # fmt: skip
 def train(
     context: typer.Context,
-    recipe: Annotated[
-        str | None,
-        option(
-            "--recipe",
-            "NAME",
-            "Stages to train: default, frozen, joint, paper, reader, text-reader, or a YAML file. Other options "
-            "override it.",
-            "two-stream auto-regression alone",
-        ),
-    ] = None,
+    recipe: Annotated[str | None, option("--recipe", "NAME", _RECIPE, "two-stream auto-regression alone")] = None,
     resume: ResumeOption = True,
     as_json: JsonOption = False,
     **settings: Any,
@@ -84,7 +123,9 @@ def train(
 
     For answers in the LLM's own words to train on: extemb train make-targets --help.
     """
-    given = {name: value for name, value in settings.items() if _is_given(context, name)}
+    # For what is not on the command line, a recipe's stages may have their own values.
+    sources = {name: context.get_parameter_source(name) for name in settings}
+    given = {name: value for name, value in settings.items() if getattr(sources[name], "name", "") == "COMMANDLINE"}
     embedder = {name: given.pop(name) for name in NewEmbedder.__dataclass_fields__ if name in given}
     start_from = given.get("start_from")
     if start_from is not None:
@@ -99,18 +140,15 @@ def train(
     keep_freed_memory()
     output, total_tokens = given.pop("output"), given.pop("total_tokens", settings["total_tokens"])
     start = time.perf_counter()
-    try:
-        with library_output():
-            trained = _train(recipe, output, total_tokens, resume, given | {"embedder": embedder})
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(Path(output))}") from None
+    with library_output(), explain_interrupt(lambda: _how_to_resume(Path(output))):
+        trained = _train(recipe, output, total_tokens, resume, given | {"embedder": embedder})
     from extemb_core.training.trainer import is_first_process
 
     if not is_first_process():
         return
     seconds = time.perf_counter() - start
     if as_json:
-        fingerprint = None if trained is None or trained.embedder is None else trained.embedder.fingerprint
+        fingerprint = trained.embedder.fingerprint if trained and trained.embedder else None
         print_json({"output": output, "fingerprint": fingerprint, "seconds": round(seconds, 1)})
         return
     typer.echo(output)
@@ -122,12 +160,6 @@ def train(
         reader = f"{output}/reader" if trained.reader is not None else given["llm"]
         print_note(f"trained in {seconds:.0f} s; try it:")
         print_note(f'extemb ask "..." --documents FILE --llm {reader} --embedder {output}')
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Tell whether an option is on the command line; for the others, a recipe's stages may have their own values."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _train(

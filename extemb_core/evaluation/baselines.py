@@ -200,8 +200,3 @@ def _negative_log_likelihoods(llm: LLM, hidden: Tensor, following: Ids) -> Ids:
         for at in range(0, len(targets), _LOGITS_AT_ONCE)
     ]
     return torch.cat(losses).cpu().numpy()
-
-
-def _require_count(n: int) -> None:
-    if n < 0:
-        raise ConfigError(f"n={n} positions is below 0; pass a whole number of at least 0")

@@ -20,7 +20,7 @@ from extemb_core.errors import ConfigError, DocumentNotFoundError, MissingExtraE
 from extemb_core.evaluation.calibration_plot import plot_losses
 from extemb_core.evaluation.calibration_rule import choose_layer
 from extemb_core.evaluation.calibration_samples import Answers, Continuations, Task, arm_losses
-from extemb_core.evaluation.runs import Sample, groups_of, run
+from extemb_core.evaluation.runs import Measured, Sample, groups_of, run
 from extemb_core.evaluation.settings import CalibrationConfig
 from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
 from extemb_core.models.entry import decoder_layers
@@ -54,7 +54,7 @@ class Calibration:
     record: Mapping[str, Any]
 
 
-class CalibrationExperiment:
+class CalibrationExperiment(Measured):
     """Measures all candidates on each sample. See the module.
 
     Raises:
@@ -62,7 +62,7 @@ class CalibrationExperiment:
     """
 
     kind: ClassVar[str] = "calibration"
-    embedder_settings = None  # there are several
+    embedder = None  # there are several
 
     def __init__(self, config: CalibrationConfig, llm: LLM) -> None:
         candidates = candidate_layers(llm)

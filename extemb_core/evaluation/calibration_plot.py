@@ -21,13 +21,11 @@ def plot_losses(record: Mapping[str, Any], file: Path) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "eval", "drawing the plot") from error
     summary, config = record["summary"], record["config"]
     figure = Figure(figsize=(9, 4.6), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(f"{config['llm']}: layer {summary['layer']} is chosen", fontsize=11, parse_math=False)
     panels = figure.subplots(1, len(summary["tasks"]), squeeze=False)[0]
     for axes, (kind, table) in zip(panels, summary["tasks"].items(), strict=True):
@@ -39,10 +37,8 @@ def plot_losses(record: Mapping[str, Any], file: Path) -> None:
             style = {"color": _COLOURS[at % len(_COLOURS)], "linewidth": 1.5}
             values = [losses[f"{layer}/{ratio}"] for layer in layers]
             axes.plot(layers, values, marker=_MARKERS[at % len(_MARKERS)], label=f"ratio {ratio}", **style)
-            if f"truncated/{ratio}" in losses:
-                axes.axhline(
-                    losses[f"truncated/{ratio}"], linestyle="--", alpha=0.6, label=f"cut to 1/{ratio}", **style
-                )
+            if (cut := losses.get(f"truncated/{ratio}")) is not None:
+                axes.axhline(cut, linestyle="--", alpha=0.6, label=f"cut to 1/{ratio}", **style)
         axes.axhline(losses["full"], color="#000000", linestyle="-.", label="full text")
         axes.set_xticks(layers)
         axes.set_xlabel("entry layer")

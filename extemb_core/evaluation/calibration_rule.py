@@ -75,13 +75,13 @@ def choose_layer(
         }
         for kind, samples in tasks.items()
     }
-    level = [layer for layer in fit if not _above(table[decisive]["layers"][str(layer)]["minus_best"])]
-    layer = level[0]
+    minus_best = {layer: table[decisive]["layers"][str(layer)]["minus_best"] for layer in fit}
+    layer = next(layer for layer, gap in minus_best.items() if not _above(gap))
     reason = f"mean loss of {decisive} over ratios {', '.join(map(str, coarse))}"
     if layer == best:
         reason = f"the lowest {reason}"
     else:
-        gap = table[decisive]["layers"][str(layer)]["minus_best"]
+        gap = minus_best[layer]
         low, high = gap["interval"]
         reason = (
             f"the earliest that is level with layer {best}, the best by {reason} "

@@ -51,12 +51,9 @@ class Reading:
 
 
 class Task(Protocol):
-    """One kind of sample."""
+    """One kind of sample; `names` are those of all samples, those of like length side by side."""
 
-    @property
-    def names(self) -> list[str]:
-        """Return the names of all samples, those of like length side by side."""
-        ...
+    names: list[str]
 
     def reading(self, name: str) -> Reading:
         """Prepare a sample."""
@@ -91,10 +88,7 @@ class Continuations:
             longest = max(lengths, default=0)
             raise ConfigError(f"no text has the {size} tokens of a sample, the longest has {longest}; pass longer text")
         self._windows = {f"{window.document}:{window.start}": window for window in evenly(windows, limit)}
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._windows)
+        self.names = list(self._windows)
 
     def reading(self, name: str) -> Reading:
         window = self._windows[name]
@@ -130,10 +124,7 @@ class Answers:
         self._llm, self._ratios = llm, ratios
         self._qa = QaExperiment(config, llm)
         self._questions = {question.id: question for question in self._qa.questions()}
-
-    @property
-    def names(self) -> list[str]:
-        return [name for group in self._qa.groups() for name in group]
+        self.names = [name for group in self._qa.groups() for name in group]
 
     def reading(self, name: str) -> Reading:
         question = self._questions[name]
@@ -154,19 +145,14 @@ def arm_losses(
     """
     losses: list[Losses] = [{} for _ in readings]
     targets = [reading.target for reading in readings]
-
-    def measure(arm: str, forms: Sequence[list[Part]]) -> None:
-        """Measure one arm: its prompts are of like length, so that little is padding."""
-        prompts = [reading.prompt(form).inputs(llm) for reading, form in zip(readings, forms, strict=True)]
-        for by_arm, scores in zip(losses, llm.log_probs(prompts, targets), strict=True):
-            by_arm[arm] = round(-float(scores.mean()), 6)
-
-    for arm in readings[0].controls:
-        measure(arm, [reading.controls[arm] for reading in readings])
+    forms = {arm: [reading.controls[arm] for reading in readings] for arm in readings[0].controls}
     for name, embedder in embedders.items():
         compressed = compress_at_ratios(embedder, [reading.text for reading in readings], ratios)
-        for ratio, parts in compressed.items():
-            measure(f"{name}/{ratio}", [[part] for part in parts])
+        forms |= {f"{name}/{ratio}": [[part] for part in parts] for ratio, parts in compressed.items()}
+    for arm, arm_forms in forms.items():  # one at a time: prompts of like length, so that little is padding
+        prompts = [reading.prompt(form).inputs(llm) for reading, form in zip(readings, arm_forms, strict=True)]
+        for by_arm, scores in zip(losses, llm.log_probs(prompts, targets), strict=True):
+            by_arm[arm] = round(-float(scores.mean()), 6)
     return losses
 
 

@@ -28,14 +28,8 @@ from torch import Tensor
 
 from extemb_core.context.assembly import Part
 from extemb_core.errors import ConfigError
-from extemb_core.evaluation.baselines import (
-    Ids,
-    choose_sentences,
-    head,
-    random_embeddings,
-    random_tokens,
-    select_tokens,
-)
+from extemb_core.evaluation import baselines
+from extemb_core.evaluation.baselines import Ids
 from extemb_core.evaluation.settings import CONTROLS
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredStates
@@ -132,7 +126,8 @@ class Forms:
             return dict(self._recent_forms)
         text = self.separator.join(self.texts[name] for name in passages)
         return self._recent_forms | {
-            f"chosen/{ratio}": [choose_sentences(self.llm, text, question, n)] for ratio, n in self._positions.items()
+            f"chosen/{ratio}": [baselines.choose_sentences(self.llm, text, question, n)]
+            for ratio, n in self._positions.items()
         }
 
     def tokens(self, passages: Sequence[str]) -> list[Ids]:
@@ -148,11 +143,11 @@ class Forms:
         Raises:
             ConfigError: There is no other text.
         """
-        names = [name for name in self.texts if name not in passages]
-        if not names:
+        lengths = {name: len(text) for name, text in self.texts.items()}
+        others = lengths.keys() - set(passages)
+        if not others:
             raise ConfigError(f"all {len(self.texts)} texts are used as passages; pass more rows or fewer --passages")
-        lengths = {name: len(self.texts[name]) for name in self.texts}
-        return [min(names, key=lambda name: (abs(lengths[name] - lengths[passage]), name)) for passage in passages]
+        return [min(others, key=lambda name: (abs(lengths[name] - lengths[passage]), name)) for passage in passages]
 
     @torch.no_grad()
     def _of_passages(self, passages: Sequence[str]) -> dict[str, list[Part]]:
@@ -166,16 +161,15 @@ class Forms:
             n = sum(map(len, ours[ratio])) if ours else sum(-(-len(part) // ratio) for part in raw)
             self._positions[ratio] = n
             if "truncated" in self.controls:
-                forms[f"truncated/{ratio}"] = [head(flat, n)]
+                forms[f"truncated/{ratio}"] = [baselines.head(flat, n)]
             if "lingua" in self.controls:
-                forms[f"lingua/{ratio}"] = [select_tokens(self.llm, flat, n)]
+                forms[f"lingua/{ratio}"] = [baselines.select_tokens(self.llm, flat, n)]
             if ours:
                 forms[f"extensible/{ratio}"] = ours[ratio]
             for kind in ("random", "random_states", "anchors"):
                 if kind in self.controls:
-                    forms[f"{kind}/{ratio}"] = [
-                        self._control(kind, part, self.seed + at) for at, part in enumerate(ours[ratio])
-                    ]
+                    controls = [self._control(kind, part, self.seed + at) for at, part in enumerate(ours[ratio])]
+                    forms[f"{kind}/{ratio}"] = controls
             if others:
                 forms[f"wrong/{ratio}"] = others[ratio]
         return forms
@@ -188,13 +182,13 @@ class Forms:
     def _control(self, kind: str, part: Part, seed: int) -> Part:
         """Take the text out of a compressed part, or the part of it that `kind` says; separators stay."""
         if isinstance(part, Tensor):
-            return random_embeddings(part, seed)
+            return baselines.random_embeddings(part, seed)
         if not isinstance(part, AnchoredStates):
             return part
         if kind == "anchors":
             return part.anchors
-        anchors = random_tokens(self.llm, len(part), seed) if kind == "random" else part.anchors
-        return AnchoredStates(anchors, random_embeddings(part.states, seed), part.layer)
+        anchors = baselines.random_tokens(self.llm, len(part), seed) if kind == "random" else part.anchors
+        return AnchoredStates(anchors, baselines.random_embeddings(part.states, seed), part.layer)
 
     def _separated(self, parts: Sequence[Any]) -> list[Any]:
         separator = self.llm.encode(self.separator)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,7 +32,7 @@ from extemb_core.evaluation.forms import arm_name, arm_names, compress_at_ratios
 from extemb_core.evaluation.runs import Measured, Sample, batches_by_length, groups_of
 from extemb_core.evaluation.scoring import contained
 from extemb_core.evaluation.settings import TASKS, NeedleConfig
-from extemb_core.evaluation.statistics import mean_with_interval
+from extemb_core.evaluation.statistics import differences, mean_with_interval, paired
 from extemb_core.models.downscaling import chunk_lengths, n_embeddings
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
@@ -56,38 +55,12 @@ PROMPTS: Mapping[str, Mapping[str, str]] = {
 }
 _SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
 
-SENTENCES = (
-    "The baker opens his shop before the street lamps go out.",
-    "A grey cat sleeps on the wall between the two gardens.",
-    "On Mondays the market sells apples, onions and fresh bread.",
-    "My aunt keeps her buttons in an old biscuit tin.",
-    "The bus to the harbour leaves every half hour.",
-    "Rain ran down the window and made small rivers in the dust.",
-    "He put the kettle on and looked for a clean cup.",
-    "Two children were drawing boats with chalk on the pavement.",
-    "The carpenter measured the shelf twice and cut it once.",
-    "In winter the pond behind the school freezes from the edge inwards.",
-    "She folded the letter and laid it under the clock.",
-    "A bicycle without a bell leaned against the fence.",
-    "The soup needs a little salt and another ten minutes.",
-    "Nobody could say who had left the gate open.",
-    "The librarian pushed her trolley slowly past the tall shelves.",
-    "Swallows return to the barn when the cherry trees have flowered.",
-    "They painted the kitchen yellow because it gets so little sun.",
-    "The dog waits by the door until somebody finds his lead.",
-    "A train crossed the valley and its sound came a moment later.",
-    "Grandfather grows beans along strings tied to the shed.",
-    "The lift was out of order, so we took the stairs.",
-    "Someone had mended the broken chair with a piece of wire.",
-    "At noon the bells ring and the pigeons leave the roof.",
-    "The tailor chalks a line on the cloth and reaches for his scissors.",
-    "By evening the wind had dropped and the washing was dry.",
-)
+SENTENCES = tuple(Path(__file__).with_name("sentences.txt").read_text(encoding="utf-8").splitlines())
 
 
 @dataclass(frozen=True)
 class Case:
-    """One haystack that is to be made."""
+    """One haystack that is to be made; `id` is the name of its sample."""
 
     task: str
     tokens: int
@@ -96,7 +69,6 @@ class Case:
 
     @property
     def id(self) -> str:
-        """Return the name of its sample."""
         return f"{self.task}:{self.tokens}:{self.depth:g}:{self.trial}"
 
 
@@ -140,21 +112,15 @@ class NeedleExperiment(Measured):
             case = self._cases[name]
             haystack = self.haystack(case)
             forms = self.forms(haystack)
-            predictions = self._answers({arm: self.prompt(haystack, form) for arm, form in forms.items()})
-            yield {
-                "id": name,
-                **asdict(case),
-                "at": haystack.at,
-                "answer": haystack.answer,
-                "arms": {
-                    arm: {
-                        "positions": len(form),
-                        "prediction": predictions[arm],
-                        "correct": bool(contained(predictions[arm], [haystack.answer])),
-                    }
-                    for arm, form in forms.items()
-                },
-            }
+            prompts = {arm: self.prompt(haystack, form) for arm, form in forms.items()}
+            lengths = {arm: len(prompt) for arm, prompt in prompts.items()}
+            arms: dict[str, dict[str, Any]] = {arm: {"positions": len(form)} for arm, form in forms.items()}
+            for batch in batches_by_length(lengths, batch_size=self.config.batch_size):
+                generated = self.llm.generate([prompts[arm].inputs(self.llm) for arm in batch], self._sampling)
+                for arm, prediction in zip(batch, (answer.text.strip() for answer in generated), strict=True):
+                    correct = bool(contained(prediction, [haystack.answer]))
+                    arms[arm] |= {"prediction": prediction, "correct": correct}
+            yield {"id": name, **asdict(case), "at": haystack.at, "answer": haystack.answer, "arms": arms}
 
     def haystack(self, case: Case) -> Haystack:
         """Make the haystack of a case: its needle is in that of the gaps which is nearest to the depth."""
@@ -210,42 +176,24 @@ class NeedleExperiment(Measured):
         minus: dict[str, dict[str, Any]] = {}
         for task in self.config.tasks:
             of_task = [sample for sample in samples if sample["task"] == task]
+            rows, groups = [sample["arms"] for sample in of_task], np.arange(len(of_task))
             for arm in arm_names(("none", "truncated", "extensible", "full"), self.config.ratios):
-                having = [sample for sample in of_task if arm in sample["arms"]]
-                for tokens, depth in sorted({(sample["tokens"], sample["depth"]) for sample in having}):
-                    right = [s["arms"][arm]["correct"] for s in having if (s["tokens"], s["depth"]) == (tokens, depth)]
+                (correct,), haystacks = paired(rows, groups, "correct", arm)
+                if not len(haystacks):
+                    continue
+                mean = mean_with_interval(correct, haystacks, self.config.seed)
+                arms.setdefault(task, {})[arm] = {"n": mean.pop("n"), "correct": mean}
+                places = [(of_task[at]["tokens"], of_task[at]["depth"]) for at in haystacks]
+                for tokens, depth in sorted(set(places)):
+                    in_cell = correct[[place == (tokens, depth) for place in places]]
                     cell = {"task": task, "arm": arm, "tokens": tokens, "depth": depth}
-                    cells.append(cell | {"n": len(right), "correct": sum(right) / len(right)})
-                if having:
-                    mean = self._mean([sample["arms"][arm]["correct"] for sample in having])
-                    arms.setdefault(task, {})[arm] = {"n": mean.pop("n"), "correct": mean}
-            compared = {str(ratio): self._compared(of_task, ratio) for ratio in self.config.ratios}
-            if any(compared.values()):
-                minus[task] = {ratio: controls for ratio, controls in compared.items() if controls}
+                    cells.append(cell | {"n": len(in_cell), "correct": float(in_cell.mean())})
+            for ratio in self.config.ratios:
+                controls = {control: arm_name(control, ratio) for control in ("none", "truncated", "full")}
+                ours = f"extensible/{ratio}"
+                if compared := differences(rows, groups, "correct", ours, controls, self.config.seed):
+                    minus.setdefault(task, {})[str(ratio)] = compared
         return {"cells": cells, "arms": arms, "minus": minus}
-
-    def _compared(self, samples: Sequence[Sample], ratio: int) -> dict[str, Any]:
-        """Compute the extensible arm less each control, on the haystacks that both read."""
-        ours = arm_name("extensible", ratio)
-        differences = {}
-        for control in ("none", "truncated", "full"):
-            arm = arm_name(control, ratio)
-            both = [sample["arms"] for sample in samples if ours in sample["arms"] and arm in sample["arms"]]
-            if both:
-                differences[control] = self._mean([row[ours]["correct"] - row[arm]["correct"] for row in both])
-        return differences
-
-    def _mean(self, values: Sequence[int]) -> dict[str, Any]:
-        return mean_with_interval(np.array(values, dtype=float), np.arange(len(values)), self.config.seed)
-
-    def _answers(self, prompts: Mapping[str, Prompt]) -> dict[str, str]:
-        """Have the LLM answer each arm's prompt; short ones are read together."""
-        answers: dict[str, str] = {}
-        lengths = {arm: len(prompt) for arm, prompt in prompts.items()}
-        for batch in batches_by_length(lengths, batch_size=self.config.batch_size):
-            generated = self.llm.generate([prompts[arm].inputs(self.llm) for arm in batch], self._sampling)
-            answers |= {arm: answer.text.strip() for arm, answer in zip(batch, generated, strict=True)}
-        return answers
 
 
 # -- texts ----------------------------------------------------------------------------------------------------
@@ -321,13 +269,8 @@ def _shuffled(llm: LLM, draw: np.random.Generator) -> Iterator[Ids]:
 
 
 def _pairs(draw: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Yield keys and values, no word twice."""
-    words = map(_word, map(int, draw.permutation(len(_SYLLABLES) ** 3)))
-    while pair := tuple(islice(words, 2)):
-        yield pair[0], pair[1]
-
-
-def _word(number: int) -> str:
-    """Make a word of three syllables that can be said and means nothing."""
+    """Yield keys and values, no word twice: each has three syllables, can be said and means nothing."""
     size = len(_SYLLABLES)
-    return "".join(_SYLLABLES[number // size**digit % size] for digit in range(3))
+    numbers = map(int, draw.permutation(size**3))
+    words = ("".join(_SYLLABLES[number // size**digit % size] for digit in range(3)) for number in numbers)
+    return zip(words, words, strict=False)

@@ -17,7 +17,7 @@ An arm that does not fit the window is absent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,13 +32,11 @@ from extemb_core.evaluation.baselines import Ids, nearest, sinks_and_window
 from extemb_core.evaluation.forms import arm_name, arm_names, compress_at_ratios
 from extemb_core.evaluation.runs import Measured, Sample, groups_of
 from extemb_core.evaluation.settings import PerplexityConfig
-from extemb_core.evaluation.statistics import mean_with_interval, share
+from extemb_core.evaluation.statistics import differences, mean_with_interval, paired, share
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training.data import read_texts
 from extemb_core.utils.jsonl import evenly
-
-_BASELINES = ("none", "nearest", "streaming", "full")
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,13 @@ class PerplexityExperiment(Measured):
             forms = self.forms(spans[:, :context])
             arms = {arm: target_losses(self.llm, form, spans[:, context:]).mean(1) for arm, form in forms.items()}
             for at, row in enumerate(rows):
-                tables[row][str(context)] = {
+                tables[row][str(context)] = table = {
                     arm: {"loss": round(float(losses[at]), 6), "positions": len(forms[arm][at])}
                     for arm, losses in arms.items()
                 }
-        for name, window, contexts in zip(group, windows, tables, strict=True):
-            for table in contexts.values():
                 if "full" in table:  # the whole context fits, so that streaming has the same input
                     table["streaming"] = table["full"]
+        for name, window, contexts in zip(group, windows, tables, strict=True):
             yield {"id": name, "document": window.document, "contexts": contexts}
 
     def forms(self, contexts: Ids) -> dict[str, list[Prompt]]:
@@ -122,11 +119,11 @@ class PerplexityExperiment(Measured):
         }
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        tables = {}
-        for context in map(str, sorted(self.config.contexts)):
-            if having := [sample for sample in samples if context in sample["contexts"]]:
-                tables[context] = _table(having, context, self.config)
-        return tables
+        by_context = {
+            context: [sample for sample in samples if context in sample["contexts"]]
+            for context in map(str, sorted(self.config.contexts))
+        }
+        return {context: _table(having, context, self.config) for context, having in by_context.items() if having}
 
     def _span(self, window: Window, context: int) -> Ids:
         return self._documents[window.document][window.start - context : window.start + self.config.target]
@@ -175,37 +172,20 @@ def _table(samples: Sequence[Sample], context: str, config: PerplexityConfig) ->
     groups = np.array([sample["document"] for sample in samples])
     arms = {}
     for arm in arm_names(("none", "nearest", "streaming", "extensible", "full"), config.ratios):
-        positions = [row[arm]["positions"] for row in rows if arm in row]
-        if not positions:
-            continue
-        (losses,), documents = _paired(rows, groups, arm)
-        summary = mean_with_interval(losses, documents, config.seed)
-        arms[arm] = {
-            "n": summary["n"],
-            "positions": round(float(np.mean(positions)), 1),
-            "loss": summary["mean"],
-            "interval": summary["interval"],
-            "perplexity": math.exp(summary["mean"]),
-        }
+        if positions := [row[arm]["positions"] for row in rows if arm in row]:
+            (losses,), documents = paired(rows, groups, "loss", arm)
+            summary = mean_with_interval(losses, documents, config.seed)
+            loss = summary.pop("mean")
+            mean_positions = round(float(np.mean(positions)), 1)
+            arms[arm] = {"positions": mean_positions, "loss": loss, "perplexity": math.exp(loss), **summary}
     ratios = {}
     for ratio in config.ratios:
         ours = f"extensible/{ratio}"
-        minus = {}
-        for baseline in _BASELINES:
-            (a, b), documents = _paired(rows, groups, ours, arm_name(baseline, ratio))
-            if len(a):
-                minus[baseline] = mean_with_interval(a - b, documents, config.seed)
-        if not minus:
-            continue
-        (extensible, none, full), documents = _paired(rows, groups, ours, "none", "full")
-        gap = {"refused": "no full text fits"}
-        if len(documents):
-            gap = share(none - extensible, none - full, documents, config.seed)
-        ratios[str(ratio)] = {"minus": minus, "gap_share": gap}
+        controls = {control: arm_name(control, ratio) for control in ("none", "nearest", "streaming", "full")}
+        if minus := differences(rows, groups, "loss", ours, controls, config.seed):
+            (extensible, none, full), documents = paired(rows, groups, "loss", ours, "none", "full")
+            gap = {"refused": "no full text fits"}
+            if len(documents):
+                gap = share(none - extensible, none - full, documents, config.seed)
+            ratios[str(ratio)] = {"minus": minus, "gap_share": gap}
     return {"n": len(samples), "arms": arms, "ratios": ratios}
-
-
-def _paired(rows: Sequence[Mapping[str, Any]], groups: Ids, *arms: str) -> tuple[list[Ids], Ids]:
-    """Return the losses of some arms on the windows that have all of them, and those windows' documents."""
-    having = [at for at, row in enumerate(rows) if all(arm in row for arm in arms)]
-    return [np.array([rows[at][arm]["loss"] for at in having]) for arm in arms], groups[having]

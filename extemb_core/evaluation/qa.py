@@ -30,12 +30,7 @@ from extemb_core.questions import Question, read_questions, template_for, templa
 from extemb_core.training.readings import turn_end
 from extemb_core.utils.jsonl import evenly
 
-METRICS = {
-    "em": scoring.exact_match,
-    "f1": scoring.f1,
-    "contained": scoring.contained,
-    "rouge_l": scoring.rouge_l,
-}
+METRICS = {"em": scoring.exact_match, "f1": scoring.f1, "contained": scoring.contained, "rouge_l": scoring.rouge_l}
 _ARMS = ("none", "random", "random_states", "wrong", "anchors", "truncated", "lingua", "chosen", "extensible", "full")
 
 
@@ -84,7 +79,10 @@ class QaExperiment(Measured):
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
         questions = [self._questions[name] for name in group]
         forms = [self.forms(question) for question in questions]
-        answered: list[dict[str, dict[str, Any]]] = [{arm: {} for arm in forms[0]} for _ in questions]
+        references = [self.reference(question) for question in questions]
+        tables: list[dict[str, dict[str, Any]]] = [
+            {arm: {"positions": sum(map(len, parts))} for arm, parts in form.items()} for form in forms
+        ]
         prompts = {
             arm: [self.prompt(question, form[arm]) for question, form in zip(questions, forms, strict=True)]
             for arm in forms[0]
@@ -92,36 +90,28 @@ class QaExperiment(Measured):
         lengths = {arm: max(map(len, of_arm)) for arm, of_arm in prompts.items()}
         for batch in batches_by_length(lengths, rows=len(questions)):
             inputs = [prompt.inputs(self.llm) for arm in batch for prompt in prompts[arm]]
-            references = [self.reference(question) for question in questions]
             scores = iter(self.llm.log_probs(inputs, references * len(batch)))
             texts = iter(self.llm.generate(inputs, self._sampling) if self.config.generate else ())
             for arm in batch:
-                for row, (question, form) in enumerate(zip(questions, forms, strict=True)):
-                    answer = next(texts).text.strip() if self.config.generate else None
-                    loss = round(-float(next(scores).mean()), 6)
-                    answered[row][arm] = self._scored(question, arm, answer, loss, form[arm])
-        for question, arms in zip(questions, answered, strict=True):
+                for question, arms in zip(questions, tables, strict=True):
+                    if self.config.generate:
+                        prediction = next(texts).text.strip()
+                        arms[arm]["prediction"] = prediction
+                        for name in self.template["metrics"]:
+                            arms[arm][name] = round(METRICS[name](prediction, question.answers), 4)
+                    arms[arm]["loss"] = round(-float(next(scores).mean()), 6)
+        for question, reference, arms in zip(questions, references, tables, strict=True):
+            if arms["full"]["positions"] < sum(map(len, self._forms.tokens(self.passages(question)))):
+                arms["full"]["cut"] = True
             yield {
                 "id": question.id,
                 "document": question.document,
                 "rank": self._ranks[question.id] if self.config.passages > 1 else None,
                 "question": question.question,
                 "answers": list(question.answers),
-                "answer_tokens": len(self.reference(question)),
+                "answer_tokens": len(reference),
                 "arms": arms,
             }
-
-    def _scored(
-        self, question: Question, arm: str, prediction: str | None, loss: float, parts: Sequence[Part]
-    ) -> dict[str, Any]:
-        sample: dict[str, Any] = {"positions": sum(map(len, parts))}
-        if prediction is not None:
-            sample["prediction"] = prediction
-            sample |= {name: round(METRICS[name](prediction, question.answers), 4) for name in self.template["metrics"]}
-        sample["loss"] = loss
-        if arm == "full" and sample["positions"] < sum(map(len, self._forms.tokens(self.passages(question)))):
-            sample["cut"] = True
-        return sample
 
     def forms(self, question: Question) -> dict[str, list[Part]]:
         """Make what each arm puts in the place of the text: parts of a prompt.
@@ -152,15 +142,16 @@ class QaExperiment(Measured):
         return assemble_chat(self.llm, [{"role": "user", "content": [self.template["before"], *parts, after]}])
 
     def passages(self, question: Question) -> list[str]:
-        """Return the names of the texts that the question is put with, its own at its rank."""
-        chosen = self._others(question, self.config.passages - 1)
+        """Draw the texts that the question is put with, by the seed and its id; its own is at its rank."""
+        names = [name for name in self._texts if name != question.document]
+        draw = np.random.default_rng([self.config.seed, int.from_bytes(question.id.encode()[-6:], "big")])
+        chosen = [names[int(at)] for at in draw.permutation(len(names))[: self.config.passages - 1]]
         chosen.insert(self._ranks[question.id], question.document)
         return chosen
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        names = [
-            arm for arm in arm_names(_ARMS, self.config.ratios) if all(arm in sample["arms"] for sample in samples)
-        ]
+        measured_arms = set.intersection(*(set(sample["arms"]) for sample in samples))
+        names = [arm for arm in arm_names(_ARMS, self.config.ratios) if arm in measured_arms]
         groups = np.array([sample["document"] for sample in samples])
         metrics, seed = self.metrics, self.config.seed
         # Each question counts the same for a score; for the loss, each token does.
@@ -195,13 +186,12 @@ class QaExperiment(Measured):
             }
             for ratio in ours
         }
-        for name, metric, gain in (("retained", "f1", 1), ("retained_loss", "loss", -1)):
+        for name, metric, sign in (("retained", "f1", 1), ("retained_loss", "loss", -1)):
             if metric in metrics:
-                none, full = (gain * weights[metric] * values(arm, metric) for arm in ("none", "full"))
+                worth = {arm: sign * weights[metric] * values(arm, metric) for arm in names}
+                gains = {arm: value - worth["none"] for arm, value in worth.items()}
                 summary[name] = {
-                    str(ratio): share(gain * weights[metric] * values(arm, metric) - none, full - none, groups, seed)
-                    for ratio in ours
-                    for arm in [f"extensible/{ratio}"]
+                    str(ratio): share(gains[f"extensible/{ratio}"], gains["full"], groups, seed) for ratio in ours
                 }
         summary["by_rank"] = {}
         for rank in sorted({sample["rank"] for sample in samples} - {None}):
@@ -212,12 +202,6 @@ class QaExperiment(Measured):
                 for arm in names
             }
         return summary
-
-    def _others(self, question: Question, count: int) -> list[str]:
-        """Draw other texts than the question's, by the seed and the question's id."""
-        names = [name for name in self._texts if name != question.document]
-        draw = np.random.default_rng([self.config.seed, int.from_bytes(question.id.encode()[-6:], "big")])
-        return [names[int(at)] for at in draw.permutation(len(names))[:count]]
 
 
 def draw_one_per_text(questions: Sequence[Question], seed: int) -> list[Question]:

@@ -10,9 +10,11 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
 from extemb_core.evaluation.provenance import provenance, short_name
@@ -30,45 +32,20 @@ _FREE = ("limit", "batch_size", "device")
 _EMBEDDER_SETTINGS = (
     "entry_layer", "num_layers", "adaptation", "downscaling", "token_weighting", "connector", "chunk_size", "llm_name",
 )  # fmt: skip
+_dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False)
 _POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
 
 
-class Experiment(Protocol):
-    """Defines one kind of measurement, ready to run.
+class Measured:
+    """One kind of measurement, ready to run: of an LLM, and of an embedder whose ratios it asks for, or none.
 
     Attributes:
-        kind: "ppl", "qa", "needle" or "speed".
+        kind: "ppl", "qa", "needle", "speed" or "calibration".
         config: A frozen dataclass of JSON-able settings, `data` (paths) and `limit` among them.
-        fingerprint: Of the embedder; None when only the controls are measured.
-        embedder_settings: What kind of embedder it is; None likewise.
     """
 
     kind: ClassVar[str]
-
-    @property
-    def config(self) -> Any: ...
-
-    @property
-    def fingerprint(self) -> str | None: ...
-
-    @property
-    def embedder_settings(self) -> dict[str, Any] | None: ...
-
-    def groups(self) -> list[list[str]]:
-        """List the ids of all samples, in the groups in which they are measured together."""
-        ...
-
-    def measure(self, group: Sequence[str]) -> Iterator[Sample]:
-        """Measure a group, or what a stopped run left of it; yields samples with their "id"."""
-        ...
-
-    def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Make the tables, a pure function of the samples."""
-        ...
-
-
-class Measured:
-    """Holds what experiments have in common: an LLM, and an embedder whose ratios they ask for, or none."""
+    config: Any
 
     def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
         self.llm = llm
@@ -79,15 +56,27 @@ class Measured:
 
     @property
     def fingerprint(self) -> str | None:
-        """Return the embedder's fingerprint, or None without one."""
+        """Return the embedder's fingerprint; None when only the controls are measured."""
         return self.embedder.fingerprint if self.embedder is not None else None
 
     @property
     def embedder_settings(self) -> dict[str, Any] | None:
-        """Return the embedder's settings that records keep, or None without one."""
+        """Return the embedder's settings that records keep; None without one."""
         if self.embedder is None:
             return None
         return {name: getattr(self.embedder.config, name) for name in _EMBEDDER_SETTINGS}
+
+    def groups(self) -> list[list[str]]:
+        """List the ids of all samples, in the groups in which they are measured together."""
+        raise NotImplementedError
+
+    def measure(self, group: Sequence[str]) -> Iterator[Sample]:
+        """Measure a group, or what a stopped run left of it; yields samples with their "id"."""
+        raise NotImplementedError
+
+    def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Make the tables, a pure function of the samples."""
+        raise NotImplementedError
 
 
 def groups_of(names: Sequence[str], size: int) -> list[list[str]]:
@@ -95,9 +84,7 @@ def groups_of(names: Sequence[str], size: int) -> list[list[str]]:
     return [list(names[at : at + size]) for at in range(0, len(names), size)]
 
 
-def batches_by_length(
-    lengths: Mapping[str, int], *, rows: int = 1, batch_size: int | None = None
-) -> Iterator[list[str]]:
+def batches_by_length(lengths: Mapping[str, int], rows: int = 1, batch_size: int | None = None) -> Iterator[list[str]]:
     """Yield names in batches, shortest first, such that a padded batch stays small; a long one is alone.
 
     Args:
@@ -107,8 +94,7 @@ def batches_by_length(
     """
     batch: list[str] = []
     for name in sorted(lengths, key=lambda name: lengths[name]):
-        full = len(batch) == batch_size or (len(batch) + 1) * rows * lengths[name] > _POSITIONS_AT_ONCE
-        if batch and full:
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * rows * lengths[name] > _POSITIONS_AT_ONCE):
             yield batch
             batch = []
         batch.append(name)
@@ -117,7 +103,7 @@ def batches_by_length(
 
 
 def run(
-    experiment: Experiment,
+    experiment: Measured,
     out: Path,
     *,
     command: Sequence[str] = (),
@@ -137,8 +123,7 @@ def run(
         ConfigError: There is nothing to measure, or `out` holds a run with other settings.
         DocumentError: `out` is not such a record.
     """
-    data = [{"file": Path(file).name, "sha256": sha256_of(_existing(file))} for file in experiment.config.data]
-    identity = _identity(experiment, data)
+    identity = _identity(experiment)
     groups = experiment.groups()
     ids = [name for group in groups for name in group]
     if not ids:
@@ -146,23 +131,19 @@ def run(
     out.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(out, identity, resume=resume)
     origin = provenance(command)
-    with journal, progress(experiment.kind, len(ids), show_progress) as advance:
+    with closing(journal), progress(experiment.kind, len(ids), show_progress) as advance:
         advance(sum(name in journal.samples for name in ids))
         for group in groups:
-            left = [name for name in group if name not in journal.samples]
-            if not left:
-                continue
-            for sample in experiment.measure(left):
-                journal.add(sample)
-                advance(1)
-            journal.sync()
+            if remaining := [name for name in group if name not in journal.samples]:
+                for sample in experiment.measure(remaining):
+                    journal.add(sample)
+                    advance(1)
+                journal.sync()
     samples = [journal.samples[name] for name in ids]
     record = {
         "version": RECORD_VERSION,
-        "kind": experiment.kind,
+        **identity,
         "config": identity["config"] | {name: getattr(experiment.config, name) for name in _FREE},
-        "data": data,
-        "fingerprint": experiment.fingerprint,
         "embedder": experiment.embedder_settings,
         "provenance": origin,
         "parts": journal.parts,
@@ -172,7 +153,7 @@ def run(
         "samples": samples,
     }
     write_record(record, out)
-    journal.remove()
+    journal.file.unlink()
     return record
 
 
@@ -186,24 +167,26 @@ class Journal:
         self.parts = 1
         self._identity = identity
         if not resume:
-            self.remove()
+            self.file.unlink(missing_ok=True)
         elif out.is_file():  # a finished run may go on too: with a higher limit
-            self._take_record(out)
+            record = read_record(out)
+            self._require(record, out)
+            self.samples = {sample["id"]: sample for sample in record["samples"]}
+            self.seconds, self.parts = record["seconds"], record["parts"] + 1
         if self.file.is_file():
             self._take_lines()
-        self._stream = self.file.open("a", encoding="utf-8")
+        self._stream = self.file.open("a", buffering=1, encoding="utf-8")  # flushed with every line
         if self.file.stat().st_size == 0:
             self._write({"identity": identity})
         self._last = time.perf_counter()
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close the file, with everything added on disk."""
         self.sync()
         self._stream.close()
 
     def add(self, sample: Sample) -> None:
+        """Write down a finished sample, and the time since the last."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.seconds += seconds
@@ -212,23 +195,11 @@ class Journal:
 
     def sync(self) -> None:
         """Wait until everything added is on disk."""
-        self._stream.flush()
         os.fsync(self._stream.fileno())
 
-    def remove(self) -> None:
-        self.file.unlink(missing_ok=True)
-
     def _write(self, row: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._stream.flush()
-
-    def _take_record(self, out: Path) -> None:
-        record = read_record(out)
-        known = {name: record.get(name) for name in self._identity}
-        known["config"] = {name: value for name, value in record["config"].items() if name not in _FREE}
-        self._require(known, out)
-        self.samples = {sample["id"]: sample for sample in record["samples"]}
-        self.seconds, self.parts = record["seconds"], record["parts"] + 1
+        """Write a line."""
+        self._stream.write(_dumps(row) + "\n")
 
     def _take_lines(self) -> None:
         text = self.file.read_bytes()
@@ -240,26 +211,21 @@ class Journal:
             for row in rows[1:]:
                 self.samples[row["sample"]["id"]] = row["sample"]
                 self.seconds += row["seconds"]
+        except ConfigError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise DocumentError(f"{self.file} is damaged ({error}); remove it to measure anew") from error
         self.parts += bool(rows)
-        if len(whole) != len(text):
-            os.truncate(self.file, len(whole))
+        os.truncate(self.file, len(whole))
 
     def _require(self, known: dict[str, Any], file: Path) -> None:
         """Raise `ConfigError` unless a file holds this run and no other."""
-        for name, value in self._identity.items():
-            before = known.get(name)
-            if name == "config" and isinstance(before, dict):
-                name, before, value = next(
-                    ((key, before.get(key), setting) for key, setting in value.items() if before.get(key) != setting),
-                    (name, value, value),
-                )
-            if before != value:
+        settings = [(name, known["config"], self._identity["config"]) for name in self._identity["config"]]
+        kind, *others = [(name, known, self._identity) for name in ("kind", "data", "fingerprint")]
+        for name, before, now in [kind, *settings, *others]:
+            if before.get(name) != now[name]:
                 raise ConfigError(
-                    f"{file} holds a run with another {name} ({before!r:.60}, now {value!r:.60}); "
+                    f"{file} holds a run with another {name} ({before.get(name)!r:.60}, now {now[name]!r:.60}); "
                     "write the result elsewhere, or pass --no-resume to replace it"
                 )
 
@@ -276,7 +242,7 @@ def read_record(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DocumentError(f"{file} is not JSON ({error}); measure it again") from error
     needed = ("kind", "config", "data", "fingerprint", "provenance", "parts", "n", "seconds", "summary", "samples")
-    missing = [name for name in needed if name not in record] if isinstance(record, dict) else list(needed)
+    missing = [name for name in needed if not isinstance(record, dict) or name not in record]
     if missing:
         raise DocumentError(f"{file} is not the record of a run: it has no {missing[0]!r}; measure it again")
     version = record.get("version", 1)
@@ -291,14 +257,12 @@ def read_record(file: Path) -> dict[str, Any]:
 def write_record(record: dict[str, Any], file: Path) -> None:
     """Write a record whole or not at all; one line per sample, so that a diff shows what changed."""
     head = {name: value for name, value in record.items() if name != "samples"}
-    lines = ",\n".join(
-        json.dumps(sample, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for sample in record["samples"]
-    )
-    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
+    lines = ",\n".join(_dumps(sample, separators=(",", ":")) for sample in record["samples"])
+    text = _dumps(head, indent=1)
     atomic_write_text(file, f'{text[:-2]},\n "samples": [\n{lines}\n]\n}}\n')
 
 
-def _identity(experiment: Experiment, data: list[dict[str, str]]) -> dict[str, Any]:
+def _identity(experiment: Measured) -> dict[str, Any]:
     """Collect what must be the same for a sample of an earlier run to count in this one."""
     config = json.loads(json.dumps(asdict(experiment.config)))
     config |= {"llm": short_name(config["llm"]), "data": [Path(file).name for file in config["data"]]}
@@ -306,7 +270,7 @@ def _identity(experiment: Experiment, data: list[dict[str, str]]) -> dict[str, A
     return {
         "kind": experiment.kind,
         "config": {name: value for name, value in config.items() if name not in _FREE},
-        "data": data,
+        "data": [{"file": Path(file).name, "sha256": sha256_of(_existing(file))} for file in experiment.config.data],
         "fingerprint": experiment.fingerprint,
     }
 

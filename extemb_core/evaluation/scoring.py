@@ -8,6 +8,7 @@ is the only departure from the rules.
 
 from __future__ import annotations
 
+import operator
 import re
 import string
 from collections import Counter
@@ -35,7 +36,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ConfigError: There is no answer to compare with; so all of these functions.
     """
-    return _best(_is_same, prediction, answers, _answer_tokens)
+    return _best(operator.eq, prediction, answers, _answer_tokens)
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
@@ -53,40 +54,28 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
 
     A word is a run of letters and digits; articles count, and nothing is stemmed.
     """
-    return _best(_ordered_overlap, prediction, answers, _words)
+    return _best(_ordered_overlap, prediction, answers, lambda text: _WORD.findall(text.lower()))
 
 
 def _best(
     score: Callable[[Tokens, Tokens], float], prediction: str, answers: Sequence[str], split: Callable[[str], Tokens]
 ) -> float:
+    """Score the prediction's tokens against each answer's, raw where an answer would have none; return the best."""
     if isinstance(answers, str) or not answers:  # a lone text would be taken as its characters
         raise ConfigError(f"answers={answers!r} must be a sequence of at least one text; pass [answer]")
-    return max(score(*_tokens(prediction, answer, split)) for answer in answers)
-
-
-def _tokens(prediction: str, answer: str, split: Callable[[str], Tokens]) -> tuple[Tokens, Tokens]:
-    """Split both texts into tokens; raw where the answer would have none."""
-    wanted = split(answer)
-    return (split(prediction), wanted) if wanted else (prediction.split(), answer.split())
+    scores = []
+    for answer in answers:
+        tokens_of = split if split(answer) else str.split
+        scores.append(float(score(tokens_of(prediction), tokens_of(answer))))
+    return max(scores)
 
 
 def _answer_tokens(text: str) -> Tokens:
     return normalise_answer(text).split()
 
 
-def _words(text: str) -> Tokens:
-    return _WORD.findall(text.lower())
-
-
-def _is_same(predicted: Tokens, wanted: Tokens) -> float:
-    return float(predicted == wanted)
-
-
-def _holds(predicted: Tokens, wanted: Tokens) -> float:
-    if not wanted:
-        return float(not predicted)
-    starts = range(len(predicted) - len(wanted) + 1)
-    return float(any(predicted[at : at + len(wanted)] == wanted for at in starts))
+def _holds(predicted: Tokens, wanted: Tokens) -> bool:
+    return f" {' '.join(wanted)} " in f" {' '.join(predicted)} "  # no token has white space in it
 
 
 def _overlap(predicted: Tokens, wanted: Tokens) -> float:

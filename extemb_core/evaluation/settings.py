@@ -46,11 +46,8 @@ class CommonConfig:
         data: object = self.data
         if isinstance(data, str):  # else each of its letters would be a file
             raise ConfigError(f"data={self.data!r} is one str; pass a tuple of files")
-        require_counts(self, "ratios", "batch_size")
-        if not self.ratios:
-            raise ConfigError("ratios is empty; pass at least one ratio")
-        if self.limit is not None:
-            require_counts(self, "limit")
+        require_counts(self, "ratios", "batch_size", *(("limit",) if self.limit is not None else ()))
+        require_some(self, ratios="at least one ratio")
         whole_number(self.seed, "seed", 0)
 
 
@@ -76,10 +73,7 @@ class PerplexityConfig(CommonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_counts(self, "contexts", "target", "windows")
-        if not self.contexts:
-            raise ConfigError("contexts is empty; pass at least one length")
-        if not self.data:
-            raise ConfigError("data is empty; pass held-out documents")
+        require_some(self, contexts="at least one length", data="held-out documents")
         whole_number(self.sinks, "sinks", 0)
         if self.target < 2:
             raise ConfigError(f"target={self.target}: the first target token is not scored; pass at least 2")
@@ -108,13 +102,11 @@ class QaConfig(CommonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_counts(self, "passages")
-        if not self.data:
-            raise ConfigError("data is empty; pass files of questions")
+        require_some(self, data="files of questions")
         from extemb_core.questions import templates  # needs numpy
 
-        choices = [("template", self.template, ("auto", *templates()))]
-        choices += [("controls", control, CONTROLS) for control in self.controls or ()]
-        for name, value, legal in choices:
+        controls = [("controls", control, CONTROLS) for control in self.controls or ()]
+        for name, value, legal in [("template", self.template, ("auto", *templates())), *controls]:
             if value not in legal:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
 
@@ -167,8 +159,7 @@ class SpeedConfig(CommonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_counts(self, "tokens", "rounds", "new_tokens")
-        if not self.tokens:
-            raise ConfigError("tokens is empty; pass at least one length")
+        require_some(self, tokens="at least one length")
         if self.new_tokens < 2:
             raise ConfigError(f"new_tokens={self.new_tokens}: decoding begins with the second token; pass at least 2")
 
@@ -215,8 +206,14 @@ def require_counts(config: Any, *names: str) -> None:
     """Raise `ConfigError` unless these fields are positive whole numbers, or tuples of distinct ones."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, tuple):
-            if not all(is_count(number) for number in value) or len(set(value)) != len(value):
-                raise ConfigError(f"{name}={value!r} must be distinct positive whole numbers; pass e.g. (4, 8)")
-        else:
+        if not isinstance(value, tuple):
             whole_number(value, name)
+        elif not all(is_count(number) for number in value) or len(set(value)) != len(value):
+            raise ConfigError(f"{name}={value!r} must be distinct positive whole numbers; pass e.g. (4, 8)")
+
+
+def require_some(config: Any, **remedies: str) -> None:
+    """Raise `ConfigError` for a field that is empty; its remedy says what to pass."""
+    for name, remedy in remedies.items():
+        if not getattr(config, name):
+            raise ConfigError(f"{name} is empty; pass {remedy}")

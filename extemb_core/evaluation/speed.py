@@ -79,12 +79,8 @@ class SpeedExperiment(Measured):
         longest = max(config.tokens)
         draw = np.random.default_rng(config.seed)
         self._ids = filler(llm, max(longest, _FIRST_TOKENS), draw, read_filler(llm, config.data))[0]
-        rounds = [
-            (tokens, number)
-            for tokens in sorted(config.tokens)
-            if self.sides(tokens)
-            for number in range(config.rounds)
-        ]
+        fitting = [tokens for tokens in sorted(config.tokens) if self.sides(tokens)]
+        rounds = [(tokens, number) for tokens in fitting for number in range(config.rounds)]
         self._rounds = {f"{tokens}:{number}": (tokens, number) for tokens, number in evenly(rounds, config.limit)}
         self._document: Document | None = None
         self._peaks: dict[str, float | None] = {}
@@ -99,17 +95,11 @@ class SpeedExperiment(Measured):
             document = self._prepared(tokens)
             order = list(document.sides)
             timed = {side: self.answer(side, document) for side in (order[::-1] if number % 2 else order)}
-            rates = [timed[side]["compress_tokens_per_s"] for side in order if "compress_tokens_per_s" in timed[side]]
-            yield {
-                "id": name,
-                "tokens": tokens,
-                "round": number,
-                "compress_tokens_per_s": median(rates) if rates else None,
-                "sides": {
-                    side: timed[side] | {"peak_mib": self._peaks[side], "positions": document.sides[side]}
-                    for side in order
-                },
+            rate = _median_of([timed[side].get("compress_tokens_per_s") for side in order])
+            sides = {
+                side: timed[side] | {"peak_mib": self._peaks[side], "positions": document.sides[side]} for side in order
             }
+            yield {"id": name, "tokens": tokens, "round": number, "compress_tokens_per_s": rate, "sides": sides}
 
     def sides(self, tokens: int) -> dict[str, int]:
         """Return the sides that fit, with the positions that the text takes in each."""
@@ -124,32 +114,26 @@ class SpeedExperiment(Measured):
         return assemble_chat(self.llm, [{"role": "user", "content": [BEFORE, form, AFTER]}])
 
     @torch.no_grad()
-    def answer(self, side: str, document: Document) -> dict[str, float]:
+    def answer(self, side: str, document: Document) -> dict[str, Any]:
         """Answer once and time it."""
         kind, _, ratio = side.partition("/")
-        compressed = None
+        rate = {}
         start = time.perf_counter()
         if kind == "online" and self.embedder is not None:
             (text,) = self.embedder.compress_ids([document.ids], ratio=int(ratio), show_progress=False)
-            compressed = time.perf_counter()
+            rate["compress_tokens_per_s"] = round(len(document.ids) / (time.perf_counter() - start), 3)
             form: Segment = text.part
         else:
             form = document.compressed[int(ratio)] if ratio else document.ids
         _, times = greedy(self.llm, self.prompt(form).inputs(self.llm), self.config.new_tokens)
-        measured = {
-            "first_token_s": round(times[0] - start, 6),
-            "decode_tokens_per_s": round((len(times) - 1) / (times[-1] - times[0]), 3),
-        }
-        if compressed is not None:
-            measured["compress_tokens_per_s"] = round(len(document.ids) / (compressed - start), 3)
-        return measured
+        first_token, decoding = round(times[0] - start, 6), round((len(times) - 1) / (times[-1] - times[0]), 3)
+        return {"first_token_s": first_token, "decode_tokens_per_s": decoding, **rate}
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        tables: dict[str, Any] = {}
-        for tokens in sorted({sample["tokens"] for sample in samples}):
-            rows = [sample["sides"] for sample in samples if sample["tokens"] == tokens]
-            tables[str(tokens)] = {side: _medians(rows, side) for side in rows[0]}
-        return tables
+        tables: dict[str, list[Any]] = {}
+        for sample in sorted(samples, key=lambda sample: sample["tokens"]):
+            tables.setdefault(str(sample["tokens"]), []).append(sample["sides"])
+        return {tokens: {side: _medians(rows, side) for side in rows[0]} for tokens, rows in tables.items()}
 
     def _document_of(self, tokens: int) -> Document:
         ids, sides = self._ids[:tokens], self.sides(tokens)
@@ -201,10 +185,7 @@ def greedy(llm: LLM, prompt: PromptInputs, count: int) -> tuple[list[int], list[
         output = model(**inputs, use_cache=True, logits_to_keep=1)
         ids.append(int(output.logits[0, -1].argmax()))  # waits for the device
         times.append(time.perf_counter())
-        inputs = {
-            "input_ids": torch.tensor([[ids[-1]]], device=llm.device),
-            "past_key_values": output.past_key_values,
-        }
+        inputs = {"input_ids": torch.tensor([[ids[-1]]], device=llm.device), "past_key_values": output.past_key_values}
     return ids, times
 
 
@@ -253,16 +234,15 @@ def _status_mib(name: str) -> float | None:
 def _medians(rows: Sequence[dict[str, dict[str, Any]]], side: str) -> dict[str, Any]:
     """Summarise one side of one length over its rounds."""
     timed = [row[side] for row in rows]
-    peaks = [row["peak_mib"] for row in timed if row["peak_mib"] is not None]
-    over = [row[side]["first_token_s"] / row["full"]["first_token_s"] for row in rows if "full" in row]
-    table = {
-        "n": len(timed),
-        "first_token_s": median(row["first_token_s"] for row in timed),
-        "decode_tokens_per_s": median(row["decode_tokens_per_s"] for row in timed),
-        "peak_mib": median(peaks) if peaks else None,
-        "positions": timed[0]["positions"],
-        "first_token_over_full": median(over) if over else None,
-    }
-    if "compress_tokens_per_s" in timed[0]:
-        table["compress_tokens_per_s"] = median(row["compress_tokens_per_s"] for row in timed)
-    return table
+    names = ("first_token_s", "decode_tokens_per_s", "peak_mib", "compress_tokens_per_s")
+    columns = {name: [row[name] for row in timed] for name in names if name in timed[0]}
+    columns["first_token_over_full"] = [
+        row[side]["first_token_s"] / row["full"]["first_token_s"] for row in rows if "full" in row
+    ]
+    medians = {name: _median_of(values) for name, values in columns.items()}
+    return {"n": len(timed), "positions": timed[0]["positions"]} | medians
+
+
+def _median_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None

@@ -6,6 +6,7 @@ there are, drawn with replacement, and the 2.5% and 97.5% quantiles of what is c
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ _RESAMPLES = 10_000
 _DRAWS_AT_ONCE = 2_000_000  # so that memory does not grow with the number of groups
 
 Values = np.ndarray[Any, Any]
+Arms = Mapping[str, Mapping[str, Any]]
 
 
 def bootstrap_interval(
@@ -53,6 +55,31 @@ def mean_with_interval(values: Values, groups: Values, seed: int = 0, weights: V
         "interval": list(interval) if interval is not None else None,
         "n": len(values),
     }
+
+
+def paired(rows: Sequence[Arms], groups: Values, field: str, *arms: str) -> tuple[list[Values], Values]:
+    """Return a field of some arms on the rows that have all of them, (N,) each, and those rows' groups.
+
+    Args:
+        rows: W of them, arm -> fields.
+        groups: (W,) the document of each row.
+        field: Of the arms.
+        arms: Their names.
+    """
+    having = [at for at, row in enumerate(rows) if all(arm in row for arm in arms)]
+    return [np.array([rows[at][arm][field] for at in having], dtype=float) for arm in arms], groups[having]
+
+
+def differences(
+    rows: Sequence[Arms], groups: Values, field: str, arm: str, others: Mapping[str, str], seed: int = 0
+) -> dict[str, Any]:
+    """Compute the mean of an arm less each of the `others`, by name, on the rows that have both; none without any."""
+    means = {}
+    for name, other in others.items():
+        (values, other_values), documents = paired(rows, groups, field, arm, other)
+        if len(documents):
+            means[name] = mean_with_interval(values - other_values, documents, seed)
+    return means
 
 
 def share(numerator: Values, denominator: Values, groups: Values, seed: int = 0) -> dict[str, Any]:

@@ -28,25 +28,25 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(place: Path) -> Iterator[Path]:
-    """A name to write a file under, beside its place: it takes the place at the end, and is gone after an error.
+def atomic_write(file: Path) -> Iterator[Path]:
+    """Yield a name to write a file under, beside it: it becomes the file at the end, and is gone after an error.
 
     What processes left there that were killed is removed an hour later.
     """
-    name = place.name[:_NAME_CHARS]
-    for left in place.parent.glob(f".{glob.escape(name)}.*.tmp"):
+    name = file.name[:_NAME_CHARS]
+    for leftover in file.parent.glob(f".{glob.escape(name)}.*.tmp"):
         with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
-                left.unlink()
-    temporary = place.with_name(f".{name}.{os.getpid()}.tmp")
+            if time.time() - leftover.stat().st_mtime > _LEFT_SECONDS:
+                leftover.unlink()
+    temporary = file.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that only their owner reads
         fsync(temporary)
-        temporary.replace(place)
-        fsync(place.parent)
+        temporary.replace(file)
+        fsync(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -58,13 +58,13 @@ def atomic_write_text(file: Path, text: str) -> None:
 
 
 def sha256_of(file: Path) -> str:
-    """The hash of a file, read block by block."""
+    """Compute the hash of a file, read block by block."""
     with file.open("rb") as stream:
         return sha256_of_stream(stream)
 
 
 def sha256_of_stream(stream: BinaryIO) -> str:
-    """The hash of what is left of a stream, read block by block."""
+    """Compute the hash of what is left of a stream, read block by block."""
     digest = hashlib.sha256()
     while block := stream.read(_BLOCK_BYTES):
         digest.update(block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +18,12 @@ Item = TypeVar("Item")
 
 
 def is_jsonl(file: Path) -> bool:
-    """Whether a file's name says that it holds JSON Lines."""
+    """Tell whether a file's name says that it holds JSON Lines."""
     return file.name.removesuffix(".zst").endswith(".jsonl")
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a .jsonl or .jsonl.zst file with their line numbers, from 1; empty lines are passed over.
+    """Read the rows of a .jsonl or .jsonl.zst file with their line numbers, from 1; empty lines are passed over.
 
     Raises:
         DocumentError: A line is not a JSON object in UTF-8, or the compressed data is damaged.
@@ -30,11 +31,10 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(_lines(_blocks_of(file)), 1):
         if not line.strip():
             continue
+        text = _decoded(line, file, number)
         try:
-            row = json.loads(_decoded(line, file, number))
+            row = json.loads(text)
         except ValueError as error:
-            if isinstance(error, DocumentError):
-                raise
             raise DocumentError(f"{file}, line {number}: not JSON ({error}); mend or drop the row") from error
         if not isinstance(row, dict):
             raise DocumentError(f"{file}, line {number}: a JSON {type(row).__name__}, not an object; mend the row")
@@ -42,7 +42,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_text_file(file: Path) -> str:
-    """The text of a file that is not rows."""
+    """Read the text of a file that is not rows."""
     return _decoded(b"".join(_blocks_of(file)), file, 1)
 
 
@@ -54,12 +54,11 @@ def _blocks_of(file: Path) -> Iterator[bytes]:
 
 def _blocks(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            yield block
+        yield from iter(partial(stream.read, _BLOCK_BYTES), b"")
 
 
 def _decompressed(file: Path) -> Iterator[bytes]:
-    """All frames of a .zst file. The package's own stream reader takes a file cut short for a whole one."""
+    """Decompress all frames of a .zst file. The package's own stream reader takes a file cut short for a whole one."""
     try:
         import zstandard
     except ImportError as error:
@@ -96,7 +95,7 @@ def _decoded(data: bytes, file: Path, line: int) -> str:
 
 
 def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """At most `limit` of some items, evenly from all of them, so that every part of a file has its share."""
+    """Choose at most `limit` items, evenly from all of them, so that every part of a file has its share."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[int(at)] for at in np.linspace(0, len(items) - 1, limit)]
