@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
+from langchain_core.load import dumpd
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
 from langchain_core.prompts import ChatPromptTemplate
 from tiny import SENTENCES, random_embedder, tiny_llm
@@ -23,6 +24,7 @@ from extemb_core.errors import BudgetError, ConfigError, DocumentError
 from extemb_core.models import generation
 from extemb_core.models.llm import LLM
 from langchain_extemb import ChatExtensible
+from langchain_extemb.messages import to_messages
 
 
 def fates(message):
@@ -91,6 +93,66 @@ def test_the_documents_of_a_retriever_tool_take_the_place_of_its_text(chat, docu
     plain = chat.invoke([HumanMessage("How many ships?"), called, ToolMessage("none", tool_call_id="1", artifact=[])])
     assert fates(plain) == []
     assert message.usage_metadata["input_tokens"] < plain.usage_metadata["input_tokens"] + 80
+
+
+def as_mappings(documents):
+    """What a checkpointer gives back."""
+    return [one.model_dump() for one in documents]
+
+
+@pytest.mark.parametrize("keep", [list, tuple, as_mappings, dumpd], ids=["live", "tuple", "checkpoint", "dumped"])
+def test_what_a_tool_says_beside_its_documents_is_read(lm, documents, keep):
+    said = "\n\n".join(f"Source: {one.metadata['source']}\n{one.page_content}" for one in documents)
+    tool = ToolMessage(said, tool_call_id="1", artifact=keep(documents))
+    (message,) = to_messages([tool], lm.refs)
+    ships, wires = message["content"][1], message["content"][3]
+    assert message["content"] == ["Source: ships.txt\n", ships, "\n\nSource: wires.txt\n", wires]
+    assert [ships.text, wires.text] == [one.page_content for one in documents]
+    assert [ships.source, wires.source] == ["ships.txt", "wires.txt"]
+
+
+@pytest.mark.parametrize("artifact", [None, [], "rows", [1, 2], {"rows": 3}, [Document("Monday: 17.")]])
+def test_an_artifact_that_the_content_does_not_hold_is_not_read(lm, artifact):
+    tool = ToolMessage("The Monday: 17.5 of it.", tool_call_id="1", artifact=artifact)
+    assert to_messages([tool], lm.refs)[0]["content"] in (
+        ["The Monday: 17.5 of it."],
+        ["The ", "Monday: 17.", "5 of it."],
+    )
+    if artifact != [Document("Monday: 17.")]:
+        return
+    tool = ToolMessage([{"type": "text", "text": "Paid on Monday: 17."}], tool_call_id="1", artifact=artifact)
+    assert [str(getattr(part, "text", part)) for part in to_messages([tool], lm.refs)[0]["content"]] == [
+        "Paid on ",
+        "Monday: 17.",
+    ]
+
+
+def test_equal_and_nested_documents_of_a_tool_take_one_place_each(lm):
+    long, short = "The mill was built in 1820 by Ada Moss.", "in 1820"
+    artifact = [Document(short), Document(long), Document(long), Document("")]
+    content = to_messages([ToolMessage(f"{long} {long} And {short}.", tool_call_id="1", artifact=artifact)], lm.refs)
+    assert [part if isinstance(part, str) else [part.text] for part in content[0]["content"]] == [
+        [long], " ", [long], " And ", [short], "."]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "thinking", "thinking": "..."},
+        {"type": "redacted_thinking", "data": "..."},
+        {"type": "refusal", "refusal": "I may not."},
+        {"type": "function_call", "name": "find", "arguments": "{}", "call_id": "1"},
+        {"type": "server_tool_call", "name": "web_search", "args": {}, "id": "1"},
+        {"type": "non_standard", "value": {}},
+        {"cachePoint": {"type": "default"}},
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+    ],
+)
+def test_traces_of_other_models_in_a_history_are_left_out(lm, block):
+    text = {"type": "text", "text": "In 1820."}
+    assert to_messages([AIMessage([text, block])], lm.refs)[0]["content"] == ["In 1820."]
+    with pytest.raises(DocumentError, match="holds no text"):
+        to_messages([HumanMessage([text, block])], lm.refs)
 
 
 @pytest.mark.parametrize(
