@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import subprocess
 import sys
 import threading
@@ -14,16 +15,26 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
 from langchain_core.load import dumpd
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+    message_chunk_to_message,
+    trim_messages,
+)
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
 from tiny import SENTENCES, random_embedder, tiny_llm
 
 import langchain_extemb
 from extemb_core import EmbeddingStore, ExtensibleLM
-from extemb_core.errors import BudgetError, ConfigError, DocumentError
+from extemb_core.errors import BudgetError, ConfigError, DocumentError, ExtembError
 from extemb_core.models import generation
 from extemb_core.models.llm import LLM
-from langchain_extemb import ChatExtensible
+from langchain_extemb import ChatExtensible, ExtensibleLLM
+from langchain_extemb.chat import _as_chunk
 from langchain_extemb.messages import to_messages
 
 
@@ -510,3 +521,86 @@ async def test_a_conversation_of_a_checkpointer_goes_on_past_three_windows(chat,
         ][-1].response_metadata["extemb"]["documents"]
         == []
     )
+
+
+@pytest.mark.parametrize("stop", ["END", ["END"]])
+def test_a_text_that_ends_an_answer_is_one_text(lm, stop):
+    whole = ChatExtensible.from_lm(lm, max_tokens=4).invoke("How many?").content
+    assert ChatExtensible.from_lm(lm, max_tokens=4, stop=stop).invoke("How many?").content == whole
+    assert ChatExtensible.from_lm(lm, max_tokens=4).invoke("How many?", stop=stop).content == whole
+    assert ChatExtensible.from_lm(lm, max_tokens=4).bind(stop=stop).invoke("How many?").content == whole
+    assert ChatExtensible.from_lm(lm, stop=stop)._get_ls_params()["ls_stop"] == ["END"]
+
+
+def unloadable(kind):
+    return kind.from_model_id("no/such/folder/", max_tokens=4)
+
+
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+def test_a_model_that_cannot_be_loaded_fails_in_each_call(kind):
+    plan_b = RunnableLambda(lambda question: "plan B")
+    for model in (unloadable(kind).with_fallbacks([plan_b]),):
+        assert model.invoke("Hello") == "plan B"
+        assert model.batch(["Hello", "Hi"]) == ["plan B"] * 2
+        assert asyncio.run(model.abatch(["Hello", "Hi"])) == ["plan B"] * 2
+    failed = unloadable(kind).batch(["Hello", "Hi"], return_exceptions=True)
+    assert [isinstance(one, ExtembError) for one in failed] == [True, True]
+
+
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+@pytest.mark.parametrize("call", ["ainvoke", "astream", "abatch"])
+def test_weights_are_not_loaded_on_the_event_loop(kind, call, lm, monkeypatch):
+    threads = []
+
+    def load(*args, **settings):
+        threads.append(threading.current_thread())
+        return lm
+
+    monkeypatch.setattr("extemb_core.frameworks.settings.share", load)
+    model = kind.from_model_id("tiny", max_tokens=2)
+
+    async def ask():
+        loop = threading.current_thread()
+        if call == "astream":
+            async for _ in model.astream("Hello"):
+                pass
+        else:
+            await getattr(model, call)("Hello" if call == "ainvoke" else ["Hello"])
+        return loop
+
+    loop = asyncio.run(ask())
+    assert threads
+    assert threads[0] is not loop
+
+
+def test_a_call_that_is_cut_off_is_invalid_also_when_streamed():
+    cut = '{"name": "add", "arguments": {"a": 2, "b'
+    bad = {"name": None, "args": cut, "id": "1", "error": "no call of a tool in JSON", "type": "invalid_tool_call"}
+    good = {"name": "add", "args": {"a": 1}, "id": "2", "type": "tool_call"}
+    for calls in ([], [good]):
+        chunk = _as_chunk(AIMessage("", tool_calls=calls, invalid_tool_calls=[bad])).message
+        for message in (chunk, chunk + AIMessageChunk(""), message_chunk_to_message(chunk + AIMessageChunk(""))):
+            assert [call["name"] for call in message.tool_calls] == [call["name"] for call in calls]
+            assert [json.loads(call["args"]) for call in message.invalid_tool_calls] == [cut]
+
+
+def test_the_cache_of_an_llm_knows_documents_and_settings_of_a_call(lm, documents):
+    cached = ExtensibleLLM.from_lm(lm, max_tokens=3, ratio=4, cache=InMemoryCache())
+
+    def read(**settings):
+        (answer,) = cached.generate(["In short:"], **settings).generations[0]
+        return [one["source"] for one in answer.generation_info["extemb"]["documents"]]
+
+    assert read(documents=[documents[0]]) == ["ships.txt"]
+    assert read(documents=[documents[1]]) == ["wires.txt"]
+    assert read() == []
+    answers = [asyncio.run(cached.agenerate(["In short:"], documents=[one])) for one in documents]
+    told = [answer.generations[0][0].generation_info["extemb"]["documents"][0]["source"] for answer in answers]
+    assert told == ["ships.txt", "wires.txt"]
+    assert len(cached.invoke("How many?", max_tokens=1)) < len(cached.invoke("How many?"))
+    hits = []
+    cached.cache.lookup = lambda *key: hits.append(key)
+    cached.invoke("How many?", max_tokens=2)
+    assert not hits
+    cached.invoke("How many?")
+    assert hits
