@@ -30,12 +30,11 @@ class ExtensibleLLM(LoadedInThread, BaseLLM):
 
     def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
         """Continue several prompts; see LangChain."""
-        return BaseLLM.generate(self._uncached(kwargs), *args, **kwargs)
+        return super(ExtensibleLLM, self._uncached(kwargs)).generate(*args, **kwargs)
 
     async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
         """Continue several prompts; see LangChain."""
-        await self._load()
-        return await BaseLLM.agenerate(self._uncached(kwargs), *args, **kwargs)
+        return await super(ExtensibleLLM, self._uncached(kwargs)).agenerate(*args, **kwargs)
 
     def _uncached(self, settings: dict[str, Any]) -> Self:
         """Return this model, or one that uses no cache where a call has settings of its own."""

@@ -604,3 +604,26 @@ def test_the_cache_of_an_llm_knows_documents_and_settings_of_a_call(lm, document
     assert not hits
     cached.invoke("How many?")
     assert hits
+
+
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+def test_documents_that_come_one_by_one_are_the_same_for_every_prompt_and_the_cache(kind, lm, documents):
+    model = kind.from_lm(lm, max_tokens=2, ratio=4, cache=InMemoryCache())
+    whole = kind.from_lm(lm, max_tokens=2, ratio=4)
+    for one in documents * 2:
+        asked = [model.invoke("How many?", documents=iter([one])), whole.invoke("How many?", documents=[one])]
+        assert len(set(text_of(asked))) == 1
+        if kind is ChatExtensible:
+            assert fates(asked[0]) == fates(asked[1])
+    expected = whole.batch(["How many?", "Why?"], documents=documents)
+    for at_once in (1, 2):
+        config = {"max_concurrency": at_once}
+        assert text_of(model.batch(["How many?", "Why?"], config, documents=iter(documents))) == text_of(expected)
+        answers = asyncio.run(model.abatch(["How many?", "Why?"], config, documents=(one for one in documents)))
+        assert text_of(answers) == text_of(expected)
+    bound = model.bind(documents=filter(None, documents))
+    assert text_of([bound.invoke("How many?"), bound.invoke("Why?")]) == text_of(expected)
+
+
+def text_of(answers):
+    return [getattr(answer, "content", answer) for answer in answers]
