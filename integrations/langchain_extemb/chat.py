@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
 
-class ChatExtensible(LoadedInThread, BaseChatModel):
+class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bind of any runnable
     """Frozen LLM whose documents are compressed instead of truncated.
 
     ```python
