@@ -82,8 +82,8 @@ class GenerationSettings(ModelSettings):
     """Of tokens that stand there already; 1 is off."""
     seed: int | None = None
     """Makes sampling repeatable."""
-    stop: list[str] | None = None
-    """Texts that end an answer."""
+    stop: str | list[str] | None = None
+    """Text that ends an answer, or several."""
 
     def _lm_of(self, settings: Mapping[str, Any]) -> ExtensibleLM:
         """Return the model of one call, which may name another than this object's."""
@@ -119,7 +119,7 @@ class GenerationSettings(ModelSettings):
             "extemb": {"documents": documents, "budget": answer.budget, "seconds": dict(answer.seconds)},
         }
 
-    def _call_settings(self, stop: list[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _call_settings(self, stop: str | list[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of one call, for `ExtensibleLM.stream`, without its documents.
 
         Raises:
@@ -134,7 +134,8 @@ class GenerationSettings(ModelSettings):
             name: settings[name] if settings.get(name) is not None else getattr(self, name) for name in _OF_ANSWER
         }
         chosen["max_new_tokens"] = chosen.pop("max_tokens")
-        return chosen | {"stop": [*(stop or self.stop or [])]}
+        stop = stop or self.stop or []
+        return chosen | {"stop": [stop] if isinstance(stop, str) else [*stop]}
 
     @property
     def _identifying_params(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -22,9 +23,10 @@ from typing_extensions import Self
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools
+from extemb_core.errors import ExtembError
 from extemb_core.frameworks.aio import MAX_CONCURRENCY, AsyncAnswerStream, in_thread, until_cancelled
-from extemb_core.frameworks.settings import GenerationSettings
 from extemb_core.weights.resolve import window_of
+from langchain_extemb.loading import LoadedInThread
 from langchain_extemb.messages import to_documents, to_messages
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
 
-class ChatExtensible(GenerationSettings, BaseChatModel):
+class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bind of any runnable
     """Frozen LLM whose documents are compressed instead of truncated.
 
     ```python
@@ -92,8 +94,8 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
             ls_temperature=kwargs.get("temperature", self.temperature),
             ls_max_tokens=kwargs.get("max_tokens", self.max_tokens),
         )
-        if stop or self.stop:
-            params["ls_stop"] = stop or self.stop or []
+        if given := self._call_settings(stop, {})["stop"]:
+            params["ls_stop"] = given
         return params
 
     # -- answers ----------------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
         if not inputs:
             return []
         configs, at_once = _at_once(config, len(inputs))
-        with self._lm_of(kwargs).batcher.announce(at_once):
+        with self._announced(at_once, kwargs):
             return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     async def abatch(
@@ -181,8 +183,9 @@ class ChatExtensible(GenerationSettings, BaseChatModel):
         if not inputs:
             return []
         configs, at_once = _at_once(config, len(inputs))
-        lm = await in_thread(self._lm_of, kwargs)
-        with lm.batcher.announce(at_once):
+        with contextlib.suppress(ExtembError):  # which each of the calls will meet
+            await in_thread(self._lm_of, kwargs)
+        with self._announced(at_once, kwargs):
             return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     def bind_tools(
@@ -277,7 +280,8 @@ def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:
     """Return a whole message as the one chunk of a stream: a tool call is incomplete before its end."""
     assert isinstance(message, AIMessage)
     calls = [(call["name"], json.dumps(call["args"]), call["id"]) for call in message.tool_calls]
-    invalid = [(call["name"], call["args"], call["id"]) for call in message.invalid_tool_calls]
+    # As a JSON string: LangChain completes the JSON of a chunk, and would make a call of one that was cut off.
+    invalid = [(call["name"], json.dumps(call["args"]), call["id"]) for call in message.invalid_tool_calls]
     chunk = AIMessageChunk(
         content=message.content,
         tool_call_chunks=[

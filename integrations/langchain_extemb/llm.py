@@ -8,21 +8,37 @@ from typing import Any
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from typing_extensions import Self
 
 from extemb_core.answers import AnswerStream
-from extemb_core.frameworks.settings import GenerationSettings
+from langchain_extemb.loading import LoadedInThread
 from langchain_extemb.messages import to_documents
 
+_OF_LANGCHAIN = {"prompts", "stop", "callbacks", "tags", "metadata", "run_name", "run_id"}  # of `generate` itself
 
-class ExtensibleLLM(GenerationSettings, BaseLLM):
+
+class ExtensibleLLM(LoadedInThread, BaseLLM):
     """Frozen LLM that continues a prompt, without a chat template; documents are compressed instead of truncated.
 
-    `documents=` of a call stand before each prompt; refs in a prompt are read where they stand.
+    `documents=` of a call stand before each prompt; refs in a prompt are read where they stand. LangChain's cache keeps
+    nothing of calls with documents or settings of their own: it knows an answer by prompt and object alone.
     """
 
     @property
     def _llm_type(self) -> str:
         return "extemb"
+
+    def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
+        """Continue several prompts; see LangChain."""
+        return super(ExtensibleLLM, self._uncached(kwargs)).generate(*args, **kwargs)
+
+    async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
+        """Continue several prompts; see LangChain."""
+        return await super(ExtensibleLLM, self._uncached(kwargs)).agenerate(*args, **kwargs)
+
+    def _uncached(self, settings: dict[str, Any]) -> Self:
+        """Return this model, or one that uses no cache where a call has settings of its own."""
+        return self.model_copy(update={"cache": False}) if settings.keys() - _OF_LANGCHAIN else self
 
     def _generate(
         self,

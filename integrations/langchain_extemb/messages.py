@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.documents import Document as LangChainDocument
@@ -15,7 +17,8 @@ from extemb_core.errors import DocumentError
 if TYPE_CHECKING:
     from extemb_core.frameworks.refs import Refs
 
-_SILENT = {"reasoning", "tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "thinking"}
+logger = logging.getLogger(__name__)
+
 _TEXTS = {"text", "input_text", "output_text"}
 
 _ROLES: dict[type[BaseMessage], str] = {
@@ -31,11 +34,12 @@ Part = str | Document
 def to_messages(messages: Iterable[BaseMessage], refs: Refs) -> list[dict[str, Any]]:
     """Return messages with "role" and "content", a list of texts and documents.
 
-    Documents are found in `text-plain`, `document` and `search_result` blocks, in the artifact of a tool's message, and
-    behind refs in text.
+    Documents are found in `text-plain`, `document` and `search_result` blocks, behind refs in text, and where the text
+    of a tool's message holds that of documents in its artifact.
 
     Raises:
-        DocumentError: A block holds what is no text, or a ref's document is not kept any more.
+        DocumentError: A block of another than the assistant holds what is no text, or a ref's document is not kept any
+            more.
     """
     converted: list[dict[str, Any]] = []
     for message in messages:
@@ -89,25 +93,46 @@ def _role(message: BaseMessage) -> str:
 
 
 def _parts(message: BaseMessage) -> list[Part]:
-    artifact = getattr(message, "artifact", None)
-    if isinstance(artifact, Sequence) and artifact and all(isinstance(one, LangChainDocument) for one in artifact):
-        # What the tool retrieved; the content is the same once more, as one text.
-        parts: list[Part] = []
-        for one in artifact:
-            parts += ["\n\n", Document.from_any(one)] if parts else [Document.from_any(one)]
-        return parts
     content = message.content
-    if isinstance(content, str):
-        return [content]
-    return [part for block in content for part in _of_block(block)]
+    blocks = [content] if isinstance(content, str) else content
+    # What the assistant's turns hold besides text are traces of other models: reasoning, refusals, calls on a server.
+    parts = [part for block in blocks for part in _of_block(block, lenient=isinstance(message, AIMessage))]
+    documents = list(_retrieved(getattr(message, "artifact", None)))
+    if not documents:
+        return parts
+    return [piece for part in parts for piece in (_replaced(part, documents) if isinstance(part, str) else [part])]
 
 
-def _of_block(block: Any) -> list[Part]:
+def _retrieved(artifact: Any) -> Iterator[Document]:
+    """Yield the documents of a tool's artifact; a checkpoint gives them back as mappings."""
+    for one in artifact if isinstance(artifact, Sequence) and not isinstance(artifact, str | bytes) else [artifact]:
+        if isinstance(one, Mapping) and isinstance(
+            one.get("kwargs"), Mapping
+        ):  # as langchain_core.load.dumpd writes it
+            one = one["kwargs"]
+        if isinstance(one, LangChainDocument) or (
+            isinstance(one, Mapping) and isinstance(one.get("page_content"), str)
+        ):
+            yield Document.from_any(one)
+
+
+def _replaced(text: str, documents: Sequence[Document]) -> list[Part]:
+    """Put documents in the place of their own text, once each, longest first; all else that the tool said stays."""
+    parts: list[Part] = [text]
+    for document in sorted(documents, key=lambda document: -len(document.text)):
+        pattern = rf"(?<!\w){re.escape(document.text.strip())}(?!\w)"
+        for at, part in enumerate(parts):
+            if isinstance(part, str) and document.text.strip() and (match := re.search(pattern, part)):
+                parts[at : at + 1] = [part[: match.start()], document, part[match.end() :]]
+                break
+    return [part for part in parts if part]
+
+
+def _of_block(block: Any, *, lenient: bool = False) -> list[Part]:
+    """Return the texts and documents of a content block; none of a foreign one where that is `lenient`."""
     if isinstance(block, str):
         return [block]
     kind = block.get("type")
-    if kind in _SILENT:
-        return []
     if kind in _TEXTS or (kind is None and isinstance(block.get("text"), str)):
         return [str(block.get("text", ""))]
     if kind == "text-plain" and isinstance(block.get("text"), str):
@@ -120,6 +145,9 @@ def _of_block(block: Any) -> list[Part]:
             return [_titled(_joined(source.get("content")), block)]
     if kind == "search_result":
         return [_titled(_joined(block.get("content")), block)]
+    if lenient:
+        logger.debug("a content block of type %r in the assistant's turn is left out", kind)
+        return []
     raise DocumentError(
         f"a content block of type {kind!r} holds no text that can be read here; pass text, text-plain, document (of "
         "text) and search_result blocks"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import subprocess
 import sys
 import threading
@@ -13,16 +14,28 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
+from langchain_core.load import dumpd
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+    message_chunk_to_message,
+    trim_messages,
+)
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
 from tiny import SENTENCES, random_embedder, tiny_llm
 
 import langchain_extemb
 from extemb_core import EmbeddingStore, ExtensibleLM
-from extemb_core.errors import BudgetError, ConfigError, DocumentError
+from extemb_core.errors import BudgetError, ConfigError, DocumentError, ExtembError
 from extemb_core.models import generation
 from extemb_core.models.llm import LLM
-from langchain_extemb import ChatExtensible
+from langchain_extemb import ChatExtensible, ExtensibleLLM
+from langchain_extemb.chat import _as_chunk
+from langchain_extemb.messages import to_messages
 
 
 def fates(message):
@@ -91,6 +104,66 @@ def test_the_documents_of_a_retriever_tool_take_the_place_of_its_text(chat, docu
     plain = chat.invoke([HumanMessage("How many ships?"), called, ToolMessage("none", tool_call_id="1", artifact=[])])
     assert fates(plain) == []
     assert message.usage_metadata["input_tokens"] < plain.usage_metadata["input_tokens"] + 80
+
+
+def as_mappings(documents):
+    """What a checkpointer gives back."""
+    return [one.model_dump() for one in documents]
+
+
+@pytest.mark.parametrize("keep", [list, tuple, as_mappings, dumpd], ids=["live", "tuple", "checkpoint", "dumped"])
+def test_what_a_tool_says_beside_its_documents_is_read(lm, documents, keep):
+    said = "\n\n".join(f"Source: {one.metadata['source']}\n{one.page_content}" for one in documents)
+    tool = ToolMessage(said, tool_call_id="1", artifact=keep(documents))
+    (message,) = to_messages([tool], lm.refs)
+    ships, wires = message["content"][1], message["content"][3]
+    assert message["content"] == ["Source: ships.txt\n", ships, "\n\nSource: wires.txt\n", wires]
+    assert [ships.text, wires.text] == [one.page_content for one in documents]
+    assert [ships.source, wires.source] == ["ships.txt", "wires.txt"]
+
+
+@pytest.mark.parametrize("artifact", [None, [], "rows", [1, 2], {"rows": 3}, [Document("Monday: 17.")]])
+def test_an_artifact_that_the_content_does_not_hold_is_not_read(lm, artifact):
+    tool = ToolMessage("The Monday: 17.5 of it.", tool_call_id="1", artifact=artifact)
+    assert to_messages([tool], lm.refs)[0]["content"] in (
+        ["The Monday: 17.5 of it."],
+        ["The ", "Monday: 17.", "5 of it."],
+    )
+    if artifact != [Document("Monday: 17.")]:
+        return
+    tool = ToolMessage([{"type": "text", "text": "Paid on Monday: 17."}], tool_call_id="1", artifact=artifact)
+    assert [str(getattr(part, "text", part)) for part in to_messages([tool], lm.refs)[0]["content"]] == [
+        "Paid on ",
+        "Monday: 17.",
+    ]
+
+
+def test_equal_and_nested_documents_of_a_tool_take_one_place_each(lm):
+    long, short = "The mill was built in 1820 by Ada Moss.", "in 1820"
+    artifact = [Document(short), Document(long), Document(long), Document("")]
+    content = to_messages([ToolMessage(f"{long} {long} And {short}.", tool_call_id="1", artifact=artifact)], lm.refs)
+    assert [part if isinstance(part, str) else [part.text] for part in content[0]["content"]] == [
+        [long], " ", [long], " And ", [short], "."]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "thinking", "thinking": "..."},
+        {"type": "redacted_thinking", "data": "..."},
+        {"type": "refusal", "refusal": "I may not."},
+        {"type": "function_call", "name": "find", "arguments": "{}", "call_id": "1"},
+        {"type": "server_tool_call", "name": "web_search", "args": {}, "id": "1"},
+        {"type": "non_standard", "value": {}},
+        {"cachePoint": {"type": "default"}},
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+    ],
+)
+def test_traces_of_other_models_in_a_history_are_left_out(lm, block):
+    text = {"type": "text", "text": "In 1820."}
+    assert to_messages([AIMessage([text, block])], lm.refs)[0]["content"] == ["In 1820."]
+    with pytest.raises(DocumentError, match="holds no text"):
+        to_messages([HumanMessage([text, block])], lm.refs)
 
 
 @pytest.mark.parametrize(
@@ -448,3 +521,109 @@ async def test_a_conversation_of_a_checkpointer_goes_on_past_three_windows(chat,
         ][-1].response_metadata["extemb"]["documents"]
         == []
     )
+
+
+@pytest.mark.parametrize("stop", ["END", ["END"]])
+def test_a_text_that_ends_an_answer_is_one_text(lm, stop):
+    whole = ChatExtensible.from_lm(lm, max_tokens=4).invoke("How many?").content
+    assert ChatExtensible.from_lm(lm, max_tokens=4, stop=stop).invoke("How many?").content == whole
+    assert ChatExtensible.from_lm(lm, max_tokens=4).invoke("How many?", stop=stop).content == whole
+    assert ChatExtensible.from_lm(lm, max_tokens=4).bind(stop=stop).invoke("How many?").content == whole
+    assert ChatExtensible.from_lm(lm, stop=stop)._get_ls_params()["ls_stop"] == ["END"]
+
+
+def unloadable(kind):
+    return kind.from_model_id("no/such/folder/", max_tokens=4)
+
+
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+def test_a_model_that_cannot_be_loaded_fails_in_each_call(kind):
+    plan_b = RunnableLambda(lambda question: "plan B")
+    for model in (unloadable(kind).with_fallbacks([plan_b]),):
+        assert model.invoke("Hello") == "plan B"
+        assert model.batch(["Hello", "Hi"]) == ["plan B"] * 2
+        assert asyncio.run(model.abatch(["Hello", "Hi"])) == ["plan B"] * 2
+    failed = unloadable(kind).batch(["Hello", "Hi"], return_exceptions=True)
+    assert [isinstance(one, ExtembError) for one in failed] == [True, True]
+
+
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+@pytest.mark.parametrize("call", ["ainvoke", "astream", "abatch"])
+def test_weights_are_not_loaded_on_the_event_loop(kind, call, lm, monkeypatch):
+    threads = []
+
+    def load(*args, **settings):
+        threads.append(threading.current_thread())
+        return lm
+
+    monkeypatch.setattr("extemb_core.frameworks.settings.share", load)
+    model = kind.from_model_id("tiny", max_tokens=2)
+
+    async def ask():
+        loop = threading.current_thread()
+        if call == "astream":
+            async for _ in model.astream("Hello"):
+                pass
+        else:
+            await getattr(model, call)("Hello" if call == "ainvoke" else ["Hello"])
+        return loop
+
+    loop = asyncio.run(ask())
+    assert threads
+    assert threads[0] is not loop
+
+
+def test_a_call_that_is_cut_off_is_invalid_also_when_streamed():
+    cut = '{"name": "add", "arguments": {"a": 2, "b'
+    bad = {"name": None, "args": cut, "id": "1", "error": "no call of a tool in JSON", "type": "invalid_tool_call"}
+    good = {"name": "add", "args": {"a": 1}, "id": "2", "type": "tool_call"}
+    for calls in ([], [good]):
+        chunk = _as_chunk(AIMessage("", tool_calls=calls, invalid_tool_calls=[bad])).message
+        for message in (chunk, chunk + AIMessageChunk(""), message_chunk_to_message(chunk + AIMessageChunk(""))):
+            assert [call["name"] for call in message.tool_calls] == [call["name"] for call in calls]
+            assert [json.loads(call["args"]) for call in message.invalid_tool_calls] == [cut]
+
+
+def test_the_cache_of_an_llm_knows_documents_and_settings_of_a_call(lm, documents):
+    cached = ExtensibleLLM.from_lm(lm, max_tokens=3, ratio=4, cache=InMemoryCache())
+
+    def read(**settings):
+        (answer,) = cached.generate(["In short:"], **settings).generations[0]
+        return [one["source"] for one in answer.generation_info["extemb"]["documents"]]
+
+    assert read(documents=[documents[0]]) == ["ships.txt"]
+    assert read(documents=[documents[1]]) == ["wires.txt"]
+    assert read() == []
+    answers = [asyncio.run(cached.agenerate(["In short:"], documents=[one])) for one in documents]
+    told = [answer.generations[0][0].generation_info["extemb"]["documents"][0]["source"] for answer in answers]
+    assert told == ["ships.txt", "wires.txt"]
+    assert len(cached.invoke("How many?", max_tokens=1)) < len(cached.invoke("How many?"))
+    hits = []
+    cached.cache.lookup = lambda *key: hits.append(key)
+    cached.invoke("How many?", max_tokens=2)
+    assert not hits
+    cached.invoke("How many?")
+    assert hits
+
+
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+def test_documents_that_come_one_by_one_are_the_same_for_every_prompt_and_the_cache(kind, lm, documents):
+    model = kind.from_lm(lm, max_tokens=2, ratio=4, cache=InMemoryCache())
+    whole = kind.from_lm(lm, max_tokens=2, ratio=4)
+    for one in documents * 2:
+        asked = [model.invoke("How many?", documents=iter([one])), whole.invoke("How many?", documents=[one])]
+        assert len(set(text_of(asked))) == 1
+        if kind is ChatExtensible:
+            assert fates(asked[0]) == fates(asked[1])
+    expected = whole.batch(["How many?", "Why?"], documents=documents)
+    for at_once in (1, 2):
+        config = {"max_concurrency": at_once}
+        assert text_of(model.batch(["How many?", "Why?"], config, documents=iter(documents))) == text_of(expected)
+        answers = asyncio.run(model.abatch(["How many?", "Why?"], config, documents=(one for one in documents)))
+        assert text_of(answers) == text_of(expected)
+    bound = model.bind(documents=filter(None, documents))
+    assert text_of([bound.invoke("How many?"), bound.invoke("Why?")]) == text_of(expected)
+
+
+def text_of(answers):
+    return [getattr(answer, "content", answer) for answer in answers]

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from llama_index.core import SummaryIndex
 from llama_index.core.base.llms import types
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -22,12 +23,13 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
+from llama_index.core.schema import TextNode
 from tiny import SENTENCES
 
 from extemb_core import EmbeddingStore, ExtensibleLM
-from extemb_core.errors import BudgetError, ConfigError, DocumentError
+from extemb_core.errors import ConfigError, ExtembError
 from extemb_core.models import generation
-from llama_index.llms.extemb import ExtensibleLLM
+from llama_index.llms.extemb import ExtensibleLLM, ExtensibleLLMError
 
 QUESTION = "How many ships?"
 
@@ -95,7 +97,7 @@ def test_documents_of_files(llm, tmp_path):
     ],
 )
 def test_blocks_without_text_are_an_error(llm, block, said):
-    with pytest.raises(DocumentError, match=said):
+    with pytest.raises(ExtensibleLLMError, match=said):
         llm.chat([ChatMessage(blocks=[block, TextBlock(text="?")])])
 
 
@@ -121,8 +123,34 @@ def test_settings_of_a_call_go_before_those_of_the_object(llm, lm):
     assert llm.complete(QUESTION, max_tokens=2).raw["usage"]["completion_tokens"] == 2
     first = llm.complete(QUESTION).text[0]
     assert first not in llm.complete(QUESTION, stop=first).text
-    with pytest.raises(ConfigError, match="unknown setting colour='red'"):
+    with pytest.raises(ExtensibleLLMError, match="unknown setting colour='red'") as raised:
         llm.complete(QUESTION, colour="red")
+    assert isinstance(raised.value.__cause__, ConfigError)
+    assert isinstance(raised.value, ExtembError)
+
+
+@pytest.mark.parametrize("mode", ["refine", "compact", "tree_summarize", "simple_summarize"])
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 7}, {"ratio": 3}, {"budget": "many"}, {"stop": [7]}])
+def test_a_wrong_setting_is_an_error_and_no_empty_answer(lm, mode, wrong):
+    index = SummaryIndex([TextNode(text="The mill was built in 1820 by Ada Moss.")])
+    llm = ExtensibleLLM.from_lm(lm, max_tokens=4)
+    for name, value in wrong.items():
+        object.__setattr__(llm, name, value)  # pydantic knows some of them at once
+    engine = index.as_query_engine(llm=llm, response_mode=mode)
+    for ask in (engine.query, lambda question: asyncio.run(engine.aquery(question))):
+        with pytest.raises(ExtensibleLLMError):
+            ask("When?")
+
+
+def test_a_prompt_larger_than_the_window_is_an_error_and_no_empty_answer(lm):
+    class Long(ExtensibleLLM):
+        @property
+        def metadata(self):
+            return super().metadata.model_copy(update={"context_window": 100_000})
+
+    index = SummaryIndex([TextNode(text=" ".join(map(str, range(2000))))])
+    with pytest.raises(ExtensibleLLMError, match="positions"):
+        index.as_query_engine(llm=Long.from_lm(lm, max_tokens=4)).query("Which?")
 
 
 def test_the_metadata_is_the_llms(llm, lm):
@@ -166,7 +194,7 @@ def test_a_chat_of_any_length_is_answered_with_a_budget(lm, turns, tmp_path):
             assert response.raw["extemb"]["budget"] <= budget
         assert len(store) == 1
     for wrong in (-1, "many"):
-        with pytest.raises(BudgetError, match=f"budget={wrong!r}"):
+        with pytest.raises(ExtensibleLLMError, match=f"budget={wrong!r}"):
             ExtensibleLLM.from_lm(lm).chat(talk, budget=wrong)
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llama_index.llms.extemb.base import ExtensibleLLM
+from llama_index.llms.extemb.base import ExtensibleLLM, ExtensibleLLMError
 
 if TYPE_CHECKING:
     from llama_index.llms.extemb.prompt_helper import extensible_prompt_helper
 
-__all__ = ["ExtensibleLLM", "extensible_prompt_helper"]
+__all__ = ["ExtensibleLLM", "ExtensibleLLMError", "extensible_prompt_helper"]
 
 
 def __getattr__(name: str) -> Any:

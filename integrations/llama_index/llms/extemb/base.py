@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from llama_index.core.base.llms.types import (
@@ -21,10 +22,18 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt
+from extemb_core.errors import ExtembError
 from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
 from extemb_core.frameworks.settings import GenerationSettings
 from extemb_core.weights.resolve import window_of
 from llama_index.llms.extemb.messages import to_messages
+
+
+class ExtensibleLLMError(ExtembError, RuntimeError):
+    """What is wrong with a call; its cause is the library's own error.
+
+    It is no ValueError: where LlamaIndex refines an answer it takes those, and TypeErrors, for an answer that is empty.
+    """
 
 
 class ExtensibleLLM(GenerationSettings, CustomLLM):
@@ -138,16 +147,14 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
     def _prepare(
         self, prompt: str | Sequence[ChatMessage], settings: dict[str, Any], formatted: bool
     ) -> tuple[PreparedPrompt, Any]:
-        lm, documents = self._lm_of(settings), settings.get("documents") or ()
-        if isinstance(prompt, str) and formatted:
-            return lm.prepare_text(lm.refs.find(prompt), documents, **self._settings(settings))
-        messages = to_messages([ChatMessage(prompt)] if isinstance(prompt, str) else prompt, lm.refs)
-        return lm.prepare(messages, documents, condense=True, **self._settings(settings))
-
-    def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        stop = settings.get("stop")
-        others = {name: value for name, value in settings.items() if name != "stop"}
-        return self._call_settings([stop] if isinstance(stop, str) else stop, others)
+        with _not_as_value_error():
+            lm, documents = self._lm_of(settings), settings.get("documents") or ()
+            others = {name: value for name, value in settings.items() if name != "stop"}
+            chosen = self._call_settings(settings.get("stop"), others)
+            if isinstance(prompt, str) and formatted:
+                return lm.prepare_text(lm.refs.find(prompt), documents, **chosen)
+            messages = to_messages([ChatMessage(prompt)] if isinstance(prompt, str) else prompt, lm.refs)
+            return lm.prepare(messages, documents, condense=True, **chosen)
 
     def _answer(
         self,
@@ -157,7 +164,8 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
         cancelled: threading.Event | None = None,
     ) -> Answer:
         prepared, sampling = self._prepare(prompt, settings, formatted)
-        return self._lm_of(settings).batcher.answer(prepared, sampling, cancelled)
+        with _not_as_value_error():
+            return self._lm_of(settings).batcher.answer(prepared, sampling, cancelled)
 
     def _opened(
         self, prompt: str | Sequence[ChatMessage], settings: dict[str, Any], formatted: bool = False
@@ -176,6 +184,14 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     def _raw(self, answer: Answer, settings: dict[str, Any]) -> dict[str, Any]:
         return {**self._response_metadata(answer, settings), "usage": _usage(answer)}
+
+
+@contextmanager
+def _not_as_value_error() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ExtensibleLLMError(str(error)) from error
 
 
 def _reply(text: str) -> ChatMessage:
