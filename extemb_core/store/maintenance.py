@@ -8,7 +8,8 @@ from typing import Any
 
 from extemb_core.errors import StoreCorruptError
 from extemb_core.store.blocks import BLOCK_BYTES, Blocks
-from extemb_core.store.format import COUNT, NUMBER, Block, Entry, ref_of
+from extemb_core.store.format import COUNT, NUMBER, Entry, ref_of
+from extemb_core.store.lmdb_env import DATA_FILE
 
 _SMALL_BLOCK_BYTES = BLOCK_BYTES // 4
 
@@ -74,7 +75,7 @@ def stats_of(blocks: Blocks) -> StoreStats:
         n_embeddings=embeddings,
         live_bytes=live,
         block_bytes=block_bytes,
-        file_bytes=blocks.environment.file_bytes(),
+        file_bytes=(blocks.environment.folder / DATA_FILE).stat().st_size,
         by_fingerprint=dict(by_fingerprint),
     )
 
@@ -92,9 +93,8 @@ def verify(blocks: Blocks) -> Verified:
             key, entry, name = bytes(data), Entry.unpack(value), "?"
             held[entry.block] += blocks.size(transaction, key, entry)
             try:
-                kind = blocks.kind(transaction, key, entry)
-                name = kind.fingerprint
-                blocks.payload(transaction, key, entry, kind)
+                name = blocks.kind(transaction, key, entry).fingerprint
+                blocks.payload(transaction, key, entry)
                 good += 1
             except StoreCorruptError as error:
                 damaged.append((ref_of(key), name, str(error)))
@@ -116,22 +116,17 @@ def sparse(blocks: Blocks) -> list[tuple[int, int]]:
         sizes = {NUMBER.unpack(key)[0]: len(value) for key, value in transaction.cursor(db=values)}
         counted = _live_bytes(transaction, live)
     small = [at for at, size in sizes.items() if size < _SMALL_BLOCK_BYTES]
-    chosen = {at for at, size in sizes.items() if counted.get(at, 0) < size}
-    chosen |= set(small) if len(small) > 1 else set()
-    return [(at, counted.get(at, 0)) for at in sorted(chosen, reverse=True)]
+    with_gaps = [at for at, size in sizes.items() if counted.get(at, 0) < size]
+    chosen = {*with_gaps, *(small if len(small) > 1 else ())}
+    return [(at, counted.get(at, 0)) for at in sorted(chosen)]
 
 
 def move(blocks: Blocks, transaction: Any, numbers: set[int]) -> None:
     """Rewrite the documents of some blocks together."""
-    entries = blocks.environment.database("entries")
-    moved = [(bytes(key), Entry.unpack(value)) for key, value in transaction.cursor(db=entries)
-             if Entry.unpack(value).block in numbers]  # fmt: skip
-    block = Block()
-    for key, entry in moved:
-        # Checked, as damage is not to be sealed with a new checksum; a copy, as writing may move what it is a view of.
-        payload = bytes(blocks.payload(transaction, key, entry, blocks.kind(transaction, key, entry)))
-        blocks.add(transaction, block, key, entry, payload)
-    blocks.put_block(transaction, block)
+    rows = transaction.cursor(db=blocks.environment.database("entries"))
+    entries = [(bytes(key), entry) for key, value in rows if (entry := Entry.unpack(value)).block in numbers]
+    # Checked, as damage is not to be sealed with a new checksum; a copy, as writing may move what it is a view of.
+    blocks.write(transaction, ((key, entry, bytes(blocks.payload(transaction, key, entry))) for key, entry in entries))
 
 
 def _live_bytes(transaction: Any, live: Any) -> dict[int, int]:

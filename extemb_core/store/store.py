@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from extemb_core.store.blocks import Blocks
 from extemb_core.store.format import Dtype, check_description, check_dtype, describe, encode, key_of, prepare, ref_of
 from extemb_core.store.lmdb_env import Environment, open_environment
 from extemb_core.store.maintenance import StoreStats, Verified, move, sparse, stats_of, verify
+from extemb_core.utils.batches import batches
 
 T = TypeVar("T")
 
@@ -59,8 +61,8 @@ class EmbeddingStore:
         """
         if mode not in ("r", "a"):
             raise ConfigError(f"mode={mode!r} is neither 'r' nor 'a'; pass 'r' to read, 'a' to read and write")
-        folder = Path(path)
         check_dtype(dtype)
+        folder = Path(path)
         if mode == "a":
             prepare(folder)
         elif folder.is_dir():
@@ -180,15 +182,8 @@ class EmbeddingStore:
                 )
             for fingerprint in set(before.by_fingerprint) - set(keep):
                 self.remove([ref for ref, embedder in self.items() if embedder == fingerprint], fingerprint)
-        waiting = sparse(self._blocks)
-        while waiting:
-            numbers: set[int] = set()
-            total = 0
-            while waiting and total < _WRITE_BYTES:
-                number, size = waiting.pop()
-                numbers.add(number)
-                total += size
-            self._move(numbers)
+        for group in batches(sparse(self._blocks), itemgetter(1), _WRITE_BYTES):
+            self._move({number for number, _ in group})
         return before.block_bytes - self.stats().block_bytes
 
     def write(self, work: Callable[[Any], T]) -> T:

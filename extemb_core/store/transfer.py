@@ -19,6 +19,7 @@ from extemb_core.store.shards import (
     write_shard,
 )
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.utils.batches import batches
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
@@ -79,16 +80,10 @@ def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: b
     count = 0
     with progress("import", len(shards), show_progress) as advance:
         for shard in shards:
-            waiting: list[Compressed] = []
-            size = 0
-            for text in ShardReader(location, shard.file).texts():
-                waiting.append(text)
-                size += text.embeddings.numel() * 4
-                count += 1
-                if size > _PUT_BYTES:
-                    store.put(*waiting)
-                    waiting, size = [], 0
-            store.put(*waiting)
+            texts = ShardReader(location, shard.file).texts()
+            for group in batches(texts, lambda text: text.embeddings.numel() * 4, _PUT_BYTES):
+                store.put(*group)
+                count += len(group)
             advance(1)
     return count
 
