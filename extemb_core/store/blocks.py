@@ -150,9 +150,9 @@ class Blocks:
         size = self.size(transaction, key, entry)
         transaction.delete(key, db=entries)
         name = NUMBER.pack(entry.block)
-        left = COUNT.unpack(transaction.get(name, db=live) or COUNT.pack(0))[0] - size
-        if left > 0:
-            transaction.put(name, COUNT.pack(left), db=live)
+        remaining = COUNT.unpack(transaction.get(name, db=live) or COUNT.pack(0))[0] - size
+        if remaining > 0:
+            transaction.put(name, COUNT.pack(remaining), db=live)
         else:
             transaction.delete(name, db=live)
             transaction.delete(name, db=blocks)
@@ -171,7 +171,7 @@ class Blocks:
         return memoryview(b"" if block is None else block)[entry.offset :]
 
     def _kinds(self, transaction: Any) -> Iterator[tuple[int, EmbeddingFormat]]:
-        for key, value in transaction.cursor(db=self.environment.database("kinds")):
+        for key, value in self.environment.rows(transaction, "kinds"):
             yield int(NUMBER.unpack(key)[0]), EmbeddingFormat.parse(bytes(value))
 
     def _number_of(self, transaction: Any, kind: EmbeddingFormat) -> int:

@@ -7,6 +7,7 @@ that every coarser ratio can still be derived, and is kept as a direction, which
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -38,10 +39,11 @@ NUMBER = struct.Struct(">Q")  # big-endian: keys in order
 _ENTRY = struct.Struct("<QQQIIIIQ")  # of `Entry`
 _SETTINGS = ("fingerprint", "chunk_size", "ratios", "downscaling", "entry_layer")  # of a text that are its embedder's
 _REF_BYTES = 16
+_REF = re.compile(f"{REF_PREFIX}[0-9A-Fa-f]{{32}}")
 
 
 def prepare(folder: Path) -> None:
-    """Create the folder of a store, or check that it is one."""
+    """Create the folder of a store, or check that one that is there holds nothing else."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file, and a store is a folder; pass another path")
     try:
@@ -50,7 +52,6 @@ def prepare(folder: Path) -> None:
         raise StoreError(f"{folder} cannot be created ({error.strerror}); pass a writable path") from error
     if any(folder.iterdir()) and not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
         raise StoreError(f"{folder} holds files that are not a store's; pass another folder, or an empty one")
-    check_description(folder)
 
 
 def check_description(folder: Path) -> int | None:
@@ -190,13 +191,9 @@ def name_in(key: bytes) -> bytes:
 
 def ref_bytes(ref: str) -> bytes:
     """Return the 16 bytes of a ref. Raises `ConfigError` if it is not one."""
-    try:
-        data = bytes.fromhex(ref.removeprefix(REF_PREFIX))
-    except ValueError:
-        data = b""
-    if not ref.startswith(REF_PREFIX) or len(data) != _REF_BYTES:
+    if not _REF.fullmatch(ref):
         raise ConfigError(f"ref={ref!r} is not a document's ref ({REF_PREFIX} and 32 hex digits); pass document.ref")
-    return data
+    return bytes.fromhex(ref.removeprefix(REF_PREFIX))
 
 
 def ref_of(data: bytes) -> str:

@@ -72,6 +72,11 @@ class Environment:
         database = self._databases[name]
         return 0 if database is None else int(transaction.stat(database)["entries"])
 
+    def rows(self, transaction: Any, name: str) -> Iterator[tuple[Any, Any]]:
+        """Yield keys and values of a database as views of the file, none if it does not exist."""
+        database = self._databases[name]
+        return iter(() if database is None else transaction.cursor(db=database))
+
     @contextmanager
     def read(self) -> Iterator[Any]:
         """Open a transaction that sees one state of all databases. Its buffers are views of the file: copy what stays.

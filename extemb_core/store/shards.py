@@ -77,17 +77,8 @@ def write_shard(
     keys = [key_of(text.ref, kind.fingerprint) for text in texts]
     entries = [_entry(text.n_tokens, len(text), text.ratio, dtype) for text in texts]
     sums = [entry.sum_of(key, data) for entry, key, (data, _) in zip(entries, keys, coded, strict=True)]
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "fingerprint": kind.fingerprint,
-        "chunk_size": str(kind.chunk_size),
-        "trained_ratios": json.dumps(kind.ratios),
-        "downscaling": kind.downscaling,
-        "width": str(kind.width),
-        "entry_layer": str(kind.entry_layer),
-        "dtype": dtype,
-    }
+    metadata = {name: str(value) for name, value in asdict(kind).items() if name != "ratios"}
+    metadata |= {"format": FORMAT, "version": str(VERSION), "trained_ratios": json.dumps(kind.ratios), "dtype": dtype}
     tensors = {
         "refs": torch.from_numpy(np.stack([np.frombuffer(key, np.uint8, 16) for key in keys])),
         "n_tokens": torch.tensor([entry.n_tokens for entry in entries]),

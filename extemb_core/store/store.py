@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,13 +39,7 @@ class EmbeddingStore:
         self._blocks = Blocks(environment)
 
     @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        mode: Literal["r", "a"] = "a",
-        *,
-        dtype: Literal["float32", "float16", "int8"] = "float16",
-    ) -> EmbeddingStore:
+    def open(cls, path: str | Path, mode: Literal["r", "a"] = "a", *, dtype: Dtype = "float16") -> EmbeddingStore:
         """Open a store.
 
         Args:
@@ -65,8 +59,7 @@ class EmbeddingStore:
         folder = Path(path)
         if mode == "a":
             prepare(folder)
-        elif folder.is_dir():
-            check_description(folder)
+        check_description(folder)
         store = cls(open_environment(folder, readonly=mode == "r"), dtype)
         if mode == "a":
             describe(folder)  # earlier versions of this library are not to read what this one will write
@@ -142,11 +135,8 @@ class EmbeddingStore:
             StoreError: The store is read-only, or the disk refuses; then none of them was kept.
             MismatchError: One of them enters above layer 0, and the store is of int8; none of them was kept.
         """
-        finest: dict[bytes, Compressed] = {}
-        for text in texts:
-            key = key_of(text.ref, text.fingerprint)
-            if key not in finest or text.ratio < finest[key].ratio:
-                finest[key] = text
+        finest_last = sorted(texts, key=attrgetter("ratio"), reverse=True)
+        finest = {key_of(text.ref, text.fingerprint): text for text in finest_last}
         coded = [(key, text, *encode(text, self.dtype)) for key, text in finest.items()]
         if coded:
             self.write(lambda transaction: self._blocks.put(transaction, coded))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from extemb_core.errors import StoreError
@@ -90,18 +91,9 @@ def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: b
 
 def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[list[Compressed]]:
     """Group the documents of one embedder, about `shard_bytes` of embeddings together."""
+    value_bytes = 1 if store.dtype == "int8" else 2
     for fingerprint in sorted(store.stats().by_fingerprint):
-        group: list[Compressed] = []
-        size = 0
-        for ref, embedder in store.items():
-            text = store.finest(ref, embedder) if embedder == fingerprint else None
-            if text is None:  # of another embedder, or removed meanwhile
-                continue
-            # A fingerprint leaves some settings out.
-            if group and (size >= shard_bytes or EmbeddingFormat.of(text) != EmbeddingFormat.of(group[0])):
-                yield group
-                group, size = [], 0
-            group.append(text)
-            size += text.embeddings.numel() * (1 if store.dtype == "int8" else 2)
-        if group:
-            yield group
+        texts = (store.finest(ref, fingerprint) for ref, embedder in store.items() if embedder == fingerprint)
+        present = (text for text in texts if text is not None)  # the others were removed meanwhile
+        for _, alike in groupby(present, EmbeddingFormat.of):  # a fingerprint leaves some settings out
+            yield from batches(alike, lambda text: text.embeddings.numel() * value_bytes, shard_bytes)
