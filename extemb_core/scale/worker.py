@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extemb_core.documents import Document
+from extemb_core.documents import Document, text_ref
 from extemb_core.errors import ConfigError, DocumentError, StoreCorruptError, StoreError
 from extemb_core.library.passages import split_passages
 from extemb_core.store.format import Dtype, check_dtype, ref_bytes
@@ -137,7 +137,8 @@ class CompressWorker:
             raise ConfigError(f"column={self._column!r} is not a column of the input; pass one of {columns}")
         read = [_document(value) for value in rows[self._column]]
         documents = [document for document in read if document is not None]
-        texts = {text.ref: text.text for document in documents for text in self._passages(document)}
+        passages = (passage for document in documents if document.text for passage in self._passages(document.text))
+        texts = {text_ref(passage): passage for passage in passages}
         missing = self._missing(list(texts))
         name = self._name(missing)
         if missing and _is_whole(self._location, name):
@@ -158,13 +159,11 @@ class CompressWorker:
         )
         return {name: [value] for name, value in asdict(batch).items()}
 
-    def _passages(self, document: Document) -> list[Document]:
-        if not document.text:
-            return []
+    def _passages(self, text: str) -> list[str]:
         if self._passage_tokens is None:
-            return [document]
-        spans = split_passages(document.text, self._passage_tokens, self._embedder.llm.lengths)
-        return [Document(document.text[begin:end]) for begin, end in spans]
+            return [text]
+        spans = split_passages(text, self._passage_tokens, self._embedder.llm.lengths)
+        return [text[begin:end] for begin, end in spans]
 
     def _missing(self, refs: list[str]) -> list[str]:
         if not refs or not self._done:

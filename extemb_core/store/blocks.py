@@ -43,10 +43,6 @@ class Blocks:
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
 
-    def databases(self, *names: str) -> list[Any]:
-        """Return the handles of databases by name."""
-        return [self.environment.database(name) for name in names]
-
     def at(self, transaction: Any, key: bytes, ratio: int | None = None) -> Compressed | None:
         """Return the document of a key, at a ratio or at the stored one; None if it is not here at that ratio."""
         data = self.environment.get(transaction, "entries", key)
@@ -131,7 +127,7 @@ class Blocks:
             self._write_block(transaction, bytes(payload), entries)
 
     def _write_block(self, transaction: Any, payload: bytes, documents: Sequence[tuple[bytes, Entry]]) -> None:
-        entries, blocks, live = self.databases("entries", "blocks", "live")
+        entries, blocks, live = map(self.environment.database, ("entries", "blocks", "live"))
         cursor = transaction.cursor(db=live)
         number = NUMBER.unpack(cursor.key())[0] + 1 if cursor.last() else 0
         for key, entry in documents:
@@ -142,7 +138,7 @@ class Blocks:
 
     def forget(self, transaction: Any, key: bytes) -> None:
         """Drop an entry, if it is there, and its block with the last of them."""
-        entries, blocks, live = self.databases("entries", "blocks", "live")
+        entries, blocks, live = map(self.environment.database, ("entries", "blocks", "live"))
         data = transaction.get(key, db=entries)
         if data is None:
             return
