@@ -22,6 +22,9 @@ names the value, the rule and the remedy, in one sentence.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 class ExtembError(Exception):
     """Base of all errors of this library."""
@@ -83,10 +86,28 @@ class MissingExtraError(ExtembError, ImportError):
     """An optional dependency that is not installed."""
 
     def __init__(self, package: str, extra: str | None, purpose: str) -> None:
-        """The package, the extra that brings it (None where it is installed by its own name), and what needs it."""
+        """Name the package, the extra that brings it (None: it is installed by its own name), and what needs it."""
         install = package if extra is None else f"'extemb[{extra}]'"
         super().__init__(f"{purpose} needs {package}, which is not installed; run: pip install {install}")
         self._given = package, extra, purpose
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str | None, str]]:
         return type(self), self._given
+
+
+def optional_import(module: str, extra: str | None, purpose: str, package: str | None = None) -> Any:
+    """Import a module of an optional dependency.
+
+    Args:
+        module: Its name.
+        extra: The extra that brings it, or None if it is installed by its own name.
+        purpose: What needs it.
+        package: Its distribution; named like the module when not given.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(package or module, extra, purpose) from error

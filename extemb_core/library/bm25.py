@@ -1,4 +1,4 @@
-"""Search passages by their words: BM25 finds the names and numbers that vectors blur."""
+"""Search passages by their words, whose ranking is fused with that of vectors: BM25 finds names and numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from extemb_core.errors import MissingExtraError
+from extemb_core.errors import optional_import
+
+RANK_OFFSET = 60  # of reciprocal rank fusion, as its authors set it (Cormack et al., 2009)
 
 
 class WordIndex:
@@ -22,16 +24,11 @@ class WordIndex:
     """
 
     def __init__(self, ids: Sequence[int], texts: Sequence[str]) -> None:
-        try:
-            import bm25s
-        except ImportError as error:
-            raise MissingExtraError("bm25s", "library", "search by words") from error
-        self._bm25s: Any = bm25s
+        self._bm25s = optional_import("bm25s", "library", "search by words")
         self._ids = np.asarray(ids, np.int64)
-        self._index: Any = None
         words = self._words(texts)
-        if any(words):
-            self._index = self._bm25s.BM25()
+        self._index: Any = self._bm25s.BM25() if any(words) else None
+        if self._index is not None:
             self._index.index(words, show_progress=False)
 
     def search(self, question: str, k: int) -> list[tuple[int, float]]:
@@ -46,3 +43,20 @@ class WordIndex:
     def _words(self, texts: Sequence[str]) -> list[list[str]]:
         tokenised = self._bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
         return [list(words) for words in tokenised]
+
+
+def fuse(rankings: Sequence[Sequence[int]], weights: Sequence[float] | None = None) -> list[tuple[int, float]]:
+    """Fuse rankings by reciprocal rank: an item's score is the sum of weight / (60 + rank), ranks from 1.
+
+    Args:
+        rankings: Items, best first, of each ranking.
+        weights: Of each ranking; all 1 when not given.
+
+    Returns:
+        (item, score), best first; equal scores in the order of the items.
+    """
+    scores: dict[int, float] = {}
+    for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
+        for rank, item in enumerate(ranking, 1):
+            scores[item] = scores.get(item, 0.0) + weight / (RANK_OFFSET + rank)
+    return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))

@@ -25,6 +25,7 @@ from extemb_core.store.lmdb_env import Environment
 _PASSAGE = struct.Struct("<16s16sQQQQ")  # document, ref, first and last byte, first and last character
 _ID = struct.Struct(">Q")
 _SETTINGS = b"library"
+_NO_SETTINGS = {"encoder": None, "width": 1, "next_id": 0, "generation": 0}  # of a library without documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +78,13 @@ class Catalogue:
     def settings(self, transaction: Any) -> dict[str, Any]:
         """Read encoder (None in a library without documents), width, next_id, generation (new after every change)."""
         data = self._environment.get(transaction, "settings", _SETTINGS)
-        if data is None:
-            return {"encoder": None, "width": 1, "next_id": 0, "generation": 0}
-        settings: dict[str, Any] = json.loads(bytes(data))
-        return settings
+        return dict(json.loads(bytes(data))) if data is not None else dict(_NO_SETTINGS)
 
     def embedders(self, transaction: Any) -> dict[str, int]:
         """Count the documents that each embedder compressed, by its fingerprint."""
         counted: dict[str, int] | None = self.settings(transaction).get("embedders")
         if counted is None:  # version 1 did not count them
-            database = self._environment.database("documents")
-            rows = () if database is None else transaction.cursor(db=database)
+            rows = self._environment.rows(transaction, "documents")
             counted = Counter(json.loads(bytes(value))["fingerprint"] for _, value in rows)
         return counted
 
@@ -137,8 +134,8 @@ class Catalogue:
                 transaction.put(ref + name, b"", db=database("refs"))
                 offset += size
                 number += 1
-            record = _described(split.document) | {"passages": [first, number]}
-            record |= {"fingerprint": fingerprint, "ratio": ratio}
+            compression = {"fingerprint": fingerprint, "ratio": ratio}
+            record = _described(split.document) | compression | {"passages": [first, number]}
             transaction.put(key, json.dumps(record).encode(), db=database("documents"))
             transaction.put(key, split.document.text.encode(), db=database("texts"))
         self.change(transaction, next_id=number, encoder=encoder, width=vectors.shape[1])
@@ -176,8 +173,7 @@ class Catalogue:
         """Read the record of a document: source, title, ref, n_chars, metadata, its passages' first and last id, and
         the embedder and the ratio that it was compressed with."""
         data = self._environment.get(transaction, "documents", _key(source))
-        record: dict[str, Any] | None = None if data is None else json.loads(bytes(data))
-        return record
+        return None if data is None else dict(json.loads(bytes(data)))
 
     def text(self, transaction: Any, source: str) -> str | None:
         """Read the text of a document, or None if it is not here."""
@@ -186,10 +182,7 @@ class Catalogue:
 
     def ids(self, transaction: Any) -> set[int]:
         """Return the ids of all passages."""
-        database = self._environment.database("passages")
-        if database is None:
-            return set()
-        return {int(_ID.unpack(key)[0]) for key in transaction.cursor(db=database).iternext(values=False)}
+        return {int(_ID.unpack(key)[0]) for key, _ in self._environment.rows(transaction, "passages")}
 
     def vectors(self, transaction: Any, ids: Sequence[int]) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float32]]]:
         """Return the ids of those passages that are here, and their (n, width) vectors."""
@@ -223,11 +216,7 @@ class Catalogue:
         """Return `embedders` with so many more documents of one."""
         counted = Counter(self.embedders(transaction))
         counted[fingerprint] += more
-        return {name: count for name, count in counted.items() if count > 0}
-
-    def count(self, transaction: Any) -> int:
-        """Count the documents."""
-        return self._environment.count(transaction, "documents")
+        return dict(+counted)
 
 
 def is_of(record: Mapping[str, Any], document: Document, fingerprint: str, ratio: int) -> bool:

@@ -7,14 +7,14 @@ CallableEncoder               any function from texts to vectors
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 
-from extemb_core.errors import ConfigError, MissingExtraError, WeightsCorruptError, WeightsNotFoundError
+from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsNotFoundError, optional_import
 from extemb_core.utils.files import sha256_of
 from extemb_core.weights.registry import Part
 from extemb_core.weights.sources import installed_file
@@ -25,16 +25,15 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 # MIT; 16 MB of float16, 32,000 tokens. Token vectors need no forward pass, so that a passage costs next to nothing
 # beside its compression, and BM25 finds the exact words. The wheel is read as data and never imported.
+_WORDLLAMA = {"dist": "wordllama", "version": "0.4.0.post1"}
 _WEIGHTS = Part(
-    dist="wordllama",
-    version="0.4.0.post1",
+    **_WORDLLAMA,
     file="wordllama/weights/l2_supercat_256.safetensors",
     size_bytes=16_384_096,
     sha256="64b47a2dc493cb8e85944076601189739852d7b64e0e1eedcb1937a251cd9fd5",
 )
 _TOKENIZER = Part(
-    dist="wordllama",
-    version="0.4.0.post1",
+    **_WORDLLAMA,
     file="wordllama/tokenizers/l2_supercat_tokenizer_config.json",
     size_bytes=1_842_796,
     sha256="93248f2a9ec36c7b35f700a033d5f36228aae48db61aee31007fa49062cdeb68",
@@ -75,6 +74,7 @@ class StaticEncoder:
         self.width = int(self._vectors.shape[1])
 
     def encode(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
+        """Return (n, width) float32; see `TextEncoder.encode`."""
         vectors = np.zeros((len(texts), self.width), np.float32)
         for start in range(0, len(texts), _BATCH):
             batch = self._tokenizer.encode_batch(list(texts[start : start + _BATCH]), add_special_tokens=False)
@@ -95,11 +95,8 @@ class SentenceTransformerEncoder:
     """
 
     def __init__(self, model: str) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise MissingExtraError("sentence-transformers", None, f"the text encoder {model!r}") from error
-        self._model = SentenceTransformer(model)
+        module = optional_import("sentence_transformers", None, f"the text encoder {model!r}", "sentence-transformers")
+        self._model = module.SentenceTransformer(model)
         self.name = SENTENCE_TRANSFORMERS + model
         self.width = int(self._model.get_sentence_embedding_dimension() or 0)
 
@@ -148,7 +145,7 @@ def as_encoder(encoder: TextEncoder | str | Callable[[list[str]], Any] | None) -
     )
 
 
-@functools.cache
+@cache
 def _default() -> StaticEncoder:
     return StaticEncoder()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,16 +21,16 @@ from extemb_core.answers import Answer, AnswerStream
 from extemb_core.documents import Document, text_ref
 from extemb_core.errors import ConfigError, DocumentError, MismatchError
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
-from extemb_core.library.bm25 import WordIndex
+from extemb_core.library.bm25 import WordIndex, fuse
 from extemb_core.library.catalog import Catalogue, Passage, Split, is_of
 from extemb_core.library.encoders import SENTENCE_TRANSFORMERS, TextEncoder, as_encoder
-from extemb_core.library.fusion import fuse
 from extemb_core.library.passages import split_passages
 from extemb_core.library.vector_index import VectorIndex, choose_factory
 from extemb_core.loaders import read_documents
 from extemb_core.models.bulk import compress_in_batches
-from extemb_core.store.format import ref_of
+from extemb_core.store.format import Dtype, ref_of
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.utils.batches import batches
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
@@ -96,7 +97,7 @@ class Library:
         mode: Literal["r", "a"] = "a",
         passage_tokens: int = PASSAGE_TOKENS,
         ratio: int | None = None,
-        dtype: Literal["float32", "float16", "int8"] = "float16",
+        dtype: Dtype = "float16",
         index: str | None = None,
     ) -> None:
         whole_number(passage_tokens, "passage_tokens", remedy=f"e.g. {PASSAGE_TOKENS}")
@@ -158,7 +159,7 @@ class Library:
 
     def __len__(self) -> int:
         """Count the documents."""
-        return self._read(self._catalogue.count)
+        return self._read(self.store.environment.count, "documents")
 
     @property
     def embedders(self) -> dict[str, int]:
@@ -229,10 +230,10 @@ class Library:
             self._drop_orphans(transaction, set().union(*passages))
             return len(passages)
 
-        gone = self.store.write(work)
-        if gone:
+        n_removed = self.store.write(work)
+        if n_removed:
             self._save_index()
-        return gone
+        return n_removed
 
     def documents(self) -> Iterator[dict[str, Any]]:
         """Yield the record of every document: source, title, ref, n_chars, n_passages, metadata, fingerprint, ratio."""
@@ -322,11 +323,10 @@ class Library:
         start = time.perf_counter()
         lm = self._need_lm()
         self.store.environment.require_writable()
-        counts = dict.fromkeys(("added", "updated", "unchanged", "n_passages", "n_tokens", "compressed_tokens"), 0)
-        fingerprint, finest = lm.embedder.fingerprint, self._finest(lm)
-        with progress(name, total, show_progress) as advance:
-            batch: list[Split] = []
-            waiting = 0
+        counts: Counter[str] = Counter()
+        fingerprint, finest = lm.embedder.fingerprint, lm.embedder.config.finest(self.ratio)
+
+        def changed() -> Iterator[Split]:
             for document in documents:
                 known = self._read(self._catalogue.record, document.source)
                 if known is not None and is_of(known, document, fingerprint, finest):
@@ -335,25 +335,21 @@ class Library:
                     continue
                 counts["added" if known is None else "updated"] += 1
                 spans = split_passages(document.text, self.passage_tokens, lm.llm.lengths)
-                batch.append(Split(document, spans, [document.text[begin:end] for begin, end in spans]))
-                waiting += len(document.text) // _CHARS_PER_TOKEN
-                if waiting >= _BATCH_TOKENS:
-                    self._write(lm, batch, counts)
-                    advance(len(batch))
-                    batch, waiting = [], 0
-            self._write(lm, batch, counts)
-            advance(len(batch))
+                yield Split(document, spans, [document.text[begin:end] for begin, end in spans])
+
+        with progress(name, total, show_progress) as advance:
+            for batch in batches(changed(), lambda split: len(split.document.text) // _CHARS_PER_TOKEN, _BATCH_TOKENS):
+                self._write(lm, batch, counts)
+                advance(len(batch))
         if counts["added"] or counts["updated"]:
             self._save_index()
         return Added(**counts, seconds=time.perf_counter() - start)
 
-    def _write(self, lm: ExtensibleLM, batch: Sequence[Split], counts: dict[str, int]) -> None:
+    def _write(self, lm: ExtensibleLM, batch: Sequence[Split], counts: Counter[str]) -> None:
         """Compress the passages of some documents, then write the documents in one transaction."""
-        if not batch:
-            return
         texts = [text for split in batch for text in split.texts]
         vectors = self.encoder.encode(texts).astype("<f2")
-        finest, fingerprint = self._finest(lm), lm.embedder.fingerprint
+        finest, fingerprint = lm.embedder.config.finest(self.ratio), lm.embedder.fingerprint
         refs = [text_ref(text) for text in texts]
         wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
         missing = [(ref, ids) for ref, ids in wanted.items() if self.store.get(ref, fingerprint, finest) is None]
@@ -415,9 +411,6 @@ class Library:
             self._words = self._synced, index
         return self._words[1]
 
-    def _finest(self, lm: ExtensibleLM) -> int:
-        return lm.embedder.config.finest(self.ratio)
-
     def _need_lm(self) -> ExtensibleLM:
         if self.lm is None:
             raise ConfigError("this library was opened without an LLM; pass lm=ExtensibleLM.from_pretrained(...)")
@@ -426,6 +419,7 @@ class Library:
 
 def _as_documents(documents: Any) -> list[Document]:
     """Read paths, and take everything else as documents."""
-    several = documents if isinstance(documents, Iterable) and not isinstance(documents, str | Mapping) else [documents]
-    read = (read_documents(one) if isinstance(one, Path) else [Document.from_any(one)] for one in several)
+    if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
+        documents = [documents]
+    read = (read_documents(item) if isinstance(item, Path) else [Document.from_any(item)] for item in documents)
     return [document for part in read for document in part]

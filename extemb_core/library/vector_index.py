@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from extemb_core.errors import ConfigError, MissingExtraError, StoreError
+from extemb_core.errors import ConfigError, StoreError, optional_import
 from extemb_core.utils.files import atomic_write, atomic_write_text, sha256_of
 
-Ids = np.ndarray[Any, np.dtype[np.int64]]
 _FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds
 _GRAPH_UP_TO = 5_000_000  # beyond, vectors whole are more memory than a machine has to spare
 _EF_SEARCH, _EF_CONSTRUCTION = 128, 200
@@ -22,12 +21,9 @@ _MAX_REMOVED = 0.2  # of an index that cannot forget, before it is rebuilt
 
 def choose_factory(count: int) -> str:
     """Return the FAISS name of the index for so many vectors."""
-    if count <= _FLAT_UP_TO:
-        return "Flat"
     if count <= _GRAPH_UP_TO:
-        return "HNSW32"
-    lists = 2 ** int(np.log2(4 * count**0.5))
-    return f"IVF{lists},PQ32"
+        return "Flat" if count <= _FLAT_UP_TO else "HNSW32"
+    return f"IVF{2 ** int(np.log2(4 * count**0.5))},PQ32"
 
 
 class VectorIndex:
@@ -48,8 +44,20 @@ class VectorIndex:
         self.wanted = wanted
         self.factory = factory or "Flat"
         self.ids: set[int] = set()
-        self._gone: set[int] = set()
-        self._index: Any = _build(width, self.factory)
+        self._removed: set[int] = set()
+        faiss = _faiss()
+        try:
+            index = faiss.index_factory(width, self.factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"index={factory!r} is not an index that FAISS builds for width {width}; pass e.g. 'Flat', 'HNSW32' or "
+                "'IVF1024,PQ32'"
+            ) from error
+        if hasattr(index, "hnsw"):
+            index.hnsw.efSearch, index.hnsw.efConstruction = _EF_SEARCH, _EF_CONSTRUCTION
+        if hasattr(index, "nprobe"):
+            index.nprobe = _PROBES
+        self._index: Any = faiss.IndexIDMap2(index)
 
     def add(self, ids: Sequence[int], vectors: np.ndarray[Any, Any]) -> None:
         """Add vectors. ids, vectors: (n,), (n, width). An index that is trained is trained on the first ones."""
@@ -63,28 +71,26 @@ class VectorIndex:
 
     def remove(self, ids: Iterable[int]) -> None:
         """Remove vectors; a graph cannot, so there they are left out of search results."""
-        gone = {int(index) for index in ids} & self.ids
-        if not gone:
-            return
-        self.ids -= gone
+        removed = {int(index) for index in ids} & self.ids
+        self.ids -= removed
         if self.factory.startswith("HNSW"):
-            self._gone |= gone
-        else:
-            self._index.remove_ids(np.fromiter(gone, np.int64))
+            self._removed |= removed
+        elif removed:
+            self._index.remove_ids(np.fromiter(removed, np.int64))
 
     def search(self, vector: np.ndarray[Any, Any], k: int) -> list[tuple[int, float]]:
         """Return (id, inner product) of the nearest, best first; fewer than `k` if there are fewer."""
-        wanted = min(k + len(self._gone), len(self.ids) + len(self._gone))
+        wanted = min(k + len(self._removed), len(self.ids) + len(self._removed))
         if not self.ids or wanted < 1:
             return []
         scores, indices = self._index.search(np.ascontiguousarray(vector, np.float32).reshape(1, -1), wanted)
         pairs = zip(indices[0].tolist(), scores[0].tolist(), strict=True)
-        return [(index, score) for index, score in pairs if index >= 0 and index not in self._gone][:k]
+        return [(index, score) for index, score in pairs if index >= 0 and index not in self._removed][:k]
 
     def should_be_made_anew(self) -> bool:
         """Return True if it has become too large for its kind, or holds too much that was removed."""
         outgrown = self.wanted is None and choose_factory(len(self.ids)) != self.factory
-        return outgrown or len(self._gone) > _MAX_REMOVED * max(1, len(self.ids))
+        return outgrown or len(self._removed) > _MAX_REMOVED * max(1, len(self.ids))
 
     def save(self, file: Path, **description: Any) -> None:
         """Write it atomically, with a description beside it that is checked when it is read.
@@ -97,8 +103,8 @@ class VectorIndex:
             with atomic_write(file) as temporary:
                 faiss.write_index(self._index, str(temporary))
                 description |= {"factory": self.factory, "width": self.width, "sha256": sha256_of(temporary),
-                                "gone": sorted(self._gone)}  # fmt: skip
-            atomic_write_text(_description_of(file), json.dumps(description) + "\n")
+                                "gone": sorted(self._removed)}  # fmt: skip
+            atomic_write_text(file.with_suffix(".json"), json.dumps(description) + "\n")
         except (OSError, RuntimeError) as error:
             raise StoreError(f"{file} could not be written ({error}); it is rebuilt when next needed") from error
 
@@ -106,46 +112,19 @@ class VectorIndex:
     def load(cls, file: Path, width: int, factory: str | None = None, **description: Any) -> VectorIndex | None:
         """Load an index, or None if it is missing, damaged or of another description and has to be rebuilt."""
         try:
-            saved = json.loads(_description_of(file).read_text(encoding="utf-8"))
-            wanted = description | {"width": width, "sha256": sha256_of(file)}
-            if factory is not None:
-                wanted["factory"] = factory
-            if any(saved.get(name) != value for name, value in wanted.items()):
+            saved = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            description |= {"width": width, "sha256": sha256_of(file), "factory": factory or saved["factory"]}
+            if any(saved.get(name) != value for name, value in description.items()):
                 return None
-            loaded = cls.__new__(cls)
-            loaded.width, loaded.wanted, loaded.factory = width, factory, str(saved["factory"])
             faiss = _faiss()
+            loaded = cls(width, saved["factory"], factory)
             loaded._index = faiss.read_index(str(file))
-            loaded._gone = set(saved["gone"])
-            loaded.ids = set(faiss.vector_to_array(loaded._index.id_map).tolist()) - loaded._gone
+            loaded._removed = set(saved["gone"])
+            loaded.ids = set(faiss.vector_to_array(loaded._index.id_map).tolist()) - loaded._removed
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError):
             return None
         return loaded
 
 
-def _build(width: int, factory: str) -> Any:
-    faiss = _faiss()
-    try:
-        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"index={factory!r} is not an index that FAISS builds for width {width}; pass e.g. 'Flat', 'HNSW32' or "
-            "'IVF1024,PQ32'"
-        ) from error
-    if hasattr(index, "hnsw"):
-        index.hnsw.efSearch, index.hnsw.efConstruction = _EF_SEARCH, _EF_CONSTRUCTION
-    if hasattr(index, "nprobe"):
-        index.nprobe = _PROBES
-    return faiss.IndexIDMap2(index)
-
-
 def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingExtraError("faiss", "library", "a library of documents") from error
-    return faiss
-
-
-def _description_of(file: Path) -> Path:
-    return file.with_suffix(".json")
+    return optional_import("faiss", "library", "a library of documents")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, MissingExtraError
+from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, optional_import
 from extemb_core.scale import ROWS_PER_BATCH
 from extemb_core.scale.worker import Batch, CompressWorker, finished, seal
 from extemb_core.store.format import Dtype
@@ -176,27 +176,20 @@ def _absolute(where: str | Path) -> str:
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
     """Connect to Ray Data, with our settings while it is used."""
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise MissingExtraError("ray", "ray", "compressing a corpus") from error
-    connected = ray.is_initialized()
-    context = ray.data.DataContext.get_current()
-    before = {name: getattr(context, name) for name in _CONTEXT}
-    if not connected:
-        try:
-            ray.init(address=address or "local", log_to_driver=False, configure_logging=False)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"ray_address={address!r} is not a running cluster ({error}); start one with: ray start --head"
-            ) from error
-    try:
+    data = optional_import("ray.data", "ray", "compressing a corpus", package="ray")
+    import ray
+
+    with ExitStack() as undo:
+        if not ray.is_initialized():
+            try:
+                ray.init(address=address or "local", log_to_driver=False, configure_logging=False)
+            except ConnectionError as error:
+                raise ConfigError(
+                    f"ray_address={address!r} is not a running cluster ({error}); start one with: ray start --head"
+                ) from error
+            undo.callback(ray.shutdown)
+        context = data.DataContext.get_current()
         for name, value in _CONTEXT.items():
+            undo.callback(setattr, context, name, getattr(context, name))
             setattr(context, name, value)
-        yield ray.data
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        if not connected:
-            ray.shutdown()
+        yield data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extemb_core.documents import Document
+from extemb_core.documents import Document, text_ref
 from extemb_core.errors import ConfigError, DocumentError, StoreCorruptError, StoreError
 from extemb_core.library.passages import split_passages
 from extemb_core.store.format import Dtype, check_dtype, ref_bytes
@@ -119,7 +119,7 @@ class CompressWorker:
         self._done = [
             refs
             for (fingerprint, stored_ratio), refs in (done or {}).items()
-            if fingerprint == self._embedder.fingerprint and self._ratio % stored_ratio == 0
+            if fingerprint == self._embedder.fingerprint and self._ratio % stored_ratio == 0 and len(refs)
         ]
 
     def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[int]]:
@@ -132,15 +132,16 @@ class CompressWorker:
             ConfigError: There is no such column.
             StoreError: The shard could not be written.
         """
-        names = ", ".join(sorted(rows))
         if self._column not in rows:
-            raise ConfigError(f"column={self._column!r} is not a column of the input; pass one of {names}")
+            columns = ", ".join(sorted(rows))
+            raise ConfigError(f"column={self._column!r} is not a column of the input; pass one of {columns}")
         read = [_document(value) for value in rows[self._column]]
         documents = [document for document in read if document is not None]
-        texts = {text.ref: text.text for document in documents for text in self._passages(document)}
+        passages = (passage for document in documents if document.text for passage in self._passages(document.text))
+        texts = {text_ref(passage): passage for passage in passages}
         missing = self._missing(list(texts))
         name = self._name(missing)
-        if missing and _receipt(self._location, name) is not None:
+        if missing and _is_whole(self._location, name):
             missing = []
         compressed = self._embedder.compress(
             [texts[ref] for ref in missing], ratio=self._ratio, batch_size=self._batch_size, show_progress=False
@@ -158,13 +159,11 @@ class CompressWorker:
         )
         return {name: [value] for name, value in asdict(batch).items()}
 
-    def _passages(self, document: Document) -> list[Document]:
-        if not document.text:
-            return []
+    def _passages(self, text: str) -> list[str]:
         if self._passage_tokens is None:
-            return [document]
-        spans = split_passages(document.text, self._passage_tokens, self._embedder.llm.lengths)
-        return [Document(document.text[begin:end]) for begin, end in spans]
+            return [text]
+        spans = split_passages(text, self._passage_tokens, self._embedder.llm.lengths)
+        return [text[begin:end] for begin, end in spans]
 
     def _missing(self, refs: list[str]) -> list[str]:
         if not refs or not self._done:
@@ -172,16 +171,13 @@ class CompressWorker:
         wanted = _sortable([ref_bytes(ref) for ref in refs])
         present = np.zeros(len(refs), bool)
         for done in self._done:
-            at = np.searchsorted(done, wanted).clip(max=max(0, len(done) - 1))
-            present |= done[at] == wanted if len(done) else False
+            present |= done[np.searchsorted(done, wanted).clip(max=len(done) - 1)] == wanted
         return [ref for ref, is_present in zip(refs, present, strict=True) if not is_present]
 
     def _name(self, refs: Sequence[str]) -> str:
         """Return the name of a shard of these texts."""
-        digest = hashlib.sha256(f"{self._embedder.fingerprint} {self._ratio} {self._dtype}".encode())
-        for ref in sorted(refs):
-            digest.update(ref.encode())
-        return f"shard-{digest.hexdigest()[:32]}"
+        content = f"{self._embedder.fingerprint} {self._ratio} {self._dtype}" + "".join(sorted(refs))
+        return f"shard-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
     def _write(self, name: str, texts: Sequence[Compressed]) -> Shard:
         """Write a shard, then its receipt."""
@@ -204,26 +200,27 @@ def receipts(output: str | Path) -> list[Shard]:
     location = StorageLocation(output)
     sizes = location.sizes()
     names = [name for name in sorted(sizes) if name.startswith("shard-") and name.endswith(_RECEIPT)]
-    shards = [_parsed(location, name, text) for name, text in location.read_texts(names).items()]
-    return [shard for shard in shards if shard is not None and sizes.get(shard.file) == shard.size_bytes]
+    shards = [_parsed(location, name, text, sizes.get) for name, text in location.read_texts(names).items()]
+    return [shard for shard in shards if shard is not None]
 
 
-def _receipt(location: StorageLocation, name: str) -> Shard | None:
-    """Read the receipt of a shard; None if it or the shard is missing."""
+def _is_whole(location: StorageLocation, name: str) -> bool:
+    """Return True if a shard is there with its receipt."""
     try:
-        shard = _parsed(location, name + _RECEIPT, location.read_text(name + _RECEIPT))
+        receipt = location.read_text(name + _RECEIPT)
     except FileNotFoundError:
-        return None
-    return shard if shard is not None and location.size(shard.file) == shard.size_bytes else None
+        return False
+    return _parsed(location, name + _RECEIPT, receipt, location.size) is not None
 
 
-def _parsed(location: StorageLocation, name: str, text: str) -> Shard | None:
-    """Parse a receipt; None if it is that of another shard."""
+def _parsed(location: StorageLocation, name: str, text: str, size_of: Callable[[str], int | None]) -> Shard | None:
+    """Parse a receipt; None if it is that of another shard, or its shard is not whole."""
     try:
         shard = Shard(**json.loads(text))
     except (ValueError, TypeError) as error:
         raise StoreCorruptError(f"{location.naming(name)} is not a receipt of a shard ({error}); remove it") from error
-    return shard if shard.file == name.removesuffix(_RECEIPT) + SUFFIX else None
+    is_its = shard.file == name.removesuffix(_RECEIPT) + SUFFIX
+    return shard if is_its and size_of(shard.file) == shard.size_bytes else None
 
 
 def check_output(output: str | Path) -> list[Shard]:

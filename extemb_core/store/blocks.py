@@ -10,8 +10,8 @@ LMDB keeps large values in whole pages; documents that are put together share on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from extemb_core.errors import StoreCorruptError
@@ -20,11 +20,10 @@ from extemb_core.store.format import (
     COUNT,
     DTYPES,
     NUMBER,
-    Block,
     Dtype,
     EmbeddingFormat,
     Entry,
-    key_of,
+    fingerprint_bytes,
     name_in,
     ref_bytes,
     ref_of,
@@ -44,10 +43,6 @@ class Blocks:
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
 
-    def databases(self, *names: str) -> list[Any]:
-        """Return the handles of databases by name."""
-        return [self.environment.database(name) for name in names]
-
     def at(self, transaction: Any, key: bytes, ratio: int | None = None) -> Compressed | None:
         """Return the document of a key, at a ratio or at the stored one; None if it is not here at that ratio."""
         data = self.environment.get(transaction, "entries", key)
@@ -56,8 +51,8 @@ class Blocks:
         entry = Entry.unpack(data)
         if ratio is not None and ratio % entry.ratio:
             return None
-        kind = self.kind(transaction, key, entry)
-        text = kind.decode(self.payload(transaction, key, entry, kind), entry, ref_of(key))
+        payload = self.payload(transaction, key, entry)
+        text = self.kind(transaction, key, entry).decode(payload, entry, ref_of(key))
         return text if ratio in (None, entry.ratio) else text.at_ratio(ratio)
 
     def entries(self) -> Iterator[tuple[bytes, Entry, EmbeddingFormat]]:
@@ -74,7 +69,7 @@ class Blocks:
     def kind(self, transaction: Any, key: bytes, entry: Entry) -> EmbeddingFormat:
         """Return the format of a document. Raises `StoreCorruptError` if it is lost."""
         data = self.environment.get(transaction, "kinds", NUMBER.pack(entry.kind))
-        if data is not None and (kind := EmbeddingFormat.parse(data)).matches(key):
+        if data is not None and (kind := EmbeddingFormat.parse(bytes(data))).matches(key):
             return kind
         # Earlier versions lost rows, and the numbers became other embedders'. With the next document that its embedder
         # puts there is a row again, under whatever number.
@@ -94,9 +89,9 @@ class Blocks:
         except StoreCorruptError:
             return entry.size_in(key, self._from(transaction, entry))
 
-    def payload(self, transaction: Any, key: bytes, entry: Entry, kind: EmbeddingFormat) -> memoryview:
+    def payload(self, transaction: Any, key: bytes, entry: Entry) -> memoryview:
         """Read a document's bytes, a view of the file. Raises `StoreCorruptError` if they are not what was written."""
-        size = kind.size(entry)
+        size = self.kind(transaction, key, entry).size(entry)
         payload = self._from(transaction, entry)[:size]
         if len(payload) != size or entry.sum_of(key, payload) != entry.checksum:
             raise StoreCorruptError(
@@ -107,7 +102,7 @@ class Blocks:
 
     def put(self, transaction: Any, coded: Sequence[tuple[bytes, Compressed, bytes, Dtype]]) -> None:
         """Write documents with their keys and bytes, except those here at a ratio at least as fine."""
-        block = Block()
+        new = []
         for key, text, payload, dtype in coded:
             # Before what is here is left as it is: it also makes documents readable whose kind was lost.
             kind = self._number_of(transaction, EmbeddingFormat.of(text))
@@ -115,34 +110,35 @@ class Blocks:
             if stored is not None and Entry.unpack(stored).ratio <= text.ratio:
                 continue
             entry = Entry(0, 0, text.n_tokens, len(text), text.ratio, kind, DTYPES.index(dtype), 0)
-            self.add(transaction, block, key, entry, payload)
-        self.put_block(transaction, block)
+            new.append((key, entry, payload))
+        self.write(transaction, new)
 
-    def add(self, transaction: Any, block: Block, key: bytes, entry: Entry, payload: Any) -> None:
-        """Put a document into a block; a full one is written first."""
-        if block.payload and len(block.payload) + len(payload) > BLOCK_BYTES:
-            self.put_block(transaction, block)
-        entry = replace(entry, offset=len(block.payload), checksum=entry.sum_of(key, payload))
-        block.entries.append((key, entry))
-        block.payload += payload
+    def write(self, transaction: Any, documents: Iterable[tuple[bytes, Entry, bytes]]) -> None:
+        """Write documents, with their keys and bytes, over those of the same keys into new blocks."""
+        payload = bytearray()
+        entries: list[tuple[bytes, Entry]] = []
+        for key, entry, data in documents:
+            if payload and len(payload) + len(data) > BLOCK_BYTES:
+                self._write_block(transaction, bytes(payload), entries)
+                payload, entries = bytearray(), []
+            entries.append((key, entry._replace(offset=len(payload), checksum=entry.sum_of(key, data))))
+            payload += data
+        if entries:
+            self._write_block(transaction, bytes(payload), entries)
 
-    def put_block(self, transaction: Any, block: Block) -> None:
-        """Put a block and its entries into the databases, and empty it."""
-        if not block.entries:
-            return
-        entries, blocks, live = self.databases("entries", "blocks", "live")
+    def _write_block(self, transaction: Any, payload: bytes, documents: Sequence[tuple[bytes, Entry]]) -> None:
+        entries, blocks, live = map(self.environment.database, ("entries", "blocks", "live"))
         cursor = transaction.cursor(db=live)
         number = NUMBER.unpack(cursor.key())[0] + 1 if cursor.last() else 0
-        for key, entry in block.entries:
+        for key, entry in documents:
             self.forget(transaction, key)
-            transaction.put(key, replace(entry, block=number).pack(), db=entries)
-        transaction.put(NUMBER.pack(number), bytes(block.payload), db=blocks)
-        transaction.put(NUMBER.pack(number), COUNT.pack(len(block.payload)), db=live)
-        block.payload, block.entries = bytearray(), []
+            transaction.put(key, entry._replace(block=number).pack(), db=entries)
+        transaction.put(NUMBER.pack(number), payload, db=blocks)
+        transaction.put(NUMBER.pack(number), COUNT.pack(len(payload)), db=live)
 
     def forget(self, transaction: Any, key: bytes) -> None:
         """Drop an entry, if it is there, and its block with the last of them."""
-        entries, blocks, live = self.databases("entries", "blocks", "live")
+        entries, blocks, live = map(self.environment.database, ("entries", "blocks", "live"))
         data = transaction.get(key, db=entries)
         if data is None:
             return
@@ -150,26 +146,20 @@ class Blocks:
         size = self.size(transaction, key, entry)
         transaction.delete(key, db=entries)
         name = NUMBER.pack(entry.block)
-        left = COUNT.unpack(transaction.get(name, db=live) or COUNT.pack(0))[0] - size
-        if left > 0:
-            transaction.put(name, COUNT.pack(left), db=live)
+        remaining = COUNT.unpack(transaction.get(name, db=live) or COUNT.pack(0))[0] - size
+        if remaining > 0:
+            transaction.put(name, COUNT.pack(remaining), db=live)
         else:
             transaction.delete(name, db=live)
             transaction.delete(name, db=blocks)
 
     def keys_of(self, transaction: Any, ref: str, fingerprint: str | None) -> list[bytes]:
         """Return the keys of a document: of one embedder, or of all."""
-        if fingerprint is not None:
-            key = key_of(ref, fingerprint)
-            return [key] if self.environment.get(transaction, "entries", key) is not None else []
-        start = ref_bytes(ref)
+        start, end = ref_bytes(ref), b"" if fingerprint is None else fingerprint_bytes(fingerprint)
         cursor = transaction.cursor(db=self.environment.database("entries"))
-        keys = []
-        has_item = cursor.set_range(start)
-        while has_item and bytes(cursor.key())[:16] == start:
-            keys.append(bytes(cursor.key()))
-            has_item = cursor.next()
-        return keys
+        cursor.set_range(start)
+        keys = takewhile(lambda key: key.startswith(start), map(bytes, cursor.iternext(values=False)))
+        return [key for key in keys if key.endswith(end)]
 
     def _from(self, transaction: Any, entry: Entry) -> memoryview:
         """Return a block from a document on, a view of the file."""
@@ -177,8 +167,8 @@ class Blocks:
         return memoryview(b"" if block is None else block)[entry.offset :]
 
     def _kinds(self, transaction: Any) -> Iterator[tuple[int, EmbeddingFormat]]:
-        for key, value in transaction.cursor(db=self.environment.database("kinds")):
-            yield int(NUMBER.unpack(key)[0]), EmbeddingFormat.parse(value)
+        for key, value in self.environment.rows(transaction, "kinds"):
+            yield int(NUMBER.unpack(key)[0]), EmbeddingFormat.parse(bytes(value))
 
     def _number_of(self, transaction: Any, kind: EmbeddingFormat) -> int:
         number = -1

@@ -7,12 +7,13 @@ that every coarser ratio can still be derived, and is kept as a direction, which
 from __future__ import annotations
 
 import json
+import re
 import struct
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -35,12 +36,14 @@ _STORED = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
 _COLUMNS = {"anchors": "<i4", "mean_norms": "<f4", "norms": "<f4", "weights": "<f4"}
 COUNT = struct.Struct("<Q")
 NUMBER = struct.Struct(">Q")  # big-endian: keys in order
-_ENTRY = struct.Struct("<QQQIIIIQ")  # block, offset, n_tokens, n_embeddings, ratio, kind, dtype, checksum
+_ENTRY = struct.Struct("<QQQIIIIQ")  # of `Entry`
+_SETTINGS = ("fingerprint", "chunk_size", "ratios", "downscaling", "entry_layer")  # of a text that are its embedder's
 _REF_BYTES = 16
+_REF = re.compile(f"{REF_PREFIX}[0-9A-Fa-f]{{32}}")
 
 
 def prepare(folder: Path) -> None:
-    """Create the folder of a store, or check that it is one."""
+    """Create the folder of a store, or check that one that is there holds nothing else."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file, and a store is a folder; pass another path")
     try:
@@ -49,7 +52,6 @@ def prepare(folder: Path) -> None:
         raise StoreError(f"{folder} cannot be created ({error.strerror}); pass a writable path") from error
     if any(folder.iterdir()) and not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
         raise StoreError(f"{folder} holds files that are not a store's; pass another folder, or an empty one")
-    check_description(folder)
 
 
 def check_description(folder: Path) -> int | None:
@@ -83,8 +85,7 @@ def describe(folder: Path) -> None:
         atomic_write_text(folder / DESCRIPTION, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Location, sizes and checksum of a document's embeddings."""
 
     block: int
@@ -99,11 +100,11 @@ class Entry:
     @classmethod
     def unpack(cls, data: Any) -> Entry:
         """Read an entry from its bytes."""
-        return cls(*_ENTRY.unpack(data))
+        return cls._make(_ENTRY.unpack(data))
 
     def pack(self) -> bytes:
         """Return the entry as bytes."""
-        return _ENTRY.pack(*(getattr(self, name) for name in self.__dataclass_fields__))
+        return _ENTRY.pack(*self)
 
     def sum_of(self, key: bytes, payload: Any) -> int:
         """Compute the checksum of everything stored except its location, which `gc` may change."""
@@ -130,7 +131,7 @@ class Entry:
 
     def _sum_begun(self, key: bytes) -> xxhash.xxh3_64:
         digest = xxhash.xxh3_64(key)
-        digest.update(_ENTRY.pack(0, 0, self.n_tokens, self.n_embeddings, self.ratio, self.kind, self.dtype, 0))
+        digest.update(self._replace(block=0, offset=0, checksum=0).pack())
         return digest
 
 
@@ -148,59 +149,39 @@ class EmbeddingFormat:
     @classmethod
     def of(cls, text: Compressed) -> EmbeddingFormat:
         """Return the format of a text."""
-        width = int(text.embeddings.shape[1])
-        return cls(text.fingerprint, text.chunk_size, tuple(text.ratios), text.downscaling, width, text.entry_layer)
+        settings = {name: getattr(text, name) for name in _SETTINGS}
+        return cls(**settings, width=int(text.embeddings.shape[1]))
 
-    @classmethod
-    def parse(cls, data: Any) -> EmbeddingFormat:
+    @staticmethod
+    @lru_cache  # every document that is read asks for it
+    def parse(data: bytes) -> EmbeddingFormat:
         """Read a format from what `to_bytes` wrote."""
-        return _parsed(bytes(data))
-
-    @cached_property
-    def name(self) -> bytes:
-        """Bytes that the keys of its documents end with."""
-        return _name(self.fingerprint)
+        values = json.loads(data)
+        return EmbeddingFormat(**values | {"ratios": tuple(values["ratios"])})
 
     def matches(self, key: bytes) -> bool:
         """Return True if a document is of this embedder."""
-        return name_in(key) == self.name
+        return name_in(key) == fingerprint_bytes(self.fingerprint)
 
     def size(self, entry: Entry) -> int:
-        """Return the bytes of a document's embeddings."""
+        """Count the bytes of a document's embeddings."""
         return n_bytes(entry.n_embeddings, self.width, DTYPES[entry.dtype], anchored=self.entry_layer > 0)
 
     def decode(self, payload: Any, entry: Entry, ref: str) -> Compressed:
         """Read a document of this format from its `size` bytes."""
-        dtype, anchored = DTYPES[entry.dtype], self.entry_layer > 0
-        fields = decode(payload, entry.n_embeddings, self.width, dtype, anchored=anchored)
-        return Compressed(
-            **fields,
-            ratio=entry.ratio,
-            n_tokens=entry.n_tokens,
-            ref=ref,
-            fingerprint=self.fingerprint,
-            chunk_size=self.chunk_size,
-            ratios=self.ratios,
-            downscaling=self.downscaling,
-            entry_layer=self.entry_layer,
-        )
+        anchored = self.entry_layer > 0
+        embeddings = decode(payload, entry.n_embeddings, self.width, DTYPES[entry.dtype], anchored=anchored)
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        return Compressed(**embeddings, **settings, ratio=entry.ratio, n_tokens=entry.n_tokens, ref=ref)
 
     def to_bytes(self) -> bytes:
         """Return the format as JSON."""
         return json.dumps(asdict(self)).encode()
 
 
-@dataclass
-class Block:
-    """Documents that will share one value."""
-
-    payload: bytearray = field(default_factory=bytearray)
-    entries: list[tuple[bytes, Entry]] = field(default_factory=list)
-
-
 def key_of(ref: str, fingerprint: str) -> bytes:
     """Return a key of 32 bytes: those of the ref, then a hash of the fingerprint."""
-    return ref_bytes(ref) + _name(fingerprint)
+    return ref_bytes(ref) + fingerprint_bytes(fingerprint)
 
 
 def name_in(key: bytes) -> bytes:
@@ -210,13 +191,9 @@ def name_in(key: bytes) -> bytes:
 
 def ref_bytes(ref: str) -> bytes:
     """Return the 16 bytes of a ref. Raises `ConfigError` if it is not one."""
-    try:
-        data = bytes.fromhex(ref.removeprefix(REF_PREFIX))
-    except ValueError:
-        data = b""
-    if not ref.startswith(REF_PREFIX) or len(data) != _REF_BYTES:
+    if not _REF.fullmatch(ref):
         raise ConfigError(f"ref={ref!r} is not a document's ref ({REF_PREFIX} and 32 hex digits); pass document.ref")
-    return data
+    return bytes.fromhex(ref.removeprefix(REF_PREFIX))
 
 
 def ref_of(data: bytes) -> str:
@@ -224,14 +201,9 @@ def ref_of(data: bytes) -> str:
     return REF_PREFIX + data[:_REF_BYTES].hex()
 
 
-def _name(fingerprint: str) -> bytes:
+def fingerprint_bytes(fingerprint: str) -> bytes:
+    """Return the 16 bytes that the keys of an embedder's documents end with."""
     return xxhash.xxh3_128(fingerprint.encode()).digest()
-
-
-@lru_cache  # every document that is read asks for it
-def _parsed(data: bytes) -> EmbeddingFormat:
-    values = json.loads(data)
-    return EmbeddingFormat(**(values | {"ratios": tuple(values["ratios"])}))
 
 
 def check_dtype(dtype: str) -> Dtype:
@@ -269,7 +241,7 @@ def encode(text: Compressed, dtype: Dtype) -> tuple[bytes, Dtype]:
 
 def n_bytes(count: int, width: int, dtype: Dtype, *, anchored: bool) -> int:
     """Count the bytes of (count, width) embeddings; `anchored` above entry layer 0."""
-    row_bytes = width + 4 if dtype == "int8" else width * (2 if dtype == "float16" else 4)
+    row_bytes = width * np.dtype(_STORED[dtype]).itemsize + 4 * (dtype == "int8")  # a scale
     return count * (row_bytes + 4 * len(_COLUMNS) * anchored)
 
 
@@ -278,10 +250,9 @@ def decode(buffer: Any, count: int, width: int, dtype: Dtype, *, anchored: bool)
     if not anchored:
         return {"embeddings": _decode_rows(buffer, count, width, dtype)}
     fields: dict[str, Any] = {}
-    for at, (name, kind) in enumerate(_COLUMNS.items()):
-        fields[name] = _numbers(memoryview(buffer)[4 * count * at :], kind, count)
-    rows = memoryview(buffer)[4 * count * len(_COLUMNS) :]
-    embeddings = _decode_rows(rows, count, width, dtype, scales=fields["norms"])
+    for name, kind in _COLUMNS.items():
+        fields[name], buffer = _numbers(buffer, kind, count), memoryview(buffer)[4 * count :]
+    embeddings = _decode_rows(buffer, count, width, dtype, scales=fields["norms"])
     return fields | {"anchors": fields["anchors"].numpy(), "embeddings": embeddings}
 
 

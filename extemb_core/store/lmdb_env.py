@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ _READERS = 1024
 _PAGE = 1000  # items that are listed in one transaction
 _FIRST_MAP_BYTES = 64 * 2**20
 _UNHARMED = "nothing of this call was kept and what was there before still is"
+_CHECK_DISK = f"{_UNHARMED}; check the disk and call again"
 
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.VersionMismatchError)
 
@@ -70,33 +72,32 @@ class Environment:
         database = self._databases[name]
         return 0 if database is None else int(transaction.stat(database)["entries"])
 
+    def rows(self, transaction: Any, name: str) -> Iterator[tuple[Any, Any]]:
+        """Yield keys and values of a database as views of the file, none if it does not exist."""
+        database = self._databases[name]
+        return iter(() if database is None else transaction.cursor(db=database))
+
     @contextmanager
     def read(self) -> Iterator[Any]:
         """Open a transaction that sees one state of all databases. Its buffers are views of the file: copy what stays.
 
         A thread has one at a time: a second one within it could wait for the end of the first.
         """
-        with self._entered(), self._failures("read"), self._begun(write=False) as transaction:
+        with self._entered(), self._failures(), self._begun(write=False) as transaction:
             yield transaction
 
     def items(self, name: str) -> Iterator[tuple[bytes, bytes]]:
         """Yield keys and values of a database, a page at a time: no transaction stays open while the caller works."""
-        last: bytes | None = None
+        start = b""
         while True:
-            page: list[tuple[bytes, bytes]] = []
             with self.read() as transaction:
                 database = self.database(name)
-                if database is None:
+                cursor = None if database is None else transaction.cursor(db=database)
+                if cursor is None or not cursor.set_range(start):
                     return
-                cursor = transaction.cursor(db=database)
-                has_item = cursor.first() if last is None else cursor.set_range(last + b"\0")
-                while has_item and len(page) < _PAGE:
-                    page.append((bytes(cursor.key()), bytes(cursor.value())))
-                    has_item = cursor.next()
-            if not page:
-                return
-            last = page[-1][0]
+                page = [(bytes(key), bytes(value)) for key, value in islice(cursor, _PAGE)]
             yield from page
+            start = page[-1][0] + b"\0"
 
     def write(self, work: Callable[[Any], T]) -> T:
         """Run `work(transaction)` and commit: all of it is on disk when this returns, or none of it.
@@ -110,8 +111,8 @@ class Environment:
         self.require_writable()
         with self._writing:
             while True:
-                full = suppress(lmdb.MapFullError)
-                with full, self._entered(), self._failures("write"), self._begun(write=True) as transaction:
+                failures = self._failures("could not be written to")
+                with suppress(lmdb.MapFullError), self._entered(), failures, self._begun(write=True) as transaction:
                     return work(transaction)
                 self._grow()
 
@@ -119,9 +120,6 @@ class Environment:
         """Raise `StoreError` if it is read-only, before long work that would end in that error."""
         if self.readonly:
             raise StoreError(f"{self.folder} was opened to read; open it with mode='a' to write")
-
-    def file_bytes(self) -> int:
-        return (self.folder / DATA_FILE).stat().st_size
 
     def close(self) -> None:
         """Release it; the files are closed when nothing in this process uses them."""
@@ -161,23 +159,18 @@ class Environment:
 
     def _connect(self) -> None:
         file = self.folder / DATA_FILE
-        size = file.stat().st_size if file.is_file() else 0
-        writable = os.access(self.folder, os.W_OK)
-        try:
-            self._env = lmdb.open(
-                str(self.folder),
-                map_size=max(_FIRST_MAP_BYTES, size),
-                max_dbs=16,
-                max_readers=_READERS,
-                readonly=self.readonly,
-                lock=writable or not self.readonly,
-                readahead=False,
-            )
-        except lmdb.Error as error:
-            raise _damaged_or_refused(self.folder, error) from error
+        lock = not self.readonly or os.access(self.folder, os.W_OK)
+        options: dict[str, Any] = {"max_dbs": 16, "max_readers": _READERS, "readonly": self.readonly, "lock": lock}
+
+        def opened() -> Any:
+            size = file.stat().st_size if file.is_file() else 0
+            return lmdb.open(str(self.folder), max(_FIRST_MAP_BYTES, size), readahead=False, **options)
+
+        with self._failures("cannot be opened", "check that the folder may be read and written"):
+            self._env = _following(opened, lambda: None)  # another process may write between the two lines of `opened`
         try:
             self._check_file(file)
-            with self._failures("read"):
+            with self._failures():
                 self._open_databases()
         except BaseException:
             self._env.close()
@@ -236,27 +229,27 @@ class Environment:
             except lmdb.Error as error:
                 self._env.close()  # it has no map any more; the next transaction opens it anew
                 self._env = None
-                what = f"{size:,} bytes" if size else "the size that another process gave it"
+                wanted = f"{size:,} bytes" if size else "the size that another process gave it"
                 raise StoreError(
-                    f"{self.folder} could not grow to {what} ({error}); {_UNHARMED}; allow this process more address "
+                    f"{self.folder} could not grow to {wanted} ({error}); {_UNHARMED}; allow this process more address "
                     "space (ulimit -v) and call again"
                 ) from error
             finally:
                 self._open += 1
 
     @contextmanager
-    def _failures(self, what: str) -> Iterator[None]:
+    def _failures(self, failed: str = "could not be read", remedy: str = _CHECK_DISK) -> Iterator[None]:
         try:
             yield
         except (lmdb.MapFullError, lmdb.MapResizedError):
             raise
         except _DAMAGE as error:
-            raise _damaged_or_refused(self.folder, error) from error
-        except lmdb.Error as error:
-            raise StoreError(
-                f"{self.folder} could not be {'written to' if what == 'write' else 'read'} ({error}); {_UNHARMED}; "
-                "check the disk and call again"
+            raise StoreCorruptError(
+                f"{self.folder / DATA_FILE} is damaged ({error}); restore it from a copy, or add the documents to a "
+                "new store"
             ) from error
+        except lmdb.Error as error:
+            raise StoreError(f"{self.folder} {failed} ({error}); {remedy}") from error
 
 
 def open_environment(folder: Path, *, readonly: bool) -> Environment:
@@ -311,11 +304,3 @@ def _following(begin: Callable[[], T], resize: Callable[[], None]) -> T:
             return begin()
         except lmdb.MapResizedError:  # noqa: PERF203 - one more try is the exception
             resize()
-
-
-def _damaged_or_refused(folder: Path, error: Exception) -> StoreError:
-    if isinstance(error, _DAMAGE):
-        return StoreCorruptError(
-            f"{folder / DATA_FILE} is damaged ({error}); restore it from a copy, or add the documents to a new store"
-        )
-    return StoreError(f"{folder} cannot be opened ({error}); check that the folder may be read and written")

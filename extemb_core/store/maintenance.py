@@ -8,7 +8,8 @@ from typing import Any
 
 from extemb_core.errors import StoreCorruptError
 from extemb_core.store.blocks import BLOCK_BYTES, Blocks
-from extemb_core.store.format import COUNT, NUMBER, Block, Entry, ref_of
+from extemb_core.store.format import COUNT, NUMBER, Entry, ref_of
+from extemb_core.store.lmdb_env import DATA_FILE
 
 _SMALL_BLOCK_BYTES = BLOCK_BYTES // 4
 
@@ -66,15 +67,14 @@ def stats_of(blocks: Blocks) -> StoreStats:
         live += kind.size(entry)
         by_fingerprint[kind.fingerprint] += 1
     with blocks.environment.read() as transaction:
-        (values,) = blocks.databases("blocks")
-        block_bytes = 0 if values is None else sum(len(value) for _, value in transaction.cursor(db=values))
+        block_bytes = sum(len(value) for _, value in blocks.environment.rows(transaction, "blocks"))
     return StoreStats(
         n_documents=by_fingerprint.total(),
         n_tokens=tokens,
         n_embeddings=embeddings,
         live_bytes=live,
         block_bytes=block_bytes,
-        file_bytes=blocks.environment.file_bytes(),
+        file_bytes=(blocks.environment.folder / DATA_FILE).stat().st_size,
         by_fingerprint=dict(by_fingerprint),
     )
 
@@ -84,55 +84,46 @@ def verify(blocks: Blocks) -> Verified:
     good = 0
     damaged: list[tuple[str, str, str]] = []
     with blocks.environment.read() as transaction:
-        entries, values, live = blocks.databases("entries", "blocks", "live")
-        if entries is None:
-            return Verified(n_documents=0)
         held: Counter[int] = Counter()  # bytes of documents in each block
-        for data, value in transaction.cursor(db=entries):
+        for data, value in blocks.environment.rows(transaction, "entries"):
             key, entry, name = bytes(data), Entry.unpack(value), "?"
             held[entry.block] += blocks.size(transaction, key, entry)
             try:
-                kind = blocks.kind(transaction, key, entry)
-                name = kind.fingerprint
-                blocks.payload(transaction, key, entry, kind)
+                name = blocks.kind(transaction, key, entry).fingerprint
+                blocks.payload(transaction, key, entry)
                 good += 1
             except StoreCorruptError as error:
                 damaged.append((ref_of(key), name, str(error)))
-        counted = _live_bytes(transaction, live)
-        present = {NUMBER.unpack(key)[0] for key in transaction.cursor(db=values).iternext(values=False)}
+        sizes, counted = _sizes(blocks, transaction)
     problems = [
         f"block {at} holds {held[at]:,} bytes of documents, and {counted.get(at, 0):,} are noted"
         for at in sorted(held.keys() | counted.keys())
         if held[at] != counted.get(at, 0)
     ]
-    problems += [f"block {at} belongs to no document" for at in sorted(present - held.keys())]
+    problems += [f"block {at} belongs to no document" for at in sorted(sizes.keys() - held.keys())]
     return Verified(n_documents=good, damaged=tuple(damaged), problems=tuple(problems))
 
 
 def sparse(blocks: Blocks) -> list[tuple[int, int]]:
     """List (number, live bytes) of the blocks with gaps, and of the small ones if there are several."""
     with blocks.environment.read() as transaction:
-        values, live = blocks.databases("blocks", "live")
-        sizes = {NUMBER.unpack(key)[0]: len(value) for key, value in transaction.cursor(db=values)}
-        counted = _live_bytes(transaction, live)
+        sizes, counted = _sizes(blocks, transaction)
     small = [at for at, size in sizes.items() if size < _SMALL_BLOCK_BYTES]
-    chosen = {at for at, size in sizes.items() if counted.get(at, 0) < size}
-    chosen |= set(small) if len(small) > 1 else set()
-    return [(at, counted.get(at, 0)) for at in sorted(chosen, reverse=True)]
+    with_gaps = [at for at, size in sizes.items() if counted.get(at, 0) < size]
+    chosen = {*with_gaps, *(small if len(small) > 1 else ())}
+    return [(at, counted.get(at, 0)) for at in sorted(chosen)]
 
 
 def move(blocks: Blocks, transaction: Any, numbers: set[int]) -> None:
     """Rewrite the documents of some blocks together."""
-    entries = blocks.environment.database("entries")
-    moved = [(bytes(key), Entry.unpack(value)) for key, value in transaction.cursor(db=entries)
-             if Entry.unpack(value).block in numbers]  # fmt: skip
-    block = Block()
-    for key, entry in moved:
-        # Checked, as damage is not to be sealed with a new checksum; a copy, as writing may move what it is a view of.
-        payload = bytes(blocks.payload(transaction, key, entry, blocks.kind(transaction, key, entry)))
-        blocks.add(transaction, block, key, entry, payload)
-    blocks.put_block(transaction, block)
+    rows = blocks.environment.rows(transaction, "entries")
+    entries = [(bytes(key), entry) for key, value in rows if (entry := Entry.unpack(value)).block in numbers]
+    # Checked, as damage is not to be sealed with a new checksum; a copy, as writing may move what it is a view of.
+    blocks.write(transaction, ((key, entry, bytes(blocks.payload(transaction, key, entry))) for key, entry in entries))
 
 
-def _live_bytes(transaction: Any, live: Any) -> dict[int, int]:
-    return {NUMBER.unpack(key)[0]: COUNT.unpack(value)[0] for key, value in transaction.cursor(db=live)}
+def _sizes(blocks: Blocks, transaction: Any) -> tuple[dict[int, int], dict[int, int]]:
+    """Map the blocks to their bytes, and to those that are noted as live."""
+    values, live = (blocks.environment.rows(transaction, name) for name in ("blocks", "live"))
+    sizes = {NUMBER.unpack(key)[0]: len(value) for key, value in values}
+    return sizes, {NUMBER.unpack(key)[0]: COUNT.unpack(value)[0] for key, value in live}

@@ -55,8 +55,8 @@ class StorageLocation:
 
     def sizes(self) -> dict[str, int]:
         """Map the files here to their bytes, from one listing; links are left out."""
-        files = {name: info for name, info in self._listed().items() if info["type"] == "file"}
-        return {name: int(info["size"]) for name, info in files.items() if not info.get("islink")}
+        infos = self._listed().items()
+        return {name: int(info["size"]) for name, info in infos if info["type"] == "file" and not info.get("islink")}
 
     def _listed(self) -> dict[str, dict[str, Any]]:
         try:
@@ -113,20 +113,17 @@ class StorageLocation:
         """Write a small text file atomically."""
         self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
 
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        """Read a part of a file."""
+    def read(self, name: str, begin: int | None = None, end: int | None = None) -> bytes:
+        """Read a file, or a part of it."""
         return cast(bytes, self._files.cat_file(self._path(name), begin, end))
 
     def read_text(self, name: str) -> str:
         """Read a small text file."""
-        with self.open(name) as stream:
-            return stream.read().decode("utf-8")
+        return self.read(name).decode("utf-8")
 
     def read_texts(self, names: Sequence[str]) -> dict[str, str]:
         """Read several small text files, at once where the file system can."""
-        if not names:
-            return {}
-        contents = self._files.cat([self._path(name) for name in names])
+        contents = self._files.cat([self._path(name) for name in names]) if names else {}
         return {PurePosixPath(path).name: data.decode("utf-8") for path, data in contents.items()}
 
     def remove(self, name: str) -> None:

@@ -32,13 +32,12 @@ class ShardStore:
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         self._location = StorageLocation(folder)
         shards = read_manifest(self._location, verify=verify)
-        self._readers = [ShardReader(self._location, shard.file) for shard in shards]
-        self._entries: dict[tuple[bytes, str], tuple[int, int, int]] = {}  # ratio, reader, index in it
-        for number, reader in enumerate(self._readers):
+        self._entries: dict[tuple[bytes, str], tuple[int, ShardReader, int]] = {}  # ratio, shard, index in it
+        for reader in [ShardReader(self._location, shard.file) for shard in shards]:
             for at, (ref, ratio) in enumerate(zip(reader.refs, reader.ratios.tolist(), strict=True)):
                 key = ref.tobytes(), reader.kind.fingerprint
                 if key not in self._entries or ratio < self._entries[key][0]:
-                    self._entries[key] = ratio, number, at
+                    self._entries[key] = ratio, reader, at
 
     def __len__(self) -> int:
         """Count the documents, each once for every embedder that compressed it."""
@@ -53,8 +52,8 @@ class ShardStore:
         entry = self._entries.get((ref_bytes(ref), fingerprint))
         if entry is None or ratio % entry[0]:
             return None
-        _, number, at = entry
-        return self._readers[number].text(at).at_ratio(ratio)
+        _, reader, at = entry
+        return reader.text(at).at_ratio(ratio)
 
     def put(self, *texts: Compressed) -> None:
         """Raise `StoreError`: shards are never changed."""

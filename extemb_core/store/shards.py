@@ -25,17 +25,7 @@ from safetensors.torch import save
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.format import (
-    DTYPES,
-    Dtype,
-    EmbeddingFormat,
-    Entry,
-    check_dtype,
-    encode,
-    key_of,
-    ref_bytes,
-    ref_of,
-)
+from extemb_core.store.format import DTYPES, Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
 from extemb_core.store.remote import StorageLocation
 
 MANIFEST = "manifest.json"
@@ -84,25 +74,16 @@ def write_shard(
         dtype = "float32"
         coded = [encode(text, dtype) for text in texts]
     kind = kinds.pop()
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "fingerprint": kind.fingerprint,
-        "chunk_size": str(kind.chunk_size),
-        "trained_ratios": json.dumps(kind.ratios),
-        "downscaling": kind.downscaling,
-        "width": str(kind.width),
-        "entry_layer": str(kind.entry_layer),
-        "dtype": dtype,
-    }
-    refs = [np.frombuffer(ref_bytes(text.ref), np.uint8) for text in texts]
-    sums = [_entry(text.n_tokens, len(text), text.ratio, dtype).sum_of(key_of(text.ref, kind.fingerprint), data)
-            for text, (data, _) in zip(texts, coded, strict=True)]  # fmt: skip
+    keys = [key_of(text.ref, kind.fingerprint) for text in texts]
+    entries = [_entry(text.n_tokens, len(text), text.ratio, dtype) for text in texts]
+    sums = [entry.sum_of(key, data) for entry, key, (data, _) in zip(entries, keys, coded, strict=True)]
+    metadata = {name: str(value) for name, value in asdict(kind).items() if name != "ratios"}
+    metadata |= {"format": FORMAT, "version": str(VERSION), "trained_ratios": json.dumps(kind.ratios), "dtype": dtype}
     tensors = {
-        "refs": torch.from_numpy(np.stack(refs)),
-        "n_tokens": torch.tensor([text.n_tokens for text in texts]),
-        "n_embeddings": torch.tensor([len(text) for text in texts]),
-        "ratios": torch.tensor([text.ratio for text in texts]),
+        "refs": torch.from_numpy(np.stack([np.frombuffer(key, np.uint8, 16) for key in keys])),
+        "n_tokens": torch.tensor([entry.n_tokens for entry in entries]),
+        "n_embeddings": torch.tensor([entry.n_embeddings for entry in entries]),
+        "ratios": torch.tensor([entry.ratio for entry in entries]),
         "checksums": torch.from_numpy(np.array(sums, np.uint64).view(np.int64)),
         "payload": torch.from_numpy(np.frombuffer(bytearray(b"".join(data for data, _ in coded)), np.uint8)),
     }
@@ -136,11 +117,9 @@ class ShardReader:
         self.file = file
         try:
             self._read_header()
-        except FileNotFoundError as error:
-            raise StoreNotFoundError(f"{self} does not exist; check the path") from error
+        except StoreError:
+            raise
         except (KeyError, ValueError, TypeError, OSError, RecursionError) as error:
-            if isinstance(error, StoreError):
-                raise
             raise StoreCorruptError(f"{self} is not a whole shard ({error}); download it again") from error
 
     def __str__(self) -> str:
@@ -176,7 +155,7 @@ class ShardReader:
         """Read the header and compare it with the file's size. By hand: safetensors reads no parts of remote files."""
         size = self._location.size(self.file)
         if size is None:
-            raise FileNotFoundError(self.file)
+            raise StoreNotFoundError(f"{self} does not exist; check the path")
         with self._location.open(self.file) as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if length > min(size, _MAX_HEADER_BYTES):
@@ -187,8 +166,8 @@ class ShardReader:
                 raise StoreError(f"{self} is {metadata['format']!r} version {metadata['version']!r}; export it again")
             start = _LENGTH_BYTES + length
             spans = {name: [start + int(at) for at in tensor["data_offsets"]] for name, tensor in header.items()}
-            if max(end for _, end in spans.values()) != size:
-                raise ValueError(f"{size:,} bytes where {max(end for _, end in spans.values()):,} belong")
+            if (total := max(end for _, end in spans.values())) != size:
+                raise ValueError(f"{size:,} bytes where {total:,} belong")
             lists = {name: self._list(stream, header[name]["dtype"], name, spans[name]) for name in _LISTS}
         self.dtype = check_dtype(metadata["dtype"])
         self.kind = EmbeddingFormat(
@@ -202,7 +181,7 @@ class ShardReader:
         self.refs = lists["refs"].reshape(-1, 16)
         self.n_tokens, self.n_embeddings, self.ratios = (lists[name] for name in ("n_tokens", "n_embeddings", "ratios"))
         self._sums = lists["checksums"].view(np.uint64)
-        if {len(self.refs)} != {len(values) for name, values in lists.items() if name != "refs"}:
+        if any(len(values) != len(self.refs) for name, values in lists.items() if name != "refs"):
             raise ValueError("lists of unequal length")
         sizes = [self.kind.size(_entry(0, count, 1, self.dtype)) for count in self.n_embeddings]
         begin, end = spans["payload"]

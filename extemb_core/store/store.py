@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from extemb_core.store.blocks import Blocks
 from extemb_core.store.format import Dtype, check_description, check_dtype, describe, encode, key_of, prepare, ref_of
 from extemb_core.store.lmdb_env import Environment, open_environment
 from extemb_core.store.maintenance import StoreStats, Verified, move, sparse, stats_of, verify
+from extemb_core.utils.batches import batches
 
 T = TypeVar("T")
 
@@ -37,13 +39,7 @@ class EmbeddingStore:
         self._blocks = Blocks(environment)
 
     @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        mode: Literal["r", "a"] = "a",
-        *,
-        dtype: Literal["float32", "float16", "int8"] = "float16",
-    ) -> EmbeddingStore:
+    def open(cls, path: str | Path, mode: Literal["r", "a"] = "a", *, dtype: Dtype = "float16") -> EmbeddingStore:
         """Open a store.
 
         Args:
@@ -59,12 +55,11 @@ class EmbeddingStore:
         """
         if mode not in ("r", "a"):
             raise ConfigError(f"mode={mode!r} is neither 'r' nor 'a'; pass 'r' to read, 'a' to read and write")
-        folder = Path(path)
         check_dtype(dtype)
+        folder = Path(path)
         if mode == "a":
             prepare(folder)
-        elif folder.is_dir():
-            check_description(folder)
+        check_description(folder)
         store = cls(open_environment(folder, readonly=mode == "r"), dtype)
         if mode == "a":
             describe(folder)  # earlier versions of this library are not to read what this one will write
@@ -140,11 +135,8 @@ class EmbeddingStore:
             StoreError: The store is read-only, or the disk refuses; then none of them was kept.
             MismatchError: One of them enters above layer 0, and the store is of int8; none of them was kept.
         """
-        finest: dict[bytes, Compressed] = {}
-        for text in texts:
-            key = key_of(text.ref, text.fingerprint)
-            if key not in finest or text.ratio < finest[key].ratio:
-                finest[key] = text
+        finest_last = sorted(texts, key=attrgetter("ratio"), reverse=True)
+        finest = {key_of(text.ref, text.fingerprint): text for text in finest_last}
         coded = [(key, text, *encode(text, self.dtype)) for key, text in finest.items()]
         if coded:
             self.write(lambda transaction: self._blocks.put(transaction, coded))
@@ -180,15 +172,8 @@ class EmbeddingStore:
                 )
             for fingerprint in set(before.by_fingerprint) - set(keep):
                 self.remove([ref for ref, embedder in self.items() if embedder == fingerprint], fingerprint)
-        waiting = sparse(self._blocks)
-        while waiting:
-            numbers: set[int] = set()
-            total = 0
-            while waiting and total < _WRITE_BYTES:
-                number, size = waiting.pop()
-                numbers.add(number)
-                total += size
-            self._move(numbers)
+        for group in batches(sparse(self._blocks), itemgetter(1), _WRITE_BYTES):
+            self._move({number for number, _ in group})
         return before.block_bytes - self.stats().block_bytes
 
     def write(self, work: Callable[[Any], T]) -> T:

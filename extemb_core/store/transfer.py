@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from extemb_core.errors import StoreError
@@ -19,6 +20,7 @@ from extemb_core.store.shards import (
     write_shard,
 )
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.utils.batches import batches
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
@@ -79,34 +81,19 @@ def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: b
     count = 0
     with progress("import", len(shards), show_progress) as advance:
         for shard in shards:
-            waiting: list[Compressed] = []
-            size = 0
-            for text in ShardReader(location, shard.file).texts():
-                waiting.append(text)
-                size += text.embeddings.numel() * 4
-                count += 1
-                if size > _PUT_BYTES:
-                    store.put(*waiting)
-                    waiting, size = [], 0
-            store.put(*waiting)
+            texts = ShardReader(location, shard.file).texts()
+            for group in batches(texts, lambda text: text.embeddings.numel() * 4, _PUT_BYTES):
+                store.put(*group)
+                count += len(group)
             advance(1)
     return count
 
 
 def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[list[Compressed]]:
     """Group the documents of one embedder, about `shard_bytes` of embeddings together."""
+    value_bytes = 1 if store.dtype == "int8" else 2
     for fingerprint in sorted(store.stats().by_fingerprint):
-        group: list[Compressed] = []
-        size = 0
-        for ref, embedder in store.items():
-            text = store.finest(ref, embedder) if embedder == fingerprint else None
-            if text is None:  # of another embedder, or removed meanwhile
-                continue
-            # A fingerprint leaves some settings out.
-            if group and (size >= shard_bytes or EmbeddingFormat.of(text) != EmbeddingFormat.of(group[0])):
-                yield group
-                group, size = [], 0
-            group.append(text)
-            size += text.embeddings.numel() * (1 if store.dtype == "int8" else 2)
-        if group:
-            yield group
+        texts = (store.finest(ref, fingerprint) for ref, embedder in store.items() if embedder == fingerprint)
+        present = (text for text in texts if text is not None)  # the others were removed meanwhile
+        for _, alike in groupby(present, EmbeddingFormat.of):  # a fingerprint leaves some settings out
+            yield from batches(alike, lambda text: text.embeddings.numel() * value_bytes, shard_bytes)

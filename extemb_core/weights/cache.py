@@ -51,18 +51,11 @@ def is_ready(model: KnownModel) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read ``extemb-weights.json``, which describes the files beside it."""
+    """Read what ``extemb-weights.json`` says of the model, and the (sha256, size in bytes) of the files beside it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return {
-            "name": str(manifest["name"]),
-            "source_sha256": str(manifest["source_sha256"]),
-            "conversion": int(manifest["conversion"]),
-            "files": {
-                str(name): {"sha256": str(file["sha256"]), "size_bytes": int(file["size_bytes"])}
-                for name, file in manifest["files"].items()
-            },
-        }
+        files = {name: (str(file["sha256"]), int(file["size_bytes"])) for name, file in manifest["files"].items()}
+        return {key: manifest[key] for key in ("name", "source_sha256", "conversion")} | {"files": files}
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsCorruptError(
             f"{folder / MANIFEST} is missing or damaged, so the files beside it cannot be trusted; "
@@ -78,15 +71,14 @@ def check_files(folder: Path, *, hashes: bool = False) -> None:
     """
     manifest = read_manifest(folder)
     remedy = f"run: extemb weights get {manifest['name']}"
-    for name, expected in manifest["files"].items():
+    for name, (sha256, size_bytes) in manifest["files"].items():
         file = folder / name
         if not file.is_file():
             raise WeightsCorruptError(f"{file} is missing; {remedy}")
-        size = file.stat().st_size
-        if size != expected["size_bytes"]:
-            raise WeightsCorruptError(f"{file} has {size} bytes and must have {expected['size_bytes']}; {remedy}")
-        if hashes and (actual := sha256_of(file)) != expected["sha256"]:
-            raise WeightsCorruptError(f"{file} has sha256 {actual} and must have {expected['sha256']}; {remedy}")
+        if (size := file.stat().st_size) != size_bytes:
+            raise WeightsCorruptError(f"{file} has {size} bytes and must have {size_bytes}; {remedy}")
+        if hashes and (actual := sha256_of(file)) != sha256:
+            raise WeightsCorruptError(f"{file} has sha256 {actual} and must have {sha256}; {remedy}")
 
 
 @contextmanager
@@ -96,16 +88,13 @@ def locked(folder: Path) -> Iterator[None]:
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / f".{folder.name}.lock")
-        lock.acquire()
+        lock = FileLock(folder.parent / f".{folder.name}.lock").acquire()
     except OSError as error:
         raise WeightsError(
             f"{folder.parent} cannot be written to ({error.strerror}); set EXTEMB_HOME to a folder that can"
         ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -114,11 +103,8 @@ def partial_folder(folder: Path) -> Iterator[Path]:
     pattern = f".{folder.name}.partial-"
     for abandoned in folder.parent.glob(f"{pattern}*"):  # the lock is held, so nobody works in it
         shutil.rmtree(abandoned, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=pattern, dir=folder.parent))
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=pattern, dir=folder.parent, ignore_cleanup_errors=True) as partial:
+        yield Path(partial)
 
 
 def need_space(parent: Path, model: KnownModel) -> None:
@@ -138,15 +124,14 @@ def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
     for file in sorted(folder.iterdir()):
         files[file.name] = {"sha256": sha256_of(file), "size_bytes": file.stat().st_size}
         fsync(file)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "gguf")}
     manifest = {
         "name": model.name,
         "licence": model.licence,
         "source": origin,
         "source_sha256": model.sha256,
         "conversion": CONVERSION_VERSION,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "gguf")
-        },
+        "versions": versions,
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

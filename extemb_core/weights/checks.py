@@ -21,11 +21,10 @@ def check_llm(path: Path) -> None:
         raise WeightsError(f"{path} holds an embedder, not an LLM; pass it as embedder=, and its LLM as llm=")
     if (path / cache.MANIFEST).is_file():
         cache.check_files(path)
-    index = path / "model.safetensors.index.json"
-    shards = _shards(index) if index.is_file() else []
-    for file in [path / shard for shard in shards] or sorted(path.glob("*.safetensors")):
+    files = _shards(path / "model.safetensors.index.json") or sorted(path.glob("*.safetensors"))
+    for file in files:
         _check_safetensors(file)
-    if not shards and not any(path.glob("*.safetensors")):
+    if not files:
         other = next((f.name for f in sorted(path.iterdir()) if f.suffix in {".bin", ".pt", ".pth", ".gguf"}), None)
         content = f" (it holds {other})" if other else ""
         raise WeightsError(
@@ -79,8 +78,11 @@ def _check_safetensors(file: Path) -> None:
         ) from error
 
 
-def _shards(index: Path) -> list[str]:
+def _shards(index: Path) -> list[Path]:
+    """List the files that an index names; none if there is no index."""
+    if not index.is_file():
+        return []
     try:
-        return sorted({str(shard) for shard in _read_json(index)["weight_map"].values()})
+        return [index.with_name(name) for name in sorted({*map(str, _read_json(index)["weight_map"].values())})]
     except (KeyError, AttributeError) as error:
         raise WeightsCorruptError(f"{index} has no weight_map; download or save the model again") from error

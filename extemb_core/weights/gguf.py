@@ -65,14 +65,9 @@ def _load_dense(gguf: Path) -> Any:
     model.tie_weights()
     # GGUF has no generation settings. A padding token that differs from the end of a turn (Qwen's
     # <|endoftext|>) ends an answer too, as in the original settings; sampling is left to the caller.
-    ends = [config.eos_token_id]
-    if config.pad_token_id not in (None, config.eos_token_id):
-        ends.append(config.pad_token_id)
-    model.generation_config = transformers.GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=ends if len(ends) > 1 else ends[0],
-        pad_token_id=config.pad_token_id,
-    )
+    bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
+    ends = eos if pad in (None, eos) else [eos, pad]
+    model.generation_config = transformers.GenerationConfig(bos_token_id=bos, eos_token_id=ends, pad_token_id=pad)
     return model
 
 
@@ -149,19 +144,13 @@ def _no_progress_bars() -> Iterator[None]:
     """Hide the progress bars of transformers: it is the caller's choice to show any."""
     from transformers.utils import logging
 
-    # Its GGUF reader takes tqdm directly, past the switch below.
-    loader: Any = None
-    with contextlib.suppress(ImportError):
-        loader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    bar = getattr(loader, "tqdm", None)
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    if bar is not None:
-        loader.tqdm = functools.partial(bar, disable=True)
-    try:
+    with contextlib.ExitStack() as undo:
+        if logging.is_progress_bar_enabled():
+            undo.callback(logging.enable_progress_bar)
+        logging.disable_progress_bar()
+        with contextlib.suppress(ImportError, AttributeError):
+            # Its GGUF reader takes tqdm directly, past the switch above.
+            loader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+            undo.callback(setattr, loader, "tqdm", loader.tqdm)
+            loader.tqdm = functools.partial(loader.tqdm, disable=True)
         yield
-    finally:
-        if bar is not None:
-            loader.tqdm = bar
-        if was_on:
-            logging.enable_progress_bar()

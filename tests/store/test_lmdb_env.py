@@ -249,6 +249,22 @@ def test_a_map_that_cannot_follow_another_process_is_an_error(tmp_path):
         store.put(compressed("b"))
 
 
+def test_a_file_that_another_process_makes_larger_while_it_is_opened(tmp_path, monkeypatch):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(compressed("a"))
+    begin, outgrown = lmdb.open, [lmdb.MapResizedError("here")]
+
+    def opened(*args, **settings):
+        if outgrown:
+            raise outgrown.pop()
+        return begin(*args, **settings)
+
+    monkeypatch.setattr(lmdb, "open", opened)
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        assert len(store) == 1
+    assert not outgrown
+
+
 def test_a_change_that_failed_is_not_remembered(tmp_path, elsewhere):
     def failing(transaction):
         store._blocks.put(transaction, [(b"k" * 32, compressed("lost"), b"", "float16")])
