@@ -7,12 +7,10 @@ group begins, and is not measured again. The record keeps every sample, so that 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +20,7 @@ from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.utils.files import atomic_write_text, sha256_of
+from extemb_core.utils.journal import Journal, require_same_run, to_json
 from extemb_core.utils.progress import progress
 
 Sample = dict[str, Any]
@@ -32,7 +31,7 @@ _FREE = ("limit", "batch_size", "device")
 _EMBEDDER_SETTINGS = (
     "entry_layer", "num_layers", "adaptation", "downscaling", "token_weighting", "connector", "chunk_size", "llm_name",
 )  # fmt: skip
-_dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+_REMEDY = "write the result elsewhere, or pass --no-resume to replace it"
 _POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
 
 
@@ -129,26 +128,26 @@ def run(
     if not ids:
         raise ConfigError("no sample fits these settings; pass longer documents or other lengths")
     out.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(out, identity, resume=resume)
+    finished = Samples(out, identity, resume=resume)
     origin = provenance(command)
-    with closing(journal), progress(experiment.kind, len(ids), show_progress) as advance:
-        advance(sum(name in journal.samples for name in ids))
+    with closing(finished.journal) as journal, progress(experiment.kind, len(ids), show_progress) as advance:
+        advance(sum(name in finished.by_id for name in ids))
         for group in groups:
-            if remaining := [name for name in group if name not in journal.samples]:
+            if remaining := [name for name in group if name not in finished.by_id]:
                 for sample in experiment.measure(remaining):
-                    journal.add(sample)
+                    finished.add(sample)
                     advance(1)
                 journal.sync()
-    samples = [journal.samples[name] for name in ids]
+    samples = [finished.by_id[name] for name in ids]
     record = {
         "version": RECORD_VERSION,
         **identity,
         "config": identity["config"] | {name: getattr(experiment.config, name) for name in _FREE},
         "embedder": experiment.embedder_settings,
         "provenance": origin,
-        "parts": journal.parts,
+        "parts": finished.parts,
         "n": len(samples),
-        "seconds": round(journal.seconds, 1),
+        "seconds": round(finished.seconds, 1),
         "summary": experiment.summarise(samples),
         "samples": samples,
     }
@@ -157,77 +156,39 @@ def run(
     return record
 
 
-class Journal:
-    """Keeps finished samples of one run, one JSON line each, after a first line that says what run it is."""
+class Samples:
+    """Finished samples of one run, by id, and the time that they took: of its record, and of its journal.
+
+    Raises:
+        ConfigError: They are of another run.
+        DocumentError: The journal or the record is damaged.
+    """
 
     def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool = True) -> None:
-        self.file = out.with_name(out.name + ".partial")
-        self.samples: dict[str, Sample] = {}
+        file = out.with_name(out.name + ".partial")
+        self.by_id: dict[str, Sample] = {}
         self.seconds = 0.0
         self.parts = 1
-        self._identity = identity
         if not resume:
-            self.file.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
         elif out.is_file():  # a finished run may go on too: with a higher limit
             record = read_record(out)
-            self._require(record, out)
-            self.samples = {sample["id"]: sample for sample in record["samples"]}
+            require_same_run(record, identity, out, _REMEDY)
+            self.by_id = {sample["id"]: sample for sample in record["samples"]}
             self.seconds, self.parts = record["seconds"], record["parts"] + 1
-        if self.file.is_file():
-            self._take_lines()
-        self._stream = self.file.open("a", buffering=1, encoding="utf-8")  # flushed with every line
-        if self.file.stat().st_size == 0:
-            self._write({"identity": identity})
+        self.parts += file.is_file()
+        self.journal = Journal(file, identity, _REMEDY)
+        self.by_id |= {row["sample"]["id"]: row["sample"] for row in self.journal.rows}
+        self.seconds += sum(row["seconds"] for row in self.journal.rows)
         self._last = time.perf_counter()
-
-    def close(self) -> None:
-        """Close the file, with everything added on disk."""
-        self.sync()
-        self._stream.close()
 
     def add(self, sample: Sample) -> None:
         """Write down a finished sample, and the time since the last."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.seconds += seconds
-        self.samples[sample["id"]] = sample
-        self._write({"sample": sample, "seconds": round(seconds, 3)})
-
-    def sync(self) -> None:
-        """Wait until everything added is on disk."""
-        os.fsync(self._stream.fileno())
-
-    def _write(self, row: dict[str, Any]) -> None:
-        """Write a line."""
-        self._stream.write(_dumps(row) + "\n")
-
-    def _take_lines(self) -> None:
-        text = self.file.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]  # a process that was killed may have left half a line
-        try:
-            rows = [json.loads(line) for line in whole.splitlines()]
-            if rows:
-                self._require(rows[0]["identity"], self.file)
-            for row in rows[1:]:
-                self.samples[row["sample"]["id"]] = row["sample"]
-                self.seconds += row["seconds"]
-        except ConfigError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise DocumentError(f"{self.file} is damaged ({error}); remove it to measure anew") from error
-        self.parts += bool(rows)
-        os.truncate(self.file, len(whole))
-
-    def _require(self, known: dict[str, Any], file: Path) -> None:
-        """Raise `ConfigError` unless a file holds this run and no other."""
-        settings = [(name, known["config"], self._identity["config"]) for name in self._identity["config"]]
-        kind, *others = [(name, known, self._identity) for name in ("kind", "data", "fingerprint")]
-        for name, before, now in [kind, *settings, *others]:
-            if before.get(name) != now[name]:
-                raise ConfigError(
-                    f"{file} holds a run with another {name} ({before.get(name)!r:.60}, now {now[name]!r:.60}); "
-                    "write the result elsewhere, or pass --no-resume to replace it"
-                )
+        self.by_id[sample["id"]] = sample
+        self.journal.add({"sample": sample, "seconds": round(seconds, 3)})
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -257,8 +218,8 @@ def read_record(file: Path) -> dict[str, Any]:
 def write_record(record: dict[str, Any], file: Path) -> None:
     """Write a record whole or not at all; one line per sample, so that a diff shows what changed."""
     head = {name: value for name, value in record.items() if name != "samples"}
-    lines = ",\n".join(_dumps(sample, separators=(",", ":")) for sample in record["samples"])
-    text = _dumps(head, indent=1)
+    lines = ",\n".join(to_json(sample, separators=(",", ":")) for sample in record["samples"])
+    text = to_json(head, indent=1)
     atomic_write_text(file, f'{text[:-2]},\n "samples": [\n{lines}\n]\n}}\n')
 
 

@@ -6,21 +6,21 @@ PISCO and CompLLM). Where its own answer does not agree with a reference, the re
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from extemb_core.context.assembly import assemble_chat
-from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.errors import ConfigError
 from extemb_core.evaluation.scoring import f1
 from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, read_questions, template_for, templates
 from extemb_core.utils.files import atomic_write_text, sha256_of
+from extemb_core.utils.journal import Journal, to_json
 from extemb_core.utils.progress import progress
 
 _AGREEMENT = 0.5  # F1 with the best reference
@@ -72,25 +72,19 @@ def make_targets(
         "limit": limit,
         "max_document_tokens": max_document_tokens,
     }
-    partial = out.with_name(out.name + ".partial")
-    rows = _finished(partial, identity)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("a", encoding="utf-8") as stream, progress("targets", len(questions), show_progress) as advance:
-        if not stream.tell():
-            stream.write(json.dumps({"identity": identity}) + "\n")
-        advance(len(rows))
-        for at in range(len(rows), len(questions), batch_size):
+    journal = Journal(out.with_name(out.name + ".partial"), identity, "remove it, or pass another output")
+    with closing(journal), progress("targets", len(questions), show_progress) as advance:
+        advance(len(journal.rows))
+        for at in range(len(journal.rows), len(questions), batch_size):
             batch = questions[at : at + batch_size]
-            answered = _rows(llm, batch, max_document_tokens)
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
-            stream.flush()
-            os.fsync(stream.fileno())
-            rows += answered
+            for row in _rows(llm, batch, max_document_tokens):
+                journal.add(row)
+            journal.sync()
             advance(len(batch))
-    atomic_write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    partial.unlink()
-    kinds = [row["target"] for row in rows]
-    return TargetCounts(len(rows), kinds.count("own"), kinds.count("too long"))
+    atomic_write_text(out, "".join(to_json(row) + "\n" for row in journal.rows))
+    journal.file.unlink()
+    kinds = [row["target"] for row in journal.rows]
+    return TargetCounts(len(journal.rows), kinds.count("own"), kinds.count("too long"))
 
 
 def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> list[dict[str, Any]]:
@@ -120,22 +114,4 @@ def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> 
                 "target": "own" if agrees else "reference" if at in answers else "too long",
             }
         )
-    return rows
-
-
-def _finished(partial: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """Read the whole rows of a stopped run; what it left of half a line is cut off."""
-    if not partial.is_file():
-        return []
-    text = partial.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    try:
-        first, *rows = [json.loads(line) for line in whole.splitlines()] or [{"identity": identity}]
-        known = first["identity"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DocumentError(f"{partial} is damaged ({error}); remove it to begin anew") from error
-    if known != identity:
-        changed = next(name for name in identity if known.get(name) != identity[name])
-        raise ConfigError(f"{partial} is of a run with another {changed}; remove it, or pass another output")
-    os.truncate(partial, len(whole))
     return rows

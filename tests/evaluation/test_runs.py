@@ -10,9 +10,9 @@ from anchored import untrained
 from tiny import tiny_llm
 
 from extemb_core.errors import ConfigError, DocumentError
-from extemb_core.evaluation import runs
 from extemb_core.evaluation.runs import RECORD_VERSION, Measured, batches_by_length, groups_of, read_record, run
 from extemb_core.evaluation.settings import CommonConfig
+from extemb_core.utils import journal
 
 
 @dataclass
@@ -184,7 +184,7 @@ def test_missing_data_and_nothing_to_measure(config, out):
 
 def test_what_was_added_is_on_disk_before_the_next_group(config, out, monkeypatch):
     synced = []
-    monkeypatch.setattr(runs.os, "fsync", lambda handle: synced.append(len(partial(out).read_text().splitlines())))
+    monkeypatch.setattr(journal.os, "fsync", lambda handle: synced.append(len(partial(out).read_text().splitlines())))
     run(Squares(config), out)
     assert synced[:3] == [3, 5, 7]
 

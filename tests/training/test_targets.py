@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on(llm, questions, tmp_path, monkeypatch):
     with (tmp_path / "targets.jsonl.partial").open("a") as stream:
         stream.write('{"id": "half a li')
     monkeypatch.setattr(targets_module, "_rows", real)
-    with pytest.raises(ConfigError, match="of a run with another limit"):
+    with pytest.raises(ConfigError, match="holds a run with another limit"):
         make_targets(llm, [questions], out, limit=2)
     assert make_targets(llm, [questions], out, batch_size=1).n == 3
     assert len(llm.asked) == 2  # none twice

@@ -1,0 +1,72 @@
+"""A journal keeps whole rows of one run, and says of which it is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.utils.journal import Journal
+
+RUN = {"kind": "count", "settings": {"limit": 3, "by": [1, 2]}}
+
+
+def kept(file, run=RUN):
+    journal = Journal(file, run, "remove it")
+    journal.close()
+    return journal.rows
+
+
+def test_rows_are_there_when_a_run_goes_on(tmp_path):
+    file = tmp_path / "new" / "rows.partial"
+    journal = Journal(file, RUN, "remove it")
+    journal.add({"n": 1, "text": "é\u2028"})
+    assert kept(file) == [{"n": 1, "text": "é\u2028"}]  # also while it is open
+    journal.add({"n": 2})
+    journal.close()
+    assert [row["n"] for row in kept(file)] == [1, 2]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20, 60, 90])
+def test_half_a_line_is_no_row(tmp_path, cut):
+    file = tmp_path / "rows"
+    for n in range(2):
+        journal = Journal(file, RUN, "remove it")
+        journal.add({"n": n})
+        journal.close()
+    file.write_bytes(file.read_bytes()[:-cut])
+    before = kept(file)
+    assert before == [{"n": n} for n in range(2)][: len(before)]
+    journal = Journal(file, RUN, "remove it")
+    journal.add({"n": 7})
+    journal.close()
+    assert kept(file) == [*before, {"n": 7}]
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (RUN | {"kind": "sum"}, r"another kind \('count', now 'sum'\); remove it"),
+        (RUN | {"settings": {"limit": 4, "by": [1, 2]}}, r"another limit \(3, now 4\)"),
+        (RUN | {"settings": {"limit": 3, "by": [1]}}, "another by"),
+        (RUN | {"new": 1}, r"another new \(None, now 1\)"),
+    ],
+)
+def test_the_rows_of_another_run_are_refused_and_stay(tmp_path, run, said):
+    file = tmp_path / "rows"
+    kept(file)
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match=said):
+        kept(file, run)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["[]\n", "7\n", "no JSON\n", '{"n": 1}\n', '{"identity": 7}\n'])
+def test_a_damaged_file_is_an_error(tmp_path, content):
+    file = tmp_path / "rows"
+    file.write_text(content)
+    with pytest.raises(DocumentError, match="is damaged .*; remove it to begin anew"):
+        kept(file)
+    assert file.read_text() == content
