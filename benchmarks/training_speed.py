@@ -27,7 +27,7 @@ from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training.cpu_attention import attention_by_rows
 from extemb_core.training.data import read_texts
-from extemb_core.training.two_stream import two_stream_loss
+from extemb_core.training.two_stream import two_stream_losses
 
 _PRODUCTS = 20  # of a measurement of the floor's rate
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
         return work
 
-    packed = step(lambda: two_stream_loss(embedder, samples, ratios, options.chunk_size))
+    packed = step(lambda: two_stream_losses(embedder, samples, ratios, options.chunk_size).mean())
     single = step(lambda: one_call_per_chunk(embedder, samples, options.ratio, options.chunk_size))
     wide = int(llm.text_config.intermediate_size)
     left = torch.randn(options.batch_size * options.sample_length, llm.hidden_size, dtype=llm.dtype, device=llm.device)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from extemb_core.errors import MissingExtraError
+from extemb_core.errors import optional_import
 from extemb_core.utils.files import atomic_write
 
 # Okabe and Ito's, which colour-blind readers tell apart: a ratio's line, and its cut text, dashed.
@@ -20,12 +20,10 @@ def plot_losses(record: Mapping[str, Any], file: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "eval", "drawing the plot") from error
     summary, config = record["summary"], record["config"]
-    figure = Figure(figsize=(9, 4.6), dpi=100, layout="constrained")
+    figure = optional_import("matplotlib.figure", "eval", "drawing the plot", "matplotlib").Figure(
+        figsize=(9, 4.6), dpi=100, layout="constrained"
+    )
     figure.suptitle(f"{config['llm']}: layer {summary['layer']} is chosen", fontsize=11, parse_math=False)
     panels = figure.subplots(1, len(summary["tasks"]), squeeze=False)[0]
     for axes, (kind, table) in zip(panels, summary["tasks"].items(), strict=True):

@@ -82,11 +82,6 @@ class Reading:
     parts: tuple[tuple[Ids | Span, Literal["text", "document", "answer"]], ...]
 
 
-def reading_loss(*args: Any, **settings: Any) -> Tensor:
-    """Return the mean of `reading_losses`."""
-    return reading_losses(*args, **settings).mean()
-
-
 def reading_losses(
     llm: LLM,
     readings: Sequence[Reading],

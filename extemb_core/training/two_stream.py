@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -133,11 +133,6 @@ def lay_out(lengths: Sequence[int], ratio: int, run: Pass, n_prefix: int = 0) ->
         sources=torch.tensor(sources),
         targets=torch.tensor(targets),
     )
-
-
-def two_stream_loss(*args: Any, **settings: Any) -> Tensor:
-    """Return the mean of `two_stream_losses`."""
-    return two_stream_losses(*args, **settings).mean()
 
 
 def two_stream_losses(

@@ -18,7 +18,7 @@ from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.questions import templates
 from extemb_core.training.trainer import TrainableModel
-from extemb_core.training.two_stream import two_stream_loss
+from extemb_core.training.two_stream import two_stream_losses
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 TEXT = SENTENCES * 4
@@ -343,7 +343,7 @@ def long_llm(tmp_path):
 def test_one_call_per_chunk_is_the_same_loss():
     embedder = random_embedder(tiny_llm())
     samples = [torch.randint(3, 400, (44,)), torch.randint(3, 400, (44,))]
-    packed = two_stream_loss(embedder, samples, [[4], [4]], 16)
+    packed = two_stream_losses(embedder, samples, [[4], [4]], 16).mean()
     single = script("training_speed").one_call_per_chunk(embedder, samples, 4, 16)
     torch.testing.assert_close(single, packed)
 

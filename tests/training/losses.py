@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from tiny import random_embedder, tiny_llm
 
+from extemb_core.training.reading_loss import reading_losses
+from extemb_core.training.two_stream import two_stream_losses
+
 CHUNK = 16
+
+
+def reading_loss(*args, **settings):
+    return reading_losses(*args, **settings).mean()
+
+
+def two_stream_loss(*args, **settings):
+    return two_stream_losses(*args, **settings).mean()
 
 
 def gradients(embedder, loss):

@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 import torch
 from tiny import ARCHITECTURES, random_embedder, tiny_llm
-from training.losses import CHUNK, assert_same_gradients, entering, mixed, plain_logits, rows_of, samples_of, state_rows
+from training.losses import (
+    CHUNK,
+    assert_same_gradients,
+    entering,
+    mixed,
+    plain_logits,
+    reading_loss,
+    rows_of,
+    samples_of,
+    state_rows,
+)
 
 from extemb_core.context.assembly import Prompt
 from extemb_core.errors import ConfigError
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.training.reading_loss import Reading, Span, reading_loss, reading_losses
+from extemb_core.training.reading_loss import Reading, Span, reading_losses
 from extemb_core.training.readings import reconstruction
 
 

@@ -7,12 +7,22 @@ from itertools import chain, pairwise
 import pytest
 import torch
 from tiny import ARCHITECTURES, random_embedder, tiny_llm
-from training.losses import CHUNK, assert_same_gradients, entering, mixed, plain_logits, rows_of, samples_of, state_rows
+from training.losses import (
+    CHUNK,
+    assert_same_gradients,
+    entering,
+    mixed,
+    plain_logits,
+    rows_of,
+    samples_of,
+    state_rows,
+    two_stream_loss,
+)
 
 from extemb_core.context.assembly import Prompt
 from extemb_core.errors import ConfigError
 from extemb_core.models.downscaling import chunk_lengths
-from extemb_core.training.two_stream import lay_out, plan_passes, two_stream_loss, two_stream_losses
+from extemb_core.training.two_stream import lay_out, plan_passes, two_stream_losses
 
 
 def slow_logits(embedder, llm, sample, ratio):
