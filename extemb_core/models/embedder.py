@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,8 +26,6 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,7 +38,7 @@ from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_emb
 from extemb_core.models.downscaling import DOWNSCALINGS, n_embeddings
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, final_norm, shared_parameters
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
-from extemb_core.models.lora import add_adapters
+from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, anchor_positions, digest_of, pool, token_weights
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
@@ -56,22 +55,13 @@ _CHECKED_TOKENS, _EXACT_TOLERANCE = 8, 0.02
 _SORT_WINDOW_BATCHES = 64
 _SETTINGS, _TENSORS = "config.json", "model.safetensors"
 _FINGERPRINTED = (
-    "num_layers",
-    "adaptation",
-    "downscaling",
-    "connector",
-    "chunk_size",
-    "residual_window",
-    "lora_rank",
-    "llm_layers_type",
-    "bos_token_id",
-    "tokenizer_digest",
-)
-_FINGERPRINTED_ABOVE_0 = (
-    "entry_layer", "num_layers", "adaptation", "downscaling", "connector", "chunk_size", "lora_rank", "token_weighting",
-    "token_weights_digest", "llm_layers_type", "bos_token_id", "tokenizer_digest",
+    "num_layers", "adaptation", "downscaling", "connector", "chunk_size", "lora_rank", "llm_layers_type",
+    "bos_token_id", "tokenizer_digest",
 )  # fmt: skip
+_FINGERPRINTED_AT_0 = ("residual_window",)
+_FINGERPRINTED_ABOVE_0 = ("entry_layer", "token_weighting", "token_weights_digest", "anchor")
 _ANCHOR = "last"  # of a group's tokens
+_MEASURES = ("mean_norms", "norms", "weights")  # of each group, above entry layer 0
 
 
 class ChunkOutputs(NamedTuple):
@@ -102,48 +92,21 @@ class _Chunk:
 
 
 class _Rows:
-    """A text's embeddings while they are made, (N, D) float32: memory that grows in place and is handed over."""
+    """A field of a text's `Compressed` while it is made, (N, ...): memory that grows in place and is handed over."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, *shape: int, dtype: type = np.float32) -> None:
         self._buffer = bytearray()
-        self._width = width
+        self._shape = shape
+        self._dtype = dtype
 
-    def write(self, offset: int, rows: Tensor) -> None:
-        values = rows.float().cpu().numpy()
-        end = 4 * self._width * (offset + len(values))
-        if end > len(self._buffer):
-            self._buffer.extend(bytes(end - len(self._buffer)))
-        np.frombuffer(self._buffer, dtype=np.float32).reshape(-1, self._width)[offset : offset + len(values)] = values
+    def write(self, offset: int, rows: Tensor | np.ndarray[Any, Any]) -> None:
+        values = rows.float().cpu().numpy() if isinstance(rows, Tensor) else rows
+        n_bytes = (offset + len(values)) * math.prod(self._shape) * np.dtype(self._dtype).itemsize
+        self._buffer.extend(bytes(max(0, n_bytes - len(self._buffer))))
+        self.array()[offset : offset + len(values)] = values
 
-    def tensor(self) -> Tensor:
-        if not self._buffer:  # of which torch makes no tensor
-            return torch.empty(0, self._width)
-        return torch.frombuffer(self._buffer, dtype=torch.float32).view(-1, self._width)
-
-
-class _Made:
-    """What a text comes to: its embeddings, and above entry layer 0 each group's |m|, s and sum(w), and its anchor."""
-
-    def __init__(self, width: int, *, anchored: bool) -> None:
-        self.embeddings = _Rows(width)
-        self._measures = _Rows(3)
-        self._anchors: dict[int, np.ndarray[Any, Any]] | None = {} if anchored else None
-
-    def write(self, offset: int, groups: Groups, anchors: np.ndarray[Any, Any]) -> None:
-        assert self._anchors is not None
-        self.embeddings.write(offset, groups.states)
-        self._measures.write(offset, torch.stack([groups.means.norm(dim=-1), groups.norms, groups.weights], dim=1))
-        self._anchors[offset] = anchors
-
-    def fields(self) -> dict[str, Any]:
-        """Of `Compressed`."""
-        fields: dict[str, Any] = {"embeddings": self.embeddings.tensor()}
-        if self._anchors is not None:
-            mean_norms, norms, weights = (column.contiguous() for column in self._measures.tensor().unbind(1))
-            anchors = [self._anchors[offset] for offset in sorted(self._anchors)]
-            fields |= {"mean_norms": mean_norms, "norms": norms, "weights": weights}
-            fields["anchors"] = np.concatenate(anchors) if anchors else np.empty(0, np.int32)
-        return fields
+    def array(self) -> np.ndarray[Any, Any]:
+        return np.frombuffer(self._buffer, dtype=self._dtype).reshape(-1, *self._shape)
 
 
 class ExtensibleEmbedder(PreTrainedModel):
@@ -167,12 +130,14 @@ class ExtensibleEmbedder(PreTrainedModel):
     def __init__(self, config: ExtensibleEmbedderConfig, llm: LLM) -> None:
         super().__init__(config)
         available = len(decoder_layers(llm.model, llm.name))
-        if config.num_layers > available or config.entry_layer >= available:
-            what = "num_layers" if config.num_layers > available else "entry_layer"
-            raise ConfigError(
-                f"{what}={getattr(config, what)} is beyond the {available} layers of {llm.name}; pass at most "
-                f"{available - (what == 'entry_layer')}"
-            )
+        for name, value, limit in (
+            ("num_layers", config.num_layers, available),
+            ("entry_layer", config.entry_layer, available - 1),
+        ):
+            if value > limit:
+                raise ConfigError(
+                    f"{name}={value} is beyond the {available} layers of {llm.name}; pass at most {limit}"
+                )
         self.llm = llm
         stack, shared = _first_layers(llm, config.num_layers, copied=config.adaptation == "full")
         self.stack: Any = stack
@@ -190,9 +155,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         self.register_buffer("token_weights", table, persistent=False)
         self.trainable_names = [name for name, p in self.named_parameters() if id(p) not in shared]
         parents = ((name, *name.rpartition(".")[::2]) for name in self.trainable_names)
-        self._trainable_places = {
-            name: (self.get_submodule(parent), leaf) for name, parent, leaf in parents
-        }  # quick to look up
+        self._parents = {name: (self.get_submodule(parent), leaf) for name, parent, leaf in parents}  # quick to look up
         self._fingerprint: tuple[int, str] | None = None
         self.train(False)
         if config.entry_layer:
@@ -323,14 +286,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def load_own(self, file: Path, *, adapt: bool = False) -> None:
         """Take the embedder's own tensors from a file that `save_pretrained` wrote. See `from_pretrained`."""
-        try:
-            tensors = load_file(file)
-        except FileNotFoundError as error:
-            raise WeightsNotFoundError(
-                f"{file} does not exist; an embedder's folder holds it beside config.json"
-            ) from error
-        except (SafetensorError, OSError) as error:
-            raise WeightsCorruptError(f"{file} is not a whole safetensors file ({error}); get it again") from error
+        tensors = read_tensors(file)
         probe, table = tensors.pop("llm_probe", None), tensors.pop("token_weights", None)
         counted = self.config.token_weighting == "frequency"
         if counted and (table is None or digest_of(table) != self.config.token_weights_digest):
@@ -338,13 +294,11 @@ class ExtensibleEmbedder(PreTrainedModel):
                 f"{file} does not hold the token weights that config.json names; get the folder again"
             )
         own = {name: self.get_parameter(name) for name in self.trainable_names}
-        wrong = sorted(n for n in own.keys() | tensors.keys() if n not in own or n not in tensors)
-        wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
+        wrong = first_mismatch(own, tensors)
         if probe is None or wrong:
-            what = wrong[0] if wrong else "llm_probe"
             raise WeightsCorruptError(
-                f"{file}: tensor {what!r} is missing, unknown or of another shape; get the folder again, with the "
-                "config.json that belongs to it"
+                f"{file}: tensor {wrong or 'llm_probe'!r} is missing, unknown or of another shape; get the folder "
+                "again, with the config.json that belongs to it"
             )
         here = self.llm_probe.float().cpu()
         distance = float((here - probe).norm() / probe.norm()) if here.shape == probe.shape else float("inf")
@@ -367,10 +321,9 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """The tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""
-        own = {name: module._parameters[leaf] for name, (module, leaf) in self._trainable_places.items()}
-        return {name: tensor.detach() for name, tensor in own.items() if tensor is not None} | {
-            "llm_probe": self.llm_probe.detach()
-        }
+        own = {name: parent._parameters[leaf] for name, (parent, leaf) in self._parents.items()}
+        own["llm_probe"] = self.llm_probe
+        return {name: tensor.detach() for name, tensor in own.items() if tensor is not None}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors (the embedder's own tensors only)."""
@@ -398,11 +351,11 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def _digest(self, own: dict[str, Tensor]) -> str:
         digest = hashlib.sha256()
-        values = self.config.to_dict()
-        names = _FINGERPRINTED_ABOVE_0 if self.config.entry_layer else _FINGERPRINTED
-        settings = {key: values[key] for key in names} | ({"anchor": _ANCHOR} if self.config.entry_layer else {})
+        values = self.config.to_dict() | {"anchor": _ANCHOR}
+        names = {*_FINGERPRINTED, *(_FINGERPRINTED_ABOVE_0 if self.config.entry_layer else _FINGERPRINTED_AT_0)}
         if self.config.entry_layer and self.config.adaptation != "lora":
-            del settings["lora_rank"]  # of adapters that there are none of
+            names.remove("lora_rank")  # of adapters that there are none of
+        settings = {name: values[name] for name in names}
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for name in sorted(own):
             digest.update(name.encode())
@@ -444,10 +397,8 @@ class ExtensibleEmbedder(PreTrainedModel):
     @property
     def _layer_dtype(self) -> torch.dtype:
         """That of the layers' own base tensors: a copy in training may be wider than the LLM's."""
-        dtypes: Iterator[torch.dtype] = (
-            p.dtype for name, p in self.stack.layers.named_parameters() if "lora_" not in name
-        )
-        return next(dtypes)
+        dtype: torch.dtype = next(p.dtype for name, p in self.stack.layers.named_parameters() if "lora_" not in name)
+        return dtype
 
     def trainable_to(self, dtype: torch.dtype) -> None:
         """Hold the embedder's own tensors in `dtype` (training needs float32); the LLM's stay as they are."""
@@ -555,8 +506,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         `show_progress` may be a function, which is told how many tokens are done (see `progress`).
         """
         pieces = [[(tokens, len(tokens))] for tokens in ids]
-        names = [""] * len(ids) if refs is None else refs
-        return self._compress(pieces, names, ratio, batch_size, sum(map(len, ids)), show_progress)
+        refs = [""] * len(ids) if refs is None else refs
+        return self._compress(pieces, refs, ratio, batch_size, sum(map(len, ids)), show_progress)
 
     @torch.no_grad()
     def _compress(
@@ -573,8 +524,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         if batch_size is None:
             batch_size = default_batch_size(self.llm, self.config.chunk_size)
         whole_number(batch_size, "batch_size")
-        anchored = self.config.entry_layer > 0
-        made = [_Made(self.config.hidden_size, anchored=anchored) for _ in texts]
+        fields = [self._fields() for _ in texts]
         n_tokens = [0] * len(texts)
         chunks = self._chunks(texts, ratio, n_tokens)
         with progress("compress", total, show_progress) as advance:
@@ -582,7 +532,7 @@ class ExtensibleEmbedder(PreTrainedModel):
                 window.sort(key=lambda chunk: -len(chunk.ids))
                 for at in range(0, len(window), batch_size):
                     batch = window[at : at + batch_size]
-                    self._compress_batch(batch, ratio, made)
+                    self._compress_batch(batch, ratio, fields)
                     advance(sum(chunk.units for chunk in batch))
         fingerprint = self.fingerprint
         return [
@@ -595,10 +545,18 @@ class ExtensibleEmbedder(PreTrainedModel):
                 ratios=tuple(self.config.ratios),
                 downscaling=self.config.downscaling,
                 entry_layer=self.config.entry_layer,
-                **each.fields(),
+                anchors=rows.pop("anchors").array() if self.config.entry_layer else None,
+                **{name: torch.from_numpy(tensor.array()) for name, tensor in rows.items()},
             )
-            for each, count, ref in zip(made, n_tokens, refs, strict=True)
+            for rows, count, ref in zip(fields, n_tokens, refs, strict=True)
         ]
+
+    def _fields(self) -> dict[str, _Rows]:
+        """Begin the fields of a `Compressed` that grow with its text."""
+        embeddings = {"embeddings": _Rows(self.config.hidden_size)}
+        if not self.config.entry_layer:
+            return embeddings
+        return embeddings | {name: _Rows() for name in _MEASURES} | {"anchors": _Rows(dtype=np.int32)}
 
     def _chunks(
         self, texts: Sequence[Iterable[tuple[np.ndarray[Any, Any], int]]], ratio: int, n_tokens: list[int]
@@ -611,23 +569,29 @@ class ExtensibleEmbedder(PreTrainedModel):
                 offset += n_embeddings(len(ids), ratio)
                 n_tokens[text] += len(ids)
 
-    def _compress_batch(self, batch: list[_Chunk], ratio: int, made: list[_Made]) -> None:
+    def _compress_batch(self, batch: list[_Chunk], ratio: int, fields: list[dict[str, _Rows]]) -> None:
         padded = np.zeros((len(batch), len(batch[0].ids)), dtype=np.int64)
         for row, chunk in enumerate(batch):
             padded[row, : len(chunk.ids)] = chunk.ids
         outputs = self(torch.from_numpy(padded))
         for row, chunk in enumerate(batch):
             length = len(chunk.ids)
+            values: dict[str, Any] = {}
             if not self.config.entry_layer:
-                made[chunk.text].embeddings.write(chunk.offset, self.read_out(outputs, row, length, ratio))  # type: ignore[arg-type]
-                continue
-            groups = self.pool(outputs, row, length, ratio)
-            if not torch.isfinite(groups.norms).all():
-                raise MismatchError(
-                    f"layer {self.config.entry_layer} of {self.llm.name} gives states that are not finite in "
-                    f"{self.llm.dtype}; load the LLM in float32, or choose an earlier entry_layer"
-                )
-            made[chunk.text].write(chunk.offset, groups, chunk.ids[anchor_positions(length, ratio).numpy()])
+                values["embeddings"] = self.read_out(outputs, row, length, ratio)
+            else:
+                groups = self.pool(outputs, row, length, ratio)
+                if not torch.isfinite(groups.norms).all():
+                    raise MismatchError(
+                        f"layer {self.config.entry_layer} of {self.llm.name} gives states that are not finite in "
+                        f"{self.llm.dtype}; load the LLM in float32, or choose an earlier entry_layer"
+                    )
+                measures = torch.stack([groups.means.norm(dim=-1), groups.norms, groups.weights])
+                values = dict(zip(_MEASURES, measures.cpu(), strict=True))  # one transfer from a GPU
+                values["embeddings"] = groups.states
+                values["anchors"] = chunk.ids[anchor_positions(length, ratio).numpy()]
+            for name, rows in values.items():
+                fields[chunk.text][name].write(chunk.offset, rows)
 
 
 def default_entry_layer(llm: LLM) -> int:
@@ -750,13 +714,8 @@ def _local_folder(name: str | Path, hub: dict[str, Any]) -> Path:
 
 
 def _read_config(file: Path) -> ExtensibleEmbedderConfig:
-    try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsNotFoundError(f"{file} does not exist; pass the folder that save_pretrained wrote") from error
-    except ValueError as error:
-        raise WeightsCorruptError(f"{file} is not JSON ({error}); get it again") from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
+    values = read_settings(file)
+    kind = values.get("model_type")
     if kind != ExtensibleEmbedderConfig.model_type:
         raise MismatchError(f"{file} has model_type={kind!r}, an embedder has 'extemb'; pass an embedder's folder")
     config: ExtensibleEmbedderConfig = ExtensibleEmbedderConfig.from_dict(values)
