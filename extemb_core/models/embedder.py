@@ -129,15 +129,13 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def __init__(self, config: ExtensibleEmbedderConfig, llm: LLM) -> None:
         super().__init__(config)
-        available = len(decoder_layers(llm.model, llm.name))
+        n_layers = len(decoder_layers(llm.model, llm.name))
         for name, value, limit in (
-            ("num_layers", config.num_layers, available),
-            ("entry_layer", config.entry_layer, available - 1),
+            ("num_layers", config.num_layers, n_layers),
+            ("entry_layer", config.entry_layer, n_layers - 1),
         ):
             if value > limit:
-                raise ConfigError(
-                    f"{name}={value} is beyond the {available} layers of {llm.name}; pass at most {limit}"
-                )
+                raise ConfigError(f"{name}={value} is beyond the {n_layers} layers of {llm.name}; pass at most {limit}")
         self.llm = llm
         stack, shared = _first_layers(llm, config.num_layers, copied=config.adaptation == "full")
         self.stack: Any = stack
@@ -190,16 +188,16 @@ class ExtensibleEmbedder(PreTrainedModel):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExtensibleEmbedder:
-        """What `to`, `half`, `float`, `cuda`, ... do.
+        """Do what `to`, `half`, `float`, `cuda`, ... do.
 
         Raises:
             ConfigError: The result would not be on the LLM's device, or in its dtype or that of the layers' own copy.
         """
         now = torch.empty(0, dtype=self._layer_dtype, device=self.stack.get_input_embeddings().weight.device)
-        made = fn(now)
-        if made.dtype not in (now.dtype, self.llm.dtype) or made.device not in (now.device, self.llm.device):
+        then = fn(now)
+        if then.dtype not in (now.dtype, self.llm.dtype) or then.device not in (now.device, self.llm.device):
             raise ConfigError(
-                f"the embedder cannot be moved to {made.dtype} on {made.device}: its layers share the tensors of "
+                f"the embedder cannot be moved to {then.dtype} on {then.device}: its layers share the tensors of "
                 f"{self.llm.name}; load the LLM there, or use trainable_to for what the embedder has of its own"
             )
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
@@ -278,8 +276,23 @@ class ExtensibleEmbedder(PreTrainedModel):
         if str(pretrained_model_name_or_path) == UNTRAINED:
             return cls.untrained(llm)
         folder = _local_folder(pretrained_model_name_or_path, hub)
-        config = _read_config(folder / _SETTINGS)
-        check_llm(config, llm)
+        settings = read_settings(folder / _SETTINGS)
+        kind = settings.get("model_type")
+        if kind != ExtensibleEmbedderConfig.model_type:
+            raise MismatchError(
+                f"{folder / _SETTINGS} has model_type={kind!r}, an embedder has 'extemb'; pass an embedder's folder"
+            )
+        config: ExtensibleEmbedderConfig = ExtensibleEmbedderConfig.from_dict(settings)
+        for what, made_for, other in (
+            ("input width", config.hidden_size, llm.hidden_size),
+            ("architecture", config.llm_layers_type, str(llm.text_config.model_type)),
+            ("tokenizer", config.tokenizer_digest[:12], llm.tokenizer_digest[:12]),
+        ):
+            if made_for != other:
+                raise MismatchError(
+                    f"the embedder was made for {config.llm_name!r} ({what} {made_for}) and {llm.name!r} has {what} "
+                    f"{other}; load it with its own LLM or train one for this LLM"
+                )
         model = cls(config, llm)
         model.load_own(folder / _TENSORS, adapt=adapt)
         return model
@@ -290,9 +303,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         probe, table = tensors.pop("llm_probe", None), tensors.pop("token_weights", None)
         counted = self.config.token_weighting == "frequency"
         if counted and (table is None or digest_of(table) != self.config.token_weights_digest):
-            raise WeightsCorruptError(
-                f"{file} does not hold the token weights that config.json names; get the folder again"
-            )
+            raise WeightsCorruptError(f"{file} does not hold the token weights that config.json names; get it again")
         own = {name: self.get_parameter(name) for name in self.trainable_names}
         wrong = first_mismatch(own, tensors)
         if probe is None or wrong:
@@ -320,10 +331,10 @@ class ExtensibleEmbedder(PreTrainedModel):
         self._fingerprint = (_version_of(made), self._digest(tensors | {"llm_probe": made["llm_probe"]}))
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """The tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""
-        own = {name: parent._parameters[leaf] for name, (parent, leaf) in self._parents.items()}
-        own["llm_probe"] = self.llm_probe
-        return {name: tensor.detach() for name, tensor in own.items() if tensor is not None}
+        """Collect the tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""
+        parameters = [(name, parent._parameters[leaf]) for name, (parent, leaf) in self._parents.items()]
+        own = {name: tensor.detach() for name, tensor in parameters if tensor is not None}
+        return own | {"llm_probe": self.llm_probe.detach()}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors (the embedder's own tensors only)."""
@@ -409,7 +420,7 @@ class ExtensibleEmbedder(PreTrainedModel):
     def read_out(
         self, outputs: ChunkOutputs, row: int, length: int, ratio: int, start: int = 0
     ) -> Tensor | AnchoredStates:
-        """The extensible embeddings of one chunk of a batch, in float32, as they stand in a prompt.
+        """Read out the extensible embeddings of one chunk of a batch, in float32, as they stand in a prompt.
 
         Args:
             outputs: Of the batch.
@@ -437,7 +448,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         return downscaling.reduce(self.connector(hidden[chosen], residuals[chosen], recent), ratio)
 
     def pool(self, outputs: ChunkOutputs, row: int, length: int, ratio: int, start: int = 0) -> Groups:
-        """The groups of one chunk of a batch, or of its tokens from `start` on (see `read_out`)."""
+        """Pool the groups of one chunk of a batch, or of its tokens from `start` on (see `read_out`)."""
         assert outputs.weights is not None
         return pool(outputs.hidden[row, start:length], outputs.weights[row, start:length], ratio)
 
@@ -501,7 +512,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         batch_size: int | None = None,
         show_progress: bool | Callable[[float], None] | None = None,
     ) -> list[Compressed]:
-        """`compress` for texts that are token ids already, (T,) each.
+        """Compress texts that are token ids already, (T,) each, as `compress` does.
 
         `show_progress` may be a function, which is told how many tokens are done (see `progress`).
         """
@@ -561,7 +572,7 @@ class ExtensibleEmbedder(PreTrainedModel):
     def _chunks(
         self, texts: Sequence[Iterable[tuple[np.ndarray[Any, Any], int]]], ratio: int, n_tokens: list[int]
     ) -> Iterator[_Chunk]:
-        """The chunks of all texts, made as they are asked for; counts each text's tokens in `n_tokens`."""
+        """Yield the chunks of all texts as they are asked for; count each text's tokens in `n_tokens`."""
         for text, pieces in enumerate(texts):
             offset = 0
             for ids, units in _regrouped(pieces, self.config.chunk_size):
@@ -595,7 +606,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
 
 def default_entry_layer(llm: LLM) -> int:
-    """The entry layer where none is known: two fifths of the LLM's layers, and at least 1 (docs/experiments.md).
+    """Choose the entry layer where none is known: two fifths of the LLM's layers, and at least 1 (docs/experiments.md).
 
     Raises:
         ConfigError: The LLM has a single layer.
@@ -612,7 +623,7 @@ def default_entry_layer(llm: LLM) -> int:
 def _regrouped(
     pieces: Iterable[tuple[np.ndarray[Any, Any], int]], size: int
 ) -> Iterator[tuple[np.ndarray[Any, Any], float]]:
-    """Pieces of ids as chunks of `size` and a tail, each with its share of what the pieces count for."""
+    """Yield pieces of ids as chunks of `size` and a tail, each with its share of what the pieces count for."""
     held: list[np.ndarray[Any, Any]] = []
     count, units = 0, 0.0
     for ids, worth in pieces:
@@ -628,23 +639,8 @@ def _regrouped(
         yield np.concatenate(held), units
 
 
-def check_llm(config: ExtensibleEmbedderConfig, llm: LLM) -> None:
-    """Raise `MismatchError` when an embedder of this configuration cannot belong to `llm`."""
-    facts = (
-        ("input width", config.hidden_size, llm.hidden_size),
-        ("architecture", config.llm_layers_type, str(llm.text_config.model_type)),
-        ("tokenizer", config.tokenizer_digest[:12], llm.tokenizer_digest[:12]),
-    )
-    for what, made_for, here in facts:
-        if made_for != here:
-            raise MismatchError(
-                f"the embedder was made for {config.llm_name!r} ({what} {made_for}) and {llm.name!r} has {what} {here}"
-                "; load it with its own LLM or train one for this LLM"
-            )
-
-
 def _first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]:
-    """The LLM's decoder cut to its first layers, in modules of its own.
+    """Cut the LLM's decoder to its first layers, in modules of its own.
 
     Returns:
         The stack, and the ids of the parameters that it shares with the LLM (all but the layers' if `copied`).
@@ -668,12 +664,12 @@ def _first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]
 
 
 def _version_of(tensors: dict[str, Tensor]) -> int:
-    """What rises whenever one of them is changed in place."""
+    """Return a number that rises whenever one of them is changed in place."""
     return sum(tensor._version for tensor in tensors.values())
 
 
 def _same_in_bfloat16(here: Tensor, there: Tensor, *, through_float16: bool) -> bool:
-    """Whether two probes are the same rounded to bfloat16; those `here` may have been rounded to float16 before."""
+    """Tell whether two probes are the same in bfloat16; those `here` may have been rounded to float16 before."""
     if here.shape != there.shape:
         return False
     here, there = here.float().cpu(), there.to("cpu", torch.bfloat16).float()
@@ -685,7 +681,7 @@ def _same_in_bfloat16(here: Tensor, there: Tensor, *, through_float16: bool) -> 
 
 
 def _probe(llm: LLM, count: int) -> Tensor:
-    """Evenly spaced values of each tensor the embedder builds on, (tensors, 16) in float32."""
+    """Sample evenly spaced values of each tensor the embedder builds on, (tensors, 16) in float32."""
     decoder = llm.model.base_model
     tensors = [decoder.get_input_embeddings().weight, *decoder.layers[:count].parameters()]
     rows = []
@@ -711,12 +707,3 @@ def _local_folder(name: str | Path, hub: dict[str, Any]) -> Path:
         raise WeightsNotFoundError(
             f"{text} cannot be had from the hub ({first_line(error)}); check the name and the network, or pass a folder"
         ) from error
-
-
-def _read_config(file: Path) -> ExtensibleEmbedderConfig:
-    values = read_settings(file)
-    kind = values.get("model_type")
-    if kind != ExtensibleEmbedderConfig.model_type:
-        raise MismatchError(f"{file} has model_type={kind!r}, an embedder has 'extemb'; pass an embedder's folder")
-    config: ExtensibleEmbedderConfig = ExtensibleEmbedderConfig.from_dict(values)
-    return config

@@ -47,9 +47,7 @@ class AnchoredStates:
 
     def __post_init__(self) -> None:
         if len(self.anchors) != len(self.states):
-            raise MismatchError(
-                f"{len(self.anchors)} anchors came with {len(self.states)} states; pass one anchor for each state"
-            )
+            raise MismatchError(f"{len(self.anchors)} anchors came with {len(self.states)} states; pass one for each")
 
     def __len__(self) -> int:
         return len(self.anchors)
@@ -94,27 +92,29 @@ class AnchoredPrompt:
         """
         ids, states, mask, layers = [], [], [], set()
         for segment in segments:
+            mask.append(np.full(len(segment), isinstance(segment, AnchoredStates)))
             if isinstance(segment, AnchoredStates):
                 layers.add(segment.layer)
                 states.append(clamp_to_dtype(segment.states.to(device), dtype))
+                ids.append(segment.anchors)
             else:
                 states.append(torch.zeros(len(segment), width, device=device, dtype=dtype))
-            # Joined on the CPU: one transfer to a GPU for each prompt, not for each segment.
-            ids.append(np.asarray(segment.anchors if isinstance(segment, AnchoredStates) else segment, dtype=np.int64))
-            mask.append(np.full(len(segment), isinstance(segment, AnchoredStates)))
+                ids.append(segment)
         if len(layers) > 1 or any(part.shape[-1] != width for part in states):
             raise MismatchError(
                 f"compressed texts for entry layers {sorted(layers)} of widths {sorted({p.shape[-1] for p in states})} "
                 f"stand in one prompt of an LLM of width {width}; compress them all with one embedder of this LLM"
             )
-        joined = [torch.from_numpy(np.concatenate(parts)).to(device) for parts in (ids, mask)]
-        return cls(joined[0], torch.cat(states), joined[1], layers.pop() if layers else 0)
+        # Joined on the CPU: one transfer to a GPU for each prompt, not for each segment.
+        joined_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(device)
+        joined_mask = torch.from_numpy(np.concatenate(mask)).to(device)
+        return cls(joined_ids, torch.cat(states), joined_mask, layers.pop() if layers else 0)
 
     @classmethod
     def of_text(cls, ids: Sequence[int], like: AnchoredPrompt) -> AnchoredPrompt:
-        """A prompt of text alone, to stand in a batch beside `like`."""
-        made = torch.tensor([int(index) for index in ids], dtype=torch.long, device=like.ids.device)
-        return cls(made, like.states.new_zeros(len(made), like.states.shape[1]), torch.zeros_like(made) > 0, like.layer)
+        """Make a prompt of text alone, to stand in a batch beside `like`."""
+        text = torch.tensor([int(index) for index in ids], dtype=torch.long, device=like.ids.device)
+        return cls(text, like.states.new_zeros(len(text), like.states.shape[1]), torch.zeros_like(text) > 0, like.layer)
 
 
 PromptInputs = Tensor | Sequence[int] | AnchoredPrompt
@@ -143,7 +143,7 @@ class SharedParameter(nn.Parameter):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        """One of its own, with memory of its own."""
+        """Make one of its own, with memory of its own."""
         if id(self) not in memo:
             memo[id(self)] = nn.Parameter(self.data.clone(memory_format=torch.preserve_format), requires_grad=False)
         copied: nn.Parameter = memo[id(self)]
@@ -151,7 +151,7 @@ class SharedParameter(nn.Parameter):
 
 
 def decoder_layers(model: PreTrainedModel, name: str) -> nn.ModuleList:
-    """The layers of a causal LM's decoder.
+    """Return the layers of a causal LM's decoder.
 
     Raises:
         ConfigError: They cannot be found, or the model's tensors are not plain and all here.
@@ -180,12 +180,12 @@ def decoder_layers(model: PreTrainedModel, name: str) -> nn.ModuleList:
 
 
 def final_norm(decoder: Any) -> str | None:
-    """Name of a decoder's norm after the last layer, if it has one."""
+    """Return the name of a decoder's norm after the last layer, if it has one."""
     return next((name for name in FINAL_NORMS if hasattr(decoder, name)), None)
 
 
 def shared_parameters(module: nn.Module) -> dict[int, Any]:
-    """What `copy.deepcopy` takes as `memo` to copy a module but not the memory of its parameters.
+    """Make what `copy.deepcopy` takes as `memo` to copy a module but not the memory of its parameters.
 
     The parameters of the copy are objects of their own over the same memory, so that `half()` and `to()` of the copy do
     not reach the original, and are never trained.
@@ -234,22 +234,16 @@ class _ReadingModel:
 
     entry_layer: int
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        *args: Any,
-        entry_states: Tensor | None = None,
-        entry_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Add the states of the positions that this step reads; after the prompt there are none."""
+        states, mask = kwargs.pop("entry_states", None), kwargs.pop("entry_mask", None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
-        if entry_states is None or entry_mask is None:
+        if states is None or mask is None:
             return inputs
         past = kwargs.get("past_key_values")
         start = 0 if past is None else int(past.get_seq_length())
         length = inputs["input_ids"].shape[1]
-        states, mask = entry_states[:, start : start + length], entry_mask[:, start : start + length]
+        states, mask = states[:, start : start + length], mask[:, start : start + length]
         if mask.shape[1]:
             after = length - mask.shape[1]  # without a cache, every step reads prompt and answer
             inputs["entry_states"] = nn.functional.pad(states, (0, 0, 0, after))
@@ -260,16 +254,10 @@ class _ReadingModel:
 class _EnteredLayer:
     """A decoder layer that takes states in place of those it is handed."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *args: Any,
-        entry_states: Tensor | None = None,
-        entry_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if entry_states is not None and entry_mask is not None:
-            hidden_states = torch.where(entry_mask[..., None], entry_states.to(hidden_states.dtype), hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        states, mask = kwargs.pop("entry_states", None), kwargs.pop("entry_mask", None)
+        if states is not None and mask is not None:
+            hidden_states = torch.where(mask[..., None], states.to(hidden_states.dtype), hidden_states)
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
 

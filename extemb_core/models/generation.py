@@ -131,15 +131,14 @@ def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated
 
     worker = threading.Thread(target=work, name="extemb-generate", daemon=True)
     worker.start()
-    sent, ended = "", False
+    sent = ""
     try:
-        for token in iter(relay.tokens.get, None):
+        while (token := relay.tokens.get()) is not None:
             if isinstance(token, BaseException):
                 raise token
-            if token in llm.stop_token_ids:
-                ended = True
-                break
             result.token_ids.append(token)
+            if token in llm.stop_token_ids:
+                break
             text, stopped = _visible(llm, result.token_ids, sampling, final=False)
             if text.startswith(sent) and len(text) > len(sent):
                 piece, sent = text[len(sent) :], text  # before yielding: the reader may close here
@@ -147,7 +146,7 @@ def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated
             if stopped:
                 break
         finished = _finish(llm, result.token_ids, sampling)
-        result.text, result.finish_reason = finished.text, "stop" if ended else finished.finish_reason
+        result.text, result.token_ids, result.finish_reason = finished.text, finished.token_ids, finished.finish_reason
         if len(result.text) > len(sent):
             yield result.text[len(sent) :]
     except GeneratorExit:
@@ -193,11 +192,21 @@ def _run(
         return torch.tensor([any(stop in text for stop in sampling.stop) for text in texts], device=input_ids.device)
 
     criteria: list[Any] = [after_step, is_stopped] if sampling.stop else [after_step]
+    processors: list[LogitsProcessor] = []
+    if sampling.repetition_penalty != 1:
+        processors.append(_Penalty(float(sampling.repetition_penalty), said, prompt_length))
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(_Draw(sampling.seed, len(said)))
     with torch.no_grad():
         output: Tensor = model.generate(
             **inputs,
             generation_config=config,
-            logits_processor=_processors(sampling, said, prompt_length),
+            logits_processor=LogitsProcessorList(processors),  # given whole: a model's own defaults add nothing
             stopping_criteria=StoppingCriteriaList(criteria),
             streamer=streamer,
         )
@@ -296,21 +305,6 @@ class _Penalty(LogitsProcessor):
 def _text_of(prompts: Sequence[PromptInputs]) -> list[Sequence[int]]:
     """List the ids of prompts that are text only; none of others."""
     return [() if isinstance(p, Tensor | AnchoredPrompt) else [int(index) for index in p] for p in prompts]
-
-
-def _processors(sampling: Sampling, said: Sequence[Sequence[int]], start: int) -> LogitsProcessorList:
-    """List what transformers runs over the scores; given whole, so that a model's own defaults add nothing."""
-    steps: list[LogitsProcessor] = []
-    if sampling.repetition_penalty != 1:
-        steps.append(_Penalty(float(sampling.repetition_penalty), said, start))
-    if sampling.temperature > 0:
-        steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_k:
-            steps.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            steps.append(TopPLogitsWarper(sampling.top_p))
-        steps.append(_Draw(sampling.seed, len(said)))
-    return LogitsProcessorList(steps)
 
 
 def _overlap(text: str, stop: str) -> int:

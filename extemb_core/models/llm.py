@@ -73,13 +73,9 @@ class LLM(TextEncoder):
                     source, dtype=wanted, use_safetensors=True, trust_remote_code=False, output_loading_info=True
                 )
             except SafetensorError as error:
-                raise WeightsCorruptError(
-                    f"{name}: a weights file is damaged ({first_line(error)}); get the model again"
-                ) from error
+                raise WeightsCorruptError(f"{name}: a file is damaged ({first_line(error)}); get it again") from error
             except (OSError, ValueError, RuntimeError) as error:
-                raise WeightsError(
-                    f"{name}: transformers cannot load it ({first_line(error)}); check that it is a causal LM"
-                ) from error
+                raise WeightsError(f"{name}: transformers fails ({first_line(error)}); pass a causal LM") from error
         model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would make them up at random
             raise WeightsCorruptError(f"{name}: {len(missing)} tensors are missing, {missing[0]} first; get it again")
@@ -112,13 +108,13 @@ class LLM(TextEncoder):
         Raises:
             ConfigError: See `entry.reading_model`.
         """
-        if getattr(self.model, "entry_layer", None) == layer:
-            return self.model
+        plain: PreTrainedModel = self.model
+        if getattr(plain, "entry_layer", None) == layer:
+            return plain
         with self._reading_lock:
             model = self._reading.get(layer)
-            # The LLM may have been moved, or be in another dtype now.
-            if model is None or _memory_of(model) != _memory_of(self.model):
-                model = self._reading[layer] = reading_model(self.model, layer, self.name)
+            if model is None or _memory_of(model) != _memory_of(plain):  # the LLM was moved, or is in another dtype now
+                model = self._reading[layer] = reading_model(plain, layer, self.name)
             return model
 
     @property

@@ -78,12 +78,10 @@ def first_mismatch(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 
 class _FrugalLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.base_layer
-        adapter_in: Any = self.lora_A[ADAPTER]
-        adapter_out: Any = self.lora_B[ADAPTER]
-        down: Tensor = adapter_in.weight
-        up: Tensor = adapter_out.weight
-        scale = self.scaling[ADAPTER]
+        module: Any = self  # whose types peft does not say
+        base, scale = module.base_layer, module.scaling[ADAPTER]
+        down: Tensor = module.lora_A[ADAPTER].weight
+        up: Tensor = module.lora_B[ADAPTER].weight
         if torch.is_grad_enabled() or not (x.dtype == down.dtype == up.dtype == base.weight.dtype):
             whole: Tensor = base(x)
             low = nn.functional.linear(x.to(whole.dtype), down.to(whole.dtype))
