@@ -10,7 +10,7 @@ from typing import Any
 
 from extemb_core.answers import ContextEntry, PreparedPrompt
 from extemb_core.context import assembly
-from extemb_core.context.assembly import DOCUMENT_SEPARATOR, ChatPrompt, Part, document_heading
+from extemb_core.context.assembly import ChatPrompt, Part
 from extemb_core.context.messages import Messages, inline_documents, with_slots
 from extemb_core.context.planning import Fidelity, Plan, check_budget, compressed_positions, plan_context
 from extemb_core.documents import Document, ReferencedDocument
@@ -142,10 +142,7 @@ class ContextBuilder:
             ratios=config.ratios,
             auto_ratios=config.plan_ratios,
             chunk_size=config.chunk_size,
-            overhead=[
-                len(self.llm.encode(heading + separator)) if heading else 0
-                for heading, separator in _around(documents, n_headed)
-            ],
+            overhead=[len(self.llm.encode(a + b)) if a else 0 for a, b in _around(documents, n_headed)],
             finest=[_finest_of(document) for document in documents],
         )
 
@@ -252,8 +249,8 @@ def capped(budget: int | None, free: int) -> int:
 
 def _around(documents: Sequence[Document], n_headed: int | None) -> list[tuple[str, str]]:
     """List what stands before and after each document: a heading and a separator, of the first `n_headed`."""
-    headed = [document_heading(rank, document.title) for rank, document in enumerate(documents[:n_headed])]
-    return [(heading, DOCUMENT_SEPARATOR) for heading in headed] + [("", "")] * (len(documents) - len(headed))
+    headed = [assembly.document_heading(rank, document.title) for rank, document in enumerate(documents[:n_headed])]
+    return [(heading, assembly.DOCUMENT_SEPARATOR) for heading in headed] + [("", "")] * (len(documents) - len(headed))
 
 
 def _finest_of(document: Document) -> int | None:

@@ -47,7 +47,9 @@ class AnchoredStates:
 
     def __post_init__(self) -> None:
         if len(self.anchors) != len(self.states):
-            raise MismatchError(f"{len(self.anchors)} anchors came with {len(self.states)} states; pass one for each")
+            raise MismatchError(
+                f"{len(self.anchors)} anchors came with {len(self.states)} states; pass one anchor for each state"
+            )
 
     def __len__(self) -> int:
         return len(self.anchors)
