@@ -10,19 +10,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from extemb_core.answers import Answer
-    from extemb_core.context.planning import Plan, plan_context
-    from extemb_core.documents import Document
-    from extemb_core.errors import ExtembError
-    from extemb_core.library.library import Library
-    from extemb_core.lm import ExtensibleLM
-    from extemb_core.loaders import read_document, read_documents
-    from extemb_core.models.compressed import Compressed
-    from extemb_core.models.config import ExtensibleEmbedderConfig
-    from extemb_core.models.embedder import ExtensibleEmbedder
-    from extemb_core.models.generation import Sampling
-    from extemb_core.models.llm import LLM
-    from extemb_core.store.store import EmbeddingStore
+    from extemb_core.answers import Answer as Answer
+    from extemb_core.context.planning import Plan as Plan
+    from extemb_core.context.planning import plan_context as plan_context
+    from extemb_core.documents import Document as Document
+    from extemb_core.errors import ExtembError as ExtembError
+    from extemb_core.library.library import Library as Library
+    from extemb_core.lm import ExtensibleLM as ExtensibleLM
+    from extemb_core.loaders import read_document as read_document
+    from extemb_core.loaders import read_documents as read_documents
+    from extemb_core.models.compressed import Compressed as Compressed
+    from extemb_core.models.config import ExtensibleEmbedderConfig as ExtensibleEmbedderConfig
+    from extemb_core.models.embedder import ExtensibleEmbedder as ExtensibleEmbedder
+    from extemb_core.models.generation import Sampling as Sampling
+    from extemb_core.models.llm import LLM as LLM
+    from extemb_core.store.store import EmbeddingStore as EmbeddingStore
 
 __version__ = "0.1.0"
 
@@ -44,27 +46,11 @@ _HOMES = {
     "read_documents": "loaders",
 }
 
-__all__ = [
-    "LLM",
-    "Answer",
-    "Compressed",
-    "Document",
-    "EmbeddingStore",
-    "ExtembError",
-    "ExtensibleEmbedder",
-    "ExtensibleEmbedderConfig",
-    "ExtensibleLM",
-    "Library",
-    "Plan",
-    "Sampling",
-    "__version__",
-    "plan_context",
-    "read_document",
-    "read_documents",
-]
+__all__ = [*_HOMES, "__version__"]  # type checkers read the aliases above
 
 
 def __getattr__(name: str) -> Any:
+    """Import a name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -73,4 +59,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """List the names that are there and those that load on first use."""
     return sorted({*globals(), *__all__})

@@ -27,7 +27,7 @@ class ContextEntry:
         n_tokens: Its length as raw tokens.
         positions: What it took of the LLM's window, its heading included; 0 when dropped.
         fidelity: "raw", a ratio, or "dropped".
-        cached: Its embeddings were there alprepared.
+        cached: Its embeddings were there already.
         reason: Why this fidelity, in a few words.
     """
 
@@ -72,10 +72,9 @@ class Answer:
         return tuple(entry for entry in self.context if entry.fidelity == "dropped")
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as plain, JSON-able values, its budget left out."""
+        """Return the answer as plain, JSON-able values, its budget left out."""
         values = {**asdict(self), "seconds": dict(self.seconds)}
-        del values["budget"]
-        return values
+        return {name: value for name, value in values.items() if name != "budget"}
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -110,11 +109,7 @@ class AnswerStream(Iterator[str]):
     """
 
     def __init__(
-        self,
-        llm: LLM,
-        prepared: PreparedPrompt,
-        sampling: Sampling,
-        on_answer: Callable[[Answer], None] | None = None,
+        self, llm: LLM, prepared: PreparedPrompt, sampling: Sampling, on_answer: Callable[[Answer], None] | None = None
     ) -> None:
         from extemb_core.models.generation import Generated  # here, so that Answer alone does not load torch
 
@@ -176,18 +171,14 @@ class AnswerStream(Iterator[str]):
 
 def answer_now(llm: LLM, prepared: PreparedPrompt, sampling: Sampling) -> Answer:
     """Answer in the caller's thread."""
-    first_token: list[float] = []
-
-    def on_token() -> None:
-        if not first_token:
-            first_token.append(time.perf_counter() - prepared.start)
-
-    (generated,) = llm.generate([prepared.prompt.inputs(llm)], sampling, on_token=on_token)
-    total = time.perf_counter() - prepared.start
-    return to_answer(prepared, generated, first_token=first_token[0] if first_token else total, total=total)
+    times: list[float] = []  # of each token
+    (generated,) = llm.generate([prepared.prompt.inputs(llm)], sampling, lambda: times.append(time.perf_counter()))
+    times.append(time.perf_counter())
+    return to_answer(prepared, generated, first_token=times[0] - prepared.start, total=times[-1] - prepared.start)
 
 
 def to_answer(prepared: PreparedPrompt, generated: Generated, *, first_token: float, total: float) -> Answer:
+    """Make the answer of what was generated; times are in seconds from the call."""
     return Answer(
         text=generated.text,
         context=prepared.context,

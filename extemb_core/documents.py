@@ -14,9 +14,8 @@ TEXT_KEYS = ("text", "page_content", "content")
 """Where a dict may hold its text, in the order they are looked for."""
 
 _ACCEPTED = (
-    "pass a str, a Document, a dict with one of "
-    + ", ".join(repr(key) for key in TEXT_KEYS)
-    + ", or an object with .page_content, .get_content() or .text (for a file: read_document(path))"
+    f"pass a str, a Document, a dict with one of {', '.join(map(repr, TEXT_KEYS))}, or an object with .page_content, "
+    ".get_content() or .text (for a file: read_document(path))"
 )
 
 
@@ -24,7 +23,7 @@ REF_PREFIX = "ext:"
 
 
 def text_ref(text: str) -> str:
-    """`ext:` and 32 hex digits of the text's sha256: what names a document everywhere."""
+    """Return `ext:` and 32 hex digits of the text's sha256: what names a document everywhere."""
     return REF_PREFIX + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -53,13 +52,10 @@ class Document:
         if not isinstance(self.text, str):
             raise DocumentError(f"a document's text is a str, not a {type(self.text).__name__}; {_ACCEPTED}")
         if self.title is not None and not isinstance(self.title, str):
-            raise DocumentError(
-                f"title={self.title!r} is a {type(self.title).__name__}, but a title is a str; pass a str or None"
-            )
+            raise DocumentError(f"title={self.title!r} is a {type(self.title).__name__}, not a str; pass a str or None")
         if not isinstance(self.metadata, Mapping):
             raise DocumentError(
-                f"metadata={self.metadata!r} is a {type(self.metadata).__name__}, "
-                "but metadata is a mapping; pass a dict"
+                f"metadata={self.metadata!r} is a {type(self.metadata).__name__}, not a mapping; pass a dict"
             )
         try:
             self.text.encode("utf-8")
@@ -97,9 +93,17 @@ class Document:
             return value
         if isinstance(value, str):
             return cls(value)
+        title, metadata = None, getattr(value, "metadata", None)
         if isinstance(value, Mapping):
-            return cls._from_mapping(value)
-        if hasattr(value, "page_content"):
+            key = next((key for key in TEXT_KEYS if key in value), None)
+            if key is None:
+                keys = ", ".join(map(repr, value)) or "none"
+                raise DocumentError(f"a dict without text (its keys: {keys}) is not a document; {_ACCEPTED}")
+            text, title, metadata = value[key], value.get("title"), value.get("metadata")
+            if metadata is None or isinstance(metadata, Mapping):
+                others = {name: item for name, item in value.items() if name not in (key, "title", "metadata")}
+                metadata = {**others, **(metadata or {})}
+        elif hasattr(value, "page_content"):
             text = value.page_content
         elif callable(getattr(value, "get_content", None)):
             text = value.get_content()
@@ -107,22 +111,6 @@ class Document:
             text = value.text
         else:
             raise DocumentError(f"a {type(value).__name__} is not a document; {_ACCEPTED}")
-        return cls._titled(text, None, getattr(value, "metadata", None))
-
-    @classmethod
-    def _from_mapping(cls, value: Mapping[Any, Any]) -> Document:
-        key = next((key for key in TEXT_KEYS if key in value), None)
-        if key is None:
-            keys = ", ".join(map(repr, value)) or "none"
-            raise DocumentError(f"a dict without text (its keys: {keys}) is not a document; {_ACCEPTED}")
-        metadata = value.get("metadata")
-        if metadata is None or isinstance(metadata, Mapping):
-            others = {name: item for name, item in value.items() if name not in (key, "title", "metadata")}
-            metadata = {**others, **(metadata or {})}
-        return cls._titled(value[key], value.get("title"), metadata)
-
-    @classmethod
-    def _titled(cls, text: Any, title: Any, metadata: Any) -> Document:
         metadata = {} if metadata is None else metadata
         if title is None and isinstance(metadata, Mapping) and isinstance(metadata.get("title"), str):
             title = metadata["title"]

@@ -86,7 +86,7 @@ class MissingExtraError(ExtembError, ImportError):
     """An optional dependency that is not installed."""
 
     def __init__(self, package: str, extra: str | None, purpose: str) -> None:
-        """Name the package, the extra that brings it (None: it is installed by its own name), and what needs it."""
+        """Name the package, the extra that brings it (None if it is installed by its own name), and what needs it."""
         install = package if extra is None else f"'extemb[{extra}]'"
         super().__init__(f"{purpose} needs {package}, which is not installed; run: pip install {install}")
         self._given = package, extra, purpose

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, answer_now, to_answer
-from extemb_core.context.builder import ContextBuilder
+from extemb_core.context.builder import ContextBuilder, capped
 from extemb_core.context.conversation import Condenser, Session
 from extemb_core.context.messages import Messages, as_messages, inline_documents
 from extemb_core.context.planning import Plan
@@ -50,9 +50,7 @@ class ExtensibleLM:
 
     def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, store: Store | None = None) -> None:
         if embedder.llm is not llm:
-            raise MismatchError(
-                f"the embedder is bound to another LLM object ({embedder.llm.name!r}); load it with llm=this one"
-            )
+            raise MismatchError(f"the embedder has another LLM object ({embedder.llm.name!r}); load it with this one")
         self.llm = llm
         self.embedder = embedder
         self.store: Store = store if store is not None else MemoryStore()
@@ -134,7 +132,7 @@ class ExtensibleLM:
         ratio: str | int = "auto",
         **sampling: Any,
     ) -> Answer:
-        """`ask` for a whole conversation: messages with "role" and "content".
+        """Answer as `ask` in a whole conversation: messages with "role" and "content".
 
         Documents join the last user turn. A content may also be a list of texts and `Document`s: these are read where
         they stand, without a heading, and rank below those that join.
@@ -150,7 +148,7 @@ class ExtensibleLM:
         ratio: str | int = "auto",
         **settings: Any,
     ) -> AnswerStream:
-        """`ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what there is.
+        """Answer as `ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what there is.
 
         Settings are those of `prepare`.
         """
@@ -215,10 +213,8 @@ class ExtensibleLM:
     ) -> tuple[PreparedPrompt, Sampling]:
         """Prepare what `generate` hands to the LLM."""
         settings = Sampling(**sampling)
-        prepared = self.builder.text(
-            prompt, as_documents(documents), budget=budget, ratio=ratio, max_new_tokens=settings.max_new_tokens
-        )
-        return prepared, settings
+        joined, length = as_documents(documents), settings.max_new_tokens
+        return self.builder.text(prompt, joined, budget=budget, ratio=ratio, max_new_tokens=length), settings
 
     def score(
         self,
@@ -229,15 +225,14 @@ class ExtensibleLM:
         budget: int | None = None,
         ratio: str | int = "auto",
     ) -> float:
-        """Log-probability, in nats, of a continuation after documents and a plain prompt.
+        """Compute the log-probability, in nats, of a continuation after documents and a plain prompt.
 
         Raises:
             ConfigError: There is nothing before the continuation, or nothing in it.
         """
         targets = self.llm.encode(continuation)
-        prepared = self.builder.text(
-            prompt, as_documents(documents), budget=budget, ratio=ratio, max_new_tokens=len(targets)
-        )
+        length = max(1, len(targets))
+        prepared, _ = self.prepare_text(prompt, documents, budget=budget, ratio=ratio, max_new_tokens=length)
         if not len(prepared.prompt) or not len(targets):
             raise ConfigError("score needs a continuation and something before it; pass a prompt or a document")
         return float(self.llm.score(prepared.prompt.inputs(self.llm), targets).sum())
@@ -252,30 +247,28 @@ class ExtensibleLM:
         batch_size: int = 8,
         **sampling: Any,
     ) -> list[Answer]:
-        """`ask` or `chat` for several at once, each with its own documents (one entry per question).
+        """Answer as `ask` or `chat` several at once, each with its own documents (one entry per question).
 
         Questions are batched by length; an answer does not depend on its batch. In `seconds`, "first_token" is the
         time of the whole batch: nothing is streamed.
         """
-        each = [()] * len(questions) if documents is None else list(documents)
-        if len(each) != len(questions):
-            raise ConfigError(
-                f"{len(questions)} questions came with {len(each)} lists of documents; pass one per question"
-            )
+        of_question = [()] * len(questions) if documents is None else list(documents)
+        if len(of_question) != len(questions):
+            raise ConfigError(f"{len(questions)} questions came with {len(of_question)} document lists; pass one each")
         whole_number(batch_size, "batch_size")
         settings = Sampling(**sampling)
         prepared = [
             self.prepare(question, texts, budget=budget, ratio=ratio, **sampling)[0]
-            for question, texts in zip(questions, each, strict=True)
+            for question, texts in zip(questions, of_question, strict=True)
         ]
         order = sorted(range(len(prepared)), key=lambda index: len(prepared[index].prompt))
         answers: dict[int, Answer] = {}
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
             start = time.perf_counter()
-            made = self.llm.generate([prepared[index].prompt.inputs(self.llm) for index in batch], settings)
+            outputs = self.llm.generate([prepared[index].prompt.inputs(self.llm) for index in batch], settings)
             seconds = time.perf_counter() - start
-            for index, generated in zip(batch, made, strict=True):
+            for index, generated in zip(batch, outputs, strict=True):
                 answers[index] = to_answer(prepared[index], generated, first_token=seconds, total=seconds)
         return [answers[index] for index in range(len(questions))]
 
@@ -287,7 +280,7 @@ class ExtensibleLM:
         window: int | None = None,
         budget: int | None = None,
     ) -> Session:
-        """A conversation of any length: see `Session`."""
+        """Begin a conversation of any length: see `Session`."""
         return Session(self.builder, documents, ratio=ratio, window=window, budget=budget)
 
     # -- documents --------------------------------------------------------------------------------------------
@@ -323,11 +316,15 @@ class ExtensibleLM:
 
         One that the window does not hold is counted too, with no position left for its documents.
         """
-        return self.builder.positions(as_messages(question), as_documents(documents), budget, ratio)
+        messages, joined = as_messages(question), as_documents(documents)
+        n_bare = len(self.builder.render(messages).fill({}))
+        room = capped(budget, max(0, self.llm.context_window - n_bare))
+        ranked = [*joined, *inline_documents(messages)]
+        return n_bare + self.builder.plan(ranked, room, ratio, n_headed=len(joined)).positions
 
     def positions_of(self, parts: Iterable[str | Document]) -> int:
         """Count the positions of a piece of a prompt: its texts, and its documents at the finest ratio of each."""
-        return self.builder.positions_of(list(parts))
+        return sum(map(self.builder.positions_of, parts))
 
     def compress(
         self,
@@ -356,18 +353,18 @@ class ExtensibleLM:
             return
         texts = {document.ref: document.text for document in as_documents(documents)}
         missing = [
-            (ref, self.builder.token_ids(text, ref))
+            (ref, self.builder.token_ids(text))
             for ref, text in texts.items()
             if self.store.get(ref, fingerprint, finest) is None
         ]
-        for made in compress_in_batches(
+        for batch in compress_in_batches(
             self.embedder, missing, ratio=finest, batch_size=batch_size, show_progress=show_progress
         ):
-            self.store.put(*made)
+            self.store.put(*batch)
 
 
 def open_store(store: str | Path | Store | None) -> Store | None:
-    """The store of a folder or URL; one that is open already stays as it is."""
+    """Open the store of a folder or URL; one that is open already stays as it is."""
     if not isinstance(store, str | Path):
         return store
     from extemb_core.store.shard_store import ShardStore, is_sharded

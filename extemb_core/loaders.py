@@ -64,7 +64,6 @@ _BLOCK_TAGS = _words(
     """
 )
 _CELL_TAGS = frozenset({"td", "th"})
-_CLOSING = object()
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
@@ -122,9 +121,7 @@ def _files(path: Path) -> list[Path]:
         files += [Path(folder, name) for name in names if not name.startswith(".")]
     files = sorted(file for file in files if file.suffix.lower() in SUPPORTED_SUFFIXES)
     if not files:
-        raise DocumentError(
-            f"{path} holds no file of a type that is read; {_CONVERT}, or name single files to have them read as text"
-        )
+        raise DocumentError(f"{path} holds no file of a type that is read; {_CONVERT}, or name files to read as text")
     return files
 
 
@@ -147,11 +144,9 @@ def _read_bytes(path: Path) -> bytes:
 
 def _decode(path: Path, data: bytes, declared: str | None = None) -> str:
     """Decode by byte order mark, else by the declared encoding, else as UTF-8; never with a guess."""
-    mark, encoding = next(
-        ((mark, name) for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)),
-        (b"", declared or "utf-8"),
-    )
-    if not encoding.startswith("utf-16") and not encoding.startswith("utf-32") and b"\0" in data:
+    marks = (*_BYTE_ORDER_MARKS, (b"", declared or "utf-8"))  # all data begins with the last
+    mark, encoding = next((mark, name) for mark, name in marks if data.startswith(mark))
+    if not encoding.startswith(("utf-16", "utf-32")) and b"\0" in data:
         offset = data.index(b"\0")
         raise DocumentError(f"{path} is a binary file (a NUL byte at offset {offset}), not text; {_CONVERT}")
     try:
@@ -181,7 +176,7 @@ def _read_html(path: Path, data: bytes) -> tuple[str, str]:
 
 
 def _web_encoding(declared: str | None) -> str | None:
-    """The codec for an encoding named inside a page, as the HTML standard reads such names."""
+    """Return the codec for an encoding named inside a page, as the HTML standard reads such names."""
     try:
         name = codecs.lookup(declared or "utf-8").name
     except LookupError:
@@ -193,7 +188,7 @@ def _web_encoding(declared: str | None) -> str | None:
 
 
 def _visible_text(root: Tag) -> str:
-    """Text in reading order: blocks on lines of their own, cells apart by tabs, `<pre>` as it stands."""
+    """Read text in its order: blocks on lines of their own, cells apart by tabs, `<pre>` as it stands."""
     from bs4.element import NavigableString, PreformattedString, Tag
 
     lines: list[str] = []
@@ -208,24 +203,20 @@ def _visible_text(root: Tag) -> str:
         if joined.strip():
             lines.append(joined)
 
-    stack: list[Any] = [root]  # a stack, not recursion: pages nest deeper than Python does
+    stack: list[tuple[Any, bool]] = [(root, False)]  # a stack, not recursion: pages nest deeper than Python does
     while stack:
-        node = stack.pop()
+        node, closes = stack.pop()
         if isinstance(node, Tag):
             if node.name in _UNSEEN_TAGS:
                 continue
             if node.name in _BLOCK_TAGS:
                 end_line()
-            pre_depth += node.name == "pre"
-            stack += (node.name, _CLOSING)
-            stack += reversed(node.contents)
-        elif node is _CLOSING:
-            name = stack.pop()
-            if name in _BLOCK_TAGS:
-                end_line()
-            elif name in _CELL_TAGS:
+            elif closes and node.name in _CELL_TAGS:
                 line.append("\t")
-            pre_depth -= name == "pre"
+            if node.name == "pre":
+                pre_depth += -1 if closes else 1
+            if not closes:
+                stack += [(node, True), *((child, False) for child in reversed(node.contents))]
         elif isinstance(node, NavigableString) and not isinstance(node, PreformattedString):
             if not pre_depth:
                 line.append(re.sub(r"\s+", " ", node))
@@ -257,9 +248,7 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
         raise DocumentError(f"{path} is a damaged PDF ({why}); open it in a viewer and print it to a new PDF") from exc
     without = [number for number, page in enumerate(pages, start=1) if not page]
     if len(without) == len(pages):
-        raise DocumentError(
-            f"{path} holds no text on its {len(pages)} pages (a scan?); run OCR on it first, for instance with ocrmypdf"
-        )
+        raise DocumentError(f"{path} holds no text on its {len(pages)} pages (a scan?); run OCR first, e.g. ocrmypdf")
     about: dict[str, Any] = {"pages": len(pages)}
     if without:
         about["pages_without_text"] = without

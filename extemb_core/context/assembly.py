@@ -7,9 +7,11 @@ text get placeholders too, and are put back as the ids of their characters: data
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,6 @@ from extemb_core.models.llm import LLM
 
 Segment = np.ndarray[Any, Any] | Tensor | AnchoredStates
 Part = str | Segment
-Content = str | Sequence[Part]
 
 DOCUMENT_SEPARATOR = "\n\n"  # after each document of a message
 # Private-use characters fence a placeholder's number; the first that no text contains is taken.
@@ -49,7 +50,7 @@ class Prompt:
     segments: tuple[Segment, ...]
 
     def __len__(self) -> int:
-        """Positions it takes in the LLM's window."""
+        """Return the positions it takes in the LLM's window."""
         return sum(len(segment) for segment in self.segments)
 
     @property
@@ -57,7 +58,7 @@ class Prompt:
         return all(isinstance(segment, np.ndarray) for segment in self.segments)
 
     def inputs(self, llm: LLM) -> PromptInputs:
-        """What an `LLM` reads: ids if there is only text, else (T, D) embeddings, or ids with states.
+        """Return what an `LLM` reads: ids if there is only text, else (T, D) embeddings, or ids with states.
 
         Raises:
             MismatchError: An anchor is a control token or none, which no text becomes; or embeddings of several entry
@@ -67,14 +68,19 @@ class Prompt:
             return [int(index) for segment in self.segments for index in segment]  # type: ignore[union-attr]
         if any(isinstance(segment, Tensor) for segment in self.segments):
             return self.embeddings(llm)
-        segments: list[Any] = list(self.segments)
-        for segment in segments:
-            if isinstance(segment, AnchoredStates):
-                _require_text(llm, segment.anchors)
+        size = int(llm.model.get_input_embeddings().num_embeddings)
+        for anchors in (segment.anchors for segment in self.segments if isinstance(segment, AnchoredStates)):
+            wrong = np.isin(anchors, llm.control_ids) | (anchors < 0) | (anchors >= size)
+            if wrong.any():
+                raise MismatchError(
+                    f"anchor {anchors[wrong][0]} is a control token of {llm.name} or none of its tokens, which no text "
+                    "of documents becomes; compress the document again"
+                )
+        segments: Any = self.segments
         return AnchoredPrompt.of(segments, llm.hidden_size, llm.device, llm.dtype)
 
     def embeddings(self, llm: LLM) -> Tensor:
-        """(T, D) in the LLM's dtype and device, for entry layer 0; positions are contiguous from 0.
+        """Return (T, D) in the LLM's dtype and device, for entry layer 0; positions are contiguous from 0.
 
         Raises:
             MismatchError: A segment enters at a later layer.
@@ -91,19 +97,8 @@ class Prompt:
         return torch.cat(pieces) if pieces else torch.empty(0, llm.hidden_size, device=llm.device, dtype=llm.dtype)
 
 
-def _require_text(llm: LLM, anchors: np.ndarray[Any, Any]) -> None:
-    """Raise `MismatchError` for ids that no text becomes."""
-    size = int(llm.model.get_input_embeddings().num_embeddings)
-    wrong = np.isin(anchors, llm.control_ids) | (anchors < 0) | (anchors >= size)
-    if wrong.any():
-        raise MismatchError(
-            f"anchor {anchors[wrong][0]} is a control token of {llm.name} or none of its tokens, which no text of "
-            "documents becomes; compress the document again"
-        )
-
-
 def document_heading(index: int, title: str | None = None) -> str:
-    """The line before document number `index`, from 0."""
+    """Return the line before document number `index`, from 0."""
     return f"[{index + 1}] {title or 'Document'}\n"
 
 
@@ -139,7 +134,7 @@ def render_chat(
     called = [message.get("tool_calls", []) for message in messages]
     placeholders = _Placeholders(llm, [*contents, list(_texts_in([called, tools]))])
     plain = [
-        {**message, "content": "".join(placeholders.mark(part) for part in parts)}
+        {**message, "content": "".join(map(placeholders.mark, parts))}
         for message, parts in zip(messages, contents, strict=True)
     ]
     for message, calls in zip(plain, called, strict=True):
@@ -157,10 +152,9 @@ class ChatPrompt:
     """
 
     def __init__(self, llm: LLM, placeholders: _Placeholders, rendered: str) -> None:
-        self._llm = llm
+        self._encode = cache(llm.encode_template)  # each of the template's pieces once
         self._placeholders = placeholders
         self._rendered = rendered
-        self._ids: dict[str, np.ndarray[Any, Any]] = {}  # of the template's pieces, each tokenised once
         numbers = set(map(int, rendered.split(placeholders.fence)[1::2]))
         if any(number not in numbers and len(part) for number, part in enumerate(placeholders.parts)):
             raise ConfigError(
@@ -183,17 +177,12 @@ class ChatPrompt:
             if at % 2:
                 segments.append(self._placeholders.parts[int(piece)])  # type: ignore[arg-type]
             elif piece:
-                segments.append(self._encode(piece))
+                segments.append(np.array(self._encode(piece), dtype=np.int32))
         return Prompt(tuple(segment for segment in segments if len(segment)))
-
-    def _encode(self, piece: str) -> np.ndarray[Any, Any]:
-        if piece not in self._ids:
-            self._ids[piece] = np.array(self._llm.encode_template(piece), dtype=np.int32)
-        return self._ids[piece]
 
 
 def assemble_text(llm: LLM, parts: Sequence[Part]) -> Prompt:
-    """A plain prompt, no chat template: the LLM's BOS if it has one, then the parts in order, text as data."""
+    """Assemble a plain prompt, no chat template: the LLM's BOS if it has one, then the parts in order, text as data."""
     start: list[Segment] = [np.array([llm.bos_token_id])] if llm.bos_token_id is not None else []
     rest = [llm.encode(part) if isinstance(part, str) else part for part in parts]
     return Prompt(tuple(segment for segment in start + rest if len(segment)))
@@ -208,7 +197,9 @@ class _Placeholders:
     """
 
     def __init__(self, llm: LLM, contents: Sequence[Sequence[Part | Slot]]) -> None:
-        texts = [text for parts in contents for part in parts for text in _plain_texts(part)]
+        parts = [part.document if isinstance(part, Slot) else part for content in contents for part in content]
+        texts = [text for part in parts if isinstance(part, Document) for text in (part.text, part.title or "")]
+        texts += [part for part in parts if isinstance(part, str)]
         self.fence = next(fence for fence in _FENCES if not any(fence in text for text in texts))
         self.parts: list[Segment | Slot] = []
         self._llm = llm
@@ -216,6 +207,7 @@ class _Placeholders:
         self._control = re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
     def mark(self, part: Part | Slot) -> str:
+        """Put placeholders for what is no text, and for control tokens in what is."""
         if not isinstance(part, str):
             return self._number(part)
         if self._control is None:
@@ -223,22 +215,16 @@ class _Placeholders:
         return self._control.sub(lambda match: self._number(self._llm.encode(match[0])), part)
 
     def mark_within(self, value: Any) -> Any:
-        """Lists and mappings with all texts in them marked."""
+        """Mark all texts in lists and mappings."""
         if isinstance(value, str):
             return self.mark(value)
         if isinstance(value, Mapping):
-            return {self.mark_within(key): self.mark_within(one) for key, one in value.items()}
-        return [self.mark_within(one) for one in value] if isinstance(value, list | tuple) else value
+            return {self.mark_within(key): self.mark_within(item) for key, item in value.items()}
+        return [self.mark_within(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _number(self, part: Segment | Slot) -> str:
         self.parts.append(part)
         return f"{self.fence}{len(self.parts) - 1}{self.fence}"
-
-
-def _plain_texts(part: Part | Slot) -> tuple[str, ...]:
-    if isinstance(part, Slot):
-        return (part.document.text, part.document.title or "")
-    return (part,) if isinstance(part, str) else ()
 
 
 def _checked_content(message: Mapping[str, Any]) -> list[Part | Slot]:
@@ -248,26 +234,19 @@ def _checked_content(message: Mapping[str, Any]) -> list[Part | Slot]:
         raise ConfigError(f"a message is {dict(message)!r:.80}; it must have a role and a content of text")
     for part in parts:
         if not isinstance(part, str | np.ndarray | Tensor | AnchoredStates | Slot):
-            raise ConfigError(
-                f"a message's content holds a {type(part).__name__}; pass str, (T,) token ids or embeddings"
-            )
+            raise ConfigError(f"a message's content holds a {type(part).__name__}; pass str, token ids or embeddings")
     return list(parts)
 
 
 def _texts_in(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for key, one in value.items():
-            yield from _texts_in([key, one])
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _texts_in(one)
+    elif isinstance(value, Mapping | list | tuple):
+        for item in itertools.chain(*value.items()) if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)
 
 
-def _render(
-    llm: LLM, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]]
-) -> str:
+def _render(llm: LLM, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: list[Any]) -> str:
     if not llm.tokenizer.chat_template:  # a base model: the contents alone
         bos = str(llm.tokenizer.decode([llm.bos_token_id])) if llm.bos_token_id is not None else ""
         return bos + "".join(f"{message['content']}\n\n" for message in messages)
@@ -275,10 +254,7 @@ def _render(
 
     try:
         rendered = llm.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+            messages, tools=tools or None, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template of {llm.name} refuses these messages: {error}") from error

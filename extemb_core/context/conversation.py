@@ -16,15 +16,15 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from extemb_core.answers import Answer, AnswerStream, ContextEntry, PreparedPrompt
-from extemb_core.context.assembly import Part, Prompt, assemble_chat
-from extemb_core.context.builder import ContextBuilder, capped
+from extemb_core.answers import Answer, AnswerStream, PreparedPrompt
+from extemb_core.context.assembly import Prompt, assemble_chat
+from extemb_core.context.builder import ContextBuilder, ReadDocuments, capped
 from extemb_core.context.messages import Messages, content_parts, inline_documents
 from extemb_core.context.planning import check_budget
 from extemb_core.documents import Document, Documents, as_documents
@@ -83,15 +83,18 @@ class Condenser:
         left = room - builder.plan(ranked, cap, ratio, n_headed=len(documents)).positions
         condensed = None if len(rendered.fill({})) <= left else self._condensed(messages, left, template)
         if condensed is None:
-            return builder.fill(rendered, messages, documents, start, budget, ratio, max_new_tokens)
+            prepared = builder.chat(
+                messages, documents, budget=budget, ratio=ratio, max_new_tokens=max_new_tokens, rendered=rendered
+            )
+            return replace(prepared, start=start)
         rendered = builder.render(condensed, documents, **template)
         ranked = [*documents, *inline_documents(condensed)]
         turns = [at for at, document in enumerate(ranked) if isinstance(document, CompressedTurn)]
         others = [at for at, document in enumerate(ranked) if not isinstance(document, CompressedTurn)]
-        every = [ranked[at] for at in others]
+        uncondensed = [ranked[at] for at in others]
         n_bare = len(rendered.fill({}))
-        room = builder.room(n_bare, max_new_tokens, cap, every)
-        read = builder.read(every, room, ratio, n_headed=len(documents))
+        room = builder.room(n_bare, max_new_tokens, cap, uncondensed)
+        read = builder.read(uncondensed, room, ratio, n_headed=len(documents))
         # Turns take what documents leave; the newest is the best of them.
         left = builder.llm.context_window - n_bare - max_new_tokens - read.positions
         earlier = builder.read([ranked[at] for at in reversed(turns)], left, "auto", n_headed=0, store=self.turns)
@@ -104,17 +107,12 @@ class Condenser:
 
         Turns stay text from the newest backwards as far as they take half, and begin with the user's.
         """
-
-        def length(some: Messages) -> int:
-            return len(self._builder.render(some, **template).fill({}))
-
         starts = [at for at, message in enumerate(messages) if message["role"] == "user"]
-        if not starts:
-            return None
         system = [message for message in messages if message["role"] == "system"]
-        first = starts[-1]
+        first = starts[-1] if starts else 0
         for start in reversed(starts[:-1]):
-            if length([*system, *messages[start:]]) > left // 2:
+            recent = self._builder.render([*system, *messages[start:]], **template)
+            if len(recent.fill({})) > left // 2:
                 break
             first = start
         turns = [
@@ -132,12 +130,9 @@ class Condenser:
         texts = []
         for part in content_parts(message):
             if isinstance(part, Tensor | AnchoredStates):
-                raise ConfigError(
-                    "an older turn holds embeddings, which cannot be condensed; pass the Document that they are of"
-                )
-            if isinstance(part, Document):
-                part = part.text
-            texts.append(part if isinstance(part, str) else self._builder.llm.decode(part.tolist()))
+                raise ConfigError("an older turn holds embeddings, which cannot be condensed; pass their Document")
+            text = part.text if isinstance(part, Document) else part
+            texts.append(text if isinstance(text, str) else self._builder.llm.decode(text.tolist()))
         return "".join(texts) + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
 
 
@@ -179,11 +174,9 @@ class Session:
             raise ConfigError(f"window={window} is not between 1 and the {llm.context_window} positions of {llm.name}")
         self._builder = builder
         self._llm = llm
-        self._embedder = builder.embedder
         self._window = window or llm.context_window
         self._documents = as_documents(documents)
-        self._parts: list[Part] = []
-        self._context: tuple[ContextEntry, ...] = ()
+        self._read = ReadDocuments((), (), 0.0)
         self._compress_seconds = 0.0
         self._ratio = ratio
         self._budget = self._window // 2 if budget is None else check_budget(budget)
@@ -210,7 +203,7 @@ class Session:
         return self.stream(text, **sampling).finish()
 
     def stream(self, text: str, **sampling: Any) -> AnswerStream:
-        """`send`, piece by piece. What was written until the stream is closed becomes part of the conversation."""
+        """Do as `send`, piece by piece. What is written until the stream is closed joins the conversation."""
         if not text.strip():
             raise ConfigError("the message is empty; say something")
         start = time.perf_counter()
@@ -218,27 +211,30 @@ class Session:
         with self._lock:
             *long, text = pieces_of(text, _PIECE_CHARS)
             self._take_in("".join(long))  # a message of many windows is streamed text but for its end
-            asked = _Turn("user", text)
-            self._make_room([asked], settings.max_new_tokens)
-            prompt = self._prompt([asked])
-        prepared = PreparedPrompt(prompt, self._context, self._compress_seconds, start, self._budget)
+            question = _Turn("user", text)
+            self._make_room([question], settings.max_new_tokens)
+            prompt = self._prompt([question])
+        prepared = PreparedPrompt(prompt, self._read.context, self._compress_seconds, start, self._budget)
         self._compress_seconds = 0.0  # the documents are read once, and the next answer says so
-        return AnswerStream(self._llm, prepared, settings, lambda answer: self._finished(asked, answer))
+
+        def take_in(answer: Answer) -> None:
+            with self._lock:
+                self._timeline += [question, _Turn("assistant", answer.text)]
+
+        return AnswerStream(self._llm, prepared, settings, take_in)
 
     # -- documents --------------------------------------------------------------------------------------------
 
     def _free(self, new_tokens: int) -> int:
-        """Positions for documents, beside a chunk of text and an answer."""
+        """Count the positions for documents, beside a chunk of text and an answer."""
         bare = len(assemble_chat(self._llm, [{"role": "user", "content": ""}]))
-        return self._window - new_tokens - bare - self._embedder.config.chunk_size
+        return self._window - new_tokens - bare - self._builder.embedder.config.chunk_size
 
     def _read_documents(self) -> None:
         """Read the documents within the budget."""
         if self._documents:
-            read = self._builder.read(self._documents, self._budget, self._ratio)
-            self._parts = [part for parts in read.parts for part in parts]
-            self._context = read.context
-            self._compress_seconds += read.seconds
+            self._read = self._builder.read(self._documents, self._budget, self._ratio)
+            self._compress_seconds += self._read.seconds
 
     # -- the timeline -----------------------------------------------------------------------------------------
 
@@ -249,11 +245,11 @@ class Session:
             self._make_room([], 0)
 
     def _prompt(self, coming: list[_Turn]) -> Prompt:
-        """The whole conversation as one prompt: documents, condensed and streamed text lead the first user turn."""
-        parts = list(self._parts)
+        """Assemble the conversation as one prompt: documents, condensed and streamed text lead the first user turn."""
+        parts = [part for document in self._read.parts for part in document]
         streamed = [turn.text for turn in self._timeline if turn.role is None]
         if self._condensed or streamed:
-            parts += [_EARLIER, *[kept.part for kept in self._condensed], "".join(streamed), "\n\n"]
+            parts += [_EARLIER, *[text.part for text in self._condensed], "".join(streamed), "\n\n"]
         turns = [turn for turn in self._timeline + coming if turn.role is not None]
         if not turns or turns[0].role != "user":
             turns.insert(0, _Turn("user", ""))
@@ -270,7 +266,7 @@ class Session:
                 "lower max_new_tokens"
             )
         self._budget = min(self._budget, free)
-        if sum(entry.positions for entry in self._context) > self._budget:
+        if self._read.positions > self._budget:
             self._read_documents()  # coarser
         while len(self._prompt(coming)) > room:
             if self._timeline or any(len(turn.text) > 1 for turn in coming):
@@ -283,7 +279,7 @@ class Session:
         """Turn the oldest raw text, a chunk of it at most, into embeddings."""
         source = self._timeline if self._timeline else coming
         turn = source[0]
-        size = self._embedder.config.chunk_size
+        size = self._builder.embedder.config.chunk_size
         label = f"{turn.role}: " if turn.role else ""
         ids = self._llm.encode(label + turn.text)
         if len(ids) <= size and source is self._timeline:
@@ -294,40 +290,33 @@ class Session:
             turn.text = rest
         if turn.role is not None and source is self._timeline:
             ids = np.concatenate([ids, self._llm.encode("\n")])
-        ratios = self._embedder.config.plan_ratios
+        ratios = self._builder.embedder.config.plan_ratios
         ratio = next((r for r in ratios if r >= _FIRST_RATIO), ratios[-1])
         if len(ids):
-            self._condensed += self._embedder.compress_ids([ids], ratio=ratio, show_progress=False)
+            self._condensed += self._builder.embedder.compress_ids([ids], ratio=ratio, show_progress=False)
             self.condensed_tokens += len(ids)
 
     def _relieve(self, limit: int) -> None:
         """Coarsen the oldest embeddings until all take at most `limit` positions; then drop the oldest."""
-        ratios = self._embedder.config.plan_ratios
+        ratios = self._builder.embedder.config.plan_ratios
         while sum(map(len, self._condensed)) > limit:
-            finest = min((kept.ratio for kept in self._condensed), default=ratios[-1])
-            if finest == ratios[-1]:
+            at, finest = min(enumerate(self._condensed), key=lambda item: item[1].ratio)
+            if finest.ratio == ratios[-1]:
                 self._drop_oldest()
-                continue
-            place = next(i for i, kept in enumerate(self._condensed) if kept.ratio == finest)
-            kept = self._condensed[place]
-            coarser = kept.at_ratio(ratios[ratios.index(kept.ratio) + 1])
-            self._condensed[place] = coarser
+            else:
+                self._condensed[at] = finest.at_ratio(ratios[ratios.index(finest.ratio) + 1])
 
     def _drop_oldest(self) -> bool:
         if not self._condensed:
             return False
-        gone = self._condensed.pop(0)
-        self.dropped_tokens += gone.n_tokens
-        self.condensed_tokens -= gone.n_tokens
+        dropped = self._condensed.pop(0)
+        self.dropped_tokens += dropped.n_tokens
+        self.condensed_tokens -= dropped.n_tokens
         return True
-
-    def _finished(self, asked: _Turn, answer: Answer) -> None:
-        with self._lock:
-            self._timeline += [asked, _Turn("assistant", answer.text)]
 
 
 def _split_text(llm: LLM, text: str, n_tokens: int) -> tuple[str, str]:
-    """The first part of a text, of about `n_tokens` tokens, cut after white space where there is some; the rest."""
+    """Split a text after about `n_tokens` tokens, at white space where there is some."""
     encoding = llm.tokenizer.backend_tokenizer.encode(text[: 16 * n_tokens], add_special_tokens=False)
     end = encoding.offsets[min(n_tokens, len(encoding)) - 1][1] if len(encoding) else len(text)
     cut = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end)) + 1

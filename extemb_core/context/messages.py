@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,17 +51,14 @@ def with_slots(messages: Messages, joined: Sequence[Document] = ()) -> list[dict
     last = max((at for at, message in enumerate(messages) if message.get("role") == "user"), default=None)
     if joined and last is None:
         raise ConfigError("documents join the last user message, and there is none; add one")
-    number = len(joined)
+    numbers = itertools.count()
+    joined_slots = [Slot(next(numbers), document) for document in joined]
     slotted: list[dict[str, Any]] = []
     for at, message in enumerate(messages):
         content = message.get("content")
-        before = [Slot(rank, document) for rank, document in enumerate(joined)] if at == last else []
+        before = joined_slots if at == last else []
         if isinstance(content, Sequence) and (before or not isinstance(content, str)):
-            parts: list[Any] = []
-            for part in content_parts(message):
-                if isinstance(part, Document):
-                    part, number = Slot(number, part), number + 1
-                parts.append(part)
-            content = [*before, *parts]
+            parts = content_parts(message)
+            content = [*before, *(Slot(next(numbers), part) if isinstance(part, Document) else part for part in parts)]
         slotted.append({**message, "content": content})
     return slotted

@@ -55,7 +55,7 @@ class Plan:
         return tuple(document for document in self.documents if document.fidelity == "dropped")
 
     def explain(self) -> str:
-        """The plan as a plain-text table.
+        """Draw the plan as a plain-text table.
 
         >>> print(plan_context([30, 600, 0], budget=200).explain())
          rank  tokens  fidelity  positions  reason
@@ -75,7 +75,7 @@ class Plan:
 
 
 def compressed_positions(n_tokens: int, ratio: int, chunk_size: int = 512) -> int:
-    """Embeddings that stand for n_tokens: ceil(length / ratio) for each chunk, the last one shorter.
+    """Count the embeddings that stand for n_tokens: ceil(length / ratio) for each chunk, the last one shorter.
 
     >>> compressed_positions(600, ratio=8, chunk_size=512)
     75
@@ -133,12 +133,20 @@ def plan_context(
     budget = check_budget(budget)
     chunk_size = whole_number(chunk_size, "chunk_size")
     raw_below = whole_number(raw_below, "raw_below", 0)
-    ladders = _ladders(ratio, ratios, finest, len(lengths), auto_ratios)
-    wished = _wished(keep_raw, finest, len(lengths))
-    ladders = [
-        [*ladder, "raw"] if index in wished and ladder[-1] != "raw" else ladder for index, ladder in enumerate(ladders)
-    ]
-    extra = _overheads(overhead, len(lengths))
+    count = len(lengths)
+    for name, values, other in (
+        ("finest", finest, "None"), ("keep_raw", keep_raw, "None"), ("overhead", overhead, "one number for all")
+    ):  # fmt: skip
+        if isinstance(values, Sequence) and len(values) != count:
+            raise ConfigError(f"{name} has {len(values)} entries for {count} documents; pass one for each, or {other}")
+    limits = [None] * count if finest is None else finest
+    wished = {index for index, wish in enumerate(keep_raw or ()) if wish and limits[index] is None}
+    ladders = _ladders(ratio, ratios, limits, auto_ratios)
+    for index in wished:
+        if ladders[index][-1] != "raw":
+            ladders[index] = [*ladders[index], "raw"]
+    overheads = overhead if isinstance(overhead, Sequence) else [overhead] * count
+    extra = [whole_number(positions, "overhead", 0) for positions in overheads]
 
     def cost(index: int, fidelity: Fidelity) -> int:
         length = lengths[index]
@@ -148,9 +156,14 @@ def plan_context(
     # One that the whole budget could not hold is set aside: the others need not go because of it.
     too_large = {index for index, length in enumerate(lengths) if length and cost(index, ladders[index][0]) > budget}
     documents = [index for index, length in enumerate(lengths) if length and index not in too_large]
-    kept, left = _longest_run(documents, budget, lambda index: cost(index, ladders[index][0]))
-    short = {index for index in kept if lengths[index] <= raw_below and len(ladders[index]) > 1}
-    short = {index for index in short if ladders[index][-1] == "raw"}
+    kept, left = [], budget
+    for index in documents:
+        if cost(index, ladders[index][0]) > left:
+            break
+        kept.append(index)
+        left -= cost(index, ladders[index][0])
+    may_be_raw = {index for index in kept if len(ladders[index]) > 1 and ladders[index][-1] == "raw"}
+    short = {index for index in may_be_raw if lengths[index] <= raw_below}
     chosen = _climb(kept, short, wished - short, ladders, left, cost)
 
     def plan(index: int, length: int) -> DocumentPlan:
@@ -158,7 +171,8 @@ def plan_context(
         if fidelity == "dropped":
             reason = "ranked below a document that does not fit" if length else "empty"
             coarsest = ladders[index][0]
-            at = f"even {_at(coarsest)}" if len(ladders[index]) > 1 else _at(coarsest)
+            at = f"at {_name(coarsest)}" if isinstance(coarsest, int) else coarsest
+            at = f"even {at}" if len(ladders[index]) > 1 else at
             if index in too_large:
                 reason = f"larger than the budget {at}: needs {cost(index, coarsest)} positions"
             elif documents[len(kept) : len(kept) + 1] == [index]:  # the first that did not fit
@@ -175,15 +189,6 @@ def plan_context(
         return DocumentPlan(index=index, n_tokens=length, fidelity=fidelity, positions=positions, reason=reason)
 
     return Plan(documents=tuple(plan(*item) for item in enumerate(lengths)), budget=budget)
-
-
-def _longest_run(documents: list[int], budget: int, cost: Callable[[int], int]) -> tuple[list[int], int]:
-    """The documents, from the first, that fit the budget together, and the positions left over."""
-    for kept, index in enumerate(documents):
-        if cost(index) > budget:
-            return documents[:kept], budget
-        budget -= cost(index)
-    return documents, budget
 
 
 def _climb(
@@ -225,32 +230,24 @@ def _climb(
 
 
 def _ladders(
-    ratio: object,
-    ratios: Sequence[int],
-    finest: Sequence[int | None] | None,
-    count: int,
-    auto_ratios: Sequence[int] | None,
-) -> Sequence[Sequence[Fidelity]]:
-    """The fidelities that each document may have, coarsest first."""
+    ratio: object, ratios: Sequence[int], limits: Sequence[int | None], auto_ratios: Sequence[int] | None
+) -> list[list[Fidelity]]:
+    """List the fidelities that each document may have, coarsest first."""
     ladder = _ladder(ratio, ratios)
     if ratio == "auto" and auto_ratios is not None:
-        for one in auto_ratios:
-            _ladder(one, ratios)  # whether it may be asked for
+        for auto_ratio in auto_ratios:
+            _ladder(auto_ratio, ratios)  # whether it may be asked for
         ladder = _ladder(ratio, auto_ratios)
-    if finest is None or ratio == "raw":
-        return [ladder] * count
-    if len(finest) != count:
-        raise ConfigError(f"finest has {len(finest)} entries for {count} documents; pass one for each, or None")
     rungs = [rung for rung in ladder if isinstance(rung, int)]
-    limited: dict[int | None, Sequence[Fidelity]] = {None: ladder}
-    for limit in {limit for limit in finest if limit is not None}:
-        own = _ladder(limit, ratios) if ratio == "auto" or limit > max(rungs, default=0) else []
-        limited[limit] = sorted({*own, *(rung for rung in rungs if rung >= limit)}, reverse=True)
-    return [limited[limit] for limit in finest]
+    limited = {}
+    for limit in {limit for limit in limits if limit is not None and ratio != "raw"}:
+        finest = _ladder(limit, ratios) if ratio == "auto" or limit > max(rungs, default=0) else []
+        limited[limit] = sorted({*finest, *(rung for rung in rungs if rung >= limit)}, reverse=True)
+    return [ladder if limit is None else limited.get(limit, ladder) for limit in limits]
 
 
 def _ladder(ratio: object, ratios: Sequence[int]) -> list[Fidelity]:
-    """The fidelities that a plan may use, coarsest first."""
+    """List the fidelities that a plan may use, coarsest first."""
     trained = sorted({whole_number(value, "ratios") for value in ratios})
     if ratio == "raw":
         return ["raw"]
@@ -266,24 +263,6 @@ def _ladder(ratio: object, ratios: Sequence[int]) -> list[Fidelity]:
     raise RatioError(f"ratio={ratio!r} is not one of the ratios {trained}; {remedy}")
 
 
-def _wished(keep_raw: Sequence[bool] | None, finest: Sequence[int | None] | None, count: int) -> set[int]:
-    if keep_raw is None:
-        return set()
-    if len(keep_raw) != count:
-        raise ConfigError(f"keep_raw has {len(keep_raw)} entries for {count} documents; pass one for each, or None")
-    return {index for index, wish in enumerate(keep_raw) if wish and (finest is None or finest[index] is None)}
-
-
-def _overheads(overhead: Sequence[int] | int, count: int) -> list[int]:
-    if not isinstance(overhead, Sequence):
-        return [whole_number(overhead, "overhead", 0)] * count
-    if len(overhead) != count:
-        raise ConfigError(
-            f"overhead has {len(overhead)} entries for {count} documents; pass one for each, or one number for all"
-        )
-    return [whole_number(value, "overhead", 0) for value in overhead]
-
-
 def check_budget(budget: Any) -> int:
     """Return a budget as an int, or raise `BudgetError` if it is no whole number or below 0."""
     return whole_number(budget, "budget", 0, error=BudgetError)
@@ -291,7 +270,3 @@ def check_budget(budget: Any) -> int:
 
 def _name(fidelity: Fidelity) -> str:
     return f"ratio {fidelity}" if isinstance(fidelity, int) else fidelity
-
-
-def _at(fidelity: Fidelity) -> str:
-    return f"at {_name(fidelity)}" if isinstance(fidelity, int) else fidelity

@@ -32,7 +32,7 @@ class ToolCall:
 
 
 def takes_tools(llm: LLM) -> bool:
-    """Whether an LLM's chat template has a place for tools, in the form that is understood here."""
+    """Tell whether an LLM's chat template has a place for tools, in the form that is understood here."""
     template = llm.tokenizer.chat_template or ""
     return "tools" in template and OPEN in template
 
@@ -51,7 +51,7 @@ def require_tools(llm: LLM) -> None:
 
 
 def prefix_of_call(tools: Sequence[Tool], choice: str | None) -> str:
-    """How the LLM's turn begins, so that it goes on with a call: of one tool, of any ("any"), or freely (None, "auto").
+    """Begin the LLM's turn such that it goes on with a call: of one tool, of any ("any"), or freely (None, "auto").
 
     Args:
         tools: Functions in OpenAI's form.
@@ -72,7 +72,7 @@ def prefix_of_call(tools: Sequence[Tool], choice: str | None) -> str:
 
 
 def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """What an LLM wrote as text and calls, in order."""
+    """Split what an LLM wrote into text and calls, in order."""
     calls = []
     for match in _CALL.finditer(text):
         try:

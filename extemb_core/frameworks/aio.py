@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
 from typing import Any, TypeVar
 
 from extemb_core.answers import Answer, AnswerStream
@@ -48,9 +47,7 @@ class AsyncAnswerStream:
     async def __aenter__(self) -> AsyncAnswerStream:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         _pool.submit(_close, self._opening, self._working)
 
     async def __aiter__(self) -> AsyncIterator[str]:

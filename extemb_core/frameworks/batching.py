@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, to_answer
@@ -24,12 +25,7 @@ class _Request:
     prepared: PreparedPrompt
     sampling: Sampling
     cancelled: threading.Event
-    answer: Answer | None = None
-    error: BaseException | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.answer is not None or self.error is not None
+    answer: Future[Answer] = field(default_factory=Future)
 
 
 class Batcher:
@@ -83,19 +79,13 @@ class Batcher:
             self._changed.notify_all()
         for request in requests:
             self._answer_with_others(request)
-        answers = []
-        for request in requests:
-            if request.error is not None:
-                raise request.error
-            assert request.answer is not None
-            answers.append(request.answer)
-        return answers
+        return [request.answer.result() for request in requests]
 
     def _answer_with_others(self, first: _Request) -> None:
         """Wait until `first` is answered, or nobody answers: then answer a batch with it."""
         with self._changed:
-            self._changed.wait_for(lambda: first.done or not self._answering)
-            if first.done:
+            self._changed.wait_for(lambda: first.answer.done() or not self._answering)
+            if first.answer.done():
                 return
             self._answering = True
         batch = [first]
@@ -107,7 +97,8 @@ class Batcher:
                 _together(self.llm, batch)
         except BaseException as error:
             for request in batch:
-                request.error = error
+                if not request.answer.done():
+                    request.answer.set_exception(error)
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -121,15 +112,15 @@ class Batcher:
             self._changed.wait_for(
                 lambda: len(self._waiting) >= min(self._announced, self.batch_size), timeout=_GATHER_SECONDS
             )
-            others = [request for request in self._waiting if request is not first and _may_join(request, first)]
+            others = [
+                request
+                for request in self._waiting
+                # Draws with a seed are those of a prompt on its own.
+                if request is not first and request.sampling == first.sampling and first.sampling.seed is None
+            ]
             batch = [first, *others][: self.batch_size]
             self._waiting = [request for request in self._waiting if request not in batch]
         return batch
-
-
-def _may_join(request: _Request, other: _Request) -> bool:
-    """Return True if they can share a batch: draws with a seed are those of a prompt on its own."""
-    return request.sampling == other.sampling and request.sampling.seed is None
 
 
 def _alone(llm: LLM, request: _Request) -> None:
@@ -138,7 +129,7 @@ def _alone(llm: LLM, request: _Request) -> None:
             for _ in stream:
                 if request.cancelled.is_set():
                     break
-    request.answer = stream.answer
+    request.answer.set_result(stream.answer)
 
 
 def _together(llm: LLM, batch: list[_Request]) -> None:
@@ -150,4 +141,4 @@ def _together(llm: LLM, batch: list[_Request]) -> None:
     for request in batch:
         seconds = time.perf_counter() - request.prepared.start
         output = generated.get(id(request), Generated(finish_reason="cancelled"))
-        request.answer = to_answer(request.prepared, output, first_token=seconds, total=seconds)
+        request.answer.set_result(to_answer(request.prepared, output, first_token=seconds, total=seconds))

@@ -18,7 +18,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from extemb_core.documents import REF_PREFIX, Document, ReferencedDocument
 from extemb_core.errors import DocumentError, StoreCorruptError
@@ -48,7 +48,7 @@ class Refs:
     """
 
     def __init__(self, store: Store) -> None:
-        self._keepers: list[_Keeper] = [_InMemory()]  # the first is put to
+        self._keepers: list[_InMemory | _OnDisk] = [_InMemory()]  # the first is put to
         if isinstance(store, EmbeddingStore):
             self._keepers.insert(1 if store.readonly else 0, _OnDisk(store.environment))
 
@@ -64,12 +64,11 @@ class Refs:
         """
         keeper = self._keepers[0]
         keeper.put(documents)
-        limits = [None] * len(documents) if finest is None else finest
-        named = [
-            document.ref if limit is None else f"{document.ref}/{limit}"
-            for document, limit in zip(documents, limits, strict=True)
-        ]
-        return [f"[[{name}:{_seal(keeper.secret(), name)}]]" for name in named]
+        marks = []
+        for document, limit in zip(documents, finest or [None] * len(documents), strict=True):
+            name = document.ref if limit is None else f"{document.ref}/{limit}"
+            marks.append(f"[[{name}:{_seal(keeper.secret(), name)}]]")
+        return marks
 
     def find(self, text: str) -> list[str | Document]:
         """Split a text into texts and the documents that marks in it stand for, in order.
@@ -105,14 +104,6 @@ class Refs:
             return ReferencedDocument(document.text, title=document.title, metadata=document.metadata, finest=finest)
         logger.warning("%s looks like a ref, and was not made by this store; it is read as text", match[0])
         return None
-
-
-class _Keeper(Protocol):
-    def secret(self) -> bytes: ...
-
-    def put(self, documents: tuple[Document, ...]) -> None: ...
-
-    def get(self, ref: str) -> Document | None: ...
 
 
 class _InMemory:
@@ -166,16 +157,18 @@ class _OnDisk:
         names = {(document.ref, document.title, document.source): document for document in documents}
         if not names or self._are_there(names):
             return  # most often; a write waits for the disk
-        rows = [
-            (ref_bytes(one.ref), zlib.compress(json.dumps([one.text, one.title, one.source]).encode()))
-            for one in names.values()
-        ]
+        rows = {
+            ref_bytes(document.ref): zlib.compress(
+                json.dumps([document.text, document.title, document.source]).encode()
+            )
+            for document in names.values()
+        }
 
         def work(transaction: Any) -> None:
-            transaction.put(_SECRET, secrets.token_bytes(_SECRET_BYTES), overwrite=False,
-                            db=self._environment.database("settings"))  # fmt: skip
-            for key, value in rows:
-                transaction.put(key, value, db=self._environment.database("handed"))
+            settings, handed = map(self._environment.database, ("settings", "handed"))
+            transaction.put(_SECRET, secrets.token_bytes(_SECRET_BYTES), overwrite=False, db=settings)
+            for key, value in rows.items():
+                transaction.put(key, value, db=handed)
 
         self._environment.write(work)
         self._written.update(dict.fromkeys(names))
@@ -192,9 +185,9 @@ class _OnDisk:
     def get(self, ref: str) -> Document | None:
         with self._environment.read() as transaction:
             value = self._environment.get(transaction, "handed", ref_bytes(ref))
-            data = None if value is None else bytes(value)
-        if data is None:
-            return None
+            if value is None:
+                return None
+            data = bytes(value)
         try:
             text, title, source = json.loads(zlib.decompress(data))
             document = Document(text, title=title, metadata={"source": source})

@@ -59,16 +59,12 @@ def compress_in_batches(
     Raises:
         RatioError: The ratio was not trained.
     """
-    size = default_batch_size(embedder.llm, embedder.config.chunk_size) if batch_size is None else batch_size
+    chunk_size = embedder.config.chunk_size
+    size = default_batch_size(embedder.llm, chunk_size) if batch_size is None else batch_size
     with progress("compress", sum(len(ids) for _, ids in texts), show_progress) as advance:
-        for batch in _batches(texts, _PASSES * size * embedder.config.chunk_size):
-            yield embedder.compress_ids(
-                [ids for _, ids in batch],
-                refs=[ref for ref, _ in batch],
-                ratio=ratio,
-                batch_size=size,
-                show_progress=advance,
-            )
+        for batch in _batches(texts, _PASSES * size * chunk_size):
+            refs, ids = zip(*batch, strict=True)
+            yield embedder.compress_ids(ids, refs=refs, ratio=ratio, batch_size=size, show_progress=advance)
 
 
 def _batches(texts: Sequence[Text], n_tokens: int) -> Iterator[list[Text]]:

@@ -22,6 +22,8 @@ from extemb_core.utils.files import atomic_write
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
 _TENSORS = ("embeddings", "anchors", "mean_norms", "norms", "weights")
+_NUMBERS = ("ratio", "n_tokens", "chunk_size", "entry_layer")
+_TEXTS = ("ref", "fingerprint", "downscaling")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,8 +64,8 @@ class Compressed:
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
-        own = (self.anchors, self.mean_norms, self.norms, self.weights)
-        lengths = {None if each is None else len(each) for each in own}
+        fields = (self.anchors, self.mean_norms, self.norms, self.weights)
+        lengths = {None if field is None else len(field) for field in fields}
         if lengths != {len(self.embeddings) if self.entry_layer else None}:
             raise MismatchError(
                 f"a compressed text of {len(self.embeddings)} embeddings for entry layer {self.entry_layer} came with "
@@ -72,7 +74,7 @@ class Compressed:
             )
 
     def __len__(self) -> int:
-        """Positions it takes in the LLM's window."""
+        """Return the positions it takes in the LLM's window."""
         return int(self.embeddings.shape[0])
 
     @property
@@ -83,7 +85,7 @@ class Compressed:
         return AnchoredStates(self.anchors, self.embeddings, self.entry_layer)
 
     def at_ratio(self, ratio: int) -> Compressed:
-        """The same text at a coarser ratio, without another forward pass.
+        """Derive the same text at a coarser ratio, without another forward pass.
 
         Raises:
             RatioError: `ratio` may not be asked for, or is not a multiple of the ratio at hand.
@@ -100,16 +102,15 @@ class Compressed:
         counts = [n_embeddings(length, self.ratio) for length in lengths]
         if self.anchors is None:
             chunks = zip(self.embeddings.split(counts), lengths, strict=True)
-            made = [coarsen(chunk, length, self.ratio, ratio, self.downscaling) for chunk, length in chunks]
-            return replace(self, embeddings=torch.cat(made), ratio=ratio)
-        assert self.mean_norms is not None
-        assert self.norms is not None
-        assert self.weights is not None
-        # A state is its group's mean, rescaled.
-        shares = torch.where(self.norms > 0, self.mean_norms / self.norms, 0)
-        each = zip(*(part.split(counts) for part in (self.embeddings, shares, self.weights, self.norms)), strict=True)
+            coarse = [coarsen(chunk, length, self.ratio, ratio, self.downscaling) for chunk, length in chunks]
+            return replace(self, embeddings=torch.cat(coarse), ratio=ratio)
+        columns: Any = (self.embeddings, self.mean_norms, self.weights, self.norms)
         times = ratio // self.ratio
-        pooled = [coarsen_groups(Groups(rows * part[:, None], *rest), times) for rows, part, *rest in each]
+        pooled = []
+        for states, mean_norms, weights, norms in zip(*(column.split(counts) for column in columns), strict=True):
+            # A state is its group's mean, rescaled.
+            means = states * torch.where(norms > 0, mean_norms / norms, 0)[:, None]
+            pooled.append(coarsen_groups(Groups(means, weights, norms), times))
         groups = Groups(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
         ends = np.concatenate([anchor_positions(count, times).numpy() for count in counts])
         starts = np.repeat(np.cumsum([0, *counts[:-1]]), [len(chunk.weights) for chunk in pooled])
@@ -133,25 +134,15 @@ class Compressed:
         Raises:
             StoreError: The disk refuses.
         """
-        tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
-        if self.anchors is not None:
-            tensors["anchors"] = torch.from_numpy(self.anchors)
-        said = dict(metadata or {}) | {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "ref": self.ref,
-            "ratio": str(self.ratio),
-            "n_tokens": str(self.n_tokens),
-            "fingerprint": self.fingerprint,
-            "chunk_size": str(self.chunk_size),
-            "ratios": json.dumps(list(self.ratios)),
-            "downscaling": self.downscaling,
-            "entry_layer": str(self.entry_layer),
-        }
+        values = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: torch.as_tensor(value).contiguous() for name, value in values.items() if value is not None}
+        header = dict(metadata or {}) | {"format": FORMAT, "version": str(VERSION)}
+        header |= {name: str(getattr(self, name)) for name in (*_TEXTS, *_NUMBERS)}
+        header["ratios"] = json.dumps(list(self.ratios))
         try:
             with atomic_write(Path(file)) as temporary:
                 # save_file would write beside it, under a name of its own that a kill leaves there.
-                temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, said))
+                temporary.write_bytes(save(tensors, header))
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{file} could not be written ({error}); see to the disk") from error
 
@@ -165,23 +156,14 @@ class Compressed:
         """
         try:
             with safe_open(file, "pt") as opened:
-                said = opened.metadata() or {}
-                if said.get("format") != FORMAT or int(said.get("version", 1)) not in range(1, VERSION + 1):
-                    raise ValueError(f"format {said.get('format')!r}, version {said.get('version')!r}")
-                tensors: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            if "anchors" in tensors:
-                tensors["anchors"] = tensors["anchors"].numpy()
-            text = cls(
-                **tensors,
-                ratio=int(said["ratio"]),
-                n_tokens=int(said["n_tokens"]),
-                ref=said["ref"],
-                fingerprint=said["fingerprint"],
-                chunk_size=int(said["chunk_size"]),
-                ratios=tuple(json.loads(said["ratios"])),
-                downscaling=said["downscaling"],
-                entry_layer=int(said.get("entry_layer", 0)),
-            )
+                header = {"version": "1", "entry_layer": "0"} | (opened.metadata() or {})
+                if header.get("format") != FORMAT or int(header["version"]) not in range(1, VERSION + 1):
+                    raise ValueError(f"format {header.get('format')!r}, version {header['version']!r}")
+                fields: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if "anchors" in fields:
+                fields["anchors"] = fields["anchors"].numpy()
+            fields |= {name: header[name] for name in _TEXTS} | {name: int(header[name]) for name in _NUMBERS}
+            text = cls(**fields, ratios=tuple(json.loads(header["ratios"])))
             full, tail = divmod(text.n_tokens, text.chunk_size)
             if len(text) != full * n_embeddings(text.chunk_size, text.ratio) + n_embeddings(tail, text.ratio):
                 raise ValueError(f"{len(text)} embeddings for {text.n_tokens} tokens at ratio {text.ratio}")

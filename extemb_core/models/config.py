@@ -76,10 +76,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         tokenizer_digest: str = "",
         **kwargs: Any,
     ) -> None:
-        if not is_count(entry_layer) and (entry_layer != 0 or type(entry_layer) is not int):
-            raise ConfigError(
-                f"entry_layer={entry_layer!r} is not 0 or a positive whole number; pass a layer of the LLM"
-            )
+        entry_layer = whole_number(entry_layer, "entry_layer", 0, remedy="a layer of the LLM, or 0")
         enters = entry_layer > 0
         num_layers = (entry_layer or 8) if num_layers is None else num_layers
         downscaling = ("mean" if enters else "strided") if downscaling is None else downscaling
@@ -88,7 +85,19 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
             allowed = (1, 2, 4, 8, 16, 32) if enters else (2, 4, 8, 16, 32)
             ratios = tuple(ratio for ratio in allowed if not is_count(chunk_size) or ratio <= chunk_size)
         if enters:
-            _check_entry(entry_layer, num_layers, downscaling, connector, residual_window)
+            for name, value, legal, rule in (
+                ("num_layers", num_layers, num_layers == entry_layer, f"{entry_layer}, the layers below the entry"),
+                ("downscaling", downscaling, downscaling == "mean",
+                 "'mean', which keeps what a group's states have in common"),
+                ("connector", connector, connector != "conv",
+                 "'none', 'linear' or 'mlp', which map each state by itself"),
+                ("residual_window", residual_window, residual_window is None,
+                 "left out: states start from themselves"),
+            ):  # fmt: skip
+                if not legal:
+                    raise ConfigError(
+                        f"{name}={value!r} has no meaning at entry_layer={entry_layer}; it must be {rule}"
+                    )
         elif adaptation == "none":
             raise ConfigError(
                 "adaptation='none' needs an entry_layer above 0: at 0 nothing that is untrained can be read; pass "
@@ -99,31 +108,24 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
                 f"token_weighting={token_weighting!r} has no meaning at entry_layer=0, where groups are not weighted; "
                 "leave it and token counts out, or pass entry_layer=J"
             )
-        elif residual_window is None:
-            residual_window = 8
-        for name, value, legal in (
+        else:
+            residual_window = whole_number(8 if residual_window is None else residual_window, "residual_window")
+        for name, value, choices in (
             ("adaptation", adaptation, get_args(Adaptation)),
             ("downscaling", downscaling, tuple(DOWNSCALINGS)),
             ("connector", connector, tuple(CONNECTORS)),
             ("token_weighting", token_weighting, tuple(TOKEN_WEIGHTINGS)),
         ):
-            if value not in legal:
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
-        for name, number in (
-            ("num_layers", num_layers),
-            ("chunk_size", chunk_size),
-            ("residual_window", 1 if enters else residual_window),
-            ("lora_rank", lora_rank),
-        ):
-            whole_number(number, name)
-        self.num_layers = num_layers
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}; pass one of them")
+        self.num_layers = whole_number(num_layers, "num_layers")
         self.adaptation = adaptation
         self.downscaling = downscaling
         self.connector = connector
-        self.chunk_size = chunk_size
+        self.chunk_size = whole_number(chunk_size, "chunk_size")
         self.ratios = list(check_ratios(ratios, chunk_size))
         self.residual_window = residual_window
-        self.lora_rank = lora_rank
+        self.lora_rank = whole_number(lora_rank, "lora_rank")
         self.entry_layer = entry_layer
         if kept_ratio is None:
             kept_ratio = min((r for r in self.ratios if r >= 2), default=self.ratios[0]) if enters else self.ratios[0]
@@ -141,7 +143,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         self.bos_token_id = bos_token_id
 
     def finest(self, ratio: int | None = None) -> int:
-        """`ratio`, which must be one that may be asked for; the one that is kept when not given.
+        """Return `ratio`, which must be one that may be asked for; the one that is kept when not given.
 
         Raises:
             RatioError: It is none of `ratios`.
@@ -157,18 +159,3 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
                 f"pass one of them or make it with ratios=[..., {ratio}]"
             )
         return ratio
-
-
-def _check_entry(
-    entry_layer: int, num_layers: int, downscaling: str, connector: str, residual_window: int | None
-) -> None:
-    """Raise `ConfigError` for settings without meaning above entry layer 0."""
-    wrong = (
-        ("num_layers", num_layers, num_layers == entry_layer, f"{entry_layer}, the layers below the entry"),
-        ("downscaling", downscaling, downscaling == "mean", "'mean', which keeps what a group's states have in common"),
-        ("connector", connector, connector != "conv", "'none', 'linear' or 'mlp', which map each state by itself"),
-        ("residual_window", residual_window, residual_window is None, "left out: states start from themselves"),
-    )
-    for name, value, legal, rule in wrong:
-        if not legal:
-            raise ConfigError(f"{name}={value!r} has no meaning at entry_layer={entry_layer}; it must be {rule}")

@@ -38,12 +38,12 @@ def check_ratios(ratios: Sequence[int], chunk_size: int) -> tuple[int, ...]:
 
 
 def n_embeddings(n_tokens: int, ratio: int) -> int:
-    """How many extensible embeddings a chunk of `n_tokens` tokens has: ceil(n_tokens / ratio)."""
+    """Count the extensible embeddings of a chunk of `n_tokens` tokens: ceil(n_tokens / ratio)."""
     return -(-n_tokens // ratio)
 
 
 def chunk_lengths(n_tokens: int, chunk_size: int) -> list[int]:
-    """The lengths of a document's chunks: full ones, then the tail."""
+    """List the lengths of a document's chunks: full ones, then the tail."""
     full, tail = divmod(n_tokens, chunk_size)
     return [chunk_size] * full + ([tail] if tail else [])
 
@@ -161,9 +161,7 @@ def coarsen(embeddings: Tensor, length: int, fine: int, coarse: int, downscaling
         RatioError: `coarse` is not a multiple of `fine`.
     """
     if coarse % fine:
-        raise RatioError(
-            f"ratio={coarse} is not a multiple of {fine}, the ratio at hand; compress the text again at {coarse}"
-        )
+        raise RatioError(f"ratio={coarse} is not a multiple of {fine}, the one at hand; compress again at {coarse}")
     if coarse == fine or not length:
         return embeddings
     return DOWNSCALINGS[downscaling].coarsen(embeddings, length, fine, coarse)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,8 +26,6 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,7 +38,7 @@ from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_emb
 from extemb_core.models.downscaling import DOWNSCALINGS, n_embeddings
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, final_norm, shared_parameters
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
-from extemb_core.models.lora import add_adapters
+from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, anchor_positions, digest_of, pool, token_weights
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
@@ -56,22 +55,13 @@ _CHECKED_TOKENS, _EXACT_TOLERANCE = 8, 0.02
 _SORT_WINDOW_BATCHES = 64
 _SETTINGS, _TENSORS = "config.json", "model.safetensors"
 _FINGERPRINTED = (
-    "num_layers",
-    "adaptation",
-    "downscaling",
-    "connector",
-    "chunk_size",
-    "residual_window",
-    "lora_rank",
-    "llm_layers_type",
-    "bos_token_id",
-    "tokenizer_digest",
-)
-_FINGERPRINTED_ABOVE_0 = (
-    "entry_layer", "num_layers", "adaptation", "downscaling", "connector", "chunk_size", "lora_rank", "token_weighting",
-    "token_weights_digest", "llm_layers_type", "bos_token_id", "tokenizer_digest",
+    "num_layers", "adaptation", "downscaling", "connector", "chunk_size", "lora_rank", "llm_layers_type",
+    "bos_token_id", "tokenizer_digest",
 )  # fmt: skip
+_FINGERPRINTED_AT_0 = ("residual_window",)
+_FINGERPRINTED_ABOVE_0 = ("entry_layer", "token_weighting", "token_weights_digest", "anchor")
 _ANCHOR = "last"  # of a group's tokens
+_MEASURES = ("mean_norms", "norms", "weights")  # of each group, above entry layer 0
 
 
 class ChunkOutputs(NamedTuple):
@@ -102,48 +92,21 @@ class _Chunk:
 
 
 class _Rows:
-    """A text's embeddings while they are made, (N, D) float32: memory that grows in place and is handed over."""
+    """A field of a text's `Compressed` while it is made, (N, ...): memory that grows in place and is handed over."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, *shape: int, dtype: type = np.float32) -> None:
         self._buffer = bytearray()
-        self._width = width
+        self._shape = shape
+        self._dtype = dtype
 
-    def write(self, offset: int, rows: Tensor) -> None:
-        values = rows.float().cpu().numpy()
-        end = 4 * self._width * (offset + len(values))
-        if end > len(self._buffer):
-            self._buffer.extend(bytes(end - len(self._buffer)))
-        np.frombuffer(self._buffer, dtype=np.float32).reshape(-1, self._width)[offset : offset + len(values)] = values
+    def write(self, offset: int, rows: Tensor | np.ndarray[Any, Any]) -> None:
+        values = rows.float().cpu().numpy() if isinstance(rows, Tensor) else rows
+        n_bytes = (offset + len(values)) * math.prod(self._shape) * np.dtype(self._dtype).itemsize
+        self._buffer.extend(bytes(max(0, n_bytes - len(self._buffer))))
+        self.array()[offset : offset + len(values)] = values
 
-    def tensor(self) -> Tensor:
-        if not self._buffer:  # of which torch makes no tensor
-            return torch.empty(0, self._width)
-        return torch.frombuffer(self._buffer, dtype=torch.float32).view(-1, self._width)
-
-
-class _Made:
-    """What a text comes to: its embeddings, and above entry layer 0 each group's |m|, s and sum(w), and its anchor."""
-
-    def __init__(self, width: int, *, anchored: bool) -> None:
-        self.embeddings = _Rows(width)
-        self._measures = _Rows(3)
-        self._anchors: dict[int, np.ndarray[Any, Any]] | None = {} if anchored else None
-
-    def write(self, offset: int, groups: Groups, anchors: np.ndarray[Any, Any]) -> None:
-        assert self._anchors is not None
-        self.embeddings.write(offset, groups.states)
-        self._measures.write(offset, torch.stack([groups.means.norm(dim=-1), groups.norms, groups.weights], dim=1))
-        self._anchors[offset] = anchors
-
-    def fields(self) -> dict[str, Any]:
-        """Of `Compressed`."""
-        fields: dict[str, Any] = {"embeddings": self.embeddings.tensor()}
-        if self._anchors is not None:
-            mean_norms, norms, weights = (column.contiguous() for column in self._measures.tensor().unbind(1))
-            anchors = [self._anchors[offset] for offset in sorted(self._anchors)]
-            fields |= {"mean_norms": mean_norms, "norms": norms, "weights": weights}
-            fields["anchors"] = np.concatenate(anchors) if anchors else np.empty(0, np.int32)
-        return fields
+    def array(self) -> np.ndarray[Any, Any]:
+        return np.frombuffer(self._buffer, dtype=self._dtype).reshape(-1, *self._shape)
 
 
 class ExtensibleEmbedder(PreTrainedModel):
@@ -166,13 +129,13 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def __init__(self, config: ExtensibleEmbedderConfig, llm: LLM) -> None:
         super().__init__(config)
-        available = len(decoder_layers(llm.model, llm.name))
-        if config.num_layers > available or config.entry_layer >= available:
-            what = "num_layers" if config.num_layers > available else "entry_layer"
-            raise ConfigError(
-                f"{what}={getattr(config, what)} is beyond the {available} layers of {llm.name}; pass at most "
-                f"{available - (what == 'entry_layer')}"
-            )
+        n_layers = len(decoder_layers(llm.model, llm.name))
+        for name, value, limit in (
+            ("num_layers", config.num_layers, n_layers),
+            ("entry_layer", config.entry_layer, n_layers - 1),
+        ):
+            if value > limit:
+                raise ConfigError(f"{name}={value} is beyond the {n_layers} layers of {llm.name}; pass at most {limit}")
         self.llm = llm
         stack, shared = _first_layers(llm, config.num_layers, copied=config.adaptation == "full")
         self.stack: Any = stack
@@ -190,9 +153,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         self.register_buffer("token_weights", table, persistent=False)
         self.trainable_names = [name for name, p in self.named_parameters() if id(p) not in shared]
         parents = ((name, *name.rpartition(".")[::2]) for name in self.trainable_names)
-        self._trainable_places = {
-            name: (self.get_submodule(parent), leaf) for name, parent, leaf in parents
-        }  # quick to look up
+        self._parents = {name: (self.get_submodule(parent), leaf) for name, parent, leaf in parents}  # quick to look up
         self._fingerprint: tuple[int, str] | None = None
         self.train(False)
         if config.entry_layer:
@@ -227,16 +188,16 @@ class ExtensibleEmbedder(PreTrainedModel):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExtensibleEmbedder:
-        """What `to`, `half`, `float`, `cuda`, ... do.
+        """Do what `to`, `half`, `float`, `cuda`, ... do.
 
         Raises:
             ConfigError: The result would not be on the LLM's device, or in its dtype or that of the layers' own copy.
         """
         now = torch.empty(0, dtype=self._layer_dtype, device=self.stack.get_input_embeddings().weight.device)
-        made = fn(now)
-        if made.dtype not in (now.dtype, self.llm.dtype) or made.device not in (now.device, self.llm.device):
+        then = fn(now)
+        if then.dtype not in (now.dtype, self.llm.dtype) or then.device not in (now.device, self.llm.device):
             raise ConfigError(
-                f"the embedder cannot be moved to {made.dtype} on {made.device}: its layers share the tensors of "
+                f"the embedder cannot be moved to {then.dtype} on {then.device}: its layers share the tensors of "
                 f"{self.llm.name}; load the LLM there, or use trainable_to for what the embedder has of its own"
             )
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
@@ -315,36 +276,40 @@ class ExtensibleEmbedder(PreTrainedModel):
         if str(pretrained_model_name_or_path) == UNTRAINED:
             return cls.untrained(llm)
         folder = _local_folder(pretrained_model_name_or_path, hub)
-        config = _read_config(folder / _SETTINGS)
-        check_llm(config, llm)
+        settings = read_settings(folder / _SETTINGS)
+        kind = settings.get("model_type")
+        if kind != ExtensibleEmbedderConfig.model_type:
+            raise MismatchError(
+                f"{folder / _SETTINGS} has model_type={kind!r}, an embedder has 'extemb'; pass an embedder's folder"
+            )
+        config: ExtensibleEmbedderConfig = ExtensibleEmbedderConfig.from_dict(settings)
+        for what, made_for, other in (
+            ("input width", config.hidden_size, llm.hidden_size),
+            ("architecture", config.llm_layers_type, str(llm.text_config.model_type)),
+            ("tokenizer", config.tokenizer_digest[:12], llm.tokenizer_digest[:12]),
+        ):
+            if made_for != other:
+                raise MismatchError(
+                    f"the embedder was made for {config.llm_name!r} ({what} {made_for}) and {llm.name!r} has {what} "
+                    f"{other}; load it with its own LLM or train one for this LLM"
+                )
         model = cls(config, llm)
         model.load_own(folder / _TENSORS, adapt=adapt)
         return model
 
     def load_own(self, file: Path, *, adapt: bool = False) -> None:
         """Take the embedder's own tensors from a file that `save_pretrained` wrote. See `from_pretrained`."""
-        try:
-            tensors = load_file(file)
-        except FileNotFoundError as error:
-            raise WeightsNotFoundError(
-                f"{file} does not exist; an embedder's folder holds it beside config.json"
-            ) from error
-        except (SafetensorError, OSError) as error:
-            raise WeightsCorruptError(f"{file} is not a whole safetensors file ({error}); get it again") from error
+        tensors = read_tensors(file)
         probe, table = tensors.pop("llm_probe", None), tensors.pop("token_weights", None)
         counted = self.config.token_weighting == "frequency"
         if counted and (table is None or digest_of(table) != self.config.token_weights_digest):
-            raise WeightsCorruptError(
-                f"{file} does not hold the token weights that config.json names; get the folder again"
-            )
+            raise WeightsCorruptError(f"{file} does not hold the token weights that config.json names; get it again")
         own = {name: self.get_parameter(name) for name in self.trainable_names}
-        wrong = sorted(n for n in own.keys() | tensors.keys() if n not in own or n not in tensors)
-        wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
+        wrong = first_mismatch(own, tensors)
         if probe is None or wrong:
-            what = wrong[0] if wrong else "llm_probe"
             raise WeightsCorruptError(
-                f"{file}: tensor {what!r} is missing, unknown or of another shape; get the folder again, with the "
-                "config.json that belongs to it"
+                f"{file}: tensor {wrong or 'llm_probe'!r} is missing, unknown or of another shape; get the folder "
+                "again, with the config.json that belongs to it"
             )
         here = self.llm_probe.float().cpu()
         distance = float((here - probe).norm() / probe.norm()) if here.shape == probe.shape else float("inf")
@@ -366,11 +331,10 @@ class ExtensibleEmbedder(PreTrainedModel):
         self._fingerprint = (_version_of(made), self._digest(tensors | {"llm_probe": made["llm_probe"]}))
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """The tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""
-        own = {name: module._parameters[leaf] for name, (module, leaf) in self._trainable_places.items()}
-        return {name: tensor.detach() for name, tensor in own.items() if tensor is not None} | {
-            "llm_probe": self.llm_probe.detach()
-        }
+        """Collect the tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""
+        parameters = [(name, parent._parameters[leaf]) for name, (parent, leaf) in self._parents.items()]
+        own = {name: tensor.detach() for name, tensor in parameters if tensor is not None}
+        return own | {"llm_probe": self.llm_probe.detach()}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors (the embedder's own tensors only)."""
@@ -398,11 +362,11 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def _digest(self, own: dict[str, Tensor]) -> str:
         digest = hashlib.sha256()
-        values = self.config.to_dict()
-        names = _FINGERPRINTED_ABOVE_0 if self.config.entry_layer else _FINGERPRINTED
-        settings = {key: values[key] for key in names} | ({"anchor": _ANCHOR} if self.config.entry_layer else {})
+        values = self.config.to_dict() | {"anchor": _ANCHOR}
+        names = {*_FINGERPRINTED, *(_FINGERPRINTED_ABOVE_0 if self.config.entry_layer else _FINGERPRINTED_AT_0)}
         if self.config.entry_layer and self.config.adaptation != "lora":
-            del settings["lora_rank"]  # of adapters that there are none of
+            names.remove("lora_rank")  # of adapters that there are none of
+        settings = {name: values[name] for name in names}
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for name in sorted(own):
             digest.update(name.encode())
@@ -444,10 +408,8 @@ class ExtensibleEmbedder(PreTrainedModel):
     @property
     def _layer_dtype(self) -> torch.dtype:
         """That of the layers' own base tensors: a copy in training may be wider than the LLM's."""
-        dtypes: Iterator[torch.dtype] = (
-            p.dtype for name, p in self.stack.layers.named_parameters() if "lora_" not in name
-        )
-        return next(dtypes)
+        dtype: torch.dtype = next(p.dtype for name, p in self.stack.layers.named_parameters() if "lora_" not in name)
+        return dtype
 
     def trainable_to(self, dtype: torch.dtype) -> None:
         """Hold the embedder's own tensors in `dtype` (training needs float32); the LLM's stay as they are."""
@@ -458,7 +420,7 @@ class ExtensibleEmbedder(PreTrainedModel):
     def read_out(
         self, outputs: ChunkOutputs, row: int, length: int, ratio: int, start: int = 0
     ) -> Tensor | AnchoredStates:
-        """The extensible embeddings of one chunk of a batch, in float32, as they stand in a prompt.
+        """Read out the extensible embeddings of one chunk of a batch, in float32, as they stand in a prompt.
 
         Args:
             outputs: Of the batch.
@@ -486,7 +448,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         return downscaling.reduce(self.connector(hidden[chosen], residuals[chosen], recent), ratio)
 
     def pool(self, outputs: ChunkOutputs, row: int, length: int, ratio: int, start: int = 0) -> Groups:
-        """The groups of one chunk of a batch, or of its tokens from `start` on (see `read_out`)."""
+        """Pool the groups of one chunk of a batch, or of its tokens from `start` on (see `read_out`)."""
         assert outputs.weights is not None
         return pool(outputs.hidden[row, start:length], outputs.weights[row, start:length], ratio)
 
@@ -550,13 +512,13 @@ class ExtensibleEmbedder(PreTrainedModel):
         batch_size: int | None = None,
         show_progress: bool | Callable[[float], None] | None = None,
     ) -> list[Compressed]:
-        """`compress` for texts that are token ids already, (T,) each.
+        """Compress texts that are token ids already, (T,) each, as `compress` does.
 
         `show_progress` may be a function, which is told how many tokens are done (see `progress`).
         """
         pieces = [[(tokens, len(tokens))] for tokens in ids]
-        names = [""] * len(ids) if refs is None else refs
-        return self._compress(pieces, names, ratio, batch_size, sum(map(len, ids)), show_progress)
+        refs = [""] * len(ids) if refs is None else refs
+        return self._compress(pieces, refs, ratio, batch_size, sum(map(len, ids)), show_progress)
 
     @torch.no_grad()
     def _compress(
@@ -573,8 +535,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         if batch_size is None:
             batch_size = default_batch_size(self.llm, self.config.chunk_size)
         whole_number(batch_size, "batch_size")
-        anchored = self.config.entry_layer > 0
-        made = [_Made(self.config.hidden_size, anchored=anchored) for _ in texts]
+        fields = [self._fields() for _ in texts]
         n_tokens = [0] * len(texts)
         chunks = self._chunks(texts, ratio, n_tokens)
         with progress("compress", total, show_progress) as advance:
@@ -582,7 +543,7 @@ class ExtensibleEmbedder(PreTrainedModel):
                 window.sort(key=lambda chunk: -len(chunk.ids))
                 for at in range(0, len(window), batch_size):
                     batch = window[at : at + batch_size]
-                    self._compress_batch(batch, ratio, made)
+                    self._compress_batch(batch, ratio, fields)
                     advance(sum(chunk.units for chunk in batch))
         fingerprint = self.fingerprint
         return [
@@ -595,15 +556,23 @@ class ExtensibleEmbedder(PreTrainedModel):
                 ratios=tuple(self.config.ratios),
                 downscaling=self.config.downscaling,
                 entry_layer=self.config.entry_layer,
-                **each.fields(),
+                anchors=rows.pop("anchors").array() if self.config.entry_layer else None,
+                **{name: torch.from_numpy(tensor.array()) for name, tensor in rows.items()},
             )
-            for each, count, ref in zip(made, n_tokens, refs, strict=True)
+            for rows, count, ref in zip(fields, n_tokens, refs, strict=True)
         ]
+
+    def _fields(self) -> dict[str, _Rows]:
+        """Begin the fields of a `Compressed` that grow with its text."""
+        embeddings = {"embeddings": _Rows(self.config.hidden_size)}
+        if not self.config.entry_layer:
+            return embeddings
+        return embeddings | {name: _Rows() for name in _MEASURES} | {"anchors": _Rows(dtype=np.int32)}
 
     def _chunks(
         self, texts: Sequence[Iterable[tuple[np.ndarray[Any, Any], int]]], ratio: int, n_tokens: list[int]
     ) -> Iterator[_Chunk]:
-        """The chunks of all texts, made as they are asked for; counts each text's tokens in `n_tokens`."""
+        """Yield the chunks of all texts as they are asked for; count each text's tokens in `n_tokens`."""
         for text, pieces in enumerate(texts):
             offset = 0
             for ids, units in _regrouped(pieces, self.config.chunk_size):
@@ -611,27 +580,33 @@ class ExtensibleEmbedder(PreTrainedModel):
                 offset += n_embeddings(len(ids), ratio)
                 n_tokens[text] += len(ids)
 
-    def _compress_batch(self, batch: list[_Chunk], ratio: int, made: list[_Made]) -> None:
+    def _compress_batch(self, batch: list[_Chunk], ratio: int, fields: list[dict[str, _Rows]]) -> None:
         padded = np.zeros((len(batch), len(batch[0].ids)), dtype=np.int64)
         for row, chunk in enumerate(batch):
             padded[row, : len(chunk.ids)] = chunk.ids
         outputs = self(torch.from_numpy(padded))
         for row, chunk in enumerate(batch):
             length = len(chunk.ids)
+            values: dict[str, Any] = {}
             if not self.config.entry_layer:
-                made[chunk.text].embeddings.write(chunk.offset, self.read_out(outputs, row, length, ratio))  # type: ignore[arg-type]
-                continue
-            groups = self.pool(outputs, row, length, ratio)
-            if not torch.isfinite(groups.norms).all():
-                raise MismatchError(
-                    f"layer {self.config.entry_layer} of {self.llm.name} gives states that are not finite in "
-                    f"{self.llm.dtype}; load the LLM in float32, or choose an earlier entry_layer"
-                )
-            made[chunk.text].write(chunk.offset, groups, chunk.ids[anchor_positions(length, ratio).numpy()])
+                values["embeddings"] = self.read_out(outputs, row, length, ratio)
+            else:
+                groups = self.pool(outputs, row, length, ratio)
+                if not torch.isfinite(groups.norms).all():
+                    raise MismatchError(
+                        f"layer {self.config.entry_layer} of {self.llm.name} gives states that are not finite in "
+                        f"{self.llm.dtype}; load the LLM in float32, or choose an earlier entry_layer"
+                    )
+                measures = torch.stack([groups.means.norm(dim=-1), groups.norms, groups.weights])
+                values = dict(zip(_MEASURES, measures.cpu(), strict=True))  # one transfer from a GPU
+                values["embeddings"] = groups.states
+                values["anchors"] = chunk.ids[anchor_positions(length, ratio).numpy()]
+            for name, rows in values.items():
+                fields[chunk.text][name].write(chunk.offset, rows)
 
 
 def default_entry_layer(llm: LLM) -> int:
-    """The entry layer where none is known: two fifths of the LLM's layers, and at least 1 (docs/experiments.md).
+    """Choose the entry layer where none is known: two fifths of the LLM's layers, and at least 1 (docs/experiments.md).
 
     Raises:
         ConfigError: The LLM has a single layer.
@@ -648,7 +623,7 @@ def default_entry_layer(llm: LLM) -> int:
 def _regrouped(
     pieces: Iterable[tuple[np.ndarray[Any, Any], int]], size: int
 ) -> Iterator[tuple[np.ndarray[Any, Any], float]]:
-    """Pieces of ids as chunks of `size` and a tail, each with its share of what the pieces count for."""
+    """Yield pieces of ids as chunks of `size` and a tail, each with its share of what the pieces count for."""
     held: list[np.ndarray[Any, Any]] = []
     count, units = 0, 0.0
     for ids, worth in pieces:
@@ -664,23 +639,8 @@ def _regrouped(
         yield np.concatenate(held), units
 
 
-def check_llm(config: ExtensibleEmbedderConfig, llm: LLM) -> None:
-    """Raise `MismatchError` when an embedder of this configuration cannot belong to `llm`."""
-    facts = (
-        ("input width", config.hidden_size, llm.hidden_size),
-        ("architecture", config.llm_layers_type, str(llm.text_config.model_type)),
-        ("tokenizer", config.tokenizer_digest[:12], llm.tokenizer_digest[:12]),
-    )
-    for what, made_for, here in facts:
-        if made_for != here:
-            raise MismatchError(
-                f"the embedder was made for {config.llm_name!r} ({what} {made_for}) and {llm.name!r} has {what} {here}"
-                "; load it with its own LLM or train one for this LLM"
-            )
-
-
 def _first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]:
-    """The LLM's decoder cut to its first layers, in modules of its own.
+    """Cut the LLM's decoder to its first layers, in modules of its own.
 
     Returns:
         The stack, and the ids of the parameters that it shares with the LLM (all but the layers' if `copied`).
@@ -704,12 +664,12 @@ def _first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]
 
 
 def _version_of(tensors: dict[str, Tensor]) -> int:
-    """What rises whenever one of them is changed in place."""
+    """Return a number that rises whenever one of them is changed in place."""
     return sum(tensor._version for tensor in tensors.values())
 
 
 def _same_in_bfloat16(here: Tensor, there: Tensor, *, through_float16: bool) -> bool:
-    """Whether two probes are the same rounded to bfloat16; those `here` may have been rounded to float16 before."""
+    """Tell whether two probes are the same in bfloat16; those `here` may have been rounded to float16 before."""
     if here.shape != there.shape:
         return False
     here, there = here.float().cpu(), there.to("cpu", torch.bfloat16).float()
@@ -721,7 +681,7 @@ def _same_in_bfloat16(here: Tensor, there: Tensor, *, through_float16: bool) -> 
 
 
 def _probe(llm: LLM, count: int) -> Tensor:
-    """Evenly spaced values of each tensor the embedder builds on, (tensors, 16) in float32."""
+    """Sample evenly spaced values of each tensor the embedder builds on, (tensors, 16) in float32."""
     decoder = llm.model.base_model
     tensors = [decoder.get_input_embeddings().weight, *decoder.layers[:count].parameters()]
     rows = []
@@ -747,17 +707,3 @@ def _local_folder(name: str | Path, hub: dict[str, Any]) -> Path:
         raise WeightsNotFoundError(
             f"{text} cannot be had from the hub ({first_line(error)}); check the name and the network, or pass a folder"
         ) from error
-
-
-def _read_config(file: Path) -> ExtensibleEmbedderConfig:
-    try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsNotFoundError(f"{file} does not exist; pass the folder that save_pretrained wrote") from error
-    except ValueError as error:
-        raise WeightsCorruptError(f"{file} is not JSON ({error}); get it again") from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind != ExtensibleEmbedderConfig.model_type:
-        raise MismatchError(f"{file} has model_type={kind!r}, an embedder has 'extemb'; pass an embedder's folder")
-    config: ExtensibleEmbedderConfig = ExtensibleEmbedderConfig.from_dict(values)
-    return config

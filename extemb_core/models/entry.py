@@ -94,27 +94,29 @@ class AnchoredPrompt:
         """
         ids, states, mask, layers = [], [], [], set()
         for segment in segments:
+            mask.append(np.full(len(segment), isinstance(segment, AnchoredStates)))
             if isinstance(segment, AnchoredStates):
                 layers.add(segment.layer)
                 states.append(clamp_to_dtype(segment.states.to(device), dtype))
+                ids.append(segment.anchors)
             else:
                 states.append(torch.zeros(len(segment), width, device=device, dtype=dtype))
-            # Joined on the CPU: one transfer to a GPU for each prompt, not for each segment.
-            ids.append(np.asarray(segment.anchors if isinstance(segment, AnchoredStates) else segment, dtype=np.int64))
-            mask.append(np.full(len(segment), isinstance(segment, AnchoredStates)))
+                ids.append(segment)
         if len(layers) > 1 or any(part.shape[-1] != width for part in states):
             raise MismatchError(
                 f"compressed texts for entry layers {sorted(layers)} of widths {sorted({p.shape[-1] for p in states})} "
                 f"stand in one prompt of an LLM of width {width}; compress them all with one embedder of this LLM"
             )
-        joined = [torch.from_numpy(np.concatenate(parts)).to(device) for parts in (ids, mask)]
-        return cls(joined[0], torch.cat(states), joined[1], layers.pop() if layers else 0)
+        # Joined on the CPU: one transfer to a GPU for each prompt, not for each segment.
+        joined_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(device)
+        joined_mask = torch.from_numpy(np.concatenate(mask)).to(device)
+        return cls(joined_ids, torch.cat(states), joined_mask, layers.pop() if layers else 0)
 
     @classmethod
     def of_text(cls, ids: Sequence[int], like: AnchoredPrompt) -> AnchoredPrompt:
-        """A prompt of text alone, to stand in a batch beside `like`."""
-        made = torch.tensor([int(index) for index in ids], dtype=torch.long, device=like.ids.device)
-        return cls(made, like.states.new_zeros(len(made), like.states.shape[1]), torch.zeros_like(made) > 0, like.layer)
+        """Make a prompt of text alone, to stand in a batch beside `like`."""
+        text = torch.tensor([int(index) for index in ids], dtype=torch.long, device=like.ids.device)
+        return cls(text, like.states.new_zeros(len(text), like.states.shape[1]), torch.zeros_like(text) > 0, like.layer)
 
 
 PromptInputs = Tensor | Sequence[int] | AnchoredPrompt
@@ -143,7 +145,7 @@ class SharedParameter(nn.Parameter):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        """One of its own, with memory of its own."""
+        """Make one of its own, with memory of its own."""
         if id(self) not in memo:
             memo[id(self)] = nn.Parameter(self.data.clone(memory_format=torch.preserve_format), requires_grad=False)
         copied: nn.Parameter = memo[id(self)]
@@ -151,7 +153,7 @@ class SharedParameter(nn.Parameter):
 
 
 def decoder_layers(model: PreTrainedModel, name: str) -> nn.ModuleList:
-    """The layers of a causal LM's decoder.
+    """Return the layers of a causal LM's decoder.
 
     Raises:
         ConfigError: They cannot be found, or the model's tensors are not plain and all here.
@@ -180,12 +182,12 @@ def decoder_layers(model: PreTrainedModel, name: str) -> nn.ModuleList:
 
 
 def final_norm(decoder: Any) -> str | None:
-    """Name of a decoder's norm after the last layer, if it has one."""
+    """Return the name of a decoder's norm after the last layer, if it has one."""
     return next((name for name in FINAL_NORMS if hasattr(decoder, name)), None)
 
 
 def shared_parameters(module: nn.Module) -> dict[int, Any]:
-    """What `copy.deepcopy` takes as `memo` to copy a module but not the memory of its parameters.
+    """Make what `copy.deepcopy` takes as `memo` to copy a module but not the memory of its parameters.
 
     The parameters of the copy are objects of their own over the same memory, so that `half()` and `to()` of the copy do
     not reach the original, and are never trained.

@@ -15,7 +15,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -86,37 +85,60 @@ class Generated:
 def generate(
     llm: LLM, prompts: Sequence[PromptInputs], sampling: Sampling, on_token: Callable[[], None] | None = None
 ) -> list[Generated]:
-    """See `LLM.generate`."""
+    """Continue a batch of prompts: (T, D) embeddings, ids, or ids with states (`Prompt.inputs`).
+
+    Prompts are padded on the left and positions counted from each prompt's own start, so that the answer to
+    one does not depend on the others. What all have in common at their start is read once.
+
+    Args:
+        llm: Continues them.
+        prompts: What to continue.
+        sampling: How tokens are chosen.
+        on_token: Called after each step.
+    """
     if not prompts:
         return []
-    step = None if on_token is None else _Step(on_token)
-    rows = _run(llm, *llm.batch_inputs(prompts), sampling, step, said=_text_of(prompts))
+
+    def step(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if on_token is not None:
+            on_token()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    rows = _run(llm, *llm.batch_inputs(prompts), sampling, _text_of(prompts), step)
     return [_finish(llm, row, sampling) for row in rows.tolist()]
 
 
 def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated | None = None) -> Iterator[str]:
-    """See `LLM.stream`."""
+    """Continue one prompt, yielding text as it comes. Closing the iterator stops the LLM at the next token.
+
+    Args:
+        llm: Continues it.
+        prompt: (T, D) embeddings, ids, or ids with states.
+        sampling: How tokens are chosen.
+        result: Filled with the whole of it as the stream goes on.
+    """
     result = result if result is not None else Generated()
     relay = _TokenRelay()
     model, inputs = llm.batch_inputs([prompt])
 
     def work() -> None:
         try:
-            _run(llm, model, inputs, sampling, relay, said=_text_of([prompt]))
+            _run(llm, model, inputs, sampling, _text_of([prompt]), relay.is_cancelled, relay)
         except BaseException as error:
-            relay.fail(error)
+            relay.tokens.put(error)
         finally:
             relay.end()
 
     worker = threading.Thread(target=work, name="extemb-generate", daemon=True)
     worker.start()
-    sent, ended = "", False
+    sent = ""
     try:
-        for token in relay:
-            if token in llm.stop_token_ids:
-                ended = True
-                break
+        while (token := relay.tokens.get()) is not None:
+            if isinstance(token, BaseException):
+                raise token
             result.token_ids.append(token)
+            if token in llm.stop_token_ids:
+                break
             text, stopped = _visible(llm, result.token_ids, sampling, final=False)
             if text.startswith(sent) and len(text) > len(sent):
                 piece, sent = text[len(sent) :], text  # before yielding: the reader may close here
@@ -124,14 +146,14 @@ def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated
             if stopped:
                 break
         finished = _finish(llm, result.token_ids, sampling)
-        result.text, result.finish_reason = finished.text, "stop" if ended else finished.finish_reason
+        result.text, result.token_ids, result.finish_reason = finished.text, finished.token_ids, finished.finish_reason
         if len(result.text) > len(sent):
             yield result.text[len(sent) :]
     except GeneratorExit:
         result.text, result.finish_reason = sent, "cancelled"
         raise
     finally:
-        relay.cancel()
+        relay.cancelled.set()
         worker.join()
 
 
@@ -140,11 +162,19 @@ def _run(
     model: Any,
     inputs: dict[str, Any],
     sampling: Sampling,
-    watcher: StoppingCriteria | None = None,
-    *,
     said: Sequence[Sequence[int]],
+    after_step: Callable[..., Tensor],
+    streamer: _TokenRelay | None = None,
 ) -> Tensor:
-    """New token ids, (B, S), padded on the right with a stop token. `said`: see `_Penalty`."""
+    """Return new token ids, (B, S), padded on the right with a stop token.
+
+    Args:
+        llm, inputs, sampling: See `generate`.
+        model: Reads the inputs.
+        said: See `_Penalty`.
+        after_step: Tells transformers which rows are to end, (B,).
+        streamer: Is handed the tokens.
+    """
     stop_ids = llm.stop_token_ids
     prompt_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     config = GenerationConfig(
@@ -155,22 +185,36 @@ def _run(
         do_sample=False,  # greedy, or the greatest after `_Draw` added its noise
         num_beams=1,
     )
-    criteria = StoppingCriteriaList([watcher] if watcher else [])
-    if sampling.stop:
-        criteria.append(_StopStrings(llm, sampling))
+    n_recent = 4 * max(map(len, sampling.stop), default=0) + 8
+
+    def is_stopped(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        texts = [llm.decode(row) for row in input_ids[:, prompt_length:][:, -n_recent:].tolist()]
+        return torch.tensor([any(stop in text for stop in sampling.stop) for text in texts], device=input_ids.device)
+
+    criteria: list[Any] = [after_step, is_stopped] if sampling.stop else [after_step]
+    processors: list[LogitsProcessor] = []
+    if sampling.repetition_penalty != 1:
+        processors.append(_Penalty(float(sampling.repetition_penalty), said, prompt_length))
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(_Draw(sampling.seed, len(said)))
     with torch.no_grad():
         output: Tensor = model.generate(
             **inputs,
             generation_config=config,
-            logits_processor=_processors(sampling, said, prompt_length),
-            stopping_criteria=criteria,
-            streamer=watcher if isinstance(watcher, _TokenRelay) else None,
+            logits_processor=LogitsProcessorList(processors),  # given whole: a model's own defaults add nothing
+            stopping_criteria=StoppingCriteriaList(criteria),
+            streamer=streamer,
         )
     return output[:, prompt_length:]
 
 
 def _visible(llm: LLM, ids: list[int], sampling: Sampling, *, final: bool) -> tuple[str, bool]:
-    """The text to show of `ids`, cut at a stop string; while streaming, what may still change is held back."""
+    """Return the text to show of `ids`, and whether a stop string ends it; what may still change is held back."""
     text = llm.decode(ids)
     cuts = [at for at in (text.find(stop) for stop in sampling.stop) if at >= 0]
     if cuts:
@@ -183,68 +227,36 @@ def _visible(llm: LLM, ids: list[int], sampling: Sampling, *, final: bool) -> tu
 
 
 def _finish(llm: LLM, ids: list[int], sampling: Sampling) -> Generated:
-    ends = [at for at, index in enumerate(ids) if index in llm.stop_token_ids]
-    kept = ids[: ends[0]] if ends else ids
-    text, stopped = _visible(llm, kept, sampling, final=True)
-    return Generated(text=text, token_ids=kept, finish_reason="stop" if ends or stopped else "length")
+    """Make the result of new token ids, up to the first stop token."""
+    end = next((at for at, index in enumerate(ids) if index in llm.stop_token_ids), None)
+    text, stopped = _visible(llm, ids[:end], sampling, final=True)
+    return Generated(text=text, token_ids=ids[:end], finish_reason="stop" if stopped or end is not None else "length")
 
 
-class _TokenRelay(StoppingCriteria):
-    """Hands tokens from the generating thread to the reading one, and a cancellation back."""
+class _TokenRelay:
+    """Hands tokens from the generating thread to the reading one, and a cancellation back.
+
+    Attributes:
+        tokens: What was written, then None; or what went wrong.
+        cancelled: Set when nobody reads any more.
+    """
 
     def __init__(self) -> None:
-        self._tokens: queue.Queue[int | BaseException | None] = queue.Queue()
-        self._cancelled = threading.Event()
+        self.tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self.cancelled = threading.Event()
 
     def put(self, tokens: Tensor) -> None:
-        """Called by transformers: first with the prompt's ids (none here to relay), then with each new token."""
+        """Take from transformers first the prompt's ids (none here to relay), then each new token."""
         if tokens.ndim == 1 and tokens.numel() == 1:
-            self._tokens.put(int(tokens))
+            self.tokens.put(int(tokens))
 
     def end(self) -> None:
-        self._tokens.put(None)
+        """Take from transformers that there are no more."""
+        self.tokens.put(None)
 
-    def fail(self, error: BaseException) -> None:
-        self._tokens.put(error)
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self._cancelled.is_set(), device=input_ids.device)
-
-    def __iter__(self) -> Iterator[int]:
-        while (item := self._tokens.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-
-class _Step(StoppingCriteria):
-    """Tells of each step; it stops nothing."""
-
-    def __init__(self, on_token: Callable[[], None]) -> None:
-        self._on_token = on_token
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._on_token()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-class _StopStrings(StoppingCriteria):
-    """Ends each row of a batch once its own text holds a stop string."""
-
-    def __init__(self, llm: LLM, sampling: Sampling) -> None:
-        self._llm = llm
-        self._sampling = sampling
-        self._longest = max(len(stop) for stop in sampling.stop)
-        self._generated: int = 0
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._generated += 1
-        recent = input_ids[:, -min(self._generated, 4 * self._longest + 8) :].tolist()
-        found = [any(stop in self._llm.decode(row) for stop in self._sampling.stop) for row in recent]
-        return torch.tensor(found, device=input_ids.device)
+    def is_cancelled(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Tell transformers whether to stop."""
+        return torch.full((len(input_ids),), self.cancelled.is_set(), device=input_ids.device)
 
 
 class _Draw(LogitsProcessor):
@@ -291,27 +303,12 @@ class _Penalty(LogitsProcessor):
 
 
 def _text_of(prompts: Sequence[PromptInputs]) -> list[Sequence[int]]:
-    """The ids of prompts that are text only; none of others."""
+    """List the ids of prompts that are text only; none of others."""
     return [() if isinstance(p, Tensor | AnchoredPrompt) else [int(index) for index in p] for p in prompts]
 
 
-def _processors(sampling: Sampling, said: Sequence[Sequence[int]], start: int) -> LogitsProcessorList:
-    """What transformers runs over the scores; given whole, so that a model's own defaults add nothing."""
-    steps: list[LogitsProcessor] = []
-    if sampling.repetition_penalty != 1:
-        steps.append(_Penalty(float(sampling.repetition_penalty), said, start))
-    if sampling.temperature > 0:
-        steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_k:
-            steps.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            steps.append(TopPLogitsWarper(sampling.top_p))
-        steps.append(_Draw(sampling.seed, len(said)))
-    return LogitsProcessorList(steps)
-
-
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Measure the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 

@@ -32,7 +32,7 @@ class Prefix:
 
     @staticmethod
     def suits(llm: LLM) -> bool:
-        """Whether what was read can be taken back: not where a cache of a sliding window has let go of tokens."""
+        """Tell whether what was read can be taken back: not where a cache of a sliding window has let go of tokens."""
         return not llm.has_sliding_window
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class Prefix:
             self.last = self._run(ids)[-1]
 
     def peek(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
-        """Hidden states of tokens that might follow, (T, D); they are not kept. ids: (T,)."""
+        """Compute hidden states of tokens that might follow, (T, D), and do not keep them. ids: (T,)."""
         hidden = self._run(ids)
         self._cache.crop(-len(ids))
         return hidden

@@ -7,7 +7,7 @@ streaming and cancellation, score. The LLM's parameters never change and its mod
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,19 +17,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError
 from extemb_core.models import generation
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, reading_model
-from extemb_core.models.generation import Generated, Sampling
 from extemb_core.models.reader_lora import base_of, merge_reader
 from extemb_core.models.tokenization import TextEncoder
 from extemb_core.weights.resolve import resolve_llm, resolve_reader
@@ -80,13 +73,9 @@ class LLM(TextEncoder):
                     source, dtype=wanted, use_safetensors=True, trust_remote_code=False, output_loading_info=True
                 )
             except SafetensorError as error:
-                raise WeightsCorruptError(
-                    f"{name}: a weights file is damaged ({first_line(error)}); get the model again"
-                ) from error
+                raise WeightsCorruptError(f"{name}: a file is damaged ({first_line(error)}); get it again") from error
             except (OSError, ValueError, RuntimeError) as error:
-                raise WeightsError(
-                    f"{name}: transformers cannot load it ({first_line(error)}); check that it is a causal LM"
-                ) from error
+                raise WeightsError(f"{name}: transformers fails ({first_line(error)}); pass a causal LM") from error
         model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would make them up at random
             raise WeightsCorruptError(f"{name}: {len(missing)} tensors are missing, {missing[0]} first; get it again")
@@ -114,19 +103,19 @@ class LLM(TextEncoder):
         return int(self.model.get_input_embeddings().embedding_dim)
 
     def reading_model(self, layer: int) -> PreTrainedModel:
-        """The model that reads compressed text at entry layer `layer`: made once, over the LLM's own tensors.
+        """Return the model that reads compressed text at entry layer `layer`: made once, over the LLM's own tensors.
 
         Raises:
             ConfigError: See `entry.reading_model`.
         """
-        own: PreTrainedModel = self.model
-        if getattr(own, "entry_layer", None) == layer:
-            return own
+        plain: PreTrainedModel = self.model
+        if getattr(plain, "entry_layer", None) == layer:
+            return plain
         with self._reading_lock:
-            made = self._reading.get(layer)
-            if made is None or _memory_of(made) != _memory_of(own):  # the LLM was moved, or is in another dtype now
-                made = self._reading[layer] = reading_model(own, layer, self.name)
-            return made
+            model = self._reading.get(layer)
+            if model is None or _memory_of(model) != _memory_of(plain):  # the LLM was moved, or is in another dtype now
+                model = self._reading[layer] = reading_model(plain, layer, self.name)
+            return model
 
     @property
     def has_sliding_window(self) -> bool:
@@ -146,36 +135,32 @@ class LLM(TextEncoder):
         return sorted({int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None})
 
     def embed(self, ids: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
-        """Token embeddings as the LLM itself makes them. ids: (..., T) -> (..., T, D)."""
+        """Look up token embeddings as the LLM itself does. ids: (..., T) -> (..., T, D)."""
         tensor = torch.as_tensor(np.asarray(ids) if not isinstance(ids, Tensor) else ids, dtype=torch.long)
         return torch.as_tensor(self.model.get_input_embeddings()(tensor.to(self.device)))
 
     # -- running it -------------------------------------------------------------------------------------------
 
     def hidden(self, inputs_embeds: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Last hidden states, gradients allowed.
+        """Compute the last hidden states, gradients allowed.
 
         Args:
             inputs_embeds: (B, T, D).
             mask: (B, T) with 0 for padding, or (B, 1, T, T) boolean with True where a query may look.
             positions: (B, T); contiguous from 0 when not given.
         """
-        outputs = self.model.base_model(
-            inputs_embeds=inputs_embeds.to(self.dtype),
-            attention_mask=self._additive(mask),
-            position_ids=positions,
-            use_cache=False,
-        )
+        return self._run(self.model, {"inputs_embeds": inputs_embeds.to(self.dtype)}, mask, positions)
+
+    def _run(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        if mask is not None and mask.ndim == 4:  # as numbers, which every attention implementation reads
+            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
+        outputs = model.base_model(**inputs, attention_mask=mask, position_ids=positions, use_cache=False)
         return torch.as_tensor(outputs.last_hidden_state)
 
-    def _additive(self, mask: Tensor | None) -> Tensor | None:
-        """A (B, 1, T, T) boolean mask in the form that every attention implementation reads; others as they are."""
-        if mask is None or mask.ndim != 4:
-            return mask
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits of hidden states, (..., D) -> (..., V)."""
+        """Compute next-token logits of hidden states, (..., D) -> (..., V)."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         for name, power in _LOGIT_SCALES.items():
             if scale := getattr(self.text_config, name, None):
@@ -186,22 +171,16 @@ class LLM(TextEncoder):
     def hidden_of(
         self, prompts: Sequence[PromptInputs], *, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """`hidden` of prompts, padded on the right: (B, T, D)."""
+        """Return `hidden` of prompts, padded on the right: (B, T, D)."""
         model, rows = self._rows(prompts)
-        inputs = {name: torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for name, each in rows.items()}
-        if "entry_states" not in inputs:
-            embedded = inputs["inputs_embeds"] if "inputs_embeds" in inputs else self.embed(inputs["input_ids"])
-            return self.hidden(embedded, mask=mask, positions=positions)
-        outputs = model.base_model(
-            **inputs, attention_mask=self._additive(mask), position_ids=positions, use_cache=False
-        )
-        return torch.as_tensor(outputs.last_hidden_state)
+        inputs = {name: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True) for name, tensors in rows.items()}
+        return self._run(model, inputs, mask, positions)
 
     @torch.no_grad()
     def log_probs(
         self, prompts: Sequence[PromptInputs], targets: Sequence[Sequence[int] | np.ndarray[Any, Any]]
     ) -> list[Tensor]:
-        """Log-probability of each token that follows each prompt.
+        """Compute the log-probability of each token that follows each prompt.
 
         Args:
             prompts: (T, D) embeddings, ids, or ids with states; at least one position each.
@@ -213,62 +192,37 @@ class LLM(TextEncoder):
         if any(not len(prompt) for prompt in prompts):
             raise ConfigError("the prompt has 0 positions; at least one is needed to predict what follows")
         self._require_one_entry(prompts)
-        ids = [[int(index) for index in each] for each in targets]
-        whole = [self._continued(prompt, own[:-1]) for prompt, own in zip(prompts, ids, strict=True)]
-        found: dict[int, Tensor] = {}
+        ids = [[int(index) for index in target] for target in targets]
+        whole = [self._continued(prompt, target[:-1]) for prompt, target in zip(prompts, ids, strict=True)]
+        log_probs: dict[int, Tensor] = {}
         order = sorted(range(len(whole)), key=lambda at: -len(whole[at]))
         while order:
             longest = len(whole[order[0]])
-            most = order[: max(1, _POSITIONS_AT_ONCE // longest)]
-            group = [at for at in most if len(whole[at]) >= _MIN_FULL * longest]
+            batch = order[: max(1, _POSITIONS_AT_ONCE // longest)]
+            group = [at for at in batch if len(whole[at]) >= _MIN_FULL * longest]
             order = order[len(group) :]
             for at, states in zip(group, self.hidden_of([whole[at] for at in group]), strict=True):
                 first = len(prompts[at]) - 1
                 scores = self.logits(states[first : first + len(ids[at])]).float().log_softmax(-1)
                 expected = torch.tensor(ids[at], device=scores.device, dtype=torch.long)
-                found[at] = scores.gather(1, expected[:, None])[:, 0]
-        return [found[at] for at in range(len(prompts))]
+                log_probs[at] = scores.gather(1, expected[:, None])[:, 0]
+        return [log_probs[at] for at in range(len(prompts))]
 
     def score(self, prompt: PromptInputs, targets: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
-        """`log_probs` of one prompt: (S,)."""
+        """Return `log_probs` of one prompt: (S,)."""
         return self.log_probs([prompt], [targets])[0]
 
-    def generate(
-        self, prompts: Sequence[PromptInputs], sampling: Sampling, on_token: Callable[[], None] | None = None
-    ) -> list[Generated]:
-        """Continue a batch of prompts: (T, D) embeddings, ids, or ids with states (`Prompt.inputs`).
-
-        Prompts are padded on the left and positions counted from each prompt's own start, so that the answer to
-        one does not depend on the others. What all have in common at their start is read once.
-
-        Args:
-            prompts: What to continue.
-            sampling: How tokens are chosen.
-            on_token: Called after each step.
-        """
-        return generation.generate(self, prompts, sampling, on_token)
-
-    def stream(self, prompt: PromptInputs, sampling: Sampling, result: Generated | None = None) -> Iterator[str]:
-        """Continue one prompt, yielding text as it comes. Closing the iterator stops the LLM at the next token.
-
-        Args:
-            prompt: (T, D) embeddings, ids, or ids with states.
-            sampling: How tokens are chosen.
-            result: Filled with the whole of it as the stream goes on.
-        """
-        return generation.stream(self, prompt, sampling, result)
+    generate = generation.generate
+    stream = generation.stream
 
     def _rows(self, prompts: Sequence[PromptInputs]) -> tuple[PreTrainedModel, dict[str, list[Tensor]]]:
-        """The model that reads these prompts, and its inputs by name, one tensor for each prompt."""
+        """Return the model that reads these prompts, and its inputs by name, one tensor for each prompt."""
         self._require_one_entry(prompts)
         anchored = next((prompt for prompt in prompts if isinstance(prompt, AnchoredPrompt)), None)
         if anchored is not None:
             rows = [p if isinstance(p, AnchoredPrompt) else AnchoredPrompt.of_text(p, anchored) for p in prompts]  # type: ignore[arg-type]
-            named = {
-                "input_ids": [row.ids for row in rows],
-                "entry_states": [row.states for row in rows],
-                "entry_mask": [row.mask for row in rows],
-            }
+            fields = {"input_ids": "ids", "entry_states": "states", "entry_mask": "mask"}
+            named = {name: [getattr(row, field) for row in rows] for name, field in fields.items()}
             return self.reading_model(max(row.layer for row in rows)), named
         if any(isinstance(prompt, Tensor) for prompt in prompts):
             embedded = [p.to(self.device, self.dtype) if isinstance(p, Tensor) else self.embed(p) for p in prompts]  # type: ignore[arg-type]
@@ -278,27 +232,27 @@ class LLM(TextEncoder):
 
     def _require_one_entry(self, prompts: Sequence[PromptInputs]) -> None:
         """Raise `MismatchError` where compressed texts of one batch enter at different layers."""
-        entering = {prompt.layer for prompt in prompts if isinstance(prompt, AnchoredPrompt) and prompt.layer}
-        entering |= {0 for prompt in prompts if isinstance(prompt, Tensor)}
-        if len(entering) > 1:
+        layers = {prompt.layer for prompt in prompts if isinstance(prompt, AnchoredPrompt) and prompt.layer}
+        layers |= {0 for prompt in prompts if isinstance(prompt, Tensor)}
+        if len(layers) > 1:
             raise MismatchError(
-                f"prompts with compressed text for entry layers {sorted(entering)} stand in one batch; pass them to "
+                f"prompts with compressed text for entry layers {sorted(layers)} stand in one batch; pass them to "
                 f"{self.name} one entry layer at a time"
             )
 
     def _continued(self, prompt: PromptInputs, ids: Sequence[int]) -> PromptInputs:
-        """A prompt with text after it."""
+        """Put text after a prompt."""
         if isinstance(prompt, AnchoredPrompt):
             more = AnchoredPrompt.of_text(ids, prompt)
             joined = {n: torch.cat([getattr(prompt, n), getattr(more, n)]) for n in ("ids", "states", "mask")}
             return AnchoredPrompt(**joined, layer=prompt.layer)
         if isinstance(prompt, Tensor):
-            return torch.cat([prompt.to(self.device, self.dtype), self.embed(list(ids))]) if len(ids) else prompt
+            return torch.cat([prompt.to(self.device, self.dtype), self.embed(ids)])
         return [*prompt, *ids]
 
     def batch_inputs(self, prompts: Sequence[PromptInputs]) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Pad prompts for transformers to continue; what all share at their start is read once, if that is much."""
-        if any(len(prompt) == 0 for prompt in prompts):
+        if any(not len(prompt) for prompt in prompts):
             raise ConfigError("a prompt has 0 positions; at least one token is needed to continue from")
         model, named = self._rows(prompts)
         shared = self._shared(named)
@@ -308,14 +262,11 @@ class LLM(TextEncoder):
         for visible, length in zip(mask, lengths, strict=True):
             visible[shared : shared + longest - length] = 0
         inputs: dict[str, Any] = {"attention_mask": mask}
-        for name, rows in named.items():
-            # Padding is masked, so that any values do: those of each row's first position.
-            inputs[name] = torch.stack(
-                [
-                    torch.cat([row[:shared], row[:1].expand(longest - len(row), *row.shape[1:]), row[shared:]])
-                    for row in rows
-                ]
-            )
+
+        def padded(row: Tensor) -> Tensor:  # padding is masked, so that any values do: those of the first position
+            return torch.cat([row[:shared], row[:1].expand(longest - len(row), *row.shape[1:]), row[shared:]])
+
+        inputs |= {name: torch.stack([padded(row) for row in rows]) for name, rows in named.items()}
         if shared:
             cache = DynamicCache(config=self.model.config)
             start = {name: inputs[name][:1, :shared] for name in named}
@@ -326,19 +277,19 @@ class LLM(TextEncoder):
         return model, inputs
 
     def _shared(self, named: dict[str, list[Tensor]]) -> int:
-        """Positions that all begin with, where reading them once is worth it; each keeps one of its own.
+        """Count the positions that all begin with, where reading them once is worth it; each keeps one of its own.
 
         Texts with the same anchors are the same only if their states are.
         """
         if self.has_sliding_window:  # counts the padding after the prefix
             return 0
-        count = len(next(iter(named.values())))
-        length = min(len(row) for row in next(iter(named.values()))) - 1
+        first = next(iter(named.values()))
+        length = min(map(len, first)) - 1
         for rows in named.values():
             for row in rows[1:]:
                 differs = (row[:length] != rows[0][:length]).unsqueeze(-1).flatten(1).any(1).nonzero()
                 length = int(differs[0]) if len(differs) else length
-        return length if length * (count - 1) >= _MIN_SHARED_POSITIONS else 0
+        return length if length * (len(first) - 1) >= _MIN_SHARED_POSITIONS else 0
 
 
 def _memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -347,7 +298,7 @@ def _memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """ "auto" takes CUDA where there is one, else the CPU."""
+    """Return a torch device; "auto" is CUDA where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -360,24 +311,27 @@ def choose_device(device: str = "auto") -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on CUDA and float32 elsewhere: low-precision matmuls are slow or unsafe on many CPUs."""
+    """Return a torch dtype; "auto" is bfloat16 on CUDA and float32 elsewhere.
+
+    Low-precision matmuls are slow or unsafe on many CPUs.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    names["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in names:
-        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(names)}; pass one of them")
+        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(names)}; pass one of them")
     return names[dtype]
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bar and no notices of transformers while local files are read or written."""
+    """Silence transformers' progress bar and notices while local files are read or written."""
     verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

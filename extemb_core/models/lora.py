@@ -1,4 +1,4 @@
-"""Low-rank adapters over linear layers whose weights belong to the LLM.
+"""Low-rank adapters over linear layers whose weights belong to the LLM, and the files that hold what was trained.
 
 peft makes them. Its forward is replaced by one that gives the same sum with less work. In training the scale goes to
 the small matrix and not to every output. For inference, still without a merged copy of the shared weights: for many
@@ -8,39 +8,80 @@ layer's in place.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-_NAME = "default"
+from extemb_core.errors import WeightsCorruptError, WeightsNotFoundError
+
+ADAPTER = "default"  # peft's name for the only one
 
 
-def add_adapters(layers: nn.Module, rank: int) -> None:
-    """Put an adapter of this rank, scaled by 2, on every linear layer in `layers`; at first it changes nothing."""
+def add_adapters(layers: nn.Module, rank: int, **settings: Any) -> LoraConfig:
+    """Put an adapter of this rank, scaled by 2, on every linear layer in `layers`; at first it changes nothing.
+
+    `settings` are further ones of peft's.
+    """
     names = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(names), bias="none")
-    inject_adapter_in_model(config, layers)
-    make_frugal(layers)
-
-
-def make_frugal(layers: nn.Module) -> None:
-    """Let the adapters that peft put into `layers` compute as described above."""
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(names), bias="none", **settings
+    )
+    inject_adapter_in_model(config, layers, adapter_name=ADAPTER)
     for module in layers.modules():
         if type(module) is LoraLinear:
             module.__class__ = _FrugalLoraLinear
+    return config
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read the JSON file that describes an embedder or a reader: no settings where it holds no object.
+
+    Raises:
+        WeightsNotFoundError, WeightsCorruptError: It is missing, or not JSON.
+    """
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsNotFoundError(f"{file} does not exist; pass the folder that save_pretrained wrote") from error
+    except ValueError as error:
+        raise WeightsCorruptError(f"{file} is not JSON ({error}); get it again") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of an embedder or a reader.
+
+    Raises:
+        WeightsNotFoundError, WeightsCorruptError: The file is missing or damaged.
+    """
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise WeightsNotFoundError(f"{file} does not exist; its folder holds it beside a file of settings") from error
+    except (SafetensorError, OSError) as error:
+        raise WeightsCorruptError(f"{file} is not a whole safetensors file ({error}); get it again") from error
+
+
+def first_mismatch(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
+    """Name a tensor that is missing, unknown or of another shape than expected, if there is one."""
+    shapes, others = ({name: tensor.shape for name, tensor in group.items()} for group in (expected, tensors))
+    return min((name for name, _ in shapes.items() ^ others.items()), default=None)
 
 
 class _FrugalLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.base_layer
-        adapter_in: Any = self.lora_A[_NAME]
-        adapter_out: Any = self.lora_B[_NAME]
-        down: Tensor = adapter_in.weight
-        up: Tensor = adapter_out.weight
-        scale = self.scaling[_NAME]
+        module: Any = self  # whose types peft does not say
+        base, scale = module.base_layer, module.scaling[ADAPTER]
+        down: Tensor = module.lora_A[ADAPTER].weight
+        up: Tensor = module.lora_B[ADAPTER].weight
         if torch.is_grad_enabled() or not (x.dtype == down.dtype == up.dtype == base.weight.dtype):
             whole: Tensor = base(x)
             low = nn.functional.linear(x.to(whole.dtype), down.to(whole.dtype))

@@ -63,19 +63,15 @@ def pool(states: Tensor, weights: Tensor, ratio: int) -> Groups:
         ratio: Tokens per group.
     """
     h, w = states.float(), weights.float()
-    return _pooled(Groups(h, w, h.norm(dim=-1)), ratio)
+    return coarsen_groups(Groups(h, w, h.norm(dim=-1)), ratio)
 
 
 def coarsen_groups(groups: Groups, times: int) -> Groups:
     """Pool every `times` consecutive groups of one chunk: equal to `pool` at the coarser ratio, to rounding."""
-    return groups if times == 1 else _pooled(groups, times)
-
-
-def _pooled(fine: Groups, span: int) -> Groups:
-    padding = -len(fine.weights) % span
-    total = nn.functional.pad(fine.weights, (0, padding)).view(-1, span).sum(1)
-    norms = span_means(fine.norms[:, None], fine.weights, span)[:, 0]
-    return Groups(span_means(fine.means, fine.weights, span), total, norms)
+    padding = -len(groups.weights) % times
+    total = nn.functional.pad(groups.weights, (0, padding)).view(-1, times).sum(1)
+    norms = span_means(groups.norms[:, None], groups.weights, times)[:, 0]
+    return Groups(span_means(groups.means, groups.weights, times), total, norms)
 
 
 def uniform_weights(vocab_size: int, counts: Tensor | None = None) -> Tensor:
@@ -137,5 +133,5 @@ def anchor_positions(length: int, ratio: int) -> Tensor:
 
 
 def digest_of(weights: Tensor) -> str:
-    """sha256 (32 hex digits) of a table of weights, which is kept in float16."""
+    """Return the sha256 (32 hex digits) of a table of weights, which is kept in float16."""
     return hashlib.sha256(weights.to("cpu", torch.float16).contiguous().numpy().tobytes()).hexdigest()[:32]

@@ -6,18 +6,16 @@ is its base LLM with the adapters added to the weights: from then on frozen like
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import nn
 
-from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError, WeightsNotFoundError
-from extemb_core.models.lora import make_frugal
+from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError
+from extemb_core.models.lora import ADAPTER, add_adapters, first_mismatch, read_settings, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from extemb_core.models.llm import LLM
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_ADAPTER = "default"
 _PREFIX = "base_model.model."  # of all names in peft's files
 # What other adapters may have set; each changes what is to be added to the weights.
 _PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
@@ -49,20 +46,14 @@ def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
             f"a reader gets none of the first {first_layer} layers, and {llm.name} has {len(decoder.layers)}; pass a "
             "smaller reader_first_layer, or fewer num_layers of the embedder beside it"
         )
-    names = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        target_modules=sorted(names),
-        bias="none",
+    config = add_adapters(
+        decoder,
+        rank,
         task_type="CAUSAL_LM",
         base_model_name_or_path=llm.name,
         layers_to_transform=list(range(first_layer, len(decoder.layers))) if first_layer else None,
         layers_pattern="layers" if first_layer else None,
     )
-    inject_adapter_in_model(config, decoder, adapter_name=_ADAPTER)
-    make_frugal(decoder)
     for name, parameter in decoder.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # in bfloat16 a small update would round to none
@@ -85,14 +76,12 @@ def load_reader(llm: LLM, folder: Path) -> None:
         WeightsNotFoundError, WeightsCorruptError: The file is missing or damaged.
         MismatchError: The adapters are another LLM's, or of another rank.
     """
-    tensors = _read_tensors(folder)
-    own = reader_adapters(llm)
-    wrong = sorted(n for n in own.keys() | tensors.keys() if n not in tensors or n not in own)
-    wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
-    if wrong:
-        raise _mismatch(folder, wrong[0])
+    tensors = read_tensors(folder / TENSORS)
+    adapters = reader_adapters(llm)
+    if wrong := first_mismatch(adapters, tensors):
+        raise _mismatch(folder, wrong)
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in adapters.items():
             parameter.copy_(tensors[name])
 
 
@@ -118,7 +107,7 @@ def merge_reader(model: PreTrainedModel, folder: Path) -> None:
                 "into the model with peft, and pass the folder of the result"
             )
     scale = settings["lora_alpha"] / settings["r"]
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder / TENSORS)
     weights = dict(model.named_parameters())
     for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
         layer = key.removesuffix(".lora_A.weight")
@@ -126,8 +115,7 @@ def merge_reader(model: PreTrainedModel, folder: Path) -> None:
         down, up = tensors.pop(key), tensors.pop(f"{layer}.lora_B.weight", None)
         if weight is None or up is None or weight.shape != (up.shape[0], down.shape[1]):
             raise _mismatch(folder, key)
-        sum_: Tensor = weight.float() + scale * (up.float() @ down.float()).to(weight.device)
-        weight.copy_(sum_)
+        weight.copy_(weight.float() + scale * (up.float() @ down.float()).to(weight.device))
     if tensors:
         raise _mismatch(folder, min(tensors))
 
@@ -135,31 +123,18 @@ def merge_reader(model: PreTrainedModel, folder: Path) -> None:
 def reader_adapters(llm: LLM) -> dict[str, nn.Parameter]:
     """List a reader's adapters by the names that peft gives them in its files."""
     return {
-        _PREFIX + name.replace(f".{_ADAPTER}.", "."): parameter
+        _PREFIX + name.replace(f".{ADAPTER}.", "."): parameter
         for name, parameter in llm.model.named_parameters()
         if "lora_" in name
     }
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    file = folder / SETTINGS
-    try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if not all(settings.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha")):
-            raise ValueError("base_model_name_or_path, r or lora_alpha is missing")
-    except (ValueError, AttributeError) as error:
-        raise WeightsCorruptError(f"{file} is not the description of adapters ({error}); get it again") from error
+    settings = read_settings(folder / SETTINGS)
+    for key in ("base_model_name_or_path", "r", "lora_alpha"):
+        if not settings.get(key):
+            raise WeightsCorruptError(f"{folder / SETTINGS} has {key}={settings.get(key)!r}; get the adapters again")
     return settings
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    file = folder / TENSORS
-    try:
-        return load_file(file)
-    except FileNotFoundError as error:
-        raise WeightsNotFoundError(f"{file} does not exist; a reader's folder holds it beside {SETTINGS}") from error
-    except (SafetensorError, OSError) as error:
-        raise WeightsCorruptError(f"{file} is not a whole safetensors file ({error}); get it again") from error
 
 
 def _mismatch(folder: Path, name: str) -> MismatchError:

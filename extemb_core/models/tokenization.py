@@ -99,11 +99,11 @@ class TextEncoder:
         return np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each of some texts."""
+        """Count the tokens of each of some texts."""
         return [len(self.encode(text)) for text in texts]
 
     def encode_pieces(self, text: str) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
-        """`encode` piece by piece, so that a long text's ids need not be in memory together.
+        """Encode piece by piece, so that a long text's ids need not be in memory together.
 
         Returns:
             (T,) ids and the number of characters that they stand for, in the text's order.
@@ -136,11 +136,12 @@ class TextEncoder:
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Decode ids as text, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def pieces_of(text: str, n_chars: int) -> Iterator[str]:
-    """A text in pieces of at most `n_chars` characters, cut between two words where there are some."""
+    """Yield a text in pieces of at most `n_chars` characters, cut between two words where there are some."""
     start = 0
     while len(text) - start > n_chars:
         middle, end = start + n_chars // 2, start + n_chars

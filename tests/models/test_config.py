@@ -88,7 +88,9 @@ def test_entry_layer_0_is_as_it_was():
 
 @pytest.mark.parametrize("layer", [-1, 1.0, 0.0, "1", "", True, False, None, (1,)])
 def test_an_entry_layer_is_0_or_a_positive_whole_number(layer):
-    with pytest.raises(ConfigError, match=r"entry_layer=.* is not 0 or a positive whole number; pass a layer"):
+    with pytest.raises(
+        ConfigError, match=r"entry_layer=.* is not a whole number of at least 0; pass a layer of the LLM, or 0"
+    ):
         ExtensibleEmbedderConfig(entry_layer=layer)
 
 
