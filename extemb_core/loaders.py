@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from extemb_core.documents import Document
-from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError
+from extemb_core.errors import DocumentError, DocumentNotFoundError, optional_import
 
 if TYPE_CHECKING:
     from bs4.element import Tag
@@ -160,17 +160,13 @@ def _decode(path: Path, data: bytes, declared: str | None = None) -> str:
 
 def _read_html(path: Path, data: bytes) -> tuple[str, str]:
     """Return what a reader of the page sees (block elements on lines of their own), and its title."""
-    try:
-        from bs4 import BeautifulSoup
-        from bs4.dammit import EncodingDetector
-    except ImportError as exc:
-        raise MissingExtraError("beautifulsoup4", "documents", f"reading {path}") from exc
-    declared = EncodingDetector.find_declared_encoding(data, is_html=True)
+    bs4 = optional_import("bs4", "documents", f"reading {path}", "beautifulsoup4")
+    declared = bs4.dammit.EncodingDetector.find_declared_encoding(data, is_html=True)
     markup = _decode(path, data, _web_encoding(declared))
     with warnings.catch_warnings():
         # bs4 warns of XHTML, and of pages so short that they look like a file name: both are read.
         warnings.simplefilter("ignore")
-        soup = BeautifulSoup(markup, "html.parser")
+        soup = bs4.BeautifulSoup(markup, "html.parser")
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
     return _visible_text(soup), title
 
@@ -234,14 +230,10 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
     """Return the text of the pages joined by blank lines, and what to note in the metadata."""
     if b"%PDF-" not in data[:1024]:
         raise DocumentError(f"{path} is not a PDF in spite of its suffix; rename it to what it is, or save it again")
+    pypdf = optional_import("pypdf", "documents", f"reading {path}")
     try:
-        from pypdf import PdfReader
-        from pypdf.errors import DependencyError, FileNotDecryptedError
-    except ImportError as exc:
-        raise MissingExtraError("pypdf", "documents", f"reading {path}") from exc
-    try:
-        pages = [page.extract_text().strip() for page in PdfReader(BytesIO(data)).pages]
-    except (FileNotDecryptedError, DependencyError) as exc:
+        pages = [page.extract_text().strip() for page in pypdf.PdfReader(BytesIO(data)).pages]
+    except (pypdf.errors.FileNotDecryptedError, pypdf.errors.DependencyError) as exc:
         raise DocumentError(f"{path} is encrypted and cannot be read; save a copy without a password") from exc
     except Exception as exc:  # a damaged file makes the parser raise nearly anything
         why = " ".join(str(exc).split()) or type(exc).__name__

@@ -24,10 +24,9 @@ from extemb_core.evaluation.runs import Measured, Sample, batches_by_length, gro
 from extemb_core.evaluation.settings import CONTROLS, QaConfig
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.generation import Sampling
+from extemb_core.models.generation import Sampling, turn_end
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, read_questions, template_for, templates
-from extemb_core.training.readings import turn_end
 from extemb_core.utils.jsonl import evenly
 
 METRICS = {"em": scoring.exact_match, "f1": scoring.f1, "contained": scoring.contained, "rouge_l": scoring.rouge_l}

@@ -45,18 +45,17 @@ class WordIndex:
         return [list(words) for words in tokenised]
 
 
-def fuse(rankings: Sequence[Sequence[int]], weights: Sequence[float] | None = None) -> list[tuple[int, float]]:
-    """Fuse rankings by reciprocal rank: an item's score is the sum of weight / (60 + rank), ranks from 1.
+def fuse(rankings: Sequence[Sequence[int]]) -> list[tuple[int, float]]:
+    """Fuse rankings by reciprocal rank: an item's score is the sum of 1 / (60 + rank), ranks from 1.
 
     Args:
         rankings: Items, best first, of each ranking.
-        weights: Of each ranking; all 1 when not given.
 
     Returns:
         (item, score), best first; equal scores in the order of the items.
     """
     scores: dict[int, float] = {}
-    for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
+    for ranking in rankings:
         for rank, item in enumerate(ranking, 1):
-            scores[item] = scores.get(item, 0.0) + weight / (RANK_OFFSET + rank)
+            scores[item] = scores.get(item, 0.0) + 1 / (RANK_OFFSET + rank)
     return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))

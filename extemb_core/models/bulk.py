@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from extemb_core.utils.batches import batches
 from extemb_core.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -62,19 +63,6 @@ def compress_in_batches(
     chunk_size = embedder.config.chunk_size
     size = default_batch_size(embedder.llm, chunk_size) if batch_size is None else batch_size
     with progress("compress", sum(len(ids) for _, ids in texts), show_progress) as advance:
-        for batch in _batches(texts, _PASSES * size * chunk_size):
+        for batch in batches(texts, lambda text: len(text[1]), _PASSES * size * chunk_size):
             refs, ids = zip(*batch, strict=True)
             yield embedder.compress_ids(ids, refs=refs, ratio=ratio, batch_size=size, show_progress=advance)
-
-
-def _batches(texts: Sequence[Text], n_tokens: int) -> Iterator[list[Text]]:
-    batch: list[Text] = []
-    waiting = 0
-    for ref, ids in texts:
-        batch.append((ref, ids))
-        waiting += len(ids)
-        if waiting >= n_tokens:
-            yield batch
-            batch, waiting = [], 0
-    if batch:
-        yield batch

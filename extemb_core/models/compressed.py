@@ -16,8 +16,8 @@ from torch import Tensor
 
 from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.models.downscaling import chunk_lengths, coarsen, n_embeddings
-from extemb_core.models.entry import AnchoredStates
-from extemb_core.models.pooling import Groups, anchor_positions, coarsen_groups
+from extemb_core.models.entry import AnchoredStates, anchor_positions
+from extemb_core.models.pooling import Groups, coarsen_groups
 from extemb_core.utils.files import atomic_write
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0

@@ -36,10 +36,18 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_embeddings, trailing_means
 from extemb_core.models.downscaling import DOWNSCALINGS, n_embeddings
-from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, final_norm, shared_parameters
+from extemb_core.models.entry import (
+    ANCHOR,
+    AnchoredPrompt,
+    AnchoredStates,
+    anchor_positions,
+    decoder_layers,
+    final_norm,
+    shared_parameters,
+)
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
-from extemb_core.models.pooling import Groups, anchor_positions, digest_of, pool, token_weights
+from extemb_core.models.pooling import Groups, digest_of, pool, token_weights
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 from extemb_core.weights.resolve import UNTRAINED
@@ -60,7 +68,6 @@ _FINGERPRINTED = (
 )  # fmt: skip
 _FINGERPRINTED_AT_0 = ("residual_window",)
 _FINGERPRINTED_ABOVE_0 = ("entry_layer", "token_weighting", "token_weights_digest", "anchor")
-_ANCHOR = "last"  # of a group's tokens
 _MEASURES = ("mean_norms", "norms", "weights")  # of each group, above entry layer 0
 
 
@@ -362,7 +369,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     def _digest(self, own: dict[str, Tensor]) -> str:
         digest = hashlib.sha256()
-        values = self.config.to_dict() | {"anchor": _ANCHOR}
+        values = self.config.to_dict() | {"anchor": ANCHOR}
         names = {*_FINGERPRINTED, *(_FINGERPRINTED_ABOVE_0 if self.config.entry_layer else _FINGERPRINTED_AT_0)}
         if self.config.entry_layer and self.config.adaptation != "lora":
             names.remove("lora_rank")  # of adapters that there are none of

@@ -82,6 +82,19 @@ class Generated:
     finish_reason: str = "length"
 
 
+def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Collect the ids that end an answer: those of the generation config and of the tokenizer, sorted."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def turn_end(llm: LLM) -> int:
+    """Return the id of the token that ends an assistant's turn."""
+    eos = llm.tokenizer.eos_token_id
+    return int(eos) if eos in llm.stop_token_ids or not llm.stop_token_ids else llm.stop_token_ids[0]
+
+
 def generate(
     llm: LLM, prompts: Sequence[PromptInputs], sampling: Sampling, on_token: Callable[[], None] | None = None
 ) -> list[Generated]:

@@ -129,10 +129,8 @@ class LLM(TextEncoder):
 
     @cached_property
     def stop_token_ids(self) -> list[int]:
-        """Ids that end an answer: those of the generation config and of the tokenizer."""
-        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ids = configured if isinstance(configured, list) else [configured]
-        return sorted({int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None})
+        """Ids that end an answer (see `generation`)."""
+        return generation.stop_token_ids(self.model, self.tokenizer)
 
     def embed(self, ids: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
         """Look up token embeddings as the LLM itself does. ids: (..., T) -> (..., T, D)."""

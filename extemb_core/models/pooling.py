@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from extemb_core.errors import ConfigError
-from extemb_core.models.downscaling import DOWNSCALINGS, span_means
+from extemb_core.models.downscaling import span_means
 
 _MIN_WEIGHT = 0.01  # of a token that is nearly all there is: no group is without weight
 # H, the sum of 1/rank over a vocabulary of some 50,000: by Zipf's law, a token of rank r has a share of 1/(r H).
@@ -121,15 +121,6 @@ def token_weights(weighting: str, vocab_size: int, counts: Tensor | None = None)
         ConfigError: "frequency" without counts of every token.
     """
     return TOKEN_WEIGHTINGS[weighting](vocab_size, counts)
-
-
-def anchor_positions(length: int, ratio: int) -> Tensor:
-    """Choose the token of each group that stands in the prompt: its last. Nested, as the groups are.
-
-    Returns:
-        (ceil(length / ratio),) positions, ascending.
-    """
-    return DOWNSCALINGS["strided"].select(length, ratio)
 
 
 def digest_of(weights: Tensor) -> str:

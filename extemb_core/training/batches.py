@@ -14,8 +14,8 @@ import torch
 
 from extemb_core.models.llm import LLM
 from extemb_core.training.data import Samples
+from extemb_core.training.objectives import QuestionReadings, recall, reconstruction, shuffled
 from extemb_core.training.reading_loss import Reading
-from extemb_core.training.readings import QuestionReadings, recall, reconstruction, shuffled
 
 
 class Batches:

@@ -35,8 +35,8 @@ from extemb_core.training.batches import Batches, Collator
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.cpu_attention import attention_by_rows
 from extemb_core.training.data import Samples, TokenFile
+from extemb_core.training.objectives import QuestionReadings
 from extemb_core.training.reading_loss import Reading, reading_losses
-from extemb_core.training.readings import QuestionReadings
 from extemb_core.training.two_stream import plan_passes, two_stream_losses
 from extemb_core.utils.files import atomic_write_text, fsync
 from extemb_core.utils.progress import progress

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError
+from extemb_core.errors import DocumentError, DocumentNotFoundError, optional_import
 
 _BLOCK_BYTES = 1 << 16
 
@@ -59,10 +59,7 @@ def _blocks(file: Path) -> Iterator[bytes]:
 
 def _decompressed(file: Path) -> Iterator[bytes]:
     """Decompress all frames of a .zst file. The package's own stream reader takes a file cut short for a whole one."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise MissingExtraError("zstandard", "train", f"reading {file.name}") from error
+    zstandard = optional_import("zstandard", "train", f"reading {file.name}")
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = None
     try:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from extemb_core.training.batches import Batches, Collator
+from extemb_core.training.objectives import reconstruction
 from extemb_core.training.reading_loss import Reading
-from extemb_core.training.readings import reconstruction
 
 
 class Texts:

@@ -23,8 +23,8 @@ from training.losses import (
 from extemb_core.context.assembly import Prompt
 from extemb_core.errors import ConfigError
 from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.training.objectives import reconstruction
 from extemb_core.training.reading_loss import Reading, Span, reading_losses
-from extemb_core.training.readings import reconstruction
 
 
 def readings_of(llm):

@@ -18,6 +18,7 @@ import numpy as np
 
 from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat, assemble_text, document_heading
 from extemb_core.errors import TrainingError
+from extemb_core.models.generation import turn_end
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, template_for, templates
 from extemb_core.training.reading_loss import Ids, Reading, Span
@@ -277,12 +278,6 @@ def _role(compressed: bool) -> Role:
 def _source(name: str) -> str:
     match = _SOURCE.match(name)
     return match[0] if match else ""
-
-
-def turn_end(llm: LLM) -> int:
-    """Return the id of the token that ends an assistant's turn."""
-    eos = llm.tokenizer.eos_token_id
-    return int(eos) if eos in llm.stop_token_ids or not llm.stop_token_ids else llm.stop_token_ids[0]
 
 
 def _array(ids: Any) -> Ids:

@@ -9,7 +9,7 @@ from tiny import tiny_model, tiny_tokenizer
 from extemb_core.errors import TrainingError
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question
-from extemb_core.training.readings import NOT_FOUND, QuestionReadings, recall
+from extemb_core.training.objectives import NOT_FOUND, QuestionReadings, recall
 
 PLACES = ("harbour", "bridge", "mill", "tower", "market")
 
