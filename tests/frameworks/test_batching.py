@@ -25,13 +25,16 @@ def lm():
 
 @pytest.fixture
 def batches(monkeypatch):
-    """How many prompts each batch had."""
+    """How many prompts each batch had; the first batches wait for all that were announced, however long that takes."""
     sizes = []
     whole = LLM.generate
+    monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 300)
 
     def generate(self, prompts, sampling, on_token=None):
         if on_token is None:  # else a plain `ask`
             sizes.append(len(prompts))
+            if sum(sizes) >= 4:  # no other batch of these tests is filled
+                monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 0.05)
         return whole(self, prompts, sampling, on_token)
 
     monkeypatch.setattr(LLM, "generate", generate)
@@ -97,7 +100,7 @@ def test_who_is_answered_does_not_wait_for_the_batches_of_others(lm, monkeypatch
 
     def stream(self, prompt, sampling, result=None):
         if sampling.max_new_tokens == 3:
-            assert go_on.wait(30)
+            assert go_on.wait(600)
         yield from whole(self, prompt, sampling, result)
 
     monkeypatch.setattr(LLM, "stream", stream)
@@ -109,7 +112,7 @@ def test_who_is_answered_does_not_wait_for_the_batches_of_others(lm, monkeypatch
             while at < 2 and not (batcher._answering and len(batcher._waiting) > at):
                 time.sleep(0.001)
         try:
-            assert [made[at].result(timeout=20).new_tokens for at in (0, 2)] == [2, 2]
+            assert [made[at].result(timeout=300).new_tokens for at in (0, 2)] == [2, 2]
         finally:
             go_on.set()
         assert made[1].result().new_tokens == 3

@@ -7,7 +7,6 @@ import base64
 import gc
 import subprocess
 import sys
-import time
 
 import pytest
 from llama_index.core.base.llms import types
@@ -22,11 +21,11 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
+from passes import passes_of
 from tiny import SENTENCES
 
 from extemb_core import EmbeddingStore, ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
-from extemb_core.models import generation
 from llama_index.llms.extemb import ExtensibleLLM
 
 QUESTION = "How many ships?"
@@ -179,60 +178,43 @@ def test_tokens_are_counted_by_the_callbacks_of_llamaindex(llm):
 
 
 @pytest.fixture
-def slow(monkeypatch):
-    """Every step of the LLM takes a while; counts them."""
-    steps = []
-    whole = generation._run
-
-    def run(*args, **settings):
-        steps.append(1)
-        time.sleep(0.02)
-        return whole(*args, **settings)
-
-    monkeypatch.setattr(generation, "_run", run)
-    return steps
+def passes(lm, monkeypatch):
+    with passes_of(lm.llm, monkeypatch) as passes:
+        yield passes
 
 
-async def test_the_loop_is_not_blocked_and_cancelling_stops_the_llm(llm, slow):
-    ticks = 0
-
-    async def tick():
-        nonlocal ticks
-        while True:
-            ticks += 1
+async def test_the_loop_is_not_blocked_and_cancelling_stops_the_llm(llm, passes):
+    async def until_held():  # which only a loop that is not blocked comes to
+        while not passes.held.is_set():
             await asyncio.sleep(0.005)
 
-    ticking = asyncio.create_task(tick())
-    await llm.achat([ChatMessage(QUESTION)], max_tokens=10)
-    assert ticks > 5
-    ticking.cancel()
+    meanwhile = asyncio.create_task(until_held())
     working = asyncio.create_task(llm.achat([ChatMessage(QUESTION)], max_tokens=400))
-    await asyncio.sleep(0.1)
+    await meanwhile
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
-    await asyncio.sleep(0.2)
-    done = len(slow)
-    await asyncio.sleep(0.2)
-    assert len(slow) == done < 100
+    passes.go_on.set()
+    assert await asyncio.to_thread(passes.ended)
+    assert passes.count < 100
 
 
-async def test_who_stops_reading_stops_the_llm(llm, slow):
+async def test_who_stops_reading_stops_the_llm(llm, passes):
     stream = await llm.astream_chat([ChatMessage(QUESTION)], max_tokens=400)
     async for _ in stream:
         break
     await stream.aclose()
-    await asyncio.sleep(0.2)
-    done = len(slow)
-    await asyncio.sleep(0.2)
-    assert len(slow) == done < 100
+    assert await asyncio.to_thread(passes.ended)
+    assert passes.count <= passes.free + 1
+
+
+def test_who_closes_a_stream_stops_the_llm(llm, passes):
     pieces = llm.stream_chat([ChatMessage(QUESTION)], max_tokens=400)
     next(pieces)
     pieces.close()
     gc.collect()
-    done = len(slow)
-    await asyncio.sleep(0.2)
-    assert len(slow) == done < 200
+    assert passes.ended()
+    assert passes.count <= passes.free + 1
 
 
 def test_importing_and_naming_a_model_loads_neither_torch_nor_transformers():
