@@ -1,4 +1,4 @@
-"""Passes of an LLM that stop and go on when a test says so: what is cancelled is then a matter of counts, not of time."""
+"""An LLM that is held in a pass until a test lets it go on: what is cancelled is then told by counts, not by time."""
 
 from __future__ import annotations
 

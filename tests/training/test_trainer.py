@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Process
 from safetensors.torch import load_file
 from tiny import SENTENCES, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
 
@@ -135,9 +136,9 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, tmp_path):
         "trainer.train(trainer.TrainingConfig(**settings))\n"
     )
     values = asdict(killed)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(values)], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
+    process = Process(code, json.dumps(values))
+    said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
     train(killed)
     assert losses(killed) == pytest.approx(losses(config), abs=1e-5)
 
