@@ -22,10 +22,11 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
 from passes import passes_of
-from tiny import SENTENCES
+from tiny import SENTENCES, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core import EmbeddingStore, ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
+from extemb_core.models.llm import LLM
 from llama_index.llms.extemb import ExtensibleLLM
 
 QUESTION = "How many ships?"
@@ -131,9 +132,12 @@ def test_the_metadata_is_the_llms(llm, lm):
     assert "from_model_id" not in llm.to_dict()
 
 
-def test_a_chat_goes_on_past_three_windows(llm, lm):
+def test_a_chat_goes_on_past_three_windows():
+    small = LLM(tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), name="small")
+    lm = ExtensibleLM(small, random_embedder(small))
+    llm = ExtensibleLLM.from_lm(lm, max_tokens=4)
     messages = []
-    for number in range(60):
+    for number in range(18):
         messages.append(ChatMessage(f"Question {number}: " + SENTENCES[:250], role=MessageRole.USER))
         response = llm.chat(messages)
         messages.append(response.message)
