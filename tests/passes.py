@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,28 +15,40 @@ PATIENCE = 300  # seconds until something counts as hung, on however busy a mach
 
 
 class Passes:
-    """Counts the passes of an LLM, and holds it before all but the first few.
+    """Counts the passes of an LLM, and holds it in all but the first few until an answer is cancelled.
 
     Attributes:
         count: Passes so far, the one that is held included.
         held: Set once a pass is held.
-        go_on: Lets all passes go on when it is set; whatever cancels a stream sets it.
     """
 
     def __init__(self, free: int) -> None:
         self.count = 0
-        self.free = free
         self.held = threading.Event()
-        self.go_on = threading.Event()
+        self._free = free
+        self._let_go = False
         self._running = 0
         self._changed = threading.Condition()
 
     def before(self) -> None:
-        self.count += 1
-        if self.count > self.free:
-            self.held.set()
-            assert self.go_on.wait(2 * PATIENCE)
-            time.sleep(0.01)  # so that a thread that only waits for the next token gets its turn before the next pass
+        with self._changed:
+            self.count += 1
+            number = self.count
+            if number > self._free:
+                self.held.set()
+            assert self._changed.wait_for(lambda: self._let_go or number <= self._free, 2 * PATIENCE)
+
+    def let(self, count: int) -> None:
+        """Let so many passes more go on."""
+        with self._changed:
+            self._free += count
+            self._changed.notify_all()
+
+    def let_go(self) -> None:
+        """Let all passes go on: also called when the stream of an answer is cancelled."""
+        with self._changed:
+            self._let_go = True
+            self._changed.notify_all()
 
     def run(self, whole: Any, *args: Any, **settings: Any) -> Any:
         with self._changed:
@@ -49,10 +60,10 @@ class Passes:
                 self._running -= 1
                 self._changed.notify_all()
 
-    def ended(self) -> bool:
-        """Wait until the LLM answers nobody any more."""
+    def stopped(self) -> bool:
+        """Wait until the LLM answers nobody any more, and say if no pass came after the one that was held."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._running, PATIENCE)
+            return self._changed.wait_for(lambda: not self._running, PATIENCE) and self.count <= self._free + 1
 
 
 @contextmanager
@@ -61,11 +72,10 @@ def passes_of(llm: Any, monkeypatch: pytest.MonkeyPatch, free: int = 4) -> Itera
     passes = Passes(free)
     whole, cancel = generation._run, generation._TokenRelay.cancel
     monkeypatch.setattr(generation, "_run", lambda *args, **settings: passes.run(whole, *args, **settings))
-    monkeypatch.setattr(generation._TokenRelay, "cancel", lambda self: (cancel(self), passes.go_on.set())[0])
+    monkeypatch.setattr(generation._TokenRelay, "cancel", lambda self: (cancel(self), passes.let_go())[0])
     hook = llm.model.register_forward_pre_hook(lambda *_: passes.before())
     try:
         yield passes
     finally:
-        passes.go_on.set()
-        assert passes.ended()
+        passes.let_go()
         hook.remove()
