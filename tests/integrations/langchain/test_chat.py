@@ -188,7 +188,7 @@ async def test_a_cancelled_call_stops_the_llm(chat, passes):
 def test_a_batch_is_answered_together_as_each_alone(chat, monkeypatch):
     sizes = []
     whole = LLM.generate
-    monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 300)  # for all eight
+    monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 60)  # for all eight
     monkeypatch.setattr(
         LLM, "generate", lambda self, prompts, sampling: (sizes.append(len(prompts)), whole(self, prompts, sampling))[1]
     )
