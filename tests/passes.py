@@ -68,8 +68,9 @@ class Passes:
 
 @contextmanager
 def passes_of(llm: Any, monkeypatch: pytest.MonkeyPatch, free: int = 4) -> Iterator[Passes]:
-    """Hold the passes of `llm` after so many."""
+    """Hold the passes of `llm` after so many; no answer ends by itself, with the token that would end it."""
     passes = Passes(free)
+    monkeypatch.setitem(llm.__dict__, "stop_token_ids", [llm.tokenizer.pad_token_id])
     whole, cancel = generation._run, generation._TokenRelay.cancel
     monkeypatch.setattr(generation, "_run", lambda *args, **settings: passes.run(whole, *args, **settings))
     monkeypatch.setattr(generation._TokenRelay, "cancel", lambda self: (cancel(self), passes.let_go())[0])
