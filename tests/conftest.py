@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models gain nothing from threads, and those of several workers would take each other's cores. The processes that
+# tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from typing import Any
 
 import hypothesis
 import pytest
+import torch
 from tiny import tiny_llm
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+gc.disable()  # until all is imported: see `pytest_collection_finish`
 
 # No deadlines: a busy machine is no failure. The same examples everywhere: a red run can be repeated.
 hypothesis.settings.register_profile("extemb", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("extemb")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes of several processes, unless `-m` names it."""
+    unnamed = {name for name in ("cluster", "soak") if name not in config.option.markexpr}
+    left_out = {item for item in items if unnamed & {mark.name for mark in item.iter_markers()}}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """Leave the modules out of every later collection of garbage, in which they would be most of the work."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

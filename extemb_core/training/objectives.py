@@ -42,8 +42,7 @@ _SOURCE = re.compile(r"[A-Za-z_-]+(?::[A-Za-z-]+(?=:))?")
 def reconstruction(llm: LLM, ids: Ids) -> Reading:
     """Give a span back from its embeddings, after a short instruction. ids: (T,)."""
     prompt = assemble_text(llm, [ids, _REPEAT])
-    parts = tuple((_array(part), _role(part is ids)) for part in prompt.segments)
-    return Reading((*parts, (_array(ids), "answer")))
+    return Reading((*_with_document(prompt.segments, ids), (_array(ids), "answer")))
 
 
 def recall(llm: LLM, ids: Ids, draw: np.random.Generator) -> Reading:
@@ -53,7 +52,7 @@ def recall(llm: LLM, ids: Ids, draw: np.random.Generator) -> Reading:
     and say what comes next.
     """
     prompt = assemble_text(llm, [ids, _GO_ON])
-    parts = [(_array(part), _role(part is ids)) for part in prompt.segments]
+    parts = _with_document(prompt.segments, ids)
     line = _array(llm.encode("\n"))
     most = max(1, len(ids) // (2 * (_MAX_CUE + _MAX_RECALLED)))
     for _ in range(min(most, _MAX_CUES)):
@@ -271,8 +270,8 @@ def shuffled(count: int, *seed: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).permutation(count)
 
 
-def _role(compressed: bool) -> Role:
-    return "document" if compressed else "text"
+def _with_document(segments: Sequence[Any], document: Ids) -> list[tuple[Ids | Span, Role]]:
+    return [(_array(segment), "document" if segment is document else "text") for segment in segments]
 
 
 def _source(name: str) -> str:

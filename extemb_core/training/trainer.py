@@ -540,7 +540,7 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> TrainableModel:
         if layer:
             llm = LLM(reading_model(llm.model, layer, llm.name), llm.tokenizer, name=llm.name)
         reader = add_reader(llm, config.reader_rank, max(shared, config.reader_first_layer))
-        if before is not None and _has_reader(before):
+        if before is not None and (before / READER).is_dir():
             load_reader(llm, before / READER)
     return TrainableModel(llm, embedder, reader, config.distillation)
 
@@ -561,13 +561,9 @@ def _token_file(config: TrainingConfig, llm: LLM, files: Sequence[str]) -> Token
     return TokenFile.build([Path(file) for file in files], llm, config.token_cache)
 
 
-def _has_reader(folder: Path) -> bool:
-    return (folder / READER).is_dir()
-
-
 def holds_reader_alone(folder: Path) -> bool:
     """Tell whether a run's folder has a reader, and no embedder beside it."""
-    return _has_reader(folder) and not (folder / "config.json").is_file()
+    return (folder / READER).is_dir() and not (folder / "config.json").is_file()
 
 
 def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingArguments:

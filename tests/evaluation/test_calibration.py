@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from anchored import scores_of
+from processes import Process
 from tiny import SENTENCES, tiny_llm, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import ConfigError, DocumentError, RatioError
@@ -203,7 +201,6 @@ def test_a_stopped_call_goes_on_and_a_finished_one_measures_nothing_again(llm, c
     assert calibrate(replace(config, ratios=(2,)), out, llm=llm, resume=False).record["config"]["ratios"] == [2]
 
 
-@pytest.mark.slow
 def test_a_killed_process_loses_no_finished_sample(text, tmp_path, monkeypatch):
     asked, measured = [], CalibrationExperiment.measure
     tiny_model("llama", max_position_embeddings=1024).save_pretrained(tmp_path / "llm")
@@ -216,14 +213,11 @@ def test_a_killed_process_loses_no_finished_sample(text, tmp_path, monkeypatch):
         f"limit=40, batch_size=1), Path({str(out)!r}))"
     )
     journal = out / "calibration.json.partial"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
-        if journal.is_file() and journal.read_bytes().count(b"\n") > 2:
-            break
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process = Process(code)
+    process.wait_for(lambda: journal.is_file() and journal.read_bytes().count(b"\n") > 2)
+    process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert [file.name for file in out.iterdir()] == ["calibration.json.partial"]
     whole = journal.read_bytes().count(b"\n") - 1
     monkeypatch.setattr(

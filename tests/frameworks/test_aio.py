@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import pytest
+from passes import PATIENCE, passes_of
 from tiny import random_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
@@ -27,33 +27,30 @@ async def test_work_is_done_in_a_thread_and_its_errors_arrive():
 
 
 async def test_work_is_told_when_whoever_waits_is_cancelled():
-    told = threading.Event()
+    started, told = threading.Event(), threading.Event()
 
     def work(cancelled):
-        if cancelled.wait(10):
+        started.set()
+        if cancelled.wait(PATIENCE):
             told.set()
 
     task = asyncio.create_task(until_cancelled(work))
-    await asyncio.sleep(0.05)
+    assert await in_thread(started.wait, PATIENCE)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await in_thread(told.wait, 5)
+    assert await in_thread(told.wait, PATIENCE)
 
 
-async def test_a_stream_is_the_answer_and_leaving_it_stops_the_llm(lm):
+async def test_a_stream_is_the_answer_and_leaving_it_stops_the_llm(lm, monkeypatch):
     async with AsyncAnswerStream(lambda: lm.stream("How many?", max_new_tokens=5)) as stream:
         text = "".join([piece async for piece in stream])
     assert text == stream.answer.text == lm.ask("How many?", max_new_tokens=5).text
-    steps = []
-    lm.llm.model.register_forward_pre_hook(lambda *_: steps.append(time.perf_counter()))
-    async with AsyncAnswerStream(lambda: lm.stream("How many?", max_new_tokens=150)) as stream:
-        async for _ in stream:
-            break
-    await asyncio.sleep(0.3)
-    done = len(steps)
-    await asyncio.sleep(0.2)
-    assert len(steps) == done < 50
+    with passes_of(lm.llm, monkeypatch) as passes:
+        async with AsyncAnswerStream(lambda: lm.stream("How many?", max_new_tokens=150)) as stream:
+            async for _ in stream:
+                break
+        assert await asyncio.to_thread(passes.stopped)
 
 
 async def test_a_stream_that_cannot_be_opened_is_an_error(lm):

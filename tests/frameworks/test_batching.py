@@ -25,16 +25,24 @@ def lm():
 
 @pytest.fixture
 def batches(monkeypatch):
-    """How many prompts each batch had."""
+    """How many prompts each batch had; the first batches wait for all that were announced, however long that takes."""
     sizes = []
-    whole = LLM.generate
+    whole, stream = LLM.generate, LLM.stream
+    monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 300)
 
     def generate(self, prompts, sampling, on_token=None):
         if on_token is None:  # else a plain `ask`
             sizes.append(len(prompts))
+            if sum(sizes) >= 4:  # no other batch of these tests is filled
+                monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 0.05)
         return whole(self, prompts, sampling, on_token)
 
+    def alone(self, *args):
+        monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 0.05)
+        return stream(self, *args)
+
     monkeypatch.setattr(LLM, "generate", generate)
+    monkeypatch.setattr(LLM, "stream", alone)
     return sizes
 
 
@@ -71,18 +79,22 @@ def test_a_request_alone_does_not_wait_for_others(lm, batches):
     assert batches == []
 
 
-def test_a_batch_has_a_size_and_other_settings_another_batch(lm, batches):
+def test_a_batch_has_a_size(lm, batches):
     ask_all(lm, Batcher(lm.llm, batch_size=3), QUESTIONS, max_new_tokens=2)
     assert max(batches) == 3
     assert sum(batches) >= 6
-    batches.clear()
+
+
+def test_other_settings_are_another_batch(lm, batches):
     batcher = Batcher(lm.llm)
     with ThreadPoolExecutor(8) as pool, batcher.announce(8):
         made = list(pool.map(lambda at: ask(lm, batcher, QUESTIONS[at], max_new_tokens=2 + at % 2), range(8)))
     assert batches == [4, 4]
     assert [answer.new_tokens for answer in made] == [2, 3] * 4
-    batches.clear()
-    seeded = ask_all(lm, batcher, QUESTIONS[:3], max_new_tokens=3, temperature=1.0, seed=5)
+
+
+def test_draws_with_a_seed_are_made_alone(lm, batches):
+    seeded = ask_all(lm, Batcher(lm.llm), QUESTIONS[:3], max_new_tokens=3, temperature=1.0, seed=5)
     assert batches == []
     assert [answer.text for answer in seeded] == [
         lm.ask(question, max_new_tokens=3, temperature=1.0, seed=5).text for question in QUESTIONS[:3]
@@ -97,7 +109,7 @@ def test_who_is_answered_does_not_wait_for_the_batches_of_others(lm, monkeypatch
 
     def stream(self, prompt, sampling, result=None):
         if sampling.max_new_tokens == 3:
-            assert go_on.wait(30)
+            assert go_on.wait(600)
         yield from whole(self, prompt, sampling, result)
 
     monkeypatch.setattr(LLM, "stream", stream)
@@ -109,7 +121,7 @@ def test_who_is_answered_does_not_wait_for_the_batches_of_others(lm, monkeypatch
             while at < 2 and not (batcher._answering and len(batcher._waiting) > at):
                 time.sleep(0.001)
         try:
-            assert [made[at].result(timeout=20).new_tokens for at in (0, 2)] == [2, 2]
+            assert [made[at].result(timeout=300).new_tokens for at in (0, 2)] == [2, 2]
         finally:
             go_on.set()
         assert made[1].result().new_tokens == 3

@@ -295,11 +295,14 @@ def test_an_empty_library_and_an_empty_document(opened):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_while_adding_the_next_call_finishes(opened, lm, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "kills", [3, pytest.param(int(os.environ.get("EXTEMB_SOAK", "6")), marks=pytest.mark.soak, id="soak")]
+)
+def test_killed_while_adding_the_next_call_finishes(opened, lm, tmp_path, monkeypatch, kills):
     monkeypatch.setattr("extemb_core.library.library._BATCH_TOKENS", 100)
     documents = [document(f"{place}{number}") for place in PLACES for number in range(8)]
     draw = random.Random(3)
-    for _ in range(int(os.environ.get("EXTEMB_SOAK", "6"))):
+    for _ in range(kills):
         child = os.fork()
         if not child:
             try:

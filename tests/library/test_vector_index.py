@@ -22,7 +22,7 @@ def nearest(vectors, query, k):
     return np.argsort(-(vectors @ query), kind="stable")[:k].tolist()
 
 
-@pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF8,PQ8"])
+@pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF8,PQ8x4"])
 def test_what_is_near_is_found(factory):
     vectors = unit(600)
     index = VectorIndex(16, factory)
@@ -32,7 +32,7 @@ def test_what_is_near_is_found(factory):
         found = index.search(query, 10)
         assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
         hits += len({number - 1000 for number, _ in found} & set(nearest(vectors, query, 10)))
-    assert hits >= {"Flat": 200, "HNSW32": 195, "IVF8,PQ8": 80}[factory]
+    assert hits >= {"Flat": 200, "HNSW32": 195, "IVF8,PQ8x4": 80}[factory]
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32"])

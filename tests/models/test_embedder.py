@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, FAMILIES, entering, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
 
@@ -54,10 +55,10 @@ def positions(n_tokens, ratio, chunk_size=16):
 # -- the matrix ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("connector", tuple(CONNECTORS))
-@pytest.mark.parametrize("adaptation", ["lora", "full"])
-@pytest.mark.parametrize("downscaling", tuple(DOWNSCALINGS))
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "downscaling", "adaptation", "connector"),
+    pairwise(ARCHITECTURES, tuple(DOWNSCALINGS), ("lora", "full"), tuple(CONNECTORS)),
+)
 def test_matrix(architecture, downscaling, adaptation, connector, tmp_path):
     llm = tiny_llm(architecture)
     made = {"adaptation": adaptation, "downscaling": downscaling, "connector": connector}
@@ -428,9 +429,10 @@ def assert_same_text(made, expected, atol=1e-5):
         torch.testing.assert_close(getattr(made, name), getattr(expected, name), atol=atol, rtol=1e-4)
 
 
-@pytest.mark.parametrize("weighting", tuple(TOKEN_WEIGHTINGS))
-@pytest.mark.parametrize("connector", ["none", "linear", "mlp"])
-@pytest.mark.parametrize("adaptation", get_args(Adaptation))
+@pytest.mark.parametrize(
+    ("adaptation", "connector", "weighting"),
+    pairwise(get_args(Adaptation), ("none", "linear", "mlp"), tuple(TOKEN_WEIGHTINGS)),
+)
 def test_matrix_above_layer_0(llm, adaptation, connector, weighting, tmp_path):
     settings = {"adaptation": adaptation, "connector": connector, "token_weighting": weighting}
     if weighting == "frequency":

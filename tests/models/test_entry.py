@@ -388,9 +388,12 @@ def step(parameters):
 
 
 @pytest.mark.parametrize(
-    ("adaptation", "entry_layer"), [("lora", 0), ("full", 0), ("none", 1), ("lora", 1), ("full", 1)]
+    ("family", "adaptation", "entry_layer"),
+    [
+        *(("llama", *how) for how in (("lora", 0), ("full", 0), ("none", 1), ("lora", 1), ("full", 1))),
+        *((family, *how) for family in ("gemma3", "gpt_neox") for how in (("full", 0), ("lora", 1))),
+    ],
 )
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
 def test_nothing_that_is_done_reaches_the_llm(family, adaptation, entry_layer, tmp_path):
     llm = LLM(tiny_model(family), tiny_tokenizer(), name="own")
     before = everything_about(llm.model)

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "more").mkdir()
     pq.write_table(pa.table({"text": [*TEXTS, "The station is new.", None]}), folder / "more" / "a.parquet")
-    done = subprocess.run([sys.executable, JOB, folder], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, JOB, folder], capture_output=True, text=True, timeout=1800)
     assert (folder / "found.json").is_file(), done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 
@@ -43,7 +43,7 @@ def found(folder):
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_two_nodes_and_a_killed_worker_give_what_one_process_gives(folder, found):
     assert (found["nodes"], found["used"]) == (2, 2)
     assert (folder / "killed").exists()
@@ -59,7 +59,7 @@ def test_two_nodes_and_a_killed_worker_give_what_one_process_gives(folder, found
         assert kept.n_tokens == text.n_tokens
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_another_run_compresses_what_is_new(folder, found):
     again = found["again"]
     assert (again["n_rows"], again["n_texts"], again["n_present"], again["n_empty"]) == (62, 61, 60, 1)
@@ -67,7 +67,7 @@ def test_another_run_compresses_what_is_new(folder, found):
     assert len(ShardStore(folder / "out")) == 61
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_what_is_wrong_is_said_as_it_was_where_it_happened(folder, found):
     assert found["column"]["error"] == "ConfigError"
     assert found["column"]["message"].startswith("column='body' is not a column of the input; pass one of id, text")

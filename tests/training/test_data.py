@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import PATIENCE, Process
 from tiny import SENTENCES, tiny_llm
 
 from extemb_core.errors import DocumentError, DocumentNotFoundError
@@ -168,26 +164,19 @@ print("built", built.tokens.tobytes().hex(), flush=True)
 
 
 def build_elsewhere(file, cache, seconds):
-    code = textwrap.dedent(BUILDER)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(file), str(cache), str(seconds)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    return Process(BUILDER, file, cache, str(seconds))
 
 
 def test_killed_builds_and_two_at_once(tmp_path):
     file, cache = write(tmp_path, "a.jsonl", jsonl(TEXTS[:4])), tmp_path / "cache"
-    killed = build_elsewhere(file, cache, 30)
+    killed = build_elsewhere(file, cache, PATIENCE)
     assert killed.stdout.readline() == "encode\n"
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not [path for path in cache.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
     two = [build_elsewhere(file, cache, 0.1) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0].splitlines() for process in two]
+    outputs = [process.communicate()[0].splitlines() for process in two]
     assert [process.returncode for process in two] == [0, 0]
     assert outputs[0][-1] == outputs[1][-1] != ""
     assert sorted(len(lines) for lines in outputs) == [1, 5]  # one tokenised, the other waited

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Process
 from safetensors.torch import load_file
 from tiny import SENTENCES, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
 
@@ -135,9 +136,9 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, tmp_path):
         "trainer.train(trainer.TrainingConfig(**settings))\n"
     )
     values = asdict(killed)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(values)], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
+    process = Process(code, json.dumps(values))
+    said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
     train(killed)
     assert losses(killed) == pytest.approx(losses(config), abs=1e-5)
 
@@ -328,7 +329,7 @@ def test_a_run_from_another_goes_on_with_its_optimiser_and_not_its_schedule(conf
     assert losses(bare)[2] != pytest.approx(losses(second)[2], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_all_processes_stop_by_the_clock_of_the_first(config, tmp_path):
     """Two processes over gloo: the time of the first is up after a step, that of the second one is not."""
     (tmp_path / "run.py").write_text(
@@ -345,7 +346,7 @@ def test_all_processes_stop_by_the_clock_of_the_first(config, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        said = process.communicate(timeout=240)[1]
+        said = process.communicate(timeout=1800)[1]
     except subprocess.TimeoutExpired:
         process.terminate()  # it ends the two as well
         process.communicate()

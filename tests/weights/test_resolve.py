@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
+from processes import Process
 
 from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsError, WeightsNotFoundError
 from extemb_core.weights import cache, sources
@@ -297,7 +297,7 @@ def test_an_error_in_the_middle_leaves_nothing(installed: Path, monkeypatch: pyt
     assert [path.name for path in (cache.cache_root() / "models").iterdir()] == [f".{NAME}.lock"]
 
 
-def run_elsewhere(test_file: Path, before: str) -> subprocess.Popen[str]:
+def run_elsewhere(test_file: Path, before: str) -> Process:
     """Start a process that gets the tiny model; ``before`` runs at the end of its de-quantisation."""
     program = f"""
         import importlib.util, os, pathlib, signal, sys, time
@@ -313,10 +313,7 @@ def run_elsewhere(test_file: Path, before: str) -> subprocess.Popen[str]:
         weights.dequantise = dequantise
         print(weights.get(shared.NAME))
     """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], env=env, stdout=subprocess.PIPE, text=True
-    )
+    return Process(textwrap.dedent(program))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -26,6 +25,7 @@ from langchain_core.messages import (
 )
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
+from passes import PATIENCE, passes_of
 from tiny import SENTENCES, random_embedder, tiny_llm
 
 import langchain_extemb
@@ -36,6 +36,12 @@ from extemb_core.models.llm import LLM
 from langchain_extemb import ChatExtensible, ExtensibleLLM
 from langchain_extemb.chat import _as_chunk
 from langchain_extemb.messages import to_messages
+
+
+@pytest.fixture
+def passes(lm, monkeypatch):
+    with passes_of(lm.llm, monkeypatch) as passes:
+        yield passes
 
 
 def fates(message):
@@ -226,55 +232,36 @@ def test_a_stream_is_the_answer_in_pieces(chat, documents):
     assert len([chunk for chunk in chunks if chunk.content]) > 1
 
 
-def test_who_stops_reading_a_stream_stops_the_llm(chat, lm, monkeypatch):
-    steps = counted(monkeypatch, lm)
+def test_who_stops_reading_a_stream_stops_the_llm(chat, passes):
     stream = chat.stream("How many?", max_tokens=150)
     next(stream)
     stream.close()
-    settled(steps)
-    assert len(steps) < 40
+    assert passes.stopped()
 
 
-async def test_who_stops_reading_an_async_stream_stops_the_llm(chat, lm, monkeypatch):
-    steps = counted(monkeypatch, lm)
+async def test_who_stops_reading_an_async_stream_stops_the_llm(chat, passes):
     async for chunk in chat.astream("How many?", max_tokens=150):
         if chunk.content:
             break
     await asyncio.sleep(0)
     gc.collect()
-    await asyncio.get_running_loop().run_in_executor(None, settled, steps)
-    assert len(steps) < 60
+    assert await asyncio.to_thread(passes.stopped)
 
 
-async def test_a_cancelled_call_stops_the_llm(chat, lm, monkeypatch):
-    steps = counted(monkeypatch, lm)
+async def test_a_cancelled_call_stops_the_llm(chat, passes):
     call = asyncio.create_task(chat.ainvoke("How many?", max_tokens=180))
-    while len(steps) < 3:
-        await asyncio.sleep(0.005)
+    assert await asyncio.to_thread(passes.held.wait, PATIENCE)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    await asyncio.get_running_loop().run_in_executor(None, settled, steps)
-    assert len(steps) < 100
-
-
-def counted(monkeypatch, lm):
-    """One entry for each pass of the LLM."""
-    steps = []
-    hook = lm.llm.model.register_forward_pre_hook(lambda *_: steps.append(time.perf_counter()))
-    monkeypatch.setattr(lm, "_hook", hook, raising=False)
-    return steps
-
-
-def settled(steps):
-    """Wait until there are no more."""
-    while steps and time.perf_counter() - steps[-1] < 0.2:
-        time.sleep(0.05)
+    passes.let(8)  # it is told between two pieces of text
+    assert await asyncio.to_thread(passes.stopped)
 
 
 def test_a_batch_is_answered_together_as_each_alone(chat, monkeypatch):
     sizes = []
     whole = LLM.generate
+    monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 60)  # for all eight
     monkeypatch.setattr(
         LLM, "generate", lambda self, prompts, sampling: (sizes.append(len(prompts)), whole(self, prompts, sampling))[1]
     )
@@ -288,21 +275,18 @@ def test_a_batch_is_answered_together_as_each_alone(chat, monkeypatch):
     assert chat.batch([]) == []
 
 
-async def test_32_at_once_do_not_block_the_loop(chat):
-    beats = []
-
-    async def beat():
-        while True:
-            beats.append(time.perf_counter())
+async def test_32_at_once_do_not_block_the_loop(chat, passes):
+    async def let_go():  # which only a loop that is not blocked comes to
+        while not passes.held.is_set():
             await asyncio.sleep(0.01)
+        passes.let_go()
 
-    heart = asyncio.create_task(beat())
+    meanwhile = asyncio.create_task(let_go())
     answers = await chat.abatch([f"What is {at}?" for at in range(32)], max_tokens=20)
-    heart.cancel()
+    await meanwhile
     assert len(answers) == 32
     assert answers[7].content == chat.invoke("What is 7?", max_tokens=20).content
     assert await chat.abatch([]) == []
-    assert len(beats) > 3
 
 
 def test_an_error_in_a_batch_is_of_its_own_prompt(chat):

@@ -7,7 +7,6 @@ import base64
 import gc
 import subprocess
 import sys
-import time
 
 import pytest
 from llama_index.core import SummaryIndex
@@ -24,11 +23,12 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import TextNode
-from tiny import SENTENCES
+from passes import passes_of
+from tiny import SENTENCES, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core import EmbeddingStore, ExtensibleLM
 from extemb_core.errors import ConfigError, ExtembError
-from extemb_core.models import generation
+from extemb_core.models.llm import LLM
 from llama_index.llms.extemb import ExtensibleLLM, ExtensibleLLMError
 
 QUESTION = "How many ships?"
@@ -160,9 +160,12 @@ def test_the_metadata_is_the_llms(llm, lm):
     assert "from_model_id" not in llm.to_dict()
 
 
-def test_a_chat_goes_on_past_three_windows(llm, lm):
+def test_a_chat_goes_on_past_three_windows():
+    small = LLM(tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), name="small")
+    lm = ExtensibleLM(small, random_embedder(small))
+    llm = ExtensibleLLM.from_lm(lm, max_tokens=4)
     messages = []
-    for number in range(60):
+    for number in range(18):
         messages.append(ChatMessage(f"Question {number}: " + SENTENCES[:250], role=MessageRole.USER))
         response = llm.chat(messages)
         messages.append(response.message)
@@ -207,60 +210,40 @@ def test_tokens_are_counted_by_the_callbacks_of_llamaindex(llm):
 
 
 @pytest.fixture
-def slow(monkeypatch):
-    """Every step of the LLM takes a while; counts them."""
-    steps = []
-    whole = generation._run
-
-    def run(*args, **settings):
-        steps.append(1)
-        time.sleep(0.02)
-        return whole(*args, **settings)
-
-    monkeypatch.setattr(generation, "_run", run)
-    return steps
+def passes(lm, monkeypatch):
+    with passes_of(lm.llm, monkeypatch) as passes:
+        yield passes
 
 
-async def test_the_loop_is_not_blocked_and_cancelling_stops_the_llm(llm, slow):
-    ticks = 0
-
-    async def tick():
-        nonlocal ticks
-        while True:
-            ticks += 1
+async def test_the_loop_is_not_blocked_and_cancelling_stops_the_llm(llm, passes):
+    async def until_held():  # which only a loop that is not blocked comes to
+        while not passes.held.is_set():
             await asyncio.sleep(0.005)
 
-    ticking = asyncio.create_task(tick())
-    await llm.achat([ChatMessage(QUESTION)], max_tokens=10)
-    assert ticks > 5
-    ticking.cancel()
+    meanwhile = asyncio.create_task(until_held())
     working = asyncio.create_task(llm.achat([ChatMessage(QUESTION)], max_tokens=400))
-    await asyncio.sleep(0.1)
+    await meanwhile
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
-    await asyncio.sleep(0.2)
-    done = len(slow)
-    await asyncio.sleep(0.2)
-    assert len(slow) == done < 100
+    passes.let(8)  # it is told between two pieces of text
+    assert await asyncio.to_thread(passes.stopped)
 
 
-async def test_who_stops_reading_stops_the_llm(llm, slow):
+async def test_who_stops_reading_stops_the_llm(llm, passes):
     stream = await llm.astream_chat([ChatMessage(QUESTION)], max_tokens=400)
     async for _ in stream:
         break
     await stream.aclose()
-    await asyncio.sleep(0.2)
-    done = len(slow)
-    await asyncio.sleep(0.2)
-    assert len(slow) == done < 100
+    assert await asyncio.to_thread(passes.stopped)
+
+
+def test_who_closes_a_stream_stops_the_llm(llm, passes):
     pieces = llm.stream_chat([ChatMessage(QUESTION)], max_tokens=400)
     next(pieces)
     pieces.close()
     gc.collect()
-    done = len(slow)
-    await asyncio.sleep(0.2)
-    assert len(slow) == done < 200
+    assert passes.stopped()
 
 
 def test_importing_and_naming_a_model_loads_neither_torch_nor_transformers():

@@ -399,7 +399,7 @@ async def test_an_event_loop_goes_on_while_nodes_are_taken_in(llm, nodes, monkey
 
     def compress(*args, **settings):
         started.set()
-        assert goes_on.wait(30)
+        assert goes_on.wait(300)
 
     monkeypatch.setattr(llm.lm, "compress", compress)
     work = asyncio.create_task(ExtensibleTransform(llm=llm).acall([found.node for found in nodes]))
