@@ -71,9 +71,16 @@ def passes_of(llm: Any, monkeypatch: pytest.MonkeyPatch, free: int = 4) -> Itera
     """Hold the passes of `llm` after so many; no answer ends by itself, with the token that would end it."""
     passes = Passes(free)
     monkeypatch.setitem(llm.__dict__, "stop_token_ids", [llm.tokenizer.pad_token_id])
-    whole, cancel = generation._run, generation._TokenRelay.cancel
+    whole = generation._run
+
+    class Relay(generation._TokenRelay):
+        def __init__(self) -> None:
+            super().__init__()
+            cancel = self.cancelled.set
+            self.cancelled.set = lambda: (cancel(), passes.let_go())[0]  # type: ignore[method-assign]
+
     monkeypatch.setattr(generation, "_run", lambda *args, **settings: passes.run(whole, *args, **settings))
-    monkeypatch.setattr(generation._TokenRelay, "cancel", lambda self: (cancel(self), passes.let_go())[0])
+    monkeypatch.setattr(generation, "_TokenRelay", Relay)
     hook = llm.model.register_forward_pre_hook(lambda *_: passes.before())
     try:
         yield passes

@@ -315,8 +315,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """
     if isinstance(dtype, torch.dtype):
         return dtype
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    names["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
+    names |= {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if dtype not in names:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(names)}; pass one of them")
     return names[dtype]
