@@ -93,13 +93,7 @@ def _show(library: Library, question: str, arguments: argparse.Namespace, consol
         "as embeddings": embedded,
     }
     from_disk = all(entry.cached for entry in embedded.context)
-    table = Table(
-        title=escape(question),
-        title_justify="left",
-        caption=f"{'from disk' if from_disk else 'computed'}: "
-        + escape(", ".join(f"{entry.source} ({entry.n_tokens})" for entry in embedded.context)),
-        caption_justify="left",
-    )
+    table = Table(title=escape(question), title_justify="left")
     for name in ("passages", "read", "positions", "first token", "answer"):
         table.add_column(name, justify="left" if name in ("passages", "answer") else "right", overflow="fold")
     for way, answer in ways.items():
@@ -112,6 +106,8 @@ def _show(library: Library, question: str, arguments: argparse.Namespace, consol
             escape(" ".join(answer.text.split())),
         )
     console.print(table)
+    passages = escape(", ".join(f"{entry.source} ({entry.n_tokens})" for entry in embedded.context))
+    console.print(f"{'from disk' if from_disk else 'computed'}: {passages}", soft_wrap=True)  # no name is cut
 
 
 if __name__ == "__main__":
