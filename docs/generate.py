@@ -100,9 +100,7 @@ def _documented(docstring: str) -> Iterator[tuple[str, str]]:
 
 
 def _attribute_docstrings(model: type) -> Iterator[tuple[str, str]]:
-    if not model.__module__.startswith(("extemb_core", "langchain_extemb", "llama_index")):
-        return
-    if ".extemb" not in model.__module__ and model.__module__.startswith("llama_index"):
+    if "extemb" not in model.__module__:  # a framework's own
         return
     tree: Any = ast.parse(textwrap.dedent(inspect.getsource(model))).body[0]
     for statement, after in zip(tree.body, tree.body[1:], strict=False):

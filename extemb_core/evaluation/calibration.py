@@ -20,7 +20,7 @@ from extemb_core.errors import ConfigError, DocumentNotFoundError, MissingExtraE
 from extemb_core.evaluation.calibration_plot import plot_losses
 from extemb_core.evaluation.calibration_rule import choose_layer
 from extemb_core.evaluation.calibration_samples import Answers, Continuations, Task, arm_losses
-from extemb_core.evaluation.runs import Measured, Sample, groups_of, run
+from extemb_core.evaluation.runs import Experiment, Sample, groups_of, run
 from extemb_core.evaluation.settings import CalibrationConfig
 from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
 from extemb_core.models.entry import decoder_layers
@@ -54,7 +54,7 @@ class Calibration:
     record: Mapping[str, Any]
 
 
-class CalibrationExperiment(Measured):
+class CalibrationExperiment(Experiment):
     """Measures all candidates on each sample. See the module.
 
     Raises:

@@ -29,7 +29,7 @@ from extemb_core.context.assembly import Prompt, Segment, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
 from extemb_core.evaluation.baselines import Ids, head
 from extemb_core.evaluation.forms import arm_name, arm_names, compress_at_ratios
-from extemb_core.evaluation.runs import Measured, Sample, batches_by_length, groups_of
+from extemb_core.evaluation.runs import Experiment, Sample, batches_by_length, groups_of
 from extemb_core.evaluation.scoring import contained
 from extemb_core.evaluation.settings import TASKS, NeedleConfig
 from extemb_core.evaluation.statistics import differences, mean_with_interval, paired
@@ -83,7 +83,7 @@ class Haystack:
     answer: str
 
 
-class NeedleExperiment(Measured):
+class NeedleExperiment(Experiment):
     """Measures haystacks. Without an embedder only "none", "truncated" and "full" are measured."""
 
     kind: ClassVar[str] = "needle"

@@ -30,7 +30,7 @@ from extemb_core.context.assembly import Prompt, Segment, assemble_text
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.baselines import Ids, nearest, sinks_and_window
 from extemb_core.evaluation.forms import arm_name, arm_names, compress_at_ratios
-from extemb_core.evaluation.runs import Measured, Sample, groups_of
+from extemb_core.evaluation.runs import Experiment, Sample, groups_of
 from extemb_core.evaluation.settings import PerplexityConfig
 from extemb_core.evaluation.statistics import differences, mean_with_interval, paired, share
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -48,7 +48,7 @@ class Window:
     contexts: tuple[int, ...]
 
 
-class PerplexityExperiment(Measured):
+class PerplexityExperiment(Experiment):
     """Measures windows. Without an embedder only the controls are measured."""
 
     kind: ClassVar[str] = "ppl"

@@ -20,7 +20,7 @@ from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.evaluation import scoring
 from extemb_core.evaluation.baselines import Ids, head
 from extemb_core.evaluation.forms import Forms, arm_name, arm_names, controls_for
-from extemb_core.evaluation.runs import Measured, Sample, batches_by_length, groups_of
+from extemb_core.evaluation.runs import Experiment, Sample, batches_by_length, groups_of
 from extemb_core.evaluation.settings import CONTROLS, QaConfig
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -33,7 +33,7 @@ METRICS = {"em": scoring.exact_match, "f1": scoring.f1, "contained": scoring.con
 _ARMS = ("none", "random", "random_states", "wrong", "anchors", "truncated", "lingua", "chosen", "extensible", "full")
 
 
-class QaExperiment(Measured):
+class QaExperiment(Experiment):
     """Puts questions. Without an embedder only "none", "full", "truncated", "chosen" and "lingua" are measured.
 
     Raises:

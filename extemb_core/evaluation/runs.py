@@ -35,7 +35,7 @@ _REMEDY = "write the result elsewhere, or pass --no-resume to replace it"
 _POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
 
 
-class Measured:
+class Experiment:
     """One kind of measurement, ready to run: of an LLM, and of an embedder whose ratios it asks for, or none.
 
     Attributes:
@@ -102,7 +102,7 @@ def batches_by_length(lengths: Mapping[str, int], rows: int = 1, batch_size: int
 
 
 def run(
-    experiment: Measured,
+    experiment: Experiment,
     out: Path,
     *,
     command: Sequence[str] = (),
@@ -128,7 +128,7 @@ def run(
     if not ids:
         raise ConfigError("no sample fits these settings; pass longer documents or other lengths")
     out.parent.mkdir(parents=True, exist_ok=True)
-    finished = Samples(out, identity, resume=resume)
+    finished = FinishedSamples(out, identity, resume=resume)
     origin = provenance(command)
     with closing(finished.journal) as journal, progress(experiment.kind, len(ids), show_progress) as advance:
         advance(sum(name in finished.by_id for name in ids))
@@ -156,7 +156,7 @@ def run(
     return record
 
 
-class Samples:
+class FinishedSamples:
     """Finished samples of one run, by id, and the time that they took: of its record, and of its journal.
 
     Raises:
@@ -223,7 +223,7 @@ def write_record(record: dict[str, Any], file: Path) -> None:
     atomic_write_text(file, f'{text[:-2]},\n "samples": [\n{lines}\n]\n}}\n')
 
 
-def _identity(experiment: Measured) -> dict[str, Any]:
+def _identity(experiment: Experiment) -> dict[str, Any]:
     """Collect what must be the same for a sample of an earlier run to count in this one."""
     config = json.loads(json.dumps(asdict(experiment.config)))
     config |= {"llm": short_name(config["llm"]), "data": [Path(file).name for file in config["data"]]}

@@ -45,7 +45,7 @@ from extemb_core.context.assembly import Prompt, Segment, assemble_chat
 from extemb_core.evaluation.baselines import Ids
 from extemb_core.evaluation.forms import compress_at_ratios
 from extemb_core.evaluation.needle import filler, positions_at, read_filler
-from extemb_core.evaluation.runs import Measured, Sample, groups_of
+from extemb_core.evaluation.runs import Experiment, Sample, groups_of
 from extemb_core.evaluation.settings import SpeedConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs
@@ -68,7 +68,7 @@ class Document:
     sides: dict[str, int]
 
 
-class SpeedExperiment(Measured):
+class SpeedExperiment(Experiment):
     """Times answers. Without an embedder only "full" is measured."""
 
     kind: ClassVar[str] = "speed"

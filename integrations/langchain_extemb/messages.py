@@ -105,24 +105,23 @@ def _parts(message: BaseMessage) -> list[Part]:
 
 def _retrieved(artifact: Any) -> Iterator[Document]:
     """Yield the documents of a tool's artifact; a checkpoint gives them back as mappings."""
-    for one in artifact if isinstance(artifact, Sequence) and not isinstance(artifact, str | bytes) else [artifact]:
-        if isinstance(one, Mapping) and isinstance(
-            one.get("kwargs"), Mapping
-        ):  # as langchain_core.load.dumpd writes it
-            one = one["kwargs"]
-        if isinstance(one, LangChainDocument) or (
-            isinstance(one, Mapping) and isinstance(one.get("page_content"), str)
-        ):
-            yield Document.from_any(one)
+    for item in artifact if isinstance(artifact, Sequence) and not isinstance(artifact, str | bytes) else [artifact]:
+        # As it is, as a checkpoint has it, or as langchain_core.load.dumpd writes it.
+        fields = item.get("kwargs", item) if isinstance(item, Mapping) else None
+        if isinstance(item, LangChainDocument):
+            yield Document.from_any(item)
+        elif isinstance(fields, Mapping) and isinstance(fields.get("page_content"), str):
+            yield Document.from_any(fields)
 
 
 def _replaced(text: str, documents: Sequence[Document]) -> list[Part]:
     """Put documents in the place of their own text, once each, longest first; all else that the tool said stays."""
     parts: list[Part] = [text]
-    for document in sorted(documents, key=lambda document: -len(document.text)):
-        pattern = rf"(?<!\w){re.escape(document.text.strip())}(?!\w)"
+    with_text = [document for document in documents if document.text.strip()]
+    for document in sorted(with_text, key=lambda document: -len(document.text)):
+        pattern = re.compile(rf"(?<!\w){re.escape(document.text.strip())}(?!\w)")
         for at, part in enumerate(parts):
-            if isinstance(part, str) and document.text.strip() and (match := re.search(pattern, part)):
+            if isinstance(part, str) and (match := pattern.search(part)):
                 parts[at : at + 1] = [part[: match.start()], document, part[match.end() :]]
                 break
     return [part for part in parts if part]

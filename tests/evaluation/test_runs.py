@@ -10,7 +10,7 @@ from anchored import untrained
 from tiny import tiny_llm
 
 from extemb_core.errors import ConfigError, DocumentError
-from extemb_core.evaluation.runs import RECORD_VERSION, Measured, batches_by_length, groups_of, read_record, run
+from extemb_core.evaluation.runs import RECORD_VERSION, Experiment, batches_by_length, groups_of, read_record, run
 from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.utils import journal
 
@@ -41,7 +41,7 @@ class Squares:
         return {"sum": sum(sample["square"] for sample in samples)}
 
 
-class MeasuredSquares(Measured):
+class MeasuredSquares(Experiment):
     """The same for an LLM and an embedder."""
 
     kind = "squares"

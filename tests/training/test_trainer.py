@@ -270,11 +270,22 @@ def test_accumulated_batches_give_the_gradient_of_one_batch(config, monkeypatch)
         torch.testing.assert_close(steps["accumulated"][name], grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_batches_made_in_other_processes_are_the_same_batches(config, tmp_path):
+def test_batches_made_in_other_processes_are_the_same_batches(config, tmp_path, monkeypatch):
+    pids = tmp_path / "pids"
+
+    def get(self, index, real=trainer_module.Batches.__getitem__):
+        with pids.open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+        return real(self, index)
+
+    monkeypatch.setattr(trainer_module.Batches, "__getitem__", get)
     objectives = {"two_stream": 1, "recall": 1}
     config = replace(config, objectives=objectives, embedder={"entry_layer": 1, "chunk_size": 16, "ratios": (2, 4)})
     train(replace(config, output=str(tmp_path / "none")))
+    assert set(pids.read_text().split()) == {str(os.getpid())}
+    pids.unlink()
     train(replace(config, output=str(tmp_path / "one"), dataloader_num_workers=1))
+    assert str(os.getpid()) not in pids.read_text().split()
     assert losses(replace(config, output=str(tmp_path / "one"))) == losses(
         replace(config, output=str(tmp_path / "none"))
     )
