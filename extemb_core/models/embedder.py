@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -35,7 +35,7 @@ from extemb_core.models.bulk import default_batch_size
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_embeddings, trailing_means
-from extemb_core.models.downscaling import DOWNSCALINGS, n_embeddings
+from extemb_core.models.downscaling import DOWNSCALINGS, chunk_lengths, n_embeddings
 from extemb_core.models.entry import (
     ANCHOR,
     AnchoredPrompt,
@@ -47,7 +47,7 @@ from extemb_core.models.entry import (
 )
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
-from extemb_core.models.pooling import Groups, digest_of, pool, token_weights
+from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_weights
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 from extemb_core.weights.resolve import UNTRAINED
@@ -440,9 +440,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             (ceil((length - start) / ratio), D), with the groups' anchors above entry layer 0.
         """
         if self.config.entry_layer:
-            states = self.pool(outputs, row, length, ratio, start).states
-            anchors = outputs.ids[row, start:length].cpu()[anchor_positions(length - start, ratio)]
-            return AnchoredStates(anchors.numpy().astype(np.int32), states, self.config.entry_layer)
+            return self.read_out_parts(outputs, [(row, length, ratio, start)])[0]
         assert outputs.residuals is not None
         assert outputs.embedded is not None
         assert self.connector is not None
@@ -454,10 +452,36 @@ class ExtensibleEmbedder(PreTrainedModel):
             recent = recent_embeddings(outputs.embedded[row, :length], chosen, self._residual_window)
         return downscaling.reduce(self.connector(hidden[chosen], residuals[chosen], recent), ratio)
 
-    def pool(self, outputs: ChunkOutputs, row: int, length: int, ratio: int, start: int = 0) -> Groups:
-        """Pool the groups of one chunk of a batch, or of its tokens from `start` on (see `read_out`)."""
+    def read_out_parts(
+        self, outputs: ChunkOutputs, parts: Sequence[tuple[int, int, int, int]]
+    ) -> Sequence[Tensor | AnchoredStates]:
+        """Read out parts of chunks, given as `read_out` takes them: (row, length, ratio, start).
+
+        Above entry layer 0 they are pooled together: on a GPU many short parts cost what one long one does.
+        """
+        if not self.config.entry_layer:
+            return [self.read_out(outputs, *part) for part in parts]
         assert outputs.weights is not None
-        return pool(outputs.hidden[row, start:length], outputs.weights[row, start:length], ratio)
+        width = outputs.hidden.shape[1]
+        tokens = torch.cat([torch.arange(start, stop) + row * width for row, stop, _, start in parts])
+        tokens = tokens.to(outputs.hidden.device)
+        lengths = [chunk_lengths(stop - start, ratio) for _, stop, ratio, start in parts]
+        hidden, weights = outputs.hidden.flatten(0, 1)[tokens], outputs.weights.flatten()[tokens]
+        states = pool_groups(hidden, weights, torch.tensor(list(chain(*lengths)))).states.split([*map(len, lengths)])
+        ids = outputs.ids.cpu()
+        return [
+            AnchoredStates(
+                ids[row, start:stop][anchor_positions(stop - start, ratio)].numpy().astype(np.int32),
+                own,
+                self.config.entry_layer,
+            )
+            for (row, stop, ratio, start), own in zip(parts, states, strict=True)
+        ]
+
+    def pool(self, outputs: ChunkOutputs, row: int, length: int, ratio: int) -> Groups:
+        """Pool the groups of one chunk of a batch (see `read_out`)."""
+        assert outputs.weights is not None
+        return pool(outputs.hidden[row, :length], outputs.weights[row, :length], ratio)
 
     # -- compressing ------------------------------------------------------------------------------------------
 

@@ -66,6 +66,23 @@ def pool(states: Tensor, weights: Tensor, ratio: int) -> Groups:
     return coarsen_groups(Groups(h, w, h.norm(dim=-1)), ratio)
 
 
+def pool_groups(states: Tensor, weights: Tensor, lengths: Tensor) -> Groups:
+    """Pool consecutive groups of any lengths at once; equal to `pool`, to rounding.
+
+    Args:
+        states: (L, D).
+        weights: (L,), above 0.
+        lengths: (N,) states of each group, 1 or more, on the CPU.
+    """
+    h, w = states.float(), weights.float()
+    count = len(lengths)
+    group = torch.arange(count).repeat_interleave(lengths).to(h.device)
+    total = w.new_zeros(count).index_add(0, group, w)
+    share = w / total[group]
+    means = h.new_zeros(count, h.shape[1]).index_add(0, group, share[:, None] * h)
+    return Groups(means, total, w.new_zeros(count).index_add(0, group, share * h.norm(dim=-1)))
+
+
 def coarsen_groups(groups: Groups, times: int) -> Groups:
     """Pool every `times` consecutive groups of one chunk: equal to `pool` at the coarser ratio, to rounding."""
     padding = -len(groups.weights) % times

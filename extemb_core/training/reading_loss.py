@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -167,14 +168,16 @@ def _compressed(
     rows = {key: row for row, key in enumerate(chunks)}
     outputs = embedder(torch.nn.utils.rnn.pad_sequence(list(chunks.values()), batch_first=True))
 
-    def read_out(span: Span, ratio: int) -> Segment:
-        parts = []
-        for at in range(span.start // size, -(-span.stop // size)):
-            start, stop = max(span.start - at * size, 0), min(span.stop - at * size, size)
-            parts.append(embedder.read_out(outputs, rows[id(span.document), at], stop, ratio, start))
-        return joined(embedder.llm, parts)
-
-    return {(*key, ratio): read_out(span, ratio) for key, span in spans.items() for ratio in ratios[key[0]]}
+    parts: dict[tuple[int, int, int], list[tuple[int, int, int, int]]] = {
+        (*key, ratio): [
+            (rows[id(span.document), at], min(span.stop - at * size, size), ratio, max(span.start - at * size, 0))
+            for at in range(span.start // size, -(-span.stop // size))
+        ]
+        for key, span in spans.items()
+        for ratio in ratios[key[0]]
+    }
+    made = iter(embedder.read_out_parts(outputs, list(chain(*parts.values()))))
+    return {key: joined(embedder.llm, list(islice(made, len(own)))) for key, own in parts.items()}
 
 
 def joined(llm: LLM, parts: Sequence[Tensor | AnchoredStates]) -> Segment:

@@ -31,7 +31,7 @@ from extemb_core.models.downscaling import DOWNSCALINGS
 from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
-from extemb_core.models.pooling import TOKEN_WEIGHTINGS
+from extemb_core.models.pooling import TOKEN_WEIGHTINGS, pool
 
 TEXT = "The lighthouse keeper counted forty-one ships before the fog came in. " * 3
 RATIOS = (2, 4, 8)
@@ -81,6 +81,18 @@ def test_matrix(architecture, downscaling, adaptation, connector, tmp_path):
     assert_equal_tensors(embedder.trainable_state_dict(), again.trainable_state_dict())
     assert again.fingerprint == embedder.fingerprint
     assert torch.equal(again.compress(TEXT, ratio=4).embeddings, results[0].embeddings)
+
+
+def assert_parts_are_read_out_as_if_alone(embedder):
+    """Parts of chunks of a padded batch, pooled together, are the groups of texts of their own."""
+    chunks = [torch.from_numpy(embedder.llm.encode(text)[:16]).long() for text in (TEXT, "Copper wires")]
+    outputs = embedder(torch.nn.utils.rnn.pad_sequence(chunks, batch_first=True))
+    parts = [(0, 16, 4, 0), (1, len(chunks[1]), 2, 0), (0, 13, 4, 3), (0, 16, 1, 15)]
+    for (row, stop, ratio, start), made in zip(parts, embedder.read_out_parts(outputs, parts), strict=True):
+        alone = pool(outputs.hidden[row, start:stop], outputs.weights[row, start:stop], ratio)
+        torch.testing.assert_close(made.states, alone.states, atol=1e-5, rtol=1e-5)
+        groups = chunks[row][start:stop].split(ratio)
+        assert made.anchors.tolist() == [int(group[-1]) for group in groups]
 
 
 # -- contract 1: the LLM is never modified ------------------------------------------------------------------------
@@ -451,6 +463,7 @@ def test_matrix_above_layer_0(llm, adaptation, connector, weighting, tmp_path):
 
     outputs = embedder(torch.from_numpy(llm.encode(TEXT)[None, :16]).long())
     part = embedder.read_out(outputs, 0, 16, 4)
+    assert_parts_are_read_out_as_if_alone(embedder)
     torch.testing.assert_close(part.states, results[0].embeddings[:4], atol=1e-5, rtol=0)
     assert part.anchors.tolist() == results[0].anchors[:4].tolist()
     trained = embedder.trainable_state_dict().keys() - {"llm_probe"}
