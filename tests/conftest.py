@@ -20,6 +20,9 @@ import pytest
 import torch
 from tiny import tiny_llm
 
+from extemb_core.errors import WeightsError
+from extemb_core.models.llm import LLM
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 gc.disable()  # until all is imported: see `pytest_collection_finish`
 
@@ -47,6 +50,17 @@ def no_loop_is_left_over(request: pytest.FixtureRequest) -> None:
     """LlamaIndex's synchronous calls take the thread's event loop, make one if need be, and close none."""
     if not inspect.iscoroutinefunction(getattr(request.node, "function", None)):
         asyncio.set_event_loop(None)
+
+
+@pytest.fixture(scope="session")
+def real_llm() -> LLM:
+    """The default model, loaded once (nothing may change it); where it is missing, continuous integration must fail."""
+    try:
+        return LLM.from_pretrained("smollm2-135m-instruct", device="cpu")
+    except WeightsError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture

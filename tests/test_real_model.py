@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from extemb_core import ExtensibleLM
 from extemb_core.cli.main import app
 from extemb_core.context.assembly import assemble_chat, assemble_text
-from extemb_core.errors import WeightsError
 from extemb_core.library.encoders import _WEIGHTS as WORDLLAMA
 from extemb_core.library.library import Library
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -31,11 +30,8 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def llm():
-    try:
-        return LLM.from_pretrained("smollm2-135m-instruct", device="cpu")
-    except WeightsError as error:
-        pytest.skip(str(error))
+def llm(real_llm):
+    return real_llm
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +108,9 @@ def test_the_llm_is_bit_equal_after_use_by_two_threads_at_once(llm, embedder):
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.usefixtures("real_llm")
 def test_the_shipped_pair_finds_what_a_text_says_in_its_embeddings():
-    try:
-        lm = ExtensibleLM.from_pretrained("smollm2-135m-joint", device="cpu")
-    except WeightsError as error:
-        pytest.skip(str(error))
+    lm = ExtensibleLM.from_pretrained("smollm2-135m-joint", device="cpu")
     assert lm.embedder.config.entry_layer == 12
     texts = {
         "1820": "The mill by the river was built in 1820 by a family of bakers, and it burned down twice.",
@@ -132,11 +126,9 @@ def test_the_shipped_pair_finds_what_a_text_says_in_its_embeddings():
         assert scores[said, said] > scores[said, other] + 0.5
 
 
+@pytest.mark.usefixtures("real_llm")
 def test_the_shipped_reader_answers_in_a_few_words_and_says_when_it_cannot():
-    try:
-        reader = LLM.from_pretrained("smollm2-135m-reader", device="cpu")
-    except WeightsError as error:
-        pytest.skip(str(error))
+    reader = LLM.from_pretrained("smollm2-135m-reader", device="cpu")
     template = templates()["short"]
     text = "The lighthouse of Orm was built in 1820 by Ada Brook, a mason. It was painted green in 1911."
 
