@@ -42,3 +42,10 @@ def test_text_by_hand_is_kept_and_the_rest_is_made_anew() -> None:
 def test_a_row_of_the_table() -> None:
     assert "| `--ratio auto\\|raw\\|N` | Tokens per extensible embedding: one ratio for all documents" in PAGE
     assert "| `--resume` or `--no-resume` |" in PAGE
+
+
+def test_every_test_that_keeps_a_promise_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "promises.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (DOCS.parent / file).read_text(encoding="utf-8"), f"{file}::{test}"
