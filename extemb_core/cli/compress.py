@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from extemb_core.cli.config_options import options_from
-from extemb_core.cli.options import KEPT_RATIO, JsonOption, ModelOptions, load_documents
+from extemb_core.cli.options import KEPT_RATIO, JsonOption, ModelOptions, load_documents, skipping
 from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note, print_table
 from extemb_core.documents import Document
+from extemb_core.loaders import Skipped
 
 SUFFIX = ".safetensors"
 
@@ -49,7 +50,12 @@ def compress(
     A file is written whole or not at all. Empty documents are reported and leave no file.
     """
     given = CompressOptions(**settings)
-    documents = load_documents(files)
+    with skipping() as skipped:
+        _compress(load_documents(files, skipped), given, as_json=as_json, skipped=skipped)
+
+
+def _compress(documents: Sequence[Document], given: CompressOptions, *, as_json: bool, skipped: Skipped) -> None:
+    """Compress documents and write them to their files."""
     targets = _targets(documents, given.output)
     existing = [target for target in targets if target.exists()]
     if existing and not given.force:
@@ -77,7 +83,8 @@ def compress(
     speed = n_tokens / seconds if seconds > 0 else 0.0
     if as_json:
         value = {"documents": rows, "ratio": finest, "fingerprint": model.fingerprint, "n_tokens": n_tokens}
-        print_json(value | {"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)})
+        value |= {"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)}
+        print_json(value | {"not_read": [str(error) for error in skipped.unreadable]})
         return
     cells = [
         (row["source"], row["n_tokens"], row["positions"], row["output"] or "nothing: it is empty") for row in rows

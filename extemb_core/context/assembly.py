@@ -156,7 +156,7 @@ def render_chat(
 
 
 class ChatPrompt:
-    """Messages that went through a chat template once, with slots for documents, which are filled as often as wanted."""
+    """Messages that went through a chat template once, with slots for documents that are filled as often as wanted."""
 
     def __init__(self, llm: LLM, placeholders: _Placeholders, rendered: str) -> None:
         self._encode = cache(llm.encode_template)  # each of the template's pieces once
