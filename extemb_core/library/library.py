@@ -274,8 +274,7 @@ class Library:
             vector = self.encoder.encode([question], query=True)[0]
             near = index.search(vector, _FETCHED * k if hybrid else k)
             if hybrid:
-                by_words = self._word_index().search(question, _FETCHED * k)
-                near = fuse([[number for number, _ in near], [number for number, _ in by_words]])
+                near = fuse([near, self._word_index().search(question, _FETCHED * k)])[: _FETCHED * k]
             return self._read(self._catalogue.passages, near)[:k]
 
     def ask(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> Answer:
