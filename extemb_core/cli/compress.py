@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from extemb_core.documents import Document
 from extemb_core.loaders import Skipped
 
 SUFFIX = ".safetensors"
+_MAX_STEM_BYTES = 200  # of a file's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
         return [output]
     if output.exists() and not output.is_dir():
         raise _misused(f"{output} is a file; pass a folder, or a name ending in {SUFFIX}.")
-    stems = [Path(document.source).stem or "document" for document in documents]
+    stems = [_shortened(Path(document.source).stem or "document") for document in documents]
     targets: list[Path] = []
     for document, stem in zip(documents, stems, strict=True):
         with_ref = f"{stem}-{document.ref[4:12]}"
@@ -111,6 +113,11 @@ def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
             next(path for name in (*names, *numbered) if (path := output / f"{name}{SUFFIX}") not in targets)
         )
     return targets
+
+
+def _shortened(stem: str) -> str:
+    """Leave room for what is put behind a name, within the 255 bytes that there may be."""
+    return os.fsencode(stem)[:_MAX_STEM_BYTES].decode("utf-8", "ignore")
 
 
 def _misused(message: str) -> typer.BadParameter:

@@ -119,7 +119,9 @@ def remove(
 ) -> None:
     """Remove documents by their sources."""
     from extemb_core.library.library import Library
+    from extemb_core.store.store import EmbeddingStore
 
+    EmbeddingStore.open(library, "r").close()  # one that is not there is not made
     with library_output(), Library(library) as opened:
         n_removed = opened.remove(sources)
     print_result({"removed": n_removed}, f"{n_removed:,} of {len(sources):,} were there and are gone", as_json=as_json)

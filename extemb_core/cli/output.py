@@ -51,7 +51,10 @@ EXIT_CODES = {code: code.meaning for code in ExitCode}
 
 # The first that fits; everything else is a FAILURE.
 _CODES: tuple[tuple[Any, ExitCode], ...] = (
-    ((errors.DocumentError, errors.StoreNotFoundError, errors.StoreCorruptError), ExitCode.INPUT),
+    (
+        (errors.DocumentError, errors.StoreNotFoundError, errors.StoreFormatError, errors.StoreCorruptError),
+        ExitCode.INPUT,
+    ),
     (errors.WeightsError, ExitCode.WEIGHTS),
     (KeyboardInterrupt, ExitCode.INTERRUPTED),
     ((errors.ConfigError, errors.BudgetError, errors.MismatchError), ExitCode.SETTINGS),

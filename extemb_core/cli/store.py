@@ -66,6 +66,7 @@ def gc(
     """Free what nothing refers to; the file does not shrink, its space is used again."""
     from extemb_core.store.store import EmbeddingStore
 
+    EmbeddingStore.open(store, "r").close()  # one that is not there is not made
     with EmbeddingStore.open(store) as opened:
         n_bytes = opened.gc(keep=keep)
     print_result({"freed_bytes": n_bytes}, f"{n_bytes:,} bytes are free for new documents", as_json=as_json)

@@ -197,7 +197,7 @@ def _local_path(name: str | os.PathLike[str]) -> Path | None:
     if not text.strip():
         raise ConfigError(f"{text!r} is not a model; pass a folder, a Hugging Face id or one of {list(KNOWN_MODELS)}")
     path = Path(text).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # False for a name that is too long to be one
         return path
     must_be_a_path = isinstance(name, os.PathLike) or path.is_absolute() or text[0] in ".~" or "\\" in text
     if must_be_a_path or text.count("/") > 1 or text.endswith("/"):

@@ -403,9 +403,11 @@ def test_weights_that_are_missing(models: Models, tmp_path: Path) -> None:
     assert "does not exist" in refused(ExitCode.WEIGHTS, "ask", "Who?", "--llm", tmp_path / "none", "--embedder", "a/b")
     command = ["ask", "Who?", "--llm", models.llm, "--embedder", tmp_path / "none"]
     assert "does not exist" in refused(ExitCode.WEIGHTS, *command)
-    assert "neither a folder nor a known name" in refused(
-        ExitCode.SETTINGS, "ask", "Who?", "--llm", "gpt", "--embedder", models.embedder
-    )
+    for name in ("gpt", "gpt" * 100):
+        for embedder in ([], ["--embedder", models.embedder]):
+            told = refused(ExitCode.SETTINGS, "ask", "Who?", "--llm", name, *embedder)
+            assert f"{name!r} is neither a folder nor a known name" in told
+    assert refused(ExitCode.WEIGHTS, "ask", "Who?", "--llm", "./gpt").startswith("./gpt does not exist")
 
 
 def test_an_llm_that_no_embedder_is_shipped_for_is_read_untrained(models: Models, novel: Path) -> None:
@@ -617,6 +619,7 @@ def test_every_error_of_the_library_has_its_code() -> None:
         "WeightsCorruptError": ExitCode.WEIGHTS,
         "StoreError": ExitCode.FAILURE,
         "StoreNotFoundError": ExitCode.INPUT,
+        "StoreFormatError": ExitCode.INPUT,
         "StoreCorruptError": ExitCode.INPUT,
         "MismatchError": ExitCode.SETTINGS,
         "TrainingError": ExitCode.FAILURE,
@@ -760,6 +763,15 @@ def test_compress_writes_one_file_per_document(models: Models, tmp_path: Path) -
     assert all(name.startswith("same-") for name in names if name != "other.safetensors")
     assert "nothing: it is empty" in result.stdout
     assert "tokens/s" in result.stderr
+
+
+def test_compress_shortens_a_name_that_nothing_fits_behind(models: Models, tmp_path: Path) -> None:
+    for letter in "ab":
+        (tmp_path / letter).mkdir()
+        (tmp_path / letter / f"{'é' * 125}.txt").write_text(letter, encoding="utf-8")
+    result = run("compress", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "out", *models.options)
+    assert result.exit_code == 0, result.output
+    assert [file.name[:100] for file in (tmp_path / "out").iterdir()] == ["é" * 100] * 2
 
 
 def test_compress_overwrites_only_when_told(models: Models, novel: Path, tmp_path: Path) -> None:
