@@ -49,7 +49,7 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
             print_line(f"damaged: {ref}: {reason}")
         for problem in result.problems:
             print_line(f"problem: {problem}")
-    message = f"{result.n_documents:,} documents are what was written, {len(result.damaged):,} are not"
+    message = f"{result.n_documents:,} compressed texts are what was written, {len(result.damaged):,} are not"
     print_result(asdict(result) | {"clean": result.clean}, message, as_json=as_json)
     if not result.clean:
         raise typer.Exit(ExitCode.FAILURE)

@@ -176,6 +176,11 @@ def list_models() -> list[ModelStatus]:
     return [_status(model) for model in KNOWN_MODELS.values()]
 
 
+def list_shipped() -> dict[str, dict[str, Path]]:
+    """Map what is part of the package to its folders: what may be named as the "llm", and as the "embedder"."""
+    return {"llm": _shipped(_READER), "embedder": _shipped(_EMBEDDER)}
+
+
 def _status(model: KnownModel) -> ModelStatus:
     try:
         present = cache.is_ready(model)

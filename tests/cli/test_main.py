@@ -814,6 +814,13 @@ def test_weights_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert listed == {"smollm2-135m-instruct": False, "qwen2.5-coder-0.5b-instruct": False}
     shown = run("weights", "list").stdout
     assert all(f"extemb weights get {name}" in shown for name in listed)
+    shipped = json.loads(result.stdout)["shipped"]
+    assert shipped["llm"] == ["smollm2-135m-joint", "smollm2-135m-reader"]  # what --llm takes besides
+    assert "smollm2-135m-instruct-paper" in shipped["embedder"]
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert all(
+        any(name in line and f"for --{kind}" in line for line in lines) for kind in shipped for name in shipped[kind]
+    )
 
 
 def test_weights_get_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
