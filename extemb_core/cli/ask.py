@@ -17,7 +17,7 @@ import typer
 
 from extemb_core.cli import options, output
 from extemb_core.cli.config_options import options_from
-from extemb_core.errors import BudgetError
+from extemb_core.errors import BudgetError, DocumentError
 from extemb_core.library import N_PASSAGES
 from extemb_core.loaders import BINARY_SUFFIXES, SUPPORTED_SUFFIXES
 
@@ -149,13 +149,16 @@ def _converse(session: Session, given: AskOptions, *, as_json: bool) -> None:
     context_shown = False
     read_message = _terminal_reader() if sys.stdin.isatty() else _pipe_reader()
     while True:
+        message = None
         try:
             if (message := read_message()) is None:
                 break
             answer = _turn(session, message, given, as_json=as_json)
         except BrokenPipeError:
             raise
-        except Exception as error:  # a message that does not fit, say: the next one may
+        except Exception as error:  # a message that does not fit, or is no text: the next one may
+            if message is None and not isinstance(error, (DocumentError, UnicodeDecodeError)):
+                raise  # stdin itself has failed
             output.print_error(error, as_json=as_json)
             first_error = first_error or error
             continue

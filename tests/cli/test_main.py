@@ -692,6 +692,14 @@ def test_chat_refuses_lines_that_are_not_text(models: Models) -> None:
     assert result.exit_code == ExitCode.INPUT
 
 
+def test_chat_ends_where_stdin_cannot_be_read(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise IsADirectoryError(21, "Is a directory")
+
+    monkeypatch.setattr(asking, "_pipe_reader", lambda: fail)
+    assert refused(ExitCode.FAILURE, "chat", *models.options) == "Is a directory"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_interrupting_an_answer_keeps_the_conversation(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     from extemb_core.models.llm import LLM
