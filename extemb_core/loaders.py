@@ -125,7 +125,7 @@ def read_documents(
             be read is an error.
 
     Raises:
-        DocumentError: as `read_document`, or there is nothing to read in a folder, or nothing that can be.
+        DocumentError: as `read_document`, or a folder that holds nothing to read.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -133,9 +133,6 @@ def read_documents(
     for path in map(Path, paths):
         for file in _files(path, skipped):
             documents += _try_to_read(file, None if file == path else skipped)
-    if skipped is not None and skipped.unreadable and not documents:
-        first, *others = skipped.unreadable
-        raise DocumentError(f"{first} (nor can {len(others)} others be read)") if others else first
     return documents
 
 

@@ -213,6 +213,9 @@ def load_documents(paths: Sequence[str], skipped: Skipped, *, stdin: bool = True
     documents: list[Document] = []
     for path in paths:
         documents += [_read_stdin()] if path == STDIN else read_documents(Path(path), skipped=skipped)
+    if skipped.unreadable and not documents:
+        first, *others = skipped.unreadable
+        raise DocumentError(f"{first} (nor can {len(others):,} others be read)") if others else first
     print_skipped(skipped)
     return documents
 

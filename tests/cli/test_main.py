@@ -530,6 +530,16 @@ def test_compress_writes_what_it_can_read(models: Models, mixed: Path, tmp_path:
     noted(result.stderr, mixed)
 
 
+def test_where_nothing_can_be_read_nothing_is_asked(models: Models, mixed: Path, novel: Path) -> None:
+    (mixed / "good.txt").write_bytes(b"\xff")
+    told = refused(ExitCode.INPUT, *ask_about(models, mixed))
+    assert told.startswith(f"{mixed / 'good.txt'} is not valid UTF-8")
+    assert told.endswith("(nor can 1 others be read)")
+    result = run("ask", "Who?", "--documents", mixed, novel, "--max-new-tokens", "2", "--json", *models.options)
+    assert result.exit_code == ExitCode.INPUT
+    assert [entry["source"] for entry in json.loads(result.stdout)["context"]] == [str(novel)]
+
+
 def test_what_is_passed_over_is_no_failure(models: Models, mixed: Path) -> None:
     (mixed / "latin.txt").unlink()
     result = run("ask", "Who?", "--documents", mixed, "--max-new-tokens", "2", *models.options)
