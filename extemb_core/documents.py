@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +23,10 @@ _ACCEPTED = (
 
 
 REF_PREFIX = "ext:"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which is no character
+_MAX_PATH_CHARS = 256  # of a text that may have been meant as a path
+
+logger = logging.getLogger(__name__)
 
 
 def text_ref(text: str) -> str:
@@ -37,8 +44,8 @@ class Document:
         metadata: Anything else worth keeping; `metadata["source"]` is what an answer cites.
 
     Raises:
-        DocumentError: text or title is not a str, metadata not a mapping, or the text holds a lone
-            surrogate, which no tokenizer can read.
+        DocumentError: text or title is not a str, metadata not a mapping, or text or title holds a
+            lone surrogate, which no tokenizer can read.
 
     >>> Document("A clerk was hired.", title="Clerks").source
     'Clerks'
@@ -57,13 +64,12 @@ class Document:
             raise DocumentError(
                 f"metadata={self.metadata!r} is a {type(self.metadata).__name__}, not a mapping; pass a dict"
             )
-        try:
-            self.text.encode("utf-8")
-        except UnicodeEncodeError as exc:
-            raise DocumentError(
-                f"the text holds a lone surrogate (U+{ord(self.text[exc.start]):04X}) at character "
-                f"{exc.start}, which is not valid Unicode; decode its bytes again with errors='replace'"
-            ) from exc
+        for name, value in (("text", self.text), ("title", self.title or "")):
+            if lone := LONE_SURROGATE.search(value):
+                raise DocumentError(
+                    f"the {name} holds a lone surrogate (U+{ord(lone[0]):04X}) at character {lone.start()}, which is "
+                    "not valid Unicode; decode its bytes again with errors='replace'"
+                )
         # A copy: what the caller does to its dict later does not reach a frozen document.
         object.__setattr__(self, "metadata", dict(self.metadata))
 
@@ -92,6 +98,9 @@ class Document:
         if isinstance(value, Document):
             return value
         if isinstance(value, str):
+            # No shares of a network, which looking at would ask for.
+            if len(value) < _MAX_PATH_CHARS and not value.startswith(("//", "\\\\")) and os.path.exists(value):
+                logger.warning("the text %r is the name of a file; to read that, pass read_document(%r)", value, value)
             return cls(value)
         title, metadata = None, getattr(value, "metadata", None)
         if isinstance(value, Mapping):

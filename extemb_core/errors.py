@@ -11,6 +11,7 @@
     │   └── WeightsCorruptError
     ├── StoreError (OSError)            a store that cannot be opened, read or written
     │   ├── StoreNotFoundError (FileNotFoundError)
+    │   ├── StoreFormatError            what is no store, or of a version that is not read
     │   └── StoreCorruptError           bytes that are not what was written
     ├── MismatchError (ValueError)      an embedder, store or embedding made for something else
     ├── TrainingError (RuntimeError)    a run that cannot go on (NaN loss, foreign checkpoint)
@@ -68,6 +69,10 @@ class StoreError(ExtembError, OSError):
 
 class StoreNotFoundError(StoreError, FileNotFoundError):
     """There is no store where one was looked for."""
+
+
+class StoreFormatError(StoreError):
+    """What is named is no store, or of a version that this library does not read."""
 
 
 class StoreCorruptError(StoreError):

@@ -7,13 +7,14 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from extemb_core.documents import Document
-from extemb_core.errors import DocumentError, DocumentNotFoundError, optional_import
+from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError, optional_import
 
 if TYPE_CHECKING:
     from bs4.element import Tag
@@ -66,6 +67,19 @@ _BLOCK_TAGS = _words(
 _CELL_TAGS = frozenset({"td", "th"})
 
 
+@dataclass
+class Skipped:
+    """Gathers what `read_documents` leaves out of the folders that it reads.
+
+    Attributes:
+        unreadable: Why each file that is of a type to read, or folder, was not read.
+        passed_over: Files of other types, links to folders, what is no file, and stores and shards of embeddings.
+    """
+
+    unreadable: list[DocumentError | MissingExtraError] = field(default_factory=list)
+    passed_over: list[Path] = field(default_factory=list)
+
+
 def read_document(path: str | os.PathLike[str]) -> Document:
     """Read one file by its suffix; its title is the file's name (for HTML, its `<title>`).
 
@@ -83,7 +97,9 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     if suffix in BINARY_SUFFIXES and os.path.isfile(path):
         raise DocumentError(f"{path} is a {suffix} file, a type that is not read; {_CONVERT}")
     data = _read_bytes(path)
-    title, metadata = path.name, {"source": str(path)}
+    # The bytes of a name need not be UTF-8, as a text must be.
+    title, source = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in (path.name, path))
+    metadata = {"source": source}
     if suffix in PDF_SUFFIXES:
         text, about = _read_pdf(path, data)
         metadata |= about
@@ -95,34 +111,78 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     return Document(text, title=title, metadata=metadata)
 
 
-def read_documents(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Document]:
+def read_documents(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, skipped: Skipped | None = None
+) -> list[Document]:
     """Read files and folders, in the order given; a folder recursively, in sorted order.
 
-    Of a folder only the files with one of `SUPPORTED_SUFFIXES` are read, hidden ones never.
+    Of a folder only the files with one of `SUPPORTED_SUFFIXES` are read, hidden ones never. Links to folders are not
+    followed, and a store inside it is not one of its documents.
+
+    Args:
+        paths: A file or folder, or several.
+        skipped: Takes what is left out of folders, so that the other files are read; without it the first that cannot
+            be read is an error.
 
     Raises:
         DocumentError: as `read_document`, or a folder that holds nothing to read.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    return [read_document(file) for path in map(Path, paths) for file in _files(path)]
+    documents: list[Document] = []
+    for path in map(Path, paths):
+        for file in _files(path, skipped):
+            documents += _try_to_read(file, None if file == path else skipped)
+    return documents
 
 
-def _files(path: Path) -> list[Path]:
+def _try_to_read(file: Path, skipped: Skipped | None) -> list[Document]:
+    try:
+        return [read_document(file)]
+    except (DocumentError, MissingExtraError) as error:
+        if skipped is None:
+            raise
+        skipped.unreadable.append(error)
+        return []
+
+
+def _files(path: Path, skipped: Skipped | None) -> list[Path]:
+    """List a file, or what is to be read of a folder."""
     if not os.path.isdir(path):
         return [path]
+    skipped_here = Skipped()
 
-    def refuse(exc: OSError) -> NoReturn:
-        raise DocumentError(f"{exc.filename} cannot be listed ({exc.strerror}); check its permissions") from exc
+    def note(exc: OSError) -> None:
+        error = DocumentError(f"{exc.filename} cannot be listed ({exc.strerror}); check its permissions")
+        if skipped is None:
+            raise error from exc
+        skipped_here.unreadable.append(error)
 
     files: list[Path] = []
-    for folder, folders, names in os.walk(path, onerror=refuse):
+    for folder, folders, names in os.walk(path, onerror=note):
+        if _holds_embeddings(names):
+            skipped_here.passed_over.append(Path(folder))
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    files = sorted(file for file in files if file.suffix.lower() in SUPPORTED_SUFFIXES)
-    if not files:
+        skipped_here.passed_over += [link for name in folders if (link := Path(folder, name)).is_symlink()]
+        for file in (Path(folder, name) for name in names if not name.startswith(".")):
+            # A link to nothing is a file that cannot be read; a pipe would keep its reader waiting for ever.
+            is_file = os.path.isfile(file) or not os.path.exists(file)
+            taken = is_file and file.suffix.lower() in SUPPORTED_SUFFIXES
+            (files if taken else skipped_here.passed_over).append(file)
+    if not files and not skipped_here.unreadable:
         raise DocumentError(f"{path} holds no file of a type that is read; {_CONVERT}, or name files to read as text")
-    return files
+    if skipped is not None:
+        skipped.unreadable += skipped_here.unreadable
+        skipped.passed_over += sorted(skipped_here.passed_over)
+    return sorted(files)
+
+
+def _holds_embeddings(names: Sequence[str]) -> bool:
+    """Tell whether a folder of these files is a store, a library or an export of one."""
+    shards = "manifest.json" in names and any(name.endswith(".safetensors") for name in names)
+    return shards or {"store.json", "data.mdb"} <= {*names}
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -132,9 +192,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as exc:
-        raise DocumentNotFoundError(
-            f"{shown} does not exist; check the path (seen from {Path.cwd()}), or wrap text as Document(text)"
-        ) from exc
+        raise DocumentNotFoundError(f"{shown} does not exist; check the path (seen from {Path.cwd()})") from exc
     except (OSError, ValueError) as exc:  # ValueError: a NUL character in the path
         why = getattr(exc, "strerror", None) or exc
         raise DocumentError(

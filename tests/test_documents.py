@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extemb_core.documents import TEXT_KEYS, Document
+from extemb_core.documents import TEXT_KEYS, Document, as_documents
 from extemb_core.errors import DocumentError
 
 CLERK = "The clerk copied the encyclopaedia."
@@ -122,3 +122,23 @@ def test_from_any_refuses_in_one_sentence(value: object, said: str) -> None:
     assert said in message
     assert ("; pass " in message) or ("; decode " in message)
     assert "\n" not in message
+
+
+def test_a_text_that_is_the_name_of_a_file_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text(CLERK)
+    for text in ("notes", "notes/a.txt", str(tmp_path / "notes")):
+        assert as_documents(text)[0].text == text
+        assert f"pass read_document({text!r})" in caplog.text
+        caplog.clear()
+    as_documents([CLERK, "none.txt", "", "x" * 5000, "//share/x", Document("notes")])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["text", "title"])
+def test_a_lone_surrogate_is_no_text_and_no_title(name: str) -> None:
+    with pytest.raises(DocumentError, match=rf"the {name} holds a lone surrogate \(U\+DCFF\) at character 3"):
+        Document(**{"text": "a", name: "bad\udcff"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtr
 from extemb_core.loaders import (
     BINARY_SUFFIXES,
     SUPPORTED_SUFFIXES,
+    Skipped,
     _read_html,
     read_document,
     read_documents,
@@ -295,3 +297,65 @@ def test_one_unreadable_file_of_a_folder_is_named(tmp_path: Path) -> None:
         read_documents(tmp_path)
     with pytest.raises(DocumentNotFoundError):
         read_documents(tmp_path / "nowhere")
+
+
+def test_a_folder_is_read_as_far_as_it_can_be(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    write(folder / "a.txt", "a")
+    write(folder / "sub" / "b.md", "b")
+    unreadable = {
+        "latin.txt": write(folder / "latin.txt", b"M\xfcller"),
+        "locked.pdf": write_pdf(folder / "locked.pdf", ["x"], "secret"),
+        "nowhere.txt": folder / "nowhere.txt",
+    }
+    unreadable["nowhere.txt"].symlink_to(tmp_path / "none")
+    for name in ("report.docx", "README"):
+        write(folder / name, "x")
+    (folder / "linked").symlink_to(folder / "sub")
+    skipped = Skipped()
+    assert [document.text for document in read_documents(folder, skipped=skipped)] == ["a", "b"]
+    assert [path.name for path in skipped.passed_over] == ["README", "linked", "report.docx"]
+    assert len(skipped.unreadable) == 3
+    for name, error in zip(unreadable, skipped.unreadable, strict=True):
+        assert name in str(error)
+    with pytest.raises(DocumentError, match=r"latin\.txt is not valid UTF-8"):
+        read_documents(unreadable["latin.txt"], skipped=Skipped())  # one that was named
+
+
+def test_a_reader_that_is_not_installed_leaves_the_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pypdf", None)
+    write_pdf(tmp_path / "a.pdf", ["x"])
+    write(tmp_path / "b.txt", "b")
+    skipped = Skipped()
+    assert [document.text for document in read_documents(tmp_path, skipped=skipped)] == ["b"]
+    assert isinstance(skipped.unreadable[0], MissingExtraError)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_what_is_no_file_in_a_folder_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "a")
+    os.mkfifo(tmp_path / "pipe.txt")
+    skipped = Skipped()
+    assert [document.text for document in read_documents(tmp_path, skipped=skipped)] == ["a"]
+    assert skipped.passed_over == [tmp_path / "pipe.txt"]
+    assert len(read_documents(tmp_path)) == 1
+
+
+def test_stores_and_shards_in_a_folder_are_none_of_its_documents(tmp_path: Path) -> None:
+    for name in ("lib/data.mdb", "lib/store.json", "lib/passages.json", "out/manifest.json", "out/0.safetensors"):
+        write(tmp_path / name, "{}")
+    for name in ("a.txt", "b/store.json", "c/manifest.json"):
+        write(tmp_path / name, "of the user's")
+    skipped = Skipped()
+    found = [document.metadata["source"] for document in read_documents(tmp_path, skipped=skipped)]
+    assert found == [str(tmp_path / name) for name in ("a.txt", "b/store.json", "c/manifest.json")]
+    assert skipped.passed_over == [tmp_path / "lib", tmp_path / "out"]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are Unicode")
+def test_a_name_that_is_not_utf8_is_written_down_as_utf8(tmp_path: Path) -> None:
+    for byte in (b"\xff", b"\xfe"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad" + byte + b".txt")).write_text("x")
+    documents = read_documents(tmp_path)
+    assert [document.title for document in documents] == [r"bad\xfe.txt", r"bad\xff.txt"]
+    assert [document.source for document in documents] == [rf"{tmp_path}/bad\xfe.txt", rf"{tmp_path}/bad\xff.txt"]

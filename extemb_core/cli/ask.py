@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +17,9 @@ import typer
 
 from extemb_core.cli import options, output
 from extemb_core.cli.config_options import options_from
-from extemb_core.errors import BudgetError
+from extemb_core.errors import BudgetError, DocumentError
 from extemb_core.library import N_PASSAGES
+from extemb_core.loaders import BINARY_SUFFIXES, SUPPORTED_SUFFIXES
 
 if TYPE_CHECKING:
     from extemb_core.answers import Answer
@@ -100,8 +103,8 @@ def ask(
     if given.library is not None and (paths or given.store is not None):
         raise typer.BadParameter("a library has its own documents and store; leave out --documents and --store")
     answering: dict[str, Any] = {"budget": given.budget, "ratio": given.parsed_ratio(), **given.sampling()}
-    texts = options.load_documents(paths) if given.library is None else []
     with ExitStack() as exit_stack:
+        texts = options.load_documents(paths, exit_stack.enter_context(options.skipping()))
         with output.library_output():
             lm = given.load_for(question)
             if given.library is None:
@@ -121,7 +124,7 @@ def ask(
                 output.print_piece(piece)
         typer.echo()
         _print_context(stream.answer)
-        _note_cut(stream.answer)
+        _note_cut(stream.answer, given)
 
 
 @options_from(AskOptions, *(name for name in _NAMES if name not in _LIBRARY), budget="half of the window")
@@ -133,17 +136,29 @@ def chat(as_json: options.JsonOption = False, **settings: Any) -> None:
     """
     given = AskOptions(**settings)
     ratio = given.parsed_ratio()
-    texts = options.load_documents(given.documents, stdin=False)
-    with output.library_output():
-        session = given.load_for("?").session(texts, ratio=ratio, budget=given.budget)
+    with options.skipping() as skipped:
+        texts = options.load_documents(given.documents, skipped, stdin=False)
+        with output.library_output():
+            session = given.load_for("?").session(texts, ratio=ratio, budget=given.budget)
+        _converse(session, given, as_json=as_json)
+
+
+def _converse(session: Session, given: AskOptions, *, as_json: bool) -> None:
+    """Answer message by message; end with the code of the first that failed, where they come from a pipe."""
     first_error: Exception | None = None
     context_shown = False
-    for message in _messages():
+    read_message = _terminal_reader() if sys.stdin.isatty() else _pipe_reader()
+    while True:
+        message = None
         try:
-            answer = _turn(session, message, given.sampling(), as_json=as_json)
+            if (message := read_message()) is None:
+                break
+            answer = _turn(session, message, given, as_json=as_json)
         except BrokenPipeError:
             raise
-        except Exception as error:  # a message that does not fit, say: the next one may
+        except Exception as error:  # a message that does not fit, or is no text: the next one may
+            if message is None and not isinstance(error, (DocumentError, UnicodeDecodeError)):
+                raise  # stdin itself has failed
             output.print_error(error, as_json=as_json)
             first_error = first_error or error
             continue
@@ -158,39 +173,62 @@ def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, li
     """Find the question, which may stand behind the documents, where it was taken for one more of them."""
     if question is not None:
         return question, paths
-    if not paths or Path(paths[-1]).exists() or paths[-1] == options.STDIN:
-        raise typer.BadParameter(
-            'there is no question; for instance: extemb ask "Who wrote this?" --documents letter.txt',
-            param_hint="'QUESTION'",
-        )
-    return paths[-1], paths[:-1]
+    last = paths[-1] if paths else options.STDIN
+    if last == options.STDIN or os.path.exists(last):
+        why = "there is no question"
+    elif _looks_like_a_file(last):
+        why = f"{last} does not exist, and if it is the question, it stands before --documents"
+    else:
+        return last, paths[:-1]
+    raise typer.BadParameter(
+        f'{why}; for instance: extemb ask "Who wrote this?" --documents letter.txt', param_hint="'QUESTION'"
+    )
 
 
-def _messages() -> Iterator[str]:
-    """Read what the user says, message by message, until Ctrl-D, or Ctrl-C at the prompt."""
-    if not sys.stdin.isatty():
-        for number, data in enumerate(sys.stdin.buffer, 1):
+def _looks_like_a_file(words: str) -> bool:
+    """Tell whether what stands last on the command line was meant as a file: a/b, letter.txt or my letter.txt."""
+    suffix = Path(words).suffix.lower()
+    if len(words.split()) == 1:
+        return bool(re.search(r"[/\\]|\.\w{1,5}$", words))
+    return suffix in SUPPORTED_SUFFIXES | BINARY_SUFFIXES
+
+
+def _pipe_reader() -> Callable[[], str | None]:
+    """Return what reads the next line of stdin that is not blank; None after the last."""
+    lines = enumerate(sys.stdin.buffer, 1)
+
+    def read() -> str | None:
+        for number, data in lines:
             encoding = "utf-8-sig" if number == 1 else "utf-8"
             if message := options.decode_stdin(data, f"line {number} of stdin", encoding).strip():
-                yield message
-        return
+                return message
+        return None
+
+    return read
+
+
+def _terminal_reader() -> Callable[[], str | None]:
+    """Return what asks for the next message; None after Ctrl-D, or Ctrl-C at the prompt."""
     with suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  # lets input() edit lines and keep a history
-    while True:
+
+    def read() -> str | None:
         try:
-            line = input("> ")
+            while not (message := input("> ").strip()):
+                pass
         except (EOFError, KeyboardInterrupt):
             output.print_note("")
-            return
-        if line.strip():
-            yield line.strip()
+            return None
+        return message
+
+    return read
 
 
-def _turn(session: Session, message: str, sampling: dict[str, Any], *, as_json: bool) -> Answer:
+def _turn(session: Session, message: str, given: AskOptions, *, as_json: bool) -> Answer:
     """Answer one message, and print it as it comes."""
     with _stop_on_interrupt() as stopped:
         with output.library_output():
-            stream = session.stream(message, **sampling)
+            stream = session.stream(message, **given.sampling())
         with stream:
             for piece in stream:
                 if not as_json:
@@ -201,7 +239,7 @@ def _turn(session: Session, message: str, sampling: dict[str, Any], *, as_json: 
         output.print_json(stream.answer.to_dict())
     else:
         typer.echo()
-        _note_cut(stream.answer)
+        _note_cut(stream.answer, given)
     return stream.answer
 
 
@@ -237,10 +275,16 @@ def _print_context(answer: Answer) -> None:
         output.print_table(columns, rows, stderr=True)
 
 
-def _note_cut(answer: Answer) -> None:
-    """Say that an answer was cut, or documents were left out."""
+def _note_cut(answer: Answer, given: AskOptions) -> None:
+    """Say that an answer was cut, or documents were left out, and what would help."""
     if answer.finish_reason == "length":
         output.print_note(f"(cut at {answer.new_tokens} tokens; --max-new-tokens allows more)")
-    if answer.dropped:
-        names = ", ".join(entry.source for entry in answer.dropped)
-        output.print_note(f"warning: not read, for want of positions: {names}; raise --budget or pass fewer documents")
+    empty = [entry.source for entry in answer.dropped if not entry.n_tokens]
+    if empty:
+        output.print_note(f"warning: nothing to read, for they are empty: {', '.join(empty)}")
+    names = [entry.source for entry in answer.dropped if entry.n_tokens]
+    if names:
+        remedies = ["raise --budget"] if given.budget is not None else []
+        remedies += ["pass a coarser --ratio"] if given.ratio != "auto" else []
+        remedies += ["ask a library of them (extemb index add)"] if given.library is None else ["lower --k"]
+        output.print_note(f"warning: not read, for want of positions: {', '.join(names)}; {', or '.join(remedies)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from extemb_core.cli.config_options import options_from
-from extemb_core.cli.options import KEPT_RATIO, JsonOption, ModelOptions, load_documents
+from extemb_core.cli.options import KEPT_RATIO, JsonOption, ModelOptions, load_documents, skipping
 from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note, print_table
 from extemb_core.documents import Document
+from extemb_core.loaders import Skipped
 
 SUFFIX = ".safetensors"
+_MAX_STEM_BYTES = 200  # of a file's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,12 @@ def compress(
     A file is written whole or not at all. Empty documents are reported and leave no file.
     """
     given = CompressOptions(**settings)
-    documents = load_documents(files)
+    with skipping() as skipped:
+        _compress(load_documents(files, skipped), given, as_json=as_json, skipped=skipped)
+
+
+def _compress(documents: Sequence[Document], given: CompressOptions, *, as_json: bool, skipped: Skipped) -> None:
+    """Compress documents and write them to their files."""
     targets = _targets(documents, given.output)
     existing = [target for target in targets if target.exists()]
     if existing and not given.force:
@@ -77,7 +85,8 @@ def compress(
     speed = n_tokens / seconds if seconds > 0 else 0.0
     if as_json:
         value = {"documents": rows, "ratio": finest, "fingerprint": model.fingerprint, "n_tokens": n_tokens}
-        print_json(value | {"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)})
+        value |= {"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)}
+        print_json(value | {"not_read": [str(error) for error in skipped.unreadable]})
         return
     cells = [
         (row["source"], row["n_tokens"], row["positions"], row["output"] or "nothing: it is empty") for row in rows
@@ -94,7 +103,7 @@ def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
         return [output]
     if output.exists() and not output.is_dir():
         raise _misused(f"{output} is a file; pass a folder, or a name ending in {SUFFIX}.")
-    stems = [Path(document.source).stem or "document" for document in documents]
+    stems = [_shortened(Path(document.source).stem or "document") for document in documents]
     targets: list[Path] = []
     for document, stem in zip(documents, stems, strict=True):
         with_ref = f"{stem}-{document.ref[4:12]}"
@@ -104,6 +113,11 @@ def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
             next(path for name in (*names, *numbered) if (path := output / f"{name}{SUFFIX}") not in targets)
         )
     return targets
+
+
+def _shortened(stem: str) -> str:
+    """Leave room for what is put behind a name, within the 255 bytes that there may be."""
+    return os.fsencode(stem)[:_MAX_STEM_BYTES].decode("utf-8", "ignore")
 
 
 def _misused(message: str) -> typer.BadParameter:

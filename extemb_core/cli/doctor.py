@@ -19,7 +19,7 @@ import typer
 from extemb_core import __version__
 from extemb_core.cli.options import JsonOption
 from extemb_core.cli.output import ExitCode, debugging, library_output, print_json, print_note, print_table
-from extemb_core.errors import ConfigError, ExtembError
+from extemb_core.errors import ConfigError, ExtembError, WeightsError
 
 # Large enough that a CPU which advertises bfloat16 units does use them.
 _BFLOAT16_PROBE = """
@@ -75,6 +75,7 @@ def examine() -> Iterator[Check]:
     yield from packages
     yield from _attempt("cache", _check_cache)
     yield from _attempt("weights", _check_weights)
+    yield from _attempt("text encoder", _check_encoder)
     yield from _check_extras()
     if can_work(packages):  # nothing below runs without them
         yield from _attempt("device", _check_device)
@@ -149,6 +150,17 @@ def _check_weights() -> Iterator[Check]:
             if model.present:
                 remedy = f"extemb train --llm {model.name} --data FILE --output FOLDER"
                 yield Check(name, "none is shipped", "note", remedy)
+
+
+def _check_encoder() -> Iterator[Check]:
+    """Look for what finds the passages of a library, unless it was made with another encoder."""
+    from extemb_core.library.encoders import as_encoder
+
+    try:
+        yield Check("text encoder", f"{as_encoder(None).name}, for libraries")
+    except WeightsError as error:
+        reason, _, remedy = str(error).partition("; run: ")
+        yield Check("text encoder", reason, "note", remedy)
 
 
 def _check_extras() -> Iterator[Check]:

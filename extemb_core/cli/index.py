@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +18,7 @@ from extemb_core.cli.options import CommandGroup, JsonOption, option
 from extemb_core.cli.output import library_output, print_json, print_line, print_note, print_result, print_table
 from extemb_core.cli.store import verify
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
+from extemb_core.loaders import SUPPORTED_SUFFIXES
 
 app = CommandGroup(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
 
@@ -29,34 +33,60 @@ class AddOptions(options.StoringOptions):
         documents: Files and folders to add or bring up to date.
         encoder: A sentence-transformers model that finds passages.
         passage_tokens: Maximum tokens of a passage.
+        prune: Remove the documents whose files are gone from these folders.
     """
 
     documents: tuple[str, ...]
     encoder: str | None = field(default=None, metadata={"default": "static vectors from the wordllama wheel"})
     passage_tokens: int = PASSAGE_TOKENS
+    prune: bool = False
 
 
 @app.command()
 @options_from(
-    AddOptions, "documents", "llm", "embedder", "encoder", "ratio", "passage_tokens", "dtype", "device", "llm_dtype"
-)
+    AddOptions, "documents", "prune", "llm", "embedder", "encoder", "ratio", "passage_tokens", "dtype", "device",
+    "llm_dtype",
+)  # fmt: skip
 def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) -> None:
     """Add documents to a library, which is made if it is not there; what has not changed costs nothing.
 
     Every few thousand tokens what is done is on disk: after Ctrl-C the same command goes on.
     """
     given = AddOptions(**settings)
-    with library_output():
-        from extemb_core.library.library import Library
+    paths = [Path(name) for name in given.documents]
+    with options.skipping() as skipped:
+        with library_output():
+            from extemb_core.library.library import Library
 
-        lm, names = given.load(dtype=given.llm_dtype), ("encoder", "ratio", "passage_tokens", "dtype")
-        with Library(library, lm, **{name: getattr(given, name) for name in names}) as opened:
-            added = opened.add([Path(name) for name in given.documents])
-    message = (
-        f"{added.added:,} documents added, {added.updated:,} brought up to date, {added.unchanged:,} unchanged; "
-        f"{added.n_passages:,} passages, {added.compressed_tokens:,} tokens compressed in {added.seconds:.1f} s"
-    )
-    print_result(added, message, as_json=as_json)
+            lm, names = given.load(dtype=given.llm_dtype), ("encoder", "ratio", "passage_tokens", "dtype")
+            with Library(library, lm, **{name: getattr(given, name) for name in names}) as opened:
+                added = opened.add(paths, skipped=skipped)
+                gone = _gone_from(paths, (record["source"] for record in opened.documents()))
+                if given.prune:
+                    opened.remove(gone)
+        options.print_skipped(skipped)
+        if gone:
+            done = "removed" if given.prune else "in the library still, where --prune removes them"
+            print_note(f"note: {len(gone):,} files are gone, and {done}: {options.list_names(gone)}")
+        message = (
+            f"{added.added:,} documents added, {added.updated:,} brought up to date, {added.unchanged:,} unchanged; "
+            f"{added.n_passages:,} passages, {added.compressed_tokens:,} tokens compressed in {added.seconds:.1f} s"
+        )
+        value = asdict(added) | {"gone": gone, "not_read": [str(error) for error in skipped.unreadable]}
+        print_result(value, message, as_json=as_json)
+
+
+def _gone_from(paths: Iterable[Path], sources: Iterable[str]) -> list[str]:
+    """List the sources that name a file in one of some folders which is not there any more."""
+    folders = [path.resolve() for path in paths if path.is_dir()]
+    return [
+        source
+        for source in sources
+        if (file := Path(source)).suffix.lower() in SUPPORTED_SUFFIXES  # else a folder did not bring it
+        and any(file.resolve().is_relative_to(folder) for folder in folders)
+        and not os.path.lexists(file)
+        and not re.search(r"\\x[0-9a-f]{2}", source)  # a name that is not UTF-8, and written down as UTF-8
+    ]
 
 
 @app.command()
@@ -89,7 +119,9 @@ def remove(
 ) -> None:
     """Remove documents by their sources."""
     from extemb_core.library.library import Library
+    from extemb_core.store.store import EmbeddingStore
 
+    EmbeddingStore.open(library, "r").close()  # one that is not there is not made
     with library_output(), Library(library) as opened:
         n_removed = opened.remove(sources)
     print_result({"removed": n_removed}, f"{n_removed:,} of {len(sources):,} were there and are gone", as_json=as_json)

@@ -13,11 +13,12 @@ import typer
 from extemb_core import __version__
 from extemb_core.cli import ask, calibrate, compress, doctor, index, scale, store, train, weights
 from extemb_core.cli import eval as evaluate
-from extemb_core.cli.options import CommandGroup
-from extemb_core.cli.output import EXIT_CODES, ExitCode, debugging, print_note
+from extemb_core.cli.options import CommandGroup, RootGroup
+from extemb_core.cli.output import EXIT_CODES, ExitCode, debugging, print_note, strip_control_chars
 
 app = CommandGroup(
     name="extemb",
+    cls=RootGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -94,10 +95,10 @@ def _set_up_logging(debug: bool) -> None:
 
 
 class _LevelFirst(logging.Formatter):
-    """Begin with the level, as compilers do: `warning: ...`."""
+    """Begin with the level, as compilers do: `warning: ...`; a file's name tells a terminal nothing."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {super().format(record)}"
+        return strip_control_chars(f"{record.levelname.lower()}: {super().format(record)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 import typer.core
 
-from extemb_core.cli.output import reported
+from extemb_core.cli.output import ExitCode, print_json, print_note, reported, strip_control_chars
 from extemb_core.documents import Document
 from extemb_core.errors import DocumentError
-from extemb_core.loaders import read_documents
+from extemb_core.loaders import Skipped, read_documents
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 STDIN = "-"
 DEFAULT_LLM = "smollm2-135m-joint"  # lm.DEFAULT_LLM, whose module is too heavy to import for --help
 SHIPPED = "the one shipped for the LLM"
+_MAX_NAMES = 8  # of what is passed over, in one line
 KEPT_RATIO = "what the embedder keeps: 2, or its finest"
+
+UsageError: Any = typer.BadParameter.__base__  # where it is defined differs between versions of typer
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -47,8 +51,34 @@ class SeveralValues(typer.core.TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.find_root().obj = "--json" in args and any(param.name == "as_json" for param in self.params)
         repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
         return list(super().parse_args(ctx, _repeat(args, repeatable)))
+
+
+class RootGroup(typer.core.TyperGroup):
+    """The whole command line: what it cannot understand is told in JSON where that was asked for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = "--json" in args  # as long as no command says otherwise, of which some take `--json FILE`
+        with _json_errors(ctx):
+            return list(super().parse_args(ctx, args))
+
+    def invoke(self, ctx: Any) -> Any:
+        with _json_errors(ctx):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _json_errors(root: Any) -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        error.message = strip_control_chars(error.message)
+        if not root.obj:
+            raise
+        print_json({"error": {"type": "UsageError", "message": error.format_message()}})
+        raise typer.Exit(ExitCode.USAGE) from error
 
 
 class DefaultCommand(typer.core.TyperGroup):
@@ -149,8 +179,32 @@ def parse_whole_numbers(flag: str, words: Sequence[str]) -> tuple[int, ...]:
         raise typer.BadParameter(message, param_hint=f"'{flag}'") from None
 
 
-def load_documents(paths: Sequence[str], *, stdin: bool = True) -> list[Document]:
-    """Read files, folders, and `-` as text from stdin, in the order given."""
+@contextmanager
+def skipping() -> Iterator[Skipped]:
+    """Yield what takes the files of folders that are not read; end with an exit code where one should have been."""
+    skipped = Skipped()
+    yield skipped
+    if skipped.unreadable:
+        raise typer.Exit(ExitCode.INPUT)
+
+
+def print_skipped(skipped: Skipped) -> None:
+    """Say which files of folders are not read, on stderr."""
+    for error in skipped.unreadable:
+        print_note(f"warning: not read: {error}")
+    if skipped.passed_over:
+        names = list_names(map(str, skipped.passed_over))
+        print_note(f"note: passed over, as no text, Markdown, HTML or PDF files or as links to folders: {names}")
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Write down some names: the first of many, and how many more there are."""
+    first, more = (names := list(names))[:_MAX_NAMES], len(names) - _MAX_NAMES
+    return ", ".join(first) + (f" and {more:,} more" if more > 0 else "")
+
+
+def load_documents(paths: Sequence[str], skipped: Skipped, *, stdin: bool = True) -> list[Document]:
+    """Read files, folders, and `-` as text from stdin, in the order given; say what of folders is not read."""
     if paths.count(STDIN) > (1 if stdin else 0):
         why = "stdin can be read once." if stdin else "stdin is where the messages come from; name a file."
         raise typer.BadParameter(why)
@@ -158,7 +212,11 @@ def load_documents(paths: Sequence[str], *, stdin: bool = True) -> list[Document
         raise typer.BadParameter("an empty name is not a file.")
     documents: list[Document] = []
     for path in paths:
-        documents += [_read_stdin()] if path == STDIN else read_documents(Path(path))
+        documents += [_read_stdin()] if path == STDIN else read_documents(Path(path), skipped=skipped)
+    if skipped.unreadable and not documents:
+        first, *others = skipped.unreadable
+        raise DocumentError(f"{first} (nor can {len(others):,} others be read)") if others else first
+    print_skipped(skipped)
     return documents
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from extemb_core.errors import ExtembError
 P = ParamSpec("P")
 
 _MAX_QUOTED_CHARS = 200  # of an error that is not ours
+_CONTROL_CHAR = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")
+_ESCAPED_IN_JSON = re.compile("[\x7f-\x9f\ud800-\udfff]")
 _LOG_COLUMNS = 200  # a log or a pipe has no edge to wrap at
 
 
@@ -48,7 +51,10 @@ EXIT_CODES = {code: code.meaning for code in ExitCode}
 
 # The first that fits; everything else is a FAILURE.
 _CODES: tuple[tuple[Any, ExitCode], ...] = (
-    ((errors.DocumentError, errors.StoreNotFoundError, errors.StoreCorruptError), ExitCode.INPUT),
+    (
+        (errors.DocumentError, errors.StoreNotFoundError, errors.StoreFormatError, errors.StoreCorruptError),
+        ExitCode.INPUT,
+    ),
     (errors.WeightsError, ExitCode.WEIGHTS),
     (KeyboardInterrupt, ExitCode.INTERRUPTED),
     ((errors.ConfigError, errors.BudgetError, errors.MismatchError), ExitCode.SETTINGS),
@@ -100,14 +106,15 @@ def explain_interrupt(explain: Callable[[], str]) -> Iterator[None]:
 
 
 def strip_control_chars(text: str) -> str:
-    """Take out of text that an LLM or a file's name gave what a terminal would obey."""
-    return "".join(char for char in text if char in "\n\t" or not ("\0" <= char < " " or "\x7f" <= char < "\xa0"))
+    """Take out of text that an LLM or a file's name gave what a terminal would obey, or no encoding can write."""
+    return _CONTROL_CHAR.sub("", text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def print_json(value: Any) -> None:
     """Print an object, or a dataclass as one, on one line of stdout."""
     fields = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    typer.echo(json.dumps(fields, ensure_ascii=False))
+    line = json.dumps(fields, ensure_ascii=False)  # escapes what is below the space
+    typer.echo(_ESCAPED_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", line))
 
 
 def print_note(message: str) -> None:
@@ -174,7 +181,7 @@ def _format_cell(value: object) -> str:
 def _describe(error: BaseException) -> tuple[str, str]:
     """Return the type to name in JSON, and one line of text."""
     kind = type(error).__name__
-    text = " ".join(str(error).split())
+    text = strip_control_chars(" ".join(str(error).split()))
     quoted = text if len(text) <= _MAX_QUOTED_CHARS else text[:_MAX_QUOTED_CHARS] + "..."
     if isinstance(error, ExtembError):
         return kind, text

@@ -49,7 +49,7 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
             print_line(f"damaged: {ref}: {reason}")
         for problem in result.problems:
             print_line(f"problem: {problem}")
-    message = f"{result.n_documents:,} documents are what was written, {len(result.damaged):,} are not"
+    message = f"{result.n_documents:,} compressed texts are what was written, {len(result.damaged):,} are not"
     print_result(asdict(result) | {"clean": result.clean}, message, as_json=as_json)
     if not result.clean:
         raise typer.Exit(ExitCode.FAILURE)
@@ -66,6 +66,7 @@ def gc(
     """Free what nothing refers to; the file does not shrink, its space is used again."""
     from extemb_core.store.store import EmbeddingStore
 
+    EmbeddingStore.open(store, "r").close()  # one that is not there is not made
     with EmbeddingStore.open(store) as opened:
         n_bytes = opened.gc(keep=keep)
     print_result({"freed_bytes": n_bytes}, f"{n_bytes:,} bytes are free for new documents", as_json=as_json)

@@ -19,15 +19,22 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A known model
 
 @app.command("list")
 def list_models(as_json: JsonOption = False) -> None:
-    """Show every known model, and whether it is ready on this machine."""
-    models = weights.list_models()
+    """Show every known model, and whether it is ready on this machine; then the adapters that are shipped for them."""
+    models, shipped = weights.list_models(), weights.list_shipped()
     if as_json:
-        print_json({"models": [asdict(model) | {"path": str(model.path)} for model in models]})
+        listed = [asdict(model) | {"path": str(model.path)} for model in models]
+        print_json({"models": listed, "shipped": {kind: [*named] for kind, named in shipped.items()}})
         return
     rows = [
         (model.name, model.licence, f"{model.size_bytes / 1e6:,.0f} MB", *state)
         for model in models
         for state in [("ready", model.path) if model.present else ("not here", f"extemb weights get {model.name}")]
+    ]
+    rows += [
+        (name, "Apache-2.0", f"{sum(file.stat().st_size for file in path.rglob('*')) / 1e6:,.0f} MB", state, path)
+        for kind, named in shipped.items()
+        for name, path in named.items()
+        for state in [f"shipped, for --{kind}"]
     ]
     print_table(("name", "licence", "size", "state", "path, or how to get it"), rows, right=("size",))
 

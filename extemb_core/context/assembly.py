@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -131,49 +131,53 @@ def render_chat(
     contents = [_checked_content(message) for message in messages]
     if tools:
         require_tools(llm)
-    called = [message.get("tool_calls", []) for message in messages]
-    placeholders = _Placeholders(llm, [*contents, list(_texts_in([called, tools]))])
-    plain = [
-        {**message, "content": "".join(map(placeholders.mark, parts))}
+    # A template may show any field of a message: names, calls, reasoning. Roles are what it compares.
+    fields = [{name: message[name] for name in message if name not in ("role", "content")} for message in messages]
+    placeholders = _Placeholders(llm, [*contents, list(_texts_in([fields, tools]))])
+    for role in (message["role"] for message in messages):
+        if placeholders.mark(role) != role:
+            raise ConfigError(
+                f"role={role!r} holds a control token of {llm.name}; pass system, user, assistant or tool"
+            )
+    plain: list[dict[str, Any]] = [
+        {"role": message["role"], "content": placeholders.mark_all(parts)}
         for message, parts in zip(messages, contents, strict=True)
     ]
-    for message, calls in zip(plain, called, strict=True):
-        if calls:
-            message["tool_calls"] = placeholders.mark_within(calls)
+    n_required = len(placeholders.parts)
+    plain = [{**message, **placeholders.mark_within(others)} for message, others in zip(plain, fields, strict=True)]
     rendered = _render(llm, plain, add_generation_prompt, placeholders.mark_within(list(tools)))
+    numbers = set(map(int, rendered.split(placeholders.fence)[1::2]))
+    if any(len(placeholders.parts[number]) for number in range(n_required) if number not in numbers):
+        raise ConfigError(
+            f"the chat template of {llm.name} left out part of a message; "
+            "check the order of the roles (system, then user and assistant in turn)"
+        )
     return ChatPrompt(llm, placeholders, rendered + assistant_prefix)
 
 
 class ChatPrompt:
-    """Messages that went through a chat template, with slots for documents: rendered once, filled as often as wanted.
-
-    Raises:
-        ConfigError: The template left out part of a message.
-    """
+    """Messages that went through a chat template once, with slots for documents that are filled as often as wanted."""
 
     def __init__(self, llm: LLM, placeholders: _Placeholders, rendered: str) -> None:
         self._encode = cache(llm.encode_template)  # each of the template's pieces once
         self._placeholders = placeholders
         self._rendered = rendered
-        numbers = set(map(int, rendered.split(placeholders.fence)[1::2]))
-        if any(number not in numbers and len(part) for number, part in enumerate(placeholders.parts)):
-            raise ConfigError(
-                f"the chat template of {llm.name} left out part of a message; "
-                "check the order of the roles (system, then user and assistant in turn)"
-            )
 
     def fill(self, contents: Mapping[int, Sequence[Part]]) -> Prompt:
         """Put each slot's content, by its number, in its place; a slot without one is empty."""
         fence, parts = self._placeholders.fence, self._placeholders.parts
-        pieces = self._rendered.split(fence)
-        for at in range(1, len(pieces), 2):  # between two fences stands a number
-            part = parts[int(pieces[at])]
-            if isinstance(part, Slot):
-                pieces[at] = "".join(map(self._placeholders.mark, contents.get(part.number, ())))
-            else:
-                pieces[at] = f"{fence}{pieces[at]}{fence}"
+        pieces, edges, end = self._rendered.split(fence), set(), 0
+        for at, piece in enumerate(pieces):
+            if at % 2:  # between two fences stands a number
+                part = parts[int(piece)]
+                if isinstance(part, Slot):
+                    pieces[at] = self._placeholders.mark_all(contents.get(part.number, ()))
+                    edges |= {end, end + len(pieces[at])}
+                else:
+                    pieces[at] = f"{fence}{piece}{fence}"
+            end += len(pieces[at])
         segments: list[Segment] = []
-        for at, piece in enumerate("".join(pieces).split(fence)):
+        for at, piece in enumerate(self._placeholders.mark_across(edges, "".join(pieces)).split(fence)):
             if at % 2:
                 segments.append(self._placeholders.parts[int(piece)])  # type: ignore[arg-type]
             elif piece:
@@ -200,19 +204,30 @@ class _Placeholders:
         parts = [part.document if isinstance(part, Slot) else part for content in contents for part in content]
         texts = [text for part in parts if isinstance(part, Document) for text in (part.text, part.title or "")]
         texts += [part for part in parts if isinstance(part, str)]
-        self.fence = next(fence for fence in _FENCES if not any(fence in text for text in texts))
+        self.fence = next((fence for fence in _FENCES if not any(fence in text for text in texts)), _FENCES[0])
         self.parts: list[Segment | Slot] = []
         self._llm = llm
-        tokens = sorted(llm.control_tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        # The fence is one of them, for texts that hold every character that it could be.
+        tokens = sorted([*llm.control_tokens, self.fence], key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, tokens)))
 
-    def mark(self, part: Part | Slot) -> str:
-        """Put placeholders for what is no text, and for control tokens in what is."""
-        if not isinstance(part, str):
-            return self._number(part)
-        if self._control is None:
-            return part
-        return self._control.sub(lambda match: self._number(self._llm.encode(match[0])), part)
+    def mark(self, text: str) -> str:
+        """Put placeholders for the control tokens in a text."""
+        return self._control.sub(self._as_data, text)
+
+    def mark_all(self, parts: Sequence[Part | Slot]) -> str:
+        """Join parts, with placeholders for what is no text and for control tokens: one may lie across two texts."""
+        return "".join(
+            self.mark("".join(run)) if texts else "".join(map(self._number, run))  # type: ignore[arg-type]
+            for texts, run in itertools.groupby(parts, lambda part: isinstance(part, str))
+        )
+
+    def mark_across(self, edges: Set[int], text: str) -> str:
+        """Put placeholders for the control tokens that lie across one of the edges; the others are the template's."""
+        return self._control.sub(
+            lambda match: match[0] if edges.isdisjoint(range(match.start() + 1, match.end())) else self._as_data(match),
+            text,
+        )
 
     def mark_within(self, value: Any) -> Any:
         """Mark all texts in lists and mappings."""
@@ -221,6 +236,9 @@ class _Placeholders:
         if isinstance(value, Mapping):
             return {self.mark_within(key): self.mark_within(item) for key, item in value.items()}
         return [self.mark_within(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def _as_data(self, match: re.Match[str]) -> str:
+        return self._number(self._llm.encode(match[0]))
 
     def _number(self, part: Segment | Slot) -> str:
         self.parts.append(part)

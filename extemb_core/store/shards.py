@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreFormatError, StoreNotFoundError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import DTYPES, Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
 from extemb_core.store.remote import StorageLocation
@@ -163,7 +163,9 @@ class ShardReader:
             header = json.loads(stream.read(length))
             metadata = header.pop("__metadata__")
             if metadata["format"] != FORMAT or metadata["version"] not in map(str, _READ):
-                raise StoreError(f"{self} is {metadata['format']!r} version {metadata['version']!r}; export it again")
+                raise StoreFormatError(
+                    f"{self} is {metadata['format']!r} version {metadata['version']!r}; export it again"
+                )
             start = _LENGTH_BYTES + length
             spans = {name: [start + int(at) for at in tensor["data_offsets"]] for name, tensor in header.items()}
             if (total := max(end for _, end in spans.values())) != size:
@@ -222,7 +224,7 @@ def read_manifest(folder: str | Path | StorageLocation, *, verify: bool = True) 
     try:
         content = json.loads(location.read_text(MANIFEST))
         if content["format"] != FORMAT or content["version"] not in _READ:
-            raise StoreError(f"{where} is {content['format']!r} version {content['version']!r}; export it again")
+            raise StoreFormatError(f"{where} is {content['format']!r} version {content['version']!r}; export it again")
         shards = [Shard(**shard) for shard in content["shards"]]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreNotFoundError(
@@ -251,7 +253,7 @@ def require_only_shards(folder: str | Path | StorageLocation) -> list[str]:
     names = location.names()
     foreign = [name for name in names if not name.startswith(("shard-", ".shard-", MANIFEST, f".{MANIFEST}."))]
     if foreign:
-        raise StoreError(f"{location} holds {foreign[0]!r}, which is not a shard; pass a new folder")
+        raise StoreFormatError(f"{location} holds {foreign[0]!r}, which is not a shard; pass a new folder")
     return names
 
 

@@ -167,8 +167,7 @@ class EmbeddingStore:
             unknown = set(keep) - set(before.by_fingerprint)
             if unknown:
                 raise MismatchError(
-                    f"no document here is of the embedder {min(unknown)!r}; pass fingerprints that "
-                    "store.stats().by_fingerprint names"
+                    f"no document here is of the embedder {min(unknown)!r}; pass fingerprints that its stats list"
                 )
             for fingerprint in set(before.by_fingerprint) - set(keep):
                 self.remove([ref for ref, embedder in self.items() if embedder == fingerprint], fingerprint)

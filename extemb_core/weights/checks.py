@@ -18,7 +18,7 @@ def check_llm(path: Path) -> None:
         WeightsCorruptError: JSON that does not parse, a truncated file, or a cache folder with wrong sizes.
     """
     if _read_config(path).get("model_type") == "extemb":
-        raise WeightsError(f"{path} holds an embedder, not an LLM; pass it as embedder=, and its LLM as llm=")
+        raise WeightsError(f"{path} holds an embedder, not an LLM; pass it as the embedder, beside its LLM")
     if (path / cache.MANIFEST).is_file():
         cache.check_files(path)
     files = _shards(path / "model.safetensors.index.json") or sorted(path.glob("*.safetensors"))

@@ -176,6 +176,11 @@ def list_models() -> list[ModelStatus]:
     return [_status(model) for model in KNOWN_MODELS.values()]
 
 
+def list_shipped() -> dict[str, dict[str, Path]]:
+    """Map what is part of the package to its folders: what may be named as the "llm", and as the "embedder"."""
+    return {"llm": _shipped(_READER), "embedder": _shipped(_EMBEDDER)}
+
+
 def _status(model: KnownModel) -> ModelStatus:
     try:
         present = cache.is_ready(model)
@@ -197,7 +202,7 @@ def _local_path(name: str | os.PathLike[str]) -> Path | None:
     if not text.strip():
         raise ConfigError(f"{text!r} is not a model; pass a folder, a Hugging Face id or one of {list(KNOWN_MODELS)}")
     path = Path(text).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # False for a name that is too long to be one
         return path
     must_be_a_path = isinstance(name, os.PathLike) or path.is_absolute() or text[0] in ".~" or "\\" in text
     if must_be_a_path or text.count("/") > 1 or text.endswith("/"):

@@ -59,6 +59,18 @@ def test_missing_weights_are_a_note_with_what_to_do() -> None:
         assert checks[name].remedy.startswith(("extemb weights get", "pip install"))
 
 
+def test_the_encoder_that_libraries_need_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from extemb_core.library import encoders
+
+    monkeypatch.setattr(encoders, "installed_file", lambda part: None)
+    encoders._default.cache_clear()
+    (check,) = doctor._check_encoder()
+    assert (check.name, check.state) == ("text encoder", "note")
+    assert check.remedy.startswith("pip install --no-deps wordllama==")
+    monkeypatch.setattr(encoders, "_default", lambda: encoders.CallableEncoder(lambda texts: [[1.0]] * len(texts)))
+    assert next(doctor._check_encoder()).state == "ok"
+
+
 @pytest.mark.usefixtures("no_probe")
 def test_the_folder_of_the_cache_is_not_made(tmp_path: Path) -> None:
     assert str(tmp_path / "home") in by_name()["cache"].value

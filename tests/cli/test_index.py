@@ -87,4 +87,48 @@ def test_what_does_not_go_together(run: Any, tmp_path: Path) -> None:
     result = run("ask", "What?", "--library", tmp_path, "--store", tmp_path)
     assert result.exit_code == 2
     assert "a library has its own documents and store" in result.output
-    assert run("index", "search", tmp_path / "none", "a").exit_code == 3
+    for command in (["search", tmp_path / "none", "a"], ["remove", tmp_path / "none", "a"]):
+        assert run("index", *command).exit_code == 3
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_is_kept_in_step(run: Any, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    (notes / "old").mkdir(parents=True)
+    library = notes / "lib"
+    for name in ("plan.txt", "old/bridge.txt"):
+        (notes / name).write_text(f"The mill was built in 1820, says {name}.")
+    (notes / "latin.txt").write_bytes(b"M\xfcller")
+    (notes / "report.docx").touch()
+    command = ["index", "add", library, "--documents", notes]
+    result = run(*command, "--json", with_models=True)
+    assert result.exit_code == 3
+    added = json.loads(result.stdout)
+    assert (added["added"], added["gone"], len(added["not_read"])) == (2, [], 1)
+    assert "warning: not read" in result.stderr
+    assert f"{library}, {notes / 'report.docx'}" in result.stderr  # the library is none of its documents
+    (notes / "latin.txt").unlink()
+    (notes / "plan.txt").rename(notes / "plan2.txt")
+    (notes / "old" / "bridge.txt").unlink()
+    result = run(*command, "--json", with_models=True)
+    assert (result.exit_code, added := json.loads(result.stdout))[0] == 0
+    assert (added["added"], added["unchanged"]) == (1, 0)
+    assert sorted(Path(source).name for source in added["gone"]) == ["bridge.txt", "plan.txt"]
+    assert "2 files are gone, and in the library still, where --prune removes them" in result.stderr
+    result = run(*command, "--prune", with_models=True)
+    assert "2 files are gone, and removed" in result.stderr
+    listed = json.loads(run("index", "stats", library, "--json").stdout)["documents"]
+    assert [Path(record["source"]).name for record in listed] == ["plan2.txt"]
+    again = run(*command, "--prune", with_models=True)
+    assert again.exit_code == 0
+    assert "gone" not in again.output
+    assert "0 documents added, 0 brought up to date, 1 unchanged" in again.output
+
+
+def test_what_another_folder_or_python_brought_is_not_gone(run: Any, tmp_path: Path) -> None:
+    from extemb_core.cli.index import _gone_from
+
+    (tmp_path / "a").mkdir()
+    sources = [str(tmp_path / "a" / "gone.txt"), str(tmp_path / "b" / "gone.txt"), "a title", "ext:12", "notes.txt"]
+    assert _gone_from([tmp_path / "a"], sources) == sources[:1]
+    assert _gone_from([tmp_path / "a" / "gone.txt"], sources) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ import extemb_core
 from extemb_core.cli import ask as asking
 from extemb_core.cli import options as inputs
 from extemb_core.cli import output as reporting
-from extemb_core.cli.main import app
+from extemb_core.cli.main import _LevelFirst, app
 from extemb_core.cli.options import _repeat
 from extemb_core.cli.output import EXIT_CODES, ExitCode
 from extemb_core.cli.train import NewEmbedder
@@ -287,7 +288,15 @@ def test_documents_that_are_dropped_are_named(models: Models, novel: Path) -> No
     options = ["--ratio", "2", "--budget", "100", "--max-new-tokens", "2", *models.options]
     result = run("ask", "Who?", "--documents", novel, *options)
     assert result.exit_code == 0
-    assert f"not read, for want of positions: {novel}" in result.stderr
+    assert f"not read, for want of positions: {novel}; raise --budget, or pass a coarser --ratio, or " in result.stderr
+    options = ["--max-new-tokens", "2", *models.options]
+    result = run("ask", "Who?", "--documents", novel, "--ratio", "raw", *options)
+    assert "positions: " in result.stderr
+    assert "--budget" not in result.stderr  # all that there is was free for it
+    (empty := novel.with_name("empty.txt")).touch()
+    result = run("ask", "Who?", "--documents", empty, *options)
+    assert f"warning: nothing to read, for they are empty: {empty}\n" in result.stderr
+    assert "positions:" not in result.stderr
 
 
 # -- bad input ------------------------------------------------------------------------------------------------
@@ -394,9 +403,11 @@ def test_weights_that_are_missing(models: Models, tmp_path: Path) -> None:
     assert "does not exist" in refused(ExitCode.WEIGHTS, "ask", "Who?", "--llm", tmp_path / "none", "--embedder", "a/b")
     command = ["ask", "Who?", "--llm", models.llm, "--embedder", tmp_path / "none"]
     assert "does not exist" in refused(ExitCode.WEIGHTS, *command)
-    assert "neither a folder nor a known name" in refused(
-        ExitCode.SETTINGS, "ask", "Who?", "--llm", "gpt", "--embedder", models.embedder
-    )
+    for name in ("gpt", "gpt" * 100):
+        for embedder in ([], ["--embedder", models.embedder]):
+            told = refused(ExitCode.SETTINGS, "ask", "Who?", "--llm", name, *embedder)
+            assert f"{name!r} is neither a folder nor a known name" in told
+    assert refused(ExitCode.WEIGHTS, "ask", "Who?", "--llm", "./gpt").startswith("./gpt does not exist")
 
 
 def test_an_llm_that_no_embedder_is_shipped_for_is_read_untrained(models: Models, novel: Path) -> None:
@@ -429,6 +440,129 @@ def test_usage_is_refused_before_anything_loads(novel: Path) -> None:
     misused("ask", "Who?", "--budget", "many")
     misused("compress")
     misused("nonsense")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ask"],
+        ["ask", "q", "--ratio", "abc"],
+        ["ask", "q", "--ratio"],
+        ["ask", "q", "--bogus"],
+        ["ask", "q", "--library", "l", "--documents", "a"],
+        ["chat", "--documents", "-"],
+        ["index", "search", "lib"],
+        ["train", "--output", "run"],
+        ["nonsense"],
+        ["store", "nonsense"],
+        ["--bogus", "doctor"],
+    ],
+)
+def test_usage_errors_are_json_where_that_was_asked_for(command: list[str]) -> None:
+    for given in ([*command[:1], "--json", *command[1:]], [*command, "--json"]):
+        result = run(*given)
+        assert result.exit_code == ExitCode.USAGE
+        (line,) = result.stdout.splitlines()
+        error = json.loads(line)["error"]
+        assert (error["type"], error["message"] != "", result.stderr) == ("UsageError", True, "")
+    misused(*command)
+
+
+def test_where_json_is_a_file_usage_errors_are_in_words() -> None:
+    assert "requires an argument" in misused("eval", "ppl", "--json")
+    assert "--bogus" in misused("eval", "ppl", "--json", "x", "--bogus")
+
+
+def test_a_long_question_may_stand_behind_the_documents(models: Models, novel: Path) -> None:
+    for question in ("why does the clerk " * 20, "雇" * 90):
+        assert asking._question_and_paths(None, [str(novel), question]) == (question, [str(novel)])
+    answer_of("ask", *models.options, "--documents", novel, "雇" * 10)
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "missing.docx", "notes/missing", "./missing", "my notes.txt", "a.b"])
+def test_a_misspelt_last_document_is_no_question(novel: Path, name: str) -> None:
+    assert f"{name} does not exist" in misused("ask", "--documents", novel, name)
+
+
+@pytest.mark.parametrize("question", ["Why?", "summarise", "What is in novel.txt?", "1.5 or 2.5?", "谁雇用了店员"])
+def test_a_question_of_few_words_is_one(novel: Path, question: str) -> None:
+    assert asking._question_and_paths(None, [str(novel), question]) == (question, [str(novel)])
+
+
+# -- folders that are read in part ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A folder with a text, one that cannot be read, and files of types that are not."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "good.txt").write_text("A clerk was hired.", encoding="utf-8")
+    (folder / "latin.txt").write_bytes(b"M\xfcller")
+    for name in ("report.docx", "README"):
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def noted(stderr: str, folder: Path) -> None:
+    """What was left out of the folder `mixed` is told."""
+    assert f"warning: not read: {folder / 'latin.txt'} is not valid UTF-8 at byte 1" in stderr
+    assert f"links to folders: {folder / 'README'}, {folder / 'report.docx'}\n" in stderr
+
+
+def test_ask_and_chat_read_a_folder_as_far_as_they_can(models: Models, mixed: Path) -> None:
+    options = ["--documents", mixed, "--max-new-tokens", "2", "--json", *models.options]
+    for command, stdin in ((["ask", "Who?"], None), (["chat"], "Who?\n")):
+        result = run(*command, *options, stdin=stdin)
+        assert result.exit_code == ExitCode.INPUT
+        (entry,) = json.loads(result.stdout)["context"]
+        assert entry["source"] == str(mixed / "good.txt")
+        noted(result.stderr, mixed)
+
+
+def test_compress_writes_what_it_can_read(models: Models, mixed: Path, tmp_path: Path) -> None:
+    result = run("compress", mixed, "--output", tmp_path / "out", "--json", *models.options)
+    assert result.exit_code == ExitCode.INPUT
+    found = json.loads(result.stdout)
+    assert [row["source"] for row in found["documents"]] == [str(mixed / "good.txt")]
+    assert "latin.txt" in found["not_read"][0]
+    assert (tmp_path / "out" / "good.safetensors").is_file()
+    noted(result.stderr, mixed)
+
+
+def test_where_nothing_can_be_read_nothing_is_asked(models: Models, mixed: Path, novel: Path) -> None:
+    (mixed / "good.txt").write_bytes(b"\xff")
+    told = refused(ExitCode.INPUT, *ask_about(models, mixed))
+    assert told.startswith(f"{mixed / 'good.txt'} is not valid UTF-8")
+    assert told.endswith("(nor can 1 others be read)")
+    result = run("ask", "Who?", "--documents", mixed, novel, "--max-new-tokens", "2", "--json", *models.options)
+    assert result.exit_code == ExitCode.INPUT
+    assert [entry["source"] for entry in json.loads(result.stdout)["context"]] == [str(novel)]
+
+
+def test_what_is_passed_over_is_no_failure(models: Models, mixed: Path) -> None:
+    (mixed / "latin.txt").unlink()
+    result = run("ask", "Who?", "--documents", mixed, "--max-new-tokens", "2", *models.options)
+    assert result.exit_code == 0
+    assert "passed over" in result.stderr
+    for number in range(9):
+        (mixed / f"{number}.png").write_bytes(b"")
+    result = run("ask", "Who?", "--documents", mixed, "--max-new-tokens", "2", *models.options)
+    assert "7.png and 3 more\n" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are Unicode")
+def test_names_that_are_not_utf8(models: Models, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff.txt")).write_text("A clerk was hired.")
+    answer = answer_of("ask", "Who?", "--documents", folder, *models.options)
+    assert answer["context"][0]["source"] == rf"{folder}/bad\xff.txt"
+    result = run("compress", folder, "--output", tmp_path / "out", *models.options)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / r"bad\xff.safetensors").is_file()
+    missing = os.fsdecode(b"none\xff.txt")
+    assert r"none\udcff.txt does not exist" in refused(ExitCode.INPUT, "ask", "Who?", "--documents", missing)
 
 
 # -- failures that are nobody's input -------------------------------------------------------------------------
@@ -495,6 +629,7 @@ def test_every_error_of_the_library_has_its_code() -> None:
         "WeightsCorruptError": ExitCode.WEIGHTS,
         "StoreError": ExitCode.FAILURE,
         "StoreNotFoundError": ExitCode.INPUT,
+        "StoreFormatError": ExitCode.INPUT,
         "StoreCorruptError": ExitCode.INPUT,
         "MismatchError": ExitCode.SETTINGS,
         "TrainingError": ExitCode.FAILURE,
@@ -503,7 +638,23 @@ def test_every_error_of_the_library_has_its_code() -> None:
 
 
 def test_a_terminal_is_not_told_what_to_do_by_text() -> None:
-    assert reporting.strip_control_chars("a\x1b[2Jb\tc\nd\x07\x9bé") == "a[2Jb\tc\ndé"
+    assert reporting.strip_control_chars("a\x1b[2Jb\tc\nd\x07\x9bé\udcff") == "a[2Jb\tc\ndé\\udcff"
+
+
+def test_a_terminal_is_not_told_what_to_do_by_a_log_json_or_a_usage_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, novel: Path
+) -> None:
+    record = logging.LogRecord("extemb_core", logging.WARNING, "", 0, "%s: no text", ("a\x1b]0;p\x07.pdf",), None)
+    assert _LevelFirst().format(record) == "warning: a]0;p.pdf: no text"
+    reporting.print_json({"text": "a\x9b2J\x1bé\udcff"})
+    line = capsys.readouterr().out
+    assert line == '{"text": "a\\u009b2J\\u001bé\\udcff"}\n'
+    assert json.loads(line) == {"text": "a\x9b2J\x1bé\udcff"}
+    out = tmp_path / "a\x1b]0;p\x07"
+    out.mkdir()
+    (out / "novel.safetensors").write_bytes(b"")
+    assert "\x1b" not in (told := misused("compress", novel, "--output", out))
+    assert "is there already" in told
 
 
 # -- chat -----------------------------------------------------------------------------------------------------
@@ -544,6 +695,19 @@ def test_chat_goes_on_after_a_message_that_fails(models: Models, monkeypatch: py
 def test_chat_refuses_lines_that_are_not_text(models: Models) -> None:
     message = refused(ExitCode.INPUT, "chat", *models.options, stdin=b"caf\xe9\n")
     assert message.startswith("line 1 of stdin is not valid UTF-8")
+    result = run("chat", "--json", "--max-new-tokens", "2", *models.options, stdin=b"hi\nM\xfc\n\nbye\n")
+    first, second, third = map(json.loads, result.stdout.splitlines())
+    assert second["error"]["message"].startswith("line 2 of stdin is not valid UTF-8 at byte 1")
+    assert third["prompt_positions"] > first["prompt_positions"]
+    assert result.exit_code == ExitCode.INPUT
+
+
+def test_chat_ends_where_stdin_cannot_be_read(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise IsADirectoryError(21, "Is a directory")
+
+    monkeypatch.setattr(asking, "_pipe_reader", lambda: fail)
+    assert refused(ExitCode.FAILURE, "chat", *models.options) == "Is a directory"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -619,6 +783,15 @@ def test_compress_writes_one_file_per_document(models: Models, tmp_path: Path) -
     assert "tokens/s" in result.stderr
 
 
+def test_compress_shortens_a_name_that_nothing_fits_behind(models: Models, tmp_path: Path) -> None:
+    for letter in "ab":
+        (tmp_path / letter).mkdir()
+        (tmp_path / letter / f"{'é' * 125}.txt").write_text(letter, encoding="utf-8")
+    result = run("compress", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "out", *models.options)
+    assert result.exit_code == 0, result.output
+    assert [file.name[:100] for file in (tmp_path / "out").iterdir()] == ["é" * 100] * 2
+
+
 def test_compress_overwrites_only_when_told(models: Models, novel: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")
@@ -659,6 +832,13 @@ def test_weights_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert listed == {"smollm2-135m-instruct": False, "qwen2.5-coder-0.5b-instruct": False}
     shown = run("weights", "list").stdout
     assert all(f"extemb weights get {name}" in shown for name in listed)
+    shipped = json.loads(result.stdout)["shipped"]
+    assert shipped["llm"] == ["smollm2-135m-joint", "smollm2-135m-reader"]  # what --llm takes besides
+    assert "smollm2-135m-instruct-paper" in shipped["embedder"]
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert all(
+        any(name in line and f"for --{kind}" in line for line in lines) for kind in shipped for name in shipped[kind]
+    )
 
 
 def test_weights_get_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

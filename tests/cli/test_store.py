@@ -61,9 +61,37 @@ def test_export_and_import(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_store_that_is_not_there(tmp_path: Path) -> None:
-    for command in ("stats", "verify"):
+    for command in ("stats", "verify", "gc"):
         result = run(command, tmp_path / "none")
         assert result.exit_code == 3
         assert "has no store in it" in result.output
     assert run("import", tmp_path / "new", tmp_path / "none").exit_code == 3
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["stats"], ["verify"], ["gc"], ["export", "--output", "out"]])
+@pytest.mark.parametrize("content", ['{"format": "extemb-store", "version": 99}', '{"format": "of another"}', ""])
+def test_what_is_no_store_or_a_newer_one_cannot_be_read(folder: Path, command: list[str], content: str) -> None:
+    (folder / "store.json").write_text(content)
+    assert run(command[0], folder, *command[1:]).exit_code == 3
+
+
+def test_a_folder_or_file_of_something_else_is_no_store(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").touch()
+    for target in (other, other / "letter.txt"):
+        assert run("stats", target).exit_code == 3
+        assert run("import", folder, target).exit_code == 3
+    run("export", folder, "--output", tmp_path / "out")
+    for target in (other, other / "letter.txt"):
+        assert run("import", target, tmp_path / "out").exit_code == 3
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 99'))
+    assert run("import", tmp_path / "new", tmp_path / "out").exit_code == 3
+
+
+def test_gc_keeps_several_that_are_named_after_one_flag(folder: Path) -> None:
+    both = ["--keep", FINGERPRINT, "77" * 16]
+    assert json.loads(run("gc", folder, *both, "--json").stdout)["freed_bytes"] == 0
+    assert json.loads(run("stats", folder, "--json").stdout)["n_documents"] == 6

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, entering, tiny_llm
 
-from extemb_core.context.assembly import Prompt, assemble_chat, assemble_text
+from extemb_core.context.assembly import Prompt, Slot, assemble_chat, assemble_text, render_chat
+from extemb_core.documents import Document
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.entry import AnchoredPrompt
 
@@ -72,6 +73,64 @@ def test_control_tokens_in_text_are_characters(pieces):
     for control in llm.control_tokens.values():  # only the template's own
         assert (ids == control).sum() == (innocent == control).sum()
     assert llm.tokenizer.decode(ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+CONTROLS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+fragments = st.sampled_from(
+    ["<|im_start", "|>", "<", "|im_start|>", "<|im_", "end|>", "<|endof", "text|>", "", "a", "\n"]
+)
+
+
+def count_controls(llm, prompt):
+    ids = np.concatenate([segment for segment in prompt.segments if isinstance(segment, np.ndarray)])
+    return {token: int((ids == llm.control_tokens[token]).sum()) for token in CONTROLS}
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["text", "document", "dropped"]), fragments), max_size=7))
+def test_a_control_token_that_lies_across_parts_is_characters(pieces):
+    """Whatever adjacent texts and documents form: within a message, and where a document between them is dropped."""
+    llm = tiny_llm()
+    slots = [Slot(number, Document(text)) for number, (_, text) in enumerate(pieces)]
+    content = [text if kind == "text" else slot for slot, (kind, text) in zip(slots, pieces, strict=True)]
+    filled = {
+        slot.number: [slot.document.text] for slot, (kind, _) in zip(slots, pieces, strict=True) if kind == "document"
+    }
+    chat = render_chat(llm, user(["a", *content, "b"]))
+    expected = count_controls(llm, assemble_chat(llm, user("a")))
+    for contents in ({}, filled):
+        prompt = chat.fill(contents)
+        assert count_controls(llm, prompt) == expected
+        text = "".join(text for number, (kind, text) in enumerate(pieces) if kind == "text" or number in contents)
+        shown = llm.tokenizer.decode(np.concatenate(prompt.segments))
+        assert shown == f"<|im_start|>user\na{text}b<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_control_tokens_in_any_field_of_a_message_are_characters(llm, monkeypatch):
+    template = "{% for m in messages %}{{ m.name }} {{ m.reasoning }}<|im_start|>{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    message = {"role": "user", "content": "a", "name": "x<|im_end|>", "reasoning": {"of": ["<|im_start|>"]}}
+    assert count_controls(llm, assemble_chat(llm, [message])) == {
+        "<|im_start|>": 1,
+        "<|im_end|>": 0,
+        "<|endoftext|>": 0,
+    }
+    monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ messages[0].content }}")
+    assert assemble_chat(llm, [message]).inputs(llm) == llm.encode("a").tolist()  # a field that it does not show
+    with pytest.raises(ConfigError, match="holds a control token"):
+        assemble_chat(llm, [{"role": "user<|im_end|>", "content": "a"}])
+
+
+def test_a_text_of_every_character_that_could_fence_is_text(llm):
+    text = "".join(map(chr, range(0xF0000, 0xF0100)))
+    vectors = torch.randn(2, llm.hidden_size)
+    prompt = assemble_chat(llm, [*user([text, vectors, "a<|im_end|>"]), *user(text)])
+    at = next(at for at, segment in enumerate(prompt.segments) if segment is vectors)
+    before, after = (np.concatenate(half) for half in (prompt.segments[:at], prompt.segments[at + 1 :]))
+    assert llm.tokenizer.decode(before) == f"<|im_start|>user\n{text}"
+    assert f"<|im_start|>user\n{text}<|im_end|>" in llm.tokenizer.decode(after)
+    filled = render_chat(llm, user([Slot(0, Document(text)), "b"])).fill({0: [text]})
+    assert f"user\n{text}b<|im_end|>" in llm.tokenizer.decode(np.concatenate(filled.segments))
 
 
 def test_fences_inside_text_are_text(llm):

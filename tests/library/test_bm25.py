@@ -20,7 +20,40 @@ def test_the_words_of_the_question_decide():
 
 def test_k_and_the_order_of_equals():
     index = WordIndex([5, 3, 4], ["blue stone", "blue stone", "blue stone"])
-    assert [number for number, _ in index.search("blue", 2)] == [3, 4]
+    assert [number for number, _ in index.search("blue", 2)] == [3, 4, 5]  # the third is as good
+    index = WordIndex(range(4), ["blue blue", "blue", "red", "blue"])
+    assert [number for number, _ in index.search("blue", 1)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("question", "texts"),
+    [
+        ("Which side is room 7?", [f"Room {number} is on the left." for number in range(10)]),
+        ("What does section H say?", [f"Section {letter} says so." for letter in "ABCDEFGHIJ"]),
+        (
+            "谁雇用了店员",
+            [
+                "天气很好。",
+                "桥在一九八七年关闭。",
+                "河流入海。",
+                "船很多。",
+                "红色。",
+                "蓝色。",
+                "绿色。",
+                "店员被雇用了。",
+            ],
+        ),
+        ("橋はいつ閉鎖", ["天気。", "海。", "船。", "山。", "川。", "森。", "空。", "橋は1987年に閉鎖された。"]),
+        ("第7章", ["第1章", "第2章", "第3章", "第4章", "第5章", "第6章", "第8章", "第7章"]),
+    ],
+)
+def test_words_of_one_character_are_found(question, texts):
+    assert WordIndex(range(len(texts)), texts).search(question, 1)[0][0] == 7
+
+
+def test_what_an_apostrophe_cut_off_is_no_word():
+    assert WordIndex([1, 2], ["the keeper's s", "d'année l\u2019été"]).search("What's his?", 3) == []
+    assert [number for number, _ in WordIndex([1, 2], ["the keeper's", "d'année"]).search("année keeper", 2)] == [1, 2]
 
 
 @pytest.mark.parametrize("texts", [[], ["", "  "]])
@@ -31,13 +64,24 @@ def test_nothing_to_find(texts):
 # -- fusion with another ranking ----------------------------------------------------------------------------------
 
 
+def ranked(*items):
+    return [(item, -float(rank)) for rank, item in enumerate(items)]
+
+
+def test_equals_share_a_rank_so_that_the_other_ranking_decides():
+    words = [(1, 2.0), (2, 1.0), (3, 1.0), (4, 1.0)]
+    found = fuse([words, ranked(4, 3, 2)])
+    assert dict(found) == pytest.approx({1: 1 / 61, 2: 1 / 64 + 1 / 63, 3: 1 / 64 + 1 / 62, 4: 1 / 64 + 1 / 61})
+    assert [item for item, _ in found] == [4, 3, 2, 1]
+
+
 def test_scores_are_the_sums_of_reciprocal_ranks():
-    found = dict(fuse([[7, 8, 9], [9, 7]]))
+    found = dict(fuse([ranked(7, 8, 9), ranked(9, 7)]))
     assert found == pytest.approx({7: 1 / 61 + 1 / 62, 8: 1 / 62, 9: 1 / 63 + 1 / 61})
-    assert [item for item, _ in fuse([[7, 8, 9], [9, 7]])] == [7, 9, 8]
+    assert [item for item, _ in fuse([ranked(7, 8, 9), ranked(9, 7)])] == [7, 9, 8]
 
 
 def test_ties_keep_the_order_of_the_items():
-    assert [item for item, _ in fuse([[1, 2], [2, 1]])] == [1, 2]
-    assert [item for item, _ in fuse([[1, 2], [2, 1], [2, 1]])] == [2, 1]
+    assert [item for item, _ in fuse([ranked(1, 2), ranked(2, 1)])] == [1, 2]
+    assert [item for item, _ in fuse([ranked(1, 2), ranked(2, 1), ranked(2, 1)])] == [2, 1]
     assert fuse([[], []]) == []
