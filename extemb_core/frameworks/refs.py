@@ -102,7 +102,11 @@ class Refs:
                 )
             finest = int(limit) if limit else None
             return ReferencedDocument(document.text, title=document.title, metadata=document.metadata, finest=finest)
-        logger.warning("%s looks like a ref, and was not made by this store; it is read as text", match[0])
+        logger.warning(
+            "%s looks like a ref, and was not made by this store; it is read as text: what makes refs and what reads "
+            "them need the same lm, or the same model and store",
+            match[0],
+        )
         return None
 
 

@@ -19,7 +19,6 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from typing_extensions import Self
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools
@@ -57,14 +56,6 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
     def _llm_type(self) -> str:
         return "extemb-chat"
 
-    @classmethod
-    def from_lm(cls, lm: ExtensibleLM, **settings: Any) -> Self:
-        """Make one over a model that is loaded already."""
-        instance = super().from_lm(lm, **settings)
-        if "profile" in cls.model_fields and settings.get("profile") is None:  # langchain-core 1.0 has none
-            instance.profile = instance._resolve_model_profile()  # of which more is known now
-        return instance
-
     def _resolve_model_profile(self) -> ModelProfile:
         """Return what the LLM can do, as far as that is known before its weights are loaded."""
         profile: ModelProfile = {
@@ -79,9 +70,9 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
             "reasoning_output": False,
             "temperature": True,
         }
-        if self._loaded is not None:
-            profile["tool_calling"] = takes_tools(self._loaded.llm)
-        window = self._loaded.llm.context_window if self._loaded is not None else window_of(self.model)
+        if self.loaded_lm is not None:
+            profile["tool_calling"] = takes_tools(self.loaded_lm.llm)
+        window = self.loaded_lm.llm.context_window if self.loaded_lm is not None else window_of(self.model)
         if window is not None:
             profile["max_input_tokens"] = window
         return profile

@@ -31,7 +31,7 @@ class ExtensibleCompressor(ModelSettings, BaseDocumentCompressor):
         """Return the same documents, ids and all, with a ref in the metadata of each. The query makes no difference."""
         lm = self.lm
         ours = [ExtensibleDocument.from_any(document) for document in documents]
-        ratio = None if self.ratio in ("auto", "raw") else int(self.ratio)
+        ratio = self.ratio if isinstance(self.ratio, int) else None
         if self.ratio != "raw":
             lm.compress(ours, ratio=ratio, batch_size=self.batch_size, show_progress=False)
         return [

@@ -408,6 +408,13 @@ def test_the_profile_says_what_is_known_before_weights_are_loaded(chat, lm):
     assert ChatExtensible.from_lm(lm, profile={"max_input_tokens": 9}).profile == {"max_input_tokens": 9}
 
 
+def test_parameters_of_models_elsewhere_are_taken_with_a_warning(lm, caplog):
+    with caplog.at_level("WARNING"):
+        chat = ChatExtensible.from_lm(lm, timeout=60, max_tokens=3)
+    assert (chat.max_tokens, hasattr(chat, "timeout")) == (3, False)
+    assert "timeout= makes no difference to a ChatExtensible" in caplog.text
+
+
 def test_importing_loads_neither_torch_nor_transformers():
     code = (
         "import sys, langchain_extemb; langchain_extemb.ChatExtensible.from_model_id('smollm2-135m-instruct'); "

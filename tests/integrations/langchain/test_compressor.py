@@ -9,6 +9,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import ConfigurableField
 
 from extemb_core.documents import text_ref
 from extemb_core.errors import DocumentError, RatioError
@@ -61,9 +62,28 @@ def Told(told):  # noqa: N802 - makes a handler
 
     class Handler(BaseCallbackHandler):
         def on_llm_end(self, response, **kwargs):
-            told.extend(response.generations[0][0].message.response_metadata["extemb"]["documents"])
+            (generation,) = response.generations[0]
+            info = (
+                generation.message.response_metadata if hasattr(generation, "message") else generation.generation_info
+            )
+            told.extend(info["extemb"]["documents"])
 
     return Handler()
+
+
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+def test_what_a_configuration_changes_leaves_the_model_and_its_store(lm, documents, kind, caplog):
+    """LangChain makes the object anew from its fields; a ref of the store is read, and by the same embedder."""
+    (found, _) = ExtensibleCompressor.from_lm(lm).compress_documents(documents, "any")
+    fields = {"ratio": ConfigurableField(id="ratio"), "max_tokens": ConfigurableField(id="max_tokens")}
+    told = []
+    model = kind.from_lm(lm, max_tokens=4, callbacks=[Told(told)]).configurable_fields(**fields)
+    for configurable in ({}, {"ratio": 8}, {"ratio": "2", "max_tokens": 1}):
+        model.invoke(f"{found.metadata['extemb_ref']} How many?", {"configurable": configurable})
+    assert [one["fidelity"] for one in told] == ["raw", 8, 2]
+    assert "looks like a ref" not in caplog.text
+    with pytest.raises(RatioError, match="ratio='fine'"):
+        model.invoke("How many?", {"configurable": {"ratio": "fine"}})
 
 
 def test_refs_that_are_gone_are_an_error_and_what_looks_like_one_is_text(lm, chat, documents, monkeypatch):

@@ -10,7 +10,8 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from pydantic import Field, field_validator
 
 from extemb_core.context.planning import Plan, compressed_positions, plan_context
-from extemb_core.frameworks.settings import ModelSettings
+from extemb_core.errors import ConfigError
+from extemb_core.frameworks.settings import Budget, ModelSettings
 from llama_index.postprocessor.extemb.node import extensible, heading_of, text_of, to_document
 
 if TYPE_CHECKING:
@@ -32,10 +33,18 @@ class CompressionSettings(ModelSettings):
     @classmethod
     def _reads_embeddings(cls, llm: Any) -> Any:
         if llm is not None and not hasattr(type(llm), "lm"):  # of the object it would load weights
-            raise ValueError(
+            raise ConfigError(
                 f"a {type(llm).__name__} reads text alone; pass an ExtensibleLLM, or model=, or leave it out"
             )
         return llm
+
+    def _model_elsewhere(self) -> str | None:
+        return super()._model_elsewhere() if self.llm is None else "llm"
+
+    def __getstate__(self) -> dict[Any, Any]:
+        if self.llm is not None:
+            self.llm.__getstate__()  # LlamaIndex would leave out one that cannot be pickled
+        return super().__getstate__()
 
     @property
     def lm(self) -> ExtensibleLM:
@@ -58,7 +67,7 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
     anything else that asks a node for its text gets its text.
     """
 
-    budget: int | None = None
+    budget: Budget = None
     """Positions of the window that the nodes may take together, with their metadata. What does not fit is dropped, the
     worst ranked first, with a warning. When not given, "auto" aims at the LLM's own budget or half of the window, and
     nothing is dropped: LlamaIndex asks several times then."""
