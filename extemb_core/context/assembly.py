@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extemb_core.context.tools import require_tools
+from extemb_core.context.tools import require_tools, written_calls
 from extemb_core.documents import Document
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, PromptInputs
@@ -120,7 +120,8 @@ def render_chat(
     Args:
         llm: Whose template and tokenizer are used.
         messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids, embeddings (see `Prompt`)
-            and `Slot`s. An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}].
+            and `Slot`s. An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}], which
+            are text where the template has no place for them.
         add_generation_prompt: End with the opening of the assistant's turn.
         tools: Functions in OpenAI's form, for templates that have a place for them.
         assistant_prefix: What the assistant's turn begins with.
@@ -128,17 +129,18 @@ def render_chat(
     Raises:
         ConfigError: A message is not of that form, or the template refuses or drops it.
     """
-    contents = [_checked_content(message) for message in messages]
     if tools:
         require_tools(llm)
-    called = [message.get("tool_calls", []) for message in messages]
+    called = [message.get("tool_calls") or [] for message in messages]
+    written = [written_calls(llm, calls) for calls in called]
+    contents = [[*_checked_content(message), *calls] for message, calls in zip(messages, written, strict=True)]
     placeholders = _Placeholders(llm, [*contents, list(_texts_in([called, tools]))])
     plain = [
         {**message, "content": "".join(map(placeholders.mark, parts))}
         for message, parts in zip(messages, contents, strict=True)
     ]
-    for message, calls in zip(plain, called, strict=True):
-        if calls:
+    for message, calls, as_text in zip(plain, called, written, strict=True):
+        if calls and not as_text:
             message["tool_calls"] = placeholders.mark_within(calls)
     rendered = _render(llm, plain, add_generation_prompt, placeholders.mark_within(list(tools)))
     return ChatPrompt(llm, placeholders, rendered + assistant_prefix)

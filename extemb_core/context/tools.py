@@ -37,6 +37,13 @@ def takes_tools(llm: LLM) -> bool:
     return "tools" in template and OPEN in template
 
 
+def written_calls(llm: LLM, calls: Sequence[Tool]) -> list[str]:
+    """Write calls of a message as an LLM writes them, where its chat template has no place for them."""
+    if "tool_calls" in (llm.tokenizer.chat_template or ""):
+        return []
+    return [f"\n{OPEN}\n{json.dumps(call.get('function', call), ensure_ascii=False)}\n{CLOSE}" for call in calls]
+
+
 def require_tools(llm: LLM) -> None:
     """See that an LLM's chat template has a place for tools.
 

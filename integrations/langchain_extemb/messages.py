@@ -11,6 +11,7 @@ from langchain_core.documents import Document as LangChainDocument
 from langchain_core.documents.base import BaseMedia
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 
+from extemb_core.context.tools import CLOSE, OPEN
 from extemb_core.documents import TEXT_KEYS, Document
 from extemb_core.errors import DocumentError
 
@@ -47,6 +48,9 @@ def to_messages(messages: Iterable[BaseMessage], refs: Refs) -> list[dict[str, A
         for part in _parts(message):
             content += refs.find(part) if isinstance(part, str) else [part]
         converted.append({"role": _role(message), "content": content})
+        if isinstance(message, AIMessage):
+            for invalid in message.invalid_tool_calls:  # what was written, as it was written
+                content.append(f"\n{OPEN}\n{' '.join(filter(None, (invalid['name'], invalid['args'])))}\n{CLOSE}")
         if isinstance(message, AIMessage) and message.tool_calls:
             converted[-1]["tool_calls"] = [
                 {"type": "function", "function": {"name": call["name"], "arguments": call["args"]}}

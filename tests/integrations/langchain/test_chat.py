@@ -169,6 +169,21 @@ def test_traces_of_other_models_in_a_history_are_left_out(lm, block):
         to_messages([HumanMessage([text, block])], lm.refs)
 
 
+def test_calls_in_a_history_are_read_where_the_template_has_no_place_for_them(chat):
+    def positions(**calls):
+        rain = ToolMessage("rain", tool_call_id="1")
+        talk = [HumanMessage("What?"), AIMessage("", **calls), rain, HumanMessage("Where?")]
+        return chat.invoke(talk).usage_metadata["input_tokens"]
+
+    def call(city):
+        return {"tool_calls": [{"name": "weather", "args": {"city": city}, "id": "1"}]}
+
+    bad = {"name": None, "args": '{"name": "weat', "id": "1", "error": "no JSON", "type": "invalid_tool_call"}
+    named = {**bad, "name": "weather"}
+    assert positions() < positions(**call("Oslo")) < positions(**call("Llanfairpwll on the sea"))
+    assert positions() < positions(invalid_tool_calls=[bad]) < positions(invalid_tool_calls=[named])
+
+
 @pytest.mark.parametrize(
     "block",
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import json
 import subprocess
 import sys
 
@@ -117,6 +118,26 @@ def test_other_blocks_and_roles(llm, lm):
         {"role": "user", "content": "Why?"},
     ]
     assert llm.chat(messages).message.content == lm.chat(ours, max_new_tokens=4).text
+
+
+@pytest.mark.skipif(not hasattr(types, "ToolCallBlock"), reason="LlamaIndex 0.13 has none")
+@pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'])
+def test_calls_in_a_history_are_read(llm, lm, arguments):
+    call = types.ToolCallBlock(tool_name="weather", tool_kwargs=arguments)
+    talk = [
+        ChatMessage("What?"),
+        ChatMessage(blocks=[call], role=MessageRole.ASSISTANT),
+        ChatMessage("rain", role=MessageRole.TOOL),
+        ChatMessage("Where?"),
+    ]
+    written = f"\n<tool_call>\n{json.dumps({'name': 'weather', 'arguments': arguments})}\n</tool_call>"
+    ours = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": written},
+        {"role": "tool", "content": "rain"},
+        {"role": "user", "content": "Where?"},
+    ]
+    assert llm.chat(talk).raw["usage"]["prompt_tokens"] == lm.positions(ours)
 
 
 def test_settings_of_a_call_go_before_those_of_the_object(llm, lm):

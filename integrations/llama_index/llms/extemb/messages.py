@@ -27,11 +27,11 @@ _ROLES = {
     MessageRole.MODEL: "assistant",
     MessageRole.FUNCTION: "tool",
 }
-_SILENT = {"cache", "thinking", "tool_call"}  # by name: not all versions have their classes
+_SILENT = {"cache", "thinking", "tool_call"}  # by name: not all versions have their classes; calls are not content
 
 
 def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, Any]]:
-    """Return messages with "role" and "content", a list of texts and documents.
+    """Return messages with "role", "content", a list of texts and documents, and "tool_calls".
 
     Raises:
         DocumentError: A block holds what is no text, or a ref's document is not kept any more.
@@ -40,6 +40,11 @@ def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, A
         {
             "role": _ROLES.get(message.role, message.role.value),
             "content": [part for block in message.blocks for part in _parts(block, refs)],
+            "tool_calls": [
+                {"type": "function", "function": {"name": block.tool_name, "arguments": block.tool_kwargs}}
+                for block in message.blocks
+                if block.block_type == "tool_call"
+            ],
         }
         for message in messages
     ]
