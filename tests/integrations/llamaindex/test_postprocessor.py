@@ -8,7 +8,7 @@ import logging
 import threading
 
 import pytest
-from llama_index.core import Document, Settings, VectorStoreIndex
+from llama_index.core import Document, Settings, SummaryIndex, VectorStoreIndex
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
 from llama_index.core.embeddings import BaseEmbedding
@@ -310,6 +310,38 @@ def test_chat_engines_and_streams(llm, nodes, calls):
     streamed = engine.query("What is counted?")
     assert "".join(streamed.response_gen)
     assert len(streamed.source_nodes) == 3
+
+
+@pytest.mark.parametrize("turns", [8, 40])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_chat_engine_goes_on_past_the_window(lm, long_nodes, calls, monkeypatch, turns, compressed):
+    """With texts, and with embeddings; `calls` sees that no call overflows the window."""
+    llm = ExtensibleLLM.from_lm(lm, max_tokens=4)
+    monkeypatch.setattr(Settings, "_prompt_helper", extensible_prompt_helper(llm))
+    monkeypatch.setattr(Settings, "_llm", llm)
+    roles = MessageRole.USER, MessageRole.ASSISTANT
+    talk = [ChatMessage(f"{at}. {LONG[:200]}", role=roles[at % 2]) for at in range(turns)]
+    post = [ExtensibleEmbeddingPostprocessor(llm=llm, ratio=8)] if compressed else []
+    memory = ChatMemoryBuffer.from_defaults(token_limit=10**6)
+    engine = ContextChatEngine.from_defaults(
+        retriever=Fixed(long_nodes[:2]), llm=llm, node_postprocessors=post, memory=memory, system_prompt="Be brief."
+    )
+    assert str(engine.chat("What is counted?", chat_history=talk))
+    assert "".join(engine.stream_chat("And then?").response_gen)
+    assert str(asyncio.run(engine.achat("And last?")))
+    assert len(calls) >= 2
+
+
+@pytest.mark.parametrize("kind", ["condense_question", "condense_plus_context"])
+def test_an_engine_that_condenses_a_question_needs_a_memory_that_counts_as_the_llm_does(lm, nodes, calls, kind):
+    """It puts the conversation into one question as text, so the memory has to see to its length."""
+    llm = ExtensibleLLM.from_lm(lm, max_tokens=4)
+    roles = MessageRole.USER, MessageRole.ASSISTANT
+    talk = [ChatMessage(f"{at}. {LONG[:200]}", role=roles[at % 2]) for at in range(100)]
+    memory = ChatMemoryBuffer.from_defaults(chat_history=talk, token_limit=1000, tokenizer_fn=llm.get_token_ids)
+    index = SummaryIndex([found.node for found in nodes])
+    engine = index.as_chat_engine(chat_mode=kind, llm=llm, memory=memory)
+    assert str(engine.chat("What is counted?"))
 
 
 def test_an_engine_that_cuts_texts_up_gets_texts(llm, nodes, calls):
