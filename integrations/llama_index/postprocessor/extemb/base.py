@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -96,24 +97,32 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
                 show_progress=False,
             )
         marks = lm.refs.put(*(documents[at] for at in ratios), finest=list(ratios.values()))
-        compressed: dict[int, BaseNode] = {}
-        for (at, ratio), mark in zip(ratios.items(), marks, strict=True):
-            tokens = chosen[at].n_tokens
-            positions = compressed_positions(tokens, ratio, lm.embedder.config.chunk_size)
-            compressed[at] = extensible(
-                nodes[at].node, documents[at], mark=mark, ratio=ratio, tokens=tokens, positions=positions
+        of_node = dict(zip(ratios, marks, strict=True))
+        made: dict[int, BaseNode] = {}
+        for at, document in documents.items():
+            tokens, ratio = lm.builder.n_tokens(document), ratios.get(at)
+            positions = tokens if ratio is None else compressed_positions(tokens, ratio, lm.embedder.config.chunk_size)
+            made[at] = extensible(
+                nodes[at].node, document, mark=of_node.get(at), ratio=ratio, tokens=tokens, positions=positions
             )
         dropped = [at for at, plan in chosen.items() if plan.fidelity == "dropped" and plan.n_tokens]
         if dropped:
-            logger.warning(
-                "%d of %d nodes dropped: no room in budget=%s: %s",
-                len(dropped), len(nodes), self.budget, ", ".join(nodes[at].node_id for at in dropped),
-            )  # fmt: skip
+            self._warn_of(dropped, nodes)
         return [
-            scored.model_copy(update={"node": compressed[at]}) if at in compressed else scored
+            scored.model_copy(update={"node": made[at]}) if at in made else scored
             for at, scored in enumerate(nodes)
             if at not in dropped
         ]
+
+    def _warn_of(self, dropped: list[int], nodes: list[NodeWithScore]) -> None:
+        worst = min((scored.get_score() for at, scored in enumerate(nodes) if at not in dropped), default=math.inf)
+        misplaced = any(nodes[at].get_score() > worst for at in dropped)
+        logger.warning(
+            "%d of %d nodes dropped: no room in budget=%s: %s%s",
+            len(dropped), len(nodes), self.budget, ", ".join(nodes[at].node_id for at in dropped),
+            "; the order of the nodes is their rank: what reorders them otherwise, such as LongContextReorder, goes "
+            "behind this postprocessor" if misplaced else "",
+        )  # fmt: skip
 
     def _plan(self, lm: ExtensibleLM, nodes: list[NodeWithScore], documents: dict[int, Document]) -> Plan:
         """Plan the fidelity of the nodes that are text, each with its metadata as overhead."""
