@@ -30,10 +30,11 @@ from tiny import SENTENCES, random_embedder, tiny_llm
 
 import langchain_extemb
 from extemb_core import EmbeddingStore, ExtensibleLM
+from extemb_core.documents import text_ref
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, ExtembError
 from extemb_core.models import generation
 from extemb_core.models.llm import LLM
-from langchain_extemb import ChatExtensible, ExtensibleLLM
+from langchain_extemb import ChatExtensible, ExtensibleCompressor, ExtensibleLLM
 from langchain_extemb.chat import _as_chunk
 from langchain_extemb.messages import to_messages
 
@@ -198,6 +199,24 @@ def test_blocks_without_text_are_an_error(chat, block):
         chat.invoke([HumanMessage([block, {"type": "text", "text": "What?"}])])
 
 
+def test_half_a_surrogate_pair_of_one_page_is_no_error(chat, lm):
+    torn, mended = "Page one \ud83d ends here. " * 9, "Page one \ufffd ends here. " * 9
+    artifact = [Document(torn)]
+    tool = ToolMessage(f"Found: {torn}", tool_call_id="1", artifact=artifact)
+    call = AIMessage("", tool_calls=[{"name": "find", "args": {}, "id": "1"}])
+    (ref,) = ExtensibleCompressor.from_lm(lm).compress_documents(artifact, "any")
+    for answer in (
+        chat.invoke("What?", documents=[Document(torn)]),
+        chat.invoke("What?", documents=[{"text": torn}]),
+        chat.invoke([HumanMessage([{"type": "text-plain", "text": torn}])]),
+        chat.invoke([HumanMessage("What?"), call, tool]),
+        chat.invoke(f"{ref.metadata['extemb_ref']} What?"),
+    ):
+        assert [one["id"] for one in answer.response_metadata["extemb"]["documents"]] == [text_ref(mended)]
+    assert chat.invoke(torn).content == chat.invoke(mended).content
+    assert ref.page_content == torn
+
+
 def test_bad_input_is_an_error_or_told(chat, documents):
     assert fates(chat.invoke("How many?", documents=[])) == []
     assert fates(chat.invoke("How many?", documents=None)) == []
@@ -210,6 +229,8 @@ def test_bad_input_is_an_error_or_told(chat, documents):
     assert fates(tight)[1] == ("wires.txt", "dropped")
     huge = Document(page_content="Short.", metadata={"blob": "x" * 10**6})
     assert len(fates(chat.invoke("How many?", documents=[huge]))) == 1
+    with pytest.raises(DocumentError, match="a tuple is not a document; of pairs with scores the first of each"):
+        chat.invoke("How many?", documents=[(documents[0], 0.7)])
     with pytest.raises(DocumentError, match="documents is a int"):
         chat.invoke("How many?", documents=7)
     generous = chat.invoke("How many?", documents=documents, budget=9999)
@@ -304,7 +325,7 @@ async def test_32_at_once_do_not_block_the_loop(chat, passes):
 def test_an_error_in_a_batch_is_of_its_own_prompt(chat):
     made = chat.batch(["a?", "b " * 400, "c?"], return_exceptions=True)
     assert [isinstance(one, BudgetError) for one in made] == [False, True, False]
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match="shorten the question, allow a shorter answer"):
         chat.batch(["a?", "b " * 400])
 
 
@@ -548,6 +569,7 @@ def test_a_model_that_cannot_be_loaded_fails_in_each_call(kind):
         assert asyncio.run(model.abatch(["Hello", "Hi"])) == ["plan B"] * 2
     failed = unloadable(kind).batch(["Hello", "Hi"], return_exceptions=True)
     assert [isinstance(one, ExtembError) for one in failed] == [True, True]
+    assert "no/such/folder/ does not exist" in str(failed[0])
 
 
 @pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])

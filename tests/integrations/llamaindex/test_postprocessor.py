@@ -265,6 +265,16 @@ def test_a_subclass_of_a_text_node_is_read_as_embeddings_and_keeps_what_it_has(l
     assert llm.lm.store.get(text_ref(LONG), lm.embedder.fingerprint, 4) is not None
 
 
+def test_half_a_surrogate_pair_of_one_page_is_no_error(llm):
+    torn = TextNode(text=f"{LONG} \ud83d {LONG}")
+    ExtensibleTransform(llm=llm, ratio=4, show_progress=False)([torn])
+    for settings in ({"ratio": 4}, {"ratio": "raw"}):
+        made = ExtensibleEmbeddingPostprocessor(llm=llm, **settings).postprocess_nodes([NodeWithScore(node=torn)])
+        assert made[0].node.text == torn.text.replace("\ud83d", "\ufffd")
+        assert llm.complete(made[0].get_content(MetadataMode.LLM)).raw["usage"]["completion_tokens"] == 4
+    assert llm.complete(torn.text).raw["usage"]["completion_tokens"] == 4
+
+
 def test_what_became_of_a_node_is_a_number_of_every_text(lm):
     """Also of one that stays text, on a first small try."""
     llm = ExtensibleLLM.from_lm(lm, max_tokens=4)

@@ -14,7 +14,7 @@ from llama_index.core.base.llms.types import (
     TextBlock,
 )
 
-from extemb_core.documents import Document
+from extemb_core.documents import Document, without_lone_surrogates
 from extemb_core.errors import DocumentError
 from extemb_core.loaders import read_document
 
@@ -67,7 +67,7 @@ def _parts(block: Any, refs: Refs) -> list[str | Document]:
 
 def _text_of(block: Any) -> str:
     if isinstance(block, TextBlock):
-        return block.text
+        return without_lone_surrogates(block.text)
     if not isinstance(block, DocumentBlock):
         raise _no_text(block)
     if block.path is not None and block.data is None:

@@ -17,7 +17,7 @@ from llama_index.core.schema import (
     TextNode,
 )
 
-from extemb_core.documents import Document, text_ref
+from extemb_core.documents import Document, text_ref, without_lone_surrogates
 
 _SOURCES = ("source", "file_path", "file_name", "url", "title")
 
@@ -88,7 +88,7 @@ def heading_of(node: BaseNode) -> str:
 def to_document(node: BaseNode, text: str) -> Document:
     """Convert a node to our document, which cites the node's source or else its id."""
     named = next((node.metadata[key] for key in _SOURCES if node.metadata.get(key)), node.node_id)
-    return Document(text, metadata={"source": str(named)})
+    return Document(without_lone_surrogates(text), metadata={"source": str(named)})
 
 
 def extensible(
