@@ -57,6 +57,13 @@ def require_tools(llm: LLM) -> None:
         )
 
 
+def tool_name(choice: str | bool | Mapping[str, Any] | None) -> str | None:
+    """Return what a choice of a tool comes to, in any of the forms that are in use, as `prefix_of_call` takes it."""
+    if isinstance(choice, Mapping):  # {"type": "function", "function": {"name": ...}}, {"type": "tool", "name": ...}
+        return str(choice.get("function", choice).get("name") or choice.get("type"))
+    return ("any" if choice else None) if isinstance(choice, bool) else choice
+
+
 def prefix_of_call(tools: Sequence[Tool], choice: str | None) -> str:
     """Begin the LLM's turn such that it goes on with a call: of one tool, of any ("any"), or freely (None, "auto").
 
