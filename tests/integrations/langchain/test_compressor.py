@@ -9,7 +9,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import ConfigurableField
+from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
 
 from extemb_core.documents import text_ref
 from extemb_core.errors import DocumentError, RatioError
@@ -55,6 +55,32 @@ def test_a_stock_chain_hands_refs_over_and_its_llm_reads_embeddings(lm, chat, do
     ]
     assert answer == lm.chat(by_hand, max_new_tokens=4).text
     assert [one["id"] for one in told] == [text_ref(one.page_content) for one in documents]
+
+
+def test_the_chains_of_the_guide_read_embeddings(lm, documents):
+    """One that formats refs, and one that hands documents over, other ones in each call; page content is text."""
+    compressor, told = ExtensibleCompressor.from_lm(lm, ratio=4), []
+    llm = ChatExtensible.from_lm(lm, max_tokens=4, ratio=4, callbacks=[Told(told)])
+
+    def with_refs(found):
+        return "\n\n".join(one.metadata["extemb_ref"] for one in compressor.compress_documents(found, ""))
+
+    def with_text(found):
+        return "\n\n".join(one.page_content for one in found)
+
+    prompt = ChatPromptTemplate.from_template("{context}\n\n{question}")
+    ids = [text_ref(one.page_content) for one in documents]
+    for form, read in ((with_refs, ids), (with_text, [])):
+        retriever = Fixed(found=documents)
+        chain = {"context": retriever | form, "question": RunnablePassthrough()} | prompt | llm
+        told.clear()
+        chain.invoke("How many?")
+        assert [one["id"] for one in told] == read
+    handed = RunnableLambda(lambda found: llm.invoke(found["question"], documents=found["documents"]))
+    for one, ref in zip(documents, ids, strict=True):
+        told.clear()
+        handed.invoke({"question": "How many?", "documents": [one]})
+        assert [document["id"] for document in told] == [ref]
 
 
 def Told(told):  # noqa: N802 - makes a handler
