@@ -8,6 +8,7 @@ import gc
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 from llama_index.core import SummaryIndex
@@ -100,6 +101,52 @@ def test_documents_of_files(llm, tmp_path):
 def test_blocks_without_text_are_an_error(llm, block, said):
     with pytest.raises(ExtensibleLLMError, match=said):
         llm.chat([ChatMessage(blocks=[block, TextBlock(text="?")])])
+
+
+@pytest.mark.parametrize("role", [MessageRole.ASSISTANT, MessageRole.CHATBOT, MessageRole.MODEL])
+def test_what_other_models_made_is_left_out_of_a_history(llm, role):
+    picture, text = ImageBlock(url="http://none/a.png"), TextBlock(text="Here.")
+
+    def read(*blocks):
+        talk = [ChatMessage("Draw."), ChatMessage(blocks=list(blocks), role=role), ChatMessage("Why?")]
+        return llm.chat(talk).raw["usage"]["prompt_tokens"]
+
+    assert read(text, picture) == read(text)
+
+
+@pytest.mark.parametrize("call", ["acomplete", "achat", "astream_complete", "astream_chat"])
+def test_weights_are_not_loaded_on_the_event_loop(call, lm, monkeypatch):
+    threads = []
+    monkeypatch.setattr(
+        "extemb_core.frameworks.settings.share",
+        lambda *args, **settings: threads.append(threading.current_thread()) or lm,
+    )
+    llm = ExtensibleLLM.from_model_id("tiny", max_tokens=2)
+
+    async def ask():
+        answer = await getattr(llm, call)([ChatMessage(QUESTION)] if "chat" in call else QUESTION)
+        if "stream" in call:
+            assert [piece async for piece in answer]
+        return threading.current_thread()
+
+    loop = asyncio.run(ask())
+    assert threads
+    assert loop not in threads
+    assert llm.to_payload()["model_name"] == "tiny"
+
+
+@pytest.mark.parametrize("stop", ["END", ["END"]])
+def test_a_text_that_ends_an_answer_is_one_text(lm, stop):
+    whole = ExtensibleLLM.from_lm(lm, max_tokens=4).complete(QUESTION).text
+    assert ExtensibleLLM.from_lm(lm, max_tokens=4, stop=stop).complete(QUESTION).text == whole
+    assert ExtensibleLLM.from_lm(lm, max_tokens=4).complete(QUESTION, stop=stop).text == whole
+
+
+@pytest.mark.parametrize("name", ["messages_to_prompt", "completion_to_prompt"])
+def test_a_prompt_of_ones_own_is_an_error_that_names_the_way(name):
+    with pytest.raises(ConfigError, match=f"{name}= makes no difference: .* formatted=True"):
+        ExtensibleLLM.from_model_id("nobody/knows", **{name: str})
+    assert ExtensibleLLM.from_model_id("nobody/knows", **{name: None}).model == "nobody/knows"
 
 
 def test_other_blocks_and_roles(llm, lm):

@@ -80,6 +80,10 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
             model_name=self.model,
         )
 
+    def to_payload(self) -> dict[str, Any]:
+        """Describe the LLM to callbacks, which ask on the event loop: no weights are loaded for it."""
+        return {"class_name": self.class_name(), "model_name": self.model, "num_output": self.max_tokens}
+
     # -- chats ------------------------------------------------------------------------------------------------
 
     @llm_chat_callback()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from extemb_core.loaders import read_document
 if TYPE_CHECKING:
     from extemb_core.frameworks.refs import Refs
 
+logger = logging.getLogger(__name__)
+
 _ROLES = {
     MessageRole.DEVELOPER: "system",
     MessageRole.CHATBOT: "assistant",
@@ -34,12 +37,13 @@ def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, A
     """Return messages with "role", "content", a list of texts and documents, and "tool_calls".
 
     Raises:
-        DocumentError: A block holds what is no text, or a ref's document is not kept any more.
+        DocumentError: A block of another than the assistant holds what is no text, or a ref's document is not kept any
+            more.
     """
     return [
         {
-            "role": _ROLES.get(message.role, message.role.value),
-            "content": [part for block in message.blocks for part in _parts(block, refs)],
+            "role": (role := _ROLES.get(message.role, message.role.value)),
+            "content": [part for block in message.blocks for part in _parts(block, refs, lenient=role == "assistant")],
             "tool_calls": [
                 {"type": "function", "function": {"name": block.tool_name, "arguments": block.tool_kwargs}}
                 for block in message.blocks
@@ -50,7 +54,7 @@ def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, A
     ]
 
 
-def _parts(block: Any, refs: Refs) -> list[str | Document]:
+def _parts(block: Any, refs: Refs, *, lenient: bool) -> list[str | Document]:
     if isinstance(block, TextBlock):
         return refs.find(block.text)
     if block.block_type in _SILENT:
@@ -62,6 +66,9 @@ def _parts(block: Any, refs: Refs) -> list[str | Document]:
         return [_text_of(block.cited_content)]
     if isinstance(block, DocumentBlock):
         return [Document(_text_of(block), title=block.title, metadata={"source": str(block.path or block.title)})]
+    if lenient:  # a picture that another model made
+        logger.debug("a %s in the assistant's turn is left out", type(block).__name__)
+        return []
     raise _no_text(block)
 
 

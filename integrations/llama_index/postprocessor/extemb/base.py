@@ -100,10 +100,15 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
         of_node = dict(zip(ratios, marks, strict=True))
         made: dict[int, BaseNode] = {}
         for at, document in documents.items():
-            tokens, ratio = lm.builder.n_tokens(document), ratios.get(at)
-            positions = tokens if ratio is None else compressed_positions(tokens, ratio, lm.embedder.config.chunk_size)
+            tokens = lm.builder.n_tokens(document)
+            positions = compressed_positions(tokens, ratios.get(at, 1), lm.embedder.config.chunk_size)
             made[at] = extensible(
-                nodes[at].node, document, mark=of_node.get(at), ratio=ratio, tokens=tokens, positions=positions
+                nodes[at].node,
+                document,
+                mark=of_node.get(at),
+                ratio=ratios.get(at),
+                tokens=tokens,
+                positions=positions,
             )
         dropped = [at for at, plan in chosen.items() if plan.fidelity == "dropped" and plan.n_tokens]
         if dropped:
