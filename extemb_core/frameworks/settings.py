@@ -84,7 +84,7 @@ class StrictSettings(BaseModel):
         for name in self._SHARED:
             if not isinstance(getattr(self, name), str | Path | None):
                 raise ConfigError(
-                    f"a {type(self).__name__} with {name}= of this process cannot be pickled: another process would "
+                    f"{type(self).__name__} with {name}= of this process cannot be pickled: another process would "
                     "have another; make it by names and paths, as in from_model_id(..., store=FOLDER)"
                 )
         return super().__getstate__()
