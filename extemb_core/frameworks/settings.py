@@ -66,7 +66,7 @@ class StrictSettings(BaseModel):
 
     def __init__(self, **settings: Any) -> None:
         known = {name for key, field in type(self).model_fields.items() for name in (key, field.alias) if name}
-        for name in settings.keys() - known:
+        for name in sorted(settings.keys() - known):
             if name not in self._WITHOUT_EFFECT:
                 raise unknown_setting(name, settings[name], known)
             logger.warning("%s= makes no difference to a %s", name, type(self).__name__)
