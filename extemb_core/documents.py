@@ -34,6 +34,11 @@ def text_ref(text: str) -> str:
     return REF_PREFIX + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
+def without_lone_surrogates(text: str) -> str:
+    """Join surrogates that stand in pairs, and put U+FFFD for others, as broken font tables of PDF files leave them."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 @dataclass(frozen=True)
 class Document:
     """Text with an optional title and metadata; two documents with equal text share one `ref`.
@@ -84,13 +89,13 @@ class Document:
         return str(self.metadata.get("source") or self.title or self.ref)
 
     @classmethod
-    def from_any(cls, value: Any) -> Document:
+    def from_any(cls, value: Any, *, lenient: bool = False) -> Document:
         """Make a document of what frameworks and callers hand over.
 
         Taken: a str; a Document (returned as it is); a dict with its text under one of `TEXT_KEYS`, an
         optional "title" and "metadata" (other keys join the metadata); an object with `.page_content`
         (LangChain), `.get_content()` (LlamaIndex) or `.text`, with its `.metadata`. Where no title is
-        given, `metadata["title"]` is the title.
+        given, `metadata["title"]` is the title. If `lenient`, see `without_lone_surrogates`, which are an error else.
 
         Raises:
             DocumentError: value is none of these, or its text is not a str.
@@ -101,7 +106,7 @@ class Document:
             # No shares of a network, which looking at would ask for.
             if len(value) < _MAX_PATH_CHARS and not value.startswith(("//", "\\\\")) and os.path.exists(value):
                 logger.warning("the text %r is the name of a file; to read that, pass read_document(%r)", value, value)
-            return cls(value)
+            return cls(without_lone_surrogates(value) if lenient else value)
         title, metadata = None, getattr(value, "metadata", None)
         if isinstance(value, Mapping):
             key = next((key for key in TEXT_KEYS if key in value), None)
@@ -119,10 +124,13 @@ class Document:
         elif hasattr(value, "text"):
             text = value.text
         else:
-            raise DocumentError(f"a {type(value).__name__} is not a document; {_ACCEPTED}")
+            pair = "of pairs with scores the first of each; " if isinstance(value, tuple) else ""
+            raise DocumentError(f"a {type(value).__name__} is not a document; {pair}{_ACCEPTED}")
         metadata = {} if metadata is None else metadata
         if title is None and isinstance(metadata, Mapping) and isinstance(metadata.get("title"), str):
             title = metadata["title"]
+        if lenient:
+            text, title = (without_lone_surrogates(p) if isinstance(p, str) else p for p in (text, title))
         return cls(text, title=title, metadata=metadata)
 
 

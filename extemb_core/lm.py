@@ -311,13 +311,14 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        tools: Sequence[Tool] = (),
     ) -> int:
-        """Count the positions that a prompt takes, its documents included; nothing is compressed.
+        """Count the positions that a prompt takes, its documents and tools included; nothing is compressed.
 
         One that the window does not hold is counted too, with no position left for its documents.
         """
         messages, joined = as_messages(question), as_documents(documents)
-        n_bare = len(self.builder.render(messages).fill({}))
+        n_bare = len(self.builder.render(messages, tools=tools).fill({}))
         room = capped(budget, max(0, self.llm.context_window - n_bare))
         ranked = [*joined, *inline_documents(messages)]
         return n_bare + self.builder.plan(ranked, room, ratio, n_headed=len(joined)).positions

@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extemb_core.documents import Document
+from extemb_core.documents import Document, without_lone_surrogates
 from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError, optional_import
 
 if TYPE_CHECKING:
@@ -304,5 +304,4 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
         about["pages_without_text"] = without
         logger.warning("%s: no text on %d of %d pages: %s", path, len(without), len(pages), without)
     text = "\n\n".join(page for page in pages if page)
-    # Broken font tables yield lone surrogates: pairs are joined, the rest become U+FFFD.
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"), about
+    return without_lone_surrogates(text), about

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extemb_core.context.tools import require_tools
+from extemb_core.context.tools import require_tools, written_calls
 from extemb_core.documents import Document
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, PromptInputs
@@ -120,7 +120,8 @@ def render_chat(
     Args:
         llm: Whose template and tokenizer are used.
         messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids, embeddings (see `Prompt`)
-            and `Slot`s. An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}].
+            and `Slot`s. An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}], which
+            are text where the template has no place for them.
         add_generation_prompt: End with the opening of the assistant's turn.
         tools: Functions in OpenAI's form, for templates that have a place for them.
         assistant_prefix: What the assistant's turn begins with.
@@ -128,9 +129,10 @@ def render_chat(
     Raises:
         ConfigError: A message is not of that form, or the template refuses or drops it.
     """
-    contents = [_checked_content(message) for message in messages]
     if tools:
         require_tools(llm)
+    written = [written_calls(llm, message.get("tool_calls") or []) for message in messages]
+    contents = [[*_checked_content(message), *calls] for message, calls in zip(messages, written, strict=True)]
     # A template may show any field of a message: names, calls, reasoning. Roles are what it compares.
     fields = [{name: message[name] for name in message if name not in ("role", "content")} for message in messages]
     placeholders = _Placeholders(llm, [*contents, list(_texts_in([fields, tools]))])

@@ -229,8 +229,8 @@ class ContextBuilder:
         if free < 0 or (documents and free == 0):
             raise BudgetError(
                 f"the question takes {n_bare} positions and the answer up to {max_new_tokens}, more than the "
-                f"{self.llm.context_window} of {self.llm.name}; shorten the question, lower max_new_tokens, or use a "
-                "session"
+                f"{self.llm.context_window} of {self.llm.name}; shorten the question, allow a shorter answer, or use a "
+                "session of ExtensibleLM"
             )
         return room
 

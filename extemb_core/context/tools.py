@@ -37,6 +37,13 @@ def takes_tools(llm: LLM) -> bool:
     return "tools" in template and OPEN in template
 
 
+def written_calls(llm: LLM, calls: Sequence[Tool]) -> list[str]:
+    """Write calls of a message as an LLM writes them, where its chat template has no place for them."""
+    if "tool_calls" in (llm.tokenizer.chat_template or ""):
+        return []
+    return [f"\n{OPEN}\n{json.dumps(call.get('function', call), ensure_ascii=False)}\n{CLOSE}" for call in calls]
+
+
 def require_tools(llm: LLM) -> None:
     """See that an LLM's chat template has a place for tools.
 
@@ -48,6 +55,13 @@ def require_tools(llm: LLM) -> None:
             f"the chat template of {llm.name} has no place for tools in the form {OPEN}; take an LLM whose template "
             "has one, such as qwen2.5-coder-0.5b-instruct, or leave the tools out"
         )
+
+
+def tool_name(choice: str | bool | Mapping[str, Any] | None) -> str | None:
+    """Return what a choice of a tool comes to, in any of the forms that are in use, as `prefix_of_call` takes it."""
+    if isinstance(choice, Mapping):  # {"type": "function", "function": {"name": ...}}, {"type": "tool", "name": ...}
+        return str(choice.get("function", choice).get("name") or choice.get("type"))
+    return ("any" if choice else None) if isinstance(choice, bool) else choice
 
 
 def prefix_of_call(tools: Sequence[Tool], choice: str | None) -> str:

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from extemb_core.documents import REF_PREFIX, Document, ReferencedDocument
+from extemb_core.documents import REF_PREFIX, Document, ReferencedDocument, without_lone_surrogates
 from extemb_core.errors import DocumentError, StoreCorruptError
 from extemb_core.store.base import Store
 from extemb_core.store.format import ref_bytes
@@ -77,6 +77,7 @@ class Refs:
             DocumentError: A mark's document is not kept any more.
             StoreCorruptError: It is not what was put.
         """
+        text = without_lone_surrogates(text)  # of one page, which would make all that was found an error
         parts: list[str | Document] = []
         start = 0
         for match in MARK.finditer(text):
@@ -102,7 +103,11 @@ class Refs:
                 )
             finest = int(limit) if limit else None
             return ReferencedDocument(document.text, title=document.title, metadata=document.metadata, finest=finest)
-        logger.warning("%s looks like a ref, and was not made by this store; it is read as text", match[0])
+        logger.warning(
+            "%s looks like a ref, and was not made by this store; it is read as text: what makes refs and what reads "
+            "them need the same lm, or the same model and store",
+            match[0],
+        )
         return None
 
 

@@ -7,26 +7,102 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, PrivateAttr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from extemb_core.answers import Answer
-from extemb_core.errors import ConfigError
-from extemb_core.frameworks.shared import share
+from extemb_core.context.planning import check_budget
+from extemb_core.errors import ConfigError, ExtembError, RatioError
+from extemb_core.frameworks.shared import release, share
+from extemb_core.utils.validation import check_sampling, unknown_setting, whole_number
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
 logger = logging.getLogger(__name__)
 
-_OF_ANSWER = ("ratio", "budget", "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+_SAMPLED = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+_OF_ANSWER = ("ratio", "budget", *_SAMPLED)
+_OF_MODEL = ("model", "embedder", "store", "device", "dtype")
 _PER_CALL = {"model", "embedder", "documents", *_OF_ANSWER}
 
 
-class ModelSettings(BaseModel):
+def _checked_ratio(ratio: Any) -> Any:
+    if ratio in ("auto", "raw"):
+        return ratio
+    number = int(ratio) if isinstance(ratio, str) and ratio.isdecimal() else ratio
+    return whole_number(number, "ratio", remedy="'auto', 'raw' or one of the embedder's ratios", error=RatioError)
+
+
+def _checked_budget(budget: Any) -> int | None:
+    return None if budget is None else check_budget(budget)
+
+
+Ratio = Annotated[str | int, BeforeValidator(_checked_ratio)]
+Budget = Annotated[int | None, BeforeValidator(_checked_budget)]
+
+
+class StrictSettings(BaseModel):
+    """Settings whose unknown names and illegal values are errors of this library when an object is made.
+
+    The frameworks' own classes pass over names that they do not know.
+    """
+
+    _WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()
+    """Settings that other models have, which are taken with a warning."""
+    _SHARED: ClassVar[tuple[str, ...]] = ()
+    """Fields that may be open or loaded: a copy has the same, and another process would have another."""
+
+    def __init__(self, **settings: Any) -> None:
+        known = {name for key, field in type(self).model_fields.items() for name in (key, field.alias) if name}
+        for name in sorted(settings.keys() - known):
+            if name not in self._WITHOUT_EFFECT:
+                raise unknown_setting(name, settings[name], known)
+            logger.warning("%s= makes no difference to a %s", name, type(self).__name__)
+        try:
+            super().__init__(**{name: value for name, value in settings.items() if name in known})
+        except ValidationError as error:
+            raise _as_own(error) from error
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        memo = {} if memo is None else memo
+        memo.update((id(value), value) for value in (getattr(self, name) for name in self._SHARED))
+        return super().__deepcopy__(memo)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        for name in self._SHARED:
+            if not isinstance(getattr(self, name), str | Path | None):
+                raise ConfigError(
+                    f"{type(self).__name__} with {name}= of this process cannot be pickled: another process would "
+                    "have another; make it by names and paths, as in from_model_id(..., store=FOLDER)"
+                )
+        return super().__getstate__()
+
+
+def _as_own(error: ValidationError) -> ExtembError:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ExtembError):
+        return cause
+    name = ".".join(map(str, first["loc"]))
+    return ConfigError(f"{name}={first['input']!r:.80} is not legal ({first['msg']}); pass another value")
+
+
+class ModelSettings(StrictSettings):
     """Settings of a model. No weights are loaded before they are needed; all objects of a process share them."""
+
+    _SHARED: ClassVar[tuple[str, ...]] = ("loaded_lm", "store")
 
     model: str = "smollm2-135m-joint"
     """A known name (`extemb weights list`), a folder or a Hugging Face id."""
@@ -34,14 +110,14 @@ class ModelSettings(BaseModel):
     """Its embedder: a folder or hub id; the one shipped for a known LLM when not given."""
     store: Any = None
     """Folder where compressed documents are kept, or a store; in memory when not given."""
-    ratio: str | int = "auto"
+    ratio: Ratio = "auto"
     """Tokens per extensible embedding: "auto", "raw", or a trained ratio for all documents."""
     device: str = "auto"
     """"auto" (CUDA, then CPU) or a torch device."""
     dtype: str = "auto"
     """"auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype."""
-
-    _loaded: ExtensibleLM | None = PrivateAttr(default=None)
+    loaded_lm: Any = Field(default=None, exclude=True, repr=False)
+    """The `ExtensibleLM` of `from_lm`: a field, so that frameworks that make an object anew from its fields keep it."""
 
     @classmethod
     def from_model_id(cls, model_id: str, **settings: Any) -> Self:
@@ -50,17 +126,40 @@ class ModelSettings(BaseModel):
 
     @classmethod
     def from_lm(cls, lm: ExtensibleLM, **settings: Any) -> Self:
-        """Make one over a model that is loaded already."""
-        instance = cls(model=lm.llm.name, **settings)
-        instance._loaded = lm
-        return instance
+        """Make one over a model that is loaded already, with its embedder and store."""
+        return cls(**{"model": lm.llm.name, "loaded_lm": lm, **settings})
 
     @property
     def lm(self) -> ExtensibleLM:
         """Model; it is loaded now if it was not."""
-        if self._loaded is not None:
-            return self._loaded
+        if self.loaded_lm is not None:
+            lm: ExtensibleLM = self.loaded_lm
+            return lm
         return share(self.model, self.embedder, store=self.store, device=self.device, dtype=self.dtype)
+
+    def close(self) -> None:
+        """Close the store of a folder, for all objects that share it; the next call opens it again."""
+        if self.loaded_lm is None:
+            release(self.model, self.embedder, store=self.store, device=self.device, dtype=self.dtype)
+
+    def _model_elsewhere(self) -> str | None:
+        """Return the name of the field that has the model, unless it is to be loaded by the fields of this one."""
+        return None if self.loaded_lm is None else "loaded_lm"
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        """Refuse what would choose another model or store than the one that is here."""
+        if (field := self._model_elsewhere()) is not None:
+            for name in _OF_MODEL:
+                value, legal = getattr(self, name), [type(self).model_fields[name].default]
+                if name == "model" and field == "loaded_lm":
+                    legal.append(self.loaded_lm.llm.name)
+                if value not in legal:
+                    raise ConfigError(
+                        f"{name}={value!r:.80} makes no difference beside {field}=, which has a model and a store; "
+                        "leave it out, or make the object by from_model_id"
+                    )
+        return self
 
 
 class GenerationSettings(ModelSettings):
@@ -68,7 +167,7 @@ class GenerationSettings(ModelSettings):
 
     _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream"})  # settings of a call that are not an answer's
 
-    budget: int | None = None
+    budget: Budget = None
     """Positions of the window that documents may take at most; all that is free when not given, or where it is less."""
     max_tokens: int = 256
     """Longest answer."""
@@ -85,12 +184,20 @@ class GenerationSettings(ModelSettings):
     stop: str | list[str] | None = None
     """Text that ends an answer, or several."""
 
+    @field_validator(*_SAMPLED, "stop", mode="before")
+    @classmethod
+    def _legal(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if (name, value) != ("stop", None):
+            check_sampling("max_new_tokens" if name == "max_tokens" else name, value, alias=name)
+        return value
+
     def _lm_of(self, settings: Mapping[str, Any]) -> ExtensibleLM:
         """Return the model of one call, which may name another than this object's."""
-        model = settings.get("model")
-        if model is None:
+        model, embedder = settings.get("model") or self.model, settings.get("embedder")
+        if model == self.model and embedder in (None, self.embedder):
             return self.lm
-        return share(model, settings.get("embedder"), store=self.store, device=self.device, dtype=self.dtype)
+        return share(model, embedder, store=self.store, device=self.device, dtype=self.dtype)
 
     def _response_metadata(self, answer: Answer, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Describe what became of each document and how the answer ended. Warn of documents that were not read."""
@@ -123,19 +230,15 @@ class GenerationSettings(ModelSettings):
         """Return the settings of one call, for `ExtensibleLM.stream`, without its documents.
 
         Raises:
-            ConfigError: One is unknown.
+            ConfigError: One is unknown, or its value not legal.
         """
-        unknown = sorted(settings.keys() - _PER_CALL - self._ELSEWHERE)
-        if unknown:
-            raise ConfigError(
-                f"unknown setting {unknown[0]}={settings[unknown[0]]!r:.80}; pass one of {', '.join(sorted(_PER_CALL))}"
-            )
-        chosen = {
-            name: settings[name] if settings.get(name) is not None else getattr(self, name) for name in _OF_ANSWER
-        }
+        for name in sorted(settings.keys() - _PER_CALL - self._ELSEWHERE):
+            raise unknown_setting(name, settings[name], _PER_CALL)
+        chosen = {name: getattr(self, name) if settings.get(name) is None else settings[name] for name in _OF_ANSWER}
+        checked = GenerationSettings(**chosen, stop=stop or self.stop)
+        chosen = {name: getattr(checked, name) for name in _OF_ANSWER}
         chosen["max_new_tokens"] = chosen.pop("max_tokens")
-        stop = stop or self.stop or []
-        return chosen | {"stop": [stop] if isinstance(stop, str) else [*stop]}
+        return chosen | {"stop": [checked.stop] if isinstance(checked.stop, str) else checked.stop or []}
 
     @property
     def _identifying_params(self) -> dict[str, Any]:

@@ -34,8 +34,7 @@ def share(
     """
     from extemb_core.lm import ExtensibleLM, open_store
 
-    weights = str(llm), None if embedder is None else str(embedder), device, dtype
-    key = (*weights, StorageLocation(store).absolute() if isinstance(store, str | Path) else id(store))
+    weights, key = _keys(llm, embedder, store, device, dtype)
     with _lock:
         if key not in _opened:
             if weights not in _models:
@@ -43,3 +42,22 @@ def share(
                 _models[weights] = loaded.llm, loaded.embedder
             _opened[key] = ExtensibleLM(*_models[weights], open_store(store))
         return _opened[key]
+
+
+def release(
+    llm: str | Path, embedder: str | Path | None, *, store: str | Path | Store | None, device: str, dtype: str
+) -> None:
+    """Close the store that `share` opened for these arguments, if it did; the next call of `share` opens it again."""
+    if isinstance(store, str | Path):
+        with _lock:
+            lm: Any = _opened.pop(_keys(llm, embedder, store, device, dtype)[1], None)
+        if lm is not None:
+            getattr(lm.store, "close", lambda: None)()  # shards stay open for no longer than a read
+
+
+def _keys(
+    llm: str | Path, embedder: str | Path | None, store: str | Path | Store | None, device: str, dtype: str
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the keys of weights, and of these weights with a store."""
+    weights = str(llm), None if embedder is None else str(embedder), device, dtype
+    return weights, (*weights, StorageLocation(store).absolute() if isinstance(store, str | Path) else id(store))

@@ -267,6 +267,14 @@ class Library:
         if not question.strip():
             raise ConfigError("the question is empty; ask something")
         whole_number(k, "k", remedy=f"e.g. {N_PASSAGES}")
+        if not self._warned and (stale := self.n_stale):
+            self._warned = True
+            logger.warning(
+                "%d of %d documents in %s were compressed by another embedder, and what a question reads of them is "
+                "compressed again each time; bring them up to date once with Library.refresh() or: extemb index "
+                "refresh %s",
+                stale, len(self), self.path, self.path,
+            )  # fmt: skip
         with self._lock:
             index = self._index()
             if not index.ids:
@@ -291,14 +299,6 @@ class Library:
     def stream(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> AnswerStream:
         """Stream the answer of `ask`, piece by piece."""
         lm = self._need_lm()
-        if not self._warned and (stale := self.n_stale):
-            self._warned = True
-            logger.warning(
-                "%d of %d documents in %s were compressed by another embedder, and what a question reads of them is "
-                "compressed again each time; bring them up to date once with Library.refresh() or: extemb index "
-                "refresh %s",
-                stale, len(self), self.path, self.path,
-            )  # fmt: skip
         documents = [passage.to_document() for passage in self.search(question, k, hybrid=hybrid)]
         return lm.stream(question, documents, **settings)
 
@@ -322,7 +322,7 @@ class Library:
         """Compress and write the documents that are not here in this form."""
         start = time.perf_counter()
         lm = self._need_lm()
-        self.store.environment.require_writable()
+        self.store.require_writable()
         counts: Counter[str] = Counter()
         fingerprint, finest = lm.embedder.fingerprint, lm.embedder.config.finest(self.ratio)
 

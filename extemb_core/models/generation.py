@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from extemb_core.errors import ConfigError
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs
+from extemb_core.utils.validation import check_sampling
 
 if TYPE_CHECKING:
     from extemb_core.models.llm import LLM
@@ -52,25 +51,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        rules: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
-            ("max_new_tokens", self.max_new_tokens, lambda n: _is_whole(n) and n >= 1, "a whole number of at least 1"),
-            ("temperature", self.temperature, lambda t: 0 <= t < math.inf, "0 (greedy) or above"),
-            ("top_p", self.top_p, lambda p: 0 < p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k, lambda k: _is_whole(k) and k >= 0, "0 (off) or a positive whole number"),
-            ("repetition_penalty", self.repetition_penalty, lambda r: 0 < r < math.inf, "above 0 (1 is off)"),
-            ("seed", self.seed, lambda s: s is None or _is_whole(s), "a whole number or None"),
-        )
-        for name, value, is_legal, rule in rules:
-            try:
-                legal = is_legal(value)
-            except TypeError:  # not a number at all
-                legal = False
-            if not legal:
-                raise ConfigError(f"{name}={value!r} must be {rule}; pass such a value")
         stop: Any = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ConfigError(f"stop={self.stop!r} must be texts that are not empty; leave out what is empty")
+        if isinstance(stop, Iterable):
+            object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
+        for setting in fields(self):
+            check_sampling(setting.name, getattr(self, setting.name))
 
 
 @dataclass(kw_only=True)
@@ -323,7 +308,3 @@ def _text_of(prompts: Sequence[PromptInputs]) -> list[Sequence[int]]:
 def _overlap(text: str, stop: str) -> int:
     """Measure the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

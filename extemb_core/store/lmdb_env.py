@@ -108,18 +108,12 @@ class Environment:
         Raises:
             StoreError: The environment is read-only, or the disk refuses (then nothing of it was kept).
         """
-        self.require_writable()
         with self._writing:
             while True:
                 failures = self._failures("could not be written to")
                 with suppress(lmdb.MapFullError), self._entered(), failures, self._begun(write=True) as transaction:
                     return work(transaction)
                 self._grow()
-
-    def require_writable(self) -> None:
-        """Raise `StoreError` if it is read-only, before long work that would end in that error."""
-        if self.readonly:
-            raise StoreError(f"{self.folder} was opened to read; open it with mode='a' to write")
 
     def close(self) -> None:
         """Release it; the files are closed when nothing in this process uses them."""
@@ -143,6 +137,16 @@ class Environment:
         self._waiting = 0
         self._gate = threading.Condition(threading.Lock())
         self._writing = threading.Lock()
+
+    def _reopen_to_write(self) -> None:
+        with self._gate:
+            self._disconnect()
+            self.readonly = False
+            try:
+                self._connect()
+            except BaseException:
+                self.readonly = True  # as it was, from the next transaction on
+                raise
 
     def _settle(self) -> None:
         """Wait, with the gate held, until no transaction is open."""
@@ -258,7 +262,7 @@ def open_environment(folder: Path, *, readonly: bool) -> Environment:
     Raises:
         StoreNotFoundError: It is to be read, and is not there.
         StoreCorruptError: The file is damaged.
-        StoreError: It cannot be opened, or only to read, or this process reads it already and would write now.
+        StoreError: It cannot be opened, or only to read.
     """
     folder = folder.resolve()
     with _shared_lock:
@@ -267,9 +271,9 @@ def open_environment(folder: Path, *, readonly: bool) -> Environment:
             if readonly and not (folder / DATA_FILE).is_file():
                 raise StoreNotFoundError(f"{folder} has no store in it; check the path")
             environment = _shared[str(folder)] = Environment(folder, readonly)
-        elif environment.readonly and not readonly:
-            raise StoreError(f"{folder} is open to read in this process; close that before opening it to write")
         else:
+            if environment.readonly and not readonly:
+                environment._reopen_to_write()
             environment._users += 1
         return environment
 

@@ -11,7 +11,7 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from extemb_core.errors import ConfigError, MismatchError
+from extemb_core.errors import ConfigError, MismatchError, StoreError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.blocks import Blocks
 from extemb_core.store.format import Dtype, check_description, check_dtype, describe, encode, key_of, prepare, ref_of
@@ -31,9 +31,10 @@ class EmbeddingStore:
     may read while one writes; writers wait for each other.
     """
 
-    def __init__(self, environment: Environment, dtype: Dtype = "float16") -> None:
+    def __init__(self, environment: Environment, dtype: Dtype = "float16", *, readonly: bool = False) -> None:
         self.environment = environment
         self.dtype = dtype
+        self.readonly = readonly  # the environment may be open to write for another store of this process
         self._closing = ExitStack()
         self._closing.callback(environment.close)
         self._blocks = Blocks(environment)
@@ -60,7 +61,7 @@ class EmbeddingStore:
         if mode == "a":
             prepare(folder)
         check_description(folder)
-        store = cls(open_environment(folder, readonly=mode == "r"), dtype)
+        store = cls(open_environment(folder, readonly=mode == "r"), dtype, readonly=mode == "r")
         if mode == "a":
             describe(folder)  # earlier versions of this library are not to read what this one will write
         return store
@@ -69,11 +70,6 @@ class EmbeddingStore:
     def path(self) -> Path:
         """Folder of the store."""
         return self.environment.folder
-
-    @property
-    def readonly(self) -> bool:
-        """Return True if nothing can be put."""
-        return self.environment.readonly
 
     def close(self) -> None:
         """Close the files. A second call does nothing."""
@@ -177,7 +173,13 @@ class EmbeddingStore:
 
     def write(self, work: Callable[[Any], T]) -> T:
         """Run `work(transaction)` over the databases of this folder and commit: see `Environment.write`."""
+        self.require_writable()
         return self.environment.write(work)
+
+    def require_writable(self) -> None:
+        """Raise `StoreError` if it was opened to read, before long work that would end in that error."""
+        if self.readonly:
+            raise StoreError(f"{self.path} was opened to read; open it with mode='a' to write")
 
     def _move(self, numbers: set[int]) -> None:
         self.write(lambda transaction: move(self._blocks, transaction, numbers))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from extemb_core.errors import ConfigError, ExtembError
@@ -36,3 +39,44 @@ def whole_number(
         remedy = remedy or f"an int from {at_least} up"
         raise error(f"{name}={value!r} is not a whole number of at least {at_least}; pass {remedy}")
     return number
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_texts(value: Any) -> bool:
+    return all(isinstance(text, str) and text for text in ((value,) if isinstance(value, str) else value))
+
+
+_SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (is_count, "a whole number of at least 1"),
+    "temperature": (lambda t: 0 <= t < math.inf, "0 (greedy) or above"),
+    "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    "top_k": (lambda k: _is_whole(k) and k >= 0, "0 (off) or a positive whole number"),
+    "repetition_penalty": (lambda r: 0 < r < math.inf, "above 0 (1 is off)"),
+    "seed": (lambda s: s is None or _is_whole(s), "a whole number or None"),
+    "stop": (_is_texts, "texts that are not empty"),
+}
+
+
+def check_sampling(name: str, value: Any, *, alias: str | None = None) -> None:
+    """Check a field of `Sampling`, which the caller may know by another name.
+
+    Raises:
+        ConfigError: The value is not legal.
+    """
+    is_legal, rule = _SAMPLING_RULES[name]
+    try:
+        legal = is_legal(value)
+    except TypeError:  # not of the kind at all
+        legal = False
+    if not legal:
+        raise ConfigError(f"{alias or name}={value!r:.80} must be {rule}; pass such a value")
+
+
+def unknown_setting(name: str, value: Any, known: Iterable[str]) -> ConfigError:
+    """Make the error of a setting that there is not, which names the nearest that there is."""
+    known = sorted(known)
+    nearest = " or ".join(get_close_matches(name, known)) or f"one of {', '.join(known)}"
+    return ConfigError(f"unknown setting {name}={value!r:.80}; pass {nearest}")

@@ -19,10 +19,9 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from typing_extensions import Self
 
 from extemb_core.answers import Answer, AnswerStream
-from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools
+from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools, tool_name
 from extemb_core.errors import ExtembError
 from extemb_core.frameworks.aio import MAX_CONCURRENCY, AsyncAnswerStream, in_thread, until_cancelled
 from extemb_core.weights.resolve import window_of
@@ -51,19 +50,13 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
     became of each. Of a conversation that the window does not hold the older turns are compressed too.
     """
 
-    _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream", "tools", "tool_choice", "ls_structured_output_format"})
+    _ELSEWHERE: ClassVar[frozenset[str]] = frozenset(
+        {"stream", "stream_usage", "tools", "tool_choice", "ls_structured_output_format"}
+    )
 
     @property
     def _llm_type(self) -> str:
         return "extemb-chat"
-
-    @classmethod
-    def from_lm(cls, lm: ExtensibleLM, **settings: Any) -> Self:
-        """Make one over a model that is loaded already."""
-        instance = super().from_lm(lm, **settings)
-        if "profile" in cls.model_fields and settings.get("profile") is None:  # langchain-core 1.0 has none
-            instance.profile = instance._resolve_model_profile()  # of which more is known now
-        return instance
 
     def _resolve_model_profile(self) -> ModelProfile:
         """Return what the LLM can do, as far as that is known before its weights are loaded."""
@@ -79,9 +72,9 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
             "reasoning_output": False,
             "temperature": True,
         }
-        if self._loaded is not None:
-            profile["tool_calling"] = takes_tools(self._loaded.llm)
-        window = self._loaded.llm.context_window if self._loaded is not None else window_of(self.model)
+        if self.loaded_lm is not None:
+            profile["tool_calling"] = takes_tools(self.loaded_lm.llm)
+        window = self.loaded_lm.llm.context_window if self.loaded_lm is not None else window_of(self.model)
         if window is not None:
             profile["max_input_tokens"] = window
         return profile
@@ -192,30 +185,32 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
-        tool_choice: str | bool | None = None,
+        tool_choice: str | bool | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Let the LLM call tools, where its chat template has a place for them (Qwen's has, SmolLM2-135M's has not).
 
         Args:
             tools: As for any chat model.
-            tool_choice: The name of a tool, or "any": the answer then begins with a call. What the LLM writes of it is
-                its own; a call that is none is in `invalid_tool_calls`.
+            tool_choice: The name of a tool, or "any", or OpenAI's form of these: the answer then begins with a call.
+                What the LLM writes of it is its own; a call that is none is in `invalid_tool_calls`.
             **kwargs: Further settings of the calls; `strict` and `parallel_tool_calls` make no difference here.
 
         Raises:
             ConfigError: No tool has that name. That the template has no place for tools is told by the first call.
         """
         formatted = [convert_to_openai_tool(tool) for tool in tools]
-        choice = ("any" if tool_choice else None) if isinstance(tool_choice, bool) else tool_choice
+        choice = tool_name(tool_choice)
         prefix_of_call(formatted, choice)  # refuses an unknown tool now
         settings = {name: value for name, value in kwargs.items() if name not in ("strict", "parallel_tool_calls")}
         return self.bind(tools=formatted, tool_choice=choice, **settings)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Count the positions of the window that messages take with these settings, their documents included."""
-        lm = self.lm
-        return lm.positions(to_messages(messages, lm.refs), budget=self.budget, ratio=self.ratio)
+        """Count the positions of the window that messages take with these settings, documents and tools included."""
+        if not messages:
+            return 0
+        lm, formatted = self.lm, [convert_to_openai_tool(tool) for tool in tools or ()]
+        return lm.positions(to_messages(messages, lm.refs), budget=self.budget, ratio=self.ratio, tools=formatted)
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -241,7 +236,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
             "question": to_messages(messages, lm.refs),
             "documents": to_documents(settings.get("documents")),
             "condense": True,
-            "tools": settings.get("tools") or () if settings.get("tool_choice") != "none" else (),
+            "tools": settings.get("tools") or () if tool_name(settings.get("tool_choice")) != "none" else (),
             "assistant_prefix": _assistant_prefix(settings),
         }
 
@@ -304,7 +299,7 @@ def _at_once(config: RunnableConfig | list[RunnableConfig] | None, count: int) -
 
 def _assistant_prefix(settings: Mapping[str, Any]) -> str:
     tools = settings.get("tools")
-    return prefix_of_call(tools, settings.get("tool_choice")) if tools else ""
+    return prefix_of_call(tools, tool_name(settings.get("tool_choice"))) if tools else ""
 
 
 def _chunk(piece: str) -> ChatGenerationChunk:

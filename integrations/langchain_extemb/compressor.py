@@ -8,8 +8,8 @@ from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field
 
-from extemb_core.documents import Document as ExtensibleDocument
 from extemb_core.frameworks.settings import ModelSettings
+from langchain_extemb.messages import to_documents
 
 REF = "extemb_ref"
 
@@ -30,8 +30,8 @@ class ExtensibleCompressor(ModelSettings, BaseDocumentCompressor):
     ) -> Sequence[Document]:
         """Return the same documents, ids and all, with a ref in the metadata of each. The query makes no difference."""
         lm = self.lm
-        ours = [ExtensibleDocument.from_any(document) for document in documents]
-        ratio = None if self.ratio in ("auto", "raw") else int(self.ratio)
+        ours = to_documents(documents)
+        ratio = self.ratio if isinstance(self.ratio, int) else None
         if self.ratio != "raw":
             lm.compress(ours, ratio=ratio, batch_size=self.batch_size, show_progress=False)
         return [

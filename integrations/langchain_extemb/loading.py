@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from langchain_core.documents.base import BaseMedia
 from langchain_core.outputs import LLMResult
@@ -18,6 +18,11 @@ from extemb_core.frameworks.settings import GenerationSettings
 
 class LoadedInThread(GenerationSettings):
     """Base of a model, before LangChain's own, which asks on the event loop for what only loaded weights tell."""
+
+    # Parameters that LangChain standardises, of which a model in this process has no use.
+    _WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset(
+        {"timeout", "max_retries", "api_key", "base_url", "streaming", "stream_usage"}
+    )
 
     def bind(self, **kwargs: Any) -> Runnable[Any, Any]:
         """Return a runnable with settings of each of its calls; see LangChain."""

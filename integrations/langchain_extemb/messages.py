@@ -11,7 +11,8 @@ from langchain_core.documents import Document as LangChainDocument
 from langchain_core.documents.base import BaseMedia
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 
-from extemb_core.documents import TEXT_KEYS, Document
+from extemb_core.context.tools import CLOSE, OPEN
+from extemb_core.documents import TEXT_KEYS, Document, without_lone_surrogates
 from extemb_core.errors import DocumentError
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def to_messages(messages: Iterable[BaseMessage], refs: Refs) -> list[dict[str, A
         for part in _parts(message):
             content += refs.find(part) if isinstance(part, str) else [part]
         converted.append({"role": _role(message), "content": content})
+        if isinstance(message, AIMessage):
+            for invalid in message.invalid_tool_calls:  # what was written, as it was written
+                content.append(f"\n{OPEN}\n{' '.join(filter(None, (invalid['name'], invalid['args'])))}\n{CLOSE}")
         if isinstance(message, AIMessage) and message.tool_calls:
             converted[-1]["tool_calls"] = [
                 {"type": "function", "function": {"name": call["name"], "arguments": call["args"]}}
@@ -73,7 +77,7 @@ def _document(one: Any) -> Document:
     if isinstance(one, Mapping) and "data" in one and not any(key in one for key in TEXT_KEYS):
         one = {**one, "text": _text_of(one["data"])}  # the shape of Cohere: {"id": ..., "data": ...}
         del one["data"]
-    return Document.from_any(one)
+    return Document.from_any(one, lenient=True)
 
 
 def _text_of(data: Any) -> Any:
@@ -97,6 +101,7 @@ def _parts(message: BaseMessage) -> list[Part]:
     blocks = [content] if isinstance(content, str) else content
     # What the assistant's turns hold besides text are traces of other models: reasoning, refusals, calls on a server.
     parts = [part for block in blocks for part in _of_block(block, lenient=isinstance(message, AIMessage))]
+    parts = [without_lone_surrogates(part) if isinstance(part, str) else part for part in parts]
     documents = list(_retrieved(getattr(message, "artifact", None)))
     if not documents:
         return parts
@@ -109,9 +114,9 @@ def _retrieved(artifact: Any) -> Iterator[Document]:
         # As it is, as a checkpoint has it, or as langchain_core.load.dumpd writes it.
         fields = item.get("kwargs", item) if isinstance(item, Mapping) else None
         if isinstance(item, LangChainDocument):
-            yield Document.from_any(item)
+            yield _document(item)
         elif isinstance(fields, Mapping) and isinstance(fields.get("page_content"), str):
-            yield Document.from_any(fields)
+            yield _document(fields)
 
 
 def _replaced(text: str, documents: Sequence[Document]) -> list[Part]:
@@ -164,4 +169,4 @@ def _titled(text: Any, block: Mapping[str, Any]) -> Document:
     source = block.get("source")
     metadata = {"source": source} if isinstance(source, str) else {}
     title = block.get("title")
-    return Document(text, title=title if isinstance(title, str) else None, metadata=metadata)
+    return _document({"text": text, "title": title if isinstance(title, str) else None, "metadata": metadata})

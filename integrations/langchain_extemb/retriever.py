@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from pydantic import ConfigDict, PrivateAttr
+from pydantic import ConfigDict, PrivateAttr, field_validator
 
+from extemb_core.frameworks.settings import StrictSettings
 from extemb_core.library import N_PASSAGES
 from extemb_core.library.library import Library
+from extemb_core.utils.validation import unknown_setting, whole_number
 
 
-class ExtensibleRetriever(BaseRetriever):
+class ExtensibleRetriever(StrictSettings, BaseRetriever):
     """Finds passages in a `Library`, by vectors and by words.
 
-    Metadata of each: source, title, start and end (characters of the document), score, and ref.
+    Metadata of each: source, title, start and end (characters of the document), score, and ref, which names the text.
+    In a prompt it stands for nothing: that is `extemb_ref`, of an `ExtensibleCompressor`.
     """
+
+    _SHARED: ClassVar[tuple[str, ...]] = ("library", "_opened")
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -31,9 +36,28 @@ class ExtensibleRetriever(BaseRetriever):
 
     _opened: Library | None = PrivateAttr(default=None)
 
+    @field_validator("k", mode="before")
+    @classmethod
+    def _counts(cls, k: Any) -> int:
+        return whole_number(k, "k", remedy=f"e.g. {N_PASSAGES}")
+
+    def close(self) -> None:
+        """Close a library that was opened by its folder; the next question opens it again."""
+        if self._opened is not None and self._opened is not self.library:
+            self._opened.close()
+        self._opened = None
+
     def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **_: Any
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        k: int | None = None,
+        hybrid: bool | None = None,
+        **others: Any,
     ) -> list[Document]:
+        for name, value in others.items():
+            raise unknown_setting(name, value, ("k", "hybrid"))
         if self._opened is None:
             library = self.library
             self._opened = library if isinstance(library, Library) else Library(library, mode="r")
@@ -50,5 +74,7 @@ class ExtensibleRetriever(BaseRetriever):
                     "ref": passage.ref,
                 },
             )
-            for passage in self._opened.search(query, self.k if k is None else k, hybrid=self.hybrid)
+            for passage in self._opened.search(
+                query, self.k if k is None else k, hybrid=self.hybrid if hybrid is None else hybrid
+            )
         ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
-from tiny import TOOLS_TEMPLATE, random_embedder, tiny_llm, tool_llm
+from tiny import TOOLS_TEMPLATE, random_embedder, tiny_llm, tiny_model, tiny_tokenizer, tool_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.context.tools import parse_calls, prefix_of_call
 from extemb_core.errors import ConfigError
+from extemb_core.models.llm import LLM
 
 ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
 FIND = {"type": "function", "function": {"name": "find", "description": "Finds <|im_end|>.", "parameters": {}}}
@@ -34,6 +37,23 @@ def test_control_tokens_in_tools_and_calls_are_data(llm):
     end = llm.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ids.count(end) == 3  # of the three turns
     assert "a<|im_end|>" in llm.decode(ids)
+
+
+@pytest.mark.parametrize("content", ["", "Adding."])
+def test_calls_are_text_where_the_template_has_no_place_for_them(content):
+    calls = [{"type": "function", "function": {"name": name, "arguments": {"a": "Ö<|im_end|>"}}} for name in ("f", "g")]
+    asked = {"role": "assistant", "content": content, "tool_calls": calls}
+    for plain in (tiny_llm(), base_llm()):
+        prompt = assemble_chat(plain, [*ASKED, asked, {"role": "tool", "content": "5"}])
+        text = plain.decode(prompt.inputs(plain))
+        written = '{"name": "%s", "arguments": {"a": "Ö<|im_end|>"}}'
+        assert f"{content}\n<tool_call>\n{written % 'f'}\n</tool_call>\n<tool_call>\n{written % 'g'}\n" in text
+
+
+def base_llm():
+    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = None
+    return LLM(tiny_model("llama"), tokenizer, name="tiny-base")
 
 
 def test_a_template_without_a_place_for_tools_is_an_error():

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import pickle
+from copy import copy, deepcopy
+
 import pytest
 from tiny import SENTENCES, random_embedder, save_tiny, tiny_llm
 
 from extemb_core import ExtensibleLM
-from extemb_core.errors import ConfigError
+from extemb_core.errors import BudgetError, ConfigError, RatioError, StoreError
+from extemb_core.store.base import MemoryStore
 
 pytest.importorskip("pydantic")
+pytest.importorskip("langchain_core")
+pytest.importorskip("llama_index.core")
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.schema import TextNode
+
+import langchain_extemb
 from extemb_core.frameworks.settings import GenerationSettings, ModelSettings
+from llama_index.llms import extemb as llamaindex_llms
+from llama_index.postprocessor import extemb as llamaindex
+
+MODELS = [langchain_extemb.ChatExtensible, langchain_extemb.ExtensibleLLM, llamaindex_llms.ExtensibleLLM]
+COMPRESSORS = [
+    langchain_extemb.ExtensibleCompressor,
+    llamaindex.ExtensibleEmbeddingPostprocessor,
+    llamaindex.ExtensibleTransform,
+]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lm():
     llm = tiny_llm()
     return ExtensibleLM(llm, random_embedder(llm))
@@ -40,8 +59,20 @@ def test_settings_of_a_call_go_before_those_of_the_object(lm):
     assert (asked["ratio"], asked["max_new_tokens"], asked["temperature"], asked["stop"]) == (8, 3, 0.0, ["a"])
     assert made._call_settings(["b"], {})["stop"] == ["b"]
     assert "documents" not in asked
-    with pytest.raises(ConfigError, match="unknown setting top_n=3; pass one of budget, documents"):
+    with pytest.raises(ConfigError, match="unknown setting top_n=3; pass top_p or top_k"):
         made._call_settings(None, {"top_n": 3})
+    with pytest.raises(ConfigError, match="unknown setting user='me'; pass one of budget, documents"):
+        made._call_settings(None, {"user": "me"})
+
+
+def test_a_call_may_name_another_embedder(lm, monkeypatch):
+    asked = []
+    monkeypatch.setattr("extemb_core.frameworks.settings.share", lambda *args, **settings: asked.append(args))
+    made = GenerationSettings.from_lm(lm)
+    assert made._lm_of({"model": "tiny-llama", "embedder": None}) is lm
+    for settings in ({"embedder": "mine"}, {"model": "other"}):
+        made._lm_of(settings)
+    assert asked == [("tiny-llama", "mine"), ("other", None)]
 
 
 def test_an_answer_is_told_of_document_by_document(lm):
@@ -53,3 +84,131 @@ def test_an_answer_is_told_of_document_by_document(lm):
     assert document["positions"] < document["raw_tokens"]
     assert told["finish_reason"] == "length"
     assert told["model_name"] == "tiny-llama"
+
+
+@pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("raito", "pass ratio"), ("rat1o", "pass ratio"), ("embeder", "pass embedder"), ("stroe", "pass store"),
+        ("context_window", "pass"), ("generate_kwargs", "pass one of"), ("tokenizer_name", "pass one of"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_there_is_not_is_an_error_that_names_the_nearest(kind, name, nearest):
+    with pytest.raises(ConfigError, match=rf"unknown setting {name}=8; {nearest}\b"):
+        kind.from_model_id("nobody/knows", **{name: 8})
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("max_new_tokens", "max_tokens"), ("temprature", "temperature"), ("topp", "top_p"), ("buget", "budget")],
+)
+def test_a_model_s_setting_that_there_is_not_names_the_nearest(kind, name, nearest, lm):
+    for make in (lambda **settings: kind.from_model_id("nobody/knows", **settings),
+                 lambda **settings: kind.from_lm(lm, **settings)):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"unknown setting {name}=16; pass {nearest}\b"):
+            make(**{name: 16})
+
+
+ILLEGAL = [
+    ({"max_tokens": 0}, ConfigError), ({"max_tokens": 1.5}, ConfigError), ({"max_tokens": None}, ConfigError),
+    ({"max_tokens": True}, ConfigError), ({"temperature": -1}, ConfigError), ({"temperature": "hot"}, ConfigError),
+    ({"temperature": float("nan")}, ConfigError), ({"top_p": 0}, ConfigError), ({"top_p": 7}, ConfigError),
+    ({"top_k": -1}, ConfigError), ({"repetition_penalty": 0}, ConfigError), ({"seed": "x"}, ConfigError),
+    ({"stop": ""}, ConfigError), ({"stop": ["a", ""]}, ConfigError), ({"stop": [7]}, ConfigError),
+    ({"budget": -1}, BudgetError), ({"budget": "100"}, BudgetError), ({"budget": True}, BudgetError),
+]  # fmt: skip
+ILLEGAL_RATIOS = ["fine", 0, -8, 2.5, True, "", None, "1.5"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("settings", "error"), ILLEGAL)
+def test_an_illegal_value_is_an_error_of_the_object_and_of_a_call(kind, settings, error, lm):
+    ((name, value),) = settings.items()
+    with pytest.raises(error, match=name):
+        kind.from_model_id("nobody/knows", **settings)
+    if value not in (None, "", [7]):  # the object's is taken then
+        with pytest.raises(error, match=name):
+            kind.from_lm(lm)._call_settings(None, settings)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])
+@pytest.mark.parametrize("ratio", ILLEGAL_RATIOS)
+def test_a_ratio_that_is_none_is_an_error(kind, ratio, lm):
+    with pytest.raises(RatioError, match="ratio"):
+        kind.from_model_id("nobody/knows", ratio=ratio)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])
+def test_a_ratio_may_be_written_as_text(kind, lm):
+    assert kind.from_model_id("nobody/knows", ratio="8").ratio == 8
+    if kind in MODELS:
+        assert kind.from_lm(lm)._call_settings(None, {"ratio": "8"})["ratio"] == 8
+
+
+@pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])
+@pytest.mark.parametrize(
+    "settings",
+    [{"store": "docs.extemb"}, {"embedder": "mine"}, {"dtype": "float16"}, {"device": "cpu"}, {"model": "other"}],
+)
+def test_a_loaded_model_is_given_no_other_model_or_store(kind, settings, lm):
+    with pytest.raises(ConfigError, match="makes no difference beside loaded_lm="):
+        kind.from_lm(lm, **settings)
+    if "llm" in kind.model_fields:
+        with pytest.raises(ConfigError, match="makes no difference beside llm="):
+            kind(llm=llamaindex_llms.ExtensibleLLM.from_lm(lm), **settings)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])
+def test_a_loaded_model_stays_the_model_of_what_is_made_of_the_fields(kind, lm):
+    """As LangChain's `configurable_fields` and LlamaIndex's unpickling make it."""
+    made = kind.from_lm(lm, ratio=4)
+    again = kind(**{**{name: made.__dict__[name] for name in kind.model_fields}, "ratio": 8})
+    for copied in (again, deepcopy(made), made.model_copy(), made.model_copy(deep=True), copy(made)):
+        assert copied.lm is lm
+    assert again.ratio == 8
+    assert "loaded_lm" not in made.model_dump()
+    assert "loaded_lm" not in repr(made)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])
+def test_what_another_process_would_not_have_is_not_pickled(kind, lm):
+    store = MemoryStore()
+    unpicklable = [kind.from_lm(lm), kind.from_model_id("nobody/knows", store=store)]
+    if "llm" in kind.model_fields:
+        unpicklable.append(kind(llm=llamaindex_llms.ExtensibleLLM.from_lm(lm)))
+    for made in unpicklable:
+        with pytest.raises(ConfigError, match="cannot be pickled"):
+            pickle.dumps(made)
+    assert deepcopy(unpicklable[1]).store is store
+    by_name = kind.from_model_id("nobody/knows", store="docs.extemb", ratio=8)
+    again = pickle.loads(pickle.dumps(by_name))
+    assert (again.model, again.store, again.ratio, again.loaded_lm) == ("nobody/knows", "docs.extemb", 8, None)
+
+
+def test_taking_in_with_several_processes_is_an_error_and_no_other_model(lm):
+    transform = llamaindex.ExtensibleTransform(llm=llamaindex_llms.ExtensibleLLM.from_lm(lm))
+    pipeline = IngestionPipeline(transformations=[transform], disable_cache=True)
+    with pytest.raises(ConfigError, match="cannot be pickled"):
+        pipeline.run(nodes=[TextNode(text=SENTENCES) for _ in range(2)], num_workers=2)
+
+
+def test_a_store_of_a_folder_is_closed_and_opened_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("extemb_core.frameworks.shared._models", {})
+    monkeypatch.setattr("extemb_core.frameworks.shared._opened", {})
+    save_tiny(tmp_path)
+    named = {"embedder": str(tmp_path / "embedder"), "store": str(tmp_path / "docs.extemb"), "ratio": 4}
+    made = ModelSettings.from_model_id(str(tmp_path / "llm"), **named)
+    made.close()  # nothing is open
+    for _ in range(2):
+        lm = made.lm
+        lm.compress(SENTENCES, ratio=4)
+        assert len(lm.store) == 1
+        made.close()
+        with pytest.raises(StoreError, match="closed"):
+            len(lm.store)
+    over = ModelSettings.from_lm(made.lm)
+    over.close()  # whoever opened it closes it
+    assert len(over.lm.store) == 1
+    made.close()

@@ -257,7 +257,7 @@ def test_an_empty_prompt_is_refused(llm):
     [
         ("max_new_tokens", 0), ("max_new_tokens", 1.5), ("temperature", -1), ("temperature", float("nan")),
         ("temperature", "hot"), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("top_k", 0.5),
-        ("repetition_penalty", 0), ("seed", "x"), ("stop", ("",)), ("stop", (5,)),
+        ("repetition_penalty", 0), ("seed", "x"), ("stop", ("",)), ("stop", (5,)), ("stop", 5),
     ],
 )  # fmt: skip
 def test_a_bad_sampling_value_is_named(name, value):

@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -185,11 +186,26 @@ def test_a_second_opening_in_a_process_shares_the_first(tmp_path):
     second.close()
     with pytest.raises(StoreError, match="is closed; open it again"):
         len(second)
+    with EmbeddingStore.open(tmp_path / "s", "r") as reader, pytest.raises(StoreError, match="was opened to read"):
+        reader.put(compressed("b"))
+
+
+def test_what_is_read_in_a_process_may_be_opened_to_write_too(tmp_path, monkeypatch):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(compressed("a"))
     with EmbeddingStore.open(tmp_path / "s", "r") as reader:
-        with pytest.raises(StoreError, match="was opened to read"):
-            reader.put(compressed("b"))
-        with pytest.raises(StoreError, match="close that before opening it to write"):
-            EmbeddingStore.open(tmp_path / "s")
+        assert len(reader) == 1
+        with monkeypatch.context() as patched:
+            patched.setattr("lmdb.open", lambda *args, **settings: (_ for _ in ()).throw(lmdb.Error("no permission")))
+            with pytest.raises(StoreError, match="no permission"):
+                EmbeddingStore.open(tmp_path / "s")
+        assert len(reader) == 1  # and goes on where it cannot be
+        with EmbeddingStore.open(tmp_path / "s") as writer:
+            writer.put(compressed("b"))
+            assert len(reader) == len(writer) == 2
+            with pytest.raises(StoreError, match="was opened to read"):
+                reader.put(compressed("c"))
+        assert len(reader) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -30,10 +30,11 @@ from tiny import SENTENCES, random_embedder, tiny_llm
 
 import langchain_extemb
 from extemb_core import EmbeddingStore, ExtensibleLM
+from extemb_core.documents import text_ref
 from extemb_core.errors import BudgetError, ConfigError, DocumentError, ExtembError
 from extemb_core.models import generation
 from extemb_core.models.llm import LLM
-from langchain_extemb import ChatExtensible, ExtensibleLLM
+from langchain_extemb import ChatExtensible, ExtensibleCompressor, ExtensibleLLM
 from langchain_extemb.chat import _as_chunk
 from langchain_extemb.messages import to_messages
 
@@ -169,6 +170,21 @@ def test_traces_of_other_models_in_a_history_are_left_out(lm, block):
         to_messages([HumanMessage([text, block])], lm.refs)
 
 
+def test_calls_in_a_history_are_read_where_the_template_has_no_place_for_them(chat):
+    def positions(**calls):
+        rain = ToolMessage("rain", tool_call_id="1")
+        talk = [HumanMessage("What?"), AIMessage("", **calls), rain, HumanMessage("Where?")]
+        return chat.invoke(talk).usage_metadata["input_tokens"]
+
+    def call(city):
+        return {"tool_calls": [{"name": "weather", "args": {"city": city}, "id": "1"}]}
+
+    bad = {"name": None, "args": '{"name": "weat', "id": "1", "error": "no JSON", "type": "invalid_tool_call"}
+    named = {**bad, "name": "weather"}
+    assert positions() < positions(**call("Oslo")) < positions(**call("Llanfairpwll on the sea"))
+    assert positions() < positions(invalid_tool_calls=[bad]) < positions(invalid_tool_calls=[named])
+
+
 @pytest.mark.parametrize(
     "block",
     [
@@ -183,6 +199,24 @@ def test_blocks_without_text_are_an_error(chat, block):
         chat.invoke([HumanMessage([block, {"type": "text", "text": "What?"}])])
 
 
+def test_half_a_surrogate_pair_of_one_page_is_no_error(chat, lm):
+    torn, mended = "Page one \ud83d ends here. " * 9, "Page one \ufffd ends here. " * 9
+    artifact = [Document(torn)]
+    tool = ToolMessage(f"Found: {torn}", tool_call_id="1", artifact=artifact)
+    call = AIMessage("", tool_calls=[{"name": "find", "args": {}, "id": "1"}])
+    (ref,) = ExtensibleCompressor.from_lm(lm).compress_documents(artifact, "any")
+    for answer in (
+        chat.invoke("What?", documents=[Document(torn)]),
+        chat.invoke("What?", documents=[{"text": torn}]),
+        chat.invoke([HumanMessage([{"type": "text-plain", "text": torn}])]),
+        chat.invoke([HumanMessage("What?"), call, tool]),
+        chat.invoke(f"{ref.metadata['extemb_ref']} What?"),
+    ):
+        assert [one["id"] for one in answer.response_metadata["extemb"]["documents"]] == [text_ref(mended)]
+    assert chat.invoke(torn).content == chat.invoke(mended).content
+    assert ref.page_content == torn
+
+
 def test_bad_input_is_an_error_or_told(chat, documents):
     assert fates(chat.invoke("How many?", documents=[])) == []
     assert fates(chat.invoke("How many?", documents=None)) == []
@@ -195,6 +229,8 @@ def test_bad_input_is_an_error_or_told(chat, documents):
     assert fates(tight)[1] == ("wires.txt", "dropped")
     huge = Document(page_content="Short.", metadata={"blob": "x" * 10**6})
     assert len(fates(chat.invoke("How many?", documents=[huge]))) == 1
+    with pytest.raises(DocumentError, match="a tuple is not a document; of pairs with scores the first of each"):
+        chat.invoke("How many?", documents=[(documents[0], 0.7)])
     with pytest.raises(DocumentError, match="documents is a int"):
         chat.invoke("How many?", documents=7)
     generous = chat.invoke("How many?", documents=documents, budget=9999)
@@ -289,7 +325,7 @@ async def test_32_at_once_do_not_block_the_loop(chat, passes):
 def test_an_error_in_a_batch_is_of_its_own_prompt(chat):
     made = chat.batch(["a?", "b " * 400, "c?"], return_exceptions=True)
     assert [isinstance(one, BudgetError) for one in made] == [False, True, False]
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match="shorten the question, allow a shorter answer"):
         chat.batch(["a?", "b " * 400])
 
 
@@ -406,6 +442,13 @@ def test_the_profile_says_what_is_known_before_weights_are_loaded(chat, lm):
     with_tools = tool_llm()
     assert ChatExtensible.from_lm(ExtensibleLM(with_tools, random_embedder(with_tools))).profile["tool_calling"]
     assert ChatExtensible.from_lm(lm, profile={"max_input_tokens": 9}).profile == {"max_input_tokens": 9}
+
+
+def test_parameters_of_models_elsewhere_are_taken_with_a_warning(lm, caplog):
+    with caplog.at_level("WARNING"):
+        chat = ChatExtensible.from_lm(lm, timeout=60, max_tokens=3)
+    assert (chat.max_tokens, hasattr(chat, "timeout")) == (3, False)
+    assert "timeout= makes no difference to a ChatExtensible" in caplog.text
 
 
 def test_importing_loads_neither_torch_nor_transformers():
@@ -526,6 +569,7 @@ def test_a_model_that_cannot_be_loaded_fails_in_each_call(kind):
         assert asyncio.run(model.abatch(["Hello", "Hi"])) == ["plan B"] * 2
     failed = unloadable(kind).batch(["Hello", "Hi"], return_exceptions=True)
     assert [isinstance(one, ExtembError) for one in failed] == [True, True]
+    assert "no/such/folder/ does not exist" in str(failed[0])
 
 
 @pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])

@@ -9,6 +9,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
 
 from extemb_core.documents import text_ref
 from extemb_core.errors import DocumentError, RatioError
@@ -56,14 +57,59 @@ def test_a_stock_chain_hands_refs_over_and_its_llm_reads_embeddings(lm, chat, do
     assert [one["id"] for one in told] == [text_ref(one.page_content) for one in documents]
 
 
+def test_the_chains_of_the_guide_read_embeddings(lm, documents):
+    """One that formats refs, and one that hands documents over, other ones in each call; page content is text."""
+    compressor, told = ExtensibleCompressor.from_lm(lm, ratio=4), []
+    llm = ChatExtensible.from_lm(lm, max_tokens=4, ratio=4, callbacks=[Told(told)])
+
+    def with_refs(found):
+        return "\n\n".join(one.metadata["extemb_ref"] for one in compressor.compress_documents(found, ""))
+
+    def with_text(found):
+        return "\n\n".join(one.page_content for one in found)
+
+    prompt = ChatPromptTemplate.from_template("{context}\n\n{question}")
+    ids = [text_ref(one.page_content) for one in documents]
+    for form, read in ((with_refs, ids), (with_text, [])):
+        retriever = Fixed(found=documents)
+        chain = {"context": retriever | form, "question": RunnablePassthrough()} | prompt | llm
+        told.clear()
+        chain.invoke("How many?")
+        assert [one["id"] for one in told] == read
+    handed = RunnableLambda(lambda found: llm.invoke(found["question"], documents=found["documents"]))
+    for one, ref in zip(documents, ids, strict=True):
+        told.clear()
+        handed.invoke({"question": "How many?", "documents": [one]})
+        assert [document["id"] for document in told] == [ref]
+
+
 def Told(told):  # noqa: N802 - makes a handler
     from langchain_core.callbacks import BaseCallbackHandler
 
     class Handler(BaseCallbackHandler):
         def on_llm_end(self, response, **kwargs):
-            told.extend(response.generations[0][0].message.response_metadata["extemb"]["documents"])
+            (generation,) = response.generations[0]
+            info = (
+                generation.message.response_metadata if hasattr(generation, "message") else generation.generation_info
+            )
+            told.extend(info["extemb"]["documents"])
 
     return Handler()
+
+
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+def test_what_a_configuration_changes_leaves_the_model_and_its_store(lm, documents, kind, caplog):
+    """LangChain makes the object anew from its fields; a ref of the store is read, and by the same embedder."""
+    (found, _) = ExtensibleCompressor.from_lm(lm).compress_documents(documents, "any")
+    fields = {"ratio": ConfigurableField(id="ratio"), "max_tokens": ConfigurableField(id="max_tokens")}
+    told = []
+    model = kind.from_lm(lm, max_tokens=4, callbacks=[Told(told)]).configurable_fields(**fields)
+    for configurable in ({}, {"ratio": 8}, {"ratio": "2", "max_tokens": 1}):
+        model.invoke(f"{found.metadata['extemb_ref']} How many?", {"configurable": configurable})
+    assert [one["fidelity"] for one in told] == ["raw", 8, 2]
+    assert "looks like a ref" not in caplog.text
+    with pytest.raises(RatioError, match="ratio='fine'"):
+        model.invoke("How many?", {"configurable": {"ratio": "fine"}})
 
 
 def test_refs_that_are_gone_are_an_error_and_what_looks_like_one_is_text(lm, chat, documents, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from langchain.agents import create_agent
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import create_retriever_tool, tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 from tiny import random_embedder, tiny_llm, tool_llm
 
@@ -81,8 +82,32 @@ def test_a_chosen_tool_is_begun_and_what_is_no_call_is_told(lm, says):
     assert [chunk.tool_calls[0]["args"] for chunk in streamed if chunk.tool_calls] == [{"a": 1, "b": 1}]
     assert chat.bind_tools([add], tool_choice="none").invoke("Add.").content == "No call."
     assert '"name": "add"' not in prompts[-1]
-    with pytest.raises(ConfigError, match="tool_choice='sub' is none of the tools add"):
-        chat.bind_tools([add], tool_choice="sub")
+    for wrong in ("sub", {"type": "function", "function": {"name": "sub"}}):
+        with pytest.raises(ConfigError, match="tool_choice='sub' is none of the tools add"):
+            chat.bind_tools([add], tool_choice=wrong)
+
+
+@pytest.mark.parametrize(
+    ("choice", "begun"),
+    [
+        ({"type": "function", "function": {"name": "add"}}, '"add", "arguments": '),
+        ({"type": "tool", "name": "add"}, '"add", "arguments": '),
+        ({"type": "any"}, '"add", "arguments": '),
+        (True, '"add", "arguments": '),
+        ({"type": "auto"}, None),
+        (False, None),
+        ({"type": "none"}, None),
+    ],
+)
+def test_a_tool_is_chosen_in_the_forms_of_other_models(lm, says, choice, begun):
+    words, prompts = says
+    words += ["{}}"] * 2
+    chat = ChatExtensible.from_lm(lm)
+    formatted = [convert_to_openai_tool(add)]
+    chat.bind_tools([add], tool_choice=choice).invoke("Add.")
+    chat.invoke("Add.", tools=formatted, tool_choice=choice)
+    for prompt in prompts:
+        assert prompt.endswith(f'<tool_call>\n{{"name": {begun}' if begun else "assistant\n")
 
 
 async def test_calls_come_back_from_async_streams_too(lm, says):
@@ -107,6 +132,15 @@ def test_a_conversation_with_calls_is_rendered_by_the_template(lm, says):
     )
     assert '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>' in prompts[0]
     assert prompts[0].endswith("tool\n5\nassistant\n")
+
+
+def test_tools_are_counted(lm, says):
+    says[0].append("5")
+    chat = ChatExtensible.from_lm(lm)
+    used = chat.bind_tools([add]).invoke("Add.").usage_metadata["input_tokens"]
+    assert chat.get_num_tokens_from_messages([HumanMessage("Add.")], tools=[add]) == used
+    assert chat.get_num_tokens_from_messages([HumanMessage("Add.")]) < used
+    assert chat.get_num_tokens_from_messages([]) == 0
 
 
 def test_an_llm_without_a_place_for_tools_says_so():

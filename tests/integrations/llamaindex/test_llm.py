@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import json
 import subprocess
 import sys
+import threading
 
 import pytest
 from llama_index.core import SummaryIndex
@@ -101,6 +103,52 @@ def test_blocks_without_text_are_an_error(llm, block, said):
         llm.chat([ChatMessage(blocks=[block, TextBlock(text="?")])])
 
 
+@pytest.mark.parametrize("role", [MessageRole.ASSISTANT, MessageRole.CHATBOT, MessageRole.MODEL])
+def test_what_other_models_made_is_left_out_of_a_history(llm, role):
+    picture, text = ImageBlock(url="http://none/a.png"), TextBlock(text="Here.")
+
+    def read(*blocks):
+        talk = [ChatMessage("Draw."), ChatMessage(blocks=list(blocks), role=role), ChatMessage("Why?")]
+        return llm.chat(talk).raw["usage"]["prompt_tokens"]
+
+    assert read(text, picture) == read(text)
+
+
+@pytest.mark.parametrize("call", ["acomplete", "achat", "astream_complete", "astream_chat"])
+def test_weights_are_not_loaded_on_the_event_loop(call, lm, monkeypatch):
+    threads = []
+    monkeypatch.setattr(
+        "extemb_core.frameworks.settings.share",
+        lambda *args, **settings: threads.append(threading.current_thread()) or lm,
+    )
+    llm = ExtensibleLLM.from_model_id("tiny", max_tokens=2)
+
+    async def ask():
+        answer = await getattr(llm, call)([ChatMessage(QUESTION)] if "chat" in call else QUESTION)
+        if "stream" in call:
+            assert [piece async for piece in answer]
+        return threading.current_thread()
+
+    loop = asyncio.run(ask())
+    assert threads
+    assert loop not in threads
+    assert llm.to_payload()["model_name"] == "tiny"
+
+
+@pytest.mark.parametrize("stop", ["END", ["END"]])
+def test_a_text_that_ends_an_answer_is_one_text(lm, stop):
+    whole = ExtensibleLLM.from_lm(lm, max_tokens=4).complete(QUESTION).text
+    assert ExtensibleLLM.from_lm(lm, max_tokens=4, stop=stop).complete(QUESTION).text == whole
+    assert ExtensibleLLM.from_lm(lm, max_tokens=4).complete(QUESTION, stop=stop).text == whole
+
+
+@pytest.mark.parametrize("name", ["messages_to_prompt", "completion_to_prompt"])
+def test_a_prompt_of_ones_own_is_an_error_that_names_the_way(name):
+    with pytest.raises(ConfigError, match=f"{name}= makes no difference: .* formatted=True"):
+        ExtensibleLLM.from_model_id("nobody/knows", **{name: str})
+    assert ExtensibleLLM.from_model_id("nobody/knows", **{name: None}).model == "nobody/knows"
+
+
 def test_other_blocks_and_roles(llm, lm):
     thought = [types.ThinkingBlock(content="hm")] if hasattr(types, "ThinkingBlock") else []  # not in 0.13
     cited = CitationBlock(cited_content="41 ships", source="a", title="a", additional_location_info={})
@@ -117,6 +165,26 @@ def test_other_blocks_and_roles(llm, lm):
         {"role": "user", "content": "Why?"},
     ]
     assert llm.chat(messages).message.content == lm.chat(ours, max_new_tokens=4).text
+
+
+@pytest.mark.skipif(not hasattr(types, "ToolCallBlock"), reason="LlamaIndex 0.13 has none")
+@pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'])
+def test_calls_in_a_history_are_read(llm, lm, arguments):
+    call = types.ToolCallBlock(tool_name="weather", tool_kwargs=arguments)
+    talk = [
+        ChatMessage("What?"),
+        ChatMessage(blocks=[call], role=MessageRole.ASSISTANT),
+        ChatMessage("rain", role=MessageRole.TOOL),
+        ChatMessage("Where?"),
+    ]
+    written = f"\n<tool_call>\n{json.dumps({'name': 'weather', 'arguments': arguments})}\n</tool_call>"
+    ours = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": written},
+        {"role": "tool", "content": "rain"},
+        {"role": "user", "content": "Where?"},
+    ]
+    assert llm.chat(talk).raw["usage"]["prompt_tokens"] == lm.positions(ours)
 
 
 def test_settings_of_a_call_go_before_those_of_the_object(llm, lm):

@@ -8,25 +8,27 @@ import logging
 import threading
 
 import pytest
-from llama_index.core import Document, Settings, VectorStoreIndex
+from llama_index.core import Document, Settings, SummaryIndex, VectorStoreIndex
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
 from llama_index.core.embeddings import BaseEmbedding
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import CustomLLM, MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.postprocessor import LongContextReorder
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine, SubQuestionQueryEngine
 from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 from llama_index.core.retrievers import BaseRetriever
-from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, TextNode
+from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, NodeWithScore, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.tools import QueryEngineTool
 from retrieval_encoder import by_words
 from tiny import SENTENCES, random_embedder
 
 from extemb_core import EmbeddingStore, ExtensibleLM
+from extemb_core.documents import text_ref
 from extemb_core.errors import RatioError
 from extemb_core.frameworks.refs import MARK
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -116,7 +118,10 @@ def test_the_llm_gets_refs_and_everybody_else_finds_nodes_as_they_were(llm, lm, 
     assert lm.refs.find(said)[1].text == first.text
     assert first.extemb_ratio == 4
     assert first.extemb_positions == -(-first.extemb_tokens // 4)
-    assert type(processed[2].node) is TextNode
+    short = processed[2].node
+    assert (short.extemb_ratio, short.extemb_mark) == ("raw", None)
+    assert short.extemb_positions == short.extemb_tokens == len(lm.llm.encode(short.text))
+    assert short.get_content(MetadataMode.LLM) == before[2].get_content(MetadataMode.LLM)
     first.set_content("Other text.")
     assert first.get_content(MetadataMode.LLM) == "file_name: 0.txt\n\nOther text."
 
@@ -229,8 +234,80 @@ def test_what_is_no_text_stays_what_it_is(llm):
         NodeWithScore(node=Document(text=LONG, metadata={"file_name": "a"})),
     ]
     made = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4).postprocess_nodes(nodes)
-    assert [type(found.node) for found in made] == [ImageNode, TextNode, TextNode, ExtensibleNode]
+    assert [type(found.node) for found in made] == [ImageNode, ExtensibleNode, ExtensibleNode, ExtensibleNode]
+    assert [getattr(found.node, "extemb_ratio", None) for found in made] == [None, "raw", "raw", 4]
+    assert made[1].node.extemb_positions == 0
     assert made[3].node.text == LONG
+
+
+class Numbered(TextNode):
+    number: int = 0
+
+    def doubled(self):
+        return 2 * self.number
+
+
+class Summarised(TextNode):
+    def get_content(self, metadata_mode=MetadataMode.NONE):
+        return "In short."
+
+
+def test_a_subclass_of_a_text_node_is_read_as_embeddings_and_keeps_what_it_has(llm, lm):
+    kinds = ((Numbered, {"number": 7}), (Summarised, {}), (IndexNode, {"index_id": "a"}))
+    nodes = [NodeWithScore(node=kind(text=LONG, **fields)) for kind, fields in kinds]
+    post = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4)
+    for made in (post.postprocess_nodes(nodes), post.postprocess_nodes(post.postprocess_nodes(nodes))):
+        first = made[0].node
+        assert isinstance(first, Numbered)
+        assert (first.number, first.doubled(), first.extemb_ratio, first.text) == (7, 14, 4, LONG)
+        assert MARK.search(first.get_content(MetadataMode.LLM))
+        assert [found.node for found in made[1:]] == [found.node for found in nodes[1:]]  # they make their own content
+    assert llm.lm.store.get(text_ref(LONG), lm.embedder.fingerprint, 4) is not None
+
+
+def test_half_a_surrogate_pair_of_one_page_is_no_error(llm):
+    torn = TextNode(text=f"{LONG} \ud83d {LONG}")
+    ExtensibleTransform(llm=llm, ratio=4, show_progress=False)([torn])
+    for settings in ({"ratio": 4}, {"ratio": "raw"}):
+        made = ExtensibleEmbeddingPostprocessor(llm=llm, **settings).postprocess_nodes([NodeWithScore(node=torn)])
+        assert made[0].node.text == torn.text.replace("\ud83d", "\ufffd")
+        assert llm.complete(made[0].get_content(MetadataMode.LLM)).raw["usage"]["completion_tokens"] == 4
+    assert llm.complete(torn.text).raw["usage"]["completion_tokens"] == 4
+
+
+def test_what_became_of_a_node_is_a_number_of_every_text(lm):
+    """Also of one that stays text, on a first small try."""
+    llm = ExtensibleLLM.from_lm(lm, max_tokens=4)
+    texts = "The mill was built in 1820.", LONG
+    index = SummaryIndex([TextNode(text=text) for text in texts])
+    for settings in ({"ratio": 8}, {"ratio": "raw"}, {}):
+        post = ExtensibleEmbeddingPostprocessor(llm=llm, **settings)
+        found = index.as_query_engine(llm=llm, node_postprocessors=[post]).query("When?").source_nodes
+        assert [one.node.extemb_tokens for one in found] == [len(lm.llm.encode(text)) for text in texts]
+        assert all(0 < one.node.extemb_positions <= one.node.extemb_tokens for one in found)
+
+
+def test_what_reorders_nodes_stands_behind(llm, long_nodes, caplog):
+    post = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=8, budget=300)
+    for first, second, kept in ((post, LongContextReorder(), {"0", "1"}), (LongContextReorder(), post, {"1", "3"})):
+        caplog.clear()
+        made = second.postprocess_nodes(first.postprocess_nodes(long_nodes))
+        assert {found.node_id for found in made} == kept
+        assert ("LongContextReorder, goes behind" in caplog.text) == (first is not post)
+
+
+def test_an_engine_that_hands_out_its_context_hands_out_refs(llm, lm, nodes, monkeypatch):
+    """They are what an LLM would read; it is asked nothing."""
+    monkeypatch.setattr(Settings, "_llm", llm)
+    post = [ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4, min_tokens=20)]
+    engine = RetrieverQueryEngine.from_args(
+        Fixed(nodes), llm=llm, node_postprocessors=post, response_mode=ResponseMode.CONTEXT_ONLY
+    )
+    response = engine.query("What is counted?")
+    assert [part.text for part in lm.refs.find(str(response)) if not isinstance(part, str)] == [
+        found.text for found in nodes[:2]
+    ]
+    assert [found.text for found in response.source_nodes] == [found.text for found in nodes]
     assert ExtensibleEmbeddingPostprocessor(llm=llm).postprocess_nodes([]) == []
 
 
@@ -310,6 +387,38 @@ def test_chat_engines_and_streams(llm, nodes, calls):
     streamed = engine.query("What is counted?")
     assert "".join(streamed.response_gen)
     assert len(streamed.source_nodes) == 3
+
+
+@pytest.mark.parametrize("turns", [8, 40])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_chat_engine_goes_on_past_the_window(lm, long_nodes, calls, monkeypatch, turns, compressed):
+    """With texts, and with embeddings; `calls` sees that no call overflows the window."""
+    llm = ExtensibleLLM.from_lm(lm, max_tokens=4)
+    monkeypatch.setattr(Settings, "_prompt_helper", extensible_prompt_helper(llm))
+    monkeypatch.setattr(Settings, "_llm", llm)
+    roles = MessageRole.USER, MessageRole.ASSISTANT
+    talk = [ChatMessage(f"{at}. {LONG[:200]}", role=roles[at % 2]) for at in range(turns)]
+    post = [ExtensibleEmbeddingPostprocessor(llm=llm, ratio=8)] if compressed else []
+    memory = ChatMemoryBuffer.from_defaults(token_limit=10**6)
+    engine = ContextChatEngine.from_defaults(
+        retriever=Fixed(long_nodes[:2]), llm=llm, node_postprocessors=post, memory=memory, system_prompt="Be brief."
+    )
+    assert str(engine.chat("What is counted?", chat_history=talk))
+    assert "".join(engine.stream_chat("And then?").response_gen)
+    assert str(asyncio.run(engine.achat("And last?")))
+    assert len(calls) >= 2
+
+
+@pytest.mark.parametrize("kind", ["condense_question", "condense_plus_context"])
+def test_an_engine_that_condenses_a_question_needs_a_memory_that_counts_as_the_llm_does(lm, nodes, calls, kind):
+    """It puts the conversation into one question as text, so the memory has to see to its length."""
+    llm = ExtensibleLLM.from_lm(lm, max_tokens=4)
+    roles = MessageRole.USER, MessageRole.ASSISTANT
+    talk = [ChatMessage(f"{at}. {LONG[:200]}", role=roles[at % 2]) for at in range(100)]
+    memory = ChatMemoryBuffer.from_defaults(chat_history=talk, token_limit=1000, tokenizer_fn=llm.get_token_ids)
+    index = SummaryIndex([found.node for found in nodes])
+    engine = index.as_chat_engine(chat_mode=kind, llm=llm, memory=memory)
+    assert str(engine.chat("What is counted?"))
 
 
 def test_an_engine_that_cuts_texts_up_gets_texts(llm, nodes, calls):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -20,9 +21,11 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import default_completion_to_prompt
+from pydantic import ValidationInfo, field_validator
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt
-from extemb_core.errors import ExtembError
+from extemb_core.errors import ConfigError, ExtembError
 from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
 from extemb_core.frameworks.settings import GenerationSettings
 from extemb_core.weights.resolve import window_of
@@ -52,6 +55,16 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
     response says what became of each. Of a chat that the window does not hold the older turns are compressed too.
     """
 
+    @field_validator("messages_to_prompt", "completion_to_prompt", mode="before")
+    @classmethod
+    def _not_used(cls, value: Any, info: ValidationInfo) -> Any:
+        if value not in (None, generic_messages_to_prompt, default_completion_to_prompt):
+            raise ConfigError(
+                f"{info.field_name}= makes no difference: prompts go through the LLM's own chat template; leave it "
+                "out, and call complete(prompt, formatted=True) for a prompt that is whole"
+            )
+        return value
+
     @classmethod
     def class_name(cls) -> str:
         return "ExtensibleLLM"
@@ -59,13 +72,17 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """Context window of the LLM, and its longest answer."""
-        window = window_of(self.model) if self._loaded is None else self._loaded.llm.context_window
+        window = window_of(self.model) if self.loaded_lm is None else self.loaded_lm.llm.context_window
         return LLMMetadata(
             context_window=window if window is not None else self.lm.llm.context_window,
             num_output=self.max_tokens,
             is_chat_model=True,
             model_name=self.model,
         )
+
+    def to_payload(self) -> dict[str, Any]:
+        """Describe the LLM to callbacks, which ask on the event loop: no weights are loaded for it."""
+        return {"class_name": self.class_name(), "model_name": self.model, "num_output": self.max_tokens}
 
     # -- chats ------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,14 @@ from llama_index.core.base.llms.types import (
     TextBlock,
 )
 
-from extemb_core.documents import Document
+from extemb_core.documents import Document, without_lone_surrogates
 from extemb_core.errors import DocumentError
 from extemb_core.loaders import read_document
 
 if TYPE_CHECKING:
     from extemb_core.frameworks.refs import Refs
+
+logger = logging.getLogger(__name__)
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -27,25 +30,31 @@ _ROLES = {
     MessageRole.MODEL: "assistant",
     MessageRole.FUNCTION: "tool",
 }
-_SILENT = {"cache", "thinking", "tool_call"}  # by name: not all versions have their classes
+_SILENT = {"cache", "thinking", "tool_call"}  # by name: not all versions have their classes; calls are not content
 
 
 def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, Any]]:
-    """Return messages with "role" and "content", a list of texts and documents.
+    """Return messages with "role", "content", a list of texts and documents, and "tool_calls".
 
     Raises:
-        DocumentError: A block holds what is no text, or a ref's document is not kept any more.
+        DocumentError: A block of another than the assistant holds what is no text, or a ref's document is not kept any
+            more.
     """
     return [
         {
-            "role": _ROLES.get(message.role, message.role.value),
-            "content": [part for block in message.blocks for part in _parts(block, refs)],
+            "role": (role := _ROLES.get(message.role, message.role.value)),
+            "content": [part for block in message.blocks for part in _parts(block, refs, lenient=role == "assistant")],
+            "tool_calls": [
+                {"type": "function", "function": {"name": block.tool_name, "arguments": block.tool_kwargs}}
+                for block in message.blocks
+                if block.block_type == "tool_call"
+            ],
         }
         for message in messages
     ]
 
 
-def _parts(block: Any, refs: Refs) -> list[str | Document]:
+def _parts(block: Any, refs: Refs, *, lenient: bool) -> list[str | Document]:
     if isinstance(block, TextBlock):
         return refs.find(block.text)
     if block.block_type in _SILENT:
@@ -57,12 +66,15 @@ def _parts(block: Any, refs: Refs) -> list[str | Document]:
         return [_text_of(block.cited_content)]
     if isinstance(block, DocumentBlock):
         return [Document(_text_of(block), title=block.title, metadata={"source": str(block.path or block.title)})]
+    if lenient:  # a picture that another model made
+        logger.debug("a %s in the assistant's turn is left out", type(block).__name__)
+        return []
     raise _no_text(block)
 
 
 def _text_of(block: Any) -> str:
     if isinstance(block, TextBlock):
-        return block.text
+        return without_lone_surrogates(block.text)
     if not isinstance(block, DocumentBlock):
         raise _no_text(block)
     if block.path is not None and block.data is None:

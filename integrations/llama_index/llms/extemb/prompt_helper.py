@@ -16,6 +16,7 @@ from llama_index.llms.extemb.base import ExtensibleLLM
 from llama_index.llms.extemb.messages import to_messages
 
 _BETWEEN = "\n\n"
+_SYSTEM = (MessageRole.SYSTEM, MessageRole.DEVELOPER)
 
 
 def extensible_prompt_helper(llm: ExtensibleLLM, **settings: Any) -> PromptHelper:
@@ -64,10 +65,18 @@ class ExtensiblePromptHelper(PromptHelper):
         messages = prompt.format_messages(llm=None, **(empty | prompt.kwargs))
         if system_prompt := getattr(llm, "system_prompt", None):
             messages = [ChatMessage(system_prompt, role=MessageRole.SYSTEM), *messages]
-        lm = self._llm.lm
-        size = self._get_available_context_size(lm.positions(to_messages(messages, lm.refs))) // num_chunks - padding
+        size = self._get_available_context_size(self._positions(messages)) // num_chunks - padding
         size -= size // 64  # a splitter counts word by word, which comes to a little less than the whole
         return size if self.chunk_size_limit is None else min(size, self.chunk_size_limit)
+
+    def _positions(self, messages: Sequence[ChatMessage]) -> int:
+        """Count a prompt, whose older turns are compressed into half of the room when they leave less than that."""
+        lm = self._llm.lm
+        last = max((at for at, message in enumerate(messages) if message.role == MessageRole.USER), default=0)
+        older = [at for at, message in enumerate(messages[:last]) if message.role not in _SYSTEM]
+        kept = [message for at, message in enumerate(messages) if at not in older]
+        whole, without = (lm.positions(to_messages(some, lm.refs)) for some in (messages, kept))
+        return min(whole, without + (self.context_window - self.num_output + 1) // 2)
 
     def repack(
         self,

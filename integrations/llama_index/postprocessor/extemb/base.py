@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -10,7 +11,8 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from pydantic import Field, field_validator
 
 from extemb_core.context.planning import Plan, compressed_positions, plan_context
-from extemb_core.frameworks.settings import ModelSettings
+from extemb_core.errors import ConfigError
+from extemb_core.frameworks.settings import Budget, ModelSettings
 from llama_index.postprocessor.extemb.node import extensible, heading_of, text_of, to_document
 
 if TYPE_CHECKING:
@@ -32,10 +34,18 @@ class CompressionSettings(ModelSettings):
     @classmethod
     def _reads_embeddings(cls, llm: Any) -> Any:
         if llm is not None and not hasattr(type(llm), "lm"):  # of the object it would load weights
-            raise ValueError(
+            raise ConfigError(
                 f"a {type(llm).__name__} reads text alone; pass an ExtensibleLLM, or model=, or leave it out"
             )
         return llm
+
+    def _model_elsewhere(self) -> str | None:
+        return super()._model_elsewhere() if self.llm is None else "llm"
+
+    def __getstate__(self) -> dict[Any, Any]:
+        if self.llm is not None:
+            self.llm.__getstate__()  # LlamaIndex would leave out one that cannot be pickled
+        return super().__getstate__()
 
     @property
     def lm(self) -> ExtensibleLM:
@@ -58,7 +68,7 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
     anything else that asks a node for its text gets its text.
     """
 
-    budget: int | None = None
+    budget: Budget = None
     """Positions of the window that the nodes may take together, with their metadata. What does not fit is dropped, the
     worst ranked first, with a warning. When not given, "auto" aims at the LLM's own budget or half of the window, and
     nothing is dropped: LlamaIndex asks several times then."""
@@ -87,24 +97,37 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
                 show_progress=False,
             )
         marks = lm.refs.put(*(documents[at] for at in ratios), finest=list(ratios.values()))
-        compressed: dict[int, BaseNode] = {}
-        for (at, ratio), mark in zip(ratios.items(), marks, strict=True):
-            tokens = chosen[at].n_tokens
-            positions = compressed_positions(tokens, ratio, lm.embedder.config.chunk_size)
-            compressed[at] = extensible(
-                nodes[at].node, documents[at], mark=mark, ratio=ratio, tokens=tokens, positions=positions
+        of_node = dict(zip(ratios, marks, strict=True))
+        made: dict[int, BaseNode] = {}
+        for at, document in documents.items():
+            tokens = lm.builder.n_tokens(document)
+            positions = compressed_positions(tokens, ratios.get(at, 1), lm.embedder.config.chunk_size)
+            made[at] = extensible(
+                nodes[at].node,
+                document,
+                mark=of_node.get(at),
+                ratio=ratios.get(at),
+                tokens=tokens,
+                positions=positions,
             )
         dropped = [at for at, plan in chosen.items() if plan.fidelity == "dropped" and plan.n_tokens]
         if dropped:
-            logger.warning(
-                "%d of %d nodes dropped: no room in budget=%s: %s",
-                len(dropped), len(nodes), self.budget, ", ".join(nodes[at].node_id for at in dropped),
-            )  # fmt: skip
+            self._warn_of(dropped, nodes)
         return [
-            scored.model_copy(update={"node": compressed[at]}) if at in compressed else scored
+            scored.model_copy(update={"node": made[at]}) if at in made else scored
             for at, scored in enumerate(nodes)
             if at not in dropped
         ]
+
+    def _warn_of(self, dropped: list[int], nodes: list[NodeWithScore]) -> None:
+        worst = min((scored.get_score() for at, scored in enumerate(nodes) if at not in dropped), default=math.inf)
+        misplaced = any(nodes[at].get_score() > worst for at in dropped)
+        logger.warning(
+            "%d of %d nodes dropped: no room in budget=%s: %s%s",
+            len(dropped), len(nodes), self.budget, ", ".join(nodes[at].node_id for at in dropped),
+            "; the order of the nodes is their rank: what reorders them otherwise, such as LongContextReorder, goes "
+            "behind this postprocessor" if misplaced else "",
+        )  # fmt: skip
 
     def _plan(self, lm: ExtensibleLM, nodes: list[NodeWithScore], documents: dict[int, Document]) -> Plan:
         """Plan the fidelity of the nodes that are text, each with its metadata as overhead."""

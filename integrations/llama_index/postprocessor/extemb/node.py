@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 from llama_index.core.base.llms.types import TextBlock
-from llama_index.core.schema import DEFAULT_TEXT_NODE_TMPL, BaseNode, MediaResource, MetadataMode, Node, TextNode
+from llama_index.core.schema import (
+    DEFAULT_TEXT_NODE_TMPL,
+    BaseNode,
+    ImageNode,
+    IndexNode,
+    MediaResource,
+    MetadataMode,
+    Node,
+    TextNode,
+)
 
-from extemb_core.documents import Document, text_ref
+from extemb_core.documents import Document, text_ref, without_lone_surrogates
 
 _SOURCES = ("source", "file_path", "file_name", "url", "title")
 
 
 class ExtensibleNode(TextNode):
-    """Node whose text the LLM reads as extensible embeddings. All else about it is as it was, its text included.
+    """Node whose text the LLM reads as extensible embeddings, or as text where that is short or all fits.
+
+    All else about it is as it was, its text included.
 
     Attributes:
-        extemb_mark: What the LLM is given in the text's place (see `extemb_core.frameworks.refs`).
+        extemb_mark: What the LLM is given in the text's place (see `extemb_core.frameworks.refs`); None for the text.
         extemb_ref: Of the text that the mark stands for: a node whose text is changed is text again.
-        extemb_ratio: Tokens per embedding.
+        extemb_ratio: Tokens per embedding, or "raw".
         extemb_tokens: Length of the text.
         extemb_positions: What it takes of the LLM's window, its metadata not counted.
     """
 
-    extemb_mark: str
+    extemb_mark: str | None
     extemb_ref: str
-    extemb_ratio: int
+    extemb_ratio: int | Literal["raw"]
     extemb_tokens: int
     extemb_positions: int
 
@@ -35,7 +47,7 @@ class ExtensibleNode(TextNode):
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
         """Return the node's content; in LLM mode with the mark in the text's place."""
-        if metadata_mode != MetadataMode.LLM or not self.stands:
+        if metadata_mode != MetadataMode.LLM or self.extemb_mark is None or not self.stands:
             return super().get_content(metadata_mode)
         metadata = self.get_metadata_str(mode=metadata_mode).strip()
         if not metadata:
@@ -44,7 +56,7 @@ class ExtensibleNode(TextNode):
 
     def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[Any]:
         """Return `get_content` as blocks of a chat message."""
-        if metadata_mode != MetadataMode.LLM or not self.stands:
+        if metadata_mode != MetadataMode.LLM or self.extemb_mark is None or not self.stands:
             return super().get_content_blocks(metadata_mode)
         metadata = self.get_metadata_str(mode=metadata_mode).strip()
         return [TextBlock(text=text) for text in (metadata, self.extemb_mark) if text]
@@ -57,8 +69,9 @@ class ExtensibleNode(TextNode):
 
 def text_of(node: BaseNode) -> str | None:
     """Return the text of a node that is nothing but text; None for images, links to other things, and the like."""
-    if type(node) in (TextNode, ExtensibleNode):
-        return node.get_content(MetadataMode.NONE)
+    if isinstance(node, TextNode):  # a subclass too, unless it makes its own content
+        own = type(node).get_content not in (TextNode.get_content, ExtensibleNode.get_content)
+        return None if own or isinstance(node, ImageNode | IndexNode) else node.text
     resources = ("image_resource", "audio_resource", "video_resource")
     if isinstance(node, Node) and isinstance(node.text_resource, MediaResource):
         return node.text_resource.text if not any(getattr(node, name, None) for name in resources) else None
@@ -75,20 +88,31 @@ def heading_of(node: BaseNode) -> str:
 def to_document(node: BaseNode, text: str) -> Document:
     """Convert a node to our document, which cites the node's source or else its id."""
     named = next((node.metadata[key] for key in _SOURCES if node.metadata.get(key)), node.node_id)
-    return Document(text, metadata={"source": str(named)})
+    return Document(without_lone_surrogates(text), metadata={"source": str(named)})
 
 
 def extensible(
-    node: BaseNode, document: Document, *, mark: str, ratio: int, tokens: int, positions: int
+    node: BaseNode, document: Document, *, mark: str | None, ratio: int | None, tokens: int, positions: int
 ) -> ExtensibleNode:
-    """Return the node with a mark for the LLM; nothing of it is copied or validated again."""
-    fields = {name: getattr(node, name) for name in ExtensibleNode.model_fields if hasattr(node, name)}
+    """Return the node with a mark for the LLM, if it gets one; nothing of it is copied or validated again."""
+    kind = _extensible_kind(type(node))
+    fields = {name: getattr(node, name) for name in kind.model_fields if hasattr(node, name)}
     fields |= {
         "text": document.text,
         "extemb_mark": mark,
         "extemb_ref": document.ref,
-        "extemb_ratio": ratio,
+        "extemb_ratio": ratio or "raw",
         "extemb_tokens": tokens,
         "extemb_positions": positions,
     }
-    return ExtensibleNode.model_construct(**fields)
+    return kind.model_construct(**fields)
+
+
+@cache
+def _extensible_kind(kind: type[BaseNode]) -> type[ExtensibleNode]:
+    """Return the class of a kind of node with marks, in which a subclass of `TextNode` keeps what it has."""
+    if issubclass(kind, ExtensibleNode):
+        return kind
+    if kind is TextNode or not issubclass(kind, TextNode):
+        return ExtensibleNode
+    return type(f"Extensible{kind.__name__}", (ExtensibleNode, kind), {"__module__": kind.__module__})

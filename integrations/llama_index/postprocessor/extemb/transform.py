@@ -31,7 +31,7 @@ class ExtensibleTransform(CompressionSettings, TransformComponent):
         if self.ratio != "raw":
             with_text = (to_document(node, text) for node in nodes if (text := text_of(node)) and text.strip())
             documents = list({document.ref: document for document in with_text}.values())
-            ratio = None if self.ratio == "auto" else int(self.ratio)
+            ratio = self.ratio if isinstance(self.ratio, int) else None
             self.lm.compress(documents, ratio=ratio, batch_size=self.batch_size, show_progress=self.show_progress)
         return nodes
 
