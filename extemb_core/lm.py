@@ -19,11 +19,12 @@ from extemb_core.documents import Document, Documents, as_documents
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.frameworks.batching import Batcher
 from extemb_core.frameworks.refs import Refs
-from extemb_core.models.bulk import compress_in_batches
+from extemb_core.models.bulk import compress_in_batches, positions_at_once
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.store.base import MemoryStore, Store
+from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import whole_number
 from extemb_core.weights.resolve import resolve_embedder
 
@@ -249,7 +250,8 @@ class ExtensibleLM:
     ) -> list[Answer]:
         """Answer as `ask` or `chat` several at once, each with its own documents (one entry per question).
 
-        Questions are batched by length; an answer does not depend on its batch. In `seconds`, "first_token" is the
+        Questions are batched by length, at most `batch_size` together and no more positions than the device has memory
+        for (see `positions_at_once`); an answer does not depend on its batch. In `seconds`, "first_token" is the
         time of the whole batch: nothing is streamed.
         """
         of_question = [()] * len(questions) if documents is None else list(documents)
@@ -261,10 +263,9 @@ class ExtensibleLM:
             self.prepare(question, texts, budget=budget, ratio=ratio, **sampling)[0]
             for question, texts in zip(questions, of_question, strict=True)
         ]
-        order = sorted(range(len(prepared)), key=lambda index: len(prepared[index].prompt))
+        lengths = {at: len(prompt.prompt) + settings.max_new_tokens for at, prompt in enumerate(prepared)}
         answers: dict[int, Answer] = {}
-        for at in range(0, len(order), batch_size):
-            batch = order[at : at + batch_size]
+        for batch in padded_batches(lengths, positions_at_once(self.llm), batch_size):
             start = time.perf_counter()
             outputs = self.llm.generate([prepared[index].prompt.inputs(self.llm) for index in batch], settings)
             seconds = time.perf_counter() - start
