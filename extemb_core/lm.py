@@ -23,7 +23,7 @@ from extemb_core.models.bulk import compress_in_batches, positions_at_once
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
-from extemb_core.store.base import MemoryStore, Store
+from extemb_core.store.base import MemoryStore, Store, missing_from
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import whole_number
 from extemb_core.weights.resolve import resolve_embedder
@@ -353,11 +353,8 @@ class ExtensibleLM:
         if self.store.readonly:
             return
         texts = {document.ref: document.text for document in as_documents(documents)}
-        missing = [
-            (ref, self.builder.token_ids(text))
-            for ref, text in texts.items()
-            if self.store.get(ref, fingerprint, finest) is None
-        ]
+        refs = missing_from(self.store, texts, fingerprint, finest)
+        missing = [(ref, self.builder.token_ids(texts[ref])) for ref in refs]
         for batch in compress_in_batches(
             self.embedder, missing, ratio=finest, batch_size=batch_size, show_progress=show_progress
         ):

@@ -359,7 +359,7 @@ class Library:
         finest, fingerprint = lm.embedder.config.finest(self.ratio), lm.embedder.fingerprint
         refs = [text_ref(text) for text in texts]
         wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
-        missing = [(ref, ids) for ref, ids in wanted.items() if self.store.get(ref, fingerprint, finest) is None]
+        missing = [(ref, wanted[ref]) for ref in self.store.missing(wanted, fingerprint, finest)]
         for compressed in compress_in_batches(lm.embedder, missing, ratio=finest, show_progress=False):
             self.store.put(*compressed)
             counts["compressed_tokens"] += sum(text.n_tokens for text in compressed)

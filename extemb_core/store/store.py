@@ -100,6 +100,11 @@ class EmbeddingStore:
         with self.environment.read() as transaction:
             return [self._blocks.at(transaction, key_of(ref, fingerprint), ratio) for ref in refs]
 
+    def missing(self, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
+        """List those of some documents that are not here at `ratio`; no embeddings are read."""
+        with self.environment.read() as transaction:
+            return [ref for ref in refs if not self._blocks.holds(transaction, key_of(ref, fingerprint), ratio)]
+
     def finest(self, ref: str, fingerprint: str) -> Compressed | None:
         """Return the text at the stored ratio, or None if it is not here."""
         with self.environment.read() as transaction:

@@ -13,6 +13,7 @@ import torch
 from made import FINGERPRINT, VERSION_1_FINGERPRINT, anchored, compressed, version_1
 
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.store.base import missing_from
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import import_shards
 
@@ -71,6 +72,16 @@ def test_states_in_int8_are_refused_before_anything_is_put(tmp_path):
         with pytest.raises(MismatchError, match="dtype='int8' is too coarse"):
             store.put(compressed("a"), anchored("b"))
         assert len(store) == 0
+
+
+def test_what_is_missing_is_told_without_reading(store, monkeypatch):
+    store.put(compressed("a"), compressed("b"))
+    monkeypatch.setattr(store, "get", lambda *args: pytest.fail("read"))
+    monkeypatch.setattr(store._blocks, "payload", lambda *args: pytest.fail("read"))
+    refs = [compressed(name).ref for name in "xab"]
+    assert store.missing(refs, FINGERPRINT, 4) == missing_from(store, refs, FINGERPRINT, 8) == refs[:1]
+    assert store.missing(refs, FINGERPRINT, 2) == refs  # are here at 4 alone
+    assert store.missing(refs, "0" * 32, 4) == refs
 
 
 def test_coarser_ratios_come_from_the_finest(store):
