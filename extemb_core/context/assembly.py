@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,8 +29,7 @@ Segment = np.ndarray[Any, Any] | Tensor | AnchoredStates
 Part = str | Segment
 
 DOCUMENT_SEPARATOR = "\n\n"  # after each document of a message
-# Private-use characters fence a placeholder's number; the first that no text contains is taken.
-_FENCES = [chr(point) for point in range(0xF0000, 0xF0100)]
+_FENCE = "\U000f0000{}\U000f0001"  # beside a placeholder's number; with digits that no text contains
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,8 @@ class _Placeholders:
         parts = [part.document if isinstance(part, Slot) else part for content in contents for part in content]
         texts = [text for part in parts if isinstance(part, Document) for text in (part.text, part.title or "")]
         texts += [part for part in parts if isinstance(part, str)]
-        self.fence = next(fence for fence in _FENCES if not any(fence in text for text in texts))
+        fences = (_FENCE.format(secrets.randbits(64)) for _ in itertools.count())
+        self.fence = next(fence for fence in fences if not any(fence in text for text in texts))
         self.parts: list[Segment | Slot] = []
         self._llm = llm
         tokens = sorted(llm.control_tokens, key=len, reverse=True)

@@ -74,8 +74,18 @@ def test_control_tokens_in_text_are_characters(pieces):
     assert llm.tokenizer.decode(ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_fences_inside_text_are_text(llm):
-    text = "".join(chr(0xF0000 + i) for i in range(3)) + "\U000f00000\U000f0000"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(map(chr, range(0xF0000, 0xF0100))),
+        "".join(chr(0xF0000 + i) for i in range(3)) + "\U000f00000\U000f0000",
+        "\U000f0000",
+        "\U000f00007\U000f0001 \U000f00008\U000f00010\U000f0000",
+    ],
+)
+def test_fences_inside_text_are_text(llm, text, monkeypatch):
+    draws = iter([7, 8, 7, 9])
+    monkeypatch.setattr("secrets.randbits", lambda bits: next(draws))
     vectors = torch.randn(2, llm.hidden_size)
     prompt = assemble_chat(llm, user([text, vectors]))
     assert sum(isinstance(s, torch.Tensor) for s in prompt.segments) == 1
