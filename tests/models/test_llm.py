@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import threading
 
 import numpy as np
@@ -14,7 +15,7 @@ from tiny import ARCHITECTURES, FAMILIES, SENTENCES, tiny_llm, tiny_model, tiny_
 
 from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, WeightsError
 from extemb_core.models import generation, tokenization
-from extemb_core.models.generation import Generated, Sampling
+from extemb_core.models.generation import Generated, Sampling, _DecodedText
 from extemb_core.models.llm import LLM, choose_device, choose_dtype
 
 LONG_PROMPT = "In 1987 the bridge was closed for repairs; it opened again 3 years later."
@@ -378,6 +379,49 @@ def test_a_stop_token_is_not_part_of_the_text_even_if_it_is_an_ordinary_one(llm,
     assert shown == result.text == llm.decode(result.token_ids)
     assert result.finish_reason == "stop"
     assert llm.generate([ids], Sampling(max_new_tokens=5)) == [result]
+
+
+class Decoding:
+    """Tokens of a word each, with a space before it that is lost at a beginning; of a byte each; and of no text."""
+
+    words = (
+        "\u2581the",
+        "\u2581sea",
+        "s",
+        "\u2581",
+        ".",
+        None,
+        *(bytes([b]) for b in "\u00e9\u6c34\U0001f30a".encode()),
+    )
+
+    def decode(self, ids):
+        data = b"".join(w if isinstance(w, bytes) else (w or "").encode() for w in (self.words[at] for at in ids))
+        text = data.decode(errors="replace").replace("\u2581", " ")
+        return text.removeprefix(" ")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_each_token_adds_is_told_as_all_are_decoded(seed):
+    llm = Decoding()
+    draw, ids = random.Random(seed), []
+    while len(ids) < 40:
+        first, count = draw.choice([(draw.randrange(6), 1), (6, 2), (8, 3), (11, 4)])
+        ids += range(first, first + count)
+    decoded = _DecodedText(llm)
+    for at, token in enumerate(ids):
+        assert decoded.add(token).rstrip("\ufffd") == llm.decode(ids[: at + 1]).rstrip("\ufffd")
+    assert decoded.add(0) == llm.decode([*ids, 0])
+
+
+def test_a_long_stream_decodes_no_more_than_a_few_times_its_length(monkeypatch):
+    llm = endless_llm()
+    decoded = []
+    whole = LLM.decode
+    monkeypatch.setattr(LLM, "decode", lambda self, ids: decoded.append(len(ids)) or whole(self, ids))
+    result = Generated()
+    sampling = Sampling(max_new_tokens=300, temperature=1.0, seed=1)
+    assert "".join(llm.stream(llm.encode("x").tolist(), sampling, result)) == result.text
+    assert sum(decoded) < 15 * 300
 
 
 def endless_llm():
