@@ -87,10 +87,10 @@ class GenerationSettings(ModelSettings):
 
     def _lm_of(self, settings: Mapping[str, Any]) -> ExtensibleLM:
         """Return the model of one call, which may name another than this object's."""
-        model = settings.get("model")
-        if model is None:
+        model, embedder = settings.get("model"), settings.get("embedder")
+        if model is None and embedder is None:
             return self.lm
-        return share(model, settings.get("embedder"), store=self.store, device=self.device, dtype=self.dtype)
+        return share(model or self.model, embedder, store=self.store, device=self.device, dtype=self.dtype)
 
     def _response_metadata(self, answer: Answer, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Describe what became of each document and how the answer ended. Warn of documents that were not read."""

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, FAMILIES, SENTENCES, tiny_llm, tiny_model, tiny_tokenizer
+from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, WeightsError
 from extemb_core.models import generation, tokenization
 from extemb_core.models.generation import Generated, Sampling, _DecodedText
-from extemb_core.models.llm import LLM, choose_device, choose_dtype
+from extemb_core.models.llm import LLM, choose_device, choose_dtype, quiet_transformers
 
 LONG_PROMPT = "In 1987 the bridge was closed for repairs; it opened again 3 years later."
 GREEDY = Sampling(max_new_tokens=12)
@@ -487,6 +488,34 @@ def test_a_saved_llm_loads_as_it_was_and_silently(saved, capfd):
     assert llm.tokenizer_digest == tiny_llm().tokenizer_digest
     assert (llm.context_window, llm.hidden_size, llm.dtype) == (256, 32, torch.float32)
     assert LLM.from_pretrained(saved, dtype="bfloat16", device="cpu").dtype is torch.bfloat16
+
+
+def test_two_threads_that_load_leave_transformers_as_they_found_it(saved):
+    before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    first_in, second_in, dtypes = threading.Event(), threading.Event(), []
+
+    def first():
+        with quiet_transformers():
+            first_in.set()
+            second_in.wait(0.1)
+
+    def second():
+        assert first_in.wait(600)
+        with quiet_transformers():
+            second_in.set()
+            one.join()
+
+    def load(dtype):
+        dtypes.append(LLM.from_pretrained(saved, device="cpu", dtype=dtype).dtype is dtype)
+
+    one, other = threading.Thread(target=first), threading.Thread(target=second)
+    loading = [threading.Thread(target=load, args=[dtype]) for dtype in (torch.bfloat16, torch.float32) * 2]
+    for thread in (one, other, *loading):
+        thread.start()
+    for thread in (one, other, *loading):
+        thread.join()
+    assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == before
+    assert dtypes == [True] * 4
 
 
 def test_a_missing_tensor_is_not_made_up(saved):
