@@ -32,8 +32,8 @@ def share(
 ) -> ExtensibleLM:
     """Load as `ExtensibleLM.from_pretrained` does; the same arguments give the same object, until `release`.
 
-    Objects with other embedders share the LLM, those with other stores the embedder too. While one is loaded nobody waits
-    who asks for one that is there.
+    Objects with other embedders share the LLM, those with other stores the embedder too. While one is loaded, nobody
+    waits who asks for one that is there.
 
     Raises:
         WeightsError, MismatchError, StoreError: See `ExtensibleLM.from_pretrained`.
