@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from extemb_core import errors
 from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, optional_import
 from extemb_core.scale import ROWS_PER_BATCH
 from extemb_core.scale.worker import Batch, CompressWorker, finished, seal
@@ -120,7 +121,7 @@ def compress_corpus(
         with progress("compress", None, show_progress) as advance:
             for row in results.iter_rows():
                 if error := row.pop(_ERROR):
-                    raise pickle.loads(error)
+                    raise _error_of(error)
                 batch = Batch(**{name: int(value) for name, value in row.items()})
                 total += batch
                 advance(batch.n_rows)
@@ -141,9 +142,16 @@ class _RayWorker:
         try:
             if self._failed is not None:
                 raise self._failed
-            return {**self._worker(rows), _ERROR: [b""]}
+            return {**self._worker(rows), _ERROR: [""]}
         except ExtembError as error:
-            return {**{name: [0] for name in asdict(Batch())}, _ERROR: [pickle.dumps(error)]}
+            return {**{name: [0] for name in asdict(Batch())}, _ERROR: [json.dumps([type(error).__name__, str(error)])]}
+
+
+def _error_of(text: str) -> ExtembError:
+    """Make the error again whose type and message a worker sent."""
+    name, message = json.loads(text)
+    kind: type[ExtembError] = getattr(errors, name, ExtembError)
+    return kind.__new__(kind, message)  # without what its own __init__ asks for
 
 
 def _inputs(inputs: Sequence[str | Path]) -> tuple[tuple[str, ...], list[str]]:
