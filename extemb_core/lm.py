@@ -89,9 +89,14 @@ class ExtensibleLM:
             StoreError: The store cannot be opened.
         """
         opened = open_store(store)
-        where = resolve_embedder(embedder, str(llm))
-        loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
-        return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt), opened)
+        try:
+            where = resolve_embedder(embedder, str(llm))
+            loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
+            return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt), opened)
+        except BaseException:
+            if opened is not store and hasattr(opened, "close"):
+                opened.close()
+            raise
 
     # -- asking -----------------------------------------------------------------------------------------------
 

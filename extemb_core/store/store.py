@@ -16,7 +16,7 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.store.blocks import Blocks
 from extemb_core.store.format import Dtype, check_description, check_dtype, describe, encode, key_of, prepare, ref_of
 from extemb_core.store.lmdb_env import Environment, open_environment
-from extemb_core.store.maintenance import StoreStats, Verified, move, sparse, stats_of, verify
+from extemb_core.store.maintenance import StoreStats, Verified, keys_in, move, sparse, stats_of, verify
 from extemb_core.utils.batches import batches
 
 T = TypeVar("T")
@@ -177,13 +177,16 @@ class EmbeddingStore:
                 )
             for fingerprint in set(before.by_fingerprint) - set(keep):
                 self.remove([ref for ref, embedder in self.items() if embedder == fingerprint], fingerprint)
-        for group in batches(sparse(self._blocks), itemgetter(1), _WRITE_BYTES):
-            self._move({number for number, _ in group})
+        chosen = sparse(self._blocks)
+        keys = keys_in(self._blocks, {number for number, _ in chosen})
+        for group in batches(chosen, itemgetter(1), _WRITE_BYTES):
+            numbers = {number for number, _ in group}
+            self._move([key for number in numbers for key in keys[number]], numbers)
         return before.block_bytes - self.stats().block_bytes
 
     def write(self, work: Callable[[Any], T]) -> T:
         """Run `work(transaction)` over the databases of this folder and commit: see `Environment.write`."""
         return self.environment.write(work)
 
-    def _move(self, numbers: set[int]) -> None:
-        self.write(lambda transaction: move(self._blocks, transaction, numbers))
+    def _move(self, keys: list[bytes], numbers: set[int]) -> None:
+        self.write(lambda transaction: move(self._blocks, transaction, keys, numbers))

@@ -141,6 +141,25 @@ def test_removed_documents_are_collected_and_the_others_stay(store):
     assert store.gc() == 0
 
 
+def test_collecting_reads_the_list_of_documents_no_more_often_for_more_blocks(store, monkeypatch):
+    reads = []
+    for name in ("rows", "items"):
+        whole = getattr(store.environment, name)
+        monkeypatch.setattr(store.environment, name, lambda *args, whole=whole: reads.append(args[-1]) or whole(*args))
+    counts = []
+    for n_blocks in (2, 12):
+        for at in range(n_blocks):
+            store.put(*(compressed((n_blocks, at, n), n_tokens=400) for n in range(3)))
+            store.remove([compressed((n_blocks, at, 0)).ref])
+        monkeypatch.setattr("extemb_core.store.store._WRITE_BYTES", 1)
+        reads.clear()
+        assert store.gc() > 0
+        counts.append(reads.count("entries"))
+        assert store.verify().clean
+    assert counts[0] == counts[1]
+    assert len(store) == 2 * 14
+
+
 def test_collecting_keeps_the_embedders_that_are_named(store):
     store.put(compressed("a"), compressed("a", fingerprint="77" * 16))
     with pytest.raises(MismatchError, match="no document here is of the embedder 'abc'"):
