@@ -94,8 +94,9 @@ class ExtensibleLM:
             loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
             return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt), opened)
         except BaseException:
-            if opened is not store and hasattr(opened, "close"):
-                opened.close()
+            close = getattr(opened, "close", None)
+            if opened is not store and close is not None:
+                close()
             raise
 
     # -- asking -----------------------------------------------------------------------------------------------

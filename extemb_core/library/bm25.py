@@ -137,7 +137,7 @@ def _checksum_of(tensors: Mapping[str, np.ndarray[Any, Any]]) -> str:
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensors[name]).view(np.uint8))
+        digest.update(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -59,9 +59,10 @@ class ShardStore:
         refs, where = self._documents[fingerprint]
         wanted = np.frombuffer(ref_bytes(ref), "S16")
         row = int(np.searchsorted(refs, wanted)[0])
-        if row == len(refs) or refs[row] != wanted[0] or ratio % (found := where[row].tolist())[0]:
+        if row == len(refs) or refs[row] != wanted[0]:
             return None
-        return self._readers[found[1]].text(found[2]).at_ratio(ratio)
+        stored_ratio, shard, at = map(int, where[row])
+        return None if ratio % stored_ratio else self._readers[shard].text(at).at_ratio(ratio)
 
     def put(self, *texts: Compressed) -> None:
         """Raise `StoreError`: shards are never changed."""
