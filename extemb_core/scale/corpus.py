@@ -23,6 +23,7 @@ from extemb_core.utils.validation import whole_number
 PARQUET = (".parquet",)
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 _ERROR = "error"
+_RETRIES = 4  # of a batch whose worker is lost: one that always ends its worker would be handed on for ever
 _CONTEXT = {
     "target_max_block_size": 2**20,  # bytes of text handed to a worker at a time, about: what is lost with it at most
     "enable_progress_bars": False,
@@ -67,7 +68,7 @@ def compress_corpus(
     """Compress the texts of a corpus into a folder of shards, on one machine or many.
 
     What is in the folder already is not compressed again, so the same call goes on after an interruption and adds what
-    came to the corpus. A batch whose worker is lost is handed to another.
+    came to the corpus. A batch whose worker is lost is handed to another, four times at most.
 
     Args:
         inputs: Files or folders of Parquet or JSON Lines (.gz, .zst), or URLs of such that Ray Data knows.
@@ -87,6 +88,7 @@ def compress_corpus(
     Raises:
         MissingExtraError: Ray is not installed.
         DocumentNotFoundError, ConfigError: The input is missing, of a type that is not read, or lacks the column.
+            ConfigError too where a batch lost its worker each time.
         StoreError: The output holds something else, or cannot be written to.
     """
     whole_number(rows_per_batch, "rows_per_batch")
@@ -94,6 +96,8 @@ def compress_corpus(
     kind, files = _inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
     done = finished(output)
     with _cluster(ray_address) as data:
+        from ray.exceptions import OutOfMemoryError, RayActorError
+
         start = time.perf_counter()
         read = data.read_parquet if kind == PARQUET else data.read_json
         # Reading takes no processor of its own: there may be as many workers as there are processors.
@@ -116,15 +120,22 @@ def compress_corpus(
             compute=data.ActorPoolStrategy(size=workers),
             num_cpus=cpus_per_worker,
             num_gpus=gpus_per_worker,
+            max_task_retries=_RETRIES,
         )
         total = Batch()
         with progress("compress", None, show_progress) as advance:
-            for row in results.iter_rows():
-                if error := row.pop(_ERROR):
-                    raise _error_of(error)
-                batch = Batch(**{name: int(value) for name, value in row.items()})
-                total += batch
-                advance(batch.n_rows)
+            try:
+                for row in results.iter_rows():
+                    if error := row.pop(_ERROR):
+                        raise _error_of(error)
+                    batch = Batch(**{name: int(value) for name, value in row.items()})
+                    total += batch
+                    advance(batch.n_rows)
+            except (RayActorError, OutOfMemoryError) as error:
+                raise ConfigError(
+                    f"a batch of rows_per_batch={rows_per_batch} lost its worker {_RETRIES + 1} times; what was done "
+                    "is kept, call again with fewer rows_per_batch or more memory for each worker"
+                ) from error
         return Compression(batch=total, shards=tuple(seal(output)), seconds=time.perf_counter() - start)
 
 

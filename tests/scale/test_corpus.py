@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -102,6 +104,18 @@ def test_an_error_of_a_worker_is_a_row_of_text():
         assert str(raised) == str(ERRORS[text])
     raised = _error_of(_RayWorker(Failing, "no such llm")({"text": ["good"]})["error"][0])
     assert (type(raised), str(raised)) == (ConfigError, "no such llm")
+
+
+def test_a_batch_that_always_ends_its_worker_ends_the_run(tmp_path, monkeypatch):
+    exceptions = pytest.importorskip("ray.exceptions")
+    data = MagicMock()
+    results = data.read_json.return_value.map_batches
+    results.return_value.iter_rows.side_effect = exceptions.ActorUnavailableError("gone", actor_id=None)
+    monkeypatch.setattr("extemb_core.scale.corpus._cluster", lambda address: nullcontext(data))
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(ConfigError, match="a batch of rows_per_batch=7 lost its worker 5 times; what was done is kept"):
+        compress_corpus(tmp_path / "a.jsonl", tmp_path / "out", llm="x", rows_per_batch=7)
+    assert results.call_args.kwargs["max_task_retries"] == 4
 
 
 def test_inputs_are_of_one_kind(tmp_path):
