@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from extemb_core.errors import StoreCorruptError
@@ -124,11 +125,11 @@ def keys_in(blocks: Blocks, numbers: set[int]) -> dict[int, list[bytes]]:
     return keys
 
 
-def move(blocks: Blocks, transaction: Any, keys: Iterable[bytes], numbers: set[int]) -> None:
-    """Rewrite documents together, those that still are in these blocks."""
-    there = ((key, blocks.environment.get(transaction, "entries", key)) for key in keys)
-    entries = [(key, Entry.unpack(value)) for key, value in there if value is not None]
-    entries = [(key, entry) for key, entry in entries if entry.block in numbers]
+def move(blocks: Blocks, transaction: Any, keys: Mapping[int, Sequence[bytes]]) -> None:
+    """Rewrite documents together, given by block: those that are still there."""
+    rows = ((key, blocks.environment.get(transaction, "entries", key)) for key in chain(*keys.values()))
+    there = ((key, Entry.unpack(value)) for key, value in rows if value is not None)
+    entries = [(key, entry) for key, entry in there if entry.block in keys]
     # Checked, as damage is not to be sealed with a new checksum; a copy, as writing may move what it is a view of.
     blocks.write(transaction, ((key, entry, bytes(blocks.payload(transaction, key, entry))) for key, entry in entries))
 

@@ -5,7 +5,7 @@ It is an LMDB, so that a process killed at any moment loses nothing that was ack
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -180,13 +180,14 @@ class EmbeddingStore:
         chosen = sparse(self._blocks)
         keys = keys_in(self._blocks, {number for number, _ in chosen})
         for group in batches(chosen, itemgetter(1), _WRITE_BYTES):
-            numbers = {number for number, _ in group}
-            self._move([key for number in numbers for key in keys[number]], numbers)
+            self._move({number for number, _ in group}, keys)
         return before.block_bytes - self.stats().block_bytes
 
     def write(self, work: Callable[[Any], T]) -> T:
         """Run `work(transaction)` over the databases of this folder and commit: see `Environment.write`."""
         return self.environment.write(work)
 
-    def _move(self, keys: list[bytes], numbers: set[int]) -> None:
-        self.write(lambda transaction: move(self._blocks, transaction, keys, numbers))
+    def _move(self, numbers: set[int], keys: Mapping[int, Sequence[bytes]] | None = None) -> None:
+        of_all = keys_in(self._blocks, numbers) if keys is None else keys
+        of_these = {number: of_all[number] for number in numbers}
+        self.write(lambda transaction: move(self._blocks, transaction, of_these))
