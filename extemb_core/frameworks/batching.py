@@ -53,18 +53,20 @@ class Batcher:
         self._changed = threading.Condition()  # what follows, and whether a request is done
         self._answering = False
         self._waiting: list[_Request] = []
-        self._announced = 0
+        self._announced: list[list[int]] = []  # how many of each announcement are still to come
 
     @contextmanager
     def announce(self, count: int) -> Iterator[None]:
         """Announce that so many requests are about to come at once: the first of them waits a moment for the others."""
+        to_come = [count]
         with self._changed:
-            self._announced += count
+            self._announced.append(to_come)
         try:
             yield
         finally:
             with self._changed:
-                self._announced = max(0, self._announced - count)
+                to_come[0] = 0  # whatever became of them
+                self._announced = [some for some in self._announced if some[0]]
                 self._changed.notify_all()
 
     def answer(self, prepared: PreparedPrompt, sampling: Sampling, cancelled: threading.Event | None = None) -> Answer:
@@ -86,6 +88,9 @@ class Batcher:
         requests = [_Request(prompt, sampling, cancelled or never) for prompt, sampling in prepared]
         with self._changed:
             self._waiting += requests
+            for to_come in self._announced[:1]:
+                to_come[0] -= len(requests)
+            self._announced = [some for some in self._announced if some[0] > 0]
             self._changed.notify_all()
         try:
             for request in requests:
@@ -122,7 +127,7 @@ class Batcher:
         """Take a batch of what waits, `first` first."""
         with self._changed:
             self._changed.wait_for(
-                lambda: len(self._waiting) >= min(self._announced, self.batch_size), timeout=_GATHER_SECONDS
+                lambda: not self._announced or len(self._waiting) >= self.batch_size, timeout=_GATHER_SECONDS
             )
             others = [
                 request

@@ -86,6 +86,18 @@ def test_a_batch_has_a_size(lm, batches):
     assert sum(batches) >= 6
 
 
+def test_who_has_come_is_not_waited_for_again(lm, monkeypatch):
+    """Else the last batch, of two where three would do, would take five minutes."""
+    monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 300)
+    batcher = Batcher(lm.llm, batch_size=3)
+    with batcher.announce(len(QUESTIONS)):
+        answers = batcher.answer_all([lm.prepare(question, max_new_tokens=2) for question in QUESTIONS])
+    assert len(answers) == len(QUESTIONS)
+    with batcher.announce(2):  # of whom none comes
+        pass
+    assert lm.ask("What?", max_new_tokens=2).text == ask(lm, batcher, "What?", max_new_tokens=2).text
+
+
 def test_other_settings_are_another_batch(lm, batches):
     batcher = Batcher(lm.llm)
     with ThreadPoolExecutor(8) as pool, batcher.announce(8):
