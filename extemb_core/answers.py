@@ -137,6 +137,9 @@ class AnswerStream(Iterator[str]):
         except StopIteration:
             self._settle()
             raise
+        except BaseException:
+            self._on_answer = None  # what failed is no answer
+            raise
         if self._first_token is None:
             self._first_token = time.perf_counter() - self._prepared.start
         return piece
@@ -165,7 +168,7 @@ class AnswerStream(Iterator[str]):
             total = time.perf_counter() - self._prepared.start
             first = self._first_token if self._first_token is not None else total
             self._answer = to_answer(self._prepared, self._generated, first_token=first, total=total)
-            if self._on_answer is not None:
+            if self._on_answer is not None and (self._answer.text or self._answer.finish_reason != "cancelled"):
                 self._on_answer(self._answer)
 
 

@@ -19,11 +19,12 @@ from extemb_core.documents import Document, Documents, as_documents
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.frameworks.batching import Batcher
 from extemb_core.frameworks.refs import Refs
-from extemb_core.models.bulk import compress_in_batches
+from extemb_core.models.bulk import compress_in_batches, positions_at_once
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
-from extemb_core.store.base import MemoryStore, Store
+from extemb_core.store.base import MemoryStore, Store, missing_from
+from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import whole_number
 from extemb_core.weights.resolve import resolve_embedder
 
@@ -88,9 +89,15 @@ class ExtensibleLM:
             StoreError: The store cannot be opened.
         """
         opened = open_store(store)
-        where = resolve_embedder(embedder, str(llm))
-        loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
-        return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt), opened)
+        try:
+            where = resolve_embedder(embedder, str(llm))
+            loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
+            return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt), opened)
+        except BaseException:
+            close = getattr(opened, "close", None)
+            if opened is not store and close is not None:
+                close()
+            raise
 
     # -- asking -----------------------------------------------------------------------------------------------
 
@@ -249,7 +256,8 @@ class ExtensibleLM:
     ) -> list[Answer]:
         """Answer as `ask` or `chat` several at once, each with its own documents (one entry per question).
 
-        Questions are batched by length; an answer does not depend on its batch. In `seconds`, "first_token" is the
+        Questions are batched by length, at most `batch_size` together and no more positions than the device has memory
+        for (see `positions_at_once`); an answer does not depend on its batch. In `seconds`, "first_token" is the
         time of the whole batch: nothing is streamed.
         """
         of_question = [()] * len(questions) if documents is None else list(documents)
@@ -261,10 +269,9 @@ class ExtensibleLM:
             self.prepare(question, texts, budget=budget, ratio=ratio, **sampling)[0]
             for question, texts in zip(questions, of_question, strict=True)
         ]
-        order = sorted(range(len(prepared)), key=lambda index: len(prepared[index].prompt))
+        lengths = {at: len(prompt.prompt) + settings.max_new_tokens for at, prompt in enumerate(prepared)}
         answers: dict[int, Answer] = {}
-        for at in range(0, len(order), batch_size):
-            batch = order[at : at + batch_size]
+        for batch in padded_batches(lengths, positions_at_once(self.llm), batch_size):
             start = time.perf_counter()
             outputs = self.llm.generate([prepared[index].prompt.inputs(self.llm) for index in batch], settings)
             seconds = time.perf_counter() - start
@@ -353,11 +360,8 @@ class ExtensibleLM:
         if self.store.readonly:
             return
         texts = {document.ref: document.text for document in as_documents(documents)}
-        missing = [
-            (ref, self.builder.token_ids(text))
-            for ref, text in texts.items()
-            if self.store.get(ref, fingerprint, finest) is None
-        ]
+        refs = missing_from(self.store, texts, fingerprint, finest)
+        missing = [(ref, self.builder.token_ids(texts[ref])) for ref in refs]
         for batch in compress_in_batches(
             self.embedder, missing, ratio=finest, batch_size=batch_size, show_progress=show_progress
         ):

@@ -17,7 +17,15 @@ from extemb_core import Document, EmbeddingStore, ExtensibleLM
 from extemb_core.cli.main import app
 from extemb_core.context.assembly import assemble_chat, assemble_text
 from extemb_core.documents import ReferencedDocument, text_ref
-from extemb_core.errors import BudgetError, ConfigError, DocumentError, MismatchError, RatioError
+from extemb_core.errors import (
+    BudgetError,
+    ConfigError,
+    DocumentError,
+    MismatchError,
+    RatioError,
+    StoreError,
+    WeightsError,
+)
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
@@ -101,6 +109,18 @@ def test_a_second_question_finds_the_documents_compressed(lm):
     again = ask(lm, QUESTION, SENTENCES, ratio=8)
     assert [first.context[0].cached, again.context[0].cached] == [False, True]
     assert again.text == ExtensibleLM(lm.llm, lm.embedder).ask(QUESTION, SENTENCES, ratio=8, max_new_tokens=8).text
+
+
+def test_a_store_is_closed_when_the_weights_cannot_be_loaded(tmp_path):
+    with pytest.raises(WeightsError):
+        ExtensibleLM.from_pretrained(tmp_path / "none", store=tmp_path / "docs.extemb")
+    with EmbeddingStore.open(tmp_path / "docs.extemb") as store:
+        with pytest.raises(WeightsError):
+            ExtensibleLM.from_pretrained(tmp_path / "none", store=store)
+        assert len(store) == 0
+        environment = store.environment
+    with pytest.raises(StoreError, match="is closed"), environment.read():  # by the first call too
+        pass
 
 
 def test_compress_ahead(lm):

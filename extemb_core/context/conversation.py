@@ -203,7 +203,10 @@ class Session:
         return self.stream(text, **sampling).finish()
 
     def stream(self, text: str, **sampling: Any) -> AnswerStream:
-        """Do as `send`, piece by piece. What is written until the stream is closed joins the conversation."""
+        """Do as `send`, piece by piece. What is written until the stream is closed joins the conversation.
+
+        Where that is nothing, or the LLM fails, the message does not join it either, and may be sent again.
+        """
         if not text.strip():
             raise ConfigError("the message is empty; say something")
         start = time.perf_counter()

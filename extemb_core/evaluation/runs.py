@@ -17,8 +17,10 @@ from typing import Any, ClassVar
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
 from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.evaluation.settings import CommonConfig
+from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
+from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.files import atomic_write_text, sha256_of
 from extemb_core.utils.journal import Journal, require_same_run, to_json
 from extemb_core.utils.progress import progress
@@ -32,7 +34,6 @@ _EMBEDDER_SETTINGS = (
     "entry_layer", "num_layers", "adaptation", "downscaling", "token_weighting", "connector", "chunk_size", "llm_name",
 )  # fmt: skip
 _REMEDY = "write the result elsewhere, or pass --no-resume to replace it"
-_POSITIONS_AT_ONCE = 4096  # of one call, padding included: bounds memory, and the padding of unlike lengths
 
 
 class Experiment:
@@ -91,14 +92,7 @@ def batches_by_length(lengths: Mapping[str, int], rows: int = 1, batch_size: int
         rows: Prompts of each name.
         batch_size: Maximum number of names in a batch; None for no limit.
     """
-    batch: list[str] = []
-    for name in sorted(lengths, key=lambda name: lengths[name]):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * rows * lengths[name] > _POSITIONS_AT_ONCE):
-            yield batch
-            batch = []
-        batch.append(name)
-    if batch:
-        yield batch
+    return padded_batches(lengths, POSITIONS_AT_ONCE // rows, batch_size)
 
 
 def run(

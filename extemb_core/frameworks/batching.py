@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, to_answer
+from extemb_core.models.bulk import positions_at_once
+from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import whole_number
 
 if TYPE_CHECKING:
@@ -27,9 +29,17 @@ class _Request:
     cancelled: threading.Event
     answer: Future[Answer] = field(default_factory=Future)
 
+    @property
+    def positions(self) -> int:
+        """Positions that the prompt and its answer take at most."""
+        return len(self.prepared.prompt) + self.sampling.max_new_tokens
+
 
 class Batcher:
     """Answers one batch at a time: whoever finds the LLM free answers all that wait, the others find theirs answered.
+
+    A batch takes no more positions than the device has memory for (see `positions_at_once`). The requests of one that
+    fails are answered one by one, so that an error is of the request that it belongs to.
 
     Args:
         llm: Answers.
@@ -43,18 +53,20 @@ class Batcher:
         self._changed = threading.Condition()  # what follows, and whether a request is done
         self._answering = False
         self._waiting: list[_Request] = []
-        self._announced = 0
+        self._announced: list[list[int]] = []  # how many of each announcement are still to come
 
     @contextmanager
     def announce(self, count: int) -> Iterator[None]:
         """Announce that so many requests are about to come at once: the first of them waits a moment for the others."""
+        to_come = [count]
         with self._changed:
-            self._announced += count
+            self._announced.append(to_come)
         try:
             yield
         finally:
             with self._changed:
-                self._announced = max(0, self._announced - count)
+                to_come[0] = 0  # whatever became of them
+                self._announced = [some for some in self._announced if some[0]]
                 self._changed.notify_all()
 
     def answer(self, prepared: PreparedPrompt, sampling: Sampling, cancelled: threading.Event | None = None) -> Answer:
@@ -76,9 +88,16 @@ class Batcher:
         requests = [_Request(prompt, sampling, cancelled or never) for prompt, sampling in prepared]
         with self._changed:
             self._waiting += requests
+            for to_come in self._announced[:1]:
+                to_come[0] -= len(requests)
+            self._announced = [some for some in self._announced if some[0] > 0]
             self._changed.notify_all()
-        for request in requests:
-            self._answer_with_others(request)
+        try:
+            for request in requests:
+                self._answer_with_others(request)
+        finally:  # after Ctrl-C, nobody takes what is left
+            with self._changed:
+                self._waiting = [request for request in self._waiting if request not in requests]
         return [request.answer.result() for request in requests]
 
     def _answer_with_others(self, first: _Request) -> None:
@@ -91,18 +110,16 @@ class Batcher:
         batch = [first]
         try:
             batch = self._gathered(first)
-            if len(batch) == 1:
-                _alone(self.llm, first)
-            else:
-                _together(self.llm, batch)
-        except BaseException as error:
+            if len(batch) > 1:
+                with suppress(Exception):  # of memory, or of one of them
+                    _together(self.llm, batch)
             for request in batch:
                 if not request.answer.done():
-                    request.answer.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
+                    _alone(self.llm, request)
         finally:
             with self._changed:
+                # After Ctrl-C here, the others are answered by whom they belong to.
+                self._waiting += [request for request in batch if not (request is first or request.answer.done())]
                 self._answering = False
                 self._changed.notify_all()
 
@@ -110,7 +127,7 @@ class Batcher:
         """Take a batch of what waits, `first` first."""
         with self._changed:
             self._changed.wait_for(
-                lambda: len(self._waiting) >= min(self._announced, self.batch_size), timeout=_GATHER_SECONDS
+                lambda: not self._announced or len(self._waiting) >= self.batch_size, timeout=_GATHER_SECONDS
             )
             others = [
                 request
@@ -118,18 +135,22 @@ class Batcher:
                 # Draws with a seed are those of a prompt on its own.
                 if request is not first and request.sampling == first.sampling and first.sampling.seed is None
             ]
-            batch = [first, *others][: self.batch_size]
+            lengths = {request: request.positions for request in [first, *others][: self.batch_size]}
+            batch = next(some for some in padded_batches(lengths, positions_at_once(self.llm)) if first in some)
             self._waiting = [request for request in self._waiting if request not in batch]
         return batch
 
 
 def _alone(llm: LLM, request: _Request) -> None:
-    with AnswerStream(llm, request.prepared, request.sampling) as stream:
-        if not request.cancelled.is_set():
-            for _ in stream:
-                if request.cancelled.is_set():
-                    break
-    request.answer.set_result(stream.answer)
+    try:
+        with AnswerStream(llm, request.prepared, request.sampling) as stream:
+            if not request.cancelled.is_set():
+                for _ in stream:
+                    if request.cancelled.is_set():
+                        break
+        request.answer.set_result(stream.answer)
+    except Exception as error:
+        request.answer.set_exception(error)
 
 
 def _together(llm: LLM, batch: list[_Request]) -> None:

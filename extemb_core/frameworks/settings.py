@@ -24,7 +24,7 @@ from typing_extensions import Self
 from extemb_core.answers import Answer
 from extemb_core.context.planning import check_budget
 from extemb_core.errors import ConfigError, ExtembError, RatioError
-from extemb_core.frameworks.shared import release, share
+from extemb_core.frameworks.shared import close_store, share
 from extemb_core.utils.validation import check_sampling, unknown_setting, whole_number
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class ModelSettings(StrictSettings):
     def close(self) -> None:
         """Close the store of a folder, for all objects that share it; the next call opens it again."""
         if self.loaded_lm is None:
-            release(self.model, self.embedder, store=self.store, device=self.device, dtype=self.dtype)
+            close_store(self.model, self.embedder, store=self.store, device=self.device, dtype=self.dtype)
 
     def _model_elsewhere(self) -> str | None:
         """Return the name of the field that has the model, unless it is to be loaded by the fields of this one."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from extemb_core.store.base import Store
 from extemb_core.store.remote import StorageLocation
+from extemb_core.weights.resolve import resolve_embedder
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
-_lock = threading.Lock()
-_models: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # LLM and embedder
-_opened: dict[tuple[Any, ...], ExtensibleLM] = {}
+T = TypeVar("T")
+
+_lock = threading.Lock()  # held for a moment; each of those below while its object is made
+_locks: dict[tuple[Any, ...], threading.Lock] = {}
+_models: dict[tuple[Any, ...], Any] = {}  # LLMs, and embedders of them
+_opened: dict[tuple[Any, ...], ExtensibleLM] = {}  # with a store
 
 
 def share(
@@ -25,39 +30,59 @@ def share(
     device: str = "auto",
     dtype: str = "auto",
 ) -> ExtensibleLM:
-    """Load as `ExtensibleLM.from_pretrained` does; the same arguments give the same object while the process lives.
+    """Load as `ExtensibleLM.from_pretrained` does; the same arguments give the same object, until `release`.
 
-    Objects with other stores share the weights.
+    Objects with other embedders share the LLM, those with other stores the embedder too. While one is loaded, nobody
+    waits who asks for one that is there.
 
     Raises:
         WeightsError, MismatchError, StoreError: See `ExtensibleLM.from_pretrained`.
     """
     from extemb_core.lm import ExtensibleLM, open_store
+    from extemb_core.models.embedder import ExtensibleEmbedder
+    from extemb_core.models.llm import LLM
 
-    weights, key = _keys(llm, embedder, store, device, dtype)
-    with _lock:
-        if key not in _opened:
-            if weights not in _models:
-                loaded = ExtensibleLM.from_pretrained(llm, embedder, device=device, dtype=dtype)
-                _models[weights] = loaded.llm, loaded.embedder
-            _opened[key] = ExtensibleLM(*_models[weights], open_store(store))
-        return _opened[key]
+    of_llm = str(llm), device, dtype
+
+    def load() -> ExtensibleLM:
+        files = resolve_embedder(embedder, str(llm))
+        model = _once(_models, of_llm, lambda: LLM.from_pretrained(llm, device=device, dtype=dtype))
+        own = _once(_models, (*of_llm, str(files)), lambda: ExtensibleEmbedder.from_pretrained(files, llm=model))
+        return ExtensibleLM(model, own, open_store(store))
+
+    return _once(_opened, _key(llm, embedder, store, device, dtype), load)
 
 
-def release(
+def close_store(
     llm: str | Path, embedder: str | Path | None, *, store: str | Path | Store | None, device: str, dtype: str
 ) -> None:
     """Close the store that `share` opened for these arguments, if it did; the next call of `share` opens it again."""
     if isinstance(store, str | Path):
         with _lock:
-            lm: Any = _opened.pop(_keys(llm, embedder, store, device, dtype)[1], None)
+            lm: Any = _opened.pop(_key(llm, embedder, store, device, dtype), None)
         if lm is not None:
             getattr(lm.store, "close", lambda: None)()  # shards stay open for no longer than a read
 
 
-def _keys(
+def release() -> None:
+    """Let go of all models: each is freed once no object holds it, and loaded again when one asks for it."""
+    with _lock:
+        for kept in (_models, _opened, _locks):
+            kept.clear()
+
+
+def _key(
     llm: str | Path, embedder: str | Path | None, store: str | Path | Store | None, device: str, dtype: str
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return the keys of weights, and of these weights with a store."""
-    weights = str(llm), None if embedder is None else str(embedder), device, dtype
-    return weights, (*weights, StorageLocation(store).absolute() if isinstance(store, str | Path) else id(store))
+) -> tuple[Any, ...]:
+    where = StorageLocation(store).absolute() if isinstance(store, str | Path) else id(store)
+    return str(llm), device, dtype, None if embedder is None else str(embedder), where
+
+
+def _once(made: dict[tuple[Any, ...], T], key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """Return what was made under a key, or make it while all others who want the same wait."""
+    with _lock:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:
+        if key not in made:
+            made[key] = make()
+        return made[key]

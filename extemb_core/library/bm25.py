@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from extemb_core.errors import optional_import
+from extemb_core.errors import StoreError, optional_import
+from extemb_core.utils.files import atomic_write
 
 # Scripts without spaces: Thai, Lao, Burmese, Khmer, and those of Chinese and Japanese.
 _UNSPACED = (
@@ -18,43 +25,132 @@ _UNSPACED = (
 # Each of their characters is a word. So is a letter or digit alone, but not what an apostrophe cut off.
 _WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]{{2,}}|(?<!['\u2019])[^\W{_UNSPACED}]"
 RANK_OFFSET = 60  # of reciprocal rank fusion, as its authors set it (Cormack et al., 2009)
+MAX_REMOVED = 0.2  # of an index, before it is made anew
+
+_K1, _B = 1.5, 0.75
+_VERSION = "1"  # of the file, and of how words are told from each other
 
 
 class WordIndex:
-    """BM25 index (Lucene's form) over passages, built at once from all of them.
+    """BM25 index (Lucene's form) over passages, of which more are added and some removed at no cost for the others.
 
     Args:
-        ids: (n,) of the passages.
-        texts: Of the passages.
+        ids: (n,) of the first passages.
+        texts: Of these passages.
 
     Raises:
         MissingExtraError: bm25s is not installed.
     """
 
-    def __init__(self, ids: Sequence[int], texts: Sequence[str]) -> None:
+    def __init__(self, ids: Sequence[int] = (), texts: Sequence[str] = ()) -> None:
         self._bm25s = optional_import("bm25s", "library", "search by words")
-        self._ids = np.asarray(ids, np.int64)
-        words = self._words(texts)
-        self._index: Any = self._bm25s.BM25() if any(words) else None
-        if self._index is not None:
-            self._index.index(words, show_progress=False)
+        self._ids = array("q")  # of each row, also of those removed
+        self._lengths = array("q")
+        self._rows: dict[int, int] = {}  # of the passages that are not removed
+        # Word -> the rows that hold it, and how often.
+        self._postings: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("I"), array("I")))
+        self.add(ids, texts)
+
+    @property
+    def ids(self) -> set[int]:
+        """Ids of the passages."""
+        return set(self._rows)
+
+    def add(self, ids: Sequence[int], texts: Sequence[str]) -> None:
+        """Add passages. ids, texts: (n,) of both."""
+        for number, words in zip(ids, self._words(texts), strict=True):
+            row = self._rows[number] = len(self._ids)
+            self._ids.append(number)
+            self._lengths.append(len(words))
+            for word, count in Counter(words).items():
+                rows, counts = self._postings[word]
+                rows.append(row)
+                counts.append(count)
+
+    def remove(self, ids: Iterable[int]) -> None:
+        """Remove passages."""
+        for number in ids:
+            self._rows.pop(number, None)
+
+    def should_be_made_anew(self) -> bool:
+        """Return True if it holds too much that was removed."""
+        return len(self._ids) - len(self._rows) > MAX_REMOVED * max(1, len(self._rows))
 
     def search(self, question: str, k: int) -> list[tuple[int, float]]:
         """Return (id, score) of the passages with the question's words, best first; equal scores by id.
 
         More than `k` if others are as good as the last of them: which of them are older says nothing.
         """
-        words = self._words([question])[0]
-        if self._index is None or not words:
-            return []
-        scores = self._index.get_scores(words)
-        best = np.lexsort((self._ids, -scores))
-        least = max(scores[best[:k][-1]], np.finfo(scores.dtype).tiny)
-        return [(int(self._ids[at]), float(scores[at])) for at in best if scores[at] >= least]
+        ids, lengths, scores = np.array(self._ids), np.array(self._lengths), np.zeros(len(self._ids))
+        here = np.zeros(len(ids), bool)
+        here[list(self._rows.values())] = True
+        mean_length = lengths[here].sum() / max(1, len(self._rows))
+        for word in self._words([question])[0]:
+            if word in self._postings:
+                rows, counts = map(np.array, self._postings[word])
+                rows, counts = rows[here[rows]], counts[here[rows]]
+                idf = np.log1p((len(self._rows) - len(rows) + 0.5) / (len(rows) + 0.5))
+                scores[rows] += idf * counts / (counts + _K1 * (1 - _B + _B * lengths[rows] / mean_length))
+        matching = scores.nonzero()[0]
+        best = matching[np.lexsort((ids[matching], -scores[matching]))]
+        best = best[scores[best] >= scores[best[:k]][-1:]]
+        return list(zip(ids[best].tolist(), scores[best].tolist(), strict=True))
+
+    def save(self, file: Path) -> None:
+        """Write it atomically, with a checksum.
+
+        Raises:
+            StoreError: The disk refuses.
+        """
+        postings = [*self._postings.values()]
+        tensors = {
+            "ids": np.array(self._ids),
+            "lengths": np.array(self._lengths),
+            "kept": np.fromiter(self._rows.values(), np.int64),
+            "words": np.frombuffer("\n".join(self._postings).encode(), np.uint8),
+            "ends": np.cumsum([len(rows) for rows, _ in postings], dtype=np.int64),
+            "rows": np.frombuffer(b"".join(rows for rows, _ in postings), np.uint32),
+            "counts": np.frombuffer(b"".join(counts for _, counts in postings), np.uint32),
+        }
+        try:
+            with atomic_write(file) as temporary:
+                save_file(tensors, temporary, {"version": _VERSION, "checksum": _checksum_of(tensors)})
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{file} could not be written ({error}); it is rebuilt when next needed") from error
+
+    @classmethod
+    def load(cls, file: Path) -> WordIndex | None:
+        """Load an index, or None if it is missing, damaged or of another version and has to be made anew."""
+        try:
+            with safe_open(file, "numpy") as stream:
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a mapping
+                if stream.metadata() != {"version": _VERSION, "checksum": _checksum_of(tensors)}:
+                    return None
+        except (OSError, SafetensorError):
+            return None
+        index = cls()
+        index._ids, index._lengths = array("q", tensors["ids"].tobytes()), array("q", tensors["lengths"].tobytes())
+        index._rows = {index._ids[row]: row for row in tensors["kept"].tolist()}
+        start = 0
+        for word, end in zip(tensors["words"].tobytes().decode().split("\n"), tensors["ends"].tolist(), strict=False):
+            index._postings[word] = (
+                array("I", tensors["rows"][start:end].tobytes()),
+                array("I", tensors["counts"][start:end].tobytes()),
+            )
+            start = end
+        return index
 
     def _words(self, texts: Sequence[str]) -> list[list[str]]:
         settings = {"token_pattern": _WORD, "stopwords": "en", "return_ids": False, "show_progress": False}
         return [list(words) for words in self._bm25s.tokenize(list(texts), **settings)]
+
+
+def _checksum_of(tensors: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def fuse(rankings: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:

@@ -180,9 +180,18 @@ class Catalogue:
         data = self._environment.get(transaction, "texts", _key(source))
         return None if data is None else bytes(data).decode()
 
-    def ids(self, transaction: Any) -> set[int]:
-        """Return the ids of all passages."""
-        return {int(_ID.unpack(key)[0]) for key, _ in self._environment.rows(transaction, "passages")}
+    def ids(self, transaction: Any, first: int = 0) -> set[int]:
+        """Return the ids of all passages, or of those from `first` on, which are the newest."""
+        rows = self._environment.rows(transaction, "passages", _ID.pack(first))
+        return {int(_ID.unpack(key)[0]) for key, _ in rows}
+
+    def changes(self, transaction: Any, known: set[int]) -> tuple[set[int], set[int]]:
+        """Tell which passages are gone since there were those that are known, and which are new."""
+        new = self.ids(transaction, max(known, default=-1) + 1)
+        if len(known) + len(new) == self._environment.count(transaction, "passages"):
+            return set(), new
+        ids = self.ids(transaction)
+        return known - ids, ids - known
 
     def vectors(self, transaction: Any, ids: Sequence[int]) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float32]]]:
         """Return the ids of those passages that are here, and their (n, width) vectors."""

@@ -1,8 +1,8 @@
 """Library: documents kept compressed, found by their content, and asked in any later process.
 
 It shares the folder and the LMDB file of an `EmbeddingStore`, so that a process killed at any moment leaves documents
-that are there or not, never half; see `catalog`. The FAISS index beside it is built from the vectors there: one that is
-lost, damaged or late is brought up to date.
+that are there or not, never half; see `catalog`. The indices beside it, of vectors and of words, are made from what is
+there: one that is lost, damaged or late is brought up to date.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.documents import Document, text_ref
-from extemb_core.errors import ConfigError, DocumentError, MismatchError
+from extemb_core.errors import ConfigError, DocumentError, ExtembError, MismatchError
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.library.bm25 import WordIndex, fuse
 from extemb_core.library.catalog import Catalogue, Passage, Split, is_of
@@ -42,9 +42,12 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "passages.faiss"
+WORDS_FILE = "passages.words"
 _BATCH_TOKENS = 32_768  # compressed and written together
 _CHARS_PER_TOKEN = 4  # about: how much is waiting to be written is no more than a guess
 _FETCHED = 4  # times k, from each ranking before they are fused
+_INDEXED = 10_000  # passages whose texts are in memory at once
+_MIN_UNSAVED, _UNSAVED_SHARE = 10_000, 8  # the indices are written after so many changes, or an eighth of all passages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +115,9 @@ class Library:
         self._factory = index
         self._lock = threading.RLock()
         self._vectors: VectorIndex | None = None
-        self._words: tuple[int, WordIndex] | None = None
-        self._synced = -1  # the generation that the index is of
+        self._words: WordIndex | None = None
+        self._vectors_synced = self._words_synced = -1  # the generations that the indices are of
+        self._unsaved = 0  # passages that came or went since the indices were written
         self._warned = False  # that some documents are stale
         self._embedders: tuple[int, dict[str, int]] | None = None  # of a generation
         if encoder is not None:
@@ -148,8 +152,12 @@ class Library:
         return self.store.path
 
     def close(self) -> None:
-        """Close the files."""
-        self.store.close()
+        """Write the indices if something changed, and close the files."""
+        try:
+            if self._unsaved:
+                self._save_indices()
+        finally:
+            self.store.close()
 
     def __enter__(self) -> Library:
         return self
@@ -225,16 +233,15 @@ class Library:
         """
         wanted = [sources] if isinstance(sources, str) else list(sources)
 
-        def work(transaction: Any) -> int:
+        def work(transaction: Any) -> list[int]:
             forgotten = [self._catalogue.forget(transaction, source) for source in wanted]
             passages = [refs for refs in forgotten if refs is not None]
             self._drop_orphans(transaction, set().union(*passages))
-            return len(passages)
+            return [len(refs) for refs in passages]
 
-        n_removed = self.store.write(work)
-        if n_removed:
-            self._save_index()
-        return n_removed
+        removed = self.store.write(work)
+        self._changed(sum(removed))
+        return len(removed)
 
     def documents(self) -> Iterator[dict[str, Any]]:
         """Yield the record of every document: source, title, ref, n_chars, n_passages, metadata, fingerprint, ratio."""
@@ -341,18 +348,18 @@ class Library:
             for batch in batches(changed(), lambda split: len(split.document.text) // _CHARS_PER_TOKEN, _BATCH_TOKENS):
                 self._write(lm, batch, counts)
                 advance(len(batch))
-        if counts["added"] or counts["updated"]:
-            self._save_index()
         return Added(**counts, seconds=time.perf_counter() - start)
 
     def _write(self, lm: ExtensibleLM, batch: Sequence[Split], counts: Counter[str]) -> None:
         """Compress the passages of some documents, then write the documents in one transaction."""
         texts = [text for split in batch for text in split.texts]
         vectors = self.encoder.encode(texts).astype("<f2")
+        if self._factory is not None:
+            VectorIndex(vectors.shape[1], self._factory)  # refuses what FAISS does not know before anything is written
         finest, fingerprint = lm.embedder.config.finest(self.ratio), lm.embedder.fingerprint
         refs = [text_ref(text) for text in texts]
         wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
-        missing = [(ref, ids) for ref, ids in wanted.items() if self.store.get(ref, fingerprint, finest) is None]
+        missing = [(ref, wanted[ref]) for ref in self.store.missing(wanted, fingerprint, finest)]
         for compressed in compress_in_batches(lm.embedder, missing, ratio=finest, show_progress=False):
             self.store.put(*compressed)
             counts["compressed_tokens"] += sum(text.n_tokens for text in compressed)
@@ -364,6 +371,7 @@ class Library:
         self.store.write(work)
         counts["n_passages"] += len(texts)
         counts["n_tokens"] += sum(len(wanted[ref]) for ref in refs)
+        self._changed(len(texts))
 
     def _drop_orphans(
         self, transaction: Any, passages: Iterable[tuple[bytes, str]], fingerprint: str | None = None
@@ -379,37 +387,64 @@ class Library:
         """Return the FAISS index, brought up to date with what was added and removed since."""
         with self.store.environment.read() as transaction:
             settings = self._catalogue.settings(transaction)
-            if self._vectors is not None and settings["generation"] == self._synced:
+            if self._vectors is not None and settings["generation"] == self._vectors_synced:
                 return self._vectors
-            ids = self._catalogue.ids(transaction)
         width = settings["width"]
         index = self._vectors or VectorIndex.load(
             self.path / INDEX_FILE, width, self._factory, encoder=settings["encoder"]
         )
         if index is not None and index.width == width:
-            self._bring_up_to_date(index, ids)
+            self._add_vectors(index)
         if index is None or index.width != width or index.should_be_made_anew():
-            index = VectorIndex(width, self._factory or choose_factory(len(ids)), self._factory)
-            self._bring_up_to_date(index, ids)
-        self._vectors, self._synced = index, settings["generation"]
+            count = self._read(self.store.environment.count, "passages")
+            index = VectorIndex(width, self._factory or choose_factory(count), self._factory)
+            self._add_vectors(index)
+        self._vectors, self._vectors_synced = index, settings["generation"]
         return index
 
-    def _bring_up_to_date(self, index: VectorIndex, ids: set[int]) -> None:
-        index.remove(index.ids - ids)
-        index.add(*self._read(self._catalogue.vectors, sorted(ids - index.ids)))
-
-    def _save_index(self) -> None:
-        with self._lock:
-            index = self._index()
-            index.save(self.path / INDEX_FILE, encoder=self._read(self._catalogue.settings)["encoder"])
+    def _add_vectors(self, index: VectorIndex) -> None:
+        """Bring an index up to date."""
+        gone, new = self._read(self._catalogue.changes, index.ids)
+        index.remove(gone)
+        index.add(*self._read(self._catalogue.vectors, sorted(new)))
 
     def _word_index(self) -> WordIndex:
-        if self._words is None or self._words[0] != self._synced:
-            ids = sorted(self._index().ids)
-            passages = self._read(self._catalogue.passages, [(number, 0.0) for number in ids])
-            index = WordIndex([passage.id for passage in passages], [passage.text for passage in passages])
-            self._words = self._synced, index
-        return self._words[1]
+        """Return the index of words, brought up to date with what was added and removed since."""
+        generation = self._read(self._catalogue.settings)["generation"]
+        if self._words is None or self._words_synced != generation:
+            index = self._words or WordIndex.load(self.path / WORDS_FILE) or WordIndex()
+            self._add_words(index)
+            if index.should_be_made_anew():
+                index = WordIndex()
+                self._add_words(index)
+            self._words, self._words_synced = index, generation
+        return self._words
+
+    def _add_words(self, index: WordIndex) -> None:
+        """Bring an index up to date."""
+        gone, new = self._read(self._catalogue.changes, index.ids)
+        index.remove(gone)
+        for numbers in batches(sorted(new), lambda _: 1, _INDEXED):
+            passages = self._read(self._catalogue.passages, [(number, 0.0) for number in numbers])
+            index.add([passage.id for passage in passages], [passage.text for passage in passages])
+
+    def _changed(self, n_passages: int) -> None:
+        """Note that passages came or went, and write the indices now and then: all of an index is written each time."""
+        self._unsaved += n_passages
+        n_there = self._read(self.store.environment.count, "passages")
+        if self._unsaved > max(_MIN_UNSAVED, n_there // _UNSAVED_SHARE):
+            self._save_indices()
+
+    def _save_indices(self) -> None:
+        """Write the indices, which are made anew from what is in the store where that fails."""
+        with self._lock:
+            self._unsaved = 0
+            try:
+                encoder = self._read(self._catalogue.settings)["encoder"]
+                self._index().save(self.path / INDEX_FILE, encoder=encoder)
+                self._word_index().save(self.path / WORDS_FILE)
+            except ExtembError as error:
+                logger.warning("the documents are kept, and their index was not written: %s", error)
 
     def _need_lm(self) -> ExtensibleLM:
         if self.lm is None:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from extemb_core.errors import ConfigError, StoreError, optional_import
+from extemb_core.library.bm25 import MAX_REMOVED
 from extemb_core.utils.files import atomic_write, atomic_write_text, sha256_of
 
 _FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds
 _GRAPH_UP_TO = 5_000_000  # beyond, vectors whole are more memory than a machine has to spare
 _EF_SEARCH, _EF_CONSTRUCTION = 128, 200
 _PROBES = 64
-_MAX_REMOVED = 0.2  # of an index that cannot forget, before it is rebuilt
 
 
 def choose_factory(count: int) -> str:
@@ -45,35 +45,40 @@ class VectorIndex:
         self.factory = factory or "Flat"
         self.ids: set[int] = set()
         self._removed: set[int] = set()
-        faiss = _faiss()
-        try:
-            index = faiss.index_factory(width, self.factory, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"index={factory!r} is not an index that FAISS builds for width {width}; pass e.g. 'Flat', 'HNSW32' or "
-                "'IVF1024,PQ32'"
-            ) from error
-        if hasattr(index, "hnsw"):
-            index.hnsw.efSearch, index.hnsw.efConstruction = _EF_SEARCH, _EF_CONSTRUCTION
-        if hasattr(index, "nprobe"):
-            index.nprobe = _PROBES
-        self._index: Any = faiss.IndexIDMap2(index)
+        self._few = 0  # so many vectors, or fewer, are too few for what is wanted
+        self._index = _built(width, self.factory)
 
     def add(self, ids: Sequence[int], vectors: np.ndarray[Any, Any]) -> None:
-        """Add vectors. ids, vectors: (n,), (n, width). An index that is trained is trained on the first ones."""
+        """Add vectors. ids, vectors: (n,), (n, width).
+
+        An index that is trained is trained on the first ones. As long as they are too few for that, they are in a flat
+        one.
+
+        Raises:
+            ConfigError: FAISS adds no more vectors to an index of this kind.
+        """
         if not len(ids):
             return
-        data = np.ascontiguousarray(vectors, np.float32)
-        if not self._index.is_trained:
-            self._index.train(data)
-        self._index.add_with_ids(data, np.asarray(ids, np.int64))
+        data, numbers = np.ascontiguousarray(vectors, np.float32), np.asarray(ids, np.int64)
+        try:
+            if not self._index.is_trained:
+                self._index.train(data)
+            self._index.add_with_ids(data, numbers)
+        except RuntimeError as error:
+            if self.ids:
+                raise ConfigError(
+                    f"index={self.factory!r} takes no more vectors once it is built; pass e.g. 'Flat' or 'HNSW32'"
+                ) from error
+            self.factory, self._few = "Flat", len(ids)
+            self._index = _built(self.width, self.factory)
+            self._index.add_with_ids(data, numbers)
         self.ids.update(map(int, ids))
 
     def remove(self, ids: Iterable[int]) -> None:
-        """Remove vectors; a graph cannot, so there they are left out of search results."""
+        """Remove vectors; only a flat index can, so in others they are left out of search results."""
         removed = {int(index) for index in ids} & self.ids
         self.ids -= removed
-        if self.factory.startswith("HNSW"):
+        if self.factory != "Flat":
             self._removed |= removed
         elif removed:
             self._index.remove_ids(np.fromiter(removed, np.int64))
@@ -89,8 +94,11 @@ class VectorIndex:
 
     def should_be_made_anew(self) -> bool:
         """Return True if it has become too large for its kind, or holds too much that was removed."""
-        outgrown = self.wanted is None and choose_factory(len(self.ids)) != self.factory
-        return outgrown or len(self._removed) > _MAX_REMOVED * max(1, len(self.ids))
+        if self.wanted is None:
+            outgrown = choose_factory(len(self.ids)) != self.factory
+        else:
+            outgrown = self.factory != self.wanted and len(self.ids) > 2 * self._few
+        return outgrown or len(self._removed) > MAX_REMOVED * max(1, len(self.ids))
 
     def save(self, file: Path, **description: Any) -> None:
         """Write it atomically, with a description beside it that is checked when it is read.
@@ -124,6 +132,22 @@ class VectorIndex:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError):
             return None
         return loaded
+
+
+def _built(width: int, factory: str) -> Any:
+    faiss = _faiss()
+    try:
+        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"index={factory!r} is not an index that FAISS builds for width {width}; pass e.g. 'Flat', 'HNSW32' or "
+            "'IVF1024,PQ32'"
+        ) from error
+    if hasattr(index, "hnsw"):
+        index.hnsw.efSearch, index.hnsw.efConstruction = _EF_SEARCH, _EF_CONSTRUCTION
+    if hasattr(index, "nprobe"):
+        index.nprobe = _PROBES
+    return faiss.IndexIDMap2(index)
 
 
 def _faiss() -> Any:

@@ -1,4 +1,4 @@
-"""Many texts, compressed a batch at a time: no more than a batch is held in memory, or lost with the process."""
+"""Many texts or prompts, a batch at a time: no more than a batch is held in memory, or lost with the process."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Text = tuple[str, "np.ndarray[Any, Any]"]
 """A ref, and (T,) token ids."""
 
+POSITIONS_AT_ONCE = 4096  # of prompts in one pass, padding included: bounds memory, and the padding of unlike lengths
+
 _PASSES = 8  # forward passes of a batch
 _CPU_CHUNKS, _MAX_CUDA_CHUNKS = 4, 128
 _BYTES_PER_UNIT = 128  # of activations, for each token and unit of the hidden size; generous for a dense layer
@@ -32,10 +34,21 @@ def default_batch_size(llm: LLM, chunk_size: int) -> int:
     """
     if llm.device.type != "cuda":
         return _CPU_CHUNKS
+    return max(_CPU_CHUNKS, min(_MAX_CUDA_CHUNKS, _cuda_tokens(llm) // chunk_size))
+
+
+def positions_at_once(llm: LLM) -> int:
+    """Choose how many positions of prompts and answers, padding included, are continued at once on an LLM's device.
+
+    4096 on a CPU; on CUDA what a quarter of the free memory holds, if that is more. A prompt of more is alone.
+    """
+    return max(POSITIONS_AT_ONCE, _cuda_tokens(llm) if llm.device.type == "cuda" else 0)
+
+
+def _cuda_tokens(llm: LLM) -> int:
     free, _ = torch.cuda.mem_get_info(llm.device)
     free += torch.cuda.memory_reserved(llm.device) - torch.cuda.memory_allocated(llm.device)  # held for the next pass
-    chunks = free // (_SHARE * _BYTES_PER_UNIT * llm.hidden_size * chunk_size)
-    return max(_CPU_CHUNKS, min(_MAX_CUDA_CHUNKS, chunks))
+    return free // (_SHARE * _BYTES_PER_UNIT * llm.hidden_size)
 
 
 def compress_in_batches(

@@ -18,7 +18,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -214,6 +214,11 @@ class ExtensibleEmbedder(PreTrainedModel):
         for name in self.trainable_names:
             self.get_parameter(name).requires_grad_(requires_grad)
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take the embedder's own tensors; those of the LLM stay what they are, whatever the state says of them."""
+        shared = {name: p.detach() for name, p in self.named_parameters() if name not in self._parents}
+        return super().load_state_dict({**state_dict, **shared}, strict, assign)
 
     # -- making, saving, loading ------------------------------------------------------------------------------
 

@@ -129,7 +129,7 @@ def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated
 
     worker = threading.Thread(target=work, name="extemb-generate", daemon=True)
     worker.start()
-    sent = ""
+    decoded, sent = _DecodedText(llm), ""
     try:
         while (token := relay.tokens.get()) is not None:
             if isinstance(token, BaseException):
@@ -137,7 +137,7 @@ def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated
             result.token_ids.append(token)
             if token in llm.stop_token_ids:
                 break
-            text, stopped = _visible(llm, result.token_ids, sampling, final=False)
+            text, stopped = _visible(decoded.add(token), sampling, final=False)
             if text.startswith(sent) and len(text) > len(sent):
                 piece, sent = text[len(sent) :], text  # before yielding: the reader may close here
                 yield piece
@@ -211,9 +211,8 @@ def _run(
     return output[:, prompt_length:]
 
 
-def _visible(llm: LLM, ids: list[int], sampling: Sampling, *, final: bool) -> tuple[str, bool]:
-    """Return the text to show of `ids`, and whether a stop string ends it; what may still change is held back."""
-    text = llm.decode(ids)
+def _visible(text: str, sampling: Sampling, *, final: bool) -> tuple[str, bool]:
+    """Return what to show of a text, and whether a stop string ends it; what may still change is held back."""
     cuts = [at for at in (text.find(stop) for stop in sampling.stop) if at >= 0]
     if cuts:
         return text[: min(cuts)], True
@@ -227,8 +226,28 @@ def _visible(llm: LLM, ids: list[int], sampling: Sampling, *, final: bool) -> tu
 def _finish(llm: LLM, ids: list[int], sampling: Sampling) -> Generated:
     """Make the result of new token ids, up to the first stop token."""
     end = next((at for at, index in enumerate(ids) if index in llm.stop_token_ids), None)
-    text, stopped = _visible(llm, ids[:end], sampling, final=True)
+    text, stopped = _visible(llm.decode(ids[:end]), sampling, final=True)
     return Generated(text=text, token_ids=ids[:end], finish_reason="stop" if stopped or end is not None else "length")
+
+
+class _DecodedText:
+    """Decodes tokens as they come: what one adds to the text is told from the few before it."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._text = ""  # of all tokens but those of `_open`
+        self._before: list[int] = []  # the last of those tokens: what is decoded at a beginning may lose its space
+        self._open: list[int] = []  # may still be parts of a character
+
+    def add(self, token: int) -> str:
+        """Return the text of all tokens so far."""
+        self._open.append(token)
+        before, both = self._llm.decode(self._before), self._llm.decode(self._before + self._open)
+        text = self._text + both[len(before) :]
+        if both.startswith(before) and not both.endswith("\ufffd"):
+            self._before = self._open if len(both) > len(before) else self._before + self._open
+            self._text, self._open = text, []
+        return text
 
 
 class _TokenRelay:

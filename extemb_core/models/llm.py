@@ -22,14 +22,15 @@ from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError
 from extemb_core.models import generation
+from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, reading_model
 from extemb_core.models.reader_lora import base_of, merge_reader
 from extemb_core.models.tokenization import TextEncoder
 from extemb_core.weights.resolve import resolve_llm, resolve_reader
 
 _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
-_POSITIONS_AT_ONCE = 4096  # of one pass that scores, padding included
 _MIN_FULL = 0.8  # of the longest prompt of such a pass; shorter ones are not worth their padding
+_transformers_lock = threading.RLock()
 _LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # Cohere's, Granite's, Falcon-H1's
 
 
@@ -196,7 +197,7 @@ class LLM(TextEncoder):
         order = sorted(range(len(whole)), key=lambda at: -len(whole[at]))
         while order:
             longest = len(whole[order[0]])
-            batch = order[: max(1, _POSITIONS_AT_ONCE // longest)]
+            batch = order[: max(1, POSITIONS_AT_ONCE // longest)]
             group = [at for at in batch if len(whole[at]) >= _MIN_FULL * longest]
             order = order[len(group) :]
             for at, states in zip(group, self.hidden_of([whole[at] for at in group]), strict=True):
@@ -329,13 +330,17 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bar and notices while local files are read or written."""
-    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bar:
-            hf_logging.enable_progress_bar()
+    """Silence transformers' progress bar and notices while local files are read or written, one thread at a time.
+
+    What is silenced is the process's, as is the default dtype that transformers sets while it loads.
+    """
+    with _transformers_lock:
+        verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            hf_logging.set_verbosity(verbosity)
+            if bar:
+                hf_logging.enable_progress_bar()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from extemb_core import errors
 from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, optional_import
 from extemb_core.scale import ROWS_PER_BATCH
 from extemb_core.scale.worker import Batch, CompressWorker, finished, seal
@@ -22,6 +23,7 @@ from extemb_core.utils.validation import whole_number
 PARQUET = (".parquet",)
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 _ERROR = "error"
+_RETRIES = 4  # of a batch whose worker is lost: one that always ends its worker would be handed on for ever
 _CONTEXT = {
     "target_max_block_size": 2**20,  # bytes of text handed to a worker at a time, about: what is lost with it at most
     "enable_progress_bars": False,
@@ -66,7 +68,7 @@ def compress_corpus(
     """Compress the texts of a corpus into a folder of shards, on one machine or many.
 
     What is in the folder already is not compressed again, so the same call goes on after an interruption and adds what
-    came to the corpus. A batch whose worker is lost is handed to another.
+    came to the corpus. A batch whose worker is lost is handed to another, four times at most.
 
     Args:
         inputs: Files or folders of Parquet or JSON Lines (.gz, .zst), or URLs of such that Ray Data knows.
@@ -86,6 +88,7 @@ def compress_corpus(
     Raises:
         MissingExtraError: Ray is not installed.
         DocumentNotFoundError, ConfigError: The input is missing, of a type that is not read, or lacks the column.
+            ConfigError too where a batch lost its worker each time.
         StoreError: The output holds something else, or cannot be written to.
     """
     whole_number(rows_per_batch, "rows_per_batch")
@@ -93,6 +96,8 @@ def compress_corpus(
     kind, files = _inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
     done = finished(output)
     with _cluster(ray_address) as data:
+        from ray.exceptions import OutOfMemoryError, RayActorError
+
         start = time.perf_counter()
         read = data.read_parquet if kind == PARQUET else data.read_json
         # Reading takes no processor of its own: there may be as many workers as there are processors.
@@ -115,15 +120,22 @@ def compress_corpus(
             compute=data.ActorPoolStrategy(size=workers),
             num_cpus=cpus_per_worker,
             num_gpus=gpus_per_worker,
+            max_task_retries=_RETRIES,
         )
         total = Batch()
         with progress("compress", None, show_progress) as advance:
-            for row in results.iter_rows():
-                if error := row.pop(_ERROR):
-                    raise pickle.loads(error)
-                batch = Batch(**{name: int(value) for name, value in row.items()})
-                total += batch
-                advance(batch.n_rows)
+            try:
+                for row in results.iter_rows():
+                    if error := row.pop(_ERROR):
+                        raise _error_of(error)
+                    batch = Batch(**{name: int(value) for name, value in row.items()})
+                    total += batch
+                    advance(batch.n_rows)
+            except (RayActorError, OutOfMemoryError) as error:
+                raise ConfigError(
+                    f"a batch of rows_per_batch={rows_per_batch} lost its worker {_RETRIES + 1} times; what was done "
+                    "is kept, call again with fewer rows_per_batch or more memory for each worker"
+                ) from error
         return Compression(batch=total, shards=tuple(seal(output)), seconds=time.perf_counter() - start)
 
 
@@ -141,9 +153,16 @@ class _RayWorker:
         try:
             if self._failed is not None:
                 raise self._failed
-            return {**self._worker(rows), _ERROR: [b""]}
+            return {**self._worker(rows), _ERROR: [""]}
         except ExtembError as error:
-            return {**{name: [0] for name in asdict(Batch())}, _ERROR: [pickle.dumps(error)]}
+            return {**{name: [0] for name in asdict(Batch())}, _ERROR: [json.dumps([type(error).__name__, str(error)])]}
+
+
+def _error_of(text: str) -> ExtembError:
+    """Make the error again whose type and message a worker sent."""
+    name, message = json.loads(text)
+    kind: type[ExtembError] = getattr(errors, name, ExtembError)
+    return kind.__new__(kind, message)  # without what its own __init__ asks for
 
 
 def _inputs(inputs: Sequence[str | Path]) -> tuple[tuple[str, ...], list[str]]:

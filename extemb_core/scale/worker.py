@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from extemb_core.store.shards import (
     MANIFEST,
     SUFFIX,
     Shard,
-    ShardReader,
+    open_shards,
     read_manifest,
     require_only_shards,
     write_manifest,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RECEIPT = ".json"
-_READ_AT_ONCE = 16  # shards, whose headers are two requests to object storage each
 Refs = np.ndarray[Any, Any]
 Done = Mapping[tuple[str, int], Refs]  # (fingerprint, ratio) -> refs, (E,) of 16 bytes, sorted
 
@@ -247,9 +245,7 @@ def finished(output: str | Path) -> dict[tuple[str, int], Refs]:
     """
     lists: dict[tuple[str, int], list[Refs]] = {}
     location = StorageLocation(output)
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        readers = list(pool.map(lambda shard: ShardReader(location, shard.file), check_output(output)))
-    for reader in readers:
+    for reader in open_shards(location, check_output(output)):
         for ratio in np.unique(reader.ratios):
             refs = _sortable(reader.refs[reader.ratios == ratio])
             lists.setdefault((reader.kind.fingerprint, int(ratio)), []).append(refs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from extemb_core.utils.validation import whole_number
@@ -24,6 +25,13 @@ class Store(Protocol):
 
     def put(self, *texts: Compressed) -> None:
         """Keep texts, except those here already at a ratio at least as fine."""
+
+
+def missing_from(store: Store, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
+    """List those of some documents that a store lacks at `ratio`; one on disk tells it without reading embeddings."""
+    if (missing := getattr(store, "missing", None)) is not None:
+        return list(missing(refs, fingerprint, ratio))
+    return [ref for ref in refs if store.get(ref, fingerprint, ratio) is None]
 
 
 class MemoryStore:

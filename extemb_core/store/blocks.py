@@ -55,6 +55,11 @@ class Blocks:
         text = self.kind(transaction, key, entry).decode(payload, entry, ref_of(key))
         return text if ratio in (None, entry.ratio) else text.at_ratio(ratio)
 
+    def holds(self, transaction: Any, key: bytes, ratio: int) -> bool:
+        """Tell whether the document of a key is here at a ratio, without reading it."""
+        data = self.environment.get(transaction, "entries", key)
+        return data is not None and ratio % Entry.unpack(data).ratio == 0
+
     def entries(self) -> Iterator[tuple[bytes, Entry, EmbeddingFormat]]:
         """Yield every entry with its key and format; no transaction stays open while the caller works."""
         kinds: dict[tuple[int, bytes], EmbeddingFormat] = {}  # committed, and rows never go

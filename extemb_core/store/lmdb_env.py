@@ -72,10 +72,10 @@ class Environment:
         database = self._databases[name]
         return 0 if database is None else int(transaction.stat(database)["entries"])
 
-    def rows(self, transaction: Any, name: str) -> Iterator[tuple[Any, Any]]:
-        """Yield keys and values of a database as views of the file, none if it does not exist."""
-        database = self._databases[name]
-        return iter(() if database is None else transaction.cursor(db=database))
+    def rows(self, transaction: Any, name: str, start: bytes = b"") -> Iterator[tuple[Any, Any]]:
+        """Yield keys and values of a database, from a key on, as views of the file; none if it does not exist."""
+        cursor = None if (database := self._databases[name]) is None else transaction.cursor(db=database)
+        return iter(()) if cursor is None or not cursor.set_range(start) else iter(cursor)
 
     @contextmanager
     def read(self) -> Iterator[Any]:

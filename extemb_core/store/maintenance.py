@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from extemb_core.errors import StoreCorruptError
@@ -114,10 +116,20 @@ def sparse(blocks: Blocks) -> list[tuple[int, int]]:
     return [(at, counted.get(at, 0)) for at in sorted(chosen)]
 
 
-def move(blocks: Blocks, transaction: Any, numbers: set[int]) -> None:
-    """Rewrite the documents of some blocks together."""
-    rows = blocks.environment.rows(transaction, "entries")
-    entries = [(bytes(key), entry) for key, value in rows if (entry := Entry.unpack(value)).block in numbers]
+def keys_in(blocks: Blocks, numbers: set[int]) -> dict[int, list[bytes]]:
+    """List the keys of the documents in some blocks, by block."""
+    keys: dict[int, list[bytes]] = {number: [] for number in numbers}
+    for key, value in blocks.environment.items("entries"):
+        if (number := Entry.unpack(value).block) in keys:
+            keys[number].append(key)
+    return keys
+
+
+def move(blocks: Blocks, transaction: Any, keys: Mapping[int, Sequence[bytes]]) -> None:
+    """Rewrite documents together, given by block: those that are still there."""
+    rows = ((key, blocks.environment.get(transaction, "entries", key)) for key in chain(*keys.values()))
+    there = ((key, Entry.unpack(value)) for key, value in rows if value is not None)
+    entries = [(key, entry) for key, entry in there if entry.block in keys]
     # Checked, as damage is not to be sealed with a new checksum; a copy, as writing may move what it is a view of.
     blocks.write(transaction, ((key, entry, bytes(blocks.payload(transaction, key, entry))) for key, entry in entries))
 

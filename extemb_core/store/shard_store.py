@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from extemb_core.errors import StoreError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import ref_bytes
 from extemb_core.store.remote import StorageLocation, is_url
-from extemb_core.store.shards import MANIFEST, ShardReader, read_manifest
+from extemb_core.store.shards import MANIFEST, Array, open_shards, read_manifest
 
 
 class ShardStore:
@@ -31,17 +33,20 @@ class ShardStore:
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         self._location = StorageLocation(folder)
-        shards = read_manifest(self._location, verify=verify)
-        self._entries: dict[tuple[bytes, str], tuple[int, ShardReader, int]] = {}  # ratio, shard, index in it
-        for reader in [ShardReader(self._location, shard.file) for shard in shards]:
-            for at, (ref, ratio) in enumerate(zip(reader.refs, reader.ratios.tolist(), strict=True)):
-                key = ref.tobytes(), reader.kind.fingerprint
-                if key not in self._entries or ratio < self._entries[key][0]:
-                    self._entries[key] = ratio, reader, at
+        self._readers = open_shards(self._location, read_manifest(self._location, verify=verify))
+        # Of each embedder: refs, (E,) of 16 bytes, sorted; and (E, 3) the ratio, the shard and the index in it.
+        self._documents: dict[str, tuple[Array, Array]] = {}
+        for fingerprint in {reader.kind.fingerprint for reader in self._readers}:
+            shards = [(at, one) for at, one in enumerate(self._readers) if one.kind.fingerprint == fingerprint]
+            refs = np.concatenate([reader.refs.view("S16")[:, 0] for _, reader in shards])
+            where = [np.stack([one.ratios, np.full(len(one), at), np.arange(len(one))], 1) for at, one in shards]
+            finest_first = np.argsort(np.concatenate(where)[:, 0], kind="stable")
+            refs, first = np.unique(refs[finest_first], return_index=True)
+            self._documents[fingerprint] = refs, np.concatenate(where)[finest_first[first]]
 
     def __len__(self) -> int:
         """Count the documents, each once for every embedder that compressed it."""
-        return len(self._entries)
+        return sum(len(refs) for refs, _ in self._documents.values())
 
     def get(self, ref: str, fingerprint: str, ratio: int) -> Compressed | None:
         """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here.
@@ -49,11 +54,15 @@ class ShardStore:
         Raises:
             StoreCorruptError: Its bytes are not what was written.
         """
-        entry = self._entries.get((ref_bytes(ref), fingerprint))
-        if entry is None or ratio % entry[0]:
+        if fingerprint not in self._documents:
             return None
-        _, reader, at = entry
-        return reader.text(at).at_ratio(ratio)
+        refs, where = self._documents[fingerprint]
+        wanted = np.frombuffer(ref_bytes(ref), "S16")
+        row = int(np.searchsorted(refs, wanted)[0])
+        if row == len(refs) or refs[row] != wanted[0]:
+            return None
+        stored_ratio, shard, at = map(int, where[row])
+        return None if ratio % stored_ratio else self._readers[shard].text(at).at_ratio(ratio)
 
     def put(self, *texts: Compressed) -> None:
         """Raise `StoreError`: shards are never changed."""

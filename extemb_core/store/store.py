@@ -5,7 +5,7 @@ It is an LMDB, so that a process killed at any moment loses nothing that was ack
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -16,7 +16,7 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.store.blocks import Blocks
 from extemb_core.store.format import Dtype, check_description, check_dtype, describe, encode, key_of, prepare, ref_of
 from extemb_core.store.lmdb_env import Environment, open_environment
-from extemb_core.store.maintenance import StoreStats, Verified, move, sparse, stats_of, verify
+from extemb_core.store.maintenance import StoreStats, Verified, keys_in, move, sparse, stats_of, verify
 from extemb_core.utils.batches import batches
 
 T = TypeVar("T")
@@ -96,6 +96,11 @@ class EmbeddingStore:
         with self.environment.read() as transaction:
             return [self._blocks.at(transaction, key_of(ref, fingerprint), ratio) for ref in refs]
 
+    def missing(self, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
+        """List those of some documents that are not here at `ratio`; no embeddings are read."""
+        with self.environment.read() as transaction:
+            return [ref for ref in refs if not self._blocks.holds(transaction, key_of(ref, fingerprint), ratio)]
+
     def finest(self, ref: str, fingerprint: str) -> Compressed | None:
         """Return the text at the stored ratio, or None if it is not here."""
         with self.environment.read() as transaction:
@@ -167,8 +172,10 @@ class EmbeddingStore:
                 )
             for fingerprint in set(before.by_fingerprint) - set(keep):
                 self.remove([ref for ref, embedder in self.items() if embedder == fingerprint], fingerprint)
-        for group in batches(sparse(self._blocks), itemgetter(1), _WRITE_BYTES):
-            self._move({number for number, _ in group})
+        chosen = sparse(self._blocks)
+        keys = keys_in(self._blocks, {number for number, _ in chosen})
+        for group in batches(chosen, itemgetter(1), _WRITE_BYTES):
+            self._move({number for number, _ in group}, keys)
         return before.block_bytes - self.stats().block_bytes
 
     def write(self, work: Callable[[Any], T]) -> T:
@@ -181,5 +188,7 @@ class EmbeddingStore:
         if self.readonly:
             raise StoreError(f"{self.path} was opened to read; open it with mode='a' to write")
 
-    def _move(self, numbers: set[int]) -> None:
-        self.write(lambda transaction: move(self._blocks, transaction, numbers))
+    def _move(self, numbers: set[int], keys: Mapping[int, Sequence[bytes]] | None = None) -> None:
+        of_all = keys_in(self._blocks, numbers) if keys is None else keys
+        of_these = {number: of_all[number] for number in numbers}
+        self.write(lambda transaction: move(self._blocks, transaction, of_these))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -18,5 +18,23 @@ def batches(items: Iterable[Item], size_of: Callable[[Item], int], limit: int) -
         if size >= limit:
             yield batch
             batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def padded_batches(lengths: Mapping[Item, int], limit: int, batch_size: int | None = None) -> Iterator[list[Item]]:
+    """Group items, shortest first, such that a batch padded to its longest stays within the limit; a long one is alone.
+
+    Args:
+        lengths: Item -> its length.
+        limit: Of a batch, padding included.
+        batch_size: Maximum number of items in a batch; None for no limit.
+    """
+    batch: list[Item] = []
+    for item in sorted(lengths, key=lambda item: lengths[item]):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[item] > limit):
+            yield batch
+            batch = []
+        batch.append(item)
     if batch:
         yield batch

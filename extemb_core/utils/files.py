@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,7 +39,7 @@ def atomic_write(file: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             if time.time() - leftover.stat().st_mtime > _LEFT_SECONDS:
                 leftover.unlink()
-    temporary = file.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{name}.{secrets.token_hex(8)}.tmp")  # threads may write one file too
     try:
         temporary.touch()
         mode = temporary.stat().st_mode

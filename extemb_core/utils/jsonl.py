@@ -76,11 +76,14 @@ def _decompressed(file: Path) -> Iterator[bytes]:
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    rest = b""
+    parts: list[bytes] = []  # of a line, which may be many blocks long
     for block in blocks:
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
-    yield rest
+        end, *lines = block.split(b"\n")
+        parts.append(end)
+        for line in lines:
+            yield b"".join(parts)
+            parts = [line]
+    yield b"".join(parts)
 
 
 def _decoded(data: bytes, file: Path, line: int) -> str:

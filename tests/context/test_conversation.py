@@ -8,6 +8,7 @@ from tiny import SENTENCES, entering, random_embedder, tiny_llm
 from extemb_core import Document, ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
+from extemb_core.models.llm import LLM
 
 
 @pytest.fixture(params=[0, 1], ids=["entry 0", "entry 1"])
@@ -114,6 +115,41 @@ def test_streaming_joins_the_conversation_when_read_or_closed(lm):
         next(stream)
     assert stream.answer.finish_reason == "cancelled"
     assert send(session, "Then?").prompt_positions > 0
+
+
+@pytest.mark.parametrize("written", [0, 1])
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_turn_that_fails_does_not_join_the_conversation(lm, monkeypatch, written, error):
+    session = lm.session()
+    before = session.positions
+    whole = LLM.stream
+
+    def failing(self, prompt, sampling, result=None):
+        pieces = whole(self, prompt, sampling, result)
+        yield from (next(pieces) for _ in range(written))
+        pieces.close()
+        raise error
+
+    monkeypatch.setattr(LLM, "stream", failing)
+
+    def streamed():
+        with session.stream("Hello.", max_new_tokens=50) as stream:
+            list(stream)
+
+    for ask in (streamed, lambda: session.send("Hello.", max_new_tokens=50)):
+        with pytest.raises(type(error)):
+            ask()
+        assert session.positions == before
+    monkeypatch.undo()
+    assert send(session, "Hello.").text == send(lm.session(), "Hello.").text
+
+
+def test_a_turn_that_nobody_waits_for_does_not_join_the_conversation(lm):
+    session = lm.session()
+    before = session.positions
+    with session.stream("Hello.", max_new_tokens=50) as stream:
+        pass
+    assert (stream.answer.text, stream.answer.finish_reason, session.positions) == ("", "cancelled", before)
 
 
 def test_bad_input(lm):

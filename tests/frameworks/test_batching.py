@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock
 
 import pytest
 from tiny import SENTENCES, random_embedder, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError
-from extemb_core.frameworks.batching import Batcher
+from extemb_core.frameworks.batching import Batcher, _Request
 from extemb_core.models.llm import LLM
 
 QUESTIONS = [f"What is {number} plus {number}?" for number in range(8)]
@@ -85,6 +86,18 @@ def test_a_batch_has_a_size(lm, batches):
     assert sum(batches) >= 6
 
 
+def test_who_has_come_is_not_waited_for_again(lm, monkeypatch):
+    """Else the last batch, of two where three would do, would take five minutes."""
+    monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 300)
+    batcher = Batcher(lm.llm, batch_size=3)
+    with batcher.announce(len(QUESTIONS)):
+        answers = batcher.answer_all([lm.prepare(question, max_new_tokens=2) for question in QUESTIONS])
+    assert len(answers) == len(QUESTIONS)
+    with batcher.announce(2):  # of whom none comes
+        pass
+    assert lm.ask("What?", max_new_tokens=2).text == ask(lm, batcher, "What?", max_new_tokens=2).text
+
+
 def test_other_settings_are_another_batch(lm, batches):
     batcher = Batcher(lm.llm)
     with ThreadPoolExecutor(8) as pool, batcher.announce(8):
@@ -141,19 +154,74 @@ def test_an_error_is_of_the_request_that_made_it(lm):
     assert [isinstance(one, BudgetError) for one in made] == [False, True, False, False]
 
 
-def test_a_failing_pass_fails_all_in_it_and_none_after(lm, monkeypatch):
+def test_what_a_batch_has_no_memory_for_is_answered_one_by_one(lm, monkeypatch):
+    monkeypatch.setattr(LLM, "generate", MagicMock(side_effect=MemoryError("too large")))
+    prepared = [lm.prepare(question, max_new_tokens=3) for question in QUESTIONS]
+    answers = Batcher(lm.llm).answer_all(prepared)
+    assert LLM.generate.call_count == 1
+    monkeypatch.undo()
+    assert [answer.text for answer in answers] == [lm.ask(question, max_new_tokens=3).text for question in QUESTIONS]
+
+
+def test_a_request_that_fails_fails_no_other(lm, monkeypatch):
     batcher = Batcher(lm.llm)
+    stream = LLM.stream
+
+    def fail(self, prompt, sampling, result=None):
+        if prompt == wrong:
+            raise MemoryError("too large")
+        return stream(self, prompt, sampling, result)
+
+    prepared = [lm.prepare(question, max_new_tokens=2) for question in QUESTIONS[:3]]
+    wrong = prepared[1][0].prompt.inputs(lm.llm)
+    monkeypatch.setattr(LLM, "generate", MagicMock(side_effect=MemoryError("too large")))
+    monkeypatch.setattr(LLM, "stream", fail)
+    with ThreadPoolExecutor(3) as pool, batcher.announce(3):
+        made = [pool.submit(batcher.answer, *one) for one in prepared]
+    assert [type(one.exception()) for one in made] == [type(None), MemoryError, type(None)]
+    assert [one.result().new_tokens for one in (made[0], made[2])] == [2, 2]
+    with pytest.raises(MemoryError):
+        batcher.answer_all(prepared)
+    monkeypatch.undo()
+    assert ask_all(lm, batcher, QUESTIONS[:2], max_new_tokens=2)[0].new_tokens == 2
+
+
+def test_who_is_interrupted_leaves_the_others_their_answers(lm, monkeypatch):
+    batcher = Batcher(lm.llm)
+    prepared = [lm.prepare(question, max_new_tokens=2) for question in QUESTIONS[:3]]
+    other = _Request(*prepared[0], threading.Event())
+    batcher._waiting = [other]
+    monkeypatch.setattr(LLM, "generate", MagicMock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        batcher.answer_all(prepared[1:])
+    assert batcher._waiting == [other]
+    assert not other.answer.done()
+
+
+@pytest.mark.parametrize("way", ["at once", "as a list", "ask_batch"])
+def test_a_batch_takes_no_more_positions_than_the_device_has_memory_for(lm, monkeypatch, way):
+    shapes = []
     whole = LLM.generate
 
-    def fail(self, prompts, sampling):
-        raise MemoryError("too large")
+    def generate(self, prompts, sampling, on_token=None):
+        shapes.append((len(prompts), max(map(len, prompts)) + sampling.max_new_tokens))
+        return whole(self, prompts, sampling, on_token)
 
-    monkeypatch.setattr(LLM, "generate", fail)
-    with ThreadPoolExecutor(2) as pool, batcher.announce(2):
-        made = [pool.submit(ask, lm, batcher, question, max_new_tokens=2) for question in QUESTIONS[:2]]
-        assert all(isinstance(one.exception(), MemoryError) for one in made)
-    monkeypatch.setattr(LLM, "generate", whole)
-    assert ask_all(lm, batcher, QUESTIONS[:2], max_new_tokens=2)[0].new_tokens == 2
+    questions = [f"{number}. {SENTENCES[: 30 * number]}" for number in range(8)]
+    alone = [lm.ask(question, max_new_tokens=2).text for question in questions]
+    monkeypatch.setattr(LLM, "generate", generate)
+    monkeypatch.setattr("extemb_core.models.bulk.POSITIONS_AT_ONCE", 300)
+    batcher = Batcher(lm.llm)
+    if way == "at once":
+        answers = ask_all(lm, batcher, questions, max_new_tokens=2)
+    elif way == "as a list":
+        answers = batcher.answer_all([lm.prepare(question, max_new_tokens=2) for question in questions])
+    else:
+        answers = lm.ask_batch(questions, max_new_tokens=2)
+    assert [answer.text for answer in answers] == alone
+    if way != "at once":  # where what comes in time is together
+        assert max(rows for rows, _ in shapes) > 1
+    assert all(rows * longest <= 300 or rows == 1 for rows, longest in shapes)
 
 
 def test_who_gives_up_gets_what_there_is(lm):

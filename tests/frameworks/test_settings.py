@@ -53,6 +53,15 @@ def test_a_model_that_is_loaded_already(lm):
     assert made._lm_of({}) is lm
 
 
+def test_an_embedder_of_a_call_is_taken_with_and_without_a_model(tmp_path):
+    save_tiny(tmp_path)
+    made = GenerationSettings(model=str(tmp_path / "llm"), embedder=str(tmp_path / "embedder"))
+    for call in ({"embedder": "untrained"}, {"embedder": "untrained", "model": str(tmp_path / "llm")}):
+        other = made._lm_of(call)
+        assert other.llm is made.lm.llm
+        assert (made.lm.embedder.config.entry_layer, other.embedder.config.entry_layer) == (0, 1)
+
+
 def test_settings_of_a_call_go_before_those_of_the_object(lm):
     made = GenerationSettings.from_lm(lm, ratio=4, max_tokens=3, stop=["a"])
     asked = made._call_settings(None, {"ratio": 8, "temperature": None, "documents": ["x"]})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from extemb_core.library.bm25 import WordIndex, fuse
 
-pytest.importorskip("bm25s")
+bm25s = pytest.importorskip("bm25s")
 TEXTS = ["The mill was built by Ada Merrow.", "The bridge was closed in 1987.", "Rivers carry sand to the sea.", ""]
 
 
@@ -59,6 +61,59 @@ def test_what_an_apostrophe_cut_off_is_no_word():
 @pytest.mark.parametrize("texts", [[], ["", "  "]])
 def test_nothing_to_find(texts):
     assert WordIndex(range(len(texts)), texts).search("word", 5) == []
+
+
+def random_texts(count, seed=0):
+    draw = random.Random(seed)
+    return [" ".join(f"{letter}ab" for letter in draw.choices("abcdefgh", k=draw.randrange(30))) for _ in range(count)]
+
+
+QUESTIONS = ["aab bab zab", "cab cab", "Dab the hab"]
+
+
+def test_scores_are_those_of_bm25():
+    texts = random_texts(80)
+    index = WordIndex(range(80), texts)
+    oracle = bm25s.BM25()
+    oracle.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    for question in QUESTIONS:
+        words = bm25s.tokenize(question, stopwords="en", return_ids=False, show_progress=False)[0]
+        scores = oracle.get_scores(words)
+        assert dict(index.search(question, 80)) == pytest.approx({at: s for at, s in enumerate(scores) if s > 0})
+
+
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_what_came_and_went_leaves_what_the_rest_gives_by_itself(tmp_path, through_a_file):
+    texts = random_texts(60)
+    index = WordIndex()
+    for start in range(0, 60, 20):
+        index.add(range(start, start + 20), texts[start : start + 20])
+        index.remove([start + 3, start + 7, 999])
+        if through_a_file:
+            index.save(tmp_path / "words")
+            index = WordIndex.load(tmp_path / "words")
+    left = [at for at in range(60) if at % 20 not in (3, 7)]
+    assert index.ids == set(left)
+    rest = WordIndex(left, [texts[at] for at in left])
+    for question in QUESTIONS:
+        assert index.search(question, 60) == rest.search(question, 60) != []
+    assert not index.should_be_made_anew()
+    index.remove(range(20))
+    assert index.should_be_made_anew()
+    index.remove(range(60))
+    assert index.search(QUESTIONS[0], 5) == []
+
+
+def test_a_file_that_is_not_whole_is_not_read(tmp_path):
+    file = tmp_path / "words"
+    assert WordIndex.load(file) is None
+    WordIndex().save(file)
+    assert WordIndex.load(file).search("mill", 3) == []
+    WordIndex([1, 2], TEXTS[:2]).save(file)
+    content = file.read_bytes()
+    for damaged in (b"", content[:-5], content[:-1] + b"9", b"nothing"):
+        file.write_bytes(damaged)
+        assert WordIndex.load(file) is None
 
 
 # -- fusion with another ranking ----------------------------------------------------------------------------------

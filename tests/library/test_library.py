@@ -17,7 +17,9 @@ from tiny import random_embedder, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
 from extemb_core.errors import ConfigError, DocumentError, MismatchError, StoreError
-from extemb_core.library.library import INDEX_FILE, Library
+from extemb_core.library.bm25 import WordIndex
+from extemb_core.library.library import INDEX_FILE, WORDS_FILE, Library
+from extemb_core.library.vector_index import VectorIndex
 
 pytest.importorskip("faiss")
 pytest.importorskip("bm25s")
@@ -236,18 +238,79 @@ def test_files_and_folders(opened, tmp_path):
 def test_the_index_is_brought_up_to_date_whatever_became_of_its_file(opened, tmp_path):
     with opened() as library:
         library.add([document(place) for place in PLACES[:3]])
-    old = (tmp_path / "lib" / INDEX_FILE).read_bytes()
+    files = [tmp_path / "lib" / name for name in (INDEX_FILE, WORDS_FILE)]
+    old = [file.read_bytes() for file in files]
     with opened() as library:
         library.add([document(place) for place in PLACES[3:]])
         library.remove("harbour.txt")
         wanted = library.search("tower built", k=20)
-    for content in (old, b"", old[:-9], None):
-        if content is None:
-            (tmp_path / "lib" / INDEX_FILE).unlink()
-        else:
-            (tmp_path / "lib" / INDEX_FILE).write_bytes(content)
+    for change in (bytes, lambda content: b"", lambda content: content[:-9], None):
+        for file, content in zip(files, old, strict=True):
+            if change is None:
+                file.unlink()
+            else:
+                file.write_bytes(change(content))
         with opened(mode="r") as library:
             assert library.search("tower built", k=20) == wanted
+
+
+def test_a_change_costs_its_own_passages_alone(opened, monkeypatch):
+    """Neither is an index written for each, nor are the words of the others read."""
+    written, read = [], []
+    for index in (VectorIndex, WordIndex):
+        save, add = index.save, index.add
+        monkeypatch.setattr(index, "save", lambda self, *a, save=save, **k: written.append(1) or save(self, *a, **k))
+        monkeypatch.setattr(index, "add", lambda self, ids, *a, add=add: read.append(len(ids)) or add(self, ids, *a))
+    with opened() as library:
+        for place in PLACES:
+            read.clear()
+            n_passages = library.add(document(place)).n_passages
+            assert library.search(f"{place} built", k=1)[0].source == f"{place}.txt"
+            assert sum(read) == 2 * n_passages
+        library.remove("mill.txt")
+        assert not any("mill" in passage.text for passage in library.search("mill built", k=50))
+        assert written == []
+    assert written == [1, 1]
+    read.clear()
+    with opened(mode="r") as library:
+        assert library.search("tower built", k=1)[0].source == "tower.txt"
+    assert sum(read) == 0  # both are read from their files
+    assert written == [1, 1]
+
+
+def test_the_indices_are_written_now_and_then_too(opened, monkeypatch):
+    monkeypatch.setattr("extemb_core.library.library._MIN_UNSAVED", 10)
+    sizes = []
+    save = VectorIndex.save
+    monkeypatch.setattr(VectorIndex, "save", lambda self, *a, **k: sizes.append(len(self.ids)) or save(self, *a, **k))
+    with opened() as library:
+        for place in PLACES:
+            library.add(document(place))
+        assert sizes == [12, 24]
+
+
+def test_an_index_that_cannot_be_written_loses_nothing(opened, tmp_path, caplog):
+    with opened() as library:
+        (tmp_path / "lib" / INDEX_FILE).mkdir()
+        library.add(document("mill"))
+    assert "the documents are kept, and their index was not written" in caplog.text
+    with opened(mode="r") as library:
+        assert library.search("mill", k=1)[0].source == "mill.txt"
+
+
+def test_an_index_for_more_passages_than_there_are(opened):
+    with opened(index="IVF256,Flat") as library:
+        library.add([document(place) for place in PLACES])
+        assert library.search("mill built", k=1)[0].source == "mill.txt"
+    with opened(index="IVF256,Flat", mode="r") as library:
+        assert library.search("tower built", k=1, hybrid=False)[0].source == "tower.txt"
+
+
+def test_an_index_that_cannot_be_is_refused_before_anything_is_written(opened):
+    with opened(index="Tree") as library:
+        with pytest.raises(ConfigError, match="index='Tree' is not an index that FAISS builds"):
+            library.add(document("mill"))
+        assert len(library) == len(library.store) == 0
 
 
 def test_another_process_sees_what_this_one_adds(opened):

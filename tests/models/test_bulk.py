@@ -13,7 +13,7 @@ from tiny import SENTENCES, entering, random_embedder, tiny_llm
 from extemb_core import ExtensibleLM
 from extemb_core.documents import text_ref
 from extemb_core.errors import ConfigError, RatioError
-from extemb_core.models.bulk import compress_in_batches, default_batch_size
+from extemb_core.models.bulk import compress_in_batches, default_batch_size, positions_at_once
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.store.base import MemoryStore
 
@@ -84,6 +84,12 @@ def test_a_batch_follows_the_device(monkeypatch, width, free, expected):
     assert default_batch_size(Card(monkeypatch, width, free), 512) == expected
     assert default_batch_size(Card(monkeypatch, width, free - 2**29, held=2**29), 512) == expected
     assert default_batch_size(tiny_llm(), 512) == 4
+
+
+@pytest.mark.parametrize(("width", "free", "expected"), [(4096, 60 * 2**30, 30720), (8192, 2**30, 4096)])
+def test_positions_of_a_pass_follow_the_device(monkeypatch, width, free, expected):
+    assert positions_at_once(Card(monkeypatch, width, free)) == expected
+    assert positions_at_once(tiny_llm()) == 4096
 
 
 @pytest.mark.parametrize(("given", "chunks"), [({}, 4), ({"batch_size": 2}, 2), ({"batch_size": 9}, 9)])

@@ -644,6 +644,19 @@ def test_only_own_tensors_are_ever_trained(llm):
     assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.trainable_names)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_changes_own_tensors_and_none_of_the_llm(assign):
+    llm = LLM(tiny_model("llama"), tiny_tokenizer(), name="whole")
+    before = {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
+    embedder, other = random_embedder(llm), random_embedder(tiny_llm(seed=5), seed=7)
+    embedder.load_state_dict(other.state_dict(), assign=assign)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llm.model.state_dict().items())
+    theirs = {p.data_ptr() for p in llm.model.parameters()}
+    for name, tensor in embedder.named_parameters():
+        assert (tensor.data_ptr() in theirs) == (name not in embedder.trainable_names)
+        assert name not in embedder.trainable_names or torch.equal(tensor, other.get_parameter(name))
+
+
 # -- files and fingerprints ---------------------------------------------------------------------------------------
 
 

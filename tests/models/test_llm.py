@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import threading
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, FAMILIES, SENTENCES, tiny_llm, tiny_model, tiny_tokenizer
+from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, WeightsError
 from extemb_core.models import generation, tokenization
-from extemb_core.models.generation import Generated, Sampling
-from extemb_core.models.llm import LLM, choose_device, choose_dtype
+from extemb_core.models.generation import Generated, Sampling, _DecodedText
+from extemb_core.models.llm import LLM, choose_device, choose_dtype, quiet_transformers
 
 LONG_PROMPT = "In 1987 the bridge was closed for repairs; it opened again 3 years later."
 GREEDY = Sampling(max_new_tokens=12)
@@ -380,6 +382,49 @@ def test_a_stop_token_is_not_part_of_the_text_even_if_it_is_an_ordinary_one(llm,
     assert llm.generate([ids], Sampling(max_new_tokens=5)) == [result]
 
 
+class Decoding:
+    """Tokens of a word each, with a space before it that is lost at a beginning; of a byte each; and of no text."""
+
+    words = (
+        "\u2581the",
+        "\u2581sea",
+        "s",
+        "\u2581",
+        ".",
+        None,
+        *(bytes([b]) for b in "\u00e9\u6c34\U0001f30a".encode()),
+    )
+
+    def decode(self, ids):
+        data = b"".join(w if isinstance(w, bytes) else (w or "").encode() for w in (self.words[at] for at in ids))
+        text = data.decode(errors="replace").replace("\u2581", " ")
+        return text.removeprefix(" ")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_each_token_adds_is_told_as_all_are_decoded(seed):
+    llm = Decoding()
+    draw, ids = random.Random(seed), []
+    while len(ids) < 40:
+        first, count = draw.choice([(draw.randrange(6), 1), (6, 2), (8, 3), (11, 4)])
+        ids += range(first, first + count)
+    decoded = _DecodedText(llm)
+    for at, token in enumerate(ids):
+        assert decoded.add(token).rstrip("\ufffd") == llm.decode(ids[: at + 1]).rstrip("\ufffd")
+    assert decoded.add(0) == llm.decode([*ids, 0])
+
+
+def test_a_long_stream_decodes_no_more_than_a_few_times_its_length(monkeypatch):
+    llm = endless_llm()
+    decoded = []
+    whole = LLM.decode
+    monkeypatch.setattr(LLM, "decode", lambda self, ids: decoded.append(len(ids)) or whole(self, ids))
+    result = Generated()
+    sampling = Sampling(max_new_tokens=300, temperature=1.0, seed=1)
+    assert "".join(llm.stream(llm.encode("x").tolist(), sampling, result)) == result.text
+    assert sum(decoded) < 15 * 300
+
+
 def endless_llm():
     llm = LLM(tiny_model("llama", max_position_embeddings=4096), tiny_tokenizer())
     llm.__dict__["stop_token_ids"] = []
@@ -443,6 +488,34 @@ def test_a_saved_llm_loads_as_it_was_and_silently(saved, capfd):
     assert llm.tokenizer_digest == tiny_llm().tokenizer_digest
     assert (llm.context_window, llm.hidden_size, llm.dtype) == (256, 32, torch.float32)
     assert LLM.from_pretrained(saved, dtype="bfloat16", device="cpu").dtype is torch.bfloat16
+
+
+def test_two_threads_that_load_leave_transformers_as_they_found_it(saved):
+    before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    first_in, second_in, dtypes = threading.Event(), threading.Event(), []
+
+    def first():
+        with quiet_transformers():
+            first_in.set()
+            second_in.wait(0.1)
+
+    def second():
+        assert first_in.wait(600)
+        with quiet_transformers():
+            second_in.set()
+            one.join()
+
+    def load(dtype):
+        dtypes.append(LLM.from_pretrained(saved, device="cpu", dtype=dtype).dtype is dtype)
+
+    one, other = threading.Thread(target=first), threading.Thread(target=second)
+    loading = [threading.Thread(target=load, args=[dtype]) for dtype in (torch.bfloat16, torch.float32) * 2]
+    for thread in (one, other, *loading):
+        thread.start()
+    for thread in (one, other, *loading):
+        thread.join()
+    assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == before
+    assert dtypes == [True] * 4
 
 
 def test_a_missing_tensor_is_not_made_up(saved):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from tiny import random_embedder, save_tiny, tiny_llm
 
-from extemb_core.errors import ConfigError, DocumentNotFoundError, MissingExtraError
-from extemb_core.scale.corpus import PARQUET, ROWS, _inputs, _RayWorker, compress_corpus
+from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, MissingExtraError, StoreNotFoundError
+from extemb_core.scale.corpus import PARQUET, ROWS, _error_of, _inputs, _RayWorker, compress_corpus
 from extemb_core.store.shard_store import ShardStore
 
 TEXTS = [f"The tower number {at} was built in {1700 + at}. " * (1 + at % 3) for at in range(60)]
@@ -77,21 +78,44 @@ def test_what_is_wrong_is_said_as_it_was_where_it_happened(folder, found):
         assert value in found[setting]["message"]
 
 
-def test_an_error_of_a_worker_is_a_row():
+class OddError(ExtembError):
+    """Of no type that the other side knows."""
+
+
+ERRORS = {"bad": MissingExtraError("a", "b", "c"), "gone": StoreNotFoundError("no store"), "odd": OddError("odd")}
+
+
+def test_an_error_of_a_worker_is_a_row_of_text():
     class Failing:
         def __init__(self, wrong=None):
             if wrong:
                 raise ConfigError(wrong)
 
         def __call__(self, rows):
-            if rows["text"] == ["bad"]:
-                raise MissingExtraError("a", "b", "c")
+            if rows["text"] != ["good"]:
+                raise ERRORS[rows["text"][0]]
             return {"n_rows": [1]}
 
     worker = _RayWorker(Failing)
-    assert worker({"text": ["good"]}) == {"n_rows": [1], "error": [b""]}
-    assert "c needs a" in str(pickle.loads(worker({"text": ["bad"]})["error"][0]))
-    assert str(pickle.loads(_RayWorker(Failing, "no such llm")({"text": ["good"]})["error"][0])) == "no such llm"
+    assert worker({"text": ["good"]}) == {"n_rows": [1], "error": [""]}
+    for text, kind in (("bad", MissingExtraError), ("gone", StoreNotFoundError), ("odd", ExtembError)):
+        raised = _error_of(worker({"text": [text]})["error"][0])
+        assert type(raised) is kind
+        assert str(raised) == str(ERRORS[text])
+    raised = _error_of(_RayWorker(Failing, "no such llm")({"text": ["good"]})["error"][0])
+    assert (type(raised), str(raised)) == (ConfigError, "no such llm")
+
+
+def test_a_batch_that_always_ends_its_worker_ends_the_run(tmp_path, monkeypatch):
+    exceptions = pytest.importorskip("ray.exceptions")
+    data = MagicMock()
+    results = data.read_json.return_value.map_batches
+    results.return_value.iter_rows.side_effect = exceptions.ActorUnavailableError("gone", actor_id=None)
+    monkeypatch.setattr("extemb_core.scale.corpus._cluster", lambda address: nullcontext(data))
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(ConfigError, match="a batch of rows_per_batch=7 lost its worker 5 times; what was done is kept"):
+        compress_corpus(tmp_path / "a.jsonl", tmp_path / "out", llm="x", rows_per_batch=7)
+    assert results.call_args.kwargs["max_task_retries"] == 4
 
 
 def test_inputs_are_of_one_kind(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -51,6 +53,31 @@ def test_of_a_text_at_two_ratios_the_finer_is_given(where):
         where, [write_shard(where, "a", [coarse]), write_shard(where, "b", [fine]), write_shard(where, "c", [coarse])]
     )
     assert ShardStore(where).get(fine.ref, FINGERPRINT, 2).ratio == 2
+
+
+def test_many_shards_of_several_embedders(where):
+    """Their headers are read at once, and each document is found in the shard and at the place where it is."""
+    draw = random.Random(0)
+    texts = [compressed(at, n_tokens=40 + at) for at in range(60)]
+    others = [replace(text, fingerprint="77" * 16) for text in texts[:20]]
+    groups = [draw.sample(texts, 9) for _ in range(12)] + [others, texts[:1]]
+    write_manifest(where, [write_shard(where, str(at), group) for at, group in enumerate(groups)])
+    store = ShardStore(where)
+    kept = {text.ref for group in groups if group is not others for text in group}
+    for text in texts:
+        found = store.get(text.ref, FINGERPRINT, 4)
+        assert (found is None) == (text.ref not in kept)
+        assert found is None or (found.ref, found.n_tokens) == (text.ref, text.n_tokens)
+    assert all(store.get(text.ref, "77" * 16, 4).n_tokens == text.n_tokens for text in others)
+    assert len(store) == len(kept) + len(others)
+
+
+def test_headers_are_read_at_once(where, monkeypatch):
+    write_manifest(where, [write_shard(where, str(at), [text]) for at, text in enumerate(TEXTS[1:4])])
+    together = threading.Barrier(3, timeout=60)
+    read = ShardReader._read_header
+    monkeypatch.setattr(ShardReader, "_read_header", lambda self: together.wait() + 1 and read(self))
+    assert len(ShardStore(where)) == 3
 
 
 def test_shards_behind_a_url_are_imported(where, tmp_path):

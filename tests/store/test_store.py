@@ -14,6 +14,7 @@ import torch
 from made import FINGERPRINT, VERSION_1_FINGERPRINT, anchored, compressed, version_1
 
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.store.base import missing_from
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import import_shards
 
@@ -74,6 +75,16 @@ def test_states_in_int8_are_refused_before_anything_is_put(tmp_path):
         assert len(store) == 0
 
 
+def test_what_is_missing_is_told_without_reading(store, monkeypatch):
+    store.put(compressed("a"), compressed("b"))
+    monkeypatch.setattr(store, "get", lambda *args: pytest.fail("read"))
+    monkeypatch.setattr(store._blocks, "payload", lambda *args: pytest.fail("read"))
+    refs = [compressed(name).ref for name in "xab"]
+    assert store.missing(refs, FINGERPRINT, 4) == missing_from(store, refs, FINGERPRINT, 8) == refs[:1]
+    assert store.missing(refs, FINGERPRINT, 2) == refs  # are here at 4 alone
+    assert store.missing(refs, "0" * 32, 4) == refs
+
+
 def test_coarser_ratios_come_from_the_finest(store):
     text = compressed("a", n_tokens=75)
     store.put(text)
@@ -129,6 +140,25 @@ def test_removed_documents_are_collected_and_the_others_stay(store):
         if found is not None:
             same(found, text)
     assert store.gc() == 0
+
+
+def test_collecting_reads_the_list_of_documents_no_more_often_for_more_blocks(store, monkeypatch):
+    reads = []
+    for name in ("rows", "items"):
+        whole = getattr(store.environment, name)
+        monkeypatch.setattr(store.environment, name, lambda *args, whole=whole: reads.append(args[-1]) or whole(*args))
+    counts = []
+    for n_blocks in (2, 12):
+        for at in range(n_blocks):
+            store.put(*(compressed((n_blocks, at, n), n_tokens=400) for n in range(3)))
+            store.remove([compressed((n_blocks, at, 0)).ref])
+        monkeypatch.setattr("extemb_core.store.store._WRITE_BYTES", 1)
+        reads.clear()
+        assert store.gc() > 0
+        counts.append(reads.count("entries"))
+        assert store.verify().clean
+    assert counts[0] == counts[1]
+    assert len(store) == 2 * 14
 
 
 def test_collecting_keeps_the_embedders_that_are_named(store):

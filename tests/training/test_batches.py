@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from extemb_core.training.batches import Batches, Collator
-from extemb_core.training.objectives import reconstruction
+from extemb_core.training.objectives import reconstruction, shuffled
 from extemb_core.training.reading_loss import Reading
 
 
@@ -52,6 +52,14 @@ def test_each_sample_comes_once_a_round_in_an_order_of_its_own(make):
     assert len(seen) == 14
     assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
     assert seen[:7] != seen[7:]
+
+
+def test_the_order_of_a_round_is_drawn_once(make):
+    shuffled.cache_clear()
+    batches = make({"two_stream": 2, "reconstruction": 1, "recall": 1}, n_batches=28)
+    for at in range(len(batches)):
+        _ = batches[at]
+    assert shuffled.cache_info().misses <= 8  # 56 samples of 7, each objective in rounds of its own
 
 
 def test_questions_come_in_turn_whatever_stands_between_them(make):

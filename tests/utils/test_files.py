@@ -25,6 +25,14 @@ def test_a_file_is_what_was_written_or_what_was_there_before(tmp_path):
     assert (tmp_path / "a").read_text(encoding="utf-8") == "zwölf"
 
 
+def test_two_writers_of_one_file_are_not_in_each_others_way(tmp_path):
+    with atomic_write(tmp_path / "a") as one:
+        one.write_text("one")
+        atomic_write_text(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "one"
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_what_killed_processes_left_is_removed_when_it_is_old(tmp_path):
     left = [tmp_path / name for name in (".a[1].77.tmp", ".a[1].78.tmp", ".ab.77.tmp")]
     for file in left:
