@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -190,7 +190,9 @@ class Library:
 
         Args:
             documents: Files and folders (`pathlib.Path`), texts, `Document`s, or what `Document.from_any` takes. A
-                document is known by its `source`: a path, metadata["source"], or its title; without one, by its text.
+                document is known by its `source`: where its file is, seen from the folder that the library is in, or
+                else the absolute path; metadata["source"], or its title; without one, by its text. The last of a
+                source counts.
             show_progress: Show a bar; None shows it on a terminal.
 
         Raises:
@@ -198,8 +200,8 @@ class Library:
             DocumentError: A document cannot be read.
             StoreError: The library is read-only, or the disk refuses.
         """
-        as_documents = _as_documents(documents)
-        return self._compress_changed("add", as_documents, len(as_documents), show_progress)
+        by_source = {document.source: document for document in _as_documents(documents, self.path.parent)}
+        return self._compress_changed("add", by_source.values(), len(by_source), show_progress)
 
     def refresh(self, *, show_progress: bool | None = None) -> Added:
         """Compress again the documents that another embedder compressed, from the texts that are here; see `n_stale`.
@@ -417,9 +419,20 @@ class Library:
         return self.lm
 
 
-def _as_documents(documents: Any) -> list[Document]:
-    """Read paths, and take everything else as documents."""
+def _as_documents(documents: Any, near: Path) -> Iterator[Document]:
+    """Read paths, whose documents are named as `_located` has it, and take everything else as documents."""
     if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
         documents = [documents]
-    read = (read_documents(item) if isinstance(item, Path) else [Document.from_any(item)] for item in documents)
-    return [document for part in read for document in part]
+    for item in documents:
+        if isinstance(item, Path):
+            yield from (_located(document, near) for document in read_documents(item))
+        else:
+            yield Document.from_any(item)
+
+
+def _located(document: Document, near: Path) -> Document:
+    """Name a file's document by where the file is, however its path was typed: relative to `near` if it is below."""
+    typed = Path(document.source)
+    file = typed.parent.resolve() / typed.name  # a file that is a link keeps its name, and so its type
+    source = file.relative_to(near) if file.is_relative_to(near) else file
+    return replace(document, metadata={**document.metadata, "source": str(source)})

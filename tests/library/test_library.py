@@ -233,6 +233,28 @@ def test_files_and_folders(opened, tmp_path):
         assert "burned" in library.search("mill", k=1)[0].text
 
 
+def test_a_file_is_known_by_where_it_is_however_its_path_is_typed(opened, tmp_path, monkeypatch):
+    for project in ("one", "two"):
+        (tmp_path / project / "notes").mkdir(parents=True)
+        (tmp_path / project / "notes" / "plan.txt").write_text(f"The budget of {project} is 100.")
+        monkeypatch.chdir(tmp_path / project)
+        with opened() as library:
+            assert library.add(Path("notes")).added == 1
+    (tmp_path / "linked").symlink_to("one")
+    notes = tmp_path / "one" / "notes"
+    spellings = (notes, Path("../one/notes"), Path("../linked/notes"), notes / "plan.txt", notes / ".." / "notes")
+    with opened() as library:
+        added = library.add(spellings)
+        assert (added.added, added.updated, added.unchanged) == (0, 0, 1)
+        named = [str(Path(project, "notes", "plan.txt")) for project in ("one", "two")]
+        assert sorted(record["source"] for record in library.documents()) == named
+        assert library.text(named[1]) == "The budget of two is 100."
+    with Library(tmp_path / "two" / "lib", opened().lm, encoder=by_words) as library:
+        library.add([notes, Document("The mill.", metadata={"source": "notes/plan.txt"})])
+        sources = {record["source"] for record in library.documents()}
+        assert sources == {str((notes / "plan.txt").resolve()), "notes/plan.txt"}  # one that is named keeps its name
+
+
 def test_the_index_is_brought_up_to_date_whatever_became_of_its_file(opened, tmp_path):
     with opened() as library:
         library.add([document(place) for place in PLACES[:3]])
