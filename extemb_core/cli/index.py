@@ -13,7 +13,7 @@ from extemb_core.cli import options
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import CommandGroup, JsonOption, option
 from extemb_core.cli.output import library_output, print_json, print_line, print_note, print_result, print_table
-from extemb_core.cli.store import verify
+from extemb_core.cli.store import print_verified
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 
 app = CommandGroup(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
@@ -154,4 +154,10 @@ def stats(
         print_note(f"{n_stale:,} documents were compressed by another embedder than {llm}'s{remedy}")
 
 
-app.command()(verify)  # its embeddings are a store
+@app.command()
+def verify(library: LibraryArgument, as_json: JsonOption = False) -> None:
+    """Read every document of a library, its passages and their embeddings, and compare them with their checksums."""
+    from extemb_core.library.library import Library
+
+    with Library(library, mode="r") as opened:
+        print_verified(opened.verify(), as_json=as_json)

@@ -29,6 +29,7 @@ from extemb_core.library.vector_index import VectorIndex, choose_factory
 from extemb_core.loaders import read_documents
 from extemb_core.models.bulk import compress_in_batches
 from extemb_core.store.format import Dtype, ref_of
+from extemb_core.store.maintenance import Verified
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.batches import batches
 from extemb_core.utils.progress import progress
@@ -246,11 +247,17 @@ class Library:
 
         Raises:
             DocumentError: There is no document of that source.
+            StoreCorruptError: It is not what was written.
         """
         text = self._read(self._catalogue.text, source)
         if text is None:
             raise DocumentError(f"{self.path} has no document {source!r}; library.documents() lists them")
         return text
+
+    def verify(self) -> Verified:
+        """Read every document with its passages and embeddings, and compare them with their checksums."""
+        found = self.store.verify()
+        return replace(found, problems=(*found.problems, *self._catalogue.problems()))
 
     # -- questions --------------------------------------------------------------------------------------------
 
@@ -264,6 +271,7 @@ class Library:
 
         Raises:
             ConfigError: The question is empty, or `k` is not positive.
+            StoreCorruptError: A passage is not what was written.
         """
         if not question.strip():
             raise ConfigError("the question is empty; ask something")
@@ -331,7 +339,8 @@ class Library:
         def changed() -> Iterator[Split]:
             for document in documents:
                 known = self._read(self._catalogue.record, document.source)
-                if known is not None and is_of(known, document, fingerprint, finest):
+                same = known is not None and is_of(known, document, fingerprint, finest)
+                if same and self._read(self._catalogue.problem, document.source) is None:
                     counts["unchanged"] += 1
                     advance(1)
                     continue

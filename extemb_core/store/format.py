@@ -99,8 +99,11 @@ class Entry(NamedTuple):
 
     @classmethod
     def unpack(cls, data: Any) -> Entry:
-        """Read an entry from its bytes."""
-        return cls._make(_ENTRY.unpack(data))
+        """Read an entry from its bytes. Raises `StoreCorruptError` if they are none."""
+        try:
+            return cls._make(_ENTRY.unpack(data))
+        except struct.error as error:
+            raise StoreCorruptError(f"an entry of the store is damaged ({error}); restore it from a copy") from error
 
     def pack(self) -> bytes:
         """Return the entry as bytes."""
@@ -155,9 +158,14 @@ class EmbeddingFormat:
     @staticmethod
     @lru_cache  # every document that is read asks for it
     def parse(data: bytes) -> EmbeddingFormat:
-        """Read a format from what `to_bytes` wrote."""
-        values = json.loads(data)
-        return EmbeddingFormat(**values | {"ratios": tuple(values["ratios"])})
+        """Read a format from what `to_bytes` wrote. Raises `StoreCorruptError` if it is none."""
+        try:
+            values = json.loads(data)
+            return EmbeddingFormat(**values | {"ratios": tuple(values["ratios"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreCorruptError(
+                f"the settings of an embedder in the store are damaged ({error}); restore it from a copy"
+            ) from error
 
     def matches(self, key: bytes) -> bool:
         """Return True if a document is of this embedder."""

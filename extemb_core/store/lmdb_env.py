@@ -8,6 +8,7 @@ writer, who sees to the order of writers; what a killed one had not committed wa
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 import lmdb
 
-from extemb_core.errors import StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.errors import ExtembError, StoreCorruptError, StoreError, StoreNotFoundError
 
 DATA_FILE = "data.mdb"
 DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
@@ -30,7 +31,9 @@ _FIRST_MAP_BYTES = 64 * 2**20
 _UNHARMED = "nothing of this call was kept and what was there before still is"
 _CHECK_DISK = f"{_UNHARMED}; check the disk and call again"
 
-_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.VersionMismatchError)
+# The second line is what comes of rows that are not what was written.
+_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.VersionMismatchError,
+           struct.error, ValueError, TypeError, IndexError, ArithmeticError)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -241,7 +244,7 @@ class Environment:
     def _failures(self, failed: str = "could not be read", remedy: str = _CHECK_DISK) -> Iterator[None]:
         try:
             yield
-        except (lmdb.MapFullError, lmdb.MapResizedError):
+        except (lmdb.MapFullError, lmdb.MapResizedError, ExtembError):
             raise
         except _DAMAGE as error:
             raise StoreCorruptError(
