@@ -589,7 +589,7 @@ class ExtensibleEmbedder(PreTrainedModel):
                 entry_layer=self.config.entry_layer,
                 anchors=rows.pop("anchors").array() if self.config.entry_layer else None,
                 **{name: torch.from_numpy(tensor.array()) for name, tensor in rows.items()},
-            )
+            ).checked()
             for rows, count, ref in zip(fields, n_tokens, refs, strict=True)
         ]
 

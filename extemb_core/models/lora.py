@@ -63,11 +63,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         WeightsNotFoundError, WeightsCorruptError: The file is missing or damaged.
     """
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except FileNotFoundError as error:
         raise WeightsNotFoundError(f"{file} does not exist; its folder holds it beside a file of settings") from error
     except (SafetensorError, OSError) as error:
         raise WeightsCorruptError(f"{file} is not a whole safetensors file ({error}); get it again") from error
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise WeightsCorruptError(f"{file}: tensor {name!r} holds what is no finite number; get it again")
+    return tensors
 
 
 def first_mismatch(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
