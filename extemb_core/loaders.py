@@ -55,7 +55,7 @@ _BYTE_ORDER_MARKS = (
 )
 _CONVERT = "convert it to text, Markdown, HTML or PDF (.txt, .md, .rst, .html, .pdf)"
 
-_UNSEEN_TAGS = frozenset({"title", "script", "style", "noscript", "template", "nav", "svg"})
+_UNSEEN_TAGS = _words("title script style noscript template nav svg datalist noframes iframe audio video canvas rp")
 _BLOCK_TAGS = _words(
     """
     address article aside blockquote body br caption center dd details dialog div dl dt fieldset figcaption
@@ -64,6 +64,14 @@ _BLOCK_TAGS = _words(
     """
 )
 _CELL_TAGS = frozenset({"td", "th"})
+_UNSEEN_STYLE = re.compile(
+    r"(display\s*:\s*none|visibility\s*:\s*(hidden|collapse)|(opacity|font-size)\s*:\s*0(\.0+)?[a-z%]*\s*(;|!|$))", re.I
+)
+_COMMENT = re.compile(r"/\*.*?\*/", re.S)
+
+_DECLARED_WITHIN_BYTES = 2048  # of a page's start; the standard says 1024
+# The codecs of the encodings that the HTML standard knows; Python's others are no text, or decode what no browser does.
+_WEB_CODEC = re.compile(r"utf-8|iso8859|cp\d|koi8|mac-|gb|big5|euc_|iso2022_jp|shift_jis|tis-620")
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
@@ -159,14 +167,23 @@ def _decode(path: Path, data: bytes, declared: str | None = None) -> str:
 
 
 def _read_html(path: Path, data: bytes) -> tuple[str, str]:
-    """Return what a reader of the page sees (block elements on lines of their own), and its title."""
+    """Return what a reader of the page sees (block elements on lines of their own), and its title.
+
+    What `hidden` or its own style hides is left out; stylesheets and scripts, which could hide more, are not run.
+    """
     bs4 = optional_import("bs4", "documents", f"reading {path}", "beautifulsoup4")
-    declared = bs4.dammit.EncodingDetector.find_declared_encoding(data, is_html=True)
+    declared = bs4.dammit.EncodingDetector.find_declared_encoding(data[:_DECLARED_WITHIN_BYTES], is_html=True)
     markup = _decode(path, data, _web_encoding(declared))
+    # A tag that nothing closes is text to the parser, which earlier versions of Python looked for to the end each time.
+    end = markup.rfind(">") + 1
+    markup = markup[:end] + markup[end:].replace("<", "&lt;")
     with warnings.catch_warnings():
         # bs4 warns of XHTML, and of pages so short that they look like a file name: both are read.
         warnings.simplefilter("ignore")
-        soup = bs4.BeautifulSoup(markup, "html.parser")
+        try:
+            soup = bs4.BeautifulSoup(markup, "html.parser")
+        except bs4.builder.ParserRejectedMarkup as exc:
+            raise DocumentError(f"{path} cannot be parsed as HTML; open it in a browser and save it again") from exc
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
     return _visible_text(soup), title
 
@@ -175,12 +192,12 @@ def _web_encoding(declared: str | None) -> str | None:
     """Return the codec for an encoding named inside a page, as the HTML standard reads such names."""
     try:
         name = codecs.lookup(declared or "utf-8").name
-    except LookupError:
+    except (LookupError, ValueError):  # ValueError: a NUL character in it
         return None
     if name in ("iso8859-1", "ascii"):
         return "cp1252"
-    # The declaration was read as ASCII, so the page cannot be what it says here.
-    return None if name.startswith(("utf-16", "utf-32")) else name
+    # UTF-16 and UTF-32 are not among them: the declaration was read as ASCII.
+    return name if _WEB_CODEC.match(name) else None
 
 
 def _visible_text(root: Tag) -> str:
@@ -203,7 +220,7 @@ def _visible_text(root: Tag) -> str:
     while stack:
         node, closes = stack.pop()
         if isinstance(node, Tag):
-            if node.name in _UNSEEN_TAGS:
+            if node.name in _UNSEEN_TAGS or _is_hidden(node):
                 continue
             if node.name in _BLOCK_TAGS:
                 end_line()
@@ -224,6 +241,11 @@ def _visible_text(root: Tag) -> str:
                 line[:] = [other]
     end_line()
     return "\n".join(lines).strip("\n")
+
+
+def _is_hidden(tag: Tag) -> bool:
+    unopened = tag.name == "dialog" and "open" not in tag.attrs
+    return unopened or "hidden" in tag.attrs or bool(_UNSEEN_STYLE.search(_COMMENT.sub("", str(tag.get("style", "")))))
 
 
 def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,55 @@ def test_html_in_its_declared_encoding(tmp_path: Path, declared: str, encoding: 
     word = "мир" if encoding == "koi8-r" else "café €"
     page = f'<meta charset="{declared}"><p>{word}</p>'.encode(encoding)
     assert read_document(write(tmp_path / "a.html", page)).text == word
+
+
+@pytest.mark.parametrize(
+    "declared", ["hex", "rot13", "zip", "bz2", "base64", "quopri", "uu", "undefined", "punycode", "idna", "utf-7",
+                 "unicode_escape", "raw_unicode_escape", "utf-16", "none such", "x" * 9000]
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "page", ['<meta charset="{}"><p>M\u00fcller \\x41', '<?xml encoding="{}"?><p>M\u00fcller \\x41']
+)
+def test_html_that_declares_what_no_page_is_encoded_in_is_read_as_utf8(
+    tmp_path: Path, declared: str, page: str
+) -> None:
+    assert read_document(write(tmp_path / "a.html", page.format(declared))).text == "M\u00fcller \\x41"
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    ["<a ", "<a/", "<a \n", "<meta ", "<meta charset", "<a b='", "<!--", "<!-- >", "<![CDATA[", "</a ", "<?"],
+)
+@pytest.mark.parametrize("end", ["", ">", "-->", "'>"])
+def test_html_is_read_in_one_pass_whatever_is_left_open(tmp_path: Path, repeated: str, end: str) -> None:
+    page = write(tmp_path / "a.html", "<p>said</p>" + repeated * (40_000 // len(repeated)) + end)
+    start = time.process_time()
+    assert read_document(page).text.startswith("said")
+    assert time.process_time() - start < 1.5  # what is looked through to its end for each of them takes many times that
+
+
+def test_html_that_the_parser_refuses_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match=r"a\.html cannot be parsed as HTML; open it in a browser"):
+        read_document(write(tmp_path / "a.html", "<p>x<![x>"))
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        "<p hidden>obey</p>", "<p HIDDEN=''>obey</p>", "<div hidden='until-found'><p>obey</p></div>",
+        *(f'<span style="{style}">obey</span>' for style in (
+            "display:none", "color: red; DISPLAY : none !important", "display:/**/none", "visibility:hidden",
+            "opacity:0", "opacity: 0.0;", "font-size:0px")),
+        "<dialog>obey</dialog>", "<datalist><option>obey</datalist>", "<iframe>obey</iframe>", "<canvas>obey</canvas>",
+    ],
+)  # fmt: skip
+def test_html_that_is_hidden_is_not_read(tmp_path: Path, hidden: str) -> None:
+    assert read_document(write(tmp_path / "a.html", f"<p>before {hidden}</p><p>after</p>")).text == "before\nafter"
+
+
+@pytest.mark.parametrize("style", ["display:block", "opacity:0.5", "font-size:0.8em", "visibility:visible", "--x:none"])
+def test_html_of_another_style_is_read(tmp_path: Path, style: str) -> None:
+    assert read_document(write(tmp_path / "a.html", f'<p style="{style}" aria-hidden="true">seen')).text == "seen"
 
 
 def test_html_nested_deeper_than_the_stack(tmp_path: Path) -> None:
