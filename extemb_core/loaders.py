@@ -6,6 +6,7 @@ import codecs
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterable
 from io import BytesIO
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from extemb_core.documents import Document
-from extemb_core.errors import DocumentError, DocumentNotFoundError, optional_import
+from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError, optional_import
 
 if TYPE_CHECKING:
     from bs4.element import Tag
@@ -72,6 +73,8 @@ _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 _DECLARED_WITHIN_BYTES = 2048  # of a page's start; the standard says 1024
 # The codecs of the encodings that the HTML standard knows; Python's others are no text, or decode what no browser does.
 _WEB_CODEC = re.compile(r"utf-8|iso8859|cp\d|koi8|mac-|gb|big5|euc_|iso2022_jp|shift_jis|tis-620")
+
+_LOSS = re.compile(r"(?<!found, )skipp|exceed|impossible|missing|not be read", re.IGNORECASE)  # in what pypdf logs
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
@@ -248,18 +251,39 @@ def _is_hidden(tag: Tag) -> bool:
     return unopened or "hidden" in tag.attrs or bool(_UNSEEN_STYLE.search(_COMMENT.sub("", str(tag.get("style", "")))))
 
 
+class _Losses(logging.Handler):
+    """Collects what pypdf, in this thread, says of text that it left out."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+        self._thread = threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self._thread and _LOSS.search(message := record.getMessage()):
+            self.messages.append(message.rstrip("."))
+
+
 def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
     """Return the text of the pages joined by blank lines, and what to note in the metadata."""
     if b"%PDF-" not in data[:1024]:
         raise DocumentError(f"{path} is not a PDF in spite of its suffix; rename it to what it is, or save it again")
     pypdf = optional_import("pypdf", "documents", f"reading {path}")
+    losses = _Losses()
+    logging.getLogger("pypdf").addHandler(losses)
     try:
         pages = [page.extract_text().strip() for page in pypdf.PdfReader(BytesIO(data)).pages]
-    except (pypdf.errors.FileNotDecryptedError, pypdf.errors.DependencyError) as exc:
+    except pypdf.errors.FileNotDecryptedError as exc:
         raise DocumentError(f"{path} is encrypted and cannot be read; save a copy without a password") from exc
+    except pypdf.errors.DependencyError as exc:
+        raise MissingExtraError("cryptography", "documents", f"reading {path}, which is encrypted with AES,") from exc
     except Exception as exc:  # a damaged file makes the parser raise nearly anything
         why = " ".join(str(exc).split()) or type(exc).__name__
         raise DocumentError(f"{path} is a damaged PDF ({why}); open it in a viewer and print it to a new PDF") from exc
+    finally:
+        logging.getLogger("pypdf").removeHandler(losses)
+    if losses.messages:
+        logger.warning("%s: some of its text may be missing: %s", path, "; ".join(losses.messages))
     without = [number for number, page in enumerate(pages, start=1) if not page]
     if len(without) == len(pages):
         raise DocumentError(f"{path} holds no text on its {len(pages)} pages (a scan?); run OCR first, e.g. ocrmypdf")

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pypdf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -292,6 +293,46 @@ def test_pdf_encrypted_with_a_password(tmp_path: Path) -> None:
 
 def test_pdf_encrypted_without_a_password_is_read(tmp_path: Path) -> None:
     assert read_document(write_pdf(tmp_path / "a.pdf", ["Open."], password="")).text == "Open."
+
+
+def test_pdf_encrypted_with_aes_and_without_a_password_is_read() -> None:
+    pytest.importorskip("cryptography")
+    assert read_document(Path(__file__).with_name("aes-256.pdf")).text == "open"
+
+
+def test_pdf_encrypted_with_aes_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise pypdf.errors.DependencyError("cryptography>=3.1 is required for AES algorithm")
+
+    monkeypatch.setattr("pypdf._encryption.aes_cbc_decrypt", refuse)
+    monkeypatch.setattr("pypdf._encryption.aes_cbc_encrypt", refuse)
+    with pytest.raises(MissingExtraError, match=r"aes-256\.pdf, .*cryptography.*pip install 'extemb\[documents\]'"):
+        read_document(Path(__file__).with_name("aes-256.pdf"))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Exceeded 8 form XObject invocations while extracting text; further form content is skipped.", True),
+        ("Impossible to decode XFormObject /F1: oh", True),
+        ("Detected cyclic form XObject reference, skipping /F1.", True),
+        ("Ignoring wrong pointing object 8 0 (offset 0)", False),
+        ("Duplicate %%EOF marker(s) found, skipping them", False),
+    ],
+)
+def test_pdf_whose_text_was_not_all_read_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, said: str, told: bool
+) -> None:
+    extract = pypdf.PageObject.extract_text
+
+    def extracting(page: pypdf.PageObject) -> str:
+        logging.getLogger("pypdf._page").warning(said)
+        return extract(page)
+
+    monkeypatch.setattr(pypdf.PageObject, "extract_text", extracting)
+    assert read_document(write_pdf(tmp_path / "a.pdf", ["text"])).text == "text"
+    ours = [record.getMessage() for record in caplog.records if record.name == "extemb_core.loaders"]
+    assert ours == ([f"{tmp_path / 'a.pdf'}: some of its text may be missing: {said.rstrip('.')}"] if told else [])
 
 
 def test_pdf_without_any_text(tmp_path: Path) -> None:
