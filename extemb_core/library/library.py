@@ -8,7 +8,6 @@ lost, damaged or late is brought up to date.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -111,7 +110,6 @@ class Library:
         self.passage_tokens = passage_tokens
         self._catalogue = Catalogue(self.store.environment)
         self._factory = index
-        self._lock = threading.RLock()
         self._vectors: VectorIndex | None = None
         self._words: tuple[int, WordIndex] | None = None
         self._synced = -1  # the generation that the index is of
@@ -276,7 +274,7 @@ class Library:
         if not question.strip():
             raise ConfigError("the question is empty; ask something")
         whole_number(k, "k", remedy=f"e.g. {N_PASSAGES}")
-        with self._lock:
+        with self.store.environment.lock:
             index = self._index()
             if not index.ids:
                 return []
@@ -410,7 +408,7 @@ class Library:
         index.add(*self._read(self._catalogue.vectors, sorted(ids - index.ids)))
 
     def _save_index(self) -> None:
-        with self._lock:
+        with self.store.environment.lock:
             index = self._index()
             index.save(self.path / INDEX_FILE, encoder=self._read(self._catalogue.settings)["encoder"])
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -126,5 +128,9 @@ class VectorIndex:
         return loaded
 
 
+@cache
 def _faiss() -> Any:
-    return optional_import("faiss", "library", "a library of documents")
+    faiss = optional_import("faiss", "library", "a library of documents")
+    if hasattr(os, "register_at_fork"):  # a child has none of the parent's threads, and would wait for them
+        os.register_at_fork(after_in_child=partial(faiss.omp_set_num_threads, 1))
+    return faiss

@@ -6,10 +6,11 @@ streaming and cancellation, score. The LLM's parameters never change and its mod
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as tha
 _POSITIONS_AT_ONCE = 4096  # of one pass that scores, padding included
 _MIN_FULL = 0.8  # of the longest prompt of such a pass; shorter ones are not worth their padding
 _LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # Cohere's, Granite's, Falcon-H1's
+
+if hasattr(os, "register_at_fork"):  # a child has none of the parent's threads, and would wait for them
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class LLM(TextEncoder):

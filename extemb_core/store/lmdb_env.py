@@ -47,11 +47,13 @@ class Environment:
     Attributes:
         folder: Where the files are.
         readonly: Whether nothing can be written.
+        lock: For what is derived from the files: a fork waits for it, and the child has another.
     """
 
     def __init__(self, folder: Path, readonly: bool) -> None:
         self.folder = folder
         self.readonly = readonly
+        self.lock = threading.RLock()
         self._users = 1
         self._gate = threading.Condition(threading.Lock())
         self._open = 0  # transactions of this process
@@ -138,12 +140,14 @@ class Environment:
     def _before_fork(self) -> None:
         """Close until used again: a child can neither use what it inherits nor close it, as that would end the parent's
         transactions. The gate is held until the fork is done, so that no thread connects in between."""
+        self.lock.acquire()
         self._gate.acquire()
         self._disconnect()
 
     def _after_fork(self) -> None:
         """Reset the locks in the child, where no other thread is left that could hold them or wait."""
         self._waiting = 0
+        self.lock = threading.RLock()
         self._gate = threading.Condition(threading.Lock())
         self._writing = threading.Lock()
 
@@ -286,6 +290,7 @@ def _before_fork() -> None:
 def _after_fork_in_parent() -> None:
     for environment in _shared.values():
         environment._gate.release()
+        environment.lock.release()
     _shared_lock.release()
 
 

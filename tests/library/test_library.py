@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -376,6 +377,56 @@ def test_an_empty_library_and_an_empty_document(opened):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_searches_asks_and_adds_though_the_parent_had_more_threads(opened, lm):
+    faiss = pytest.importorskip("faiss")
+    torch.set_num_threads(2)
+    faiss.omp_set_num_threads(2)
+    searching, may_end = threading.Event(), threading.Event()
+
+    def slow(texts):  # as long as the fork waits: what a thread has half done is not for the child
+        if may_end.is_set():
+            return by_words(texts)
+        searching.set()
+        may_end.wait(0.2)
+        return by_words(texts)
+
+    try:
+        with opened() as library:
+            library.add([document(place) for place in PLACES])
+            library.ask("mill?", max_new_tokens=2)
+            torch.randn(600, 600) @ torch.randn(600, 600)  # with both threads
+            library.encoder._function = slow
+            other = threading.Thread(target=library.search, args=("bridge",))
+            other.start()
+            searching.wait()
+            child = os.fork()
+            may_end.set()
+            if not child:
+                code = 1
+                try:
+                    assert library.search("mill", k=1)[0].source == "mill.txt"
+                    library.add([Document("The ship is new. " * 40, title="Ship")])
+                    library.ask("Which ship?", max_new_tokens=2)
+                    code = 0
+                finally:
+                    os._exit(code)
+            other.join()
+            deadline = time.monotonic() + 60
+            while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if not ended[0]:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            assert ended == (child, 0)
+            assert library.search("ship", k=1)[0].source == "Ship"
+            assert torch.get_num_threads() == 2  # the parent keeps its own
+    finally:
+        torch.set_num_threads(1)
+        faiss.omp_set_num_threads(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize(
     "kills", [3, pytest.param(int(os.environ.get("EXTEMB_SOAK", "6")), marks=pytest.mark.soak, id="soak")]
 )
@@ -387,7 +438,6 @@ def test_killed_while_adding_the_next_call_finishes(opened, lm, tmp_path, monkey
         child = os.fork()
         if not child:
             try:
-                torch.set_num_threads(1)  # the parent's threads are not here
                 with opened() as library:
                     library.add(documents)
                     library.remove([draw.choice(documents).source for _ in range(5)])
