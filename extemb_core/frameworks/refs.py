@@ -26,6 +26,7 @@ from extemb_core.store.base import Store
 from extemb_core.store.format import ref_bytes
 from extemb_core.store.lmdb_env import Environment
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.utils.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class _OnDisk:
                 return None
             data = bytes(value)
         try:
-            text, title, source = json.loads(zlib.decompress(data))
+            text, title, source = parse_json(zlib.decompress(data))
             document = Document(text, title=title, metadata={"source": source})
         except (ValueError, TypeError, zlib.error, DocumentError) as error:
             raise StoreCorruptError(f"the text of {ref} cannot be read ({error}); add the document again") from error

@@ -24,6 +24,7 @@ from extemb_core.documents import Document, text_ref
 from extemb_core.errors import StoreCorruptError
 from extemb_core.store.format import ref_bytes, ref_of
 from extemb_core.store.lmdb_env import Environment
+from extemb_core.utils.files import parse_json
 
 _PASSAGE = struct.Struct("<16s16sQQQQ")  # document, ref, first and last byte, first and last character
 _ID = struct.Struct(">Q")
@@ -260,7 +261,7 @@ class Catalogue:
     def _parsed(self, data: Any) -> dict[str, Any]:
         """Read a record, and compare it with its checksum, which earlier versions did not write."""
         try:
-            record = dict(json.loads(bytes(data)))
+            record = dict(parse_json(bytes(data)))
             if (checksum := record.pop("checksum", None)) not in (None, _checksum(record)):
                 raise ValueError(f"another checksum than {checksum}")
         except (ValueError, TypeError) as error:

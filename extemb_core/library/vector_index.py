@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from extemb_core.errors import ConfigError, StoreError, optional_import
-from extemb_core.utils.files import atomic_write, atomic_write_text, sha256_of
+from extemb_core.utils.files import atomic_write, atomic_write_text, parse_json, sha256_of
 
 _FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds
 _GRAPH_UP_TO = 5_000_000  # beyond, vectors whole are more memory than a machine has to spare
@@ -114,7 +114,7 @@ class VectorIndex:
     def load(cls, file: Path, width: int, factory: str | None = None, **description: Any) -> VectorIndex | None:
         """Load an index, or None if it is missing, damaged or of another description and has to be rebuilt."""
         try:
-            saved = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            saved = parse_json(file.with_suffix(".json").read_text(encoding="utf-8"))
             description |= {"width": width, "sha256": sha256_of(file), "factory": factory or saved["factory"]}
             if any(saved.get(name) != value for name, value in description.items()):
                 return None

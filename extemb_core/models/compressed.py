@@ -18,7 +18,7 @@ from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, Sto
 from extemb_core.models.downscaling import chunk_lengths, coarsen, embeddings_of, n_embeddings
 from extemb_core.models.entry import AnchoredStates, anchor_positions
 from extemb_core.models.pooling import Groups, coarsen_groups
-from extemb_core.utils.files import atomic_write
+from extemb_core.utils.files import atomic_write, parse_json
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
 _TENSORS = ("embeddings", "anchors", "mean_norms", "norms", "weights")
@@ -182,7 +182,7 @@ class Compressed:
             if "anchors" in fields:
                 fields["anchors"] = fields["anchors"].numpy()
             fields |= {name: header[name] for name in _TEXTS} | {name: int(header[name]) for name in _NUMBERS}
-            text = cls(**fields, ratios=tuple(json.loads(header["ratios"]))).checked()
+            text = cls(**fields, ratios=tuple(parse_json(header["ratios"]))).checked()
         except FileNotFoundError as error:
             raise StoreNotFoundError(f"{file} does not exist; check the path") from error
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, ArithmeticError, MismatchError) as error:

@@ -294,6 +294,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             ("input width", config.hidden_size, llm.hidden_size),
             ("architecture", config.llm_layers_type, str(llm.text_config.model_type)),
             ("tokenizer", config.tokenizer_digest[:12], llm.tokenizer_digest[:12]),
+            ("first token", config.bos_token_id, llm.bos_token_id),
         ):
             if made_for != other:
                 raise MismatchError(

@@ -18,15 +18,22 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
-from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError
+from extemb_core.errors import ConfigError, ExtembError, MismatchError, WeightsCorruptError, WeightsError
 from extemb_core.models import generation
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, reading_model
-from extemb_core.models.reader_lora import base_of, merge_reader
+from extemb_core.models.reader_lora import merge_reader
 from extemb_core.models.tokenization import TextEncoder
-from extemb_core.weights.resolve import resolve_llm, resolve_reader
+from extemb_core.weights.resolve import resolve_base, resolve_llm
 
 _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
 _POSITIONS_AT_ONCE = 4096  # of one pass that scores, padding included
@@ -63,27 +70,32 @@ class LLM(TextEncoder):
             device: "auto" (CUDA, then CPU) or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype or its name.
         """
-        if (reader := resolve_reader(name)) is not None:
-            base = cls.from_pretrained(base_of(reader), device=device, dtype=dtype)
-            merge_reader(base.model, reader)
-            return cls(base.model, base.tokenizer, name=str(name))
+        readers, base = resolve_base(name)
         chosen = choose_device(device)
-        source = resolve_llm(name)
+        source = resolve_llm(base)
         wanted = choose_dtype(dtype, chosen)
         with quiet_transformers():
             try:
+                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+                _require_plain(config, name)
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    source, dtype=wanted, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-                )
+                    source, config=config, dtype=wanted, use_safetensors=True, trust_remote_code=False,
+                    output_loading_info=True,
+                )  # fmt: skip
+            except (ExtembError, MemoryError, torch.OutOfMemoryError):
+                raise
             except SafetensorError as error:
                 raise WeightsCorruptError(f"{name}: a file is damaged ({first_line(error)}); get it again") from error
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # a config or tokenizer that is none makes it raise nearly anything
                 raise WeightsError(f"{name}: transformers fails ({first_line(error)}); pass a causal LM") from error
         model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would make them up at random
             raise WeightsCorruptError(f"{name}: {len(missing)} tensors are missing, {missing[0]} first; get it again")
-        return cls(model.to(chosen), tokenizer, name=str(name))
+        model = model.to(chosen)
+        for reader in readers:
+            merge_reader(model, reader)
+        return cls(model, tokenizer, name=str(name))
 
     # -- what it is -------------------------------------------------------------------------------------------
 
@@ -297,6 +309,18 @@ class LLM(TextEncoder):
 def _memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
     weight: Any = model.get_input_embeddings().weight
     return int(weight.data_ptr()), weight.dtype, weight.device
+
+
+def _require_plain(config: Any, name: str | Path) -> None:
+    """Refuse a configuration that asks for code from a hub, or for weights that are no plain numbers."""
+    for part in (config, config.get_text_config()):
+        for kernel in (getattr(part, "_attn_implementation", None), getattr(part, "_experts_implementation", None)):
+            if "/" in str(kernel):
+                raise WeightsError(f"{name}: its config.json asks for code, {kernel!r}, which is not run; drop that")
+        if getattr(part, "quantization_config", None):
+            raise WeightsError(
+                f"{name} has quantised weights, which are not read; pass the model that it was made from"
+            )
 
 
 def choose_device(device: str = "auto") -> torch.device:

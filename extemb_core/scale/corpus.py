@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -176,6 +177,7 @@ def _absolute(where: str | Path) -> str:
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
     """Connect to Ray Data, with our settings while it is used."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported unless the caller asks for it
     data = optional_import("ray.data", "ray", "compressing a corpus", package="ray")
     import ray
 

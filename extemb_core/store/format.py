@@ -25,7 +25,7 @@ from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, St
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios
 from extemb_core.store.lmdb_env import DATA_FILE
-from extemb_core.utils.files import atomic_write_text
+from extemb_core.utils.files import atomic_write_text, parse_json
 from extemb_core.utils.validation import whole_number
 
 FORMAT, VERSION = "extemb-store", 2
@@ -66,7 +66,7 @@ def check_description(folder: Path) -> int | None:
     if not file.is_file():
         return None
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = parse_json(file.read_text(encoding="utf-8"))
         name, version = description["format"], description["version"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise StoreCorruptError(f"{file} does not describe a store ({error}); restore it from a copy") from error
@@ -176,7 +176,7 @@ class EmbeddingFormat:
     def parse(data: bytes) -> EmbeddingFormat:
         """Read a format from what `to_bytes` wrote. Raises `StoreCorruptError` if it is none."""
         try:
-            values = json.loads(data)
+            values = parse_json(data)
             return EmbeddingFormat(**values | {"ratios": tuple(values["ratios"])})
         except (ValueError, KeyError, TypeError) as error:
             raise StoreCorruptError(

@@ -28,6 +28,7 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.models.downscaling import embeddings_of
 from extemb_core.store.format import DTYPES, Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
 from extemb_core.store.remote import StorageLocation
+from extemb_core.utils.files import parse_json
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "extemb-shards", 2
@@ -161,7 +162,7 @@ class ShardReader:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if length > min(size, _MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {length:,} bytes")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
             metadata = header.pop("__metadata__")
             if metadata["format"] != FORMAT or metadata["version"] not in map(str, _READ):
                 raise StoreError(f"{self} is {metadata['format']!r} version {metadata['version']!r}; export it again")
@@ -174,7 +175,7 @@ class ShardReader:
         self.kind = EmbeddingFormat(
             fingerprint=metadata["fingerprint"],
             chunk_size=int(metadata["chunk_size"]),
-            ratios=tuple(json.loads(metadata["trained_ratios"])),
+            ratios=tuple(parse_json(metadata["trained_ratios"])),
             downscaling=metadata["downscaling"],
             width=int(metadata["width"]),
             entry_layer=int(metadata.get("entry_layer", 0)),
@@ -225,7 +226,7 @@ def read_manifest(folder: str | Path | StorageLocation, *, verify: bool = True) 
     location = StorageLocation.of(folder)
     where = location.naming(MANIFEST)
     try:
-        content = json.loads(location.read_text(MANIFEST))
+        content = parse_json(location.read_text(MANIFEST))
         if content["format"] != FORMAT or content["version"] not in _READ:
             raise StoreError(f"{where} is {content['format']!r} version {content['version']!r}; export it again")
         shards = [Shard(**shard) for shard in content["shards"]]
