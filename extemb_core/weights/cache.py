@@ -119,7 +119,7 @@ def need_space(parent: Path, model: KnownModel) -> None:
 
 
 def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
-    """Write the manifest, the last of the files, and flush all of them to disk."""
+    """Write the manifest, the last of the files, and flush all of them to disk, each with the mode that files have here."""
     files = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = {"sha256": sha256_of(file), "size_bytes": file.stat().st_size}
@@ -135,6 +135,8 @@ def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for name in files:  # safetensors makes files that only their owner reads
+        (folder / name).chmod((folder / MANIFEST).stat().st_mode)
     fsync(folder / MANIFEST)
 
 

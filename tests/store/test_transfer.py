@@ -63,6 +63,15 @@ def test_an_export_imported_is_the_same_store(store, tmp_path, shard_bytes):
         assert copy.stats().live_bytes == store.stats().live_bytes
 
 
+def test_an_export_may_be_read_by_all_whom_the_umask_lets(store, tmp_path):
+    before = os.umask(0o022)
+    try:
+        export_store(store, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()} == {"0o644"}
+
+
 def test_an_empty_store_is_exported_too(tmp_path):
     with EmbeddingStore.open(tmp_path / "s") as store:
         assert export_store(store, tmp_path / "out") == []

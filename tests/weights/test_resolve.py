@@ -55,6 +55,7 @@ ON_HUB = KnownModel(**{**TINY.__dict__, "name": "tiny-on-hub", "hub_id": "someon
 def fake_dequantise(gguf: Path, target: Path) -> None:
     (target / "config.json").write_text('{"model_type": "llama"}')
     (target / "model.safetensors").write_bytes(gguf.read_bytes())
+    (target / "model.safetensors").chmod(0o600)  # as safetensors leaves it
 
 
 def install(site: Path, number: int, data: bytes | None = None, version: str = "1.0") -> None:
@@ -132,6 +133,7 @@ def test_first_use_makes_the_folder_from_the_installed_parts(installed: Path) ->
     manifest = json.loads((folder / cache.MANIFEST).read_text())
     assert manifest["source_sha256"] == TINY.sha256
     assert sorted(manifest["files"]) == ["config.json", "model.safetensors"]
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     assert not {"fake_part0", "fake_part1"} & set(sys.modules)
     assert [status.present for status in weights.list_models()] == [True, False]
 
