@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, optional_import
+from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError, ExtembError, optional_import
 from extemb_core.scale import ROWS_PER_BATCH
 from extemb_core.scale.worker import Batch, CompressWorker, finished, seal
 from extemb_core.store.format import Dtype
 from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import Shard
+from extemb_core.utils.jsonl import is_jsonl, read_jsonl
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
@@ -87,6 +88,7 @@ def compress_corpus(
     Raises:
         MissingExtraError: Ray is not installed.
         DocumentNotFoundError, ConfigError: The input is missing, of a type that is not read, or lacks the column.
+        DocumentError: Its rows cannot be read.
         StoreError: The output holds something else, or cannot be written to.
     """
     whole_number(rows_per_batch, "rows_per_batch")
@@ -118,7 +120,7 @@ def compress_corpus(
             num_gpus=gpus_per_worker,
         )
         total = Batch()
-        with progress("compress", None, show_progress) as advance:
+        with progress("compress", None, show_progress) as advance, _readable(files):
             for row in results.iter_rows():
                 if error := row.pop(_ERROR):
                     raise pickle.loads(error)
@@ -167,6 +169,23 @@ def _inputs(inputs: Sequence[str | Path]) -> tuple[tuple[str, ...], list[str]]:
         f"inputs={', '.join(map(str, inputs)) or '[]'} are not all Parquet ({PARQUET[0]}) or all JSON Lines "
         f"({', '.join(ROWS)}); pass one kind at a time"
     )
+
+
+@contextmanager
+def _readable(files: Sequence[str]) -> Iterator[None]:
+    """Name the file and line that Ray could not read, where the rows are on this machine."""
+    try:
+        yield
+    except ExtembError:
+        raise
+    except ValueError as error:  # of JSON and of Arrow alike, as what a Ray task raised
+        for file in map(Path, files):
+            if is_jsonl(file) and file.is_file():
+                for _ in read_jsonl(file):
+                    pass
+        why = str(getattr(error, "cause", error)).strip().splitlines()[-1:] or [type(error).__name__]
+        shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        raise DocumentError(f"the rows of {shown} cannot be read ({why[0]}); mend or drop them") from error
 
 
 def _absolute(where: str | Path) -> str:

@@ -119,7 +119,7 @@ def need_space(parent: Path, model: KnownModel) -> None:
 
 
 def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
-    """Write the manifest, the last of the files, and flush all of them to disk, each with the mode that files have here."""
+    """Write the manifest, the last of the files, and flush all of them to disk, readable as the umask has it."""
     files = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = {"sha256": sha256_of(file), "size_bytes": file.stat().st_size}
