@@ -113,6 +113,8 @@ class VectorIndex:
     @classmethod
     def load(cls, file: Path, width: int, factory: str | None = None, **description: Any) -> VectorIndex | None:
         """Load an index, or None if it is missing, damaged or of another description and has to be rebuilt."""
+        if not (file.is_file() and file.with_suffix(".json").is_file()):  # devices and pipes would never end
+            return None
         try:
             saved = parse_json(file.with_suffix(".json").read_text(encoding="utf-8"))
             description |= {"width": width, "sha256": sha256_of(file), "factory": factory or saved["factory"]}

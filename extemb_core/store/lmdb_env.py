@@ -21,7 +21,7 @@ import lmdb
 
 from extemb_core.errors import ExtembError, StoreCorruptError, StoreError, StoreNotFoundError
 
-DATA_FILE = "data.mdb"
+DATA_FILE, _LOCK_FILE = "data.mdb", "lock.mdb"
 DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
              "documents", "texts", "passages", "vectors", "refs", "settings",  # of a library
              "handed")  # documents behind refs  # fmt: skip
@@ -271,6 +271,9 @@ def open_environment(folder: Path, *, readonly: bool) -> Environment:
     with _shared_lock:
         environment = _shared.get(str(folder))
         if environment is None:
+            for file in (folder / DATA_FILE, folder / _LOCK_FILE):
+                if file.is_symlink():  # LMDB would write to whatever it leads to
+                    raise StoreError(f"{file} is a link, and no store has one; copy the store's files themselves")
             if readonly and not (folder / DATA_FILE).is_file():
                 raise StoreNotFoundError(f"{folder} has no store in it; check the path, or open it with mode='a'")
             environment = _shared[str(folder)] = Environment(folder, readonly)
