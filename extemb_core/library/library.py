@@ -20,7 +20,7 @@ from extemb_core.answers import Answer, AnswerStream
 from extemb_core.documents import Document, text_ref
 from extemb_core.errors import ConfigError, DocumentError, MismatchError
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
-from extemb_core.library.bm25 import WordIndex, fuse
+from extemb_core.library.bm25 import WordIndex, fuse, mean_ranks
 from extemb_core.library.catalog import Catalogue, Passage, Split, is_of
 from extemb_core.library.encoders import SENTENCE_TRANSFORMERS, TextEncoder, as_encoder
 from extemb_core.library.passages import split_passages
@@ -281,8 +281,9 @@ class Library:
             vector = self.encoder.encode([question], query=True)[0]
             near = index.search(vector, _FETCHED * k if hybrid else k)
             if hybrid:
-                by_words = self._word_index().search(question, _FETCHED * k)
-                near = fuse([[number for number, _ in near], [number for number, _ in by_words]])
+                by_vectors = [number for number, _ in near]
+                by_words = self._word_index().search(question, _FETCHED * k, by_vectors)
+                near = fuse([by_vectors, mean_ranks(by_words)])
             return self._read(self._catalogue.passages, near)[:k]
 
     def ask(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> Answer:

@@ -222,6 +222,13 @@ def test_what_is_removed_is_gone_and_shared_passages_stay(opened):
         assert library.search("mill") == []
 
 
+def test_equal_words_do_not_outvote_the_vectors_by_age(opened):
+    with opened() as library:
+        library.add([f"Room {number} is on the {'left' if number % 2 else 'right'} side." for number in range(40)])
+        for number in (7, 31, 38):
+            assert library.search(f"Which side is room {number}?", k=1)[0].text.startswith(f"Room {number} ")
+
+
 def test_files_and_folders(opened, tmp_path):
     folder = tmp_path / "docs"
     folder.mkdir()
