@@ -26,7 +26,7 @@ from extemb_core.library.encoders import SENTENCE_TRANSFORMERS, TextEncoder, as_
 from extemb_core.library.passages import split_passages
 from extemb_core.library.vector_index import VectorIndex, choose_factory
 from extemb_core.loaders import read_documents
-from extemb_core.models.bulk import compress_in_batches
+from extemb_core.models.bulk import compress_in_batches, default_batch_size
 from extemb_core.store.format import Dtype, ref_of
 from extemb_core.store.maintenance import Verified
 from extemb_core.store.store import EmbeddingStore
@@ -42,8 +42,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "passages.faiss"
-_BATCH_TOKENS = 32_768  # compressed and written together
-_CHARS_PER_TOKEN = 4  # about: how much is waiting to be written is no more than a guess
+_BATCH_TOKENS = 4_096  # compressed and written together, or those of a forward pass where that takes more
 _FETCHED = 4  # times k, from each ranking before they are fused
 
 
@@ -348,7 +347,7 @@ class Library:
                 yield Split(document, spans, [document.text[begin:end] for begin, end in spans])
 
         with progress(name, total, show_progress) as advance:
-            for batch in batches(changed(), lambda split: len(split.document.text) // _CHARS_PER_TOKEN, _BATCH_TOKENS):
+            for batch in batches(changed(), lambda split: sum(lm.llm.lengths(split.texts)), _batch_tokens(lm)):
                 self._write(lm, batch, counts)
                 advance(len(batch))
         if counts["added"] or counts["updated"]:
@@ -363,9 +362,10 @@ class Library:
         refs = [text_ref(text) for text in texts]
         wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
         missing = [(ref, ids) for ref, ids in wanted.items() if self.store.get(ref, fingerprint, finest) is None]
-        for compressed in compress_in_batches(lm.embedder, missing, ratio=finest, show_progress=False):
-            self.store.put(*compressed)
-            counts["compressed_tokens"] += sum(text.n_tokens for text in compressed)
+        for part in batches(missing, lambda text: len(text[1]), _batch_tokens(lm)):  # of a document that is longer
+            for compressed in compress_in_batches(lm.embedder, part, ratio=finest, show_progress=False):
+                self.store.put(*compressed)
+                counts["compressed_tokens"] += sum(text.n_tokens for text in compressed)
 
         def work(transaction: Any) -> None:
             before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, self.encoder.name)
@@ -425,6 +425,11 @@ class Library:
         if self.lm is None:
             raise ConfigError("this library was opened without an LLM; pass lm=ExtensibleLM.from_pretrained(...)")
         return self.lm
+
+
+def _batch_tokens(lm: ExtensibleLM) -> int:
+    chunk_size = lm.embedder.config.chunk_size
+    return max(_BATCH_TOKENS, default_batch_size(lm.llm, chunk_size) * chunk_size)
 
 
 def _as_documents(documents: Any, near: Path) -> Iterator[Document]:

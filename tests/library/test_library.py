@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,29 @@ def test_a_refresh_that_was_interrupted_goes_on(opened, other, tmp_path, monkeyp
         assert library.refresh().updated == left
         assert library.n_stale == 0
         assert library.store.verify().clean
+
+
+@pytest.mark.parametrize(
+    "text", ["The mill burned in 1840. ", "\u78e8\u574a\u5728\u4e00\u516b\u56db\u96f6\u5e74\u70e7\u6bc1\u3002"]
+)
+@pytest.mark.parametrize("n_documents", [1, 30])
+def test_what_is_lost_with_a_process_is_a_few_thousand_tokens_in_any_script(opened, lm, monkeypatch, text, n_documents):
+    monkeypatch.setattr("extemb_core.library.library._BATCH_TOKENS", 200)
+    compressed, kept = [0], []
+    whole, put = type(lm.embedder).compress_ids, EmbeddingStore.put
+
+    def compressing(self, ids, **kwargs):
+        compressed[0] += sum(map(len, ids))
+        return whole(self, ids, **kwargs)
+
+    monkeypatch.setattr(type(lm.embedder), "compress_ids", compressing)
+    monkeypatch.setattr(EmbeddingStore, "put", lambda self, *texts: (put(self, *texts), kept.append(compressed[0])))
+    parts = [f"{number} {text}" for number in range(150)]
+    texts = ["".join(parts[at::n_documents]) for at in range(n_documents)]
+    with opened() as library:
+        library.add(texts)
+    assert compressed[0] > 2000
+    assert max(after - before for before, after in pairwise([0, *kept])) <= 200 + 170  # and what a document is longer
 
 
 def test_a_passage_that_two_documents_share_survives_the_refresh_of_one(opened, other, tmp_path):
