@@ -6,6 +6,7 @@ import codecs
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ _BYTE_ORDER_MARKS = (
 )
 _CONVERT = "convert it to text, Markdown, HTML or PDF (.txt, .md, .rst, .html, .pdf)"
 
-_UNSEEN_TAGS = frozenset({"title", "script", "style", "noscript", "template", "nav", "svg"})
+_UNSEEN_TAGS = _words("title script style noscript template nav svg datalist noframes iframe audio video canvas rp")
 _BLOCK_TAGS = _words(
     """
     address article aside blockquote body br caption center dd details dialog div dl dt fieldset figcaption
@@ -65,6 +66,16 @@ _BLOCK_TAGS = _words(
     """
 )
 _CELL_TAGS = frozenset({"td", "th"})
+_UNSEEN_STYLE = re.compile(
+    r"(display\s*:\s*none|visibility\s*:\s*(hidden|collapse)|(opacity|font-size)\s*:\s*0(\.0+)?[a-z%]*\s*(;|!|$))", re.I
+)
+_COMMENT = re.compile(r"/\*.*?\*/", re.S)
+
+_DECLARED_WITHIN_BYTES = 2048  # of a page's start; the standard says 1024
+# The codecs of the encodings that the HTML standard knows; Python's others are no text, or decode what no browser does.
+_WEB_CODEC = re.compile(r"utf-8|iso8859|cp\d|koi8|mac-|gb|big5|euc_|iso2022_jp|shift_jis|tis-620")
+
+_LOSS = re.compile(r"(?<!found, )skipp|exceed|impossible|missing|not be read", re.IGNORECASE)  # in what pypdf logs
 
 
 @dataclass
@@ -217,14 +228,23 @@ def _decode(path: Path, data: bytes, declared: str | None = None) -> str:
 
 
 def _read_html(path: Path, data: bytes) -> tuple[str, str]:
-    """Return what a reader of the page sees (block elements on lines of their own), and its title."""
+    """Return what a reader of the page sees (block elements on lines of their own), and its title.
+
+    What `hidden` or its own style hides is left out; stylesheets and scripts, which could hide more, are not run.
+    """
     bs4 = optional_import("bs4", "documents", f"reading {path}", "beautifulsoup4")
-    declared = bs4.dammit.EncodingDetector.find_declared_encoding(data, is_html=True)
+    declared = bs4.dammit.EncodingDetector.find_declared_encoding(data[:_DECLARED_WITHIN_BYTES], is_html=True)
     markup = _decode(path, data, _web_encoding(declared))
+    # A tag that nothing closes is text to the parser, which earlier versions of Python looked for to the end each time.
+    end = markup.rfind(">") + 1
+    markup = markup[:end] + markup[end:].replace("<", "&lt;")
     with warnings.catch_warnings():
         # bs4 warns of XHTML, and of pages so short that they look like a file name: both are read.
         warnings.simplefilter("ignore")
-        soup = bs4.BeautifulSoup(markup, "html.parser")
+        try:
+            soup = bs4.BeautifulSoup(markup, "html.parser")
+        except bs4.builder.ParserRejectedMarkup as exc:
+            raise DocumentError(f"{path} cannot be parsed as HTML; open it in a browser and save it again") from exc
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
     return _visible_text(soup), title
 
@@ -233,12 +253,12 @@ def _web_encoding(declared: str | None) -> str | None:
     """Return the codec for an encoding named inside a page, as the HTML standard reads such names."""
     try:
         name = codecs.lookup(declared or "utf-8").name
-    except LookupError:
+    except (LookupError, ValueError):  # ValueError: a NUL character in it
         return None
     if name in ("iso8859-1", "ascii"):
         return "cp1252"
-    # The declaration was read as ASCII, so the page cannot be what it says here.
-    return None if name.startswith(("utf-16", "utf-32")) else name
+    # UTF-16 and UTF-32 are not among them: the declaration was read as ASCII.
+    return name if _WEB_CODEC.match(name) else None
 
 
 def _visible_text(root: Tag) -> str:
@@ -261,7 +281,7 @@ def _visible_text(root: Tag) -> str:
     while stack:
         node, closes = stack.pop()
         if isinstance(node, Tag):
-            if node.name in _UNSEEN_TAGS:
+            if node.name in _UNSEEN_TAGS or _is_hidden(node):
                 continue
             if node.name in _BLOCK_TAGS:
                 end_line()
@@ -284,18 +304,44 @@ def _visible_text(root: Tag) -> str:
     return "\n".join(lines).strip("\n")
 
 
+def _is_hidden(tag: Tag) -> bool:
+    unopened = tag.name == "dialog" and "open" not in tag.attrs
+    return unopened or "hidden" in tag.attrs or bool(_UNSEEN_STYLE.search(_COMMENT.sub("", str(tag.get("style", "")))))
+
+
+class _Losses(logging.Handler):
+    """Collects what pypdf, in this thread, says of text that it left out."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+        self._thread = threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self._thread and _LOSS.search(message := record.getMessage()):
+            self.messages.append(message.rstrip("."))
+
+
 def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
     """Return the text of the pages joined by blank lines, and what to note in the metadata."""
     if b"%PDF-" not in data[:1024]:
         raise DocumentError(f"{path} is not a PDF in spite of its suffix; rename it to what it is, or save it again")
     pypdf = optional_import("pypdf", "documents", f"reading {path}")
+    losses = _Losses()
+    logging.getLogger("pypdf").addHandler(losses)
     try:
         pages = [page.extract_text().strip() for page in pypdf.PdfReader(BytesIO(data)).pages]
-    except (pypdf.errors.FileNotDecryptedError, pypdf.errors.DependencyError) as exc:
+    except pypdf.errors.FileNotDecryptedError as exc:
         raise DocumentError(f"{path} is encrypted and cannot be read; save a copy without a password") from exc
+    except pypdf.errors.DependencyError as exc:
+        raise MissingExtraError("cryptography", "documents", f"reading {path}, which is encrypted with AES,") from exc
     except Exception as exc:  # a damaged file makes the parser raise nearly anything
         why = " ".join(str(exc).split()) or type(exc).__name__
         raise DocumentError(f"{path} is a damaged PDF ({why}); open it in a viewer and print it to a new PDF") from exc
+    finally:
+        logging.getLogger("pypdf").removeHandler(losses)
+    if losses.messages:
+        logger.warning("%s: some of its text may be missing: %s", path, "; ".join(losses.messages))
     without = [number for number, page in enumerate(pages, start=1) if not page]
     if len(without) == len(pages):
         raise DocumentError(f"{path} holds no text on its {len(pages)} pages (a scan?); run OCR first, e.g. ocrmypdf")

@@ -6,8 +6,10 @@ import codecs
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
+import pypdf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -201,6 +203,55 @@ def test_html_in_its_declared_encoding(tmp_path: Path, declared: str, encoding: 
     assert read_document(write(tmp_path / "a.html", page)).text == word
 
 
+@pytest.mark.parametrize(
+    "declared", ["hex", "rot13", "zip", "bz2", "base64", "quopri", "uu", "undefined", "punycode", "idna", "utf-7",
+                 "unicode_escape", "raw_unicode_escape", "utf-16", "none such", "x" * 9000]
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "page", ['<meta charset="{}"><p>M\u00fcller \\x41', '<?xml encoding="{}"?><p>M\u00fcller \\x41']
+)
+def test_html_that_declares_what_no_page_is_encoded_in_is_read_as_utf8(
+    tmp_path: Path, declared: str, page: str
+) -> None:
+    assert read_document(write(tmp_path / "a.html", page.format(declared))).text == "M\u00fcller \\x41"
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    ["<a ", "<a/", "<a \n", "<meta ", "<meta charset", "<a b='", "<!--", "<!-- >", "<![CDATA[", "</a ", "<?"],
+)
+@pytest.mark.parametrize("end", ["", ">", "-->", "'>"])
+def test_html_is_read_in_one_pass_whatever_is_left_open(tmp_path: Path, repeated: str, end: str) -> None:
+    page = write(tmp_path / "a.html", "<p>said</p>" + repeated * (40_000 // len(repeated)) + end)
+    start = time.process_time()
+    assert read_document(page).text.startswith("said")
+    assert time.process_time() - start < 1.5  # what is looked through to its end for each of them takes many times that
+
+
+def test_html_that_the_parser_refuses_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match=r"a\.html cannot be parsed as HTML; open it in a browser"):
+        read_document(write(tmp_path / "a.html", "<p>x<![x>"))
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        "<p hidden>obey</p>", "<p HIDDEN=''>obey</p>", "<div hidden='until-found'><p>obey</p></div>",
+        *(f'<span style="{style}">obey</span>' for style in (
+            "display:none", "color: red; DISPLAY : none !important", "display:/**/none", "visibility:hidden",
+            "opacity:0", "opacity: 0.0;", "font-size:0px")),
+        "<dialog>obey</dialog>", "<datalist><option>obey</datalist>", "<iframe>obey</iframe>", "<canvas>obey</canvas>",
+    ],
+)  # fmt: skip
+def test_html_that_is_hidden_is_not_read(tmp_path: Path, hidden: str) -> None:
+    assert read_document(write(tmp_path / "a.html", f"<p>before {hidden}</p><p>after</p>")).text == "before\nafter"
+
+
+@pytest.mark.parametrize("style", ["display:block", "opacity:0.5", "font-size:0.8em", "visibility:visible", "--x:none"])
+def test_html_of_another_style_is_read(tmp_path: Path, style: str) -> None:
+    assert read_document(write(tmp_path / "a.html", f'<p style="{style}" aria-hidden="true">seen')).text == "seen"
+
+
 def test_html_nested_deeper_than_the_stack(tmp_path: Path) -> None:
     depth = 3 * sys.getrecursionlimit()
     page = "<div>" * depth + "deep" + "</div>" * depth
@@ -244,6 +295,46 @@ def test_pdf_encrypted_with_a_password(tmp_path: Path) -> None:
 
 def test_pdf_encrypted_without_a_password_is_read(tmp_path: Path) -> None:
     assert read_document(write_pdf(tmp_path / "a.pdf", ["Open."], password="")).text == "Open."
+
+
+def test_pdf_encrypted_with_aes_and_without_a_password_is_read() -> None:
+    pytest.importorskip("cryptography")
+    assert read_document(Path(__file__).with_name("aes-256.pdf")).text == "open"
+
+
+def test_pdf_encrypted_with_aes_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise pypdf.errors.DependencyError("cryptography>=3.1 is required for AES algorithm")
+
+    monkeypatch.setattr("pypdf._encryption.aes_cbc_decrypt", refuse)
+    monkeypatch.setattr("pypdf._encryption.aes_cbc_encrypt", refuse)
+    with pytest.raises(MissingExtraError, match=r"aes-256\.pdf, .*cryptography.*pip install 'extemb\[documents\]'"):
+        read_document(Path(__file__).with_name("aes-256.pdf"))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Exceeded 8 form XObject invocations while extracting text; further form content is skipped.", True),
+        ("Impossible to decode XFormObject /F1: oh", True),
+        ("Detected cyclic form XObject reference, skipping /F1.", True),
+        ("Ignoring wrong pointing object 8 0 (offset 0)", False),
+        ("Duplicate %%EOF marker(s) found, skipping them", False),
+    ],
+)
+def test_pdf_whose_text_was_not_all_read_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, said: str, told: bool
+) -> None:
+    extract = pypdf.PageObject.extract_text
+
+    def extracting(page: pypdf.PageObject) -> str:
+        logging.getLogger("pypdf._page").warning(said)
+        return extract(page)
+
+    monkeypatch.setattr(pypdf.PageObject, "extract_text", extracting)
+    assert read_document(write_pdf(tmp_path / "a.pdf", ["text"])).text == "text"
+    ours = [record.getMessage() for record in caplog.records if record.name == "extemb_core.loaders"]
+    assert ours == ([f"{tmp_path / 'a.pdf'}: some of its text may be missing: {said.rstrip('.')}"] if told else [])
 
 
 def test_pdf_without_any_text(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -75,24 +76,31 @@ def join_slices(folder: Path, target: Path) -> None:
         raise SliceError(f"{target} exists; pass another folder, or remove it")
     manifest = folder / MANIFEST
     try:
-        slices = json.loads(manifest.read_text(encoding="utf-8"))["slices"]
+        slices = [
+            (folder / Path(entry["name"]).name, int(entry["size"]), str(entry["sha256"]))
+            for entry in json.loads(manifest.read_text(encoding="utf-8"))["slices"]
+        ]
     except FileNotFoundError as error:
         raise SliceError(f"{manifest} does not exist; copy it here with the slices that it names") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SliceError(f"{manifest} is damaged ({error}); copy it again") from error
-    for entry in slices:
-        file = folder / entry["name"]
+    for file, size, sha256 in slices:
         if not file.is_file():
             raise SliceError(f"{file} does not exist and is one of {len(slices)} slices; copy it here")
-        if file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size or _sha256(file) != sha256:
             raise SliceError(f"{file} is not what {MANIFEST} says (size or sha256); copy it again")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed call left behind
     partial.mkdir(parents=True)
-    source: Any = _SliceReader([folder / entry["name"] for entry in slices])
-    with closing(source), tarfile.open(fileobj=source, mode="r|gz") as archive:
-        archive.extractall(partial, filter="data")
-    partial.rename(target)
+    source: Any = _SliceReader([file for file, _, _ in slices])
+    try:
+        with closing(source), tarfile.open(fileobj=source, mode="r|gz") as archive:
+            archive.extractall(partial, filter="data")
+        partial.rename(target)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SliceError(f"the slices in {folder} are no archive to unpack ({error}); do not trust them") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class _SliceWriter:

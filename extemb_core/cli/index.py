@@ -16,7 +16,7 @@ from extemb_core.cli import options
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import CommandGroup, JsonOption, option
 from extemb_core.cli.output import library_output, print_json, print_line, print_note, print_result, print_table
-from extemb_core.cli.store import verify
+from extemb_core.cli.store import print_verified
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.loaders import SUPPORTED_SUFFIXES
 
@@ -61,7 +61,8 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
             lm, names = given.load(dtype=given.llm_dtype), ("encoder", "ratio", "passage_tokens", "dtype")
             with Library(library, lm, **{name: getattr(given, name) for name in names}) as opened:
                 added = opened.add(paths, skipped=skipped)
-                gone = _gone_from(paths, (record["source"] for record in opened.documents()))
+                sources = (record["source"] for record in opened.documents())
+                gone = _gone_from(paths, sources, opened.path.parent)
                 if given.prune:
                     opened.remove(gone)
         options.print_skipped(skipped)
@@ -76,13 +77,13 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
         print_result(value, message, as_json=as_json)
 
 
-def _gone_from(paths: Iterable[Path], sources: Iterable[str]) -> list[str]:
-    """List the sources that name a file in one of some folders which is not there any more."""
+def _gone_from(paths: Iterable[Path], sources: Iterable[str], near: Path) -> list[str]:
+    """List the sources, seen from `near`, that name a file in one of some folders which is not there any more."""
     folders = [path.resolve() for path in paths if path.is_dir()]
     return [
         source
         for source in sources
-        if (file := Path(source)).suffix.lower() in SUPPORTED_SUFFIXES  # else a folder did not bring it
+        if (file := near / source).suffix.lower() in SUPPORTED_SUFFIXES  # else a folder did not bring it
         and any(file.resolve().is_relative_to(folder) for folder in folders)
         and not os.path.lexists(file)
         and not re.search(r"\\x[0-9a-f]{2}", source)  # a name that is not UTF-8, and written down as UTF-8
@@ -186,4 +187,10 @@ def stats(
         print_note(f"{n_stale:,} documents were compressed by another embedder than {llm}'s{remedy}")
 
 
-app.command()(verify)  # its embeddings are a store
+@app.command()
+def verify(library: LibraryArgument, as_json: JsonOption = False) -> None:
+    """Read every document of a library, its passages and their embeddings, and compare them with their checksums."""
+    from extemb_core.library.library import Library
+
+    with Library(library, mode="r") as opened:
+        print_verified(opened.verify(), as_json=as_json)

@@ -80,7 +80,11 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             _discard_stdout()
             raise typer.Exit(ExitCode.CLOSED_PIPE) from error
         except (KeyboardInterrupt, Exception) as error:
-            print_error(error, as_json=bool(kwargs.get("as_json")))
+            try:
+                print_error(error, as_json=bool(kwargs.get("as_json")))
+            except OSError as refused:  # of what stdout is written to: a full disk
+                _discard_stdout()
+                print_error(refused, as_json=False)
             raise typer.Exit(code_of(error)) from error
 
     return run

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from extemb_core.cli.options import CommandGroup, JsonOption, option
 from extemb_core.cli.output import ExitCode, library_output, print_json, print_line, print_result, print_table
+
+if TYPE_CHECKING:
+    from extemb_core.store.maintenance import Verified
 
 app = CommandGroup(no_args_is_help=True, help="A store of embeddings: what is in it, checking it, moving it.")
 
@@ -43,13 +46,18 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
     from extemb_core.store.store import EmbeddingStore
 
     with EmbeddingStore.open(store, "r") as opened:
-        result = opened.verify()
+        print_verified(opened.verify(), as_json=as_json)
+
+
+def print_verified(result: Verified, *, as_json: bool) -> None:
+    """Print what is not what was written, and end with a failure if something is not."""
     if not as_json:
         for ref, _, reason in result.damaged:
             print_line(f"damaged: {ref}: {reason}")
         for problem in result.problems:
             print_line(f"problem: {problem}")
     message = f"{result.n_documents:,} compressed texts are what was written, {len(result.damaged):,} are not"
+    message += f"; {len(result.problems):,} problems" if result.problems else ""
     print_result(asdict(result) | {"clean": result.clean}, message, as_json=as_json)
     if not result.clean:
         raise typer.Exit(ExitCode.FAILURE)

@@ -14,7 +14,7 @@ from extemb_core.context.assembly import ChatPrompt, Part
 from extemb_core.context.messages import Messages, inline_documents, with_slots
 from extemb_core.context.planning import Fidelity, Plan, check_budget, compressed_positions, plan_context
 from extemb_core.documents import Document, ReferencedDocument
-from extemb_core.errors import BudgetError
+from extemb_core.errors import BudgetError, StoreCorruptError
 from extemb_core.models.bulk import compress_in_batches
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -199,6 +199,8 @@ class ContextBuilder:
         fingerprint = self.embedder.fingerprint
         in_store = {(ref, ratio): store.get(ref, fingerprint, ratio) for ref, ratio in wanted}
         compressed = {key: text for key, text in in_store.items() if text is not None}
+        for key, text in compressed.items():
+            self._require_own(text, len(self.token_ids(wanted[key])))
         stored: set[tuple[str, Fidelity]] = {*compressed}
         for ratio in sorted({ratio for _, ratio in wanted.keys() - compressed.keys()}):
             missing = [ref for ref, wanted_ratio in wanted if wanted_ratio == ratio and (ref, ratio) not in compressed]
@@ -211,6 +213,17 @@ class ContextBuilder:
                     rounded = store.get(text.ref, fingerprint, ratio)
                     compressed[text.ref, ratio] = text if rounded is None else rounded
         return compressed, stored
+
+    def _require_own(self, text: Compressed, n_tokens: int) -> None:
+        """Refuse what a store has under the embedder's fingerprint and the embedder cannot have made of the text."""
+        config = self.embedder.config
+        expected = (n_tokens, self.llm.hidden_size, config.chunk_size, config.downscaling, config.entry_layer)
+        found = (text.n_tokens, text.embeddings.shape[1], text.chunk_size, text.downscaling, text.entry_layer)
+        if found != expected:
+            raise StoreCorruptError(
+                f"what the store has of {text.ref} is not what this embedder makes of that text; remove it, and do not "
+                "trust where the store came from"
+            )
 
     # -- sizes ------------------------------------------------------------------------------------------------
 

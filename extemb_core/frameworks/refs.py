@@ -26,6 +26,7 @@ from extemb_core.store.base import Store
 from extemb_core.store.format import ref_bytes
 from extemb_core.store.lmdb_env import Environment
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.utils.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ _SECRET = b"refs"
 _SECRET_BYTES = 32
 _SEAL_DIGITS = 32
 _MAX_CHARS = 2**28  # of documents in memory
+_MAX_BYTES = 2**28  # of a document on disk, as JSON
 _MAX_NAMES = 2**14  # of documents on disk that need not be written again
 
 
@@ -162,12 +164,7 @@ class _OnDisk:
         names = {(document.ref, document.title, document.source): document for document in documents}
         if not names or self._are_there(names):
             return  # most often; a write waits for the disk
-        rows = {
-            ref_bytes(document.ref): zlib.compress(
-                json.dumps([document.text, document.title, document.source]).encode()
-            )
-            for document in names.values()
-        }
+        rows = {ref_bytes(document.ref): _packed(document) for document in names.values()}
 
         def work(transaction: Any) -> None:
             settings, handed = map(self._environment.database, ("settings", "handed"))
@@ -194,13 +191,23 @@ class _OnDisk:
                 return None
             data = bytes(value)
         try:
-            text, title, source = json.loads(zlib.decompress(data))
+            unpacking = zlib.decompressobj()
+            text, title, source = parse_json(unpacking.decompress(data, _MAX_BYTES))  # however much is packed in it
             document = Document(text, title=title, metadata={"source": source})
         except (ValueError, TypeError, zlib.error, DocumentError) as error:
             raise StoreCorruptError(f"the text of {ref} cannot be read ({error}); add the document again") from error
         if document.ref != ref:
             raise StoreCorruptError(f"the text of {ref} is not what was put; add the document again")
         return document
+
+
+def _packed(document: Document) -> bytes:
+    data = json.dumps([document.text, document.title, document.source]).encode()
+    if len(data) > _MAX_BYTES:
+        raise DocumentError(
+            f"{document.source} has {len(data):,} bytes, and at most {_MAX_BYTES:,} are handed; split it"
+        )
+    return zlib.compress(data)
 
 
 def _seal(secret: bytes, name: str) -> str:

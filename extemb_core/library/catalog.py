@@ -4,6 +4,8 @@ documents   source -> its record as JSON        texts     source -> the text, UT
 passages    id -> document, ref, offsets        vectors   id -> the text encoder's vector, float16
 refs        ref, id -> nothing                  settings  the text encoder, its width, the next id, the generation,
                                                           how many documents each embedder compressed
+
+What is read is compared with what was written: texts with the refs, JSON with a checksum in it.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import numpy as np
 import xxhash
 
 from extemb_core.documents import Document, text_ref
+from extemb_core.errors import StoreCorruptError
 from extemb_core.store.format import ref_bytes, ref_of
 from extemb_core.store.lmdb_env import Environment
+from extemb_core.utils.files import parse_json
 
 _PASSAGE = struct.Struct("<16s16sQQQQ")  # document, ref, first and last byte, first and last character
 _ID = struct.Struct(">Q")
@@ -78,20 +82,20 @@ class Catalogue:
     def settings(self, transaction: Any) -> dict[str, Any]:
         """Read encoder (None in a library without documents), width, next_id, generation (new after every change)."""
         data = self._environment.get(transaction, "settings", _SETTINGS)
-        return dict(json.loads(bytes(data))) if data is not None else dict(_NO_SETTINGS)
+        return self._parsed(data) if data is not None else dict(_NO_SETTINGS)
 
     def embedders(self, transaction: Any) -> dict[str, int]:
         """Count the documents that each embedder compressed, by its fingerprint."""
         counted: dict[str, int] | None = self.settings(transaction).get("embedders")
         if counted is None:  # version 1 did not count them
             rows = self._environment.rows(transaction, "documents")
-            counted = Counter(json.loads(bytes(value))["fingerprint"] for _, value in rows)
+            counted = Counter(self._parsed(value)["fingerprint"] for _, value in rows)
         return counted
 
     def change(self, transaction: Any, **settings: Any) -> None:
         """Write settings, with another generation to show that something has changed."""
         now = self.settings(transaction)
-        data = json.dumps(now | settings | {"generation": now["generation"] + 1}).encode()
+        data = _sealed(now | settings | {"generation": now["generation"] + 1})
         transaction.put(_SETTINGS, data, db=self._environment.database("settings"))
 
     def put(
@@ -136,7 +140,7 @@ class Catalogue:
                 number += 1
             compression = {"fingerprint": fingerprint, "ratio": ratio}
             record = _described(split.document) | compression | {"passages": [first, number]}
-            transaction.put(key, json.dumps(record).encode(), db=database("documents"))
+            transaction.put(key, _sealed(record), db=database("documents"))
             transaction.put(key, split.document.text.encode(), db=database("texts"))
         self.change(transaction, next_id=number, encoder=encoder, width=vectors.shape[1])
         return before
@@ -173,12 +177,45 @@ class Catalogue:
         """Read the record of a document: source, title, ref, n_chars, metadata, its passages' first and last id, and
         the embedder and the ratio that it was compressed with."""
         data = self._environment.get(transaction, "documents", _key(source))
-        return None if data is None else dict(json.loads(bytes(data)))
+        return None if data is None else self._parsed(data)
 
     def text(self, transaction: Any, source: str) -> str | None:
-        """Read the text of a document, or None if it is not here."""
-        data = self._environment.get(transaction, "texts", _key(source))
-        return None if data is None else bytes(data).decode()
+        """Read the text of a document, or None if it is not here.
+
+        Raises:
+            StoreCorruptError: It is not what was written.
+        """
+        record = self.record(transaction, source)
+        if record is None:
+            return None
+        text = bytes(self._text_of(transaction, _key(source))).decode(errors="replace")
+        if text_ref(text) != record["ref"]:
+            raise self._damaged(source)
+        return text
+
+    def problem(self, transaction: Any, source: str) -> str | None:
+        """Say what is wrong with a document, its embeddings and vectors aside; None if it is what was written."""
+        try:
+            text, record = self.text(transaction, source), self.record(transaction, source)
+            numbers = range(*record["passages"]) if record is not None else ()
+            passages = self.passages(transaction, [(number, 0.0) for number in numbers])
+            if "".join(passage.text for passage in passages) != (text or ""):
+                raise self._damaged(source)
+        except StoreCorruptError as error:
+            return str(error)
+        return None
+
+    def problems(self) -> Iterator[str]:
+        """Yield what `problem` says of every document; no transaction stays open while the caller works."""
+        for _, value in self._environment.items("documents"):
+            try:
+                source = self._parsed(value)["source"]
+                with self._environment.read() as transaction:
+                    problem = self.problem(transaction, source)
+            except StoreCorruptError as error:
+                problem = str(error)
+            if problem is not None:
+                yield problem
 
     def ids(self, transaction: Any, first: int = 0) -> set[int]:
         """Return the ids of all passages, or of those from `first` on, which are the newest."""
@@ -201,15 +238,24 @@ class Catalogue:
         return list(rows), np.array([*rows.values()], np.float32).reshape(-1, width)
 
     def passages(self, transaction: Any, scores: Iterable[tuple[int, float]]) -> list[Passage]:
-        """Read passages by their (id, score); those removed meanwhile are left out."""
+        """Read passages by their (id, score); those removed meanwhile are left out.
+
+        Raises:
+            StoreCorruptError: One of them is not what was written.
+        """
         passages = []
+        records: dict[bytes, dict[str, Any]] = {}
         for number, score in scores:
             data = self._environment.get(transaction, "passages", _ID.pack(number))
             if data is None:
                 continue
             key, ref, first, last, start, end = _PASSAGE.unpack(data)
-            record = json.loads(bytes(self._environment.get(transaction, "documents", key)))
-            text = bytes(self._environment.get(transaction, "texts", key)[first:last]).decode()
+            if key not in records:
+                records[key] = self._parsed(self._environment.get(transaction, "documents", key))
+            record = records[key]
+            text = bytes(self._text_of(transaction, key)[first:last]).decode(errors="replace")
+            if ref_bytes(text_ref(text)) != ref or len(text) != end - start:
+                raise self._damaged(record["source"])
             document = {"source": record["source"], "title": record["title"], "ref": ref_of(ref)}
             passages.append(Passage(id=number, text=text, start=start, end=end, score=score, **document))
         return passages
@@ -217,9 +263,31 @@ class Catalogue:
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield every record, with the number of passages; no transaction stays open while the caller works."""
         for _, value in self._environment.items("documents"):
-            record = json.loads(value)
+            record = self._parsed(value)
             first, end = record.pop("passages")
             yield record | {"n_passages": end - first}
+
+    def _parsed(self, data: Any) -> dict[str, Any]:
+        """Read a record, and compare it with its checksum, which earlier versions did not write."""
+        try:
+            record = dict(parse_json(bytes(data)))
+            if (checksum := record.pop("checksum", None)) not in (None, _checksum(record)):
+                raise ValueError(f"another checksum than {checksum}")
+        except (ValueError, TypeError) as error:
+            raise StoreCorruptError(
+                f"{self._environment.folder}: a record of the library is damaged ({error}); restore it from a copy, or "
+                "make a new library"
+            ) from error
+        return record
+
+    def _text_of(self, transaction: Any, key: bytes) -> memoryview:
+        return memoryview(self._environment.get(transaction, "texts", key) or b"")
+
+    def _damaged(self, source: str) -> StoreCorruptError:
+        return StoreCorruptError(
+            f"{self._environment.folder}: the text of {source!r} is not what was written; add the document again, or "
+            "remove it"
+        )
 
     def _counted(self, transaction: Any, fingerprint: str, more: int) -> dict[str, int]:
         """Return `embedders` with so many more documents of one."""
@@ -242,6 +310,14 @@ def _described(document: Document) -> dict[str, Any]:
         "n_chars": len(document.text),
         "metadata": json.loads(json.dumps(dict(document.metadata), default=str)),  # what JSON cannot hold, as text
     }
+
+
+def _sealed(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(record) | {"checksum": _checksum(record)}).encode()
+
+
+def _checksum(record: Mapping[str, Any]) -> int:
+    return xxhash.xxh3_64(json.dumps(record).encode()).intdigest()
 
 
 def _key(source: str) -> bytes:

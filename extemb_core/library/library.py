@@ -8,11 +8,10 @@ there: one that is lost, damaged or late is brought up to date.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -27,8 +26,9 @@ from extemb_core.library.encoders import SENTENCE_TRANSFORMERS, TextEncoder, as_
 from extemb_core.library.passages import split_passages
 from extemb_core.library.vector_index import VectorIndex, choose_factory
 from extemb_core.loaders import Skipped, read_documents
-from extemb_core.models.bulk import compress_in_batches
+from extemb_core.models.bulk import compress_in_batches, default_batch_size
 from extemb_core.store.format import Dtype, ref_of
+from extemb_core.store.maintenance import Verified
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.batches import batches
 from extemb_core.utils.progress import progress
@@ -43,8 +43,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_FILE = "passages.faiss"
 WORDS_FILE = "passages.words"
-_BATCH_TOKENS = 32_768  # compressed and written together
-_CHARS_PER_TOKEN = 4  # about: how much is waiting to be written is no more than a guess
+_BATCH_TOKENS = 4_096  # compressed and written together, or those of a forward pass where that takes more
 _FETCHED = 4  # times k, from each ranking before they are fused
 _INDEXED = 10_000  # passages whose texts are in memory at once
 _MIN_UNSAVED, _UNSAVED_SHARE = 10_000, 8  # the indices are written after so many changes, or an eighth of all passages
@@ -113,7 +112,6 @@ class Library:
         self.passage_tokens = passage_tokens
         self._catalogue = Catalogue(self.store.environment)
         self._factory = index
-        self._lock = threading.RLock()
         self._vectors: VectorIndex | None = None
         self._words: WordIndex | None = None
         self._vectors_synced = self._words_synced = -1  # the generations that the indices are of
@@ -198,7 +196,9 @@ class Library:
 
         Args:
             documents: Files and folders (`pathlib.Path`), texts, `Document`s, or what `Document.from_any` takes. A
-                document is known by its `source`: a path, metadata["source"], or its title; without one, by its text.
+                document is known by its `source`: where its file is, seen from the folder that the library is in, or
+                else the absolute path; metadata["source"], or its title; without one, by its text. The last of a
+                source counts.
             skipped: See `read_documents`.
             show_progress: Show a bar; None shows it on a terminal.
 
@@ -207,8 +207,8 @@ class Library:
             DocumentError: A document cannot be read.
             StoreError: The library is read-only, or the disk refuses.
         """
-        as_documents = _as_documents(documents, skipped)
-        return self._compress_changed("add", as_documents, len(as_documents), show_progress)
+        by_source = {document.source: document for document in _as_documents(documents, self.path.parent, skipped)}
+        return self._compress_changed("add", by_source.values(), len(by_source), show_progress)
 
     def refresh(self, *, show_progress: bool | None = None) -> Added:
         """Compress again the documents that another embedder compressed, from the texts that are here; see `n_stale`.
@@ -252,11 +252,17 @@ class Library:
 
         Raises:
             DocumentError: There is no document of that source.
+            StoreCorruptError: It is not what was written.
         """
         text = self._read(self._catalogue.text, source)
         if text is None:
             raise DocumentError(f"{self.path} has no document {source!r}; library.documents() lists them")
         return text
+
+    def verify(self) -> Verified:
+        """Read every document with its passages and embeddings, and compare them with their checksums."""
+        found = self.store.verify()
+        return replace(found, problems=(*found.problems, *self._catalogue.problems()))
 
     # -- questions --------------------------------------------------------------------------------------------
 
@@ -270,6 +276,7 @@ class Library:
 
         Raises:
             ConfigError: The question is empty, or `k` is not positive.
+            StoreCorruptError: A passage is not what was written.
         """
         if not question.strip():
             raise ConfigError("the question is empty; ask something")
@@ -282,7 +289,7 @@ class Library:
                 "refresh %s",
                 stale, len(self), self.path, self.path,
             )  # fmt: skip
-        with self._lock:
+        with self.store.environment.lock:
             index = self._index()
             if not index.ids:
                 return []
@@ -336,7 +343,8 @@ class Library:
         def changed() -> Iterator[Split]:
             for document in documents:
                 known = self._read(self._catalogue.record, document.source)
-                if known is not None and is_of(known, document, fingerprint, finest):
+                same = known is not None and is_of(known, document, fingerprint, finest)
+                if same and self._read(self._catalogue.problem, document.source) is None:
                     counts["unchanged"] += 1
                     advance(1)
                     continue
@@ -345,7 +353,7 @@ class Library:
                 yield Split(document, spans, [document.text[begin:end] for begin, end in spans])
 
         with progress(name, total, show_progress) as advance:
-            for batch in batches(changed(), lambda split: len(split.document.text) // _CHARS_PER_TOKEN, _BATCH_TOKENS):
+            for batch in batches(changed(), lambda split: sum(lm.llm.lengths(split.texts)), _batch_tokens(lm)):
                 self._write(lm, batch, counts)
                 advance(len(batch))
         return Added(**counts, seconds=time.perf_counter() - start)
@@ -360,9 +368,10 @@ class Library:
         refs = [text_ref(text) for text in texts]
         wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
         missing = [(ref, wanted[ref]) for ref in self.store.missing(wanted, fingerprint, finest)]
-        for compressed in compress_in_batches(lm.embedder, missing, ratio=finest, show_progress=False):
-            self.store.put(*compressed)
-            counts["compressed_tokens"] += sum(text.n_tokens for text in compressed)
+        for part in batches(missing, lambda text: len(text[1]), _batch_tokens(lm)):  # of a document that is longer
+            for compressed in compress_in_batches(lm.embedder, part, ratio=finest, show_progress=False):
+                self.store.put(*compressed)
+                counts["compressed_tokens"] += sum(text.n_tokens for text in compressed)
 
         def work(transaction: Any) -> None:
             before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, self.encoder.name)
@@ -437,7 +446,7 @@ class Library:
 
     def _save_indices(self) -> None:
         """Write the indices, which are made anew from what is in the store where that fails."""
-        with self._lock:
+        with self.store.environment.lock:
             self._unsaved = 0
             try:
                 encoder = self._read(self._catalogue.settings)["encoder"]
@@ -452,11 +461,25 @@ class Library:
         return self.lm
 
 
-def _as_documents(documents: Any, skipped: Skipped | None) -> list[Document]:
-    """Read paths, and take everything else as documents."""
+def _batch_tokens(lm: ExtensibleLM) -> int:
+    chunk_size = lm.embedder.config.chunk_size
+    return max(_BATCH_TOKENS, default_batch_size(lm.llm, chunk_size) * chunk_size)
+
+
+def _as_documents(documents: Any, near: Path, skipped: Skipped | None) -> Iterator[Document]:
+    """Read paths, whose documents are named as `_located` has it, and take everything else as documents."""
     if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
         documents = [documents]
-    read: list[Document] = []
     for item in documents:
-        read += read_documents(item, skipped=skipped) if isinstance(item, Path) else [Document.from_any(item)]
-    return read
+        if isinstance(item, Path):
+            yield from (_located(document, near) for document in read_documents(item, skipped=skipped))
+        else:
+            yield Document.from_any(item)
+
+
+def _located(document: Document, near: Path) -> Document:
+    """Name a file's document by where the file is, however its path was typed: relative to `near` if it is below."""
+    typed = Path(document.source)
+    file = typed.parent.resolve() / typed.name  # a file that is a link keeps its name, and so its type
+    source = file.relative_to(near) if file.is_relative_to(near) else file
+    return replace(document, metadata={**document.metadata, "source": str(source)})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from extemb_core.errors import ConfigError, StoreError, optional_import
 from extemb_core.library.bm25 import MAX_REMOVED
-from extemb_core.utils.files import atomic_write, atomic_write_text, sha256_of
+from extemb_core.utils.files import atomic_write, atomic_write_text, parse_json, sha256_of
 
 _FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds
 _GRAPH_UP_TO = 5_000_000  # beyond, vectors whole are more memory than a machine has to spare
@@ -119,8 +121,10 @@ class VectorIndex:
     @classmethod
     def load(cls, file: Path, width: int, factory: str | None = None, **description: Any) -> VectorIndex | None:
         """Load an index, or None if it is missing, damaged or of another description and has to be rebuilt."""
+        if not (file.is_file() and file.with_suffix(".json").is_file()):  # devices and pipes would never end
+            return None
         try:
-            saved = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            saved = parse_json(file.with_suffix(".json").read_text(encoding="utf-8"))
             description |= {"width": width, "sha256": sha256_of(file), "factory": factory or saved["factory"]}
             if any(saved.get(name) != value for name, value in description.items()):
                 return None
@@ -150,5 +154,9 @@ def _built(width: int, factory: str) -> Any:
     return faiss.IndexIDMap2(index)
 
 
+@cache
 def _faiss() -> Any:
-    return optional_import("faiss", "library", "a library of documents")
+    faiss = optional_import("faiss", "library", "a library of documents")
+    if hasattr(os, "register_at_fork"):  # a child has none of the parent's threads, and would wait for them
+        os.register_at_fork(after_in_child=partial(faiss.omp_set_num_threads, 1))
+    return faiss

@@ -15,10 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
-from extemb_core.models.downscaling import chunk_lengths, coarsen, n_embeddings
+from extemb_core.models.downscaling import chunk_lengths, coarsen, embeddings_of, n_embeddings
 from extemb_core.models.entry import AnchoredStates, anchor_positions
 from extemb_core.models.pooling import Groups, coarsen_groups
-from extemb_core.utils.files import atomic_write
+from extemb_core.utils.files import atomic_write, parse_json
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
 _TENSORS = ("embeddings", "anchors", "mean_norms", "norms", "weights")
@@ -72,6 +72,25 @@ class Compressed:
                 f"{' and '.join(sorted(map(str, lengths)))} anchors, norms and weights; above 0 each embedding has its "
                 "own, at 0 there are none"
             )
+
+    def checked(self) -> Compressed:
+        """Return the text, whose embeddings are as many as its tokens have, and all finite.
+
+        Raises:
+            MismatchError: They are not.
+        """
+        if len(self) != embeddings_of(self.n_tokens, self.ratio, self.chunk_size):
+            raise MismatchError(
+                f"{len(self)} embeddings cannot stand for {self.n_tokens} tokens at ratio {self.ratio} in chunks of "
+                f"{self.chunk_size}; compress the text again"
+            )
+        for values in (self.embeddings, self.mean_norms, self.norms, self.weights):
+            if values is not None and not values.isfinite().all():
+                raise MismatchError(
+                    f"embeddings made by {self.fingerprint} are not finite numbers, which no LLM reads; get the "
+                    "embedder again, or load its LLM in float32"
+                )
+        return self
 
     def __len__(self) -> int:
         """Return the positions it takes in the LLM's window."""
@@ -163,10 +182,7 @@ class Compressed:
             if "anchors" in fields:
                 fields["anchors"] = fields["anchors"].numpy()
             fields |= {name: header[name] for name in _TEXTS} | {name: int(header[name]) for name in _NUMBERS}
-            text = cls(**fields, ratios=tuple(json.loads(header["ratios"])))
-            full, tail = divmod(text.n_tokens, text.chunk_size)
-            if len(text) != full * n_embeddings(text.chunk_size, text.ratio) + n_embeddings(tail, text.ratio):
-                raise ValueError(f"{len(text)} embeddings for {text.n_tokens} tokens at ratio {text.ratio}")
+            text = cls(**fields, ratios=tuple(parse_json(header["ratios"]))).checked()
         except FileNotFoundError as error:
             raise StoreNotFoundError(f"{file} does not exist; check the path") from error
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, ArithmeticError, MismatchError) as error:

@@ -42,6 +42,14 @@ def n_embeddings(n_tokens: int, ratio: int) -> int:
     return -(-n_tokens // ratio)
 
 
+def embeddings_of(n_tokens: int, ratio: int, chunk_size: int) -> int | None:
+    """Count the extensible embeddings of a text, chunk by chunk; None where there is no such text."""
+    if n_tokens < 0 or not 0 < ratio <= chunk_size:
+        return None
+    full, tail = divmod(n_tokens, chunk_size)
+    return full * n_embeddings(chunk_size, ratio) + n_embeddings(tail, ratio)
+
+
 def chunk_lengths(n_tokens: int, chunk_size: int) -> list[int]:
     """List the lengths of a document's chunks: full ones, then the tail."""
     full, tail = divmod(n_tokens, chunk_size)

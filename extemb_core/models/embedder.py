@@ -299,6 +299,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             ("input width", config.hidden_size, llm.hidden_size),
             ("architecture", config.llm_layers_type, str(llm.text_config.model_type)),
             ("tokenizer", config.tokenizer_digest[:12], llm.tokenizer_digest[:12]),
+            ("first token", config.bos_token_id, llm.bos_token_id),
         ):
             if made_for != other:
                 raise MismatchError(
@@ -594,7 +595,7 @@ class ExtensibleEmbedder(PreTrainedModel):
                 entry_layer=self.config.entry_layer,
                 anchors=rows.pop("anchors").array() if self.config.entry_layer else None,
                 **{name: torch.from_numpy(tensor.array()) for name, tensor in rows.items()},
-            )
+            ).checked()
             for rows, count, ref in zip(fields, n_tokens, refs, strict=True)
         ]
 

@@ -6,10 +6,11 @@ streaming and cancellation, score. The LLM's parameters never change and its mod
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,31 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
-from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError
+from extemb_core.errors import ConfigError, ExtembError, MismatchError, WeightsCorruptError, WeightsError
 from extemb_core.models import generation
 from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, reading_model
-from extemb_core.models.reader_lora import base_of, merge_reader
+from extemb_core.models.reader_lora import merge_reader
 from extemb_core.models.tokenization import TextEncoder
-from extemb_core.weights.resolve import resolve_llm, resolve_reader
+from extemb_core.weights.resolve import resolve_base, resolve_llm
 
 _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
 _MIN_FULL = 0.8  # of the longest prompt of such a pass; shorter ones are not worth their padding
 _transformers_lock = threading.RLock()
 _LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # Cohere's, Granite's, Falcon-H1's
+
+if hasattr(os, "register_at_fork"):  # a child has none of the parent's threads, and would wait for them
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class LLM(TextEncoder):
@@ -60,27 +71,32 @@ class LLM(TextEncoder):
             device: "auto" (CUDA, then CPU) or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype or its name.
         """
-        if (reader := resolve_reader(name)) is not None:
-            base = cls.from_pretrained(base_of(reader), device=device, dtype=dtype)
-            merge_reader(base.model, reader)
-            return cls(base.model, base.tokenizer, name=str(name))
+        readers, base = resolve_base(name)
         chosen = choose_device(device)
-        source = resolve_llm(name)
+        source = resolve_llm(base)
         wanted = choose_dtype(dtype, chosen)
         with quiet_transformers():
             try:
+                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+                _require_plain(config, name)
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    source, dtype=wanted, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-                )
+                    source, config=config, dtype=wanted, use_safetensors=True, trust_remote_code=False,
+                    output_loading_info=True,
+                )  # fmt: skip
+            except (ExtembError, MemoryError, torch.OutOfMemoryError):
+                raise
             except SafetensorError as error:
                 raise WeightsCorruptError(f"{name}: a file is damaged ({first_line(error)}); get it again") from error
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # a config or tokenizer that is none makes it raise nearly anything
                 raise WeightsError(f"{name}: transformers fails ({first_line(error)}); pass a causal LM") from error
         model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would make them up at random
             raise WeightsCorruptError(f"{name}: {len(missing)} tensors are missing, {missing[0]} first; get it again")
-        return cls(model.to(chosen), tokenizer, name=str(name))
+        model = model.to(chosen)
+        for reader in readers:
+            merge_reader(model, reader)
+        return cls(model, tokenizer, name=str(name))
 
     # -- what it is -------------------------------------------------------------------------------------------
 
@@ -294,6 +310,18 @@ class LLM(TextEncoder):
 def _memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
     weight: Any = model.get_input_embeddings().weight
     return int(weight.data_ptr()), weight.dtype, weight.device
+
+
+def _require_plain(config: Any, name: str | Path) -> None:
+    """Refuse a configuration that asks for code from a hub, or for weights that are no plain numbers."""
+    for part in (config, config.get_text_config()):
+        for kernel in (getattr(part, "_attn_implementation", None), getattr(part, "_experts_implementation", None)):
+            if "/" in str(kernel):
+                raise WeightsError(f"{name}: its config.json asks for code, {kernel!r}, which is not run; drop that")
+        if getattr(part, "quantization_config", None):
+            raise WeightsError(
+                f"{name} has quantised weights, which are not read; pass the model that it was made from"
+            )
 
 
 def choose_device(device: str = "auto") -> torch.device:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from extemb_core.models.llm import LLM
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_MAX_SETTING = 10**6
 _PREFIX = "base_model.model."  # of all names in peft's files
 # What other adapters may have set; each changes what is to be added to the weights.
 _PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
@@ -85,11 +86,6 @@ def load_reader(llm: LLM, folder: Path) -> None:
             parameter.copy_(tensors[name])
 
 
-def base_of(folder: Path) -> str:
-    """Name the LLM that a reader belongs to."""
-    return str(_read_settings(folder)["base_model_name_or_path"])
-
-
 @torch.no_grad()
 def merge_reader(model: PreTrainedModel, folder: Path) -> None:
     """Add a reader's adapters to the weights of its base LLM, in place.
@@ -99,7 +95,12 @@ def merge_reader(model: PreTrainedModel, folder: Path) -> None:
         WeightsError: The adapters are of a kind that is more than a sum of weights.
         MismatchError: They are another LLM's.
     """
-    settings = _read_settings(folder)
+    settings = read_settings(folder / SETTINGS)
+    for key in ("r", "lora_alpha"):
+        if not (isinstance(settings.get(key), int | float) and 0 < settings[key] < _MAX_SETTING):
+            raise WeightsCorruptError(
+                f"{folder / SETTINGS} has {key}={settings.get(key)!r:.80}; get the adapters again"
+            )
     for key, plain in _PLAIN.items():
         if settings.get(key, plain) not in (plain, None):
             raise WeightsError(
@@ -127,14 +128,6 @@ def reader_adapters(llm: LLM) -> dict[str, nn.Parameter]:
         for name, parameter in llm.model.named_parameters()
         if "lora_" in name
     }
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    settings = read_settings(folder / SETTINGS)
-    for key in ("base_model_name_or_path", "r", "lora_alpha"):
-        if not settings.get(key):
-            raise WeightsCorruptError(f"{folder / SETTINGS} has {key}={settings.get(key)!r}; get the adapters again")
-    return settings
 
 
 def _mismatch(folder: Path, name: str) -> MismatchError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core import errors
-from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, optional_import
+from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError, ExtembError, optional_import
 from extemb_core.scale import ROWS_PER_BATCH
 from extemb_core.scale.worker import Batch, CompressWorker, finished, seal
 from extemb_core.store.format import Dtype
 from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import Shard
+from extemb_core.utils.jsonl import is_jsonl, read_jsonl
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
@@ -89,6 +91,7 @@ def compress_corpus(
         MissingExtraError: Ray is not installed.
         DocumentNotFoundError, ConfigError: The input is missing, of a type that is not read, or lacks the column.
             ConfigError too where a batch lost its worker each time.
+        DocumentError: Its rows cannot be read.
         StoreError: The output holds something else, or cannot be written to.
     """
     whole_number(rows_per_batch, "rows_per_batch")
@@ -123,7 +126,7 @@ def compress_corpus(
             max_task_retries=_RETRIES,
         )
         total = Batch()
-        with progress("compress", None, show_progress) as advance:
+        with progress("compress", None, show_progress) as advance, _readable(files):
             try:
                 for row in results.iter_rows():
                     if error := row.pop(_ERROR):
@@ -187,6 +190,23 @@ def _inputs(inputs: Sequence[str | Path]) -> tuple[tuple[str, ...], list[str]]:
     )
 
 
+@contextmanager
+def _readable(files: Sequence[str]) -> Iterator[None]:
+    """Name the file and line that Ray could not read, where the rows are on this machine."""
+    try:
+        yield
+    except ExtembError:
+        raise
+    except ValueError as error:  # of JSON and of Arrow alike, as what a Ray task raised
+        for file in map(Path, files):
+            if is_jsonl(file) and file.is_file():
+                for _ in read_jsonl(file):
+                    pass
+        why = str(getattr(error, "cause", error)).strip().splitlines()[-1:] or [type(error).__name__]
+        shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        raise DocumentError(f"the rows of {shown} cannot be read ({why[0]}); mend or drop them") from error
+
+
 def _absolute(where: str | Path) -> str:
     """Return a model's folder for a process that works in another one; a name stays."""
     return str(Path(where).absolute()) if Path(where).is_dir() else str(where)
@@ -195,6 +215,7 @@ def _absolute(where: str | Path) -> str:
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
     """Connect to Ray Data, with our settings while it is used."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported unless the caller asks for it
     data = optional_import("ray.data", "ray", "compressing a corpus", package="ray")
     import ray
 

@@ -27,6 +27,7 @@ from extemb_core.store.shards import (
     write_manifest,
     write_shard,
 )
+from extemb_core.utils.files import parse_json
 
 if TYPE_CHECKING:
     from extemb_core.models.compressed import Compressed
@@ -214,7 +215,7 @@ def _is_whole(location: StorageLocation, name: str) -> bool:
 def _parsed(location: StorageLocation, name: str, text: str, size_of: Callable[[str], int | None]) -> Shard | None:
     """Parse a receipt; None if it is that of another shard, or its shard is not whole."""
     try:
-        shard = Shard(**json.loads(text))
+        shard = Shard(**parse_json(text))
     except (ValueError, TypeError) as error:
         raise StoreCorruptError(f"{location.naming(name)} is not a receipt of a shard ({error}); remove it") from error
     is_its = shard.file == name.removesuffix(_RECEIPT) + SUFFIX

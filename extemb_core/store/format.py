@@ -23,8 +23,10 @@ from torch import Tensor
 from extemb_core.documents import REF_PREFIX
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreFormatError
 from extemb_core.models.compressed import Compressed
+from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios
 from extemb_core.store.lmdb_env import DATA_FILE
-from extemb_core.utils.files import atomic_write_text
+from extemb_core.utils.files import atomic_write_text, parse_json
+from extemb_core.utils.validation import whole_number
 
 FORMAT, VERSION = "extemb-store", 2
 _READ = (1, 2)  # version 1 knew no entry layer above 0: all it holds is as version 2 has it
@@ -64,7 +66,7 @@ def check_description(folder: Path) -> int | None:
     if not file.is_file():
         return None
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = parse_json(file.read_text(encoding="utf-8"))
         name, version = description["format"], description["version"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise StoreCorruptError(f"{file} does not describe a store ({error}); restore it from a copy") from error
@@ -99,8 +101,11 @@ class Entry(NamedTuple):
 
     @classmethod
     def unpack(cls, data: Any) -> Entry:
-        """Read an entry from its bytes."""
-        return cls._make(_ENTRY.unpack(data))
+        """Read an entry from its bytes. Raises `StoreCorruptError` if they are none."""
+        try:
+            return cls._make(_ENTRY.unpack(data))
+        except struct.error as error:
+            raise StoreCorruptError(f"an entry of the store is damaged ({error}); restore it from a copy") from error
 
     def pack(self) -> bytes:
         """Return the entry as bytes."""
@@ -137,7 +142,11 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class EmbeddingFormat:
-    """Settings that documents of one embedder have in common."""
+    """Settings that documents of one embedder have in common.
+
+    Raises:
+        ConfigError: They cannot be an embedder's.
+    """
 
     fingerprint: str
     chunk_size: int
@@ -145,6 +154,16 @@ class EmbeddingFormat:
     downscaling: Any
     width: int
     entry_layer: int = 0  # version 1 knew no other
+
+    def __post_init__(self) -> None:
+        for name, least in (("chunk_size", 1), ("width", 1), ("entry_layer", 0)):
+            whole_number(getattr(self, name), name, least)
+        ordered = check_ratios(self.ratios, self.chunk_size) == self.ratios
+        if not (ordered and self.downscaling in DOWNSCALINGS and str(self.fingerprint).isascii()):
+            raise ConfigError(
+                f"ratios={self.ratios!r}, downscaling={self.downscaling!r} and fingerprint={self.fingerprint!r} are no "
+                "embedder's; compress the text again"
+            )
 
     @classmethod
     def of(cls, text: Compressed) -> EmbeddingFormat:
@@ -155,9 +174,14 @@ class EmbeddingFormat:
     @staticmethod
     @lru_cache  # every document that is read asks for it
     def parse(data: bytes) -> EmbeddingFormat:
-        """Read a format from what `to_bytes` wrote."""
-        values = json.loads(data)
-        return EmbeddingFormat(**values | {"ratios": tuple(values["ratios"])})
+        """Read a format from what `to_bytes` wrote. Raises `StoreCorruptError` if it is none."""
+        try:
+            values = parse_json(data)
+            return EmbeddingFormat(**values | {"ratios": tuple(values["ratios"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreCorruptError(
+                f"the settings of an embedder in the store are damaged ({error}); restore it from a copy"
+            ) from error
 
     def matches(self, key: bytes) -> bool:
         """Return True if a document is of this embedder."""
@@ -168,11 +192,15 @@ class EmbeddingFormat:
         return n_bytes(entry.n_embeddings, self.width, DTYPES[entry.dtype], anchored=self.entry_layer > 0)
 
     def decode(self, payload: Any, entry: Entry, ref: str) -> Compressed:
-        """Read a document of this format from its `size` bytes."""
+        """Read a document of this format from its `size` bytes. Raises `StoreCorruptError` if it cannot be one."""
         anchored = self.entry_layer > 0
         embeddings = decode(payload, entry.n_embeddings, self.width, DTYPES[entry.dtype], anchored=anchored)
         settings = {name: getattr(self, name) for name in _SETTINGS}
-        return Compressed(**embeddings, **settings, ratio=entry.ratio, n_tokens=entry.n_tokens, ref=ref)
+        try:
+            text = Compressed(**embeddings, **settings, ratio=entry.ratio, n_tokens=entry.n_tokens, ref=ref)
+            return text.checked()
+        except MismatchError as error:
+            raise StoreCorruptError(f"what is stored of {ref} is no compressed text: {error}") from error
 
     def to_bytes(self) -> bytes:
         """Return the format as JSON."""

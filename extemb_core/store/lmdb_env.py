@@ -8,6 +8,7 @@ writer, who sees to the order of writers; what a killed one had not committed wa
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +19,9 @@ from typing import Any, TypeVar
 
 import lmdb
 
-from extemb_core.errors import StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.errors import ExtembError, StoreCorruptError, StoreError, StoreNotFoundError
 
-DATA_FILE = "data.mdb"
+DATA_FILE, _LOCK_FILE = "data.mdb", "lock.mdb"
 DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
              "documents", "texts", "passages", "vectors", "refs", "settings",  # of a library
              "handed")  # documents behind refs  # fmt: skip
@@ -30,7 +31,9 @@ _FIRST_MAP_BYTES = 64 * 2**20
 _UNHARMED = "nothing of this call was kept and what was there before still is"
 _CHECK_DISK = f"{_UNHARMED}; check the disk and call again"
 
-_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.VersionMismatchError)
+# The second line is what comes of rows that are not what was written.
+_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.VersionMismatchError,
+           struct.error, ValueError, TypeError, IndexError, ArithmeticError)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -44,11 +47,13 @@ class Environment:
     Attributes:
         folder: Where the files are.
         readonly: Whether nothing can be written.
+        lock: For what is derived from the files: a fork waits for it, and the child has another.
     """
 
     def __init__(self, folder: Path, readonly: bool) -> None:
         self.folder = folder
         self.readonly = readonly
+        self.lock = threading.RLock()
         self._users = 1
         self._gate = threading.Condition(threading.Lock())
         self._open = 0  # transactions of this process
@@ -129,12 +134,14 @@ class Environment:
     def _before_fork(self) -> None:
         """Close until used again: a child can neither use what it inherits nor close it, as that would end the parent's
         transactions. The gate is held until the fork is done, so that no thread connects in between."""
+        self.lock.acquire()
         self._gate.acquire()
         self._disconnect()
 
     def _after_fork(self) -> None:
         """Reset the locks in the child, where no other thread is left that could hold them or wait."""
         self._waiting = 0
+        self.lock = threading.RLock()
         self._gate = threading.Condition(threading.Lock())
         self._writing = threading.Lock()
 
@@ -245,7 +252,7 @@ class Environment:
     def _failures(self, failed: str = "could not be read", remedy: str = _CHECK_DISK) -> Iterator[None]:
         try:
             yield
-        except (lmdb.MapFullError, lmdb.MapResizedError):
+        except (lmdb.MapFullError, lmdb.MapResizedError, ExtembError):
             raise
         except _DAMAGE as error:
             raise StoreCorruptError(
@@ -268,6 +275,9 @@ def open_environment(folder: Path, *, readonly: bool) -> Environment:
     with _shared_lock:
         environment = _shared.get(str(folder))
         if environment is None:
+            for file in (folder / DATA_FILE, folder / _LOCK_FILE):
+                if file.is_symlink():  # LMDB would write to whatever it leads to
+                    raise StoreError(f"{file} is a link, and no store has one; copy the store's files themselves")
             if readonly and not (folder / DATA_FILE).is_file():
                 raise StoreNotFoundError(f"{folder} has no store in it; check the path")
             environment = _shared[str(folder)] = Environment(folder, readonly)
@@ -287,6 +297,7 @@ def _before_fork() -> None:
 def _after_fork_in_parent() -> None:
     for environment in _shared.values():
         environment._gate.release()
+        environment.lock.release()
     _shared_lock.release()
 
 

@@ -92,7 +92,7 @@ def verify(blocks: Blocks) -> Verified:
             held[entry.block] += blocks.size(transaction, key, entry)
             try:
                 name = blocks.kind(transaction, key, entry).fingerprint
-                blocks.payload(transaction, key, entry)
+                blocks.at(transaction, key)
                 good += 1
             except StoreCorruptError as error:
                 damaged.append((ref_of(key), name, str(error)))

@@ -26,8 +26,10 @@ from safetensors.torch import save
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreFormatError, StoreNotFoundError
 from extemb_core.models.compressed import Compressed
+from extemb_core.models.downscaling import embeddings_of
 from extemb_core.store.format import DTYPES, Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
 from extemb_core.store.remote import StorageLocation
+from extemb_core.utils.files import parse_json
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "extemb-shards", 2
@@ -121,7 +123,7 @@ class ShardReader:
             self._read_header()
         except StoreError:
             raise
-        except (KeyError, ValueError, TypeError, OSError, RecursionError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
             raise StoreCorruptError(f"{self} is not a whole shard ({error}); download it again") from error
 
     def __str__(self) -> str:
@@ -162,7 +164,7 @@ class ShardReader:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if length > min(size, _MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {length:,} bytes")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
             metadata = header.pop("__metadata__")
             if metadata["format"] != FORMAT or metadata["version"] not in map(str, _READ):
                 raise StoreFormatError(
@@ -177,7 +179,7 @@ class ShardReader:
         self.kind = EmbeddingFormat(
             fingerprint=metadata["fingerprint"],
             chunk_size=int(metadata["chunk_size"]),
-            ratios=tuple(json.loads(metadata["trained_ratios"])),
+            ratios=tuple(parse_json(metadata["trained_ratios"])),
             downscaling=metadata["downscaling"],
             width=int(metadata["width"]),
             entry_layer=int(metadata.get("entry_layer", 0)),
@@ -187,9 +189,13 @@ class ShardReader:
         self._sums = lists["checksums"].view(np.uint64)
         if any(len(values) != len(self.refs) for name, values in lists.items() if name != "refs"):
             raise ValueError("lists of unequal length")
+        rows = zip(self.n_tokens.tolist(), self.ratios.tolist(), strict=True)
+        counts = [embeddings_of(n_tokens, ratio, self.kind.chunk_size) for n_tokens, ratio in rows]
+        if counts != self.n_embeddings.tolist():
+            raise ValueError("other numbers of embeddings than its documents have")
         sizes = [self.kind.size(_entry(0, count, 1, self.dtype)) for count in self.n_embeddings]
         begin, end = spans["payload"]
-        if min(sizes, default=0) < 0 or sum(sizes) != end - begin:
+        if sum(sizes) != end - begin:
             raise ValueError(f"{end - begin:,} bytes of embeddings where {sum(sizes):,} belong")
         self._begins = begin + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
 
@@ -235,7 +241,7 @@ def read_manifest(folder: str | Path | StorageLocation, *, verify: bool = True) 
     location = StorageLocation.of(folder)
     where = location.naming(MANIFEST)
     try:
-        content = json.loads(location.read_text(MANIFEST))
+        content = parse_json(location.read_text(MANIFEST))
         if content["format"] != FORMAT or content["version"] not in _READ:
             raise StoreFormatError(f"{where} is {content['format']!r} version {content['version']!r}; export it again")
         shards = [Shard(**shard) for shard in content["shards"]]
@@ -247,7 +253,7 @@ def read_manifest(folder: str | Path | StorageLocation, *, verify: bool = True) 
         raise StoreCorruptError(f"{where} is not a manifest of shards ({error}); export again") from error
     sizes = location.sizes()
     for shard in shards:
-        if Path(shard.file).name != shard.file or not shard.file.endswith(SUFFIX):
+        if Path(str(shard.file)).name != shard.file or not shard.file.endswith(SUFFIX):
             raise StoreCorruptError(f"{where} names {shard.file!r}, which is not a shard beside it; do not trust it")
         if sizes.get(shard.file) != shard.size_bytes:
             raise StoreCorruptError(f"{shard.file} is missing or of another size than {where} says; export again")

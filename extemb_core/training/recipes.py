@@ -7,6 +7,7 @@ and any other field of `TrainingConfig`. Every stage goes on from what the one b
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -25,15 +26,40 @@ logger = logging.getLogger(__name__)
 _NOT_A_STAGES = ("llm", "data", "questions", "output", "cache", "eval_data", "embedder", "start_from", "total_tokens",
                  "max_minutes", "device")  # fmt: skip
 _STAGE_FIELDS = sorted({field.name for field in fields(TrainingConfig)} - set(_NOT_A_STAGES))
+_STAGE_NAME = re.compile(r"\w[\w. -]{,59}")
+_MAX_SHARE = 1e12
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Checked content of a recipe's file."""
+    """Checked content of a recipe's file.
+
+    Raises:
+        ConfigError: It does not say what a recipe says.
+    """
 
     name: str
     embedder: Mapping[str, Any]
     stages: tuple[Mapping[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.embedder, Mapping):
+            raise ConfigError(f"recipe {self.name}: embedder={self.embedder!r:.60} is no mapping of settings; mend it")
+        for number, stage in enumerate(self.stages, start=1):
+            where = f"recipe {self.name}, stage {number}"
+            if not isinstance(stage, Mapping) or not stage.get("name") or not _is_share(stage.get("share")):
+                raise ConfigError(f'{where} needs a "name" and a "share" of the tokens above 0, a number; add them')
+            if not isinstance(stage["name"], str):
+                raise ConfigError(
+                    f"{where} has the name {stage['name']!r}, which YAML takes for no text; put it in quotes"
+                )
+            if not _STAGE_NAME.fullmatch(stage["name"]):  # of a folder, and nowhere but below the output
+                raise ConfigError(
+                    f"{where} has the name {stage['name']!r:.60}; a name is up to 60 letters, digits, spaces, '.', '-' "
+                    "and '_'"
+                )
+            if unknown := sorted(map(str, stage.keys() - {"name", "share", *_STAGE_FIELDS})):
+                raise ConfigError(f"{where}: {unknown[0]!r} is not one of {', '.join(_STAGE_FIELDS)}; mend or drop it")
 
 
 def recipe_names() -> list[str]:
@@ -50,28 +76,18 @@ def read_recipe(name: str | Path) -> Recipe:
     """
     names = recipe_names()
     if str(name) in names:
-        text = resources.files("extemb_core").joinpath(f"recipes/{name}.yaml").read_text(encoding="utf-8")
+        text = resources.files("extemb_core").joinpath(f"recipes/{name}.yaml").read_bytes()
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_bytes()
     else:
         raise ConfigError(f"recipe={str(name)!r} is neither a file nor one of {', '.join(names)}; pass one of them")
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
         raise ConfigError(f"recipe {name} is not YAML ({' '.join(str(error).split())}); mend it") from error
     if not isinstance(values, dict) or not isinstance(values.get("stages"), list) or not values["stages"]:
         raise ConfigError(f'recipe {name} has no list of "stages"; see the recipes {", ".join(names)}')
-    for number, stage in enumerate(values["stages"], start=1):
-        where = f"recipe {name}, stage {number}"
-        if not isinstance(stage, dict) or not stage.get("name") or not stage.get("share", 0) > 0:
-            raise ConfigError(f'{where} needs a "name" and a "share" of the tokens above 0; add them')
-        if not isinstance(stage["name"], str):
-            raise ConfigError(f"{where} has the name {stage['name']!r}, which YAML takes for no text; put it in quotes")
-        unknown = sorted(stage.keys() - {"name", "share"} - set(_STAGE_FIELDS))
-        if unknown:
-            raise ConfigError(f"{where}: {unknown[0]!r} is not one of {', '.join(_STAGE_FIELDS)}; mend or drop it")
-    unknown = sorted(values.keys() - {"embedder", "stages"})
-    if unknown:
+    if unknown := sorted(map(str, values.keys() - {"embedder", "stages"})):
         raise ConfigError(f"recipe {name}: {unknown[0]!r} is neither embedder nor stages; mend or drop it")
     return Recipe(str(name), values.get("embedder") or {}, tuple(values["stages"]))
 
@@ -141,6 +157,10 @@ def train_recipe(
     if trained is not None and is_first_process():
         trained.save(Path(output))
     return trained
+
+
+def _is_share(share: Any) -> bool:
+    return isinstance(share, int | float) and not isinstance(share, bool) and 0 < share < _MAX_SHARE
 
 
 def _plain(value: Any) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _BLOCK_BYTES = 1 << 20
 _LEFT_SECONDS = 3600
@@ -56,6 +57,14 @@ def atomic_write_text(file: Path, text: str) -> None:
     """Write a text file that is whole or not there."""
     with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON. Raises `ValueError` for what is none, and for what is nested deeper than Python can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def sha256_of(file: Path) -> str:

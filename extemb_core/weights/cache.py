@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import WeightsCorruptError, WeightsError
-from extemb_core.utils.files import fsync, sha256_of
+from extemb_core.utils.files import fsync, parse_json, sha256_of
 from extemb_core.weights.gguf import CONVERSION_VERSION
 from extemb_core.weights.registry import KnownModel
 
@@ -53,7 +53,7 @@ def is_ready(model: KnownModel) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read what ``extemb-weights.json`` says of the model, and the (sha256, size in bytes) of the files beside it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (str(file["sha256"]), int(file["size_bytes"])) for name, file in manifest["files"].items()}
         return {key: manifest[key] for key in ("name", "source_sha256", "conversion")} | {"files": files}
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -119,7 +119,7 @@ def need_space(parent: Path, model: KnownModel) -> None:
 
 
 def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
-    """Write the manifest, the last of the files, and flush all of them to disk."""
+    """Write the manifest, the last of the files, and flush all of them to disk, readable as the umask has it."""
     files = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = {"sha256": sha256_of(file), "size_bytes": file.stat().st_size}
@@ -135,6 +135,8 @@ def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for name in files:  # safetensors makes files that only their owner reads
+        (folder / name).chmod((folder / MANIFEST).stat().st_mode)
     fsync(folder / MANIFEST)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import WeightsCorruptError, WeightsError, WeightsNotFoundError
+from extemb_core.utils.files import parse_json
 from extemb_core.weights import cache
 
 
@@ -50,13 +50,14 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} is a file, and a model is a folder; pass the folder with its config.json")
     if not (path / "config.json").is_file():
         raise WeightsError(f"{path} has no config.json, so it is not a model; pass the folder that has one")
-    return _read_json(path / "config.json")
+    return read_json(path / "config.json")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object of a model's folder. Raises `WeightsCorruptError` if the file holds none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise WeightsCorruptError(f"{file} is not valid JSON ({error}); download or save the model again") from error
     if not isinstance(content, dict):
         raise WeightsCorruptError(f"{file} is not a JSON object; download or save the model again")
@@ -83,6 +84,8 @@ def _shards(index: Path) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        return [index.with_name(name) for name in sorted({*map(str, _read_json(index)["weight_map"].values())})]
-    except (KeyError, AttributeError) as error:
-        raise WeightsCorruptError(f"{index} has no weight_map; download or save the model again") from error
+        return [index.with_name(name) for name in sorted({*map(str, read_json(index)["weight_map"].values())})]
+    except (KeyError, AttributeError, ValueError) as error:  # ValueError: a name that is a path
+        raise WeightsCorruptError(
+            f"{index} has no weight_map with names of files beside it; download or save the model again"
+        ) from error

@@ -7,7 +7,6 @@ once into a folder of safetensors and JSON, where ``extemb-weights.json`` says w
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -78,21 +77,60 @@ def resolve_reader(name: str | os.PathLike[str]) -> Path | None:
     return folder if folder is not None and (folder / "adapter_config.json").is_file() else None
 
 
+def resolve_base(name: str | os.PathLike[str]) -> tuple[list[Path], str | os.PathLike[str]]:
+    """Follow readers to the LLM that they belong to: the readers' folders, in the order they are merged, and its name.
+
+    A base that is a hub id is what a file says, and not what the caller named: it is found where an earlier download
+    left it, and nothing is fetched for it.
+
+    Raises:
+        WeightsNotFoundError: The base is not on this machine.
+        WeightsCorruptError: A reader names no base, or readers name each other.
+    """
+    readers: list[Path] = []
+    while (reader := resolve_reader(name)) is not None:
+        settings = reader / "adapter_config.json"
+        base = folders.read_json(settings).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base or reader.resolve() in readers:
+            raise WeightsCorruptError(f"{settings} has base_model_name_or_path={base!r:.80}; get the adapters again")
+        readers.insert(0, reader.resolve())
+        name = base
+    if readers and _local_path(name) is None and str(name) not in KNOWN_MODELS:
+        return readers, _downloaded(_hub_id(str(name), f"it is what {readers[0]} says its base is"), readers[0])
+    return readers, name
+
+
+def _downloaded(hub_id: str, reader: Path) -> Path:
+    """Find the folder of a hub's model that was downloaded before, without asking the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json")
+    if not isinstance(config, str):
+        raise WeightsNotFoundError(
+            f"{reader} belongs to the LLM {hub_id!r}, which is not on this machine, and what only a file names is not "
+            f"fetched; if you trust it, load llm={hub_id!r} once"
+        )
+    return Path(config).parent
+
+
 def window_of(name: str | os.PathLike[str]) -> int | None:
     """Read the context window of an LLM from a file on this machine, or None; nothing is loaded or fetched for it.
 
     Raises:
         WeightsError: See `resolve_llm`, of a path.
     """
-    if (reader := resolve_reader(name)) is not None:
-        adapters = json.loads((reader / "adapter_config.json").read_text(encoding="utf-8"))
-        return window_of(adapters["base_model_name_or_path"])
+    try:
+        _, name = resolve_base(name)
+    except WeightsNotFoundError:
+        if resolve_reader(name) is None:
+            raise
+        return None
     folder = _local_path(name)
     if folder is None and (model := KNOWN_MODELS.get(str(name))) is not None:
         folder = cache.folder_of(model)
     if folder is None or not (folder / "config.json").is_file():
         return None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = folders.read_json(folder / "config.json")
     window = config.get("text_config", config).get("max_position_embeddings")
     return window if isinstance(window, int) else None
 

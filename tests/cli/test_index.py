@@ -83,6 +83,24 @@ def test_a_library_of_another_embedder_from_the_command_line(run: Any, tmp_path:
     assert run("index", "stats", library, "--embedder", "untrained").exit_code == 2
 
 
+def test_a_text_that_was_changed_on_disk_is_found_and_mended(run: Any, tmp_path: Path) -> None:
+    library, file = tmp_path / "lib", tmp_path / "fee.txt"
+    file.write_text("The fee is 1000 euros, says the contract.")
+    add = ("index", "add", library, "--documents", file, "--json")
+    run(*add, with_models=True)
+    data = (library / "data.mdb").read_bytes()
+    (library / "data.mdb").write_bytes(data.replace(b"fee is 1000", b"fee is 9000"))
+    verified = run("index", "verify", library)
+    assert verified.exit_code == 1
+    assert "problem: " in verified.stdout
+    assert "the text of 'fee.txt' is not what was written" in verified.stdout
+    assert "1 problems" in verified.stderr
+    assert run("index", "search", library, "fee").exit_code == 3
+    assert json.loads(run(*add, with_models=True).stdout)["updated"] == 1
+    assert run("index", "verify", library).exit_code == 0
+    assert "The fee is 1000" in run("index", "search", library, "fee").stdout
+
+
 def test_what_does_not_go_together(run: Any, tmp_path: Path) -> None:
     result = run("ask", "What?", "--library", tmp_path, "--store", tmp_path)
     assert result.exit_code == 2
@@ -130,5 +148,6 @@ def test_what_another_folder_or_python_brought_is_not_gone(run: Any, tmp_path: P
 
     (tmp_path / "a").mkdir()
     sources = [str(tmp_path / "a" / "gone.txt"), str(tmp_path / "b" / "gone.txt"), "a title", "ext:12", "notes.txt"]
-    assert _gone_from([tmp_path / "a"], sources) == sources[:1]
-    assert _gone_from([tmp_path / "a" / "gone.txt"], sources) == []
+    assert _gone_from([tmp_path / "a"], sources, tmp_path) == sources[:1]
+    assert _gone_from([tmp_path / "a" / "gone.txt"], sources, tmp_path) == []
+    assert _gone_from([tmp_path / "a"], ["a/gone.txt"], tmp_path) == ["a/gone.txt"]  # as a library there names it

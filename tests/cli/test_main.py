@@ -1169,3 +1169,11 @@ def test_a_reader_that_leaves_is_no_error(models: Models) -> None:
     process.stderr.close()
     assert process.wait(timeout=PATIENCE) == ExitCode.CLOSED_PIPE
     assert said == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", MAIN, "weights", "list", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (ExitCode.FAILURE, "error: No space left on device\n")

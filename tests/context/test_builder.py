@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
-from tiny import SENTENCES, entering, tiny_llm
+from tiny import SENTENCES, entering, random_embedder, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
+from extemb_core.errors import StoreCorruptError
 from extemb_core.models import generation
 from extemb_core.models.llm import LLM
+from extemb_core.store.base import MemoryStore
 
 QUESTION = "How many ships?"
 DOCUMENTS = [Document(SENTENCES, title="Notes"), Document(SENTENCES[40:300]), Document("Nine ships.")]
@@ -58,6 +61,28 @@ def test_a_plain_prompt_is_tokenised_once(lm, tokenised):
     prepared, _ = lm.prepare_text(["Read ", DOCUMENTS[0], QUESTION], ratio=4, max_new_tokens=4)
     assert prepared.context[0].fidelity == 4
     assert set(tokenised.values()) == {1}
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: {"embeddings": text.embeddings[:, :16]},
+        lambda text: {"n_tokens": text.n_tokens - 1},
+        lambda text: {"chunk_size": 2 * text.chunk_size},
+        lambda text: {"downscaling": "random"},
+    ],
+)
+def test_what_a_store_has_and_the_embedder_cannot_have_made_is_refused(layer, change):
+    llm = tiny_llm()
+    lm = ExtensibleLM(llm, entering(llm) if layer else random_embedder(llm), MemoryStore())
+    text = lm.embedder.compress(SENTENCES, ratio=4)
+    lm.store.put(text)
+    assert lm.ask(QUESTION, SENTENCES, ratio=4, max_new_tokens=1).context[0].cached
+    lm.store = lm.builder.store = MemoryStore()
+    lm.store.put(replace(text, **change(text)))
+    with pytest.raises(StoreCorruptError, match="is not what this embedder makes of that text; remove it"):
+        lm.ask(QUESTION, SENTENCES, ratio=4, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("verb", ["ask", "chat", "generate", "stream"])

@@ -86,20 +86,24 @@ def test_a_document_that_is_gone_or_damaged_is_an_error(store, monkeypatch):
         refs.find(mark)
 
 
-@pytest.mark.parametrize("value", [b"words", "other"])
-def test_what_is_read_is_what_was_put(tmp_path, value):
+@pytest.mark.parametrize("value", [b"words", "other", "bomb"])
+def test_what_is_read_is_what_was_put(tmp_path, value, monkeypatch):
     import json
     import zlib
 
+    monkeypatch.setattr("extemb_core.frameworks.refs._MAX_BYTES", 1000)
+    bomb = zlib.compress(json.dumps(["a" * 10**6, None, "a"]).encode())
     other = zlib.compress(json.dumps(["other text", None, "a"]).encode())
     with EmbeddingStore.open(tmp_path / "s") as store:
         refs = Refs(store)
         (mark,) = refs.put(MILL)
         handed = store.environment.database("handed")
         key = bytes.fromhex(MILL.ref.removeprefix("ext:"))
-        store.write(lambda txn: txn.put(key, other if value == "other" else value, db=handed))
+        store.write(lambda txn: txn.put(key, {"other": other, "bomb": bomb}.get(value, value), db=handed))
         with pytest.raises(StoreCorruptError, match="add the document again"):
             refs.find(mark)
+        with pytest.raises(DocumentError, match="at most 1,000 are handed; split it"):
+            refs.put(Document("a" * 1001))
 
 
 def test_memory_is_bounded_and_threads_may_share(monkeypatch):

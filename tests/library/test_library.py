@@ -6,7 +6,9 @@ import json
 import os
 import random
 import signal
+import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ from anchored import untrained
 from retrieval_encoder import by_words
 from tiny import random_embedder, tiny_llm
 
-from extemb_core import Document, ExtensibleLM
-from extemb_core.errors import ConfigError, DocumentError, MismatchError, StoreError
+from extemb_core import Document, EmbeddingStore, ExtensibleLM
+from extemb_core.errors import ConfigError, DocumentError, ExtembError, MismatchError, StoreCorruptError, StoreError
 from extemb_core.library.bm25 import WordIndex
 from extemb_core.library.library import INDEX_FILE, WORDS_FILE, Library
 from extemb_core.library.vector_index import VectorIndex
@@ -184,6 +186,29 @@ def test_a_refresh_that_was_interrupted_goes_on(opened, other, tmp_path, monkeyp
         assert library.store.verify().clean
 
 
+@pytest.mark.parametrize(
+    "text", ["The mill burned in 1840. ", "\u78e8\u574a\u5728\u4e00\u516b\u56db\u96f6\u5e74\u70e7\u6bc1\u3002"]
+)
+@pytest.mark.parametrize("n_documents", [1, 30])
+def test_what_is_lost_with_a_process_is_a_few_thousand_tokens_in_any_script(opened, lm, monkeypatch, text, n_documents):
+    monkeypatch.setattr("extemb_core.library.library._BATCH_TOKENS", 200)
+    compressed, kept = [0], []
+    whole, put = type(lm.embedder).compress_ids, EmbeddingStore.put
+
+    def compressing(self, ids, **kwargs):
+        compressed[0] += sum(map(len, ids))
+        return whole(self, ids, **kwargs)
+
+    monkeypatch.setattr(type(lm.embedder), "compress_ids", compressing)
+    monkeypatch.setattr(EmbeddingStore, "put", lambda self, *texts: (put(self, *texts), kept.append(compressed[0])))
+    parts = [f"{number} {text}" for number in range(150)]
+    texts = ["".join(parts[at::n_documents]) for at in range(n_documents)]
+    with opened() as library:
+        library.add(texts)
+    assert compressed[0] > 2000
+    assert max(after - before for before, after in pairwise([0, *kept])) <= 200 + 170  # and what a document is longer
+
+
 def test_a_passage_that_two_documents_share_survives_the_refresh_of_one(opened, other, tmp_path):
     with opened() as library:
         library.add([document("mill"), Document(document("mill").text, metadata={"source": "copy"})])
@@ -223,6 +248,13 @@ def test_what_is_removed_is_gone_and_shared_passages_stay(opened):
         assert library.search("mill") == []
 
 
+def test_equal_words_do_not_outvote_the_vectors_by_age(opened):
+    with opened() as library:
+        library.add([f"Room {number} is on the {'left' if number % 2 else 'right'} side." for number in range(40)])
+        for number in (7, 31, 38):
+            assert library.search(f"Which side is room {number}?", k=1)[0].text.startswith(f"Room {number} ")
+
+
 def test_files_and_folders(opened, tmp_path):
     folder = tmp_path / "docs"
     folder.mkdir()
@@ -233,6 +265,28 @@ def test_files_and_folders(opened, tmp_path):
         (folder / "a.txt").write_text("The mill was burned in 1830.")
         assert library.add([folder]).updated == 1
         assert "burned" in library.search("mill", k=1)[0].text
+
+
+def test_a_file_is_known_by_where_it_is_however_its_path_is_typed(opened, tmp_path, monkeypatch):
+    for project in ("one", "two"):
+        (tmp_path / project / "notes").mkdir(parents=True)
+        (tmp_path / project / "notes" / "plan.txt").write_text(f"The budget of {project} is 100.")
+        monkeypatch.chdir(tmp_path / project)
+        with opened() as library:
+            assert library.add(Path("notes")).added == 1
+    (tmp_path / "linked").symlink_to("one")
+    notes = tmp_path / "one" / "notes"
+    spellings = (notes, Path("../one/notes"), Path("../linked/notes"), notes / "plan.txt", notes / ".." / "notes")
+    with opened() as library:
+        added = library.add(spellings)
+        assert (added.added, added.updated, added.unchanged) == (0, 0, 1)
+        named = [str(Path(project, "notes", "plan.txt")) for project in ("one", "two")]
+        assert sorted(record["source"] for record in library.documents()) == named
+        assert library.text(named[1]) == "The budget of two is 100."
+    with Library(tmp_path / "two" / "lib", opened().lm, encoder=by_words) as library:
+        library.add([notes, Document("The mill.", metadata={"source": "notes/plan.txt"})])
+        sources = {record["source"] for record in library.documents()}
+        assert sources == {str((notes / "plan.txt").resolve()), "notes/plan.txt"}  # one that is named keeps its name
 
 
 def test_the_index_is_brought_up_to_date_whatever_became_of_its_file(opened, tmp_path):
@@ -346,6 +400,65 @@ def test_a_library_stays_with_its_encoder_and_needs_an_lm_to_add(opened, tmp_pat
         opened(passage_tokens=0)
 
 
+def damage(path, name, at, row=0):
+    """Flip a bit of a row of a database."""
+    with EmbeddingStore.open(path) as store:
+
+        def work(transaction):
+            key, value = [*store.environment.rows(transaction, name)][row]
+            data = bytearray(value)
+            data[at % len(data)] ^= 1 << at % 7
+            transaction.put(bytes(key), bytes(data), db=store.environment.database(name))
+
+        store.write(work)
+
+
+def test_a_changed_text_is_never_quoted_and_the_original_brings_it_back(opened):
+    mill = Document("The fee is 1000 euros, says the contract.", metadata={"source": "fee.txt"})
+    with opened() as library:
+        library.add([mill, document("bridge")])
+        assert library.verify().clean
+        row = [record["source"] for record in library.documents()].index("fee.txt")
+        damage(library.path, "texts", 12, row)
+        for read in (lambda: library.search("fee"), lambda: library.text("fee.txt"), lambda: library.ask("fee?")):
+            with pytest.raises(StoreCorruptError, match=r"'fee.txt' is not what was written; add the document again"):
+                read()
+        assert library.store.verify().clean  # the embeddings are
+        assert [("'fee.txt'" in problem) for problem in library.verify().problems] == [True]
+        added = library.add([mill, document("bridge")])
+        assert (added.updated, added.unchanged) == (1, 1)
+        assert library.search("fee", k=1)[0].text == mill.text
+        assert library.verify().clean
+        damage(library.path, "texts", 12, row)
+        assert library.remove("fee.txt") == 1
+        assert library.verify().clean
+
+
+@pytest.mark.parametrize("name", ["documents", "texts", "passages", "settings", "entries", "kinds", "blocks"])
+def test_what_a_library_gives_back_is_what_was_put_there_or_an_error(opened, tmp_path, name):
+    def read(library):
+        passages = library.search("mill", k=9)
+        found = {(passage.source, passage.title, passage.start, passage.text) for passage in passages}
+        records = list(library.documents())
+        return found, records, library.text("mill.txt"), library.ask("mill?", ratio=2, max_new_tokens=4).text
+
+    with opened() as library:
+        library.add([document("mill")])
+        wanted = read(library)
+    refused = 0
+    for at in range(0, 160, 7):
+        damage(tmp_path / "lib", name, at)
+        try:
+            with opened(mode="r") as library:
+                assert read(library) == wanted
+        except ExtembError:
+            refused += 1
+        damage(tmp_path / "lib", name, at)  # the bit is back
+    with opened() as library:
+        assert read(library) == wanted
+    assert refused
+
+
 def test_an_empty_library_and_an_empty_document(opened):
     with opened() as library:
         assert library.search("anything") == []
@@ -354,6 +467,56 @@ def test_an_empty_library_and_an_empty_document(opened):
         assert library.search("anything") == []
         assert library.add([]).added == 0
         assert library.ask("What?", max_new_tokens=2).context == ()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_searches_asks_and_adds_though_the_parent_had_more_threads(opened, lm):
+    faiss = pytest.importorskip("faiss")
+    torch.set_num_threads(2)
+    faiss.omp_set_num_threads(2)
+    searching, may_end = threading.Event(), threading.Event()
+
+    def slow(texts):  # as long as the fork waits: what a thread has half done is not for the child
+        if may_end.is_set():
+            return by_words(texts)
+        searching.set()
+        may_end.wait(0.2)
+        return by_words(texts)
+
+    try:
+        with opened() as library:
+            library.add([document(place) for place in PLACES])
+            library.ask("mill?", max_new_tokens=2)
+            torch.randn(600, 600) @ torch.randn(600, 600)  # with both threads
+            library.encoder._function = slow
+            other = threading.Thread(target=library.search, args=("bridge",))
+            other.start()
+            searching.wait()
+            child = os.fork()
+            may_end.set()
+            if not child:
+                code = 1
+                try:
+                    assert library.search("mill", k=1)[0].source == "mill.txt"
+                    library.add([Document("The ship is new. " * 40, title="Ship")])
+                    library.ask("Which ship?", max_new_tokens=2)
+                    code = 0
+                finally:
+                    os._exit(code)
+            other.join()
+            deadline = time.monotonic() + 60
+            while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if not ended[0]:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            assert ended == (child, 0)
+            assert library.search("ship", k=1)[0].source == "Ship"
+            assert torch.get_num_threads() == 2  # the parent keeps its own
+    finally:
+        torch.set_num_threads(1)
+        faiss.omp_set_num_threads(1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -369,7 +532,6 @@ def test_killed_while_adding_the_next_call_finishes(opened, lm, tmp_path, monkey
         child = os.fork()
         if not child:
             try:
-                torch.set_num_threads(1)  # the parent's threads are not here
                 with opened() as library:
                     library.add(documents)
                     library.remove([draw.choice(documents).source for _ in range(5)])

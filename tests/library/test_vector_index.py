@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,3 +118,15 @@ def test_an_index_that_takes_nothing_more():
 def test_an_index_that_faiss_does_not_know():
     with pytest.raises(ConfigError, match="index='Tree' is not an index that FAISS builds"):
         VectorIndex(16, "Tree")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+@pytest.mark.parametrize("suffix", [".faiss", ".json"])
+def test_a_file_without_end_is_none(tmp_path, suffix):
+    index = VectorIndex(16)
+    index.add(range(5), unit(5))
+    index.save(tmp_path / "a.faiss")
+    assert VectorIndex.load(tmp_path / "a.faiss", 16) is not None
+    (tmp_path / f"a{suffix}").unlink()
+    (tmp_path / f"a{suffix}").symlink_to("/dev/zero")
+    assert VectorIndex.load(tmp_path / "a.faiss", 16) is None

@@ -158,9 +158,14 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     save_file({"weight": torch.ones(2)}, file)
     with refused:
         Compressed.load(file)
-    replace(compressed(20), n_tokens=40).save(file)  # too few embeddings
-    with refused:
-        Compressed.load(file)
+    text = compressed(20)
+    for change in (
+        {"n_tokens": 40}, {"n_tokens": 10**18}, {"n_tokens": -1}, {"ratio": 0}, {"ratio": 2**62}, {"chunk_size": 0},
+        {"embeddings": text.embeddings * float("nan")},
+    ):  # fmt: skip
+        replace(text, **change).save(file)
+        with refused:
+            Compressed.load(file)
     with refused:
         Compressed.load(tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import random
 import threading
 
@@ -536,6 +537,35 @@ def test_a_truncated_or_foreign_folder(saved):
     torch.save({}, saved / "pytorch_model.bin")
     with pytest.raises(WeightsError):
         LLM.from_pretrained(saved, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"attn_implementation": "owner/kernel"}, "its config.json asks for code, 'owner/kernel', which is not run"),
+        ({"_attn_implementation": "owner/kernel@v1"}, "its config.json asks for code"),
+        ({"experts_implementation": "owner/kernel"}, "its config.json asks for code"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "has quantised weights"),
+        ({"hidden_size": "wide"}, "transformers fails"),
+        ({"num_attention_heads": 0}, "transformers fails"),
+        ({"model_type": 5}, "transformers fails"),
+    ],
+)
+def test_a_config_that_is_no_plain_models_is_one_sentence(saved, setting, message):
+    settings = json.loads((saved / "config.json").read_text()) | setting
+    (saved / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsError, match=message):
+        LLM.from_pretrained(saved, device="cpu")
+
+
+@pytest.mark.parametrize(("name", "value"), [("lora_alpha", "8"), ("lora_alpha", 0), ("r", None), ("r", float("inf"))])
+def test_a_reader_whose_scale_is_no_number_is_one_sentence(saved, tmp_path, name, value):
+    reader = tmp_path / "reader"
+    reader.mkdir()
+    settings = {"base_model_name_or_path": str(saved), "r": 2, "lora_alpha": 4} | {name: value}
+    (reader / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsCorruptError, match=f"has {name}=.*; get the adapters again"):
+        LLM.from_pretrained(reader, device="cpu")
 
 
 def test_device_and_dtype_are_checked():

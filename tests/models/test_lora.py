@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from extemb_core.models.lora import add_adapters
+from extemb_core.errors import WeightsCorruptError
+from extemb_core.models.lora import add_adapters, read_tensors
 
 
 def layers():
@@ -73,3 +75,10 @@ def test_adapted_layers_can_be_copied():
     x = torch.randn(1, 2, 8)
     with torch.no_grad():
         assert torch.equal(run(copy.deepcopy(adapted), x), run(adapted, x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), 7])
+def test_tensors_that_are_no_finite_numbers_are_refused(tmp_path, value):
+    save_file({"a": torch.ones(2), "b": torch.tensor([1, value])}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsCorruptError, match="tensor 'b' holds what is no finite number; get it again"):
+        read_tensors(tmp_path / "model.safetensors")

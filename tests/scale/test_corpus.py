@@ -13,8 +13,15 @@ import pytest
 import torch
 from tiny import random_embedder, save_tiny, tiny_llm
 
-from extemb_core.errors import ConfigError, DocumentNotFoundError, ExtembError, MissingExtraError, StoreNotFoundError
-from extemb_core.scale.corpus import PARQUET, ROWS, _error_of, _inputs, _RayWorker, compress_corpus
+from extemb_core.errors import (
+    ConfigError,
+    DocumentError,
+    DocumentNotFoundError,
+    ExtembError,
+    MissingExtraError,
+    StoreNotFoundError,
+)
+from extemb_core.scale.corpus import PARQUET, ROWS, _error_of, _inputs, _RayWorker, _readable, compress_corpus
 from extemb_core.store.shard_store import ShardStore
 
 TEXTS = [f"The tower number {at} was built in {1700 + at}. " * (1 + at % 3) for at in range(60)]
@@ -116,6 +123,28 @@ def test_a_batch_that_always_ends_its_worker_ends_the_run(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="a batch of rows_per_batch=7 lost its worker 5 times; what was done is kept"):
         compress_corpus(tmp_path / "a.jsonl", tmp_path / "out", llm="x", rows_per_batch=7)
     assert results.call_args.kwargs["max_task_retries"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", '{"text": "a"}\n{"text": "b', r"rows\.jsonl, line 2: not JSON"),
+        (
+            "rows.jsonl",
+            '{"text": "a"}\n{"text": [1]}\n',
+            r"rows\.jsonl cannot be read \(what Arrow says\); mend or drop",
+        ),
+        ("rows.parquet", "PAR1 noise", r"rows\.parquet cannot be read \(what Arrow says\); mend or drop them"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    failed = ValueError("\x1b[36mray::ReadJSON\x1b[39m")
+    failed.cause = ValueError("Traceback ...\nwhat Arrow says")
+    with pytest.raises(DocumentError, match=message), _readable([str(tmp_path / name)]):
+        raise failed
+    with pytest.raises(MissingExtraError), _readable([str(tmp_path / name)]):
+        raise MissingExtraError("a", "b", "c")
 
 
 def test_inputs_are_of_one_kind(tmp_path):

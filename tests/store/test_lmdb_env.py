@@ -275,3 +275,14 @@ def test_a_change_that_failed_is_not_remembered(tmp_path, elsewhere):
             store.environment.write(failing)  # as another thread sees it before the first has noticed
         store.put(compressed("a"))
     assert elsewhere(tmp_path / "s") == told(compressed("a"))
+
+
+@pytest.mark.parametrize("name", ["data.mdb", "lock.mdb"])
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_a_store_is_never_written_through_a_link(tmp_path, name, mode):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(compressed("a"))
+    (tmp_path / "s" / name).replace(tmp_path / "elsewhere")
+    (tmp_path / "s" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match=f"{name} is a link, and no store has one"):
+        EmbeddingStore.open(tmp_path / "s", mode)

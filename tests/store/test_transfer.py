@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
+import struct
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +16,13 @@ import numpy as np
 import pytest
 import torch
 from made import anchored, compressed
+from safetensors import safe_open
+from safetensors.torch import save
 
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreNotFoundError
-from extemb_core.store.shards import ShardReader, read_manifest, write_shard
+from extemb_core.store.format import DTYPES, Entry, key_of
+from extemb_core.store.shard_store import ShardStore
+from extemb_core.store.shards import ShardReader, read_manifest, write_manifest, write_shard
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import export_store, import_shards
 
@@ -54,6 +62,15 @@ def test_an_export_imported_is_the_same_store(store, tmp_path, shard_bytes):
                 other.ratio, other.n_tokens, other.ratios, other.chunk_size, other.downscaling)  # fmt: skip
         assert copy.verify().clean
         assert copy.stats().live_bytes == store.stats().live_bytes
+
+
+def test_an_export_may_be_read_by_all_whom_the_umask_lets(store, tmp_path):
+    before = os.umask(0o022)
+    try:
+        export_store(store, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()} == {"0o644"}
 
 
 def test_an_empty_store_is_exported_too(tmp_path):
@@ -182,6 +199,61 @@ def test_a_file_that_is_no_shard(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"words")
     with pytest.raises(StoreCorruptError, match="is not a whole shard"):
         list(ShardReader(tmp_path, "a.safetensors").texts())
+
+
+def forged(folder, make=compressed, *, settings=None, **changes):
+    """Write a shard and its manifest by hand, with checksums of its own, as whoever sends one can."""
+    text = make("a")
+    whole = write_shard(folder, "a", [text])
+    with safe_open(folder / whole.file, "pt") as opened:
+        metadata = opened.metadata() | (settings or {})
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    for name, value in changes.items():
+        tensors[name][0] = value
+    values = [int(tensors[name][0]) for name in ("n_tokens", "n_embeddings", "ratios")]
+    with suppress(struct.error, ValueError):  # what no store can hold
+        entry = Entry(0, 0, *values, 0, DTYPES.index(metadata["dtype"]), 0)
+        total = entry.sum_of(key_of(text.ref, metadata["fingerprint"]), tensors["payload"].numpy().tobytes())
+        tensors["checksums"] = torch.from_numpy(np.array([total], np.uint64).view(np.int64))
+    (folder / whole.file).write_bytes(save(tensors, metadata))
+    data = (folder / whole.file).read_bytes()
+    write_manifest(folder, [replace(whole, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))])
+
+
+@pytest.mark.parametrize("make", [compressed, anchored])
+@pytest.mark.parametrize(
+    "forgery",
+    [
+        *({"ratios": ratio} for ratio in (0, 1, -2, 2, 16, 2**62)),
+        *({"n_tokens": count} for count in (0, 7, 10**9, 2**62, -1)),
+        *({"n_embeddings": count} for count in (0, 12, -1, 2**62)),
+        *({"settings": {"chunk_size": size}} for size in ("0", "-5", "1", "1e999", "x")),
+        *({"settings": {"width": width}} for width in ("0", "16", "-24")),
+        *({"settings": {"trained_ratios": ratios}} for ratios in ("[0]", "[3, 4]", "[]", "4", "null", "[" * 9999)),
+        *({"settings": {name: value}} for name, value in (("downscaling", "evil"), ("entry_layer", "-1"))),
+        *({"settings": {name: value}} for name, value in (("dtype", "int4"), ("fingerprint", "\u00e9"))),
+        {"value": float("nan")},
+        {"value": float("inf")},
+    ],
+)  # fmt: skip
+def test_a_forged_shard_is_refused_whatever_its_checksums_say(tmp_path, make, forgery):
+    values = make("a").embeddings * forgery.get("value", 1)
+    changes = {name: value for name, value in forgery.items() if name != "value"}
+    forged(tmp_path / "out", lambda name: replace(make(name), embeddings=values), **changes)
+    with EmbeddingStore.open(tmp_path / "copy") as copy:
+        with pytest.raises(StoreCorruptError):
+            import_shards(copy, tmp_path / "out")
+        assert len(copy) == 0
+    with pytest.raises(StoreCorruptError):
+        ShardStore(tmp_path / "out").get(make("a").ref, make("a").fingerprint, 8)
+
+
+@pytest.mark.parametrize("file", [5, None, "", "a", ["a.safetensors"]])
+def test_a_manifest_that_names_no_shard_is_refused(tmp_path, file):
+    shard = write_shard(tmp_path, "a", [compressed("a")])
+    write_manifest(tmp_path, [replace(shard, file=file)])
+    with pytest.raises(StoreCorruptError, match="which is not a shard beside it"):
+        read_manifest(tmp_path)
 
 
 def test_documents_of_one_fingerprint_with_other_ratios_are_kept_apart(tmp_path):

