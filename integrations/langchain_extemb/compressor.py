@@ -29,7 +29,7 @@ class ExtensibleCompressor(ModelSettings, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Return the same documents, ids and all, with a ref in the metadata of each. The query makes no difference."""
-        lm = self.lm
+        lm, documents = self.lm, list(documents)
         ours = to_documents(documents)
         ratio = self.ratio if isinstance(self.ratio, int) else None
         if self.ratio != "raw":
