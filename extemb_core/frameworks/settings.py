@@ -236,7 +236,7 @@ class GenerationSettings(ModelSettings):
         for name in sorted(settings.keys() - _PER_CALL - self._ELSEWHERE):
             raise unknown_setting(name, settings[name], _PER_CALL)
         chosen = {name: getattr(self, name) if settings.get(name) is None else settings[name] for name in _OF_ANSWER}
-        checked = GenerationSettings(**chosen, stop=stop or self.stop)
+        checked = GenerationSettings(**chosen, stop=self.stop if stop is None else stop)
         chosen = {name: getattr(checked, name) for name in _OF_ANSWER}
         chosen["max_new_tokens"] = chosen.pop("max_tokens")
         return chosen | {"stop": [checked.stop] if isinstance(checked.stop, str) else checked.stop or []}

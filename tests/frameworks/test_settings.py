@@ -122,6 +122,12 @@ def test_a_number_of_numpy_is_one(kind, name, lm):
     assert type(Sampling(top_k=np.int64(4)).top_k) is int
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_call_may_end_at_no_text(kind, lm):
+    stopping = kind.from_lm(lm, stop=["END"])
+    assert [stopping._call_settings(stop, {})["stop"] for stop in (None, [], "X")] == [["END"], [], ["X"]]
+
+
 ILLEGAL = [
     ({"max_tokens": 0}, ConfigError), ({"max_tokens": 1.5}, ConfigError), ({"max_tokens": None}, ConfigError),
     ({"max_tokens": True}, ConfigError), ({"temperature": -1}, ConfigError), ({"temperature": "hot"}, ConfigError),
