@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ _ACCEPTED = (
 )
 
 
+_TEXT_ATTRIBUTES = ("page_content", "get_content", "text")  # of an object that is one document
 REF_PREFIX = "ext:"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which is no character
 _MAX_PATH_CHARS = 256  # of a text that may have been meant as a path
@@ -151,8 +152,19 @@ Documents = str | Document | Mapping[str, Any] | Iterable[Any]
 
 def as_documents(documents: Documents) -> list[Document]:
     """Make a list of `Document` of one document or several."""
-    if isinstance(documents, str | Document | Mapping) or hasattr(documents, "page_content"):
-        return [Document.from_any(documents)]
+    return [Document.from_any(document) for document in several(documents)]
+
+
+def several(documents: Documents) -> list[Any]:
+    """List what was passed as one document or several; an iterator that gives none is told of."""
+    if isinstance(documents, str | bytes | Mapping) or any(hasattr(documents, name) for name in _TEXT_ATTRIBUTES):
+        return [documents]
     if not isinstance(documents, Iterable):
         raise DocumentError(f"documents is a {type(documents).__name__}; pass texts, Documents, or a list of them")
-    return [Document.from_any(document) for document in documents]
+    listed = list(documents)
+    if not listed and isinstance(documents, Iterator):
+        logger.warning(
+            "documents is a %s that gives none: what was read before gives nothing again; pass a list to read it twice",
+            type(documents).__name__,
+        )
+    return listed

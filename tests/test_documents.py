@@ -124,6 +124,21 @@ def test_from_any_refuses_in_one_sentence(value: object, said: str) -> None:
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("name", ["page_content", "text"])
+def test_one_document_of_a_framework_is_one_also_where_it_iterates_over_its_fields(name: str) -> None:
+    kind = type("Fields", (), {name: CLERK, "__iter__": lambda self: iter([(name, CLERK)])})
+    assert as_documents(kind()) == [Document(CLERK)]
+
+
+def test_an_iterator_that_was_read_before_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    texts = iter([CLERK])
+    assert len(as_documents(texts)) == 1
+    assert as_documents([]) == []
+    assert not caplog.text
+    assert as_documents(texts) == []
+    assert "documents is a list_iterator that gives none" in caplog.text
+
+
 def test_a_text_that_is_the_name_of_a_file_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from extemb_core.answers import Answer, AnswerStream
+from extemb_core.utils.progress import stopped_by
 
 MAX_CONCURRENCY = 32
 _pool = ThreadPoolExecutor(MAX_CONCURRENCY, thread_name_prefix="extemb")  # of all models: none of them blocks a loop
@@ -22,10 +23,10 @@ async def in_thread(work: Callable[..., T], *args: Any) -> T:
 
 
 async def until_cancelled(work: Callable[[threading.Event], T]) -> T:
-    """Run work in a thread, and set its event when whoever awaits it is cancelled."""
+    """Run work in a thread, and set its event when whoever awaits it is cancelled: what is compressed stops too."""
     cancelled = threading.Event()
     try:
-        return await in_thread(work, cancelled)
+        return await in_thread(_stoppable, cancelled, work, cancelled)
     except asyncio.CancelledError:
         cancelled.set()
         raise
@@ -41,13 +42,15 @@ class AsyncAnswerStream:
     """
 
     def __init__(self, opened: Callable[[], AnswerStream]) -> None:
-        self._opening = _pool.submit(opened)
+        self._left = threading.Event()
+        self._opening = _pool.submit(_stoppable, self._left, opened)
         self._working: Future[Any] = self._opening
 
     async def __aenter__(self) -> AsyncAnswerStream:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        self._left.set()
         _pool.submit(_close, self._opening, self._working)
 
     async def __aiter__(self) -> AsyncIterator[str]:
@@ -63,6 +66,11 @@ class AsyncAnswerStream:
     def answer(self) -> Answer:
         """Answer, once the pieces are read."""
         return self._opening.result().answer
+
+
+def _stoppable(cancelled: threading.Event, work: Callable[..., T], *args: Any) -> T:
+    with stopped_by(cancelled):
+        return work(*args)
 
 
 def _close(opening: Future[AnswerStream], working: Future[Any]) -> None:

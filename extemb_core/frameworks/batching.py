@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _GATHER_SECONDS = 0.2  # at most, for the requests that were announced
 
 
+class _NobodyWaitsError(Exception):
+    """All requests of a batch are cancelled."""
+
+
 @dataclass(eq=False)
 class _Request:
     prepared: PreparedPrompt
@@ -157,8 +161,17 @@ def _together(llm: LLM, batch: list[_Request]) -> None:
     from extemb_core.models.generation import Generated
 
     live = [request for request in batch if not request.cancelled.is_set()]
-    outputs = llm.generate([request.prepared.prompt.inputs(llm) for request in live], batch[0].sampling)
-    generated = dict(zip(map(id, live), outputs, strict=True))
+
+    def stop_if_nobody_waits() -> None:
+        if all(request.cancelled.is_set() for request in live):
+            raise _NobodyWaitsError
+
+    generated = {}
+    with suppress(_NobodyWaitsError):
+        outputs = llm.generate(
+            [request.prepared.prompt.inputs(llm) for request in live], batch[0].sampling, stop_if_nobody_waits
+        )
+        generated = dict(zip(map(id, live), outputs, strict=True))
     for request in batch:
         seconds = time.perf_counter() - request.prepared.start
         output = generated.get(id(request), Generated(finish_reason="cancelled"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -189,7 +190,7 @@ class GenerationSettings(ModelSettings):
     def _legal(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
         if (name, value) != ("stop", None):
-            check_sampling("max_new_tokens" if name == "max_tokens" else name, value, alias=name)
+            value = check_sampling("max_new_tokens" if name == "max_tokens" else name, value, alias=name)
         return value
 
     def _lm_of(self, settings: Mapping[str, Any]) -> ExtensibleLM:
@@ -235,7 +236,7 @@ class GenerationSettings(ModelSettings):
         for name in sorted(settings.keys() - _PER_CALL - self._ELSEWHERE):
             raise unknown_setting(name, settings[name], _PER_CALL)
         chosen = {name: getattr(self, name) if settings.get(name) is None else settings[name] for name in _OF_ANSWER}
-        checked = GenerationSettings(**chosen, stop=stop or self.stop)
+        checked = GenerationSettings(**chosen, stop=self.stop if stop is None else stop)
         chosen = {name: getattr(checked, name) for name in _OF_ANSWER}
         chosen["max_new_tokens"] = chosen.pop("max_tokens")
         return chosen | {"stop": [checked.stop] if isinstance(checked.stop, str) else checked.stop or []}
@@ -243,9 +244,13 @@ class GenerationSettings(ModelSettings):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """Collect all that an answer depends on, besides the messages."""
-        settings = {name: getattr(self, name) for name in ("model", *_OF_ANSWER, "stop")}
-        return settings | {"embedder": self.lm.embedder.fingerprint, "dtype": str(self.lm.llm.dtype)}
+        settings = {name: getattr(self, name) for name in ("model", "embedder", "dtype", *_OF_ANSWER, "stop")}
+        with suppress(Exception):  # of a model that cannot be loaded, which the call will meet, if it is the call's
+            settings |= {"embedder": self.lm.embedder.fingerprint, "dtype": str(self.lm.llm.dtype)}
+        return settings
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Encode a text as token ids."""
+        """Encode a text as token ids, or as LangChain's `custom_get_token_ids` does."""
+        if custom := getattr(self, "custom_get_token_ids", None):
+            return list(custom(text))
         return [int(token_id) for token_id in self.lm.llm.encode(text)]

@@ -55,7 +55,7 @@ class Sampling:
         if isinstance(stop, Iterable):
             object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         for setting in fields(self):
-            check_sampling(setting.name, getattr(self, setting.name))
+            object.__setattr__(self, setting.name, check_sampling(setting.name, getattr(self, setting.name)))
 
 
 @dataclass(kw_only=True)

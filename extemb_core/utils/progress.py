@@ -1,17 +1,32 @@
-"""One progress bar for all long work: shown on a terminal, silent in a pipe."""
+"""One progress bar for all long work: shown on a terminal, silent in a pipe. Where it advances, work can be stopped."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+_cancelled: ContextVar[threading.Event | None] = ContextVar("cancelled", default=None)
+
+
+@contextmanager
+def stopped_by(cancelled: threading.Event) -> Iterator[None]:
+    """Let an event stop the long work of this thread: its next step is a `CancelledError`."""
+    token = _cancelled.set(cancelled)
+    try:
+        yield
+    finally:
+        _cancelled.reset(token)
 
 
 @contextmanager
 def progress(
     description: str, total: int | None, show: bool | Callable[[float], None] | None = None
 ) -> Iterator[Callable[[float], None]]:
-    """Yield a function that advances the bar by a number of units.
+    """Yield a function that advances the bar by a number of units, or stops the work (see `stopped_by`).
 
     Args:
         description: What is being done, e.g. "compress".
@@ -22,8 +37,14 @@ def progress(
     if callable(show):
         yield show
         return
+    cancelled = _cancelled.get()
+
+    def go_on(_units: float) -> None:
+        if cancelled is not None and cancelled.is_set():
+            raise CancelledError("nobody waits for this any more")
+
     if not (sys.stderr.isatty() if show is None else show):
-        yield lambda _units: None
+        yield go_on
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,4 +52,9 @@ def progress(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda units: bar.advance(task, units)
+
+        def advance(units: float) -> None:
+            go_on(units)
+            bar.advance(task, units)
+
+        yield advance

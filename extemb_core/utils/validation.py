@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 from extemb_core.errors import ConfigError, ExtembError
@@ -42,7 +43,7 @@ def whole_number(
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's too
 
 
 def _is_texts(value: Any) -> bool:
@@ -50,7 +51,7 @@ def _is_texts(value: Any) -> bool:
 
 
 _SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (is_count, "a whole number of at least 1"),
+    "max_new_tokens": (lambda n: _is_whole(n) and n >= 1, "a whole number of at least 1"),
     "temperature": (lambda t: 0 <= t < math.inf, "0 (greedy) or above"),
     "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
     "top_k": (lambda k: _is_whole(k) and k >= 0, "0 (off) or a positive whole number"),
@@ -60,8 +61,8 @@ _SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_sampling(name: str, value: Any, *, alias: str | None = None) -> None:
-    """Check a field of `Sampling`, which the caller may know by another name.
+def check_sampling(name: str, value: Any, *, alias: str | None = None) -> Any:
+    """Return a field of `Sampling`, which the caller may know by another name; a whole number as an int.
 
     Raises:
         ConfigError: The value is not legal.
@@ -73,6 +74,7 @@ def check_sampling(name: str, value: Any, *, alias: str | None = None) -> None:
         legal = False
     if not legal:
         raise ConfigError(f"{alias or name}={value!r:.80} must be {rule}; pass such a value")
+    return int(value) if _is_whole(value) else value
 
 
 def unknown_setting(name: str, value: Any, known: Iterable[str]) -> ConfigError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -15,15 +14,13 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import get_config_list
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools, tool_name
-from extemb_core.errors import ExtembError
-from extemb_core.frameworks.aio import MAX_CONCURRENCY, AsyncAnswerStream, in_thread, until_cancelled
+from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
 from extemb_core.weights.resolve import window_of
 from langchain_extemb.loading import LoadedInThread
 from langchain_extemb.messages import to_documents, to_messages
@@ -91,6 +88,12 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
             params["ls_stop"] = given
         return params
 
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """Name the settings of a call in a cache; documents whole, whatever their own class shows of them."""
+        if (documents := kwargs.get("documents")) is not None:
+            kwargs["documents"] = to_documents(documents)
+        return super()._get_llm_string(stop, **kwargs)
+
     # -- answers ----------------------------------------------------------------------------------------------
 
     def _generate(
@@ -148,38 +151,6 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
                     await run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
             yield self._last(stream.answer, kwargs)
-
-    def batch(
-        self,
-        inputs: list[Any],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[Any]:
-        """Answer prompts together, up to `max_concurrency` of the config at a time."""
-        if not inputs:
-            return []
-        configs, at_once = _at_once(config, len(inputs))
-        with self._announced(at_once, kwargs):
-            return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
-
-    async def abatch(
-        self,
-        inputs: list[Any],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[Any]:
-        """Answer prompts as `batch` does, without blocking the event loop."""
-        if not inputs:
-            return []
-        configs, at_once = _at_once(config, len(inputs))
-        with contextlib.suppress(ExtembError):  # which each of the calls will meet
-            await in_thread(self._lm_of, kwargs)
-        with self._announced(at_once, kwargs):
-            return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     def bind_tools(
         self,
@@ -288,13 +259,6 @@ def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:
         chunk_position="last",
     )
     return ChatGenerationChunk(message=chunk)
-
-
-def _at_once(config: RunnableConfig | list[RunnableConfig] | None, count: int) -> tuple[list[RunnableConfig], int]:
-    """Return the configs of a batch, and how many prompts run at once: as many as they allow, or as it holds."""
-    configs = get_config_list(config, count)
-    at_once = min(configs[0].get("max_concurrency") or MAX_CONCURRENCY, count)
-    return [{**one, "max_concurrency": at_once} for one in configs], at_once
 
 
 def _assistant_prefix(settings: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field
 
+from extemb_core.frameworks.aio import until_cancelled
 from extemb_core.frameworks.settings import ModelSettings
 from langchain_extemb.messages import to_documents
 
@@ -29,7 +30,7 @@ class ExtensibleCompressor(ModelSettings, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Return the same documents, ids and all, with a ref in the metadata of each. The query makes no difference."""
-        lm = self.lm
+        lm, documents = self.lm, list(documents)
         ours = to_documents(documents)
         ratio = self.ratio if isinstance(self.ratio, int) else None
         if self.ratio != "raw":
@@ -38,3 +39,9 @@ class ExtensibleCompressor(ModelSettings, BaseDocumentCompressor):
             document.model_copy(update={"metadata": {**document.metadata, REF: mark}})
             for document, mark in zip(documents, lm.refs.put(*ours, finest=[ratio] * len(ours)), strict=True)
         ]
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """Compress as `compress_documents` does, in a thread that stops when nobody waits any more."""
+        return await until_cancelled(lambda _cancelled: self.compress_documents(documents, query, callbacks))

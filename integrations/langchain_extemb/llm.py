@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
-from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from typing_extensions import Self
 
 from extemb_core.answers import AnswerStream
+from extemb_core.frameworks.aio import until_cancelled
 from langchain_extemb.loading import LoadedInThread
 from langchain_extemb.messages import to_documents
 
@@ -47,13 +49,27 @@ class ExtensibleLLM(LoadedInThread, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
+        return self._answers(prompts, stop, kwargs, None)
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        return await until_cancelled(lambda cancelled: self._answers(prompts, stop, kwargs, cancelled))
+
+    def _answers(
+        self, prompts: list[str], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event | None
+    ) -> LLMResult:
         lm = self._lm_of(kwargs)
         documents, settings = to_documents(kwargs.get("documents")), self._call_settings(stop, kwargs)
         prepared = [lm.prepare_text(lm.refs.find(prompt), documents, **settings) for prompt in prompts]
         return LLMResult(
             generations=[
                 [Generation(text=answer.text, generation_info=self._response_metadata(answer, kwargs))]
-                for answer in lm.batcher.answer_all(prepared)
+                for answer in lm.batcher.answer_all(prepared, cancelled)
             ]
         )
 

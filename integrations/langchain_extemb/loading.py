@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, ClassVar
 
-from langchain_core.documents.base import BaseMedia
 from langchain_core.outputs import LLMResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import get_config_list
 
-from extemb_core.documents import Document
-from extemb_core.errors import ExtembError
-from extemb_core.frameworks.aio import in_thread
+from extemb_core.documents import several
+from extemb_core.frameworks.aio import MAX_CONCURRENCY, in_thread
 from extemb_core.frameworks.settings import GenerationSettings
 
 
@@ -29,14 +28,58 @@ class LoadedInThread(GenerationSettings):
         bound: Runnable[Any, Any] = super().bind(**_listed(kwargs))  # type: ignore[misc]
         return bound
 
-    def batch(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Answer several inputs; see LangChain."""
-        answers: list[Any] = super().batch(*args, **_listed(kwargs))  # type: ignore[misc]
+    def batch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Answer prompts together, up to `max_concurrency` of the config at a time; each fails on its own."""
+        if not inputs:
+            return []
+        configs, at_once = _at_once(config, len(inputs))
+        with self._announced(at_once, kwargs):
+            return Runnable.batch(
+                self,  # type: ignore[arg-type]
+                inputs,
+                configs,
+                return_exceptions=return_exceptions,
+                **_listed(kwargs),
+            )
+
+    async def abatch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Answer prompts as `batch` does, without blocking the event loop."""
+        if not inputs:
+            return []
+        configs, at_once = _at_once(config, len(inputs))
+        with suppress(Exception):  # which each of the calls will meet
+            await in_thread(self._lm_of, kwargs)
+        with self._announced(at_once, kwargs):
+            return await Runnable.abatch(
+                self,  # type: ignore[arg-type]
+                inputs,
+                configs,
+                return_exceptions=return_exceptions,
+                **_listed(kwargs),
+            )
+
+    def batch_as_completed(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """Answer several inputs, each as it is done; see LangChain."""
+        answers: Iterator[Any] = super().batch_as_completed(*args, **_listed(kwargs))  # type: ignore[misc]
         return answers
 
-    async def abatch(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Answer several inputs; see LangChain."""
-        answers: list[Any] = await super().abatch(*args, **_listed(kwargs))  # type: ignore[misc]
+    def abatch_as_completed(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """Answer several inputs, each as it is done; see LangChain."""
+        answers: AsyncIterator[Any] = super().abatch_as_completed(*args, **_listed(kwargs))  # type: ignore[misc]
         return answers
 
     def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
@@ -57,23 +100,26 @@ class LoadedInThread(GenerationSettings):
             yield chunk
 
     async def _load(self) -> None:
-        await in_thread(lambda: self.lm)
+        with suppress(Exception):  # which the call will meet, where callbacks are told
+            await in_thread(lambda: self.lm)
 
     @contextmanager
     def _announced(self, count: int, settings: dict[str, Any]) -> Iterator[None]:
         """Let so many calls be answered together; a model that cannot be loaded fails in each of them."""
-        try:
-            batcher = self._lm_of(settings).batcher
-        except ExtembError:
+        with ExitStack() as stack:
+            with suppress(Exception):
+                stack.enter_context(self._lm_of(settings).batcher.announce(count))
             yield
-            return
-        with batcher.announce(count):
-            yield
+
+
+def _at_once(config: RunnableConfig | list[RunnableConfig] | None, count: int) -> tuple[list[RunnableConfig], int]:
+    """Return the configs of a batch, and how many prompts run at once: as many as they allow, or as it holds."""
+    configs = get_config_list(config, count)
+    at_once = min(configs[0].get("max_concurrency") or MAX_CONCURRENCY, count)
+    return [{**one, "max_concurrency": at_once} for one in configs], at_once
 
 
 def _listed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Make a list of documents that come one by one: they are read more than once, and a cache's key names them."""
+    """Make a list of documents that come one by one, of which several calls would each read what others left."""
     documents = settings.get("documents")
-    if isinstance(documents, str | Mapping | Document | BaseMedia) or not isinstance(documents, Iterable):
-        return settings
-    return {**settings, "documents": list(documents)}
+    return {**settings, "documents": several(documents)} if isinstance(documents, Iterator) else settings

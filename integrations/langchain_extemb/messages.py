@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.documents.base import BaseMedia
-from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
 
 from extemb_core.context.tools import CLOSE, OPEN
-from extemb_core.documents import TEXT_KEYS, Document, without_lone_surrogates
+from extemb_core.documents import TEXT_KEYS, Document, several, without_lone_surrogates
 from extemb_core.errors import DocumentError
 
 if TYPE_CHECKING:
@@ -27,6 +35,7 @@ _ROLES: dict[type[BaseMessage], str] = {
     HumanMessage: "user",
     AIMessage: "assistant",
     ToolMessage: "tool",
+    FunctionMessage: "tool",
 }
 
 Part = str | Document
@@ -67,10 +76,7 @@ def to_documents(documents: Any) -> list[Document]:
     """
     if documents is None:
         return []
-    several = [documents] if isinstance(documents, str | Document | Mapping | BaseMedia) else documents
-    if not isinstance(several, Iterable):
-        raise DocumentError(f"documents is a {type(documents).__name__}; pass Documents, dicts or texts")
-    return [_document(one) for one in several]
+    return [_document(one) for one in ([documents] if isinstance(documents, BaseMedia) else several(documents))]
 
 
 def _document(one: Any) -> Document:

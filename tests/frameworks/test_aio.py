@@ -7,7 +7,7 @@ import threading
 
 import pytest
 from passes import PATIENCE, passes_of
-from tiny import random_embedder, tiny_llm
+from tiny import SENTENCES, random_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.errors import ConfigError
@@ -57,3 +57,88 @@ async def test_a_stream_that_cannot_be_opened_is_an_error(lm):
     async with AsyncAnswerStream(lambda: lm.stream(" ")) as stream:
         with pytest.raises(ConfigError, match="empty"):
             await anext(aiter(stream))
+
+
+TEXTS = [f"{number}. {SENTENCES}" for number in range(4)]
+
+
+async def read_stream(stream):
+    async for _ in stream:
+        pass
+
+
+def langchain(lm):
+    module = pytest.importorskip("langchain_extemb")
+    return module, *(kind.from_lm(lm, ratio=8, max_tokens=2) for kind in (module.ChatExtensible, module.ExtensibleLLM))
+
+
+def llamaindex(lm):
+    pytest.importorskip("llama_index.core")
+    from llama_index.core.schema import NodeWithScore, TextNode
+
+    from llama_index.llms.extemb import ExtensibleLLM
+    from llama_index.postprocessor import extemb
+
+    nodes = [NodeWithScore(node=TextNode(text=text)) for text in TEXTS]
+    return extemb, ExtensibleLLM.from_lm(lm, ratio=8, max_tokens=2), nodes
+
+
+async def retrieved(lm):
+    extemb, llm, nodes = llamaindex(lm)
+    await extemb.ExtensibleEmbeddingPostprocessor(llm=llm, ratio=8).apostprocess_nodes(nodes)
+
+
+async def taken_in(lm):
+    extemb, llm, nodes = llamaindex(lm)
+    await extemb.ExtensibleTransform(llm=llm, ratio=8).acall([found.node for found in nodes])
+
+
+async def found(lm):
+    from langchain_core.documents import Document
+
+    compressor = langchain(lm)[0].ExtensibleCompressor.from_lm(lm, ratio=8)
+    await compressor.acompress_documents([Document(text) for text in TEXTS], "")
+
+
+COMPRESSING = {
+    "chat": lambda lm: langchain(lm)[1].ainvoke("How many?", documents=TEXTS),
+    "stream": lambda lm: read_stream(langchain(lm)[1].astream("How many?", documents=TEXTS)),
+    "LLM": lambda lm: langchain(lm)[2].agenerate(["How many?"], documents=TEXTS),
+    "LlamaIndex": lambda lm: llamaindex(lm)[1].acomplete("How many?", documents=TEXTS),
+    "compressor": found,
+    "postprocessor": retrieved,
+    "transform": taken_in,
+}
+
+
+@pytest.mark.parametrize("call", COMPRESSING.values(), ids=COMPRESSING)
+async def test_compressing_stops_when_nobody_waits(call, lm, monkeypatch):
+    threads, held, go_on, stopped = [], threading.Event(), threading.Event(), threading.Event()
+    kind = type(lm.embedder)
+    step, compress = kind._compress_batch, kind.compress_ids
+
+    def held_step(self, *args):
+        threads.append(threading.current_thread())
+        held.set()
+        assert go_on.wait(PATIENCE)
+        return step(self, *args)
+
+    def told(self, *args, **settings):
+        try:
+            return compress(self, *args, **settings)
+        finally:
+            stopped.set()
+
+    monkeypatch.setattr(kind, "_compress_batch", held_step)
+    monkeypatch.setattr(kind, "compress_ids", told)
+    task = asyncio.create_task(call(lm))
+    assert await asyncio.to_thread(held.wait, PATIENCE)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0)  # for a stream that is closed behind whoever read it
+    go_on.set()
+    assert await asyncio.to_thread(stopped.wait, PATIENCE)
+    assert len(threads) == 1
+    lm.compress(TEXTS, ratio=8)
+    assert len(threads) > 2

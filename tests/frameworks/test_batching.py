@@ -32,7 +32,7 @@ def batches(monkeypatch):
     monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 300)
 
     def generate(self, prompts, sampling, on_token=None):
-        if on_token is None:  # else a plain `ask`
+        if on_token.__name__ != "<lambda>":  # else a plain `ask`
             sizes.append(len(prompts))
             if sum(sizes) >= 4:  # no other batch of these tests is filled
                 monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 0.05)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 from copy import copy, deepcopy
 
+import numpy as np
 import pytest
 from tiny import SENTENCES, random_embedder, save_tiny, tiny_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError, RatioError, StoreError
+from extemb_core.models.generation import Sampling
 from extemb_core.store.base import MemoryStore
 
 pytest.importorskip("pydantic")
@@ -118,6 +120,21 @@ def test_a_model_s_setting_that_there_is_not_names_the_nearest(kind, name, neare
                  lambda **settings: kind.from_lm(lm, **settings)):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"unknown setting {name}=16; pass {nearest}\b"):
             make(**{name: 16})
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", ["max_tokens", "top_k", "seed", "budget", "ratio"])
+def test_a_number_of_numpy_is_one(kind, name, lm):
+    number = getattr(kind.from_lm(lm, **{name: np.int64(4)}), name)
+    called = kind.from_lm(lm)._call_settings(None, {name: np.int32(4)})[name.replace("max_t", "max_new_t")]
+    assert [(type(one), one) for one in (number, called)] == [(int, 4)] * 2
+    assert type(Sampling(top_k=np.int64(4)).top_k) is int
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_call_may_end_at_no_text(kind, lm):
+    stopping = kind.from_lm(lm, stop=["END"])
+    assert [stopping._call_settings(stop, {})["stop"] for stop in (None, [], "X")] == [["END"], [], ["X"]]
 
 
 ILLEGAL = [

@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.load import dumpd
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
+    FunctionMessage,
     HumanMessage,
     SystemMessage,
     ToolMessage,
@@ -281,8 +283,11 @@ async def test_who_stops_reading_an_async_stream_stops_the_llm(chat, passes):
     assert await asyncio.to_thread(passes.stopped)
 
 
-async def test_a_cancelled_call_stops_the_llm(chat, passes):
-    call = asyncio.create_task(chat.ainvoke("How many?", max_tokens=180))
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+@pytest.mark.parametrize("questions", ["How many?", ["How many?", "Why?"]])
+async def test_a_cancelled_call_stops_the_llm(kind, lm, passes, questions):
+    model = kind.from_lm(lm, max_tokens=180)
+    call = asyncio.create_task(model.ainvoke(questions) if isinstance(questions, str) else model.abatch(questions))
     assert await asyncio.to_thread(passes.held.wait, PATIENCE)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -296,7 +301,7 @@ def test_a_batch_is_answered_together_as_each_alone(chat, monkeypatch):
     whole = LLM.generate
     monkeypatch.setattr("extemb_core.frameworks.batching._GATHER_SECONDS", 60)  # for all eight
     monkeypatch.setattr(
-        LLM, "generate", lambda self, prompts, sampling: (sizes.append(len(prompts)), whole(self, prompts, sampling))[1]
+        LLM, "generate", lambda self, prompts, *how: (sizes.append(len(prompts)), whole(self, prompts, *how))[1]
     )
     questions = [f"What is {at} and {at}?" for at in range(8)]
     answers = chat.batch(questions)
@@ -322,11 +327,18 @@ async def test_32_at_once_do_not_block_the_loop(chat, passes):
     assert await chat.abatch([]) == []
 
 
-def test_an_error_in_a_batch_is_of_its_own_prompt(chat):
-    made = chat.batch(["a?", "b " * 400, "c?"], return_exceptions=True)
-    assert [isinstance(one, BudgetError) for one in made] == [False, True, False]
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+def test_an_error_in_a_batch_is_of_its_own_prompt(kind, lm):
+    model, questions = kind.from_lm(lm, max_tokens=4), ["a?", "b " * 400, "c?"]
+    for made in (
+        model.batch(questions, return_exceptions=True),
+        asyncio.run(model.abatch(questions, return_exceptions=True)),
+    ):
+        assert [isinstance(one, BudgetError) for one in made] == [False, True, False]
+    answers = model.with_fallbacks([RunnableLambda(lambda question: "plan B")]).batch(questions)
+    assert [answer == "plan B" for answer in answers] == [False, True, False]
     with pytest.raises(BudgetError, match="shorten the question, allow a shorter answer"):
-        chat.batch(["a?", "b " * 400])
+        model.batch(questions)
 
 
 def test_16_threads_get_their_own_answers(chat, documents):
@@ -421,6 +433,10 @@ def test_a_conversation_that_is_too_long_is_counted_so_that_it_can_be_trimmed(ch
         trimmed = trim_messages([*talk, last], max_tokens=200, token_counter=chat, start_on="human")
         assert 1 <= len(trimmed) < len(talk)
         assert trimmed[-1] == last
+
+
+def test_tokens_are_counted_as_the_caller_says(lm):
+    assert ChatExtensible.from_lm(lm, custom_get_token_ids=lambda text: [7]).get_num_tokens("How many ships?") == 1
 
 
 def test_positions_are_counted_as_they_are_used(chat, documents):
@@ -560,6 +576,28 @@ def unloadable(kind):
     return kind.from_model_id("no/such/folder/", max_tokens=4)
 
 
+class Errors(BaseCallbackHandler):
+    def __init__(self, errors):
+        self.errors = errors
+
+    def on_llm_error(self, error, **run):
+        self.errors.append(error)
+
+
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+def test_a_call_that_names_its_model_needs_no_other(kind, lm, monkeypatch):
+    def load(model, embedder, **settings):
+        if model != "tiny":
+            raise ConfigError(f"{model} does not exist")
+        return lm
+
+    monkeypatch.setattr("extemb_core.frameworks.settings.share", load)
+    bound = unloadable(kind).bind(model="tiny")
+    assert text_of([bound.invoke("Hello"), asyncio.run(bound.ainvoke("Hello"))]) == text_of(
+        [kind.from_lm(lm, max_tokens=4).invoke("Hello")] * 2
+    )
+
+
 @pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
 def test_a_model_that_cannot_be_loaded_fails_in_each_call(kind):
     plan_b = RunnableLambda(lambda question: "plan B")
@@ -567,7 +605,14 @@ def test_a_model_that_cannot_be_loaded_fails_in_each_call(kind):
         assert model.invoke("Hello") == "plan B"
         assert model.batch(["Hello", "Hi"]) == ["plan B"] * 2
         assert asyncio.run(model.abatch(["Hello", "Hi"])) == ["plan B"] * 2
-    failed = unloadable(kind).batch(["Hello", "Hi"], return_exceptions=True)
+    told = []
+    failed = unloadable(kind).batch(["Hello", "Hi"], {"callbacks": [Errors(told)]}, return_exceptions=True)
+    assert told == failed
+    for call in (unloadable(kind).invoke, lambda *how: asyncio.run(unloadable(kind).ainvoke(*how))):
+        told.clear()
+        with pytest.raises(ExtembError) as caught:
+            call("Hello", {"callbacks": [Errors(told)]})
+        assert told == [caught.value]
     assert [isinstance(one, ExtembError) for one in failed] == [True, True]
     assert "no/such/folder/ does not exist" in str(failed[0])
 
@@ -648,6 +693,51 @@ def test_documents_that_come_one_by_one_are_the_same_for_every_prompt_and_the_ca
         assert text_of(answers) == text_of(expected)
     bound = model.bind(documents=filter(None, documents))
     assert text_of([bound.invoke("How many?"), bound.invoke("Why?")]) == text_of(expected)
+    done = dict(model.batch_as_completed(["How many?", "Why?"], documents=iter(documents)))
+    assert text_of([done[0], done[1]]) == text_of(expected)
+
+    async def all_done():
+        batch = model.abatch_as_completed(["How many?", "Why?"], documents=iter(documents))
+        return {at: answer async for at, answer in batch}
+
+    done = asyncio.run(all_done())
+    assert text_of([done[0], done[1]]) == text_of(expected)
+
+
+def test_documents_that_were_read_before_are_told_of(chat, documents, caplog):
+    bound = chat.bind(temperature=0).bind(documents=iter(documents))
+    assert len(fates(bound.invoke("How many?"))) == 2
+    assert not caplog.text
+    for call in (bound.invoke, lambda question: list(bound.stream(question))):
+        call("How many?")
+        assert "documents is a list_iterator that gives none" in caplog.text
+        caplog.clear()
+
+
+class Report(Document):
+    def __repr__(self):
+        return "Report"
+
+
+class Row:
+    def __init__(self, page_content):
+        self.text = page_content
+
+    def __repr__(self):
+        return "Row"
+
+
+def test_what_a_function_said_is_what_a_tool_said(lm):
+    said = [FunctionMessage("12 degrees", name="weather"), ToolMessage("12 degrees", tool_call_id="1")]
+    assert to_messages(said[:1], lm.refs) == to_messages(said[1:], lm.refs)
+
+
+@pytest.mark.parametrize("kind", [Report, Row])
+def test_the_cache_tells_documents_apart_that_look_alike(kind, lm, documents):
+    cached = ChatExtensible.from_lm(lm, max_tokens=2, ratio=4, cache=InMemoryCache())
+    for one in documents:
+        answer = cached.invoke("How many?", documents=[kind(page_content=one.page_content)])
+        assert answer.response_metadata["extemb"]["documents"][0]["id"] == text_ref(one.page_content)
 
 
 def text_of(answers):

@@ -37,6 +37,7 @@ def test_documents_keep_what_they_have(lm, documents, monkeypatch):
     again = compressor.compress_documents(documents, "other")
     assert [one.metadata["extemb_ref"] for one in again] == [one.metadata["extemb_ref"] for one in found]
     assert list(compressor.compress_documents([], "any")) == []
+    assert len(compressor.compress_documents(iter(documents), "any")) == 2
 
 
 def test_a_stock_chain_hands_refs_over_and_its_llm_reads_embeddings(lm, chat, documents):

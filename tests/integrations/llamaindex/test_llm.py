@@ -24,7 +24,7 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
-from llama_index.core.schema import TextNode
+from llama_index.core.schema import NodeWithScore, TextNode
 from passes import passes_of
 from tiny import SENTENCES, random_embedder, tiny_model, tiny_tokenizer
 
@@ -79,8 +79,9 @@ def test_documents_in_blocks_are_read_where_they_stand(llm, lm, block, source):
     response = llm.chat([message], ratio=4)
     assert told(response) == [(source, 4)]
     assert response.raw["usage"]["prompt_tokens"] < len(lm.llm.encode(SENTENCES))
-    handed = llm.chat([ChatMessage(QUESTION)], documents=[SENTENCES], ratio=4)
-    assert [one["fidelity"] for one in handed.raw["extemb"]["documents"]] == [4]
+    for documents in ([SENTENCES], TextNode(text=SENTENCES), NodeWithScore(node=TextNode(text=SENTENCES))):
+        handed = llm.chat([ChatMessage(QUESTION)], documents=documents, ratio=4)
+        assert [one["fidelity"] for one in handed.raw["extemb"]["documents"]] == [4]
 
 
 def test_documents_of_files(llm, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
+import pickle
 import threading
 
 import pytest
@@ -261,6 +263,8 @@ def test_a_subclass_of_a_text_node_is_read_as_embeddings_and_keeps_what_it_has(l
         assert isinstance(first, Numbered)
         assert (first.number, first.doubled(), first.extemb_ratio, first.text) == (7, 14, 4, LONG)
         assert MARK.search(first.get_content(MetadataMode.LLM))
+        for copied in (copy.deepcopy(made[0]), pickle.loads(pickle.dumps(made[0])), made[0].model_copy(deep=True)):
+            assert (type(copied.node), copied.node) == (type(first), first)
         assert [found.node for found in made[1:]] == [found.node for found in nodes[1:]]  # they make their own content
     assert llm.lm.store.get(text_ref(LONG), lm.embedder.fingerprint, 4) is not None
 

@@ -165,7 +165,8 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
         self, prompt: str | Sequence[ChatMessage], settings: dict[str, Any], formatted: bool
     ) -> tuple[PreparedPrompt, Any]:
         with _not_as_value_error():
-            lm, documents = self._lm_of(settings), settings.get("documents") or ()
+            lm, documents = self._lm_of(settings), settings.get("documents")
+            documents = () if documents is None else documents
             others = {name: value for name, value in settings.items() if name != "stop"}
             chosen = self._call_settings(settings.get("stop"), others)
             if isinstance(prompt, str) and formatted:

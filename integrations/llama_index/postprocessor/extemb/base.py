@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from extemb_core.context.planning import Plan, compressed_positions, plan_context
 from extemb_core.errors import ConfigError
+from extemb_core.frameworks.aio import until_cancelled
 from extemb_core.frameworks.settings import Budget, ModelSettings
 from llama_index.postprocessor.extemb.node import extensible, heading_of, text_of, to_document
 
@@ -118,6 +119,11 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
             for at, scored in enumerate(nodes)
             if at not in dropped
         ]
+
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        return await until_cancelled(lambda _cancelled: self._postprocess_nodes(nodes, query_bundle))
 
     def _warn_of(self, dropped: list[int], nodes: list[NodeWithScore]) -> None:
         worst = min((scored.get_score() for at, scored in enumerate(nodes) if at not in dropped), default=math.inf)

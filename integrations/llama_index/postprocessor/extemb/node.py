@@ -115,4 +115,10 @@ def _extensible_kind(kind: type[BaseNode]) -> type[ExtensibleNode]:
         return kind
     if kind is TextNode or not issubclass(kind, TextNode):
         return ExtensibleNode
-    return type(f"Extensible{kind.__name__}", (ExtensibleNode, kind), {"__module__": kind.__module__})
+    members = {"__module__": kind.__module__, "__reduce__": lambda node: (_empty, (kind,), node.__getstate__())}
+    return type(f"Extensible{kind.__name__}", (ExtensibleNode, kind), members)
+
+
+def _empty(kind: type[BaseNode]) -> ExtensibleNode:
+    """Return a node to be filled, of a class that no module holds: a copy or a pickle is made from it."""
+    return ExtensibleNode.__new__(_extensible_kind(kind))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode, TransformComponent
 
+from extemb_core.frameworks.aio import until_cancelled
 from llama_index.postprocessor.extemb.base import CompressionSettings
 from llama_index.postprocessor.extemb.node import text_of, to_document
 
@@ -36,5 +36,5 @@ class ExtensibleTransform(CompressionSettings, TransformComponent):
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Compress in a thread, so that an event loop goes on."""
-        return await asyncio.to_thread(self, nodes, **kwargs)
+        """Compress in a thread, so that an event loop goes on; it stops when nobody waits any more."""
+        return await until_cancelled(lambda _cancelled: self(nodes, **kwargs))
