@@ -54,6 +54,9 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+# What an encoding that is ASCII and more leaves as it stands, and UTF-7, escapes and IDNA do not.
+_PLAIN = bytes(range(32, 91)) + bytes(range(94, 127)) + rb"+AEE-\u0041.xn--4ca"
+_MAX_DECLARATION_BYTES = 2048  # where a page declares its encoding; the standard has 1024
 _CONVERT = "convert it to text, Markdown, HTML or PDF (.txt, .md, .rst, .html, .pdf)"
 
 _UNSEEN_TAGS = frozenset({"title", "script", "style", "noscript", "template", "nav", "svg"})
@@ -219,7 +222,7 @@ def _decode(path: Path, data: bytes, declared: str | None = None) -> str:
 def _read_html(path: Path, data: bytes) -> tuple[str, str]:
     """Return what a reader of the page sees (block elements on lines of their own), and its title."""
     bs4 = optional_import("bs4", "documents", f"reading {path}", "beautifulsoup4")
-    declared = bs4.dammit.EncodingDetector.find_declared_encoding(data, is_html=True)
+    declared = bs4.dammit.EncodingDetector.find_declared_encoding(data[:_MAX_DECLARATION_BYTES], is_html=True)
     markup = _decode(path, data, _web_encoding(declared))
     with warnings.catch_warnings():
         # bs4 warns of XHTML, and of pages so short that they look like a file name: both are read.
@@ -230,15 +233,18 @@ def _read_html(path: Path, data: bytes) -> tuple[str, str]:
 
 
 def _web_encoding(declared: str | None) -> str | None:
-    """Return the codec for an encoding named inside a page, as the HTML standard reads such names."""
+    """Return the codec for an encoding named inside a page, as the HTML standard reads such names.
+
+    The declaration was read as ASCII, so one that reads that otherwise (UTF-16, punycode) or no text at all (hex) is
+    not the page's.
+    """
     try:
         name = codecs.lookup(declared or "utf-8").name
-    except LookupError:
+        if _PLAIN.decode(name) != _PLAIN.decode("ascii"):
+            return None
+    except (LookupError, ValueError):  # ValueError: a NUL character in the name, and what the codec cannot decode
         return None
-    if name in ("iso8859-1", "ascii"):
-        return "cp1252"
-    # The declaration was read as ASCII, so the page cannot be what it says here.
-    return None if name.startswith(("utf-16", "utf-32")) else name
+    return "cp1252" if name in ("iso8859-1", "ascii") else name
 
 
 def _visible_text(root: Tag) -> str:

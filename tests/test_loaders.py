@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bs4.dammit import EncodingDetector
 from hypothesis import given
 from hypothesis import strategies as st
 from pypdf import PdfWriter
@@ -199,6 +200,32 @@ def test_html_in_its_declared_encoding(tmp_path: Path, declared: str, encoding: 
     word = "мир" if encoding == "koi8-r" else "café €"
     page = f'<meta charset="{declared}"><p>{word}</p>'.encode(encoding)
     assert read_document(write(tmp_path / "a.html", page)).text == word
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "hex", "rot13", "zip", "bz2", "base64", "quopri", "undefined", "punycode", "idna", "unicode_escape",
+        "raw_unicode_escape", "utf-7", "utf-32", "cp037", "a\0b",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ['<meta charset="{}">', '<?xml version="1.0" encoding="{}"?>'])
+def test_html_that_names_what_is_no_encoding_of_pages_is_read_as_utf_8(
+    tmp_path: Path, declared: str, form: str
+) -> None:
+    page = write(tmp_path / "a.html", form.format(declared) + r"<p>né \u0041 +AEE- xn--4ca")
+    if "\0" in declared:
+        with pytest.raises(DocumentError, match="NUL"):
+            read_document(page)
+    else:
+        assert read_document(page).text == r"né \u0041 +AEE- xn--4ca"
+
+
+def test_the_encoding_of_html_is_looked_for_at_its_start_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[bytes] = []
+    monkeypatch.setattr(EncodingDetector, "find_declared_encoding", lambda data, **settings: searched.append(data))
+    read_document(write(tmp_path / "a.html", "<meta " + "x" * 100_000 + ">"))
+    assert len(searched[0]) == 2048  # bs4 alone searches a twentieth, in quadratic time
 
 
 def test_html_nested_deeper_than_the_stack(tmp_path: Path) -> None:
