@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from extemb_core.answers import Answer, AnswerStream
-from extemb_core.documents import Document, text_ref
+from extemb_core.documents import Document, refuse_lone_surrogates, text_ref
 from extemb_core.errors import ConfigError, DocumentError, MismatchError
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.library.bm25 import WordIndex, fuse
@@ -263,9 +263,11 @@ class Library:
 
         Raises:
             ConfigError: The question is empty, or `k` is not positive.
+            DocumentError: The question is no valid Unicode.
         """
         if not question.strip():
             raise ConfigError("the question is empty; ask something")
+        refuse_lone_surrogates(question, "question")
         whole_number(k, "k", remedy=f"e.g. {N_PASSAGES}")
         if not self._warned and (stale := self.n_stale):
             self._warned = True
