@@ -18,7 +18,7 @@ from extemb_core.cli.options import CommandGroup, JsonOption, option
 from extemb_core.cli.output import library_output, print_json, print_line, print_note, print_result, print_table
 from extemb_core.cli.store import verify
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
-from extemb_core.loaders import SUPPORTED_SUFFIXES
+from extemb_core.loaders import SUPPORTED_SUFFIXES, read_documents
 
 app = CommandGroup(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
 
@@ -55,12 +55,13 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
     given = AddOptions(**settings)
     paths = [Path(name) for name in given.documents]
     with options.skipping() as skipped:
+        documents = read_documents(paths, skipped=skipped)  # before a library is made for nothing
         with library_output():
             from extemb_core.library.library import Library
 
             lm, names = given.load(dtype=given.llm_dtype), ("encoder", "ratio", "passage_tokens", "dtype")
             with Library(library, lm, **{name: getattr(given, name) for name in names}) as opened:
-                added = opened.add(paths, skipped=skipped)
+                added = opened.add(documents)
                 gone = _gone_from(paths, (record["source"] for record in opened.documents()))
                 if given.prune:
                     opened.remove(gone)
