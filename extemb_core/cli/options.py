@@ -57,7 +57,7 @@ class SeveralValues(typer.core.TyperCommand):
         rest = list(super().parse_args(ctx, _repeat(args, repeatable)))
         for param in self.params:
             if param.metavar in _NAMES_OF_FILES and ctx.params.get(param.name) == "":  # Path's current folder
-                raise typer.BadParameter("an empty name is not a file or folder.", ctx=ctx, param=param)
+                raise typer.BadParameter("an empty name is not a file or folder.", param_hint=f"'{param.opts[0]}'")
         return rest
 
 
