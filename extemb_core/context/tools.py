@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from extemb_core.errors import ConfigError
+from extemb_core.utils.files import parse_json
 
 if TYPE_CHECKING:
     from extemb_core.models.llm import LLM
@@ -90,7 +91,7 @@ def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
     calls = []
     for match in _CALL.finditer(text):
         try:
-            written = json.loads(match[1])
+            written = parse_json(match[1])
             name, arguments = written["name"], written.get("arguments", {})
             if not isinstance(name, str) or not isinstance(arguments, dict):
                 raise TypeError("a name and arguments belong there")

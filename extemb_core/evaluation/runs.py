@@ -19,7 +19,7 @@ from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.utils.files import atomic_write_text, sha256_of
+from extemb_core.utils.files import atomic_write_text, parse_json, sha256_of
 from extemb_core.utils.journal import Journal, require_same_run, to_json
 from extemb_core.utils.progress import progress
 
@@ -199,7 +199,7 @@ def read_record(file: Path) -> dict[str, Any]:
     """
     text = _existing(file).read_bytes()
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except ValueError as error:
         raise DocumentError(f"{file} is not JSON ({error}); measure it again") from error
     needed = ("kind", "config", "data", "fingerprint", "provenance", "parts", "n", "seconds", "summary", "samples")

@@ -8,7 +8,6 @@ layer's in place.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from extemb_core.errors import WeightsCorruptError, WeightsNotFoundError
+from extemb_core.utils.files import parse_json
 
 ADAPTER = "default"  # peft's name for the only one
 
@@ -48,7 +48,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         WeightsNotFoundError, WeightsCorruptError: It is missing, or not JSON.
     """
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise WeightsNotFoundError(f"{file} does not exist; pass the folder that save_pretrained wrote") from error
     except ValueError as error:

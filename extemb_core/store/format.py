@@ -24,7 +24,7 @@ from extemb_core.documents import REF_PREFIX
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreFormatError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.lmdb_env import DATA_FILE
-from extemb_core.utils.files import atomic_write_text
+from extemb_core.utils.files import atomic_write_text, parse_json
 
 FORMAT, VERSION = "extemb-store", 2
 _READ = (1, 2)  # version 1 knew no entry layer above 0: all it holds is as version 2 has it
@@ -64,7 +64,7 @@ def check_description(folder: Path) -> int | None:
     if not file.is_file():
         return None
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = parse_json(file.read_text(encoding="utf-8"))
         name, version = description["format"], description["version"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise StoreCorruptError(f"{file} does not describe a store ({error}); restore it from a copy") from error

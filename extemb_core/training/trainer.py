@@ -38,7 +38,7 @@ from extemb_core.training.data import Samples, TokenFile
 from extemb_core.training.objectives import QuestionReadings
 from extemb_core.training.reading_loss import Reading, reading_losses
 from extemb_core.training.two_stream import plan_passes, two_stream_losses
-from extemb_core.utils.files import atomic_write_text, fsync
+from extemb_core.utils.files import atomic_write_text, fsync, parse_json
 from extemb_core.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -653,7 +653,7 @@ def _config_of(checkpoint: Path) -> dict[str, Any]:
     """Read a checkpoint's settings: in its own mark, in those of the first versions in the run's file."""
     for file in (checkpoint / COMPLETE, checkpoint.parent / "training.json"):
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = parse_json(file.read_text(encoding="utf-8"))
             config = values["config"] if file.name == COMPLETE else values
         except (OSError, ValueError, KeyError, TypeError):
             continue

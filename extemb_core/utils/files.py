@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _BLOCK_BYTES = 1 << 20
 _LEFT_SECONDS = 3600
@@ -55,6 +56,14 @@ def atomic_write_text(file: Path, text: str) -> None:
     """Write a text file that is whole or not there."""
     with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON as `json.loads` does; what is nested deeper than Python's stack is a `JSONDecodeError` too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
 
 
 def sha256_of(file: Path) -> str:

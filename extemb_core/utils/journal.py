@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.utils.files import parse_json
 
 to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False)
 
@@ -36,7 +37,7 @@ class Journal:
         text = file.read_bytes() if file.is_file() else b""
         whole = text[: text.rfind(b"\n") + 1]
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
+            lines = [parse_json(line) for line in whole.splitlines()]
             if lines:
                 require_same_run(lines[0]["identity"], identity, file, remedy)
             self.rows = lines[1:]

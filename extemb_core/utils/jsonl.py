@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from extemb_core.errors import DocumentError, DocumentNotFoundError, optional_import
+from extemb_core.utils.files import parse_json
 
 _BLOCK_BYTES = 1 << 16
 
@@ -33,7 +33,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         text = _decoded(line, file, number)
         try:
-            row = json.loads(text)
+            row = parse_json(text)
         except ValueError as error:
             raise DocumentError(f"{file}, line {number}: not JSON ({error}); mend or drop the row") from error
         if not isinstance(row, dict):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import WeightsCorruptError, WeightsError
-from extemb_core.utils.files import fsync, sha256_of
+from extemb_core.utils.files import fsync, parse_json, sha256_of
 from extemb_core.weights.gguf import CONVERSION_VERSION
 from extemb_core.weights.registry import KnownModel
 
@@ -53,7 +53,7 @@ def is_ready(model: KnownModel) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read what ``extemb-weights.json`` says of the model, and the (sha256, size in bytes) of the files beside it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (str(file["sha256"]), int(file["size_bytes"])) for name, file in manifest["files"].items()}
         return {key: manifest[key] for key in ("name", "source_sha256", "conversion")} | {"files": files}
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import WeightsCorruptError, WeightsError, WeightsNotFoundError
+from extemb_core.utils.files import parse_json
 from extemb_core.weights import cache
 
 
@@ -55,7 +55,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise WeightsCorruptError(f"{file} is not valid JSON ({error}); download or save the model again") from error
     if not isinstance(content, dict):
