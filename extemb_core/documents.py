@@ -40,6 +40,15 @@ def without_lone_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def refuse_lone_surrogates(text: str, name: str = "text") -> None:
+    """Raise `DocumentError` for a text that no tokenizer can read; `name` is what the error calls it."""
+    if lone := LONE_SURROGATE.search(text):
+        raise DocumentError(
+            f"the {name} holds a lone surrogate (U+{ord(lone[0]):04X}) at character {lone.start()}, which is "
+            "not valid Unicode; decode its bytes again with errors='replace'"
+        )
+
+
 @dataclass(frozen=True)
 class Document:
     """Text with an optional title and metadata; two documents with equal text share one `ref`.
@@ -71,11 +80,7 @@ class Document:
                 f"metadata={self.metadata!r} is a {type(self.metadata).__name__}, not a mapping; pass a dict"
             )
         for name, value in (("text", self.text), ("title", self.title or "")):
-            if lone := LONE_SURROGATE.search(value):
-                raise DocumentError(
-                    f"the {name} holds a lone surrogate (U+{ord(lone[0]):04X}) at character {lone.start()}, which is "
-                    "not valid Unicode; decode its bytes again with errors='replace'"
-                )
+            refuse_lone_surrogates(value, name)
         # A copy: what the caller does to its dict later does not reach a frozen document.
         object.__setattr__(self, "metadata", dict(self.metadata))
 

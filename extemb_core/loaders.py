@@ -55,6 +55,9 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+# What an encoding that is ASCII and more leaves as it stands, and UTF-7, escapes and IDNA do not.
+_PLAIN = bytes(range(32, 91)) + bytes(range(94, 127)) + rb"+AEE-\u0041.xn--4ca"
+_MAX_DECLARATION_BYTES = 2048  # where a page declares its encoding; the standard has 1024
 _CONVERT = "convert it to text, Markdown, HTML or PDF (.txt, .md, .rst, .html, .pdf)"
 
 _UNSEEN_TAGS = _words("title script style noscript template nav svg datalist noframes iframe audio video canvas rp")
@@ -71,9 +74,6 @@ _UNSEEN_STYLE = re.compile(
 )
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 
-_DECLARED_WITHIN_BYTES = 2048  # of a page's start; the standard says 1024
-# The codecs of the encodings that the HTML standard knows; Python's others are no text, or decode what no browser does.
-_WEB_CODEC = re.compile(r"utf-8|iso8859|cp\d|koi8|mac-|gb|big5|euc_|iso2022_jp|shift_jis|tis-620")
 
 _LOSS = re.compile(r"(?<!found, )skipp|exceed|impossible|missing|not be read", re.IGNORECASE)  # in what pypdf logs
 
@@ -233,7 +233,7 @@ def _read_html(path: Path, data: bytes) -> tuple[str, str]:
     What `hidden` or its own style hides is left out; stylesheets and scripts, which could hide more, are not run.
     """
     bs4 = optional_import("bs4", "documents", f"reading {path}", "beautifulsoup4")
-    declared = bs4.dammit.EncodingDetector.find_declared_encoding(data[:_DECLARED_WITHIN_BYTES], is_html=True)
+    declared = bs4.dammit.EncodingDetector.find_declared_encoding(data[:_MAX_DECLARATION_BYTES], is_html=True)
     markup = _decode(path, data, _web_encoding(declared))
     # A tag that nothing closes is text to the parser, which earlier versions of Python looked for to the end each time.
     end = markup.rfind(">") + 1
@@ -250,15 +250,18 @@ def _read_html(path: Path, data: bytes) -> tuple[str, str]:
 
 
 def _web_encoding(declared: str | None) -> str | None:
-    """Return the codec for an encoding named inside a page, as the HTML standard reads such names."""
+    """Return the codec for an encoding named inside a page, as the HTML standard reads such names.
+
+    The declaration was read as ASCII, so one that reads that otherwise (UTF-16, punycode) or no text at all (hex) is
+    not the page's.
+    """
     try:
         name = codecs.lookup(declared or "utf-8").name
-    except (LookupError, ValueError):  # ValueError: a NUL character in it
+        if _PLAIN.decode(name) != _PLAIN.decode("ascii"):
+            return None
+    except (LookupError, ValueError):  # ValueError: a NUL character in the name, and what the codec cannot decode
         return None
-    if name in ("iso8859-1", "ascii"):
-        return "cp1252"
-    # UTF-16 and UTF-32 are not among them: the declaration was read as ASCII.
-    return name if _WEB_CODEC.match(name) else None
+    return "cp1252" if name in ("iso8859-1", "ascii") else name
 
 
 def _visible_text(root: Tag) -> str:

@@ -205,7 +205,7 @@ def test_html_in_its_declared_encoding(tmp_path: Path, declared: str, encoding: 
 
 @pytest.mark.parametrize(
     "declared", ["hex", "rot13", "zip", "bz2", "base64", "quopri", "uu", "undefined", "punycode", "idna", "utf-7",
-                 "unicode_escape", "raw_unicode_escape", "utf-16", "none such", "x" * 9000]
+                 "unicode_escape", "raw_unicode_escape", "utf-16", "utf-32", "cp037", "none such", "x" * 9000]
 )  # fmt: skip
 @pytest.mark.parametrize(
     "page", ['<meta charset="{}"><p>M\u00fcller \\x41', '<?xml encoding="{}"?><p>M\u00fcller \\x41']

@@ -255,7 +255,8 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         if stopped.is_set():
             raise KeyboardInterrupt
         stopped.set()
-        output.print_note("\n(stopping; Ctrl-C again leaves)")
+        output.print_note("")
+        output.print_note("(stopping; Ctrl-C again leaves)")
 
     if threading.current_thread() is not threading.main_thread():
         yield stopped

@@ -25,7 +25,7 @@ from extemb_core.evaluation.settings import CalibrationConfig
 )  # fmt: skip
 def calibrate(
     llm: LlmOption,
-    output: Annotated[Path, option("--output", "DIR", "Folder for the embedder, the record and a plot; a new one.")],
+    output: Annotated[str, option("--output", "DIR", "Folder for the embedder, the record and a plot; a new one.")],
     resume: ResumeOption = True,
     as_json: JsonOption = False,
     **settings: Any,
@@ -40,10 +40,10 @@ def calibrate(
 
         config = CalibrationConfig(llm=llm, **settings)
         with explain_interrupt(lambda: f"the same command goes on from {output}"):
-            calibration = find_layer(config, output, command=["extemb", *sys.argv[1:]], resume=resume)
+            calibration = find_layer(config, Path(output), command=["extemb", *sys.argv[1:]], resume=resume)
     record = calibration.record
     if as_json:
-        value = {"layer": calibration.layer, "reason": calibration.reason, "output": str(output)}
+        value = {"layer": calibration.layer, "reason": calibration.reason, "output": output}
         value |= {"fingerprint": calibration.embedder.fingerprint, "seconds": record["seconds"]}
         print_json(value | {"plot": calibration.plot and str(calibration.plot), "summary": record["summary"]})
         return

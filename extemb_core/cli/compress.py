@@ -32,7 +32,7 @@ class CompressOptions(ModelOptions):
         force: Overwrite files that are there.
     """
 
-    output: Path = field(metadata={"metavar": "PATH"})
+    output: str = field(metadata={"metavar": "PATH"})
     ratio: int | None = field(default=None, metadata={"default": KEPT_RATIO})
     batch_size: int | None = None
     force: bool = False
@@ -58,7 +58,7 @@ def compress(
 
 def _compress(documents: Sequence[Document], given: CompressOptions, *, as_json: bool, skipped: Skipped) -> None:
     """Compress documents and write them to their files."""
-    targets = _targets(documents, given.output)
+    targets = _targets(documents, Path(given.output))
     existing = [target for target in targets if target.exists()]
     if existing and not given.force:
         more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""

@@ -56,13 +56,15 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
     paths = [Path(name) for name in given.documents]
     with options.skipping() as skipped:
         with library_output():
-            from extemb_core.library.library import Library
+            from extemb_core.library.library import Library, as_documents
 
+            near = Path(library).resolve().parent
+            documents = list(as_documents(paths, near, skipped))  # before a library is made for nothing
             lm, names = given.load(dtype=given.llm_dtype), ("encoder", "ratio", "passage_tokens", "dtype")
             with Library(library, lm, **{name: getattr(given, name) for name in names}) as opened:
-                added = opened.add(paths, skipped=skipped)
+                added = opened.add(documents)
                 sources = (record["source"] for record in opened.documents())
-                gone = _gone_from(paths, sources, opened.path.parent)
+                gone = _gone_from(paths, sources, near)
                 if given.prune:
                     opened.remove(gone)
         options.print_skipped(skipped)

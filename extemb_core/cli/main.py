@@ -14,7 +14,16 @@ from extemb_core import __version__
 from extemb_core.cli import ask, calibrate, compress, doctor, index, scale, store, train, weights
 from extemb_core.cli import eval as evaluate
 from extemb_core.cli.options import CommandGroup, RootGroup
-from extemb_core.cli.output import EXIT_CODES, ExitCode, debugging, print_note, strip_control_chars
+from extemb_core.cli.output import (
+    EXIT_CODES,
+    ExitCode,
+    debugging,
+    discard_stdout,
+    one_line,
+    print_error,
+    print_note,
+    strip_control_chars,
+)
 
 app = CommandGroup(
     name="extemb",
@@ -75,6 +84,10 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)
         sys.exit(ExitCode.INTERRUPTED)
+    except OSError as error:  # of stdout itself, where not even an error in JSON can be written
+        discard_stdout()
+        print_error(error, as_json=False)
+        sys.exit(ExitCode.FAILURE)
 
 
 def _set_up_logging(debug: bool) -> None:
@@ -98,8 +111,11 @@ def _set_up_logging(debug: bool) -> None:
 class _LevelFirst(logging.Formatter):
     """Begin with the level, as compilers do: `warning: ...`; a file's name tells a terminal nothing."""
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        return one_line(f"{record.levelname.lower()}: {super().formatMessage(record)}")
+
     def format(self, record: logging.LogRecord) -> str:
-        return strip_control_chars(f"{record.levelname.lower()}: {super().format(record)}")
+        return strip_control_chars(super().format(record))
 
 
 if __name__ == "__main__":

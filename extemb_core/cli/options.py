@@ -24,6 +24,7 @@ STDIN = "-"
 DEFAULT_LLM = "smollm2-135m-joint"  # lm.DEFAULT_LLM, whose module is too heavy to import for --help
 SHIPPED = "the one shipped for the LLM"
 _MAX_NAMES = 8  # of what is passed over, in one line
+_NAMES_OF_FILES = ("DIR", "FILE", "PATH")
 KEPT_RATIO = "what the embedder keeps: 2, or its finest"
 
 UsageError: Any = typer.BadParameter.__base__  # where it is defined differs between versions of typer
@@ -53,7 +54,11 @@ class SeveralValues(typer.core.TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.find_root().obj = "--json" in args and any(param.name == "as_json" for param in self.params)
         repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
-        return list(super().parse_args(ctx, _repeat(args, repeatable)))
+        rest = list(super().parse_args(ctx, _repeat(args, repeatable)))
+        for param in self.params:
+            if param.metavar in _NAMES_OF_FILES and ctx.params.get(param.name) == "":  # Path's current folder
+                raise typer.BadParameter("an empty name is not a file or folder.", param_hint=f"'{param.opts[0]}'")
+        return rest
 
 
 class RootGroup(typer.core.TyperGroup):

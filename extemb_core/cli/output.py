@@ -77,14 +77,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except BrokenPipeError as error:
-            _discard_stdout()
+            discard_stdout()
             raise typer.Exit(ExitCode.CLOSED_PIPE) from error
         except (KeyboardInterrupt, Exception) as error:
-            try:
-                print_error(error, as_json=bool(kwargs.get("as_json")))
-            except OSError as refused:  # of what stdout is written to: a full disk
-                _discard_stdout()
-                print_error(refused, as_json=False)
+            print_error(error, as_json=bool(kwargs.get("as_json")))
             raise typer.Exit(code_of(error)) from error
 
     return run
@@ -114,6 +110,11 @@ def strip_control_chars(text: str) -> str:
     return _CONTROL_CHAR.sub("", text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def one_line(text: str) -> str:
+    """Write on one line what may hold a file's name, whose line ends would forge others; else `strip_control_chars`."""
+    return strip_control_chars(re.sub(r"[\t\n]", " ", text))
+
+
 def print_json(value: Any) -> None:
     """Print an object, or a dataclass as one, on one line of stdout."""
     fields = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
@@ -122,13 +123,13 @@ def print_json(value: Any) -> None:
 
 
 def print_note(message: str) -> None:
-    """Print what is not the result, on stderr."""
-    typer.echo(strip_control_chars(message), err=True)
+    """Print a line that is not the result, on stderr."""
+    typer.echo(one_line(message), err=True)
 
 
 def print_line(text: str) -> None:
     """Print a line of the result, without what a terminal would obey."""
-    typer.echo(strip_control_chars(text))
+    typer.echo(one_line(text))
 
 
 def print_piece(text: str) -> None:
@@ -179,7 +180,7 @@ def print_table(
 def _format_cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) else strip_control_chars(str(value))
+    return f"{value:,}" if isinstance(value, int) else one_line(str(value))
 
 
 def _describe(error: BaseException) -> tuple[str, str]:
@@ -200,7 +201,7 @@ def _describe(error: BaseException) -> tuple[str, str]:
     return kind, f"unexpected {kind} ({quoted}); `extemb --debug ...` shows where it comes from"
 
 
-def _discard_stdout() -> None:
+def discard_stdout() -> None:
     """Let the interpreter flush what is left into nothing, or it complains at exit."""
     with suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:  # stdout may be no file: a notebook's
         os.dup2(nothing.fileno(), sys.stdout.fileno())

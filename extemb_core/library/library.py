@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from extemb_core.answers import Answer, AnswerStream
-from extemb_core.documents import Document, text_ref
+from extemb_core.documents import Document, refuse_lone_surrogates, text_ref
 from extemb_core.errors import ConfigError, DocumentError, ExtembError, MismatchError
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.library.bm25 import WordIndex, fuse
@@ -207,7 +207,7 @@ class Library:
             DocumentError: A document cannot be read.
             StoreError: The library is read-only, or the disk refuses.
         """
-        by_source = {document.source: document for document in _as_documents(documents, self.path.parent, skipped)}
+        by_source = {document.source: document for document in as_documents(documents, self.path.parent, skipped)}
         return self._compress_changed("add", by_source.values(), len(by_source), show_progress)
 
     def refresh(self, *, show_progress: bool | None = None) -> Added:
@@ -276,10 +276,12 @@ class Library:
 
         Raises:
             ConfigError: The question is empty, or `k` is not positive.
+            DocumentError: The question is no valid Unicode.
             StoreCorruptError: A passage is not what was written.
         """
         if not question.strip():
             raise ConfigError("the question is empty; ask something")
+        refuse_lone_surrogates(question, "question")
         whole_number(k, "k", remedy=f"e.g. {N_PASSAGES}")
         if not self._warned and (stale := self.n_stale):
             self._warned = True
@@ -466,7 +468,7 @@ def _batch_tokens(lm: ExtensibleLM) -> int:
     return max(_BATCH_TOKENS, default_batch_size(lm.llm, chunk_size) * chunk_size)
 
 
-def _as_documents(documents: Any, near: Path, skipped: Skipped | None) -> Iterator[Document]:
+def as_documents(documents: Any, near: Path, skipped: Skipped | None) -> Iterator[Document]:
     """Read paths, whose documents are named as `_located` has it, and take everything else as documents."""
     if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
         documents = [documents]

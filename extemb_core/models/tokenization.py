@@ -14,8 +14,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from extemb_core.documents import LONE_SURROGATE
-from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.documents import refuse_lone_surrogates
+from extemb_core.errors import ConfigError
 
 # Long texts are tokenised in pieces of at most this many characters, so that memory does not grow with the text.
 # A space between two letters begins a new word for every byte-level BPE in use (not so the line break after a full
@@ -108,11 +108,7 @@ class TextEncoder:
         Returns:
             (T,) ids and the number of characters that they stand for, in the text's order.
         """
-        if lone := LONE_SURROGATE.search(text):
-            raise DocumentError(
-                f"character {lone.start()} of the text is a lone surrogate ({lone[0]!a}), which no tokenizer can read; "
-                "decode the text with errors='replace'"
-            )
+        refuse_lone_surrogates(text)
         return ((self._encode_piece(piece), len(piece)) for piece in pieces_of(text, _PIECE_CHARS))
 
     def _encode_piece(self, text: str) -> np.ndarray[Any, Any]:
@@ -132,6 +128,7 @@ class TextEncoder:
 
     def encode_template(self, text: str) -> list[int]:
         """Encode as the model's own prompt text: control tokens are obeyed. Only for chat templates."""
+        refuse_lone_surrogates(text)
         with self._template_lock:  # calling a fast tokenizer sets its state
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 

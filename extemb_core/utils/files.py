@@ -60,11 +60,11 @@ def atomic_write_text(file: Path, text: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON. Raises `ValueError` for what is none, and for what is nested deeper than Python can follow."""
+    """Parse JSON as `json.loads` does; what is nested deeper than Python's stack is a `JSONDecodeError` too."""
     try:
         return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
 
 
 def sha256_of(file: Path) -> str:

@@ -56,7 +56,7 @@ _SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
     "top_k": (lambda k: _is_whole(k) and k >= 0, "0 (off) or a positive whole number"),
     "repetition_penalty": (lambda r: 0 < r < math.inf, "above 0 (1 is off)"),
-    "seed": (lambda s: s is None or _is_whole(s), "a whole number or None"),
+    "seed": (lambda s: s is None or (_is_whole(s) and -(2**63) <= s < 2**64), "a whole number of 64 bits or None"),
     "stop": (_is_texts, "texts that are not empty"),
 }
 

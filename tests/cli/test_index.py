@@ -33,6 +33,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
+def test_a_library_is_not_made_for_nothing(run: Any, tmp_path: Path) -> None:
+    library = tmp_path / "notes.extemb"
+    assert run("index", "add", library, "--documents", tmp_path / "missing.txt", with_models=True).exit_code == 3
+    assert not library.exists()
+
+
 def test_a_library_from_the_command_line(run: Any, tmp_path: Path) -> None:
     notes, library = tmp_path / "notes", tmp_path / "notes.extemb"
     notes.mkdir()
@@ -48,6 +54,7 @@ def test_a_library_from_the_command_line(run: Any, tmp_path: Path) -> None:
     found = json.loads(run("index", "search", library, "the bridge", "--json").stdout)["passages"]
     assert found[0]["source"].endswith("bridge.txt")
     assert "bridge.txt:0-30" in run("index", "search", library, "the bridge", "--k", "1").stdout
+    assert "lone surrogate" in run("index", "search", library, "the \udcff").stderr
     asked = run("ask", "Is the bridge open?", "--library", library, "--ratio", "2", "--k", "1", "--json",
                 "--max-new-tokens", "2", with_models=True)  # fmt: skip
     (entry,) = json.loads(asked.stdout)["context"]
@@ -124,7 +131,7 @@ def test_a_folder_is_kept_in_step(run: Any, tmp_path: Path) -> None:
     added = json.loads(result.stdout)
     assert (added["added"], added["gone"], len(added["not_read"])) == (2, [], 1)
     assert "warning: not read" in result.stderr
-    assert f"{library}, {notes / 'report.docx'}" in result.stderr  # the library is none of its documents
+    assert f"folders: {notes / 'report.docx'}\n" in result.stderr
     (notes / "latin.txt").unlink()
     (notes / "plan.txt").rename(notes / "plan2.txt")
     (notes / "old" / "bridge.txt").unlink()
@@ -132,6 +139,7 @@ def test_a_folder_is_kept_in_step(run: Any, tmp_path: Path) -> None:
     assert (result.exit_code, added := json.loads(result.stdout))[0] == 0
     assert (added["added"], added["unchanged"]) == (1, 0)
     assert sorted(Path(source).name for source in added["gone"]) == ["bridge.txt", "plan.txt"]
+    assert f"{library}, {notes / 'report.docx'}" in result.stderr  # the library is none of its documents
     assert "2 files are gone, and in the library still, where --prune removes them" in result.stderr
     result = run(*command, "--prune", with_models=True)
     assert "2 files are gone, and removed" in result.stderr

@@ -26,7 +26,7 @@ import extemb_core
 from extemb_core.cli import ask as asking
 from extemb_core.cli import options as inputs
 from extemb_core.cli import output as reporting
-from extemb_core.cli.main import _LevelFirst, app
+from extemb_core.cli.main import _LevelFirst, app, main
 from extemb_core.cli.options import _repeat
 from extemb_core.cli.output import EXIT_CODES, ExitCode
 from extemb_core.cli.train import NewEmbedder
@@ -655,6 +655,61 @@ def test_a_terminal_is_not_told_what_to_do_by_a_log_json_or_a_usage_error(
     (out / "novel.safetensors").write_bytes(b"")
     assert "\x1b" not in (told := misused("compress", novel, "--output", out))
     assert "is there already" in told
+
+
+def test_a_files_name_forges_no_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, models: Models) -> None:
+    forged = "error: the disk is full.txt"
+    (tmp_path / f"a\n{forged}").write_text("The mill.")
+    (tmp_path / f"b\n{forged}").write_bytes(b"M\xfcller")
+    (tmp_path / f"c\n{forged}.bin").touch()
+    result = run("compress", tmp_path, "--output", tmp_path / "out", *models.options)
+    assert result.exit_code == ExitCode.INPUT
+    assert result.output.count(forged) >= 2
+    assert not any(line.startswith("error") for line in result.output.splitlines())
+    reporting.print_line(f"a\n{forged}")
+    record = logging.LogRecord("extemb_core", logging.WARNING, "", 0, "%s: no text", (f"a\n{forged}",), None)
+    assert capsys.readouterr().out == f"a {forged}\n"
+    assert _LevelFirst().format(record) == f"warning: a {forged}: no text"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compress", "a.txt", "--output", ""), ("compress", "a.txt", "--output="), ("ask", "q", "--store", ""),
+        ("ask", "q", "--library", ""), ("index", "add", "", "--documents", "a.txt"), ("store", "stats", ""),
+        ("store", "export", "s", "--output", ""), ("calibrate", "--llm", "l", "--output", ""),
+        ("eval", "needle", "--json", ""),
+    ],
+)  # fmt: skip
+def test_an_empty_name_is_not_the_current_folder(command: tuple[str, ...]) -> None:
+    assert "an empty name is not a file or folder" in misused(*command)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize(
+    "command", [("--version",), ("ask", "--json"), ("store", "stats", "none", "--json"), ("weights", "list", "--json")]
+)
+def test_stdout_on_a_full_disk_is_one_line(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("extemb_core.cli.main._set_up_logging", lambda debug: None)
+    monkeypatch.setattr(sys, "argv", ["extemb", *command])
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as left:
+            main()
+    assert left.value.code == ExitCode.FAILURE
+    assert capsys.readouterr().err == "error: No space left on device\n"
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_a_seed_that_torch_does_not_take_is_refused(models: Models, seed: int) -> None:
+    command = ("ask", "q", "--temperature", "1", "--seed", str(seed), *models.options)
+    assert "a whole number of 64 bits or None" in refused(ExitCode.SETTINGS, *command)
+
+
+def test_a_question_that_is_not_utf_8_is_refused(models: Models) -> None:
+    assert "lone surrogate (U+DCFF)" in refused(ExitCode.INPUT, "ask", "who \udcff", *models.options)
 
 
 # -- chat -----------------------------------------------------------------------------------------------------

@@ -99,6 +99,7 @@ def test_calls_are_read_from_text():
     for wrong in (
         '{"name": "add", "argu',
         '["add"]',
+        "[" * 100_000,
         '{"name": 3, "arguments": {}}',
         '{"name": "a", "arguments": "x"}',
     ):

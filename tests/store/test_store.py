@@ -357,9 +357,10 @@ def test_a_store_of_another_version_is_not_touched(tmp_path):
     (tmp_path / "s" / "store.json").write_text(json.dumps({"format": "extemb-store", "version": 99}))
     with pytest.raises(StoreError, match="version 99, and this library reads"):
         EmbeddingStore.open(tmp_path / "s")
-    (tmp_path / "s" / "store.json").write_text("{")
-    with pytest.raises(StoreCorruptError, match="does not describe a store"):
-        EmbeddingStore.open(tmp_path / "s", "r")
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "s" / "store.json").write_text(damaged)
+        with pytest.raises(StoreCorruptError, match="does not describe a store"):
+            EmbeddingStore.open(tmp_path / "s", "r")
 
 
 def test_a_folder_that_may_not_be_written_is_read(tmp_path):

@@ -53,3 +53,9 @@ def test_the_hash_of_a_stream_is_of_what_is_left_of_it():
     stream = io.BytesIO(b"xxabc")
     stream.seek(2)
     assert sha256_of_stream(stream) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, b'{"a":' * 100_000, "{", b"\xff"])
+def test_what_is_no_json_is_a_value_error_however_deep(text: str | bytes) -> None:
+    with pytest.raises(ValueError):  # of json, or of UTF-8
+        parse_json(text)
