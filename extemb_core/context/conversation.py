@@ -16,6 +16,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,7 +197,9 @@ class Session:
     def append(self, text: str) -> None:
         """Feed text that belongs to no turn: a transcript, a log, a novel, piece by piece."""
         with self._lock:
-            self._take_in(text)
+            draft = self._draft()
+            draft._take_in(text)
+            self._adopt(draft)
 
     def send(self, text: str, **sampling: Any) -> Answer:
         """Say something and get the answer; both become part of the conversation."""
@@ -211,18 +214,25 @@ class Session:
             raise ConfigError("the message is empty; say something")
         start = time.perf_counter()
         settings = Sampling(**sampling)
+        *pieces, text = pieces_of(text, _PIECE_CHARS)
+        long = "".join(pieces)  # a message of many windows is streamed text but for its end
+        question = _Turn("user", text)
         with self._lock:
-            *long, text = pieces_of(text, _PIECE_CHARS)
-            self._take_in("".join(long))  # a message of many windows is streamed text but for its end
-            question = _Turn("user", text)
-            self._make_room([question], settings.max_new_tokens)
-            prompt = self._prompt([question])
-        prepared = PreparedPrompt(prompt, self._read.context, self._compress_seconds, start, self._budget)
-        self._compress_seconds = 0.0  # the documents are read once, and the next answer says so
+            before, draft = self._timeline, self._draft()
+            draft._take_in(long)
+            draft._make_room([question], settings.max_new_tokens)
+            prompt = draft._prompt([question])
+        prepared = PreparedPrompt(prompt, draft._read.context, draft._compress_seconds, start, draft._budget)
+        draft._compress_seconds = 0.0  # the documents are read once, and the next answer says so
 
         def take_in(answer: Answer) -> None:
             with self._lock:
-                self._timeline += [question, _Turn("assistant", answer.text)]
+                joined = draft
+                if self._timeline is not before:  # something else joined meanwhile
+                    joined, question.text = self._draft(), text
+                    joined._take_in(long)
+                joined._timeline += [question, _Turn("assistant", answer.text)]
+                self._adopt(joined)
 
         return AnswerStream(self._llm, prepared, settings, take_in)
 
@@ -240,6 +250,15 @@ class Session:
             self._compress_seconds += self._read.seconds
 
     # -- the timeline -----------------------------------------------------------------------------------------
+
+    def _draft(self) -> Session:
+        """Copy the conversation, for something to be tried that may fail."""
+        draft = copy(self)
+        draft._timeline, draft._condensed = [replace(turn) for turn in self._timeline], [*self._condensed]
+        return draft
+
+    def _adopt(self, draft: Session) -> None:
+        vars(self).update(vars(draft))
 
     def _take_in(self, text: str) -> None:
         """Add streamed text in pieces, making room after each, so that the work grows with the text and no faster."""

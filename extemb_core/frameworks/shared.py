@@ -83,6 +83,6 @@ def _once(made: dict[tuple[Any, ...], T], key: tuple[Any, ...], make: Callable[[
     with _lock:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
-        if key not in made:
-            made[key] = make()
-        return made[key]
+        if (one := made.get(key)) is None:
+            one = made[key] = make()
+        return one  # whoever lets go of it meanwhile

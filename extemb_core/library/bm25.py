@@ -121,22 +121,30 @@ class WordIndex:
     @classmethod
     def load(cls, file: Path) -> WordIndex | None:
         """Load an index, or None if it is missing, damaged or of another version and has to be made anew."""
+        if not file.is_file():  # devices and pipes would never end
+            return None
         try:
             with safe_open(file, "numpy") as stream:
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a mapping
                 if stream.metadata() != {"version": _VERSION, "checksum": _checksum_of(tensors)}:
                     return None
-        except (OSError, SafetensorError):
+            return cls._of(tensors)
+        except (OSError, SafetensorError, KeyError, ValueError, IndexError, TypeError):  # its maker makes its checksum
             return None
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, np.ndarray[Any, Any]]) -> WordIndex:
         index = cls()
         index._ids, index._lengths = array("q", tensors["ids"].tobytes()), array("q", tensors["lengths"].tobytes())
+        if len(index._ids) != len(index._lengths) or (tensors["rows"] >= len(index._ids)).any():
+            raise ValueError("rows of passages that are not there")
         index._rows = {index._ids[row]: row for row in tensors["kept"].tolist()}
         start = 0
         for word, end in zip(tensors["words"].tobytes().decode().split("\n"), tensors["ends"].tolist(), strict=False):
-            index._postings[word] = (
-                array("I", tensors["rows"][start:end].tobytes()),
-                array("I", tensors["counts"][start:end].tobytes()),
-            )
+            rows, counts = (array("I", tensors[name][start:end].tobytes()) for name in ("rows", "counts"))
+            if len(rows) != len(counts):
+                raise ValueError(f"{len(rows)} rows with {len(counts)} counts")
+            index._postings[word] = rows, counts
             start = end
         return index
 

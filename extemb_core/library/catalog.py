@@ -21,7 +21,8 @@ import numpy as np
 import xxhash
 
 from extemb_core.documents import Document, text_ref
-from extemb_core.errors import StoreCorruptError
+from extemb_core.errors import MismatchError, StoreCorruptError
+from extemb_core.library.encoders import TextEncoder
 from extemb_core.store.format import ref_bytes, ref_of
 from extemb_core.store.lmdb_env import Environment
 from extemb_core.utils.files import parse_json
@@ -84,6 +85,16 @@ class Catalogue:
         data = self._environment.get(transaction, "settings", _SETTINGS)
         return self._parsed(data) if data is not None else dict(_NO_SETTINGS)
 
+    def check_encoder(self, transaction: Any, encoder: TextEncoder) -> None:
+        """Raise `MismatchError` if the vectors are of another text encoder: the two are never compared."""
+        settings = self.settings(transaction)
+        name, width = settings["encoder"], settings["width"]
+        if name is not None and (name, width) != (encoder.name, encoder.width):
+            raise MismatchError(
+                f"{self._environment.folder} was made with the text encoder {name!r} of width {width}, and this is "
+                f"{encoder.name!r} of width {encoder.width}; pass that one as encoder=, or make a new library"
+            )
+
     def embedders(self, transaction: Any) -> dict[str, int]:
         """Count the documents that each embedder compressed, by its fingerprint."""
         counted: dict[str, int] | None = self.settings(transaction).get("embedders")
@@ -105,7 +116,7 @@ class Catalogue:
         vectors: np.ndarray[Any, Any],
         fingerprint: str,
         ratio: int,
-        encoder: str,
+        encoder: TextEncoder,
     ) -> set[tuple[bytes, str]]:
         """Write documents over those of the same source.
 
@@ -115,11 +126,15 @@ class Catalogue:
             vectors: (passages of all of them, width) float16.
             fingerprint: Of the embedder that compressed them.
             ratio: The finest that they were compressed at.
-            encoder: Name of the text encoder that made the vectors.
+            encoder: Made the vectors.
 
         Returns:
             The refs of the passages that the documents of the same source had, each with the embedder's fingerprint.
+
+        Raises:
+            MismatchError: The vectors that are here are of another text encoder.
         """
+        self.check_encoder(transaction, encoder)
         database = self._environment.database
         number = int(self.settings(transaction)["next_id"])
         rows = iter(vectors)
@@ -142,7 +157,7 @@ class Catalogue:
             record = _described(split.document) | compression | {"passages": [first, number]}
             transaction.put(key, _sealed(record), db=database("documents"))
             transaction.put(key, split.document.text.encode(), db=database("texts"))
-        self.change(transaction, next_id=number, encoder=encoder, width=vectors.shape[1])
+        self.change(transaction, next_id=number, encoder=encoder.name, width=vectors.shape[1])
         return before
 
     def forget(self, transaction: Any, source: str) -> set[tuple[bytes, str]] | None:
@@ -303,12 +318,16 @@ def is_of(record: Mapping[str, Any], document: Document, fingerprint: str, ratio
 
 
 def _described(document: Document) -> dict[str, Any]:
+    try:
+        metadata = json.loads(json.dumps(dict(document.metadata), default=str))  # what JSON cannot hold, as text
+    except (TypeError, ValueError, RecursionError):  # keys that it cannot hold, and what holds itself
+        metadata = {str(name): str(value) for name, value in document.metadata.items()}
     return {
         "source": document.source,
         "title": document.title,
         "ref": document.ref,
         "n_chars": len(document.text),
-        "metadata": json.loads(json.dumps(dict(document.metadata), default=str)),  # what JSON cannot hold, as text
+        "metadata": metadata,
     }
 
 
@@ -321,4 +340,4 @@ def _checksum(record: Mapping[str, Any]) -> int:
 
 
 def _key(source: str) -> bytes:
-    return xxhash.xxh3_128(source.encode()).digest()
+    return xxhash.xxh3_128(source.encode(errors="surrogatepass")).digest()

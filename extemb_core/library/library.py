@@ -12,13 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
+
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.documents import Document, refuse_lone_surrogates, text_ref
-from extemb_core.errors import ConfigError, DocumentError, ExtembError, MismatchError
+from extemb_core.errors import ConfigError, DocumentError, ExtembError
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.library.bm25 import WordIndex, fuse
 from extemb_core.library.catalog import Catalogue, Passage, Split, is_of
@@ -106,6 +107,7 @@ class Library:
         if lm is not None and ratio is not None:
             lm.embedder.config.require_ratio(ratio)
         self._requested_encoder = encoder
+        self._encoder: TextEncoder | None = None
         self.store = EmbeddingStore.open(path, mode, dtype=dtype)
         self.lm = None if lm is None else type(lm)(lm.llm, lm.embedder, self.store)
         self.ratio = ratio
@@ -125,24 +127,22 @@ class Library:
                 self.store.close()
                 raise
 
-    @cached_property
+    @property
     def encoder(self) -> TextEncoder:
         """Text encoder that finds passages.
 
         Raises:
             MismatchError: Another one than the library was made with was passed.
         """
-        known = self._read(self._catalogue.settings)["encoder"]
-        requested = self._requested_encoder
-        if requested is None and known is not None and known.startswith(SENTENCE_TRANSFORMERS):
-            requested = known.removeprefix(SENTENCE_TRANSFORMERS)
-        encoder = as_encoder(requested)
-        if known not in (None, encoder.name):
-            raise MismatchError(
-                f"{self.path} was made with the text encoder {known!r}, and this is {encoder.name!r}; pass that one as "
-                "encoder=, or make a new library"
-            )
-        return encoder
+        if self._encoder is None:
+            known = self._read(self._catalogue.settings)["encoder"]
+            requested = self._requested_encoder
+            if requested is None and known is not None and known.startswith(SENTENCE_TRANSFORMERS):
+                requested = known.removeprefix(SENTENCE_TRANSFORMERS)
+            self._encoder = as_encoder(requested)
+        # Each time: another process may have been the first to add to a new library.
+        self._read(self._catalogue.check_encoder, self._encoder)
+        return self._encoder
 
     @property
     def path(self) -> Path:
@@ -363,7 +363,8 @@ class Library:
     def _write(self, lm: ExtensibleLM, batch: Sequence[Split], counts: Counter[str]) -> None:
         """Compress the passages of some documents, then write the documents in one transaction."""
         texts = [text for split in batch for text in split.texts]
-        vectors = self.encoder.encode(texts).astype("<f2")
+        encoder = self.encoder
+        vectors = (encoder.encode(texts) if texts else np.zeros((0, encoder.width))).astype("<f2")
         if self._factory is not None:
             VectorIndex(vectors.shape[1], self._factory)  # refuses what FAISS does not know before anything is written
         finest, fingerprint = lm.embedder.config.finest(self.ratio), lm.embedder.fingerprint
@@ -376,7 +377,7 @@ class Library:
                 counts["compressed_tokens"] += sum(text.n_tokens for text in compressed)
 
         def work(transaction: Any) -> None:
-            before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, self.encoder.name)
+            before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, encoder)
             self._drop_orphans(transaction, before, fingerprint)
 
         self.store.write(work)
@@ -401,11 +402,16 @@ class Library:
             if self._vectors is not None and settings["generation"] == self._vectors_synced:
                 return self._vectors
         width = settings["width"]
+        if settings["encoder"] is None:  # the first to be added tell how wide vectors are
+            return VectorIndex(width)
         index = self._vectors or VectorIndex.load(
             self.path / INDEX_FILE, width, self._factory, encoder=settings["encoder"]
         )
         if index is not None and index.width == width:
-            self._add_vectors(index)
+            try:
+                self._add_vectors(index)
+            except ConfigError:  # it is of a kind that takes no more
+                index = None
         if index is None or index.width != width or index.should_be_made_anew():
             count = self._read(self.store.environment.count, "passages")
             index = VectorIndex(width, self._factory or choose_factory(count), self._factory)

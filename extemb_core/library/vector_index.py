@@ -132,6 +132,8 @@ class VectorIndex:
             loaded = cls(width, saved["factory"], factory)
             loaded._index = faiss.read_index(str(file))
             loaded._removed = set(saved["gone"])
+            if loaded._index.d != width:
+                return None
             loaded.ids = set(faiss.vector_to_array(loaded._index.id_map).tolist()) - loaded._removed
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError):
             return None

@@ -144,6 +144,39 @@ def test_a_turn_that_fails_does_not_join_the_conversation(lm, monkeypatch, writt
     assert send(session, "Hello.").text == send(lm.session(), "Hello.").text
 
 
+@pytest.mark.parametrize("length", [120, 3000])
+def test_a_message_longer_than_the_window_that_fails_leaves_the_conversation_as_it_was(lm, monkeypatch, length):
+    session, message = lm.session(window=200), " ".join(f"word {number} and" for number in range(length))
+
+    def shown():
+        return session.positions, session.condensed_tokens, session.dropped_tokens
+
+    send(session, "Hello.")
+    before = shown()
+    with pytest.raises(BudgetError):
+        session.send(message, max_new_tokens=190)
+    with session.stream(message, max_new_tokens=6):
+        pass
+    with monkeypatch.context() as patched:
+        patched.setattr(type(lm.embedder), "compress_ids", lambda *args, **settings: 1 / 0)
+        for call in (session.append, lambda text: send(session, text)):
+            with pytest.raises(ZeroDivisionError):
+                call(message)
+    assert shown() == before
+    send(session, message)
+    assert session.condensed_tokens + session.dropped_tokens > 0
+
+
+def test_what_joins_while_an_answer_is_written_stays(lm):
+    session = lm.session(window=200)
+    with session.stream("word " * 300, max_new_tokens=6) as stream:
+        session.append("And the mill was sold.")
+        between = session.positions
+        list(stream)
+    assert session.positions > between
+    assert any("mill was sold" in turn.text for turn in session._timeline) or session.condensed_tokens
+
+
 def test_a_turn_that_nobody_waits_for_does_not_join_the_conversation(lm):
     session = lm.session()
     before = session.positions

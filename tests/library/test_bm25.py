@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from extemb_core.library import bm25
 from extemb_core.library.bm25 import WordIndex, fuse
 
 bm25s = pytest.importorskip("bm25s")
@@ -114,6 +118,38 @@ def test_a_file_that_is_not_whole_is_not_read(tmp_path):
     for damaged in (b"", content[:-5], content[:-1] + b"9", b"nothing"):
         file.write_bytes(damaged)
         assert WordIndex.load(file) is None
+
+
+@pytest.mark.parametrize(
+    "made_up",
+    [
+        {"ids": np.zeros(3, np.uint8)},
+        {"kept": np.array([7])},
+        {"rows": np.array([9], np.uint32)},
+        {"lengths": np.arange(2)},
+        {"counts": np.zeros(0, np.uint32)},
+        {"words": np.frombuffer(b"\xff", np.uint8)},
+        None,
+    ],
+)
+def test_a_made_up_file_with_a_right_checksum_is_not_read(tmp_path, made_up):
+    tensors = {
+        "ids": np.arange(3), "lengths": np.arange(3), "kept": np.array([0]), "words": np.frombuffer(b"mill", np.uint8),
+        "ends": np.array([1]), "rows": np.array([0], np.uint32), "counts": np.array([1], np.uint32),
+    }  # fmt: skip
+
+    def loaded(tensors):
+        save_file(tensors, tmp_path / "words", {"version": bm25._VERSION, "checksum": bm25._checksum_of(tensors)})
+        return WordIndex.load(tmp_path / "words")
+
+    assert loaded(tensors).ids == {0}
+    assert loaded({} if made_up is None else tensors | made_up) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_is_none(tmp_path):
+    os.mkfifo(tmp_path / "words")
+    assert WordIndex.load(tmp_path / "words") is None
 
 
 # -- fusion with another ranking ----------------------------------------------------------------------------------

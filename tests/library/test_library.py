@@ -367,6 +367,60 @@ def test_an_index_that_cannot_be_is_refused_before_anything_is_written(opened):
         assert len(library) == len(library.store) == 0
 
 
+def test_an_index_that_takes_no_more_is_made_anew(opened, monkeypatch):
+    whole = VectorIndex.add
+
+    def once(self, ids, vectors):
+        if self.ids and len(ids):
+            raise ConfigError("it takes no more vectors")
+        whole(self, ids, vectors)
+
+    monkeypatch.setattr(VectorIndex, "add", once)
+    with opened() as library:
+        library.add([document("mill")])
+        assert library.search("mill")
+        library.add([document("bridge")])
+        assert library.search("bridge", k=1, hybrid=False)[0].source == "bridge.txt"
+
+
+def test_an_empty_library_has_an_index_of_any_kind(opened):
+    with opened(index="IVF4,PQ8") as library:
+        assert library.search("mill") == []
+        library.add([document("mill")])
+        assert library.search("mill", k=1)[0].source == "mill.txt"
+
+
+def by_letters(texts):
+    return [[text.count(letter) + 1 for letter in "abcd"] for text in texts]
+
+
+def test_of_two_encoders_of_a_new_library_the_first_that_adds_stays(opened):
+    with opened() as library, opened(encoder=by_letters) as other:
+        library.add([document("mill")])
+        for call in (lambda: other.add([document("bridge")]), lambda: other.search("mill")):
+            with pytest.raises(MismatchError, match=r"'callable:by_words' of width 64, and this is .* of width 4"):
+                call()
+        assert library.search("mill", k=1)[0].source == "mill.txt"
+
+
+def test_an_encoder_is_not_asked_about_nothing(opened):
+    with opened(encoder=by_letters) as library:
+        library.add([Document("", title="Nothing")])
+        library.add([document("mill")])
+        assert library.search("mill", k=1)[0].source == "mill.txt"
+
+
+@pytest.mark.parametrize(
+    "metadata", [{("a", 1): 2}, {"source": "a\udc80"}, {"of": {("a", 1): 2}}, {"nan": float("nan")}]
+)
+def test_metadata_that_json_cannot_hold(opened, metadata):
+    mill = Document("The mill was built in 1820.", title="Mill", metadata=metadata)
+    with opened() as library:
+        assert library.add([mill]).added == 1
+        assert library.add([mill]).unchanged == 1
+        assert library.text(mill.source) == mill.text
+
+
 def test_another_process_sees_what_this_one_adds(opened):
     with opened() as library, opened() as other:
         library.add([document("mill")])
