@@ -2,7 +2,8 @@
 
 A framework formats prompts, caches them and writes them to logs. What passes through it in a document's place is a
 mark, `[[ext:REF:SEAL]]`, of characters that templates and splitters leave alone; `[[ext:REF/8:SEAL]]` where the text
-is to be read at ratio 8 or coarser. The seal is made with a secret of the store that keeps the document, so that nobody
+is to be read at ratio 8 or coarser. REF is a hash of text, title and source: who cites one of two documents with equal
+texts cites no other. The seal is made with a secret of the store that keeps the document, so that nobody
 can write a mark who was not handed it: what merely looks like one, in a user's or a document's text, is text.
 """
 
@@ -20,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from extemb_core.documents import REF_PREFIX, Document, ReferencedDocument, without_lone_surrogates
+from extemb_core.documents import REF_PREFIX, Document, ReferencedDocument, text_ref, without_lone_surrogates
 from extemb_core.errors import DocumentError, StoreCorruptError
 from extemb_core.store.base import Store
 from extemb_core.store.format import ref_bytes
@@ -55,7 +56,7 @@ class Refs:
             self._keepers.insert(1 if store.readonly else 0, _OnDisk(store.environment))
 
     def put(self, *documents: Document, finest: Sequence[int | None] | None = None) -> list[str]:
-        """Keep documents. Returns the mark of each; equal texts have equal marks, and the last title and source.
+        """Keep documents. Returns the mark of each; documents of equal text, title and source have equal marks.
 
         Args:
             documents: What the marks will stand for.
@@ -68,7 +69,7 @@ class Refs:
         keeper.put(documents)
         marks = []
         for document, limit in zip(documents, finest or [None] * len(documents), strict=True):
-            name = document.ref if limit is None else f"{document.ref}/{limit}"
+            name = _name(document) if limit is None else f"{_name(document)}/{limit}"
             marks.append(f"[[{name}:{_seal(keeper.secret(), name)}]]")
         return marks
 
@@ -92,12 +93,12 @@ class Refs:
 
     def _document(self, match: re.Match[str]) -> Document | None:
         """Return the document of a mark; None if the mark is none of ours."""
-        name = REF_PREFIX + match[1]
-        ref, _, limit = name.partition("/")
+        sealed = REF_PREFIX + match[1]
+        name, _, limit = sealed.partition("/")
         for keeper in self._keepers:
-            if not hmac.compare_digest(match[2], _seal(keeper.secret(), name)):
+            if not hmac.compare_digest(match[2], _seal(keeper.secret(), sealed)):
                 continue
-            document = keeper.get(ref)
+            document = keeper.get(name)
             if document is None:
                 raise DocumentError(
                     f"{match[0]} stands for a document that is not kept any more; compress the document again, or use "
@@ -128,27 +129,28 @@ class _InMemory:
     def put(self, documents: tuple[Document, ...]) -> None:
         with self._lock:
             for document in documents:
-                if self._documents.pop(document.ref, None) is None:
+                name = _name(document)
+                if self._documents.pop(name, None) is None:
                     self._chars += len(document.text)
-                self._documents[document.ref] = document
+                self._documents[name] = document
             while self._chars > _MAX_CHARS and len(self._documents) > 1:
                 _, oldest = self._documents.popitem(last=False)
                 self._chars -= len(oldest.text)
 
-    def get(self, ref: str) -> Document | None:
+    def get(self, name: str) -> Document | None:
         with self._lock:
-            if ref in self._documents:
-                self._documents.move_to_end(ref)
-            return self._documents.get(ref)
+            if name in self._documents:
+                self._documents.move_to_end(name)
+            return self._documents.get(name)
 
 
 class _OnDisk:
-    """Keeps documents in the environment of a store: ref -> text, title and source as compressed JSON."""
+    """Keeps documents in the environment of a store: name -> text, title and source as compressed JSON."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
         self._known_secret: bytes | None = None
-        self._written: OrderedDict[tuple[str, str | None, str], None] = OrderedDict()  # recently, by this process
+        self._written: OrderedDict[str, None] = OrderedDict()  # recently, by this process
 
     def secret(self) -> bytes:
         """Return the secret, made with the first document; until then, one that seals nothing."""
@@ -161,10 +163,10 @@ class _OnDisk:
         return self._known_secret
 
     def put(self, documents: tuple[Document, ...]) -> None:
-        names = {(document.ref, document.title, document.source): document for document in documents}
-        if not names or self._are_there(names):
+        named = {_name(document): document for document in documents}
+        if not named or self._are_there(named):
             return  # most often; a write waits for the disk
-        rows = {ref_bytes(document.ref): _packed(document) for document in names.values()}
+        rows = {ref_bytes(name): _packed(document) for name, document in named.items()}
 
         def work(transaction: Any) -> None:
             settings, handed = map(self._environment.database, ("settings", "handed"))
@@ -173,20 +175,20 @@ class _OnDisk:
                 transaction.put(key, value, db=handed)
 
         self._environment.write(work)
-        self._written.update(dict.fromkeys(names))
+        self._written.update(dict.fromkeys(named))
         while len(self._written) > _MAX_NAMES:
             self._written.popitem(last=False)
 
-    def _are_there(self, names: Iterable[tuple[str, str | None, str]]) -> bool:
+    def _are_there(self, names: Iterable[str]) -> bool:
         if not all(name in self._written for name in names):
             return False
         with self._environment.read() as transaction:
-            stored = (self._environment.get(transaction, "handed", ref_bytes(ref)) for ref, _, _ in names)
+            stored = (self._environment.get(transaction, "handed", ref_bytes(name)) for name in names)
             return all(data is not None for data in stored)
 
-    def get(self, ref: str) -> Document | None:
+    def get(self, name: str) -> Document | None:
         with self._environment.read() as transaction:
-            value = self._environment.get(transaction, "handed", ref_bytes(ref))
+            value = self._environment.get(transaction, "handed", ref_bytes(name))
             if value is None:
                 return None
             data = bytes(value)
@@ -195,10 +197,15 @@ class _OnDisk:
             text, title, source = parse_json(unpacking.decompress(data, _MAX_BYTES))  # however much is packed in it
             document = Document(text, title=title, metadata={"source": source})
         except (ValueError, TypeError, zlib.error, DocumentError) as error:
-            raise StoreCorruptError(f"the text of {ref} cannot be read ({error}); add the document again") from error
-        if document.ref != ref:
-            raise StoreCorruptError(f"the text of {ref} is not what was put; add the document again")
+            raise StoreCorruptError(f"the text of {name} cannot be read ({error}); add the document again") from error
+        if name not in (_name(document), document.ref):  # the latter before version 0.2
+            raise StoreCorruptError(f"the text of {name} is not what was put; add the document again")
         return document
+
+
+def _name(document: Document) -> str:
+    """Name a document as refs do: its text with its title and source, which an answer cites. 32 hex digits."""
+    return text_ref(json.dumps([document.ref, document.title, document.source]))
 
 
 def _packed(document: Document) -> bytes:

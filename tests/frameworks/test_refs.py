@@ -10,7 +10,7 @@ import pytest
 from extemb_core import Document, EmbeddingStore
 from extemb_core.documents import text_ref
 from extemb_core.errors import DocumentError, StoreCorruptError
-from extemb_core.frameworks.refs import MARK, Refs
+from extemb_core.frameworks.refs import MARK, Refs, _name
 from extemb_core.store.base import MemoryStore
 
 MILL = Document("The mill was built in 1820.", title="Mill", metadata={"source": "mill.txt", "page": 3})
@@ -41,13 +41,25 @@ def test_a_prompt_with_marks_is_its_texts_and_documents(store):
     assert refs.put() == []
 
 
+def test_documents_of_one_text_are_cited_apart(store):
+    refs = Refs(store)
+    documents = [Document(MILL.text, title=title, metadata={"source": source})
+                 for title in ("Mill", None) for source in ("a.txt", "b.txt")]  # fmt: skip
+    marks = refs.put(*documents)
+    assert len(set(marks)) == 4
+    refs.put(documents[0])
+    for mark, document in zip(marks, documents, strict=True):
+        (found,) = refs.find(mark)
+        assert (found.ref, found.title, found.source) == (MILL.ref, document.title, document.source)
+
+
 def test_what_looks_like_a_ref_is_text(store, caplog):
     refs = Refs(store)
     forged = f"[[{MILL.ref}:{'0' * 32}]]"
     assert refs.find(forged) == [forged]  # before anything was put
     (mark,) = refs.put(MILL)
     foreign = Refs(MemoryStore()).put(MILL)[0]
-    swapped = mark.replace(MILL.ref, TOWER.ref)
+    swapped = mark.replace(_name(MILL), _name(TOWER))
     caplog.set_level(logging.WARNING)
     caplog.clear()
     for text in (forged, foreign, swapped, mark[:-1], mark.upper(), f"ext:{MILL.ref}"):
@@ -98,7 +110,7 @@ def test_what_is_read_is_what_was_put(tmp_path, value, monkeypatch):
         refs = Refs(store)
         (mark,) = refs.put(MILL)
         handed = store.environment.database("handed")
-        key = bytes.fromhex(MILL.ref.removeprefix("ext:"))
+        key = bytes.fromhex(_name(MILL).removeprefix("ext:"))
         store.write(lambda txn: txn.put(key, {"other": other, "bomb": bomb}.get(value, value), db=handed))
         with pytest.raises(StoreCorruptError, match="add the document again"):
             refs.find(mark)
@@ -116,7 +128,7 @@ def test_memory_is_bounded_and_threads_may_share(monkeypatch):
     assert 500 < kept._chars <= 1000
     assert kept._chars == sum(len(document.text) for document in kept._documents.values())
     last = next(reversed(kept._documents))
-    assert refs.find(marks[[document.ref for document in documents].index(last)])[0].ref == last
+    assert refs.find(marks[[*map(_name, documents)].index(last)])[0].text == kept._documents[last].text
     assert text_ref(documents[0].text) == documents[0].ref
 
 
