@@ -92,7 +92,7 @@ def made(name: int, count: int, width: int, entry_layer: int = 0, ratio: int = 8
         n_tokens=count * ratio,
         ref=text_ref(str(name)),
         fingerprint=FINGERPRINT,
-        chunk_size=count * ratio,
+        chunk_size=max(32, count * ratio),
         ratios=(2, 4, 8, 16, 32),
         downscaling="mean" if entry_layer else "strided",
     )
