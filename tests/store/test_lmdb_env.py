@@ -12,11 +12,13 @@ import lmdb
 import numpy as np
 import pytest
 from made import FINGERPRINT, compressed
+from retrieval_encoder import by_words
 
 from extemb_core import Document
 from extemb_core.errors import StoreError
 from extemb_core.frameworks.refs import Refs
 from extemb_core.library.catalog import Catalogue, Split
+from extemb_core.library.encoders import as_encoder
 from extemb_core.store.lmdb_env import Environment
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import export_store, import_shards
@@ -155,7 +157,7 @@ def catalogue(store):
         split = Split(document, [(0, 9), (10, len(document.text))], [document.text[:9], document.text[10:]])
         store.write(
             lambda transaction, split=split: catalogue.put(
-                transaction, [split], np.ones((2, 4), "<f2"), FINGERPRINT, 2, "by words"
+                transaction, [split], np.ones((2, 4), "<f2"), FINGERPRINT, 2, as_encoder(by_words)
             )
         )
 
