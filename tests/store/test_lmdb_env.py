@@ -157,7 +157,7 @@ def catalogue(store):
         split = Split(document, [(0, 9), (10, len(document.text))], [document.text[:9], document.text[10:]])
         store.write(
             lambda transaction, split=split: catalogue.put(
-                transaction, [split], np.ones((2, 4), "<f2"), FINGERPRINT, 2, as_encoder(by_words)
+                transaction, [split], np.ones((2, 64), "<f2"), FINGERPRINT, 2, as_encoder(by_words)
             )
         )
 
