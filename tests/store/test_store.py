@@ -15,6 +15,7 @@ from made import FINGERPRINT, VERSION_1_FINGERPRINT, anchored, compressed, versi
 
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.store.base import missing_from
+from extemb_core.store.maintenance import keys_in
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import import_shards
 
@@ -159,6 +160,16 @@ def test_collecting_reads_the_list_of_documents_no_more_often_for_more_blocks(st
         assert store.verify().clean
     assert counts[0] == counts[1]
     assert len(store) == 2 * 14
+
+
+def test_what_is_removed_while_blocks_are_collected_stays_removed(store):
+    texts = [compressed(at, n_tokens=400) for at in range(3)]
+    store.put(*texts)
+    keys = keys_in(store._blocks, {0})
+    store.remove([texts[0].ref])
+    store._move({0}, keys)
+    assert sorted(ref for ref, _ in store.items()) == sorted(text.ref for text in texts[1:])
+    assert store.verify().clean
 
 
 def test_collecting_keeps_the_embedders_that_are_named(store):
