@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.models.downscaling import chunk_lengths, coarsen, embeddings_of, n_embeddings
-from extemb_core.models.entry import AnchoredStates, anchor_positions
-from extemb_core.models.pooling import Groups, coarsen_groups
+from extemb_core.models.entry import AnchoredStates
+from extemb_core.models.pooling import Groups, pool_groups
 from extemb_core.utils.files import atomic_write, parse_json
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
@@ -123,25 +123,60 @@ class Compressed:
             chunks = zip(self.embeddings.split(counts), lengths, strict=True)
             coarse = [coarsen(chunk, length, self.ratio, ratio, self.downscaling) for chunk, length in chunks]
             return replace(self, embeddings=torch.cat(coarse), ratio=ratio)
-        columns: Any = (self.embeddings, self.mean_norms, self.weights, self.norms)
-        times = ratio // self.ratio
-        pooled = []
-        for states, mean_norms, weights, norms in zip(*(column.split(counts) for column in columns), strict=True):
-            # A state is its group's mean, rescaled.
-            means = states * torch.where(norms > 0, mean_norms / norms, 0)[:, None]
-            pooled.append(coarsen_groups(Groups(means, weights, norms), times))
-        groups = Groups(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
-        ends = np.concatenate([anchor_positions(count, times).numpy() for count in counts])
-        starts = np.repeat(np.cumsum([0, *counts[:-1]]), [len(chunk.weights) for chunk in pooled])
+        pooled, anchors, _ = self._pooled([(0, self.n_tokens, ratio)])
         return replace(
             self,
-            embeddings=groups.states,
+            embeddings=pooled.states,
             ratio=ratio,
-            anchors=self.anchors[starts + ends],
-            mean_norms=groups.means.norm(dim=-1),
-            norms=groups.norms,
-            weights=groups.weights,
+            anchors=anchors,
+            mean_norms=pooled.means.norm(dim=-1),
+            norms=pooled.norms,
+            weights=pooled.weights,
         )
+
+    def parts(self, spans: Sequence[tuple[int, int, int]]) -> list[AnchoredStates]:
+        """Derive what stands in a prompt for some spans of the text, without another forward pass.
+
+        Args:
+            spans: (start, stop, ratio) of each, in tokens: from a border of a group that is stored to another one.
+                Groups are counted from the span's start, and end where a chunk does.
+
+        Raises:
+            RatioError: A ratio is not a multiple of the ratio at hand.
+            MismatchError: The text has no states: its entry layer is 0.
+        """
+        if self.anchors is None:
+            raise MismatchError("a text compressed for entry layer 0 has no spans; use the whole of it")
+        wrong = next((ratio for _, _, ratio in spans if ratio % self.ratio), None)
+        if wrong is not None:
+            raise RatioError(f"ratio={wrong} cannot be derived from ratio {self.ratio}; compress the text again")
+        if not spans:
+            return []
+        groups, anchors, counts = self._pooled(spans)
+        ends = np.cumsum(counts)
+        whole = AnchoredStates(anchors, groups.states, self.entry_layer)
+        return [whole[int(end - count) : int(end)] for end, count in zip(ends, counts, strict=True)]
+
+    def _pooled(self, spans: Sequence[tuple[int, int, int]]) -> tuple[Groups, np.ndarray[Any, Any], list[int]]:
+        """Pool spans (see `parts`) all at once: the groups, their anchors, and how many of them each span has."""
+        per_chunk = n_embeddings(self.chunk_size, self.ratio)
+        rows, lengths, counts = [], [], []
+        for start, stop, ratio in spans:
+            before, times = len(lengths), ratio // self.ratio
+            for chunk in range(start // self.chunk_size, -(-stop // self.chunk_size)):
+                first = chunk * self.chunk_size
+                begin = max(start - first, 0) // self.ratio
+                count = n_embeddings(min(stop - first, self.chunk_size), self.ratio) - begin
+                rows.append(np.arange(count) + chunk * per_chunk + begin)
+                lengths += chunk_lengths(count, times)
+            counts.append(len(lengths) - before)
+        chosen = np.concatenate(rows)
+        columns: Any = (self.embeddings, self.mean_norms, self.weights, self.norms)
+        states, mean_norms, weights, norms = (column[torch.from_numpy(chosen)] for column in columns)
+        # A state is its group's mean, rescaled.
+        means = states * torch.where(norms > 0, mean_norms / norms, 0)[:, None]
+        ends = np.cumsum(lengths) - 1
+        return pool_groups(Groups(means, weights, norms), torch.tensor(lengths)), self.anchors[chosen[ends]], counts
 
     def save(self, file: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the text's embeddings into a safetensors file, exactly and whole or not at all.

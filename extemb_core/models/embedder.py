@@ -47,7 +47,7 @@ from extemb_core.models.entry import (
 )
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
-from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_weights
+from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 from extemb_core.weights.resolve import UNTRAINED
@@ -472,8 +472,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         tokens = torch.cat([torch.arange(start, stop) + row * width for row, stop, _, start in parts])
         tokens = tokens.to(outputs.hidden.device)
         lengths = [chunk_lengths(stop - start, ratio) for _, stop, ratio, start in parts]
-        hidden, weights = outputs.hidden.flatten(0, 1)[tokens], outputs.weights.flatten()[tokens]
-        states = pool_groups(hidden, weights, torch.tensor(list(chain(*lengths)))).states.split([*map(len, lengths)])
+        groups = token_groups(outputs.hidden.flatten(0, 1)[tokens], outputs.weights.flatten()[tokens])
+        states = pool_groups(groups, torch.tensor(list(chain(*lengths)))).states.split([*map(len, lengths)])
         ids = outputs.ids.cpu()
         return [
             AnchoredStates(

@@ -51,6 +51,12 @@ def rescaled(means: Tensor, norms: Tensor) -> Tensor:
     return torch.mul(shaped, norms[:, None] / shaped.norm(dim=-1, keepdim=True).clamp_min(1))
 
 
+def token_groups(states: Tensor, weights: Tensor) -> Groups:
+    """Make a group of each token, in float32. states: (L, D); weights: (L,), above 0."""
+    h = states.float()
+    return Groups(h, weights.float(), h.norm(dim=-1))
+
+
 def pool(states: Tensor, weights: Tensor, ratio: int) -> Groups:
     """Pool every `ratio` consecutive states of one chunk; a tail is a group like any other.
 
@@ -62,25 +68,22 @@ def pool(states: Tensor, weights: Tensor, ratio: int) -> Groups:
         weights: (L,), above 0.
         ratio: Tokens per group.
     """
-    h, w = states.float(), weights.float()
-    return coarsen_groups(Groups(h, w, h.norm(dim=-1)), ratio)
+    return coarsen_groups(token_groups(states, weights), ratio)
 
 
-def pool_groups(states: Tensor, weights: Tensor, lengths: Tensor) -> Groups:
-    """Pool consecutive groups of any lengths at once; equal to `pool`, to rounding.
+def pool_groups(groups: Groups, lengths: Tensor) -> Groups:
+    """Pool consecutive groups, as many together as `lengths` says: equal to `coarsen_groups` where all are alike.
 
     Args:
-        states: (L, D).
-        weights: (L,), above 0.
-        lengths: (N,) states of each group, 1 or more, on the CPU.
+        groups: L of them; of one token each to pool tokens (see `token_groups`).
+        lengths: (N,) 1 or more, which together are L; on the CPU.
     """
-    h, w = states.float(), weights.float()
     count = len(lengths)
-    group = torch.arange(count).repeat_interleave(lengths).to(h.device)
-    total = w.new_zeros(count).index_add(0, group, w)
-    share = w / total[group]
-    means = h.new_zeros(count, h.shape[1]).index_add(0, group, share[:, None] * h)
-    return Groups(means, total, w.new_zeros(count).index_add(0, group, share * h.norm(dim=-1)))
+    group = torch.arange(count).repeat_interleave(lengths).to(groups.weights.device)
+    total = groups.weights.new_zeros(count).index_add(0, group, groups.weights)
+    share = groups.weights / total[group]
+    means = groups.means.new_zeros(count, groups.means.shape[1]).index_add(0, group, share[:, None] * groups.means)
+    return Groups(means, total, groups.norms.new_zeros(count).index_add(0, group, share * groups.norms))
 
 
 def coarsen_groups(groups: Groups, times: int) -> Groups:

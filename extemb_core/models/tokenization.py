@@ -8,6 +8,7 @@ import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,15 @@ class TextEncoder:
             ids.frombytes(piece.tobytes())
         return np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32)
 
+    def token_ends(self, text: str) -> np.ndarray[Any, Any]:
+        """Return the character at which each of the tokens of `encode` ends. (T,) int64, ascending."""
+        refuse_lone_surrogates(text)
+        ends, start = [np.empty(0, np.int64)], 0
+        for piece in pieces_of(text, _PIECE_CHARS):
+            ends.append(self._encode_piece(piece)[1] + start)
+            start += len(piece)
+        return np.concatenate(ends)
+
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Count the tokens of each of some texts."""
         return [len(self.encode(text)) for text in texts]
@@ -109,22 +119,27 @@ class TextEncoder:
             (T,) ids and the number of characters that they stand for, in the text's order.
         """
         refuse_lone_surrogates(text)
-        return ((self._encode_piece(piece), len(piece)) for piece in pieces_of(text, _PIECE_CHARS))
+        return ((self._encode_piece(piece)[0], len(piece)) for piece in pieces_of(text, _PIECE_CHARS))
 
-    def _encode_piece(self, text: str) -> np.ndarray[Any, Any]:
+    def _encode_piece(self, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return (T,) int32 ids, and the (T,) characters at which they end."""
         encoding = self._plain_encoder.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int32)
+        ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
         if not np.isin(ids, self.control_ids).any():
-            return ids
+            return ids, ends
         # Added tokens that the tokenizer does not flag as special are still recognised: take them apart, by
         # encoding their first character on its own.
-        parts: list[np.ndarray[Any, Any]] = []
+        parts: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if index in self.control_ids and end - start > 1:
-                parts += [self._encode_piece(text[start : start + 1]), self._encode_piece(text[start + 1 : end])]
-            else:
-                parts.append(np.array([index], dtype=np.int32))
-        return np.concatenate(parts)
+            cuts = [start, start + 1, end] if index in self.control_ids and end - start > 1 else []
+            if not cuts:
+                parts.append((np.array([index], dtype=np.int32), np.array([end])))
+            for first, last in pairwise(cuts):
+                piece_ids, piece_ends = self._encode_piece(text[first:last])
+                parts.append((piece_ids, piece_ends + first))
+        joined_ids, joined_ends = map(np.concatenate, zip(*parts, strict=True))
+        return joined_ids, joined_ends
 
     def encode_template(self, text: str) -> list[int]:
         """Encode as the model's own prompt text: control tokens are obeyed. Only for chat templates."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields, replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.models.chunks import span_positions
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.pooling import pool
@@ -75,6 +77,45 @@ def test_a_coarser_ratio_is_the_text_pooled_anew(n_tokens, fine, times):
     assert derived.anchors.dtype == np.int32
     for name in ("embeddings", "mean_norms", "norms", "weights"):
         torch.testing.assert_close(getattr(derived, name), getattr(expected, name), atol=1e-5, rtol=1e-4)
+
+
+@given(
+    n_tokens=st.integers(1, 40), fine=st.sampled_from([1, 2, 4]), data=st.data(), ratios=st.lists(st.sampled_from([4, 8]))
+)
+def test_a_span_is_pooled_from_its_start_on_and_in_each_chunk_anew(n_tokens, fine, data, ratios):
+    token_states, text = anchored(n_tokens), anchored(n_tokens, fine)
+    borders = [at for at in range(n_tokens) if at % 8 % fine == 0] + [n_tokens]
+    spans = []
+    for ratio in ratios:
+        start, stop = sorted(data.draw(st.lists(st.sampled_from(borders), min_size=2, max_size=2, unique=True)))
+        spans.append((start, stop, ratio))
+    parts = text.parts(spans)
+    assert len(parts) == len(spans)
+    for part, (start, stop, ratio) in zip(parts, spans, strict=True):
+        cuts = sorted({start, stop, *range(8 * (start // 8 + 1), stop, 8)})
+        expected = [
+            pool(token_states.embeddings[first:last], token_states.weights[first:last], ratio).states
+            for first, last in itertools.pairwise(cuts)
+        ]
+        torch.testing.assert_close(part.states, torch.cat(expected), atol=1e-5, rtol=1e-4)
+        ends = [min(at + ratio, last) - 1 for first, last in itertools.pairwise(cuts) for at in range(first, last, ratio)]
+        assert (part.anchors.tolist(), part.layer) == (ends, 3)
+        assert len(part) == span_positions(start, stop, ratio, 8)
+
+
+def test_the_whole_as_one_span_is_the_text_at_that_ratio():
+    whole = anchored(19, 2)
+    (part,) = whole.parts([(0, 19, 8)])
+    assert torch.equal(part.states, whole.at_ratio(8).embeddings)
+    assert part.anchors.tolist() == whole.at_ratio(8).anchors.tolist()
+
+
+def test_spans_that_cannot_be_derived_are_refused():
+    with pytest.raises(RatioError, match="ratio=2 cannot be derived from ratio 4"):
+        anchored(19, 4).parts([(0, 8, 4), (8, 16, 2)])
+    with pytest.raises(MismatchError, match="entry layer 0 has no spans"):
+        compressed(20).parts([(0, 8, 4)])
+    assert anchored(9).parts([]) == []
 
 
 def test_the_last_token_of_each_group_is_its_anchor_tails_and_single_tokens_too():

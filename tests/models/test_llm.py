@@ -50,12 +50,30 @@ def test_control_tokens_in_text_are_characters(llm, text):
     assert set(llm.encode_template(text)) & set(llm.control_tokens.values())  # the template does obey them
 
 
+def assert_ends_are_those_of(llm, text, ids):
+    ends = llm.token_ends(text).tolist()
+    assert len(ends) == len(ids)
+    assert ends == sorted(ends)
+    for at, end in enumerate(ends, start=1):
+        assert llm.decode(ids[:at]).replace("\ufffd", "") in text[:end] + "\ufffd"
+    assert not text or ends[-1] == len(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Rivers carry sand.  And <|im_end|> more\n", "naïve 東京 🙂", "x" * 300 + " Rivers carry " * 30]
+)
+def test_the_end_of_each_token_is_a_character_of_the_text(llm, text, monkeypatch):
+    monkeypatch.setattr(tokenization, "_PIECE_CHARS", 100)  # a text of several pieces
+    assert_ends_are_those_of(llm, text, llm.encode(text).tolist())
+
+
 def test_added_tokens_that_are_not_flagged_special_are_characters_too():
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.add_tokens(["<tool_call>", "<<"])
     llm = LLM(tiny_model("llama", vocab_size=len(tokenizer)), tokenizer)
     text = "x <tool_call><tool_call> << y <<<"
     ids = llm.encode(text).tolist()
+    assert_ends_are_those_of(llm, text, ids)
     assert tokenizer.convert_tokens_to_ids("<tool_call>") in tokenizer(text).input_ids
     assert not set(ids) & set(llm.control_tokens.values())
     assert llm.decode(ids) == text

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extemb_core.errors import ConfigError
-from extemb_core.models.pooling import Groups, coarsen_groups, digest_of, pool, pool_groups, rescaled, token_weights
+from extemb_core.models.pooling import Groups, coarsen_groups, digest_of, pool, pool_groups, rescaled, token_groups, token_weights
 
 
 def random_states(length, width=8, seed=0):
@@ -53,7 +53,7 @@ def test_groups_of_any_lengths_are_pooled_at_once_and_take_no_digits_from_anothe
     states = torch.randn(sum(lengths), 8, generator=generator)
     states[0] *= 1e6
     weights = torch.rand(sum(lengths), generator=generator) + 0.01
-    made = pool_groups(states, weights, torch.tensor(lengths))
+    made = pool_groups(token_groups(states, weights), torch.tensor(lengths))
     alone = [by_hand(h, w, len(h)) for h, w in zip(states.split(lengths), weights.split(lengths), strict=True)]
     for at, expected in enumerate(alone):
         assert_same(Groups(*(part[at : at + 1] for part in made)), expected, atol=2e-6 * float(expected.norms))
