@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 
 import numpy as np
@@ -40,6 +41,17 @@ def test_the_same_ratio_and_the_empty_text_are_no_work():
     assert compressed(20).at_ratio(2).embeddings.tolist() == compressed(20).embeddings.tolist()
     empty = compressed(0, embeddings=torch.empty(0, 1)).at_ratio(8)
     assert (len(empty), empty.ratio) == (0, 8)
+
+
+@pytest.mark.parametrize(
+    "values", [(math.nan,), (math.inf,), (-math.inf,), (math.inf, -math.inf), (3e38, 3e38, math.nan)]
+)
+def test_numbers_that_are_not_finite_are_refused_and_huge_ones_are_not(values):
+    embeddings = torch.full((4, 24), 3e38)
+    assert compressed(8, embeddings=embeddings).checked().embeddings is embeddings
+    embeddings.flatten()[50 : 50 + len(values)] = torch.tensor(values)
+    with pytest.raises(MismatchError, match="embeddings made by f are not finite numbers"):
+        compressed(8, embeddings=embeddings).checked()
 
 
 @pytest.mark.parametrize(("at_hand", "wanted"), [(4, 2), (2, 3), (2, 16), (8, 4), (2, 0)])
