@@ -17,7 +17,7 @@ from extemb_core.context.assembly import assemble_chat
 from extemb_core.documents import Document
 from extemb_core.errors import ExtembError
 from extemb_core.lm import ExtensibleLM
-from extemb_core.models.downscaling import chunk_lengths
+from extemb_core.models.chunks import chunk_lengths
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import FINAL_NORMS
 from extemb_core.models.llm import LLM

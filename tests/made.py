@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from extemb_core.documents import text_ref
+from extemb_core.models.chunks import compressed_positions
 from extemb_core.models.compressed import Compressed
-from extemb_core.models.downscaling import chunk_lengths, n_embeddings
 from extemb_core.models.pooling import Groups, pool
 
 FINGERPRINT = "5e" * 16
@@ -26,7 +26,7 @@ def version_1(folder):
 
 
 def compressed(name, *, n_tokens=50, ratio=4, width=24, fingerprint=FINGERPRINT, chunk_size=32, scale=1.0, seed=0):
-    count = sum(n_embeddings(length, ratio) for length in chunk_lengths(n_tokens, chunk_size))
+    count = compressed_positions(n_tokens, ratio, chunk_size)
     generator = torch.Generator().manual_seed(seed + sum(map(ord, str(name))))
     return Compressed(
         embeddings=scale * torch.randn(count, width, generator=generator),

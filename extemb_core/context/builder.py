@@ -12,10 +12,11 @@ from extemb_core.answers import ContextEntry, PreparedPrompt
 from extemb_core.context import assembly
 from extemb_core.context.assembly import ChatPrompt, Part
 from extemb_core.context.messages import Messages, inline_documents, with_slots
-from extemb_core.context.planning import Fidelity, Plan, check_budget, compressed_positions, plan_context
+from extemb_core.context.planning import Fidelity, Plan, check_budget, plan_context
 from extemb_core.documents import Document, ReferencedDocument
 from extemb_core.errors import BudgetError, StoreCorruptError
 from extemb_core.models.bulk import compress_in_batches
+from extemb_core.models.chunks import compressed_positions
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM

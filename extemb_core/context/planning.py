@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias
 
 from extemb_core.errors import BudgetError, ConfigError, RatioError
+from extemb_core.models.chunks import compressed_positions
 from extemb_core.utils.validation import whole_number
 
 Fidelity: TypeAlias = Literal["raw", "dropped"] | int
@@ -72,16 +73,6 @@ class Plan:
         rows.append(("total", str(tokens), "", str(self.positions), f"of a budget of {self.budget}"))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         return "\n".join("  ".join([*map(str.rjust, row[:4], widths), row[4]]) for row in rows)
-
-
-def compressed_positions(n_tokens: int, ratio: int, chunk_size: int = 512) -> int:
-    """Count the embeddings that stand for n_tokens: ceil(length / ratio) for each chunk, the last one shorter.
-
-    >>> compressed_positions(600, ratio=8, chunk_size=512)
-    75
-    """
-    full, tail = divmod(n_tokens, chunk_size)
-    return full * -(-chunk_size // ratio) + -(-tail // ratio)
 
 
 def plan_context(

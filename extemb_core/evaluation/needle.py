@@ -33,7 +33,7 @@ from extemb_core.evaluation.runs import Experiment, Sample, batches_by_length, g
 from extemb_core.evaluation.scoring import contained
 from extemb_core.evaluation.settings import TASKS, NeedleConfig
 from extemb_core.evaluation.statistics import differences, mean_with_interval, paired
-from extemb_core.models.downscaling import chunk_lengths, n_embeddings
+from extemb_core.models.chunks import compressed_positions
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
@@ -236,7 +236,7 @@ def filler(llm: LLM, count: int, draw: np.random.Generator, texts: Ids | None = 
 def positions_at(n_tokens: int, ratio: int, embedder: ExtensibleEmbedder | None) -> int:
     """Count the positions that so many tokens take at a ratio: the tail of each chunk takes one too."""
     size = embedder.config.chunk_size if embedder is not None else max(1, n_tokens)
-    return sum(n_embeddings(length, ratio) for length in chunk_lengths(n_tokens, size))
+    return compressed_positions(n_tokens, ratio, size)
 
 
 def _fill(pieces: Iterable[Ids], count: int) -> tuple[Ids, Ids]:

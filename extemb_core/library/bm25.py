@@ -28,6 +28,7 @@ RANK_OFFSET = 60  # of reciprocal rank fusion, as its authors set it (Cormack et
 MAX_REMOVED = 0.2  # of an index, before it is made anew
 
 _K1, _B = 1.5, 0.75
+_REMOVED = -1  # stands for the id of a passage that was removed
 _VERSION = "1"  # of the file, and of how words are told from each other
 
 
@@ -44,9 +45,8 @@ class WordIndex:
 
     def __init__(self, ids: Sequence[int] = (), texts: Sequence[str] = ()) -> None:
         self._bm25s = optional_import("bm25s", "library", "search by words")
-        self._ids = array("q")  # of each row, also of those removed
-        self._lengths = array("q")
-        self._rows: dict[int, int] = {}  # of the passages that are not removed
+        # Of each row, that is of each passage that was ever added: its id, or _REMOVED, and its words.
+        self._ids, self._lengths = np.zeros(0, np.int64), np.zeros(0, np.int64)
         # Word -> the rows that hold it, and how often.
         self._postings: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("I"), array("I")))
         self.add(ids, texts)
@@ -54,42 +54,44 @@ class WordIndex:
     @property
     def ids(self) -> set[int]:
         """Ids of the passages."""
-        return set(self._rows)
+        return set(self._ids[self._ids != _REMOVED].tolist())
 
     def add(self, ids: Sequence[int], texts: Sequence[str]) -> None:
-        """Add passages. ids, texts: (n,) of both."""
-        for number, words in zip(ids, self._words(texts), strict=True):
-            row = self._rows[number] = len(self._ids)
-            self._ids.append(number)
-            self._lengths.append(len(words))
+        """Add passages that it does not hold. ids, texts: (n,) of both."""
+        words_of_each, first = self._words(texts), len(self._ids)
+        lengths = np.array([*map(len, words_of_each)], np.int64)
+        unknown = np.full_like(lengths, _REMOVED)
+        self._ids, self._lengths = np.append(self._ids, unknown), np.append(self._lengths, lengths)
+        for row, words in enumerate(words_of_each, first):
             for word, count in Counter(words).items():
                 rows, counts = self._postings[word]
                 rows.append(row)
                 counts.append(count)
+        self._ids[first:] = ids  # only now: where this is interrupted, they can be added again
 
     def remove(self, ids: Iterable[int]) -> None:
         """Remove passages."""
-        for number in ids:
-            self._rows.pop(number, None)
+        self._ids[np.isin(self._ids, [*ids])] = _REMOVED
 
     def should_be_made_anew(self) -> bool:
         """Return True if it holds too much that was removed."""
-        return len(self._ids) - len(self._rows) > MAX_REMOVED * max(1, len(self._rows))
+        n_removed = np.count_nonzero(self._ids == _REMOVED)
+        return bool(n_removed > MAX_REMOVED * max(1, len(self._ids) - n_removed))
 
     def search(self, question: str, k: int) -> list[tuple[int, float]]:
         """Return (id, score) of the passages with the question's words, best first; equal scores by id.
 
         More than `k` if others are as good as the last of them: which of them are older says nothing.
         """
-        ids, lengths, scores = np.array(self._ids), np.array(self._lengths), np.zeros(len(self._ids))
-        here = np.zeros(len(ids), bool)
-        here[list(self._rows.values())] = True
-        mean_length = lengths[here].sum() / max(1, len(self._rows))
+        ids, lengths, scores = self._ids, self._lengths, np.zeros(len(self._ids))
+        here = ids != _REMOVED
+        n_here = np.count_nonzero(here)
+        mean_length = lengths[here].sum() / max(1, n_here)
         for word in self._words([question])[0]:
             if word in self._postings:
                 rows, counts = map(np.array, self._postings[word])
                 rows, counts = rows[here[rows]], counts[here[rows]]
-                idf = np.log1p((len(self._rows) - len(rows) + 0.5) / (len(rows) + 0.5))
+                idf = np.log1p((n_here - len(rows) + 0.5) / (len(rows) + 0.5))
                 scores[rows] += idf * counts / (counts + _K1 * (1 - _B + _B * lengths[rows] / mean_length))
         matching = scores.nonzero()[0]
         best = matching[np.lexsort((ids[matching], -scores[matching]))]
@@ -103,10 +105,9 @@ class WordIndex:
             StoreError: The disk refuses.
         """
         postings = [*self._postings.values()]
-        tensors = {
-            "ids": np.array(self._ids),
-            "lengths": np.array(self._lengths),
-            "kept": np.fromiter(self._rows.values(), np.int64),
+        tensors: dict[str, np.ndarray[Any, Any]] = {
+            "ids": self._ids,
+            "lengths": self._lengths,
             "words": np.frombuffer("\n".join(self._postings).encode(), np.uint8),
             "ends": np.cumsum([len(rows) for rows, _ in postings], dtype=np.int64),
             "rows": np.frombuffer(b"".join(rows for rows, _ in postings), np.uint32),
@@ -135,10 +136,13 @@ class WordIndex:
     @classmethod
     def _of(cls, tensors: Mapping[str, np.ndarray[Any, Any]]) -> WordIndex:
         index = cls()
-        index._ids, index._lengths = array("q", tensors["ids"].tobytes()), array("q", tensors["lengths"].tobytes())
+        index._ids, index._lengths = (
+            tensors[name].astype(np.int64, casting="safe").ravel() for name in ("ids", "lengths")
+        )
         if len(index._ids) != len(index._lengths) or (tensors["rows"] >= len(index._ids)).any():
             raise ValueError("rows of passages that are not there")
-        index._rows = {index._ids[row]: row for row in tensors["kept"].tolist()}
+        if "kept" in tensors:  # the rows not removed, in files from when ids did not say it
+            index._ids[np.delete(np.arange(len(index._ids)), tensors["kept"])] = _REMOVED
         start = 0
         for word, end in zip(tensors["words"].tobytes().decode().split("\n"), tensors["ends"].tolist(), strict=False):
             rows, counts = (array("I", tensors[name][start:end].tobytes()) for name in ("rows", "counts"))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from extemb_core.errors import ConfigError, RatioError
+from extemb_core.models.chunks import n_embeddings
 from extemb_core.utils.validation import is_count
 
 
@@ -35,25 +36,6 @@ def check_ratios(ratios: Sequence[int], chunk_size: int) -> tuple[int, ...]:
     if ordered[-1] > chunk_size:
         raise ConfigError(f"ratio={ordered[-1]} is above chunk_size={chunk_size}; pass ratios within one chunk")
     return ordered
-
-
-def n_embeddings(n_tokens: int, ratio: int) -> int:
-    """Count the extensible embeddings of a chunk of `n_tokens` tokens: ceil(n_tokens / ratio)."""
-    return -(-n_tokens // ratio)
-
-
-def embeddings_of(n_tokens: int, ratio: int, chunk_size: int) -> int | None:
-    """Count the extensible embeddings of a text, chunk by chunk; None where there is no such text."""
-    if n_tokens < 0 or not 0 < ratio <= chunk_size:
-        return None
-    full, tail = divmod(n_tokens, chunk_size)
-    return full * n_embeddings(chunk_size, ratio) + n_embeddings(tail, ratio)
-
-
-def chunk_lengths(n_tokens: int, chunk_size: int) -> list[int]:
-    """List the lengths of a document's chunks: full ones, then the tail."""
-    full, tail = divmod(n_tokens, chunk_size)
-    return [chunk_size] * full + ([tail] if tail else [])
 
 
 def span_means(vectors: Tensor, weights: Tensor, span: int) -> Tensor:

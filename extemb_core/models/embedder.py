@@ -32,10 +32,11 @@ from transformers import PreTrainedModel
 from extemb_core.documents import text_ref
 from extemb_core.errors import ConfigError, DocumentError, MismatchError, WeightsCorruptError, WeightsNotFoundError
 from extemb_core.models.bulk import default_batch_size
+from extemb_core.models.chunks import chunk_lengths, n_embeddings
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_embeddings, trailing_means
-from extemb_core.models.downscaling import DOWNSCALINGS, chunk_lengths, n_embeddings
+from extemb_core.models.downscaling import DOWNSCALINGS
 from extemb_core.models.entry import (
     ANCHOR,
     AnchoredPrompt,

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreFormatError, StoreNotFoundError
+from extemb_core.models.chunks import embeddings_of
 from extemb_core.models.compressed import Compressed
-from extemb_core.models.downscaling import embeddings_of
 from extemb_core.store.format import DTYPES, Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
 from extemb_core.store.remote import StorageLocation
 from extemb_core.utils.files import parse_json

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from extemb_core.errors import ConfigError, TrainingError
+from extemb_core.models.chunks import chunk_lengths
 from extemb_core.models.config import ExtensibleEmbedderConfig
-from extemb_core.models.downscaling import chunk_lengths
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import reading_model
 from extemb_core.models.llm import LLM, choose_device

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.errors import ConfigError
-from extemb_core.models.downscaling import chunk_lengths, n_embeddings
+from extemb_core.models.chunks import chunk_lengths, n_embeddings
 from extemb_core.training.reading_loss import Losses, joined, mixed, read_states
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, compressed_positions, plan_context
+from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, plan_context
 from extemb_core.errors import BudgetError, ConfigError, RatioError
 
 RATIOS = (2, 4, 8, 16, 32)
@@ -55,14 +55,6 @@ def too_large(case: dict[str, Any]) -> set[int]:
     """The documents that alone are larger than the budget, at the coarsest that the case allows."""
     coarsest: Fidelity = 32 if case["ratio"] == "auto" else case["ratio"]
     return {i for i, n in enumerate(case["n_tokens"]) if n and price(case, i, coarsest) > case["budget"]}
-
-
-@given(st.integers(0, 5000), st.integers(1, 64), st.integers(1, 600))
-def test_positions_are_counted_chunk_by_chunk(n_tokens: int, ratio: int, chunk_size: int) -> None:
-    case = {"n_tokens": [n_tokens], "overhead": 0, "chunk_size": chunk_size}
-    positions = compressed_positions(n_tokens, ratio, chunk_size)
-    assert positions == price(case, 0, ratio) <= n_tokens
-    assert (positions == 0) == (n_tokens == 0)
 
 
 @given(cases())

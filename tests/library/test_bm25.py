@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +109,34 @@ def test_what_came_and_went_leaves_what_the_rest_gives_by_itself(tmp_path, throu
     assert index.search(QUESTIONS[0], 5) == []
 
 
+def test_a_file_from_when_it_listed_what_was_not_removed_is_read(tmp_path):
+    texts = {11: TEXTS[1], 12: TEXTS[2], 13: TEXTS[3], 20: "The mill stands by the bridge."}
+    index, anew = (
+        WordIndex.load(Path(__file__).with_name("words-with-kept.safetensors")),
+        WordIndex([*texts], [*texts.values()]),
+    )
+    for _ in range(2):
+        assert index.ids == anew.ids == set(texts)
+        assert index.search("mill bridge", 5) == anew.search("mill bridge", 5) != []
+        index.save(tmp_path / "words")
+        index = WordIndex.load(tmp_path / "words")
+
+
+def test_what_is_interrupted_can_be_added_again(monkeypatch):
+    index = WordIndex([1], TEXTS[:1])
+    with monkeypatch.context() as patched:
+        patched.setattr(bm25, "Counter", lambda words: {"mill": 1} if "1987" not in words else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            index.add([2, 3], [TEXTS[2], TEXTS[1]])
+    assert index.ids == {1}
+    index.add([2, 3], [TEXTS[2], TEXTS[1]])
+    anew = WordIndex([1, 2, 3], [TEXTS[0], TEXTS[2], TEXTS[1]])
+    assert [index.search(question, 3) for question in ("mill", "1987")] == [
+        anew.search("mill", 3),
+        anew.search("1987", 3),
+    ]
+
+
 def test_a_file_that_is_not_whole_is_not_read(tmp_path):
     file = tmp_path / "words"
     assert WordIndex.load(file) is None
@@ -123,7 +152,7 @@ def test_a_file_that_is_not_whole_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     "made_up",
     [
-        {"ids": np.zeros(3, np.uint8)},
+        {"ids": np.zeros(3)},
         {"kept": np.array([7])},
         {"rows": np.array([9], np.uint32)},
         {"lengths": np.arange(2)},

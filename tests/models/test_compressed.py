@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import fields, replace
 
 import numpy as np
@@ -44,6 +45,17 @@ def test_the_same_ratio_and_the_empty_text_are_no_work():
     assert (len(empty), empty.ratio) == (0, 8)
 
 
+@pytest.mark.parametrize(
+    "values", [(math.nan,), (math.inf,), (-math.inf,), (math.inf, -math.inf), (3e38, 3e38, math.nan)]
+)
+def test_numbers_that_are_not_finite_are_refused_and_huge_ones_are_not(values):
+    embeddings = torch.full((4, 24), 3e38)
+    assert compressed(8, embeddings=embeddings).checked().embeddings is embeddings
+    embeddings.flatten()[50 : 50 + len(values)] = torch.tensor(values)
+    with pytest.raises(MismatchError, match="embeddings made by f are not finite numbers"):
+        compressed(8, embeddings=embeddings).checked()
+
+
 @pytest.mark.parametrize(("at_hand", "wanted"), [(4, 2), (2, 3), (2, 16), (8, 4), (2, 0)])
 def test_what_cannot_be_derived_is_refused(at_hand, wanted):
     with pytest.raises(RatioError, match=f"ratio={wanted} cannot be derived from ratio {at_hand}"):
@@ -80,7 +92,10 @@ def test_a_coarser_ratio_is_the_text_pooled_anew(n_tokens, fine, times):
 
 
 @given(
-    n_tokens=st.integers(1, 40), fine=st.sampled_from([1, 2, 4]), data=st.data(), ratios=st.lists(st.sampled_from([4, 8]))
+    n_tokens=st.integers(1, 40),
+    fine=st.sampled_from([1, 2, 4]),
+    data=st.data(),
+    ratios=st.lists(st.sampled_from([4, 8])),
 )
 def test_a_span_is_pooled_from_its_start_on_and_in_each_chunk_anew(n_tokens, fine, data, ratios):
     token_states, text = anchored(n_tokens), anchored(n_tokens, fine)
@@ -98,7 +113,9 @@ def test_a_span_is_pooled_from_its_start_on_and_in_each_chunk_anew(n_tokens, fin
             for first, last in itertools.pairwise(cuts)
         ]
         torch.testing.assert_close(part.states, torch.cat(expected), atol=1e-5, rtol=1e-4)
-        ends = [min(at + ratio, last) - 1 for first, last in itertools.pairwise(cuts) for at in range(first, last, ratio)]
+        ends = [
+            min(at + ratio, last) - 1 for first, last in itertools.pairwise(cuts) for at in range(first, last, ratio)
+        ]
         assert (part.anchors.tolist(), part.layer) == (ends, 3)
         assert len(part) == span_positions(start, stop, ratio, 8)
 

@@ -8,13 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extemb_core.errors import ConfigError, RatioError
-from extemb_core.models.downscaling import (
-    DOWNSCALINGS,
-    check_ratios,
-    chunk_lengths,
-    coarsen,
-    n_embeddings,
-)
+from extemb_core.models.chunks import n_embeddings
+from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios, coarsen
 
 METHODS = tuple(DOWNSCALINGS)
 RATIOS = (1, 2, 4, 8, 16, 32)
@@ -26,14 +21,6 @@ def select(method, length, ratio):
 
 def downscale(outputs, ratio, method):
     return DOWNSCALINGS[method].reduce(outputs[select(method, len(outputs), ratio)], ratio)
-
-
-@given(length=st.integers(0, 10_000), size=st.integers(1, 600))
-def test_chunks_cover_the_text_with_one_tail_at_the_end(length, size):
-    lengths = chunk_lengths(length, size)
-    assert sum(lengths) == length
-    assert all(chunk == size for chunk in lengths[:-1])
-    assert all(0 < chunk <= size for chunk in lengths)
 
 
 @given(length=st.integers(1, 200), ratio=st.sampled_from(RATIOS), method=st.sampled_from(METHODS))

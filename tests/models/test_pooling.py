@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extemb_core.errors import ConfigError
-from extemb_core.models.pooling import Groups, coarsen_groups, digest_of, pool, pool_groups, rescaled, token_groups, token_weights
+from extemb_core.models.pooling import (
+    Groups,
+    coarsen_groups,
+    digest_of,
+    pool,
+    pool_groups,
+    rescaled,
+    token_groups,
+    token_weights,
+)
 
 
 def random_states(length, width=8, seed=0):

@@ -21,7 +21,7 @@ from training.losses import (
 
 from extemb_core.context.assembly import Prompt
 from extemb_core.errors import ConfigError
-from extemb_core.models.downscaling import chunk_lengths
+from extemb_core.models.chunks import chunk_lengths
 from extemb_core.training.two_stream import lay_out, plan_passes, two_stream_losses
 
 

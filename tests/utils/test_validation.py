@@ -20,8 +20,9 @@ def test_nothing_else_does(value):
     assert not is_count(value)
 
 
-@pytest.mark.parametrize("module", ["training.config", "evaluation.settings"])
-def test_configurations_are_read_without_torch(module):
-    code = f"import sys, extemb_core.{module}; sys.exit(', '.join({{'torch', 'numpy'}} & set(sys.modules)) or None)"
+def test_configurations_and_plans_need_no_torch():
+    modules = "training.config", "evaluation.settings", "context.planning"
+    imports = ", ".join(f"extemb_core.{module}" for module in modules)
+    code = f"import sys, {imports}; sys.exit(', '.join({{'torch', 'numpy'}} & set(sys.modules)) or None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,10 +10,11 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from pydantic import Field, field_validator
 
-from extemb_core.context.planning import Plan, compressed_positions, plan_context
+from extemb_core.context.planning import Plan, plan_context
 from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import until_cancelled
 from extemb_core.frameworks.settings import Budget, ModelSettings
+from extemb_core.models.chunks import compressed_positions
 from llama_index.postprocessor.extemb.node import extensible, heading_of, text_of, to_document
 
 if TYPE_CHECKING:
