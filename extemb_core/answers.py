@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     from extemb_core.models.llm import LLM
 
 
+@dataclass(frozen=True)
+class ContextSpan:
+    """What became of a part of a document.
+
+    Attributes:
+        start, stop: Its characters.
+        fidelity: "raw", a ratio, or "dropped".
+        positions: What it took of the LLM's window.
+    """
+
+    start: int
+    stop: int
+    fidelity: Fidelity
+    positions: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ContextEntry:
     """What became of one document.
@@ -26,9 +42,10 @@ class ContextEntry:
         ref: Its content hash.
         n_tokens: Its length as raw tokens.
         positions: What it took of the LLM's window, its heading included; 0 when dropped.
-        fidelity: "raw", a ratio, or "dropped".
+        fidelity: "raw", a ratio, "dropped", or "mixed": see `spans`.
         cached: Its embeddings were there already.
         reason: Why this fidelity, in a few words.
+        spans: What became of each part of it, where that is not the same for all.
     """
 
     source: str
@@ -38,6 +55,7 @@ class ContextEntry:
     fidelity: Fidelity
     cached: bool
     reason: str
+    spans: tuple[ContextSpan, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, answer_now, to_answer
 from extemb_core.context.builder import ContextBuilder, capped
 from extemb_core.context.conversation import Condenser, Session
-from extemb_core.context.messages import Messages, as_messages, inline_documents
+from extemb_core.context.messages import Messages, as_messages, inline_documents, question_in
 from extemb_core.context.planning import Plan
 from extemb_core.context.tools import Tool
 from extemb_core.documents import Document, Documents, as_documents
@@ -108,6 +108,7 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        plan: str | None = None,
         **sampling: Any,
     ) -> Answer:
         """Answer a question from documents.
@@ -118,7 +119,10 @@ class ExtensibleLM:
                 LlamaIndex.
             budget: Positions of the LLM's window that the documents may take at most; all that is free when not given,
                 or where it is less. `answer.budget` says which it was.
-            ratio: "auto" (see `plan_context`), "raw", or a trained ratio for all documents.
+            ratio: "auto", "raw", or a trained ratio for all documents.
+            plan: "focus", what says most about the question in full and the rest compressed (see `plan_focus`); "even",
+                each document at one ratio (see `plan_context`); "select", what says most about the question and nothing
+                else. "focus" when not given, where ratio is "auto" and the embedder enters above layer 0.
             **sampling: The fields of `Sampling`: max_new_tokens, temperature, top_p, top_k, stop, seed, ...
 
         Returns:
@@ -128,7 +132,9 @@ class ExtensibleLM:
             BudgetError: The question leaves no room, or the budget is below 0 or no whole number.
             RatioError: The ratio was not trained.
         """
-        return answer_now(self.llm, *self.prepare(question, documents, budget=budget, ratio=ratio, **sampling))
+        return answer_now(
+            self.llm, *self.prepare(question, documents, budget=budget, ratio=ratio, plan=plan, **sampling)
+        )
 
     def chat(
         self,
@@ -137,6 +143,7 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        plan: str | None = None,
         **sampling: Any,
     ) -> Answer:
         """Answer as `ask` in a whole conversation: messages with "role" and "content".
@@ -144,7 +151,9 @@ class ExtensibleLM:
         Documents join the last user turn. A content may also be a list of texts and `Document`s: these are read where
         they stand, without a heading, and rank below those that join.
         """
-        return answer_now(self.llm, *self.prepare(messages, documents, budget=budget, ratio=ratio, **sampling))
+        return answer_now(
+            self.llm, *self.prepare(messages, documents, budget=budget, ratio=ratio, plan=plan, **sampling)
+        )
 
     def stream(
         self,
@@ -153,13 +162,15 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        plan: str | None = None,
         **settings: Any,
     ) -> AnswerStream:
         """Answer as `ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what there is.
 
         Settings are those of `prepare`.
         """
-        return AnswerStream(self.llm, *self.prepare(question, documents, budget=budget, ratio=ratio, **settings))
+        prepared = self.prepare(question, documents, budget=budget, ratio=ratio, plan=plan, **settings)
+        return AnswerStream(self.llm, *prepared)
 
     def prepare(
         self,
@@ -168,6 +179,7 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        plan: str | None = None,
         condense: bool = False,
         tools: Sequence[Tool] = (),
         assistant_prefix: str = "",
@@ -191,6 +203,7 @@ class ExtensibleLM:
             as_documents(documents),
             budget=budget,
             ratio=ratio,
+            plan=plan,
             max_new_tokens=settings.max_new_tokens,
             tools=tools,
             assistant_prefix=assistant_prefix,
@@ -251,6 +264,7 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        plan: str | None = None,
         batch_size: int = 8,
         **sampling: Any,
     ) -> list[Answer]:
@@ -266,7 +280,7 @@ class ExtensibleLM:
         whole_number(batch_size, "batch_size")
         settings = Sampling(**sampling)
         prepared = [
-            self.prepare(question, texts, budget=budget, ratio=ratio, **sampling)[0]
+            self.prepare(question, texts, budget=budget, ratio=ratio, plan=plan, **sampling)[0]
             for question, texts in zip(questions, of_question, strict=True)
         ]
         lengths = {at: len(prompt.prompt) + settings.max_new_tokens for at, prompt in enumerate(prepared)}
@@ -299,6 +313,7 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        plan: str | None = None,
         max_new_tokens: int = 256,
     ) -> Plan:
         """Plan what would become of each document, without compressing or answering.
@@ -309,7 +324,7 @@ class ExtensibleLM:
         ranked = [*joined, *inline_documents(messages)]
         n_bare = len(self.builder.render(messages).fill({}))
         room = self.builder.room(n_bare, max_new_tokens, budget, ranked)
-        return self.builder.plan(ranked, room, ratio, n_headed=len(joined))
+        return self.builder.plan(ranked, room, ratio, n_headed=len(joined), question=question_in(messages), plan=plan)
 
     def positions(
         self,
@@ -318,6 +333,7 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        plan: str | None = None,
         tools: Sequence[Tool] = (),
     ) -> int:
         """Count the positions that a prompt takes, its documents and tools included; nothing is compressed.
@@ -328,7 +344,10 @@ class ExtensibleLM:
         n_bare = len(self.builder.render(messages, tools=tools).fill({}))
         room = capped(budget, max(0, self.llm.context_window - n_bare))
         ranked = [*joined, *inline_documents(messages)]
-        return n_bare + self.builder.plan(ranked, room, ratio, n_headed=len(joined)).positions
+        planned = self.builder.plan(
+            ranked, room, ratio, n_headed=len(joined), question=question_in(messages), plan=plan
+        )
+        return n_bare + planned.positions
 
     def positions_of(self, parts: Iterable[str | Document]) -> int:
         """Count the positions of a piece of a prompt: its texts, and its documents at the finest ratio of each."""

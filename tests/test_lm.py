@@ -71,7 +71,7 @@ def test_every_document_is_accounted_for(lm):
         "",
         SENTENCES * 40,
     ]
-    answer = ask(lm, QUESTION, documents, budget=100)
+    answer = ask(lm, QUESTION, documents, budget=100, plan="even")
     assert [entry.source for entry in answer.context[:2]] == ["Notes", "two.txt"]
     fidelities = [entry.fidelity for entry in answer.context]
     assert fidelities[2:] == ["dropped", "dropped"]
@@ -547,7 +547,8 @@ def test_a_plan_goes_to_ratio_8_by_itself_and_further_when_asked(roomy):
     text = SENTENCES * 2
     n_tokens = len(roomy.llm.encode(text))
     chosen = [
-        roomy.plan(QUESTION, [text], budget=budget).documents[0].fidelity for budget in range(10, n_tokens + 20, 10)
+        roomy.plan(QUESTION, [text], budget=budget, plan="even").documents[0].fidelity
+        for budget in range(10, n_tokens + 20, 10)
     ]
     assert [*dict.fromkeys(chosen)] == ["dropped", 8, 4, 2, "raw"]
     for ratio in (2, 4, 8, 16, 32):
@@ -563,16 +564,16 @@ def test_a_plan_goes_to_ratio_8_by_itself_and_further_when_asked(roomy):
 @pytest.mark.parametrize(("finest", "expected"), [(1, {"raw"}), (2, {2}), (16, {16}), (32, {32})])
 def test_a_refs_limit_beside_the_ratios_of_a_plan_is_its_own_alone(roomy, finest, expected):
     limited = ReferencedDocument(SENTENCES * 2, finest=finest)
-    (plan,) = roomy.plan(QUESTION, [limited]).documents
+    (plan,) = roomy.plan(QUESTION, [limited], plan="even").documents
     assert {plan.fidelity} == expected
     other = Document(SENTENCES * 2 + " And more.")
     tight = 1 + sum(p.positions for p in roomy.plan(QUESTION, [other], ratio=16).documents)
-    alone = [p.fidelity for p in roomy.plan(QUESTION, [other], budget=tight).documents]
-    beside = roomy.plan(QUESTION, [other, limited], budget=tight).documents
+    alone = [p.fidelity for p in roomy.plan(QUESTION, [other], budget=tight, plan="even").documents]
+    beside = roomy.plan(QUESTION, [other, limited], budget=tight, plan="even").documents
     assert alone == [beside[0].fidelity] == ["dropped"]  # ratio 16 would fit, and it did not ask for that
-    both = roomy.plan(QUESTION, [limited, other]).documents
+    both = roomy.plan(QUESTION, [limited, other], plan="even").documents
     assert [p.fidelity for p in both] == [*expected, "raw"]
-    answer = ask(roomy, QUESTION, [limited, other])
+    answer = ask(roomy, QUESTION, [limited, other], plan="even")
     assert [entry.fidelity for entry in answer.context] == [*expected, "raw"]
 
 

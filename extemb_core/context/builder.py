@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from extemb_core.answers import ContextEntry, PreparedPrompt
+import numpy as np
+
+from extemb_core.answers import ContextEntry, ContextSpan, PreparedPrompt
 from extemb_core.context import assembly
 from extemb_core.context.assembly import ChatPrompt, Part
-from extemb_core.context.messages import Messages, inline_documents, with_slots
-from extemb_core.context.planning import Fidelity, Plan, check_budget, plan_context
+from extemb_core.context.focus import SplitDocument, mode_of, plan_focus
+from extemb_core.context.messages import Messages, inline_documents, question_in, with_slots
+from extemb_core.context.planning import Fidelity, Plan, Span, check_budget, plan_context
+from extemb_core.context.spans import split_into_sentences
 from extemb_core.documents import Document, ReferencedDocument
 from extemb_core.errors import BudgetError, StoreCorruptError
 from extemb_core.models.bulk import compress_in_batches
@@ -22,7 +26,7 @@ from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.store.base import Store
 
-_KEPT_TOKEN_IDS = 64  # recent documents whose texts and token ids stay in memory
+_KEPT_TEXTS = 64  # recent documents whose texts, token ids and sentences stay in memory
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,14 @@ class ContextBuilder:
         llm: The frozen LLM.
         embedder: Made for that LLM.
         store: Where compressed documents are kept.
-
-    Attributes:
-        token_ids: Encodes a document's text, (T,); the ids of recent ones are remembered.
     """
 
     def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, store: Store) -> None:
         self.llm = llm
         self.embedder = embedder
         self.store = store
-        self.token_ids = lru_cache(_KEPT_TOKEN_IDS)(lambda text: llm.encode(text))
+        self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
+        self._sentences = lru_cache(_KEPT_TEXTS)(lambda text: split_into_sentences(text, self._tokens(text)[1]))
 
     # -- whole prompts ----------------------------------------------------------------------------------------
 
@@ -75,13 +77,14 @@ class ContextBuilder:
         budget: int | None,
         ratio: str | int,
         max_new_tokens: int,
+        plan: str | None = None,
         rendered: ChatPrompt | None = None,
         **template: Any,
     ) -> PreparedPrompt:
         """Build a prompt from messages, documents that join the last user message, and documents inside messages.
 
         Args:
-            messages, documents, budget, ratio, max_new_tokens: See `ExtensibleLM.prepare`.
+            messages, documents, budget, ratio, max_new_tokens, plan: See `ExtensibleLM.prepare`.
             rendered: What `render` made of the same messages and documents; it is called with `template` otherwise.
             **template: See `render_chat`.
 
@@ -94,7 +97,7 @@ class ContextBuilder:
             rendered = self.render(messages, documents, **template)
         ranked = [*documents, *inline_documents(messages)]
         room = self.room(len(rendered.fill({})), max_new_tokens, budget, ranked)
-        read = self.read(ranked, room, ratio, n_headed=len(documents))
+        read = self.read(ranked, room, ratio, n_headed=len(documents), question=question_in(messages), plan=plan)
         return PreparedPrompt(rendered.fill(dict(enumerate(read.parts))), read.context, read.seconds, start, room)
 
     def text(
@@ -127,25 +130,54 @@ class ContextBuilder:
 
     # -- documents --------------------------------------------------------------------------------------------
 
-    def plan(self, documents: Sequence[Document], room: int, ratio: str | int, *, n_headed: int | None = None) -> Plan:
+    def plan(
+        self,
+        documents: Sequence[Document],
+        room: int,
+        ratio: str | int,
+        *,
+        n_headed: int | None = None,
+        question: str = "",
+        plan: str | None = None,
+    ) -> Plan:
         """Plan what becomes of documents, of which the first `n_headed` (all when not given) get a heading.
+
+        Args:
+            documents, room, ratio, n_headed: See `read`.
+            question: What is asked about them.
+            plan: "focus", "select" or "even"; None for the first of these that can be (see `mode_of`).
 
         Raises:
             RatioError: The ratio may not be asked for.
+            ConfigError: The plan is none of these, or cannot be.
         """
         config = self.embedder.config
         if isinstance(ratio, int):
             config.require_ratio(ratio)
-        return plan_context(
-            [self.n_tokens(document) for document in documents],
-            room,
-            ratio=ratio,  # type: ignore[arg-type]
-            ratios=config.ratios,
-            auto_ratios=config.plan_ratios,
-            chunk_size=config.chunk_size,
-            overhead=[len(self.llm.encode(a + b)) if a else 0 for a, b in _around(documents, n_headed)],
-            finest=[_finest_of(document) for document in documents],
-        )
+        # What follows a separator begins a line: white space before text is other tokens than white space alone.
+        overhead = [self.positions_of(after + heading) for heading, after in _around(documents, n_headed)]
+        mode = mode_of(plan, ratio, question, config.entry_layer)
+        if mode == "even":
+            return plan_context(
+                [self.n_tokens(document) for document in documents],
+                room,
+                ratio=ratio,  # type: ignore[arg-type]
+                ratios=config.ratios,
+                auto_ratios=config.plan_ratios,
+                chunk_size=config.chunk_size,
+                overhead=overhead,
+                finest=[_finest_of(document) for document in documents],
+            )
+        split = [
+            SplitDocument(self._sentences(document.text), self._grid_of(document), config.chunk_size, positions, limit)
+            for document, positions, limit in zip(documents, overhead, map(_finest_of, documents), strict=True)
+        ]
+        ratios = [value for value in config.ratios if value >= config.kept_ratio]
+        return plan_focus(question, split, room, ratios=ratios, select=mode == "select")
+
+    def _grid_of(self, document: Document) -> int:
+        """Return the ratio that a document is stored at for spans of it."""
+        return max(self.embedder.config.kept_ratio, _finest_of(document) or 1)
 
     def read(
         self,
@@ -154,28 +186,40 @@ class ContextBuilder:
         ratio: str | int,
         *,
         n_headed: int | None = None,
+        question: str = "",
+        plan: str | None = None,
         store: Store | None = None,
     ) -> ReadDocuments:
         """Compress documents as `plan` has it, as far as they are not in `store` (the builder's when not given)."""
-        plan = self.plan(documents, room, ratio, n_headed=n_headed)
+        planned_all = self.plan(documents, room, ratio, n_headed=n_headed, question=question, plan=plan)
         start = time.perf_counter()
+        ratios = [
+            self._grid_of(document)
+            if any(isinstance(span.fidelity, int) for span in planned.spans)
+            else planned.fidelity
+            for document, planned in zip(documents, planned_all.documents, strict=True)
+        ]
         wanted = {
-            (document.ref, planned.fidelity): document.text
-            for document, planned in zip(documents, plan.documents, strict=True)
-            if isinstance(planned.fidelity, int)
+            (document.ref, stored_ratio): document.text
+            for document, stored_ratio in zip(documents, ratios, strict=True)
+            if isinstance(stored_ratio, int)
         }
         compressed, stored = self._compressed(wanted, self.store if store is None else store)
         parts: list[list[Part]] = []
         context = []
         around = _around(documents, n_headed)
-        for document, planned, (heading, separator) in zip(documents, plan.documents, around, strict=True):
+        for document, planned, stored_ratio, (heading, separator) in zip(
+            documents, planned_all.documents, ratios, around, strict=True
+        ):
             if planned.fidelity == "raw":
                 parts.append([heading + document.text + separator])
             elif planned.fidelity == "dropped":
                 parts.append([])
             else:
-                part = compressed[document.ref, planned.fidelity].part
-                parts.append([heading, part, separator] if heading else [part])
+                text = compressed.get((document.ref, stored_ratio))  # type: ignore[arg-type]
+                ids, spans = self.token_ids(document.text), planned.spans
+                content = parts_of(spans, ids, text) if spans else [text.part]  # type: ignore[union-attr]
+                parts.append([heading, *content, separator] if heading else content)
             context.append(
                 ContextEntry(
                     source=document.source,
@@ -183,11 +227,19 @@ class ContextBuilder:
                     n_tokens=planned.n_tokens,
                     positions=planned.positions,
                     fidelity=planned.fidelity,
-                    cached=(document.ref, planned.fidelity) in stored,
+                    cached=(document.ref, stored_ratio) in stored,
                     reason=planned.reason,
+                    spans=self._described(document, planned.spans) if planned.fidelity == "mixed" else (),
                 )
             )
         return ReadDocuments(parts, tuple(context), time.perf_counter() - start)
+
+    def _described(self, document: Document, spans: Sequence[Span]) -> tuple[ContextSpan, ...]:
+        ends = [0, *self._tokens(document.text)[1].tolist()]
+        size = self.embedder.config.chunk_size
+        return tuple(
+            ContextSpan(ends[span.start], ends[span.stop], span.fidelity, span.positions(size)) for span in spans
+        )
 
     def _compressed(
         self, wanted: Mapping[tuple[str, int], str], store: Store
@@ -228,6 +280,11 @@ class ContextBuilder:
 
     # -- sizes ------------------------------------------------------------------------------------------------
 
+    def token_ids(self, text: str) -> np.ndarray[Any, Any]:
+        """Encode a document's text, (T,); the ids of recent ones are remembered."""
+        ids: np.ndarray[Any, Any] = self._tokens(text)[0]
+        return ids
+
     def n_tokens(self, document: Document) -> int:
         """Count a document's tokens."""
         return len(self.token_ids(document.text))
@@ -254,6 +311,23 @@ class ContextBuilder:
             return len(self.llm.encode(part))
         config = self.embedder.config
         return compressed_positions(self.n_tokens(part), config.finest(_finest_of(part)), config.chunk_size)
+
+
+def parts_of(spans: Sequence[Span], ids: np.ndarray[Any, Any], text: Compressed | None) -> list[Part]:
+    """List what stands in a prompt for spans of a document.
+
+    Args:
+        spans: In order.
+        ids: (T,) the document's tokens.
+        text: The document compressed; None where no span is at a ratio.
+    """
+    at_ratio = [(span.start, span.stop, span.fidelity) for span in spans if isinstance(span.fidelity, int)]
+    compressed = iter(text.parts(at_ratio) if text is not None else ())
+    return [
+        ids[span.start : span.stop] if span.fidelity == "raw" else next(compressed)
+        for span in spans
+        if span.fidelity != "dropped"
+    ]
 
 
 def capped(budget: int | None, free: int) -> int:

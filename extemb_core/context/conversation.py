@@ -26,7 +26,7 @@ from torch import Tensor
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt
 from extemb_core.context.assembly import Prompt, assemble_chat
 from extemb_core.context.builder import ContextBuilder, ReadDocuments, capped
-from extemb_core.context.messages import Messages, content_parts, inline_documents
+from extemb_core.context.messages import Messages, content_parts, inline_documents, question_in
 from extemb_core.context.planning import check_budget
 from extemb_core.documents import Document, Documents, as_documents
 from extemb_core.errors import BudgetError, ConfigError
@@ -69,6 +69,7 @@ class Condenser:
         budget: int | None,
         ratio: str | int,
         max_new_tokens: int,
+        plan: str | None = None,
         **template: Any,
     ) -> PreparedPrompt:
         """Build what `ContextBuilder.chat` builds; `answer.context` tells what became of each older turn.
@@ -81,12 +82,14 @@ class Condenser:
         cap = room // 2 if budget is None else capped(budget, room)
         rendered = builder.render(messages, documents, **template)
         ranked = [*documents, *inline_documents(messages)]
-        left = room - builder.plan(ranked, cap, ratio, n_headed=len(documents)).positions
+        settings: dict[str, Any] = {"n_headed": len(documents), "question": question_in(messages), "plan": plan}
+        left = room - builder.plan(ranked, cap, ratio, **settings).positions
         condensed = None if len(rendered.fill({})) <= left else self._condensed(messages, left, template)
         if condensed is None:
             prepared = builder.chat(
-                messages, documents, budget=budget, ratio=ratio, max_new_tokens=max_new_tokens, rendered=rendered
-            )
+                messages, documents, budget=budget, ratio=ratio, plan=plan, max_new_tokens=max_new_tokens,
+                rendered=rendered,
+            )  # fmt: skip
             return replace(prepared, start=start)
         rendered = builder.render(condensed, documents, **template)
         ranked = [*documents, *inline_documents(condensed)]
@@ -95,7 +98,7 @@ class Condenser:
         uncondensed = [ranked[at] for at in others]
         n_bare = len(rendered.fill({}))
         room = builder.room(n_bare, max_new_tokens, cap, uncondensed)
-        read = builder.read(uncondensed, room, ratio, n_headed=len(documents))
+        read = builder.read(uncondensed, room, ratio, **settings)
         # Turns take what documents leave; the newest is the best of them.
         left = builder.llm.context_window - n_bare - max_new_tokens - read.positions
         earlier = builder.read([ranked[at] for at in reversed(turns)], left, "auto", n_headed=0, store=self.turns)

@@ -40,6 +40,12 @@ def inline_documents(messages: Messages) -> list[Document]:
     return [part for message in messages for part in content_parts(message) if isinstance(part, Document)]
 
 
+def question_in(messages: Messages) -> str:
+    """Return what is asked: the text of the last user message, after that of the one before it."""
+    users = [message for message in messages if message.get("role") == "user"]
+    return "\n".join(part for message in users[-2:] for part in content_parts(message) if isinstance(part, str))
+
+
 def with_slots(messages: Messages, joined: Sequence[Document] = ()) -> list[dict[str, Any]]:
     """Put slots where documents stand, and those of `joined` before the content of the last user message.
 

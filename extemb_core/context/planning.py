@@ -10,13 +10,32 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex, TypeAlias
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias
 
 from extemb_core.errors import BudgetError, ConfigError, RatioError
-from extemb_core.models.chunks import compressed_positions
+from extemb_core.models.chunks import compressed_positions, span_positions
 from extemb_core.utils.validation import whole_number
 
-Fidelity: TypeAlias = Literal["raw", "dropped"] | int
+Fidelity: TypeAlias = Literal["raw", "dropped", "mixed"] | int
+
+
+class Span(NamedTuple):
+    """A run of one document's tokens that a plan treats alike.
+
+    Attributes:
+        start, stop: Its tokens.
+        fidelity: "raw", a ratio, or "dropped".
+    """
+
+    start: int
+    stop: int
+    fidelity: Fidelity
+
+    def positions(self, chunk_size: int) -> int:
+        """Count the positions that it takes, in a text that is compressed in chunks of this size."""
+        if isinstance(self.fidelity, int):
+            return span_positions(self.start, self.stop, self.fidelity, chunk_size)
+        return self.stop - self.start if self.fidelity == "raw" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +45,10 @@ class DocumentPlan:
     Attributes:
         index: Where it stands in the input, which is its rank, from 0.
         n_tokens: Its length as raw tokens.
-        fidelity: "raw", a ratio, or "dropped".
+        fidelity: "raw", a ratio, "dropped", or "mixed": see `spans`.
         positions: What it takes of the budget, its overhead included; 0 when dropped.
         reason: Why, in a few words.
+        spans: What becomes of each of its tokens, where sentences were planned; see `plan_focus`.
     """
 
     index: int
@@ -36,14 +56,22 @@ class DocumentPlan:
     fidelity: Fidelity
     positions: int
     reason: str
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The fidelity of every document, in the order given; `positions` never exceeds `budget`."""
+    """The fidelity of every document, in the order given; `positions` never exceeds `budget`.
+
+    Attributes:
+        documents: Of each document.
+        budget: Positions that they might take.
+        note: What the plan is based on, in a few words.
+    """
 
     documents: tuple[DocumentPlan, ...]
     budget: int
+    note: str = ""
 
     @property
     def positions(self) -> int:
@@ -69,10 +97,13 @@ class Plan:
         for plan in self.documents:
             numbers = str(plan.index + 1), str(plan.n_tokens), _name(plan.fidelity), str(plan.positions)
             rows.append((*numbers, plan.reason))
+            spans = plan.spans if plan.fidelity == "mixed" else ()
+            rows += [("", f"{start}-{stop}", _name(fidelity), "", "") for start, stop, fidelity in spans]
         tokens = sum(plan.n_tokens for plan in self.documents)
         rows.append(("total", str(tokens), "", str(self.positions), f"of a budget of {self.budget}"))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join("  ".join([*map(str.rjust, row[:4], widths), row[4]]) for row in rows)
+        lines = ["  ".join([*map(str.rjust, row[:4], widths), row[4]]).rstrip() for row in rows]
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def plan_context(

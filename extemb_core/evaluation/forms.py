@@ -6,6 +6,7 @@
     chosen/k         the sentences that share words with the question, as many (`choose_sentences`)
     lingua/k         its most informative tokens, as many (`select_tokens`)
     extensible/k     extensible embeddings at ratio k
+    focus/k          what says most about the question in full, the rest compressed, as many (`plan_focus`)
     random/k         random vectors in their place, of the same norms
     wrong/k          the extensible embeddings of another text
 
@@ -27,16 +28,26 @@ import torch
 from torch import Tensor
 
 from extemb_core.context.assembly import Part
+from extemb_core.context.builder import parts_of
+from extemb_core.context.focus import SplitDocument, plan_focus
+from extemb_core.context.spans import split_into_sentences
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation import baselines
 from extemb_core.evaluation.baselines import Ids
 from extemb_core.evaluation.settings import CONTROLS
+from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.llm import LLM
 
 _WITHOUT_RATIO = ("none", "streaming", "full")
-_NEED = {"random": 1, "wrong": 1, "anchors": 2, "random_states": 2}  # an embedder; one that enters above layer 0
+_NEED = {
+    "random": 1,
+    "wrong": 1,
+    "focus": 2,
+    "anchors": 2,
+    "random_states": 2,
+}  # an embedder; one that enters above layer 0
 
 
 def arm_name(kind: str, ratio: int) -> str:
@@ -111,6 +122,7 @@ class Forms:
     _ids: dict[str, Ids] = field(init=False, default_factory=dict)
     _recent: list[str] = field(init=False, default_factory=list)
     _recent_forms: dict[str, list[Part]] = field(init=False, default_factory=dict)
+    _recent_texts: list[Compressed] = field(init=False, default_factory=list)
     _positions: dict[int, int] = field(init=False, default_factory=dict)
 
     def of(self, passages: Sequence[str], question: str) -> dict[str, list[Part]]:
@@ -122,13 +134,14 @@ class Forms:
         """
         if self._recent != list(passages):
             self._recent, self._recent_forms = list(passages), self._of_passages(passages)
-        if "chosen" not in self.controls:
-            return dict(self._recent_forms)
+        forms = dict(self._recent_forms)
         text = self.separator.join(self.texts[name] for name in passages)
-        return self._recent_forms | {
-            f"chosen/{ratio}": [baselines.choose_sentences(self.llm, text, question, n)]
-            for ratio, n in self._positions.items()
-        }
+        for ratio, n in self._positions.items():
+            if "chosen" in self.controls:
+                forms[f"chosen/{ratio}"] = [baselines.choose_sentences(self.llm, text, question, n)]
+            if "focus" in self.controls:
+                forms[f"focus/{ratio}"] = self._focused(passages, question, n)
+        return forms
 
     def tokens(self, passages: Sequence[str]) -> list[Ids]:
         """Encode passages, with the separator's ids between them."""
@@ -155,8 +168,8 @@ class Forms:
         raw = self.tokens(passages)
         flat: Ids = np.concatenate(raw)
         forms: dict[str, list[Part]] = {"none": [], "full": list(raw)}
-        ours = self._compressed(passages)
         others = self._compressed(self.wrong(passages)) if "wrong" in self.controls else {}
+        ours = self._compressed(passages)
         for ratio in self.ratios:
             n = sum(map(len, ours[ratio])) if ours else sum(-(-len(part) // ratio) for part in raw)
             self._positions[ratio] = n
@@ -174,10 +187,33 @@ class Forms:
                 forms[f"wrong/{ratio}"] = others[ratio]
         return forms
 
+    def _focused(self, passages: Sequence[str], question: str, budget: int) -> list[Part]:
+        """Make the form that `plan_focus` has for a question."""
+        assert self.embedder is not None
+        config, separator = self.embedder.config, self.llm.encode(self.separator)
+        finest = config.kept_ratio
+        texts = [self.texts[name] for name in passages]
+        sentences = [split_into_sentences(text, self.llm.encode_with_ends(text)[1]) for text in texts]
+        documents = [SplitDocument(each, finest, config.chunk_size, len(separator)) for each in sentences]
+        ratios = [ratio for ratio in config.ratios if ratio >= finest]
+        plans = plan_focus(question, documents, budget + len(separator), ratios=ratios).documents
+        ids = [self._ids[name] for name in passages]
+        parts = [
+            parts_of(plan.spans, tokens, text)
+            for plan, tokens, text in zip(plans, ids, self._recent_texts, strict=True)
+            if plan.fidelity != "dropped"
+        ]
+        return [part for content in parts for part in (separator, *content)][1:]
+
     def _compressed(self, passages: Sequence[str]) -> dict[int, list[Part]]:
         """Compress each passage by itself: ratio -> parts, with the separator between them."""
-        compressed = compress_at_ratios(self.embedder, self.tokens(passages)[::2], self.ratios)
-        return {ratio: self._separated(parts) for ratio, parts in compressed.items()}
+        if self.embedder is None or not self.ratios:
+            return {}
+        finest = min(*self.ratios, self.embedder.config.kept_ratio)
+        self._recent_texts = self.embedder.compress_ids(self.tokens(passages)[::2], ratio=finest, show_progress=False)
+        return {
+            ratio: self._separated([text.at_ratio(ratio).part for text in self._recent_texts]) for ratio in self.ratios
+        }
 
     def _control(self, kind: str, part: Part, seed: int) -> Part:
         """Take the text out of a compressed part, or the part of it that `kind` says; separators stay."""

@@ -30,7 +30,19 @@ from extemb_core.questions import Question, read_questions, template_for, templa
 from extemb_core.utils.jsonl import evenly
 
 METRICS = {"em": scoring.exact_match, "f1": scoring.f1, "contained": scoring.contained, "rouge_l": scoring.rouge_l}
-_ARMS = ("none", "random", "random_states", "wrong", "anchors", "truncated", "lingua", "chosen", "extensible", "full")
+_ARMS = (
+    "none",
+    "random",
+    "random_states",
+    "wrong",
+    "anchors",
+    "truncated",
+    "lingua",
+    "chosen",
+    "extensible",
+    "focus",
+    "full",
+)
 
 
 class QaExperiment(Experiment):
@@ -163,8 +175,13 @@ class QaExperiment(Experiment):
         def mean(numbers: Ids, metric: str) -> dict[str, Any]:
             return mean_with_interval(numbers, groups, seed, weights[metric])
 
-        def compared(arm: str, other: str) -> dict[str, Any]:
-            return {metric: mean(values(arm, metric) - values(other, metric), metric) for metric in metrics}
+        def minus(arm: str, ratio: int) -> dict[str, Any]:
+            others = {other: arm_name(other, ratio) for other in ("extensible", *CONTROLS)}
+            return {
+                name: {metric: mean(values(arm, metric) - values(other, metric), metric) for metric in metrics}
+                for name, other in others.items()
+                if other in names and other != arm
+            }
 
         arms = {
             arm: {
@@ -177,14 +194,9 @@ class QaExperiment(Experiment):
         }
         summary: dict[str, Any] = {"template": self.template_name, "metrics": metrics, "arms": arms}
         ours = [ratio for ratio in self.config.ratios if f"extensible/{ratio}" in names]
-        summary["minus"] = {
-            str(ratio): {
-                control: compared(f"extensible/{ratio}", arm)
-                for control in CONTROLS
-                if (arm := arm_name(control, ratio)) in names
-            }
-            for ratio in ours
-        }
+        summary["minus"] = {str(ratio): minus(f"extensible/{ratio}", ratio) for ratio in ours}
+        focused = [ratio for ratio in self.config.ratios if f"focus/{ratio}" in names]
+        summary["focus_minus"] = {str(ratio): minus(f"focus/{ratio}", ratio) for ratio in focused}
         for name, metric, sign in (("retained", "f1", 1), ("retained_loss", "loss", -1)):
             if metric in metrics:
                 worth = {arm: sign * weights[metric] * values(arm, metric) for arm in names}

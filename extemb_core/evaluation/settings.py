@@ -11,7 +11,7 @@ from typing import Any
 from extemb_core.errors import ConfigError
 from extemb_core.utils.validation import is_count, whole_number
 
-CONTROLS = ("none", "truncated", "chosen", "lingua", "anchors", "random", "random_states", "wrong", "full")
+CONTROLS = ("none", "truncated", "chosen", "focus", "lingua", "anchors", "random", "random_states", "wrong", "full")
 TASKS = ("passkey", "key_value")
 _MIN_TOKENS = 64  # of a haystack: more than any needle has characters
 

@@ -84,19 +84,25 @@ class WordIndex:
         More than `k` if others are as good as the last of them: which of them are older says nothing.
         """
         ids, lengths, scores = self._ids, self._lengths, np.zeros(len(self._ids))
-        here = ids != _REMOVED
-        n_here = np.count_nonzero(here)
-        mean_length = lengths[here].sum() / max(1, n_here)
-        for word in self._words([question])[0]:
-            if word in self._postings:
-                rows, counts = map(np.array, self._postings[word])
-                rows, counts = rows[here[rows]], counts[here[rows]]
-                idf = np.log1p((n_here - len(rows) + 0.5) / (len(rows) + 0.5))
-                scores[rows] += idf * counts / (counts + _K1 * (1 - _B + _B * lengths[rows] / mean_length))
+        mean_length = lengths[ids != _REMOVED].mean() if (ids != _REMOVED).any() else 0
+        for rarity, rows, counts in map(self._look_up, self._words([question])[0]):
+            scores[rows] += rarity * counts / (counts + _K1 * (1 - _B + _B * lengths[rows] / mean_length))
         matching = scores.nonzero()[0]
         best = matching[np.lexsort((ids[matching], -scores[matching]))]
         best = best[scores[best] >= scores[best[:k]][-1:]]
         return list(zip(ids[best].tolist(), scores[best].tolist(), strict=True))
+
+    def words(self, question: str) -> list[tuple[float, set[int]]]:
+        """Return how rare each word of a question is among the passages (its idf), and the ids of those with it."""
+        found = map(self._look_up, dict.fromkeys(self._words([question])[0]))
+        return [(rarity, set(self._ids[rows].tolist())) for rarity, rows, _ in found]
+
+    def _look_up(self, word: str) -> tuple[float, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return a word's idf, the rows that hold it, and how often."""
+        rows, counts = (np.array(part, np.int64) for part in self._postings.get(word, ((), ())))
+        here = self._ids != _REMOVED
+        rows, counts = rows[here[rows]], counts[here[rows]]
+        return float(np.log1p((np.count_nonzero(here) - len(rows) + 0.5) / (len(rows) + 0.5))), rows, counts
 
     def save(self, file: Path) -> None:
         """Write it atomically, with a checksum.

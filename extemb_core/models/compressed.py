@@ -163,7 +163,10 @@ class Compressed:
     def _pooled(self, spans: Sequence[tuple[int, int, int]]) -> tuple[Groups, np.ndarray[Any, Any], list[int]]:
         """Pool spans (see `parts`) all at once: the groups, their anchors, and how many of them each span has."""
         per_chunk = n_embeddings(self.chunk_size, self.ratio)
-        rows, lengths, counts = [], [], []
+        assert self.anchors is not None
+        rows: list[np.ndarray[Any, Any]] = []
+        lengths: list[int] = []
+        counts: list[int] = []
         for start, stop, ratio in spans:
             before, times = len(lengths), ratio // self.ratio
             for chunk in range(start // self.chunk_size, -(-stop // self.chunk_size)):

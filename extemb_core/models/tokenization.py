@@ -94,19 +94,24 @@ class TextEncoder:
         Raises:
             DocumentError: The text holds half of a surrogate pair, which is no character.
         """
-        ids = array("i")  # grows in place: joining pieces at the end would hold all ids twice
-        for piece, _ in self.encode_pieces(text):
-            ids.frombytes(piece.tobytes())
-        return np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32)
+        return self.encode_with_ends(text)[0]
 
-    def token_ends(self, text: str) -> np.ndarray[Any, Any]:
-        """Return the character at which each of the tokens of `encode` ends. (T,) int64, ascending."""
+    def encode_with_ends(self, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Encode as `encode`, and find where in the text each token ends.
+
+        Returns:
+            (T,) int32 ids, and (T,) int32 characters, ascending.
+        """
         refuse_lone_surrogates(text)
-        ends, start = [np.empty(0, np.int64)], 0
+        ids, ends = array("i"), array("i")  # grow in place: joining pieces at the end would hold all of them twice
+        start = 0
         for piece in pieces_of(text, _PIECE_CHARS):
-            ends.append(self._encode_piece(piece)[1] + start)
+            piece_ids, piece_ends = self._encode_piece(piece)
+            ids.frombytes(piece_ids.tobytes())
+            ends.frombytes((piece_ends + np.int32(start)).tobytes())
             start += len(piece)
-        return np.concatenate(ends)
+        # An empty array has no buffer.
+        return tuple(np.frombuffer(values, np.int32) if values else np.empty(0, np.int32) for values in (ids, ends))  # type: ignore[return-value]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Count the tokens of each of some texts."""
@@ -125,7 +130,7 @@ class TextEncoder:
         """Return (T,) int32 ids, and the (T,) characters at which they end."""
         encoding = self._plain_encoder.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int32)
-        ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
+        ends = np.array([end for _, end in encoding.offsets], dtype=np.int32)
         if not np.isin(ids, self.control_ids).any():
             return ids, ends
         # Added tokens that the tokenizer does not flag as special are still recognised: take them apart, by
@@ -134,10 +139,10 @@ class TextEncoder:
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             cuts = [start, start + 1, end] if index in self.control_ids and end - start > 1 else []
             if not cuts:
-                parts.append((np.array([index], dtype=np.int32), np.array([end])))
+                parts.append((np.array([index], dtype=np.int32), np.array([end], dtype=np.int32)))
             for first, last in pairwise(cuts):
                 piece_ids, piece_ends = self._encode_piece(text[first:last])
-                parts.append((piece_ids, piece_ends + first))
+                parts.append((piece_ids, piece_ends + np.int32(first)))
         joined_ids, joined_ends = map(np.concatenate, zip(*parts, strict=True))
         return joined_ids, joined_ends
 

@@ -33,7 +33,7 @@ def at_layer_0(llm):
     ("make", "expected"),
     [
         (None, {"none", "truncated", "chosen", "lingua", "full"}),
-        (at_layer_0, set(CONTROLS) - {"anchors", "random_states"}),
+        (at_layer_0, set(CONTROLS) - {"focus", "anchors", "random_states"}),
         (untrained, set(CONTROLS)),
     ],
 )

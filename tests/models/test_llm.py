@@ -51,8 +51,8 @@ def test_control_tokens_in_text_are_characters(llm, text):
 
 
 def assert_ends_are_those_of(llm, text, ids):
-    ends = llm.token_ends(text).tolist()
-    assert len(ends) == len(ids)
+    encoded, ends = (part.tolist() for part in llm.encode_with_ends(text))
+    assert encoded == ids
     assert ends == sorted(ends)
     for at, end in enumerate(ends, start=1):
         assert llm.decode(ids[:at]).replace("\ufffd", "") in text[:end] + "\ufffd"

@@ -1,0 +1,40 @@
+"""Score sentences against a question, and judge how far the scores can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+from extemb_core.library.bm25 import WordIndex
+
+_KEPT_INDICES = 8  # of recent documents: a conversation asks about the same ones again
+
+
+class SentenceScorer(Protocol):
+    """Scores sentences by what they say of a question: BM25, or your own, such as a cross-encoder."""
+
+    def __call__(self, question: str, sentences: Sequence[str]) -> Sequence[float]:
+        """Return a score for each sentence, higher where it says more; 0 or less where it has nothing to do with it."""
+
+
+@lru_cache(_KEPT_INDICES)
+def _index_of(sentences: tuple[str, ...]) -> WordIndex:
+    return WordIndex(range(len(sentences)), sentences)
+
+
+def bm25_scores(question: str, sentences: Sequence[str]) -> list[float]:
+    """Score sentences by BM25: words that are rare among them count most."""
+    scores = dict(_index_of(tuple(sentences)).search(question, len(sentences)))
+    return [scores.get(at, 0.0) for at in range(len(sentences))]
+
+
+def words_held(question: str, sentences: Sequence[str], best: int) -> float:
+    """Measure how much of a question one sentence holds, from 0 to 1: how far a ranking that it leads can be trusted.
+
+    Each word of the question counts by how rare it is among the sentences. Little is held where the text says it in
+    other words, or where several places have to be put together.
+    """
+    words = _index_of(tuple(sentences)).words(question)
+    total = sum(rarity for rarity, _ in words)
+    return sum(rarity for rarity, held in words if best in held) / total if total else 0.0

@@ -1,0 +1,98 @@
+"""Cut a document into sentences, and join neighbours that a plan treats alike into spans of its tokens."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sentencex
+
+from extemb_core.context.planning import Fidelity, Span
+
+MAX_SENTENCE_TOKENS = 64  # what has no full stop for longer, such as code and tables, is cut at lines, then anywhere
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Sentences:
+    """The sentences of a document.
+
+    Attributes:
+        borders: (U + 1,) token at which each begins, and the number of tokens.
+        texts: (U,) what each says.
+    """
+
+    borders: Array
+    texts: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTENCE_TOKENS) -> Sentences:
+    """Cut a document into sentences of at most `max_tokens` tokens; together they are all of its tokens.
+
+    White space goes with the sentence after it, as byte-level BPE has it.
+
+    Args:
+        text: A document.
+        ends: (T,) character at which each of its tokens ends, ascending.
+        max_tokens: Longer sentences are cut: after lines, as far as there are any, else after so many tokens.
+    """
+    found = [(part["start_index"], part["text"].rstrip()) for part in sentencex.get_sentence_boundaries("en", text)]
+    stops = [start + len(sentence) for start, sentence in found if sentence][:-1]
+    borders = np.unique([0, *np.searchsorted(ends, stops, "right"), len(ends)])
+    lines = np.unique(np.searchsorted(ends, [at for at, char in enumerate(text) if char == "\n"], "right"))
+    cuts: list[int] = []
+    for start, stop in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+        cuts.append(start)
+        while stop - start > max_tokens:
+            within = lines[np.searchsorted(lines, start, "right") : np.searchsorted(lines, start + max_tokens, "right")]
+            start = int(within[-1]) if len(within) else start + max_tokens
+            cuts.append(start)
+    borders = np.array([*cuts, len(ends)])
+    at = [0, *ends[borders[1:] - 1].tolist()] if len(ends) else [0]
+    return Sentences(borders, [text[start:stop] for start, stop in itertools.pairwise(at)])
+
+
+class GroupGrid:
+    """The finest groups of one document: where its spans may begin and end.
+
+    Args:
+        sentences: Of the document.
+        finest: Tokens of a group.
+        chunk_size: Tokens that are compressed together; groups are counted in each chunk.
+    """
+
+    def __init__(self, sentences: Sentences, finest: int, chunk_size: int) -> None:
+        self._n_tokens = int(sentences.borders[-1])
+        self._chunk_size = chunk_size
+        chunks = np.arange(0, self._n_tokens, chunk_size)
+        starts = [np.arange(start, min(start + chunk_size, self._n_tokens), finest) for start in chunks]
+        self._starts: Array = np.concatenate(starts) if starts else np.empty(0, np.int64)
+        first = np.searchsorted(self._starts, sentences.borders[:-1], "right") - 1
+        last = np.searchsorted(self._starts, sentences.borders[1:] - 1, "right")
+        # (group, sentence) where they overlap, sentence after sentence.
+        self._sentences = np.repeat(np.arange(len(sentences)), last - first)
+        self._groups = np.arange(len(self._sentences)) - np.repeat(np.cumsum(last - first) - last, last - first)
+
+    def spans(self, fidelities: Sequence[Fidelity], chosen: Array) -> list[Span]:
+        """Join sentences into spans. A group of two sentences goes with the one that is read in more detail.
+
+        Args:
+            fidelities: In rising detail.
+            chosen: (U,) index into them, of each sentence.
+        """
+        levels = np.zeros(len(self._starts), np.int64)
+        np.maximum.at(levels, self._groups, chosen[self._sentences])
+        cuts = np.flatnonzero(np.diff(levels, prepend=-1))
+        starts = [*self._starts[cuts].tolist(), self._n_tokens]
+        levels = levels[cuts].tolist()
+        return [
+            Span(start, stop, fidelities[level])
+            for (start, stop), level in zip(itertools.pairwise(starts), levels, strict=True)
+        ]

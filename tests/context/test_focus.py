@@ -1,0 +1,246 @@
+"""What a plan for a question makes of documents, sentence by sentence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import SENTENCES, entering, tiny_llm
+
+from extemb_core import ExtensibleLM
+from extemb_core.context.focus import SentenceLosses, SplitDocument, mode_of, plan_focus, sentence_losses
+from extemb_core.context.scoring import bm25_scores, words_held
+from extemb_core.context.spans import split_into_sentences
+from extemb_core.documents import Document
+from extemb_core.errors import BudgetError, ConfigError
+
+RATIOS = (2, 4, 8, 16, 32)
+QUESTION = "Why was the bridge closed in 1987?"
+BRIDGE = "In 1987 the bridge was closed for repairs"
+
+
+def split(text, *, overhead=0, limit=None, chunk_size=64):
+    sentences = split_into_sentences(text, tiny_llm("llama").encode_with_ends(text)[1])
+    return SplitDocument(sentences, max(2, limit or 1), chunk_size, overhead, limit)
+
+
+def raw_texts(document, plan):
+    """The texts of the sentences that are read in full."""
+    borders, texts = document.sentences.borders.tolist(), document.sentences.texts
+    raw = [range(span.start, span.stop) for span in plan.spans if span.fidelity == "raw"]
+    return [text for text, start in zip(texts, borders, strict=False) if any(start in tokens for tokens in raw)]
+
+
+def planned(question, documents, budget, **settings):
+    made = plan_focus(question, documents, budget, ratios=RATIOS, **settings)
+    assert made.positions <= budget
+    for document, plan in zip(documents, made.documents, strict=True):
+        content = sum(span.positions(document.chunk_size) for span in plan.spans)
+        assert plan.positions == (content + document.overhead if content else 0)
+        assert sum(span.stop - span.start for span in plan.spans) == plan.n_tokens == document.n_tokens
+    return made
+
+
+def test_the_sentence_that_answers_is_read_in_full_and_the_rest_compressed():
+    document = split(SENTENCES * 3)
+    (plan,) = planned(QUESTION, [document], document.n_tokens // 4).documents
+    assert plan.fidelity == "mixed"
+    assert any(BRIDGE in text for text in raw_texts(document, plan))
+    assert not any("Copper" in text for text in raw_texts(document, plan))
+    assert any(isinstance(span.fidelity, int) for span in plan.spans)
+    assert "raw" in plan.reason
+
+
+def test_selecting_reads_sentences_in_full_or_not_at_all_by_their_rank_alone():
+    document = split(SENTENCES)
+    ranked = np.argsort(-np.array(bm25_scores(QUESTION, document.sentences.texts)), kind="stable").tolist()
+    budget = int(np.diff(document.sentences.borders)[ranked[0]]) + 2  # borders of groups
+    (plan,) = planned(QUESTION, [document], budget, select=True).documents
+    assert {span.fidelity for span in plan.spans} == {"raw", "dropped"}
+    assert any(BRIDGE in text for text in raw_texts(document, plan))
+
+
+def test_what_fits_is_raw_and_no_scorer_is_asked():
+    def scorer(question, sentences):
+        raise AssertionError
+
+    documents = [split(SENTENCES, overhead=3), split(""), split("Short.", overhead=2)]
+    full = sum(document.n_tokens + document.overhead for document in documents)
+    made = plan_focus(QUESTION, documents, full, ratios=RATIOS, scorer=scorer)
+    assert [plan.fidelity for plan in made.documents] == ["raw", "dropped", "raw"]
+    assert (made.documents[1].reason, made.positions) == ("empty", full)
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_a_budget_of_next_to_nothing_is_held(budget):
+    made = planned(QUESTION, [split(SENTENCES), split("One."), split("")], budget)
+    assert made.positions <= budget
+    assert "no room" in {plan.reason for plan in made.documents}
+
+
+def test_a_question_that_matches_nothing_still_fills_the_budget():
+    document = split(SENTENCES * 3)
+    made = planned("Zymurgy?", [document], document.n_tokens // 4)
+    assert made.positions > 0.9 * made.budget
+    assert "0%" in made.note
+
+
+def test_documents_of_one_sentence_compete_with_each_other():
+    documents = [split(text, overhead=2) for text in SENTENCES.split("\n")]
+    made = planned(QUESTION, documents, sum(document.n_tokens for document in documents) // 3)
+    best = max(made.documents, key=lambda plan: plan.positions / max(1, plan.n_tokens))
+    assert BRIDGE in documents[best.index].sentences.texts[0]
+
+
+def test_a_thousand_documents_are_planned_at_once():
+    documents = [split(f"Harbour {number} has {number % 7} cranes. It opened late.") for number in range(1000)]
+    made = planned("How many cranes has harbour 731?", documents, 2000)
+    assert made.positions > 0.9 * 2000
+    assert raw_texts(documents[731], made.documents[731])
+
+
+@pytest.mark.parametrize("limit", [2, 8, 32])
+def test_a_document_with_a_finest_ratio_is_read_no_finer(limit):
+    limited, free = split(SENTENCES, limit=limit), split(SENTENCES)
+    made = planned(QUESTION, [limited, free], 10 * limited.n_tokens)
+    assert {span.fidelity for span in made.documents[0].spans} == {limit}
+    assert made.documents[1].fidelity == "raw"
+
+
+@given(
+    texts=st.lists(st.sampled_from([SENTENCES, SENTENCES[:150], "One.", "", "bridge " * 90]), max_size=4),
+    budget=st.integers(0, 300),
+    overhead=st.integers(0, 9),
+    chunk_size=st.sampled_from([32, 40, 512]),
+    select=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_plan_fits_and_covers_every_token_once(texts, budget, overhead, chunk_size, select):
+    documents = [split(text, overhead=overhead, chunk_size=chunk_size) for text in texts]
+    planned(QUESTION, documents, budget, select=select)
+
+
+def test_a_scorer_of_ones_own_decides_what_is_read_in_full():
+    document = split(SENTENCES)
+    wanted = [float("Copper" in text) for text in document.sentences.texts]
+    (plan,) = planned(QUESTION, [document], document.n_tokens // 3, scorer=lambda question, texts: wanted).documents
+    assert any("Copper" in text for text in raw_texts(document, plan))
+
+
+def test_trust_is_how_much_of_the_question_one_sentence_holds():
+    sentences = ["The bridge was closed in 1987.", "A dish turned.", "The fog came in."]
+    assert words_held("The bridge, closed?", sentences, 0) == 1
+    assert words_held("dish", sentences, 0) == 0
+    assert 0 < words_held("Was the bridge closed by fog?", sentences, 0) < 1
+    assert words_held("?", sentences, 0) == 0
+
+
+def test_what_was_fitted_says_that_better_ranks_and_less_detail_cost_more():
+    table = sentence_losses()
+    assert (table.fidelities[0], table.fidelities[-1]) == ("dropped", "raw")
+    assert (np.diff(table.losses, axis=2) <= 0).all()
+    assert (np.diff(table.losses[:, : len(table.ranks)], axis=1) <= 0).all()
+    assert table.losses.shape == (len(table.trust) + 1, len(table.ranks) + 2, len(table.fidelities))
+    losses = SentenceLosses(
+        ("dropped", "raw"), (1,), (0.5,), np.array([[[1, 0], [2, 0], [4, 0]], [[3, 0], [2, 0], [4, 0]]])
+    )
+    assert losses.of(np.array([0.0, 2.0, 5.0]), np.array([50, 50, 50]), 0.9)[:, 0].tolist() == [2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("best", "auto", "q", 1), "plan='best' is none of focus, select, even"),
+        (("focus", 8, "q", 1), "came with ratio=8"),
+        (("select", "raw", "q", 1), "came with ratio='raw'"),
+        (("focus", "auto", "q", 0), "enters above layer 0"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        mode_of(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((None, "auto", "q", 1), "focus"),
+        ((None, "auto", " ", 1), "even"),
+        ((None, "auto", "q", 0), "even"),
+        ((None, 8, "q", 1), "even"),
+        (("even", 8, "q", 0), "even"),
+        (("select", "auto", "q", 1), "select"),
+    ],
+)
+def test_without_a_plan_the_question_decides(arguments, expected):
+    assert mode_of(*arguments) == expected
+
+
+def test_a_negative_budget_is_refused():
+    with pytest.raises(BudgetError):
+        plan_focus(QUESTION, [split(SENTENCES)], -1, ratios=RATIOS)
+
+
+# -- in a prompt --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm():
+    llm = tiny_llm("llama")
+    return ExtensibleLM(llm, entering(llm))
+
+
+@pytest.mark.parametrize("plan", ["focus", "select", "even"])
+def test_a_prompt_takes_what_was_planned_and_the_context_says_what_became_of_each_character(lm, plan):
+    documents = [Document(SENTENCES, title="Notes"), Document(SENTENCES * 2), Document("")]
+    bare = len(lm.builder.render([{"role": "user", "content": QUESTION}]).fill({}))
+    for budget in (0, 1, 40, 100, 200):
+        prepared, _ = lm.prepare(QUESTION, documents, budget=budget, plan=plan, max_new_tokens=4)
+        assert len(prepared.prompt) - bare <= sum(entry.positions for entry in prepared.context) <= budget
+        for document, entry in zip(documents, prepared.context, strict=True):
+            assert bool(entry.spans) == (entry.fidelity == "mixed")
+            if entry.spans:
+                assert [span.start for span in entry.spans] == [0, *(span.stop for span in entry.spans[:-1])]
+                assert entry.spans[-1].stop == len(document.text)
+                assert sum(span.positions for span in entry.spans) < entry.positions
+
+
+def test_spans_come_from_the_one_encoding_that_is_stored(lm, monkeypatch):
+    calls = []
+    compress = lm.embedder.compress_ids
+    monkeypatch.setattr(lm.embedder, "compress_ids", lambda ids, **k: calls.append(k["ratio"]) or compress(ids, **k))
+    document = "The mill stood by the river. " + SENTENCES * 2
+    first = lm.ask(QUESTION, document, budget=60, max_new_tokens=1)
+    other = lm.ask("Who counted ships?", document, budget=80, max_new_tokens=1)
+    assert calls == [lm.embedder.config.kept_ratio]
+    assert ([entry.cached for entry in first.context], [entry.cached for entry in other.context]) == ([False], [True])
+    assert first.context[0].spans != other.context[0].spans
+
+
+def test_the_question_before_the_last_one_counts_too(lm):
+    messages = [
+        {"role": "user", "content": "Tell me about the bridge."},
+        {"role": "assistant", "content": "It is old."},
+        {"role": "user", "content": "Why?"},
+    ]
+    documents = [SENTENCES * 2]
+    together = lm.plan(messages, documents, budget=60, max_new_tokens=4).documents[0].spans
+    assert (
+        together
+        == lm.plan("Tell me about the bridge.\nWhy?", documents, budget=60, max_new_tokens=4).documents[0].spans
+    )
+    assert together != lm.plan("Why?", documents, budget=60, max_new_tokens=4).documents[0].spans
+
+
+def test_a_plan_explains_what_becomes_of_each_span(lm):
+    text = lm.plan(QUESTION, [SENTENCES * 2], budget=60, max_new_tokens=4).explain()
+    assert "mixed" in text
+    assert "raw" in text
+    assert "of what is rare in the question" in text
+
+
+def test_a_session_and_a_plain_prompt_have_even_plans(lm):
+    session = lm.session([SENTENCES * 2], budget=60)
+    assert session.send("Why was the bridge closed?", max_new_tokens=1).context[0].fidelity != "mixed"
+    assert lm.generate("Why?", [SENTENCES * 2], budget=60, max_new_tokens=1).context[0].fidelity != "mixed"
