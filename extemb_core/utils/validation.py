@@ -81,4 +81,4 @@ def unknown_setting(name: str, value: Any, known: Iterable[str]) -> ConfigError:
     """Make the error of a setting that there is not, which names the nearest that there is."""
     known = sorted(known)
     nearest = " or ".join(get_close_matches(name, known)) or f"one of {', '.join(known)}"
-    return ConfigError(f"unknown setting {name}={value!r:.80}; pass {nearest}")
+    return ConfigError(f"unknown setting {name}={value!r:.80}; pass {nearest}, or leave it out")
