@@ -7,6 +7,7 @@ group begins, and is not measured again. The record keeps every sample, so that 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -230,7 +231,7 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _existing(file: str | Path) -> Path:
+def _existing(file: str | os.PathLike[str]) -> Path:
     path = Path(file)
     if not path.is_file():
         raise DocumentNotFoundError(f"{path} does not exist; check the name")

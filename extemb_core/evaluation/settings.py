@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.validation import is_count, whole_number
+from extemb_core.utils.validation import is_count, paths_as_text, whole_number
 
 CONTROLS = ("none", "truncated", "chosen", "lingua", "anchors", "random", "random_states", "wrong", "full")
 TASKS = ("passkey", "key_value")
@@ -43,6 +43,7 @@ class CommonConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        paths_as_text(self, "llm", "embedder")
         data: object = self.data
         if isinstance(data, str):  # else each of its letters would be a file
             raise ConfigError(f"data={self.data!r} is one str; pass a tuple of files")

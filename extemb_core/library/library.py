@@ -8,6 +8,7 @@ there: one that is lost, damaged or late is brought up to date.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,7 +94,7 @@ class Library:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | os.PathLike[str],
         lm: ExtensibleLM | None = None,
         *,
         encoder: TextEncoder | str | Callable[[list[str]], Any] | None = None,
@@ -479,7 +480,7 @@ def as_documents(documents: Any, near: Path, skipped: Skipped | None) -> Iterato
     if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
         documents = [documents]
     for item in documents:
-        if isinstance(item, Path):
+        if isinstance(item, os.PathLike):
             yield from (_located(document, near) for document in read_documents(item, skipped=skipped))
         else:
             yield Document.from_any(item)

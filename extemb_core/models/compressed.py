@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,7 +144,7 @@ class Compressed:
             weights=groups.weights,
         )
 
-    def save(self, file: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, file: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the text's embeddings into a safetensors file, exactly and whole or not at all.
 
         Args:
@@ -166,7 +167,7 @@ class Compressed:
             raise StoreError(f"{file} could not be written ({error}); see to the disk") from error
 
     @classmethod
-    def load(cls, file: str | Path) -> Compressed:
+    def load(cls, file: str | os.PathLike[str]) -> Compressed:
         """Read a file that `save` or `extemb compress` wrote.
 
         Raises:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
@@ -40,6 +42,32 @@ def whole_number(
         remedy = remedy or f"an int from {at_least} up"
         raise error(f"{name}={value!r} is not a whole number of at least {at_least}; pass {remedy}")
     return number
+
+
+def name_or_path(value: str | os.PathLike[str]) -> str:
+    """Return a name, or a path as text that is taken for no name, which the hub might be asked for.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if isinstance(value, str):
+        return value
+    try:
+        path = os.path.expanduser(os.fsdecode(value))
+    except TypeError:
+        raise ConfigError(f"{value!r:.80} is neither a name nor a path; pass a str or an os.PathLike") from None
+    return path if os.path.exists(path) else os.path.join(os.curdir, path)
+
+
+def paths_as_text(config: Any, *names: str) -> None:
+    """Make text of the paths in a frozen dataclass, alone or in tuples; `names` are fields that may hold a name too."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, os.PathLike):
+            text = name_or_path(value) if field.name in names else os.fspath(value)
+            object.__setattr__(config, field.name, text)
+        elif isinstance(value, tuple | list) and any(isinstance(one, os.PathLike) for one in value):
+            object.__setattr__(config, field.name, tuple(map(os.fspath, value)))
 
 
 def _is_whole(value: Any) -> bool:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+from tiny import Named
 
-from extemb_core.utils.validation import is_count
+from extemb_core.errors import ConfigError
+from extemb_core.evaluation.settings import QaConfig
+from extemb_core.training.config import TrainingConfig
+from extemb_core.utils.validation import is_count, name_or_path
 
 
 @pytest.mark.parametrize("value", [1, 10**9])
@@ -18,6 +26,26 @@ def test_positive_whole_numbers_count(value):
 @pytest.mark.parametrize("value", [0, -1, True, 1.0, "1", None])
 def test_nothing_else_does(value):
     assert not is_count(value)
+
+
+def test_a_path_is_taken_for_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("owner").mkdir()
+    assert name_or_path("owner/name") == "owner/name"
+    assert name_or_path(Path("owner/name")) == "./owner/name".replace("/", os.sep)  # no model of a hub
+    assert name_or_path(Path("owner")) == "owner"
+    assert name_or_path(Named(tmp_path / "gone")) == str(tmp_path / "gone")
+    for wrong in (7, None, ["a"]):
+        with pytest.raises(ConfigError, match="is neither a name nor a path; pass a str or an os.PathLike"):
+            name_or_path(wrong)
+
+
+@pytest.mark.parametrize("path", [Path, Named])
+def test_configurations_take_paths_and_hold_text(path, tmp_path):
+    for kind, others in ((QaConfig, {"embedder": path(tmp_path)}), (TrainingConfig, {"output": path(tmp_path)})):
+        config = kind(llm=path(tmp_path), data=(path(tmp_path / "a.txt"), "b.txt"), **others)
+        assert (config.llm, config.data) == (str(tmp_path), (str(tmp_path / "a.txt"), "b.txt"))
+        assert str(tmp_path) in json.dumps(asdict(config))
 
 
 @pytest.mark.parametrize("module", ["training.config", "evaluation.settings"])

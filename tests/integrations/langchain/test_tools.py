@@ -123,8 +123,8 @@ def test_tools_of_a_call_are_those_of_bind_tools(lm, says, given):
     words += ["None."] * 3
     chat = ChatExtensible.from_lm(lm, cache=InMemoryCache())
     chat.bind_tools([given]).invoke("Multiply.")
-    for tool in (given, convert_to_openai_tool(given)):  # which the cache knows by what they come to
-        chat.invoke("Multiply.", tools=[tool])
+    for one in (given, convert_to_openai_tool(given)):  # which the cache knows by what they come to
+        chat.invoke("Multiply.", tools=[one])
     list(chat.stream("Multiply.", tools=[given]))
     assert len({*prompts}) == 1
     assert len(prompts) == 3
