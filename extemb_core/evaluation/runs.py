@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -169,12 +169,14 @@ class FinishedSamples:
         elif out.is_file():  # a finished run may go on too: with a higher limit
             record = read_record(out)
             require_same_run(record, identity, out, _REMEDY)
-            self.by_id = {sample["id"]: sample for sample in record["samples"]}
-            self.seconds, self.parts = record["seconds"], record["parts"] + 1
+            with _undamaged(out):
+                self.by_id = {sample["id"]: sample for sample in record["samples"]}
+                self.seconds, self.parts = record["seconds"] + 0.0, record["parts"] + 1
         self.parts += file.is_file()
         self.journal = Journal(file, identity, _REMEDY)
-        self.by_id |= {row["sample"]["id"]: row["sample"] for row in self.journal.rows}
-        self.seconds += sum(row["seconds"] for row in self.journal.rows)
+        with _undamaged(file):
+            self.by_id |= {row["sample"]["id"]: row["sample"] for row in self.journal.rows}
+            self.seconds += sum(row["seconds"] for row in self.journal.rows)
         self._last = time.perf_counter()
 
     def add(self, sample: Sample) -> None:
@@ -184,6 +186,14 @@ class FinishedSamples:
         self.seconds += seconds
         self.by_id[sample["id"]] = sample
         self.journal.add({"sample": sample, "seconds": round(seconds, 3)})
+
+
+@contextmanager
+def _undamaged(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, TypeError) as error:
+        raise DocumentError(f"{file} is damaged ({error!r}); measure it again with --no-resume") from error
 
 
 def read_record(file: Path) -> dict[str, Any]:

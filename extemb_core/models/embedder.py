@@ -31,7 +31,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from extemb_core.documents import text_ref
-from extemb_core.errors import ConfigError, DocumentError, MismatchError, WeightsCorruptError, WeightsNotFoundError
+from extemb_core.errors import (
+    ConfigError,
+    DocumentError,
+    ExtembError,
+    MismatchError,
+    WeightsCorruptError,
+    WeightsNotFoundError,
+)
 from extemb_core.models.bulk import default_batch_size
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
@@ -295,11 +302,18 @@ class ExtensibleEmbedder(PreTrainedModel):
             raise MismatchError(
                 f"{folder / _SETTINGS} has model_type={kind!r}, an embedder has 'extemb'; pass an embedder's folder"
             )
-        config: ExtensibleEmbedderConfig = ExtensibleEmbedderConfig.from_dict(settings)
+        try:
+            config: ExtensibleEmbedderConfig = ExtensibleEmbedderConfig.from_dict(settings)
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            if isinstance(error, ExtembError):
+                raise
+            raise WeightsCorruptError(
+                f"{folder / _SETTINGS} does not describe an embedder ({error}); get it again"
+            ) from error
         for what, made_for, other in (
             ("input width", config.hidden_size, llm.hidden_size),
             ("architecture", config.llm_layers_type, str(llm.text_config.model_type)),
-            ("tokenizer", config.tokenizer_digest[:12], llm.tokenizer_digest[:12]),
+            ("tokenizer", str(config.tokenizer_digest)[:12], llm.tokenizer_digest[:12]),
             ("first token", config.bos_token_id, llm.bos_token_id),
         ):
             if made_for != other:

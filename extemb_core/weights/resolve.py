@@ -132,7 +132,8 @@ def window_of(name: str | os.PathLike[str]) -> int | None:
     if folder is None or not (folder / "config.json").is_file():
         return None
     config = folders.read_json(folder / "config.json")
-    window = config.get("text_config", config).get("max_position_embeddings")
+    text_config = config.get("text_config", config)
+    window = text_config.get("max_position_embeddings") if isinstance(text_config, dict) else None
     return window if isinstance(window, int) else None
 
 
