@@ -13,6 +13,8 @@ from typing import Any
 
 from extemb_core.errors import ConfigError, ExtembError
 
+_MAX_SEED = 2**32 - 1
+
 
 def is_count(value: Any) -> bool:
     """Tell whether a setting is a positive whole number (True is not)."""
@@ -42,6 +44,13 @@ def whole_number(
         remedy = remedy or f"an int from {at_least} up"
         raise error(f"{name}={value!r} is not a whole number of at least {at_least}; pass {remedy}")
     return number
+
+
+def check_seed(seed: Any) -> None:
+    """Raise `ConfigError` for what is no seed of numpy, which takes 32 bits, torch and transformers alike."""
+    whole_number(seed, "seed", 0, remedy=(remedy := f"an int from 0 to {_MAX_SEED}"))
+    if seed > _MAX_SEED:
+        raise ConfigError(f"seed={seed!r:.80} is more than 32 bits; pass {remedy}")
 
 
 def name_or_path(value: str | os.PathLike[str]) -> str:

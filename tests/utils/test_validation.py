@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny import Named
 
 from extemb_core.errors import ConfigError
-from extemb_core.evaluation.settings import QaConfig
+from extemb_core.evaluation.settings import CalibrationConfig, NeedleConfig, PerplexityConfig, QaConfig, SpeedConfig
 from extemb_core.training.config import TrainingConfig
 from extemb_core.utils.validation import is_count, name_or_path
 
@@ -38,6 +39,21 @@ def test_a_path_is_taken_for_no_name(tmp_path, monkeypatch):
     for wrong in (7, None, ["a"]):
         with pytest.raises(ConfigError, match="is neither a name nor a path; pass a str or an os.PathLike"):
             name_or_path(wrong)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 10**400, 1.5, True, "7", None])
+@pytest.mark.parametrize(
+    "config",
+    [
+        partial(TrainingConfig, llm="llm", data=("a.txt",), output="run"),
+        partial(QaConfig, llm="llm", data=("a.jsonl",)), partial(PerplexityConfig, llm="llm", data=("a.txt",)),
+        partial(NeedleConfig, llm="llm"), partial(SpeedConfig, llm="llm"), partial(CalibrationConfig, llm="llm"),
+    ],
+)  # fmt: skip
+def test_a_seed_is_one_of_numpy_and_torch(config, seed):
+    assert config(seed=2**32 - 1).seed == 2**32 - 1
+    with pytest.raises(ConfigError, match="seed=.*; pass an int from 0 to 4294967295"):
+        config(seed=seed)
 
 
 @pytest.mark.parametrize("path", [Path, Named])
