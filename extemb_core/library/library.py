@@ -227,7 +227,7 @@ class Library:
         return self._compress_changed("refresh", self._stored_documents(), len(self), show_progress)
 
     def remove(self, sources: str | Iterable[str]) -> int:
-        """Remove documents by their sources. Returns how many were there.
+        """Remove documents by their sources. Returns how many were there; what is not there is no error.
 
         Raises:
             StoreError: The library is read-only, or the disk refuses.
