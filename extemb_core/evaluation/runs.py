@@ -98,7 +98,7 @@ def batches_by_length(lengths: Mapping[str, int], rows: int = 1, batch_size: int
 
 def run(
     experiment: Experiment,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     command: Sequence[str] = (),
     resume: bool = True,
@@ -117,7 +117,7 @@ def run(
         ConfigError: There is nothing to measure, or `out` holds a run with other settings.
         DocumentError: `out` is not such a record.
     """
-    identity = _identity(experiment)
+    out, identity = Path(out), _identity(experiment)
     groups = experiment.groups()
     ids = [name for group in groups for name in group]
     if not ids:

@@ -97,7 +97,7 @@ class Library:
         path: str | os.PathLike[str],
         lm: ExtensibleLM | None = None,
         *,
-        encoder: TextEncoder | str | Callable[[list[str]], Any] | None = None,
+        encoder: TextEncoder | str | os.PathLike[str] | Callable[[list[str]], Any] | None = None,
         mode: Literal["r", "a"] = "a",
         passage_tokens: int = PASSAGE_TOKENS,
         ratio: int | None = None,
