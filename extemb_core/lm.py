@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.store.base import MemoryStore, Store, missing_from
 from extemb_core.utils.batches import padded_batches
-from extemb_core.utils.validation import whole_number
+from extemb_core.utils.validation import name_or_path, whole_number
 from extemb_core.weights.resolve import resolve_embedder
 
 DEFAULT_LLM = "smollm2-135m-joint"
@@ -63,10 +63,10 @@ class ExtensibleLM:
     @classmethod
     def from_pretrained(
         cls,
-        llm: str | Path = DEFAULT_LLM,
-        embedder: str | Path | None = None,
+        llm: str | os.PathLike[str] = DEFAULT_LLM,
+        embedder: str | os.PathLike[str] | None = None,
         *,
-        store: str | Path | Store | None = None,
+        store: str | os.PathLike[str] | Store | None = None,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         adapt: bool = False,
@@ -90,7 +90,7 @@ class ExtensibleLM:
         """
         opened = open_store(store)
         try:
-            where = resolve_embedder(embedder, str(llm))
+            where = resolve_embedder(embedder, name_or_path(llm))
             loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
             return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt), opened)
         except BaseException:
@@ -387,9 +387,11 @@ class ExtensibleLM:
             self.store.put(*batch)
 
 
-def open_store(store: str | Path | Store | None) -> Store | None:
+def open_store(store: str | os.PathLike[str] | Store | None) -> Store | None:
     """Open the store of a folder or URL; one that is open already stays as it is."""
-    if not isinstance(store, str | Path):
+    if not isinstance(store, str | os.PathLike):
+        if store is not None and not hasattr(store, "put"):
+            raise ConfigError(f"store={store!r:.80} is neither a folder nor a store; pass one of them")
         return store
     from extemb_core.store.shard_store import ShardStore, is_sharded
     from extemb_core.store.store import EmbeddingStore

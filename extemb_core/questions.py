@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Question:
         return hashlib.sha256(self.context.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def read_questions(files: Sequence[str | Path], *, unique: bool = True) -> list[Question]:
+def read_questions(files: Sequence[str | os.PathLike[str]], *, unique: bool = True) -> list[Question]:
     """Read all rows of some files.
 
     Args:

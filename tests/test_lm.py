@@ -6,14 +6,16 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import SENTENCES, entering, random_embedder, save_tiny, tiny_llm, tiny_model, tiny_tokenizer
+from retrieval_encoder import by_words
+from tiny import SENTENCES, Named, entering, random_embedder, save_tiny, tiny_llm, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from extemb_core import Document, EmbeddingStore, ExtensibleLM
+from extemb_core import Document, EmbeddingStore, ExtensibleLM, Library
 from extemb_core.cli.main import app
 from extemb_core.context.assembly import assemble_chat, assemble_text
 from extemb_core.documents import ReferencedDocument, text_ref
@@ -26,11 +28,14 @@ from extemb_core.errors import (
     StoreError,
     WeightsError,
 )
+from extemb_core.lm import open_store
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.store.base import MemoryStore
+from extemb_core.store.shard_store import ShardStore
+from extemb_core.store.transfer import export_store
 
 QUESTION = "How many ships?"
 LONG = SENTENCES[:150]
@@ -47,6 +52,28 @@ def lm_at_0():
     """For what there is at entry layer 0 alone."""
     llm = tiny_llm()
     return ExtensibleLM(llm, random_embedder(llm))
+
+
+@pytest.mark.parametrize("path", [str, Path, Named])
+def test_paths_of_any_class_are_paths(path, tmp_path):
+    save_tiny(tmp_path)
+    (tmp_path / "a.txt").write_text(SENTENCES)
+    store = path(tmp_path / "docs.extemb")
+    lm = ExtensibleLM.from_pretrained(path(tmp_path / "llm"), path(tmp_path / "embedder"), store=store, device="cpu")
+    with lm.store as opened:
+        lm.compress([SENTENCES])
+        export_store(opened, path(tmp_path / "shards"))
+    shards = open_store(path(tmp_path / "shards"))
+    assert len(shards) == len(ShardStore(path(tmp_path / "shards"))) == 1
+    with Library(path(tmp_path / "lib"), lm, encoder=by_words) as library:
+        library.add(Path(tmp_path / "a.txt") if path is str else path(tmp_path / "a.txt"))
+        assert [one["source"] for one in library.documents()] == ["a.txt"]
+    lm.embedder.save_pretrained(path(tmp_path / "saved"))
+    lm.embedder.compress(SENTENCES).save(path(tmp_path / "one.safetensors"))
+    assert Compressed.load(path(tmp_path / "one.safetensors")).n_tokens
+    for wrong in ({"llm": 7}, {"embedder": 7}, {"store": 7}):
+        with pytest.raises(ConfigError, match=r"7 is neither a (name nor a path|folder nor a store); pass"):
+            ExtensibleLM.from_pretrained(**({"llm": tmp_path / "llm"} | wrong), device="cpu")
 
 
 def ask(lm, *args, **kwargs):

@@ -177,6 +177,16 @@ def save_tiny(folder: Any) -> None:
     random_embedder(tiny_llm()).save_pretrained(folder / "embedder")
 
 
+class Named:
+    """A path of somebody else's class."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = str(path)
+
+    def __fspath__(self) -> str:
+        return self.path
+
+
 class RawEmbedder:
     """A perfect embedder: at ratio 1 its embeddings are those of the tokens themselves, so nothing is lost."""
 

@@ -15,7 +15,15 @@ import typer
 from extemb_core.cli import options
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import CommandGroup, JsonOption, option
-from extemb_core.cli.output import library_output, print_json, print_line, print_note, print_result, print_table
+from extemb_core.cli.output import (
+    ExitCode,
+    library_output,
+    print_json,
+    print_line,
+    print_note,
+    print_result,
+    print_table,
+)
 from extemb_core.cli.store import print_verified
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.loaders import SUPPORTED_SUFFIXES
@@ -120,14 +128,26 @@ def remove(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="As `extemb index stats` lists them.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Remove documents by their sources."""
+    """Remove documents by their sources. Those that are not there are named, and the exit code is 3 then.
+
+    The others are removed all the same.
+    """
     from extemb_core.library.library import Library
     from extemb_core.store.store import EmbeddingStore
 
     EmbeddingStore.open(library, "r").close()  # one that is not there is not made
     with library_output(), Library(library) as opened:
-        n_removed = opened.remove(sources)
-    print_result({"removed": n_removed}, f"{n_removed:,} of {len(sources):,} were there and are gone", as_json=as_json)
+        sources = list(dict.fromkeys(sources))
+        missing = [source for source in sources if not opened.remove(source)]
+    n_removed = len(sources) - len(missing)
+    value = {"removed": n_removed} | ({"missing": missing} if missing else {})
+    print_result(value, f"{n_removed:,} of {len(sources):,} were there and are gone", as_json=as_json)
+    if missing:
+        print_note(
+            f"warning: not in the library: {options.list_names(missing)}; `extemb index stats {shlex.quote(library)}` "
+            "lists what is"
+        )
+        raise typer.Exit(ExitCode.INPUT)
 
 
 @app.command()

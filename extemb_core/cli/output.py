@@ -22,8 +22,11 @@ from extemb_core.errors import ExtembError
 P = ParamSpec("P")
 
 _MAX_QUOTED_CHARS = 200  # of an error that is not ours
-_CONTROL_CHAR = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")
-_ESCAPED_IN_JSON = re.compile("[\x7f-\x9f\ud800-\udfff]")
+# What is not seen but turns, breaks or hides what is: marks of direction, line ends, characters of no width, tags. The
+# two joiners stay, without which emoji and whole scripts are not what they are.
+_UNSEEN = r"\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
+_CONTROL_CHAR = re.compile(rf"[\0-\x08\x0b-\x1f\x7f-\x9f{_UNSEEN}]")
+_ESCAPED_IN_JSON = re.compile(rf"[\x7f-\x9f\ud800-\udfff{_UNSEEN}]")
 _LOG_COLUMNS = 200  # a log or a pipe has no edge to wrap at
 
 
@@ -106,7 +109,7 @@ def explain_interrupt(explain: Callable[[], str]) -> Iterator[None]:
 
 
 def strip_control_chars(text: str) -> str:
-    """Take out of text that an LLM or a file's name gave what a terminal would obey, or no encoding can write."""
+    """Take out of text of an LLM or a file's name what a terminal would obey or hide, or no encoding can write."""
     return _CONTROL_CHAR.sub("", text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -119,7 +122,7 @@ def print_json(value: Any) -> None:
     """Print an object, or a dataclass as one, on one line of stdout."""
     fields = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     line = json.dumps(fields, ensure_ascii=False)  # escapes what is below the space
-    typer.echo(_ESCAPED_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", line))
+    typer.echo(_ESCAPED_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], line))
 
 
 def print_note(message: str) -> None:

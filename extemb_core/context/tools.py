@@ -61,7 +61,8 @@ def require_tools(llm: LLM) -> None:
 def tool_name(choice: str | bool | Mapping[str, Any] | None) -> str | None:
     """Return what a choice of a tool comes to, in any of the forms that are in use, as `prefix_of_call` takes it."""
     if isinstance(choice, Mapping):  # {"type": "function", "function": {"name": ...}}, {"type": "tool", "name": ...}
-        return str(choice.get("function", choice).get("name") or choice.get("type"))
+        function = choice.get("function", choice)
+        return str((function.get("name") if isinstance(function, Mapping) else function) or choice.get("type"))
     return ("any" if choice else None) if isinstance(choice, bool) else choice
 
 
@@ -78,10 +79,11 @@ def prefix_of_call(tools: Sequence[Tool], choice: str | None) -> str:
     names = [str(tool["function"]["name"]) for tool in tools]
     if choice in (None, "auto", "none"):
         return ""
-    if choice in ("any", "required"):
+    if choice in ("any", "required") and names:
         choice = names[0] if len(names) == 1 else None
     elif choice not in names:
-        raise ConfigError(f"tool_choice={choice!r} is none of the tools {', '.join(names)}; pass one of them, or 'any'")
+        known = ", ".join(names) or "of a call that has none"
+        raise ConfigError(f"tool_choice={choice!r:.80} is none of the tools {known}; pass one of them, or 'any'")
     start = f'{OPEN}\n{{"name": '
     return start + (f'{json.dumps(choice)}, "arguments": ' if choice else '"')
 

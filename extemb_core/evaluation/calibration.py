@@ -6,6 +6,7 @@ there are questions, those about compressed texts; `calibration_rule` has the ru
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -142,7 +143,7 @@ def count_tokens(llm: LLM, files: Sequence[str]) -> Tensor:
 
 def calibrate(
     config: CalibrationConfig,
-    output: Path,
+    output: str | os.PathLike[str],
     *,
     llm: LLM | None = None,
     command: Sequence[str] = (),
@@ -166,6 +167,7 @@ def calibrate(
         DocumentError: A file cannot be read.
         WeightsCorruptError: The folder does not give back what was written there.
     """
+    output = Path(output)
     _check_folder(output)
     llm = llm or LLM.from_pretrained(config.llm, device=config.device, dtype=config.dtype)
     experiment = CalibrationExperiment(config, llm)

@@ -23,10 +23,13 @@ from extemb_core.evaluation.forms import Forms, arm_name, arm_names, controls_fo
 from extemb_core.evaluation.runs import Experiment, Sample, batches_by_length, groups_of
 from extemb_core.evaluation.settings import CONTROLS, QaConfig
 from extemb_core.evaluation.statistics import mean_with_interval, share
+from extemb_core.models.bulk import positions_at_once
 from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling, turn_end
 from extemb_core.models.llm import LLM
 from extemb_core.questions import Question, read_questions, template_for, templates
+from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.jsonl import evenly
 
 METRICS = {"em": scoring.exact_match, "f1": scoring.f1, "contained": scoring.contained, "rouge_l": scoring.rouge_l}
@@ -102,11 +105,11 @@ class QaExperiment(Experiment):
         for batch in batches_by_length(lengths, rows=len(questions)):
             inputs = [prompt.inputs(self.llm) for arm in batch for prompt in prompts[arm]]
             scores = iter(self.llm.log_probs(inputs, references * len(batch)))
-            texts = iter(self.llm.generate(inputs, self._sampling) if self.config.generate else ())
+            texts = iter(self._answers(inputs) if self.config.generate else ())
             for arm in batch:
                 for question, arms in zip(questions, tables, strict=True):
                     if self.config.generate:
-                        prediction = next(texts).text.strip()
+                        prediction = next(texts)
                         arms[arm]["prediction"] = prediction
                         for name in self.template["metrics"]:
                             arms[arm][name] = round(METRICS[name](prediction, question.answers), 4)
@@ -123,6 +126,15 @@ class QaExperiment(Experiment):
                 "answer_tokens": len(reference),
                 "arms": arms,
             }
+
+    def _answers(self, prompts: Sequence[PromptInputs]) -> list[str]:
+        """Let the LLM answer, in passes that stay small: an arm of long texts may take several."""
+        answers: dict[int, str] = {}
+        lengths = {at: len(prompt) + self._sampling.max_new_tokens for at, prompt in enumerate(prompts)}
+        for batch in padded_batches(lengths, positions_at_once(self.llm)):
+            generated = self.llm.generate([prompts[at] for at in batch], self._sampling)
+            answers |= {at: answer.text.strip() for at, answer in zip(batch, generated, strict=True)}
+        return [answers[at] for at in range(len(prompts))]
 
     def forms(self, question: Question) -> dict[str, list[Part]]:
         """Make what each arm puts in the place of the text: parts of a prompt.

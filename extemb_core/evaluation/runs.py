@@ -7,9 +7,10 @@ group begins, and is not measured again. The record keeps every sample, so that 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -97,7 +98,7 @@ def batches_by_length(lengths: Mapping[str, int], rows: int = 1, batch_size: int
 
 def run(
     experiment: Experiment,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     command: Sequence[str] = (),
     resume: bool = True,
@@ -116,7 +117,7 @@ def run(
         ConfigError: There is nothing to measure, or `out` holds a run with other settings.
         DocumentError: `out` is not such a record.
     """
-    identity = _identity(experiment)
+    out, identity = Path(out), _identity(experiment)
     groups = experiment.groups()
     ids = [name for group in groups for name in group]
     if not ids:
@@ -168,12 +169,14 @@ class FinishedSamples:
         elif out.is_file():  # a finished run may go on too: with a higher limit
             record = read_record(out)
             require_same_run(record, identity, out, _REMEDY)
-            self.by_id = {sample["id"]: sample for sample in record["samples"]}
-            self.seconds, self.parts = record["seconds"], record["parts"] + 1
+            with _undamaged(out):
+                self.by_id = {sample["id"]: sample for sample in record["samples"]}
+                self.seconds, self.parts = record["seconds"] + 0.0, record["parts"] + 1
         self.parts += file.is_file()
         self.journal = Journal(file, identity, _REMEDY)
-        self.by_id |= {row["sample"]["id"]: row["sample"] for row in self.journal.rows}
-        self.seconds += sum(row["seconds"] for row in self.journal.rows)
+        with _undamaged(file):
+            self.by_id |= {row["sample"]["id"]: row["sample"] for row in self.journal.rows}
+            self.seconds += sum(row["seconds"] for row in self.journal.rows)
         self._last = time.perf_counter()
 
     def add(self, sample: Sample) -> None:
@@ -183,6 +186,14 @@ class FinishedSamples:
         self.seconds += seconds
         self.by_id[sample["id"]] = sample
         self.journal.add({"sample": sample, "seconds": round(seconds, 3)})
+
+
+@contextmanager
+def _undamaged(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, TypeError) as error:
+        raise DocumentError(f"{file} is damaged ({error!r}); measure it again with --no-resume") from error
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -230,7 +241,7 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _existing(file: str | Path) -> Path:
+def _existing(file: str | os.PathLike[str]) -> Path:
     path = Path(file)
     if not path.is_file():
         raise DocumentNotFoundError(f"{path} does not exist; check the name")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.validation import is_count, whole_number
+from extemb_core.utils.validation import check_seed, is_count, paths_as_text, whole_number
 
 CONTROLS = ("none", "truncated", "chosen", "focus", "lingua", "anchors", "random", "random_states", "wrong", "full")
 TASKS = ("passkey", "key_value")
@@ -43,12 +43,13 @@ class CommonConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        paths_as_text(self, "llm", "embedder")
         data: object = self.data
         if isinstance(data, str):  # else each of its letters would be a file
             raise ConfigError(f"data={self.data!r} is one str; pass a tuple of files")
         require_counts(self, "ratios", "batch_size", *(("limit",) if self.limit is not None else ()))
         require_some(self, ratios="at least one ratio")
-        whole_number(self.seed, "seed", 0)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

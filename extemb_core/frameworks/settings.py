@@ -6,9 +6,9 @@ Needs pydantic, which each of the frameworks brings.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import (
@@ -26,7 +26,7 @@ from extemb_core.answers import Answer
 from extemb_core.context.planning import check_budget
 from extemb_core.errors import ConfigError, ExtembError, RatioError
 from extemb_core.frameworks.shared import close_store, share
-from extemb_core.utils.validation import check_sampling, unknown_setting, whole_number
+from extemb_core.utils.validation import check_sampling, name_or_path, unknown_setting, whole_number
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
@@ -50,6 +50,13 @@ def _checked_budget(budget: Any) -> int | None:
     return None if budget is None else check_budget(budget)
 
 
+def folder_as_text(store: Any) -> Any:
+    return os.fspath(store) if isinstance(store, os.PathLike) else store
+
+
+# Paths become text here: a framework makes JSON, cache keys and names of models of its objects.
+NameOrPath = Annotated[str, BeforeValidator(name_or_path)]
+Folder = Annotated[Any, BeforeValidator(folder_as_text)]
 Ratio = Annotated[str | int, BeforeValidator(_checked_ratio)]
 Budget = Annotated[int | None, BeforeValidator(_checked_budget)]
 
@@ -83,7 +90,7 @@ class StrictSettings(BaseModel):
 
     def __getstate__(self) -> dict[Any, Any]:
         for name in self._SHARED:
-            if not isinstance(getattr(self, name), str | Path | None):
+            if not isinstance(getattr(self, name), str | os.PathLike | None):
                 raise ConfigError(
                     f"{type(self).__name__} with {name}= of this process cannot be pickled: another process would "
                     "have another; make it by names and paths, as in from_model_id(..., store=FOLDER)"
@@ -105,11 +112,11 @@ class ModelSettings(StrictSettings):
 
     _SHARED: ClassVar[tuple[str, ...]] = ("loaded_lm", "store")
 
-    model: str = "smollm2-135m-joint"
+    model: NameOrPath = "smollm2-135m-joint"
     """A known name (`extemb weights list`), a folder or a Hugging Face id."""
-    embedder: str | None = None
+    embedder: NameOrPath | None = None
     """Its embedder: a folder or hub id; the one shipped for a known LLM when not given."""
-    store: Any = None
+    store: Folder = None
     """Folder where compressed documents are kept, or a store; in memory when not given."""
     ratio: Ratio = "auto"
     """Tokens per extensible embedding: "auto", "raw", or a trained ratio for all documents."""
@@ -121,9 +128,9 @@ class ModelSettings(StrictSettings):
     """The `ExtensibleLM` of `from_lm`: a field, so that frameworks that make an object anew from its fields keep it."""
 
     @classmethod
-    def from_model_id(cls, model_id: str, **settings: Any) -> Self:
+    def from_model_id(cls, model_id: str | os.PathLike[str], **settings: Any) -> Self:
         """Make one by the model's name, folder or hub id; settings are the fields of this class."""
-        return cls(model=model_id, **settings)
+        return cls(model=name_or_path(model_id), **settings)
 
     @classmethod
     def from_lm(cls, lm: ExtensibleLM, **settings: Any) -> Self:
@@ -193,9 +200,14 @@ class GenerationSettings(ModelSettings):
             value = check_sampling("max_new_tokens" if name == "max_tokens" else name, value, alias=name)
         return value
 
+    def _model_of(self, settings: Mapping[str, Any]) -> str:
+        """Return the name of the model of one call."""
+        return name_or_path(settings.get("model") or self.model)
+
     def _lm_of(self, settings: Mapping[str, Any]) -> ExtensibleLM:
         """Return the model of one call, which may name another than this object's."""
-        model, embedder = settings.get("model") or self.model, settings.get("embedder")
+        model, embedder = self._model_of(settings), settings.get("embedder")
+        embedder = None if embedder is None else name_or_path(embedder)
         if model == self.model and embedder in (None, self.embedder):
             return self.lm
         return share(model, embedder, store=self.store, device=self.device, dtype=self.dtype)
@@ -221,7 +233,7 @@ class GenerationSettings(ModelSettings):
             for entry in answer.context
         ]
         return {
-            "model_name": settings.get("model") or self.model,
+            "model_name": self._model_of(settings),
             "model_provider": "extemb",
             "finish_reason": answer.finish_reason,
             "extemb": {"documents": documents, "budget": answer.budget, "seconds": dict(answer.seconds)},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from extemb_core.store.base import Store
 from extemb_core.store.remote import StorageLocation
+from extemb_core.utils.validation import name_or_path
 from extemb_core.weights.resolve import resolve_embedder
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ _opened: dict[tuple[Any, ...], ExtensibleLM] = {}  # with a store
 
 
 def share(
-    llm: str | Path,
-    embedder: str | Path | None = None,
+    llm: str | os.PathLike[str],
+    embedder: str | os.PathLike[str] | None = None,
     *,
-    store: str | Path | Store | None = None,
+    store: str | os.PathLike[str] | Store | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> ExtensibleLM:
@@ -42,10 +43,11 @@ def share(
     from extemb_core.models.embedder import ExtensibleEmbedder
     from extemb_core.models.llm import LLM
 
-    of_llm = str(llm), device, dtype
+    llm, embedder = name_or_path(llm), None if embedder is None else name_or_path(embedder)
+    of_llm = llm, device, dtype
 
     def load() -> ExtensibleLM:
-        files = resolve_embedder(embedder, str(llm))
+        files = resolve_embedder(embedder, llm)
         model = _once(_models, of_llm, lambda: LLM.from_pretrained(llm, device=device, dtype=dtype))
         own = _once(_models, (*of_llm, str(files)), lambda: ExtensibleEmbedder.from_pretrained(files, llm=model))
         return ExtensibleLM(model, own, open_store(store))
@@ -54,10 +56,15 @@ def share(
 
 
 def close_store(
-    llm: str | Path, embedder: str | Path | None, *, store: str | Path | Store | None, device: str, dtype: str
+    llm: str | os.PathLike[str],
+    embedder: str | os.PathLike[str] | None,
+    *,
+    store: str | os.PathLike[str] | Store | None,
+    device: str,
+    dtype: str,
 ) -> None:
     """Close the store that `share` opened for these arguments, if it did; the next call of `share` opens it again."""
-    if isinstance(store, str | Path):
+    if isinstance(store, str | os.PathLike):
         with _lock:
             lm: Any = _opened.pop(_key(llm, embedder, store, device, dtype), None)
         if lm is not None:
@@ -72,10 +79,14 @@ def release() -> None:
 
 
 def _key(
-    llm: str | Path, embedder: str | Path | None, store: str | Path | Store | None, device: str, dtype: str
+    llm: str | os.PathLike[str],
+    embedder: str | os.PathLike[str] | None,
+    store: str | os.PathLike[str] | Store | None,
+    device: str,
+    dtype: str,
 ) -> tuple[Any, ...]:
-    where = StorageLocation(store).absolute() if isinstance(store, str | Path) else id(store)
-    return str(llm), device, dtype, None if embedder is None else str(embedder), where
+    where = StorageLocation(store).absolute() if isinstance(store, str | os.PathLike) else id(store)
+    return name_or_path(llm), device, dtype, None if embedder is None else name_or_path(embedder), where
 
 
 def _once(made: dict[tuple[Any, ...], T], key: tuple[Any, ...], make: Callable[[], T]) -> T:

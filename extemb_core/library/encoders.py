@@ -7,6 +7,7 @@ CallableEncoder               any function from texts to vectors
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -129,12 +130,12 @@ class CallableEncoder:
         return _of_unit_length(vectors)
 
 
-def as_encoder(encoder: TextEncoder | str | Callable[[list[str]], Any] | None) -> TextEncoder:
-    """Make an encoder: None is the default; or a sentence-transformers name, a function, or an encoder."""
+def as_encoder(encoder: TextEncoder | str | os.PathLike[str] | Callable[[list[str]], Any] | None) -> TextEncoder:
+    """Make an encoder: None is the default; or a sentence-transformers name or folder, a function, or an encoder."""
     if encoder is None or encoder == "static":
         return _default()
-    if isinstance(encoder, str):
-        return SentenceTransformerEncoder(encoder)
+    if isinstance(encoder, str | os.PathLike):
+        return SentenceTransformerEncoder(os.fspath(encoder))
     if hasattr(encoder, "encode") and hasattr(encoder, "width"):
         return cast(TextEncoder, encoder)
     if callable(encoder):

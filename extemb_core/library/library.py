@@ -8,6 +8,7 @@ there: one that is lost, damaged or late is brought up to date.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,10 +94,10 @@ class Library:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | os.PathLike[str],
         lm: ExtensibleLM | None = None,
         *,
-        encoder: TextEncoder | str | Callable[[list[str]], Any] | None = None,
+        encoder: TextEncoder | str | os.PathLike[str] | Callable[[list[str]], Any] | None = None,
         mode: Literal["r", "a"] = "a",
         passage_tokens: int = PASSAGE_TOKENS,
         ratio: int | None = None,
@@ -226,7 +227,7 @@ class Library:
         return self._compress_changed("refresh", self._stored_documents(), len(self), show_progress)
 
     def remove(self, sources: str | Iterable[str]) -> int:
-        """Remove documents by their sources. Returns how many were there.
+        """Remove documents by their sources. Returns how many were there; what is not there is no error.
 
         Raises:
             StoreError: The library is read-only, or the disk refuses.
@@ -479,7 +480,7 @@ def as_documents(documents: Any, near: Path, skipped: Skipped | None) -> Iterato
     if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
         documents = [documents]
     for item in documents:
-        if isinstance(item, Path):
+        if isinstance(item, os.PathLike):
             yield from (_located(document, near) for document in read_documents(item, skipped=skipped))
         else:
             yield Document.from_any(item)

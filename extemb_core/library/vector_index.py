@@ -19,6 +19,7 @@ _FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds
 _GRAPH_UP_TO = 5_000_000  # beyond, vectors whole are more memory than a machine has to spare
 _EF_SEARCH, _EF_CONSTRUCTION = 128, 200
 _PROBES = 64
+_MAX_GROWTH = 4  # beyond the vectors that it was trained on, an index is trained anew
 
 
 def choose_factory(count: int) -> str:
@@ -47,14 +48,15 @@ class VectorIndex:
         self.factory = factory or "Flat"
         self.ids: set[int] = set()
         self._removed: set[int] = set()
+        self._trained_on = 0  # so many vectors; 0 for an index that is not trained
         self._few = 0  # so many vectors, or fewer, are too few for what is wanted
         self._index = _built(width, self.factory)
 
     def add(self, ids: Sequence[int], vectors: np.ndarray[Any, Any]) -> None:
         """Add vectors. ids, vectors: (n,), (n, width).
 
-        An index that is trained is trained on the first ones. As long as they are too few for that, they are in a flat
-        one.
+        An index that is trained is trained on the first ones, and should be made anew once it holds four times as many.
+        As long as they are too few for that, they are in a flat one.
 
         Raises:
             ConfigError: FAISS adds no more vectors to an index of this kind.
@@ -65,13 +67,14 @@ class VectorIndex:
         try:
             if not self._index.is_trained:
                 self._index.train(data)
+                self._trained_on = len(ids)
             self._index.add_with_ids(data, numbers)
         except RuntimeError as error:
             if self.ids:
                 raise ConfigError(
                     f"index={self.factory!r} takes no more vectors once it is built; pass e.g. 'Flat' or 'HNSW32'"
                 ) from error
-            self.factory, self._few = "Flat", len(ids)
+            self.factory, self._few, self._trained_on = "Flat", len(ids), 0
             self._index = _built(self.width, self.factory)
             self._index.add_with_ids(data, numbers)
         self.ids.update(map(int, ids))
@@ -95,11 +98,12 @@ class VectorIndex:
         return [(index, score) for index, score in pairs if index >= 0 and index not in self._removed][:k]
 
     def should_be_made_anew(self) -> bool:
-        """Return True if it has become too large for its kind, or holds too much that was removed."""
+        """Return True if it is too large for its kind or for its training, or holds too much that was removed."""
         if self.wanted is None:
             outgrown = choose_factory(len(self.ids)) != self.factory
         else:
             outgrown = self.factory != self.wanted and len(self.ids) > 2 * self._few
+        outgrown |= 0 < _MAX_GROWTH * self._trained_on <= len(self.ids)
         return outgrown or len(self._removed) > MAX_REMOVED * max(1, len(self.ids))
 
     def save(self, file: Path, **description: Any) -> None:
@@ -113,7 +117,7 @@ class VectorIndex:
             with atomic_write(file) as temporary:
                 faiss.write_index(self._index, str(temporary))
                 description |= {"factory": self.factory, "width": self.width, "sha256": sha256_of(temporary),
-                                "gone": sorted(self._removed)}  # fmt: skip
+                                "gone": sorted(self._removed), "trained_on": self._trained_on}  # fmt: skip
             atomic_write_text(file.with_suffix(".json"), json.dumps(description) + "\n")
         except (OSError, RuntimeError) as error:
             raise StoreError(f"{file} could not be written ({error}); it is rebuilt when next needed") from error
@@ -132,6 +136,7 @@ class VectorIndex:
             loaded = cls(width, saved["factory"], factory)
             loaded._index = faiss.read_index(str(file))
             loaded._removed = set(saved["gone"])
+            loaded._trained_on = int(saved.get("trained_on", 0))  # which earlier versions did not write
             if loaded._index.d != width:
                 return None
             loaded.ids = set(faiss.vector_to_array(loaded._index.id_map).tolist()) - loaded._removed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,7 +185,7 @@ class Compressed:
         ends = np.cumsum(lengths) - 1
         return pool_groups(Groups(means, weights, norms), torch.tensor(lengths)), self.anchors[chosen[ends]], counts
 
-    def save(self, file: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, file: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the text's embeddings into a safetensors file, exactly and whole or not at all.
 
         Args:
@@ -207,7 +208,7 @@ class Compressed:
             raise StoreError(f"{file} could not be written ({error}); see to the disk") from error
 
     @classmethod
-    def load(cls, file: str | Path) -> Compressed:
+    def load(cls, file: str | os.PathLike[str]) -> Compressed:
         """Read a file that `save` or `extemb compress` wrote.
 
         Raises:

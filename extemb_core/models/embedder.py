@@ -18,6 +18,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -30,7 +31,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from extemb_core.documents import text_ref
-from extemb_core.errors import ConfigError, DocumentError, MismatchError, WeightsCorruptError, WeightsNotFoundError
+from extemb_core.errors import (
+    ConfigError,
+    DocumentError,
+    ExtembError,
+    MismatchError,
+    WeightsCorruptError,
+    WeightsNotFoundError,
+)
 from extemb_core.models.bulk import default_batch_size
 from extemb_core.models.chunks import chunk_lengths, n_embeddings
 from extemb_core.models.compressed import Compressed
@@ -50,7 +58,7 @@ from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
 from extemb_core.utils.progress import progress
-from extemb_core.utils.validation import whole_number
+from extemb_core.utils.validation import name_or_path, whole_number
 from extemb_core.weights.resolve import UNTRAINED
 
 # The base tensors of an LLM are recognised by a sample of their values, rounded to bfloat16: the same LLM in another
@@ -270,7 +278,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, *, llm: LLM, adapt: bool = False, **hub: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, llm: LLM, adapt: bool = False, **hub: Any
     ) -> ExtensibleEmbedder:
         """Load an embedder for the LLM it was made with.
 
@@ -295,11 +303,18 @@ class ExtensibleEmbedder(PreTrainedModel):
             raise MismatchError(
                 f"{folder / _SETTINGS} has model_type={kind!r}, an embedder has 'extemb'; pass an embedder's folder"
             )
-        config: ExtensibleEmbedderConfig = ExtensibleEmbedderConfig.from_dict(settings)
+        try:
+            config: ExtensibleEmbedderConfig = ExtensibleEmbedderConfig.from_dict(settings)
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            if isinstance(error, ExtembError):
+                raise
+            raise WeightsCorruptError(
+                f"{folder / _SETTINGS} does not describe an embedder ({error}); get it again"
+            ) from error
         for what, made_for, other in (
             ("input width", config.hidden_size, llm.hidden_size),
             ("architecture", config.llm_layers_type, str(llm.text_config.model_type)),
-            ("tokenizer", config.tokenizer_digest[:12], llm.tokenizer_digest[:12]),
+            ("tokenizer", str(config.tokenizer_digest)[:12], llm.tokenizer_digest[:12]),
             ("first token", config.bos_token_id, llm.bos_token_id),
         ):
             if made_for != other:
@@ -350,7 +365,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         own = {name: tensor.detach() for name, tensor in parameters if tensor is not None}
         return own | {"llm_probe": self.llm_probe.detach()}
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors (the embedder's own tensors only)."""
         tensors = self.trainable_state_dict()
         if self.config.token_weighting == "frequency":
@@ -730,11 +745,10 @@ def _probe(llm: LLM, count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def _local_folder(name: str | Path, hub: dict[str, Any]) -> Path:
-    folder = Path(name)
-    if folder.is_dir():
+def _local_folder(name: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
+    text = name_or_path(name)
+    if (folder := Path(text)).is_dir():
         return folder
-    text = str(name)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise WeightsNotFoundError(f"{text} is not a folder; pass an embedder's folder or a hub id like owner/name")
     from huggingface_hub import snapshot_download

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, reading_model
 from extemb_core.models.reader_lora import merge_reader
 from extemb_core.models.tokenization import TextEncoder
+from extemb_core.utils.validation import name_or_path
 from extemb_core.weights.resolve import resolve_base, resolve_llm
 
 _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
@@ -61,7 +61,9 @@ class LLM(TextEncoder):
         self._reading_lock = threading.Lock()
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> LLM:
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, device: str = "auto", dtype: str | torch.dtype = "auto"
+    ) -> LLM:
         """Load by local path, known name or Hugging Face id (see `weights/resolve.py`).
 
         A reader's folder or name gives its base LLM with the reader's adapters merged in.
@@ -71,6 +73,7 @@ class LLM(TextEncoder):
             device: "auto" (CUDA, then CPU) or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype or its name.
         """
+        name = name_or_path(name)
         readers, base = resolve_base(name)
         chosen = choose_device(device)
         source = resolve_llm(base)
@@ -96,7 +99,7 @@ class LLM(TextEncoder):
         model = model.to(chosen)
         for reader in readers:
             merge_reader(model, reader)
-        return cls(model, tokenizer, name=str(name))
+        return cls(model, tokenizer, name=name)
 
     # -- what it is -------------------------------------------------------------------------------------------
 
@@ -312,7 +315,7 @@ def _memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
     return int(weight.data_ptr()), weight.dtype, weight.device
 
 
-def _require_plain(config: Any, name: str | Path) -> None:
+def _require_plain(config: Any, name: str | os.PathLike[str]) -> None:
     """Refuse a configuration that asks for code from a hub, or for weights that are no plain numbers."""
     for part in (config, config.get_text_config()):
         for kernel in (getattr(part, "_attn_implementation", None), getattr(part, "_experts_implementation", None)):

@@ -20,7 +20,7 @@ from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import Shard
 from extemb_core.utils.jsonl import is_jsonl, read_jsonl
 from extemb_core.utils.progress import progress
-from extemb_core.utils.validation import whole_number
+from extemb_core.utils.validation import name_or_path, whole_number
 
 PARQUET = (".parquet",)
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
@@ -49,11 +49,11 @@ class Compression:
 
 
 def compress_corpus(
-    inputs: str | Path | Sequence[str | Path],
-    output: str | Path,
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     *,
-    llm: str | Path,
-    embedder: str | Path | None = None,
+    llm: str | os.PathLike[str],
+    embedder: str | os.PathLike[str] | None = None,
     ratio: int | None = None,
     dtype: Dtype = "float16",
     passage_tokens: int | None = None,
@@ -96,7 +96,7 @@ def compress_corpus(
     """
     whole_number(rows_per_batch, "rows_per_batch")
     whole_number(workers, "workers")
-    kind, files = _inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
+    kind, files = _inputs([inputs] if isinstance(inputs, str | os.PathLike) else list(inputs))
     done = finished(output)
     with _cluster(ray_address) as data:
         from ray.exceptions import OutOfMemoryError, RayActorError
@@ -168,7 +168,7 @@ def _error_of(text: str) -> ExtembError:
     return kind.__new__(kind, message)  # without what its own __init__ asks for
 
 
-def _inputs(inputs: Sequence[str | Path]) -> tuple[tuple[str, ...], list[str]]:
+def _inputs(inputs: Sequence[str | os.PathLike[str]]) -> tuple[tuple[str, ...], list[str]]:
     """List the files to read, after their kind; a URL is taken as it is."""
     files: list[str] = []
     for one in inputs:
@@ -207,9 +207,9 @@ def _readable(files: Sequence[str]) -> Iterator[None]:
         raise DocumentError(f"the rows of {shown} cannot be read ({why[0]}); mend or drop them") from error
 
 
-def _absolute(where: str | Path) -> str:
+def _absolute(where: str | os.PathLike[str]) -> str:
     """Return a model's folder for a process that works in another one; a name stays."""
-    return str(Path(where).absolute()) if Path(where).is_dir() else str(where)
+    return str(Path(where).absolute()) if Path(where).is_dir() else name_or_path(where)
 
 
 @contextmanager

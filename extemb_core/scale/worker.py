@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,10 +92,10 @@ class CompressWorker:
 
     def __init__(
         self,
-        output: str | Path,
+        output: str | os.PathLike[str],
         *,
-        llm: str | Path,
-        embedder: str | Path | None = None,
+        llm: str | os.PathLike[str],
+        embedder: str | os.PathLike[str] | None = None,
         ratio: int | None = None,
         dtype: Dtype = "float16",
         passage_tokens: int | None = None,
@@ -194,7 +194,7 @@ def _document(value: Any) -> Document | None:
         return None
 
 
-def receipts(output: str | Path) -> list[Shard]:
+def receipts(output: str | os.PathLike[str]) -> list[Shard]:
     """List the whole shards in a folder, by their receipts. Others are what a lost worker left."""
     location = StorageLocation(output)
     sizes = location.sizes()
@@ -222,7 +222,7 @@ def _parsed(location: StorageLocation, name: str, text: str, size_of: Callable[[
     return shard if is_its and size_of(shard.file) == shard.size_bytes else None
 
 
-def check_output(output: str | Path) -> list[Shard]:
+def check_output(output: str | os.PathLike[str]) -> list[Shard]:
     """Check that a folder is empty or of earlier runs. Returns their whole shards.
 
     Raises:
@@ -236,7 +236,7 @@ def check_output(output: str | Path) -> list[Shard]:
     return shards
 
 
-def finished(output: str | Path) -> dict[tuple[str, int], Refs]:
+def finished(output: str | os.PathLike[str]) -> dict[tuple[str, int], Refs]:
     """List the sorted refs in the shards of a folder, by fingerprint and ratio, for `CompressWorker(done=)`.
 
     Of every shard no more is read than its list of documents.
@@ -253,7 +253,7 @@ def finished(output: str | Path) -> dict[tuple[str, int], Refs]:
     return {key: np.unique(np.concatenate(refs)) for key, refs in lists.items()}
 
 
-def seal(output: str | Path) -> list[Shard]:
+def seal(output: str | os.PathLike[str]) -> list[Shard]:
     """Name the whole shards of a folder in its manifest, and remove what lost workers left. Returns them.
 
     For when all workers are done.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -21,20 +22,20 @@ class StorageLocation:
         StoreError: fsspec knows no such URL, or lacks the package that it reaches it with.
     """
 
-    def __init__(self, where: str | Path) -> None:
+    def __init__(self, where: str | os.PathLike[str]) -> None:
         from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem
 
         try:
-            self._files, self._root = url_to_fs(str(where))
+            self.where = os.fspath(where)
+            self._files, self._root = url_to_fs(self.where)
         except (ImportError, ValueError) as error:
             why = str(error).rstrip(".")
             raise StoreError(f"{where} cannot be reached ({why}); pass a folder, or a URL that fsspec knows") from error
-        self.where = str(where)
         self.local = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
 
     @classmethod
-    def of(cls, where: str | Path | StorageLocation) -> StorageLocation:
+    def of(cls, where: str | os.PathLike[str] | StorageLocation) -> StorageLocation:
         """Return the location of a path or URL, or the location itself."""
         return where if isinstance(where, StorageLocation) else cls(where)
 
@@ -134,6 +135,6 @@ class StorageLocation:
         return f"{self._root.rstrip('/')}/{name}"
 
 
-def is_url(where: str | Path) -> bool:
+def is_url(where: str | os.PathLike[str]) -> bool:
     """Return True if this is a URL and not a path."""
-    return "://" in str(where)
+    return "://" in os.fspath(where)

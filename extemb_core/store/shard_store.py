@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ class ShardStore:
 
     readonly = True
 
-    def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, verify: bool = False) -> None:
         self._location = StorageLocation(folder)
         self._readers = open_shards(self._location, read_manifest(self._location, verify=verify))
         # Of each embedder: refs, (E,) of 16 bytes, sorted; and (E, 3) the ratio, the shard and the index in it.
@@ -69,6 +70,6 @@ class ShardStore:
         raise StoreError(f"{self._location} is a folder of shards, which are never changed; import it into a store")
 
 
-def is_sharded(where: str | Path) -> bool:
+def is_sharded(where: str | os.PathLike[str]) -> bool:
     """Return True if a store to be opened is a folder of shards: a URL, or a folder with a manifest."""
     return is_url(where) or (Path(where) / MANIFEST).is_file()

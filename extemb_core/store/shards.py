@@ -13,6 +13,7 @@ with a shard's name is whole; the manifest comes last and names every shard with
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ class Shard:
 
 
 def write_shard(
-    folder: str | Path | StorageLocation, name: str, texts: Sequence[Compressed], dtype: Dtype = "float16"
+    folder: str | os.PathLike[str] | StorageLocation, name: str, texts: Sequence[Compressed], dtype: Dtype = "float16"
 ) -> Shard:
     """Write one shard, `name`.safetensors; one of that name is replaced.
 
@@ -116,7 +117,7 @@ class ShardReader:
         StoreCorruptError: It is not a whole shard.
     """
 
-    def __init__(self, folder: str | Path | StorageLocation, file: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | StorageLocation, file: str) -> None:
         self._location = StorageLocation.of(folder)
         self.file = file
         try:
@@ -206,7 +207,7 @@ class ShardReader:
         return np.frombuffer(stream.read(span[1] - span[0]), np.uint8 if dtype == "U8" else "<i8")
 
 
-def open_shards(folder: str | Path | StorageLocation, shards: Iterable[Shard]) -> list[ShardReader]:
+def open_shards(folder: str | os.PathLike[str] | StorageLocation, shards: Iterable[Shard]) -> list[ShardReader]:
     """Open shards, several at once: from object storage, a header is two or three requests that mostly wait.
 
     Raises:
@@ -217,7 +218,7 @@ def open_shards(folder: str | Path | StorageLocation, shards: Iterable[Shard]) -
         return list(pool.map(lambda shard: ShardReader(location, shard.file), shards))
 
 
-def write_manifest(folder: str | Path | StorageLocation, shards: Iterable[Shard]) -> None:
+def write_manifest(folder: str | os.PathLike[str] | StorageLocation, shards: Iterable[Shard]) -> None:
     """Write the manifest of a folder, which makes it whole."""
     location = StorageLocation.of(folder)
     content = {"format": FORMAT, "version": VERSION, "shards": [asdict(shard) for shard in shards]}
@@ -227,7 +228,7 @@ def write_manifest(folder: str | Path | StorageLocation, shards: Iterable[Shard]
         raise StoreError(f"{MANIFEST} could not be written to {location} ({error}); check the disk") from error
 
 
-def read_manifest(folder: str | Path | StorageLocation, *, verify: bool = True) -> list[Shard]:
+def read_manifest(folder: str | os.PathLike[str] | StorageLocation, *, verify: bool = True) -> list[Shard]:
     """Read the manifest of a folder and check its shards.
 
     Args:
@@ -262,7 +263,7 @@ def read_manifest(folder: str | Path | StorageLocation, *, verify: bool = True) 
     return shards
 
 
-def require_only_shards(folder: str | Path | StorageLocation) -> list[str]:
+def require_only_shards(folder: str | os.PathLike[str] | StorageLocation) -> list[str]:
     """List the files in a folder of shards, whole ones and leftovers of writes that were killed.
 
     Raises:

@@ -5,6 +5,7 @@ It is an LMDB, so that a process killed at any moment loses nothing that was ack
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from operator import attrgetter, itemgetter
@@ -40,7 +41,9 @@ class EmbeddingStore:
         self._blocks = Blocks(environment)
 
     @classmethod
-    def open(cls, path: str | Path, mode: Literal["r", "a"] = "a", *, dtype: Dtype = "float16") -> EmbeddingStore:
+    def open(
+        cls, path: str | os.PathLike[str], mode: Literal["r", "a"] = "a", *, dtype: Dtype = "float16"
+    ) -> EmbeddingStore:
         """Open a store.
 
         Args:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 
 from extemb_core.errors import StoreError
 from extemb_core.models.compressed import Compressed
@@ -29,7 +29,11 @@ _PUT_BYTES = 32 * 2**20  # of one transaction
 
 
 def export_store(
-    store: EmbeddingStore, folder: str | Path, *, shard_bytes: int = SHARD_BYTES, show_progress: bool | None = None
+    store: EmbeddingStore,
+    folder: str | os.PathLike[str],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    show_progress: bool | None = None,
 ) -> list[Shard]:
     """Write every document of a store into shards and a manifest.
 
@@ -59,7 +63,7 @@ def export_store(
     return shards
 
 
-def import_shards(store: EmbeddingStore, folder: str | Path, *, show_progress: bool | None = None) -> int:
+def import_shards(store: EmbeddingStore, folder: str | os.PathLike[str], *, show_progress: bool | None = None) -> int:
     """Put the documents of a folder of shards into a store. Those that are there at a ratio as fine stay as they are.
 
     Every file is compared with the manifest before the first document is put; a call that was interrupted is repeated.

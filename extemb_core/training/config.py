@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.validation import is_count, whole_number
+from extemb_core.utils.validation import check_seed, is_count, paths_as_text, whole_number
 
 OBJECTIVES = ("two_stream", "reconstruction", "recall", "questions")
 TRAINED = ("embedder", "connector", "reader", "both")
@@ -116,6 +116,7 @@ class TrainingConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        paths_as_text(self, "llm")
         for name in ("data", "questions", "eval_data"):
             if isinstance(getattr(self, name), str):  # else each of its letters would be a file
                 raise ConfigError(f"{name}={getattr(self, name)!r} is one str; pass a tuple of files")
@@ -129,7 +130,8 @@ class TrainingConfig:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} must be positive whole numbers; pass e.g. (256, 512)"
                 )
-        for name in ("warmup_steps", "seed", "reader_first_layer", "dataloader_num_workers"):
+        check_seed(self.seed)
+        for name in ("warmup_steps", "reader_first_layer", "dataloader_num_workers"):
             whole_number(getattr(self, name), name, 0)
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay={self.weight_decay} is below 0; pass 0 or more")

@@ -20,7 +20,7 @@ import numpy as np
 
 from extemb_core.errors import DocumentError, DocumentNotFoundError
 from extemb_core.models.llm import LLM
-from extemb_core.utils.files import sha256_of
+from extemb_core.utils.files import parse_json, sha256_of
 from extemb_core.utils.jsonl import evenly, is_jsonl, read_jsonl, read_text_file
 from extemb_core.utils.progress import progress
 from extemb_core.weights import cache as caching
@@ -38,11 +38,19 @@ class TokenFile:
 
     @classmethod
     def open(cls, folder: Path) -> TokenFile:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        offsets = np.load(folder / "offsets.npy", allow_pickle=False)
-        if not offsets[-1]:
-            return cls(np.empty(0, dtype=meta["dtype"]), offsets, meta)
-        return cls(np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"), offsets, meta)
+        """Open what `build` made; raise `DocumentError` if it is something else, or damaged."""
+        try:
+            meta = parse_json((folder / "meta.json").read_text(encoding="utf-8"))
+            if meta["dtype"] not in ("uint16", "uint32"):
+                raise ValueError(f"tokens of type {meta['dtype']!r:.80}")
+            offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+            if not offsets[-1]:
+                return cls(np.empty(0, dtype=meta["dtype"]), offsets, meta)
+            return cls(np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"), offsets, meta)
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+            raise DocumentError(
+                f"{folder} is not a folder of tokens ({error}); pass text files, and remove it if it is in a cache"
+            ) from error
 
     @classmethod
     def build(cls, files: Sequence[Path], llm: LLM, cache: Path, *, show_progress: bool | None = None) -> TokenFile:
@@ -73,10 +81,7 @@ class TokenFile:
 
     @classmethod
     def _checked(cls, folder: Path, llm: LLM) -> TokenFile:
-        try:
-            file = cls.open(folder)
-        except (OSError, ValueError) as error:
-            raise DocumentError(f"{folder} is not a folder of tokens ({error}); pass text files") from error
+        file = cls.open(folder)
         if file.meta.get("tokenizer", llm.tokenizer_digest) != llm.tokenizer_digest:
             raise DocumentError(f"{folder} holds the tokens of another tokenizer than {llm.name}'s; pass text files")
         return file

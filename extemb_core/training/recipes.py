@@ -7,6 +7,7 @@ and any other field of `TrainingConfig`. Every stage goes on from what the one b
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -68,19 +69,19 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
-def read_recipe(name: str | Path) -> Recipe:
+def read_recipe(name: str | os.PathLike[str]) -> Recipe:
     """Read a recipe of the package by name, or a YAML file.
 
     Raises:
         ConfigError: There is none, or it does not say what a recipe says.
     """
-    names = recipe_names()
-    if str(name) in names:
+    names, name = recipe_names(), os.fspath(name)
+    if name in names:
         text = resources.files("extemb_core").joinpath(f"recipes/{name}.yaml").read_bytes()
     elif Path(name).is_file():
         text = Path(name).read_bytes()
     else:
-        raise ConfigError(f"recipe={str(name)!r} is neither a file nor one of {', '.join(names)}; pass one of them")
+        raise ConfigError(f"recipe={name!r} is neither a file nor one of {', '.join(names)}; pass one of them")
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
@@ -89,10 +90,12 @@ def read_recipe(name: str | Path) -> Recipe:
         raise ConfigError(f'recipe {name} has no list of "stages"; see the recipes {", ".join(names)}')
     if unknown := sorted(map(str, values.keys() - {"embedder", "stages"})):
         raise ConfigError(f"recipe {name}: {unknown[0]!r} is neither embedder nor stages; mend or drop it")
-    return Recipe(str(name), values.get("embedder") or {}, tuple(values["stages"]))
+    return Recipe(name, values.get("embedder") or {}, tuple(values["stages"]))
 
 
-def stage_configs(recipe: Recipe, output: str | Path, total_tokens: int, **settings: Any) -> list[TrainingConfig]:
+def stage_configs(
+    recipe: Recipe, output: str | os.PathLike[str], total_tokens: int, **settings: Any
+) -> list[TrainingConfig]:
     """Configure the run of every stage, in folders of their own under `output`.
 
     Args:
@@ -126,7 +129,7 @@ def stage_configs(recipe: Recipe, output: str | Path, total_tokens: int, **setti
 
 
 def train_recipe(
-    recipe: Recipe, output: str | Path, total_tokens: int, *, resume: bool = True, **settings: Any
+    recipe: Recipe, output: str | os.PathLike[str], total_tokens: int, *, resume: bool = True, **settings: Any
 ) -> TrainableModel | None:
     """Run a recipe's stages one after another and leave the result in `output`; finished stages are not run again.
 

@@ -6,6 +6,7 @@ PISCO and CompLLM). Where its own answer does not agree with a reference, the re
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ class TargetCounts:
 
 def make_targets(
     llm: LLM,
-    files: Sequence[str | Path],
-    output: str | Path,
+    files: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     *,
     limit: int | None = None,
     max_document_tokens: int = 2048,

@@ -10,8 +10,10 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -353,23 +355,24 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
     """
     checkpoint = _last_checkpoint(config) if resume else None
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None and is_first_process():
+    with _tidy_after_failure(output, config.token_cache):
+        output.mkdir(parents=True, exist_ok=True)
+        llm = LLM.from_pretrained(config.llm, device=_device(config), dtype=config.dtype)
+        model = _starting_point(config, llm)
+        if checkpoint is not None and is_finished(config):
+            model.load(checkpoint)  # finished before; the Trainer would take one more step
+            model.save(output)
+            return model
+        settings = model.embedder.config if model.embedder is not None else ExtensibleEmbedderConfig(ratios=(1,))
+        chunk_sizes = config.chunk_sizes or (settings.chunk_size,)
+        ratios = config.ratios or tuple(settings.ratios)
+        for ratio in ratios:
+            settings.require_ratio(ratio)
+        batches = _batches(config, llm, min(ratios), chunk_sizes)
+        held_out = _held_out(config, llm)
+    if checkpoint is None and is_first_process():  # not before it is known that this run can begin
         for mark in output.glob(f"checkpoint-*/{COMPLETE}"):
             mark.unlink()
-    llm = LLM.from_pretrained(config.llm, device=_device(config), dtype=config.dtype)
-    model = _starting_point(config, llm)
-    if checkpoint is not None and is_finished(config):
-        model.load(checkpoint)  # finished before; the Trainer would take one more step
-        model.save(output)
-        return model
-    settings = model.embedder.config if model.embedder is not None else ExtensibleEmbedderConfig(ratios=(1,))
-    chunk_sizes = config.chunk_sizes or (settings.chunk_size,)
-    ratios = config.ratios or tuple(settings.ratios)
-    for ratio in ratios:
-        settings.require_ratio(ratio)
-    batches = _batches(config, llm, min(ratios), chunk_sizes)
-    held_out = _held_out(config, llm)
     longest = max(_short_chunks(config, chunk_sizes)) if held_out is not None else 0
     logger.info("%d steps of %d tokens at most", config.max_steps, config.tokens_per_step)
     before = None  # the checkpoint that holds the optimiser's state of the run that this one goes on from
@@ -407,6 +410,20 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
         model.save(output)
     trainer.accelerator.wait_for_everyone()  # else another process would look for what is not written yet
     return model
+
+
+@contextmanager
+def _tidy_after_failure(*folders: Path) -> Iterator[None]:
+    """Remove the folders that a run made which could not begin; whole files of tokens stay, for the next to use."""
+    made = {folder for one in folders for folder in (one, *one.parents) if not folder.exists()}
+    try:
+        yield
+    except BaseException:
+        for folder in sorted(made, key=lambda folder: -len(folder.parts)) if is_first_process() else ():
+            with suppress(OSError):  # not there, or something is in it
+                if all(file.suffix == ".lock" for file in folder.iterdir()):
+                    shutil.rmtree(folder)
+        raise
 
 
 def _append_log(config: TrainingConfig, row: dict[str, Any]) -> None:

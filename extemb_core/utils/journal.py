@@ -40,7 +40,7 @@ class Journal:
             lines = [parse_json(line) for line in whole.splitlines()]
             if lines:
                 require_same_run(lines[0]["identity"], identity, file, remedy)
-            self.rows = lines[1:]
+            self.rows = [dict(line) for line in lines[1:]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise

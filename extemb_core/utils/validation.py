@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
 from extemb_core.errors import ConfigError, ExtembError
+
+_MAX_SEED = 2**32 - 1
 
 
 def is_count(value: Any) -> bool:
@@ -40,6 +44,39 @@ def whole_number(
         remedy = remedy or f"an int from {at_least} up"
         raise error(f"{name}={value!r} is not a whole number of at least {at_least}; pass {remedy}")
     return number
+
+
+def check_seed(seed: Any) -> None:
+    """Raise `ConfigError` for what is no seed of numpy, which takes 32 bits, torch and transformers alike."""
+    whole_number(seed, "seed", 0, remedy=(remedy := f"an int from 0 to {_MAX_SEED}"))
+    if seed > _MAX_SEED:
+        raise ConfigError(f"seed={seed!r:.80} is more than 32 bits; pass {remedy}")
+
+
+def name_or_path(value: str | os.PathLike[str]) -> str:
+    """Return a name, or a path as text that is taken for no name, which the hub might be asked for.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if isinstance(value, str):
+        return value
+    try:
+        path = os.path.expanduser(os.fsdecode(value))
+    except TypeError:
+        raise ConfigError(f"{value!r:.80} is neither a name nor a path; pass a str or an os.PathLike") from None
+    return path if os.path.exists(path) else os.path.join(os.curdir, path)
+
+
+def paths_as_text(config: Any, *names: str) -> None:
+    """Make text of the paths in a frozen dataclass, alone or in tuples; `names` are fields that may hold a name too."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, os.PathLike):
+            text = name_or_path(value) if field.name in names else os.fspath(value)
+            object.__setattr__(config, field.name, text)
+        elif isinstance(value, tuple | list) and any(isinstance(one, os.PathLike) for one in value):
+            object.__setattr__(config, field.name, tuple(map(os.fspath, value)))
 
 
 def _is_whole(value: Any) -> bool:
@@ -81,4 +118,4 @@ def unknown_setting(name: str, value: Any, known: Iterable[str]) -> ConfigError:
     """Make the error of a setting that there is not, which names the nearest that there is."""
     known = sorted(known)
     nearest = " or ".join(get_close_matches(name, known)) or f"one of {', '.join(known)}"
-    return ConfigError(f"unknown setting {name}={value!r:.80}; pass {nearest}")
+    return ConfigError(f"unknown setting {name}={value!r:.80}; pass {nearest}, or leave it out")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsNotFoundError
 from extemb_core.utils.progress import progress as progress_bar
+from extemb_core.utils.validation import name_or_path
 from extemb_core.weights import cache, sources
 from extemb_core.weights import checks as folders
 from extemb_core.weights.gguf import dequantise
@@ -57,7 +58,7 @@ def resolve_llm(name: str | os.PathLike[str]) -> Path | str:
     if (path := _local_path(name)) is not None:
         folders.check_llm(path)
         return path
-    name = str(name)
+    name = os.fspath(name)
     model = KNOWN_MODELS.get(name)
     if model is None:
         return _hub_id(name, f"the known models are {', '.join([*KNOWN_MODELS, *_shipped(_READER)])}")
@@ -131,7 +132,8 @@ def window_of(name: str | os.PathLike[str]) -> int | None:
     if folder is None or not (folder / "config.json").is_file():
         return None
     config = folders.read_json(folder / "config.json")
-    window = config.get("text_config", config).get("max_position_embeddings")
+    text_config = config.get("text_config", config)
+    window = text_config.get("max_position_embeddings") if isinstance(text_config, dict) else None
     return window if isinstance(window, int) else None
 
 
@@ -236,7 +238,7 @@ def _known(name: str) -> KnownModel:
 
 def _local_path(name: str | os.PathLike[str]) -> Path | None:
     """Return the path if there is one, None if ``name`` can only be a name; raise an error for a missing path."""
-    text = os.fspath(name)
+    text = name_or_path(name)
     if not text.strip():
         raise ConfigError(f"{text!r} is not a model; pass a folder, a Hugging Face id or one of {list(KNOWN_MODELS)}")
     path = Path(text).expanduser()

@@ -20,6 +20,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools, tool_name
+from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
 from extemb_core.weights.resolve import window_of
 from langchain_extemb.loading import LoadedInThread
@@ -79,7 +80,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(
             ls_provider="extemb",
-            ls_model_name=kwargs.get("model") or self.model,
+            ls_model_name=self._model_of(kwargs),
             ls_model_type="chat",
             ls_temperature=kwargs.get("temperature", self.temperature),
             ls_max_tokens=kwargs.get("max_tokens", self.max_tokens),
@@ -89,9 +90,11 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
         return params
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """Name the settings of a call in a cache; documents whole, whatever their own class shows of them."""
+        """Name the settings of a call in a cache; documents and tools whole, whatever their own class shows of them."""
         if (documents := kwargs.get("documents")) is not None:
             kwargs["documents"] = to_documents(documents)
+        if kwargs.get("tools"):
+            kwargs["tools"] = _formatted(kwargs["tools"])
         return super()._get_llm_string(stop, **kwargs)
 
     # -- answers ----------------------------------------------------------------------------------------------
@@ -168,9 +171,10 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
             **kwargs: Further settings of the calls; `strict` and `parallel_tool_calls` make no difference here.
 
         Raises:
-            ConfigError: No tool has that name. That the template has no place for tools is told by the first call.
+            ConfigError: No tool has that name, or one is none. That the template has no place for tools is told by
+                the first call.
         """
-        formatted = [convert_to_openai_tool(tool) for tool in tools]
+        formatted = _formatted(tools)
         choice = tool_name(tool_choice)
         prefix_of_call(formatted, choice)  # refuses an unknown tool now
         settings = {name: value for name, value in kwargs.items() if name not in ("strict", "parallel_tool_calls")}
@@ -180,7 +184,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
         """Count the positions of the window that messages take with these settings, documents and tools included."""
         if not messages:
             return 0
-        lm, formatted = self.lm, [convert_to_openai_tool(tool) for tool in tools or ()]
+        lm, formatted = self.lm, _formatted(tools)
         return lm.positions(to_messages(messages, lm.refs), budget=self.budget, ratio=self.ratio, tools=formatted)
 
     # -- inside -----------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
             "question": to_messages(messages, lm.refs),
             "documents": to_documents(settings.get("documents")),
             "condense": True,
-            "tools": settings.get("tools") or () if tool_name(settings.get("tool_choice")) != "none" else (),
+            "tools": _formatted(settings.get("tools")) if tool_name(settings.get("tool_choice")) != "none" else (),
             "assistant_prefix": _assistant_prefix(settings),
         }
 
@@ -261,9 +265,21 @@ def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=chunk)
 
 
+def _formatted(tools: Any) -> list[dict[str, Any]]:
+    """Convert the tools of a call to OpenAI's form."""
+    try:
+        formatted = [convert_to_openai_tool(tool) for tool in tools or ()]
+        prefix_of_call(formatted, None)  # reads the names of all
+        return formatted
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            f"tools={tools!r:.80} are no tools that can be described to an LLM ({error}); pass a list of functions "
+            "with docstrings, pydantic classes, LangChain's tools or dicts in OpenAI's form"
+        ) from error
+
+
 def _assistant_prefix(settings: Mapping[str, Any]) -> str:
-    tools = settings.get("tools")
-    return prefix_of_call(tools, tool_name(settings.get("tool_choice"))) if tools else ""
+    return prefix_of_call(_formatted(settings.get("tools")), tool_name(settings.get("tool_choice")))
 
 
 def _chunk(piece: str) -> ChatGenerationChunk:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from pydantic import ConfigDict, PrivateAttr, field_validator
+from pydantic import BeforeValidator, ConfigDict, PrivateAttr, field_validator
 
-from extemb_core.frameworks.settings import StrictSettings
+from extemb_core.frameworks.settings import StrictSettings, folder_as_text
 from extemb_core.library import N_PASSAGES
 from extemb_core.library.library import Library
 from extemb_core.utils.validation import unknown_setting, whole_number
@@ -27,7 +26,7 @@ class ExtensibleRetriever(StrictSettings, BaseRetriever):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    library: Library | str | Path
+    library: Annotated[Library | str, BeforeValidator(folder_as_text)]
     """A library, or the folder of one, which is opened to read when it is first asked."""
     k: int = N_PASSAGES
     """Passages at most."""

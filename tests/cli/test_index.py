@@ -117,6 +117,21 @@ def test_what_does_not_go_together(run: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_what_is_not_there_to_remove_is_named(run: Any, tmp_path: Path) -> None:
+    library, names = tmp_path / "notes.extemb", ("mill.txt", "bridge.txt", "fee.txt")
+    for name in names:
+        (tmp_path / name).write_text(f"The mill was built in 1820, says {name}.")
+    run("index", "add", library, "--documents", *(tmp_path / name for name in names), with_models=True)
+    result = run("index", "remove", library, "mill.txt", "no\nsuch.txt", "mill.txt", "plan.txt")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "1 of 3 were there and are gone" in result.stderr
+    assert f"warning: not in the library: no such.txt, plan.txt; `extemb index stats {library}` lists" in result.stderr
+    result = run("index", "remove", library, "bridge.txt", "mill.txt", "--json")
+    assert (result.exit_code, json.loads(result.stdout)) == (3, {"removed": 1, "missing": ["mill.txt"]})
+    assert run("index", "remove", library, "fee.txt", "fee.txt").exit_code == 0
+    assert json.loads(run("index", "stats", library, "--json").stdout)["documents"] == []
+
+
 def test_a_folder_is_kept_in_step(run: Any, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     (notes / "old").mkdir(parents=True)

@@ -31,6 +31,7 @@ from extemb_core.cli.options import _repeat
 from extemb_core.cli.output import EXIT_CODES, ExitCode
 from extemb_core.cli.train import NewEmbedder
 from extemb_core.cli.train import train as train_command
+from extemb_core.errors import DocumentError
 
 TEXT = "The lighthouse keeper counted forty-one ships before the fog came in. " * 12
 ROOT = Path(__file__).resolve().parents[2]
@@ -639,6 +640,39 @@ def test_every_error_of_the_library_has_its_code() -> None:
 
 def test_a_terminal_is_not_told_what_to_do_by_text() -> None:
     assert reporting.strip_control_chars("a\x1b[2Jb\tc\nd\x07\x9bé\udcff") == "a[2Jb\tc\ndé\\udcff"
+
+
+UNSEEN = "\xad\u061c\u200b\u200e\u200f\u2028\u2029\u202a\u202d\u202e\u2060\u2066\u2068\u2069\ufeff\U000e0041"
+
+
+@pytest.mark.parametrize("unseen", UNSEEN, ids=lambda one: f"U+{ord(one):04X}")
+def test_what_turns_or_hides_text_reaches_no_terminal_and_json_keeps_it(
+    unseen: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"moss{unseen}txt.exe"
+    for write in (
+        reporting.print_line,
+        reporting.print_note,
+        lambda text: reporting.print_table(("source",), [(text,)]),
+    ):
+        write(text)
+    reporting.print_error(DocumentError(f"{text} is no text"), as_json=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.stdout, "isatty", lambda: True)
+        reporting.print_piece(text)
+    out, err = capsys.readouterr()
+    assert unseen not in out + err
+    err = err.replace("moss txt", "mosstxt")  # of a line end an error makes a space
+    assert (out.count("mosstxt.exe"), err.count("mosstxt.exe")) == (3, 2)
+    reporting.print_json({"text": text})
+    line = capsys.readouterr().out
+    assert json.loads(line) == {"text": text}
+    assert unseen not in line
+
+
+def test_joiners_and_letters_of_all_scripts_are_written_as_they_are() -> None:
+    text = "👩‍🚀 نمی‌خواهم שלום สวัสดี क्ष é"
+    assert reporting.strip_control_chars(text) == text
 
 
 def test_a_terminal_is_not_told_what_to_do_by_a_log_json_or_a_usage_error(

@@ -83,6 +83,23 @@ def test_an_embedder_of_another_document_has_the_wrong_documents_row(make, llm):
         assert fooled["arms"]["extensible/1"]["prediction"] != fooled["arms"]["full"]["prediction"]
 
 
+@pytest.mark.parametrize("cap", [1, 700, 10**6])
+def test_questions_about_long_texts_are_answered_in_small_passes_as_in_one(make, llm, monkeypatch, cap):
+    whole, passes = LLM.generate, []
+
+    def generate(self, prompts, sampling):
+        passes.append([len(prompt) + sampling.max_new_tokens for prompt in prompts])
+        return whole(self, prompts, sampling)
+
+    expected = measured(make(random_embedder(llm)))
+    monkeypatch.setattr(LLM, "generate", generate)
+    monkeypatch.setattr("extemb_core.evaluation.qa.positions_at_once", lambda llm: cap)
+    for sample, before in zip(measured(make(random_embedder(llm))), expected, strict=True):
+        assert {arm: alike(one) for arm, one in sample["arms"].items()} == before["arms"]
+    assert all(len(lengths) == 1 or len(lengths) * max(lengths) <= cap for lengths in passes)
+    assert (max(map(len, passes)) > 1) == (cap > 1)
+
+
 def test_controls_take_the_positions_of_the_embeddings(make, llm):
     experiment = make(random_embedder(llm), ratios=(2, 4))
     for name in experiment._questions:

@@ -166,6 +166,19 @@ def test_a_record_of_another_version_is_not_gone_on_from(config, out, version):
     assert run(Squares(config), out, resume=False)["version"] == RECORD_VERSION
 
 
+@pytest.mark.parametrize(
+    "change", [{"samples": 3}, {"samples": [3]}, {"samples": [{}]}, {"seconds": "x"}, {"parts": None}]
+)
+def test_a_damaged_record_is_an_error(config, out, change):
+    run(Squares(replace(config, limit=4)), out)
+    out.write_text(json.dumps(json.loads(out.read_text()) | change))
+    with pytest.raises(DocumentError, match=f"{out.name} is damaged .*; measure it again with --no-resume"):
+        run(Squares(config), out)
+    partial(out).write_text('{"identity": {}}\n{"sample": 3, "seconds": 1}\n')
+    with pytest.raises(DocumentError, match="is damaged"):
+        run(Squares(config), out)
+
+
 def test_a_damaged_journal_is_an_error(config, out):
     out.parent.mkdir(parents=True)
     partial(out).write_text('{"identity"\n')

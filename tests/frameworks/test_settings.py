@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pickle
 from copy import copy, deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import SENTENCES, random_embedder, save_tiny, tiny_llm
+from tiny import SENTENCES, Named, random_embedder, save_tiny, tiny_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError, RatioError, StoreError
@@ -53,6 +54,33 @@ def test_a_model_that_is_loaded_already(lm):
     made = GenerationSettings.from_lm(lm, ratio=4)
     assert (made.lm, made.model, made.ratio) == (lm, "tiny-llama", 4)
     assert made._lm_of({}) is lm
+
+
+@pytest.mark.parametrize("path", [Path, Named])
+@pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])
+def test_a_path_is_taken_where_a_name_is_and_is_text(kind, path, tmp_path):
+    save_tiny(tmp_path)
+    llm, embedder, store = (tmp_path / name for name in ("llm", "embedder", "docs.extemb"))
+    made = kind.from_model_id(path(llm), embedder=path(embedder), store=path(store))
+    assert (made.model, made.embedder, made.store) == (str(llm), str(embedder), str(store))
+    assert made.model_dump_json() == kind(model=str(llm), embedder=str(embedder), store=str(store)).model_dump_json()
+    assert pickle.loads(pickle.dumps(made)).store == str(store)
+    assert made.lm.store.path == store
+    if isinstance(made, GenerationSettings):
+        assert made._lm_of({"model": path(llm), "embedder": path(embedder)}) is made.lm
+    made.close()
+    for name in ("model", "embedder"):
+        with pytest.raises(ConfigError, match="7 is neither a name nor a path; pass a str or an os.PathLike"):
+            kind(**{name: 7})
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_path_in_a_call_is_a_models_name(kind, lm, tmp_path):
+    save_tiny(tmp_path)
+    call = {"model": Named(tmp_path / "llm"), "embedder": tmp_path / "embedder"}
+    made = kind.from_lm(lm, max_tokens=1)
+    assert made._response_metadata(lm.ask("Hi", max_new_tokens=1), call)["model_name"] == str(tmp_path / "llm")
+    assert made._lm_of(call).llm.name == str(tmp_path / "llm")
 
 
 def test_an_embedder_of_a_call_is_taken_with_and_without_a_model(tmp_path):

@@ -43,7 +43,7 @@ def test_embedders_and_stores_share_the_llm(folder, loaded):
         assert elsewhere.store is store
         assert elsewhere.embedder is one.embedder
     assert shared.share(folder / "llm", folder / "embedder") is one
-    assert loaded == [folder / "llm"]
+    assert loaded == [str(folder / "llm")]
 
 
 def test_threads_load_once(folder, loaded):

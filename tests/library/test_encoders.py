@@ -34,6 +34,11 @@ def test_what_an_encoder_returns_is_checked(made):
         as_encoder(3)
 
 
+def test_a_folder_is_a_model_of_sentence_transformers(monkeypatch, tmp_path):
+    monkeypatch.setattr(encoders, "SentenceTransformerEncoder", lambda model: model)
+    assert as_encoder(tmp_path) == as_encoder(str(tmp_path)) == str(tmp_path)
+
+
 def test_the_default_needs_its_wheel(monkeypatch):
     monkeypatch.setattr(encoders, "installed_file", lambda part: None)
     with pytest.raises(WeightsNotFoundError, match="pip install --no-deps wordllama=="):

@@ -383,6 +383,15 @@ def test_an_index_that_takes_no_more_is_made_anew(opened, monkeypatch):
         assert library.search("bridge", k=1, hybrid=False)[0].source == "bridge.txt"
 
 
+def test_an_index_is_trained_on_what_a_library_has_become(opened):
+    with opened(index="SQ8") as library:
+        library.add(document("mill"))
+    with opened(index="SQ8") as library:
+        library.add([document(place) for place in PLACES])
+        assert library.search("tower built", k=1, hybrid=False)[0].source == "tower.txt"
+        assert library._vectors._trained_on == len(library._vectors.ids) > len(PLACES)
+
+
 def test_an_empty_library_has_an_index_of_any_kind(opened):
     with opened(index="IVF4,PQ8") as library:
         assert library.search("mill") == []

@@ -108,6 +108,27 @@ def test_vectors_that_are_too_few_to_train_an_index_are_found_in_a_flat_one(fact
     assert not index.should_be_made_anew()
 
 
+@pytest.mark.parametrize("factory", ["SQ8", "IVF4,Flat", "IVF4,SQ8"])
+def test_an_index_that_outgrew_its_training_is_made_anew(factory, tmp_path):
+    vectors = unit(1000)
+    index = VectorIndex(16, factory, factory)
+    index.add(range(200), vectors[:200])
+    index.add(range(200, 799), vectors[200:799])
+    index.save(tmp_path / "a.faiss")
+    loaded = VectorIndex.load(tmp_path / "a.faiss", 16, factory)
+    for one in (index, loaded):
+        assert not one.should_be_made_anew()
+        one.add([799], vectors[799:800])
+        assert one.should_be_made_anew()
+    whole = VectorIndex(16, factory, factory)
+    whole.add(range(1000), vectors)
+    assert not whole.should_be_made_anew()
+    graph = VectorIndex(16, "HNSW8", "HNSW8")
+    for at in range(0, 1000, 10):
+        graph.add(range(at, at + 10), vectors[at : at + 10])
+    assert not graph.should_be_made_anew()  # nothing in it is trained
+
+
 def test_an_index_that_takes_nothing_more():
     index = VectorIndex(16, "NSG16,Flat")
     index.add(range(300), unit(300))

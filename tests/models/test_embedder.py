@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import threading
+from contextlib import suppress
 from typing import get_args
 
 import numpy as np
@@ -20,6 +21,7 @@ from tiny import ARCHITECTURES, FAMILIES, entering, random_embedder, tiny_llm, t
 from extemb_core.errors import (
     ConfigError,
     DocumentError,
+    ExtembError,
     MismatchError,
     RatioError,
     WeightsCorruptError,
@@ -664,6 +666,16 @@ def test_a_state_changes_own_tensors_and_none_of_the_llm(assign):
 def saved_above_0(llm, tmp_path):
     tuned(llm, token_counts=counts(llm), connector="linear").save_pretrained(tmp_path / "embedder")
     return tmp_path / "embedder"
+
+
+@pytest.mark.parametrize(
+    "name", ["dtype", "tokenizer_digest", "hidden_size", "ratios", "chunk_size", "lora_rank", "id2label"]
+)
+@pytest.mark.parametrize("value", [None, -1, "x", [], [7], {}, {"a": 7}, 1e300])
+def test_a_config_that_describes_no_embedder_is_one_sentence(llm, saved, name, value):
+    edit_config(saved, **{name: value})
+    with suppress(ExtembError):  # and nothing else
+        ExtensibleEmbedder.from_pretrained(saved, llm=llm)
 
 
 @pytest.mark.parametrize("change", ["missing", "other", "shorter", "digest"])

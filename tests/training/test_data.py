@@ -183,6 +183,20 @@ def test_killed_builds_and_two_at_once(tmp_path):
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1  # what was killed is cleared away
 
 
+@pytest.mark.parametrize("file", ["meta.json", "offsets.npy", "tokens.bin"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "7", '{"dtype": []}', '{"dtype": "float64"}', "[" * 9999])
+def test_a_damaged_folder_of_tokens_is_one_sentence(tmp_path, file, content):
+    texts, llm = write(tmp_path, "a.jsonl", jsonl(TEXTS[:4])), tiny_llm()
+    TokenFile.build([texts], llm, tmp_path / "cache")
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    (folder / file).write_text(content)
+    for files in ([folder], [texts]):
+        if file == "tokens.bin" and content:
+            continue  # bytes are bytes; training compares none
+        with pytest.raises(DocumentError, match=f"{folder.name} is not a folder of tokens .*; pass text files"):
+            TokenFile.build(files, llm, tmp_path / "cache")
+
+
 # -- samples ------------------------------------------------------------------------------------------------------
 
 

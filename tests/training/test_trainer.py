@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from tiny import SENTENCES, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
 
 from extemb_core.context.assembly import assemble_text
-from extemb_core.errors import ConfigError, MismatchError, TrainingError
+from extemb_core.errors import ConfigError, DocumentError, MismatchError, TrainingError, WeightsError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training import trainer as trainer_module
 from extemb_core.training.batches import Collator
 from extemb_core.training.config import OBJECTIVES, TrainingConfig
-from extemb_core.training.trainer import RunTrainer, TrainableModel, train
+from extemb_core.training.trainer import RunTrainer, TrainableModel, last_checkpoint, train
 from extemb_core.training.two_stream import two_stream_losses
 
 
@@ -65,6 +65,42 @@ def rates(config):
 
 def tensors(config):
     return load_file(Path(config.output) / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"llm": "no/such/folder/"}, WeightsError),
+        ({"data": ("gone.jsonl",)}, DocumentError),
+        ({"data": ("broken.jsonl",)}, DocumentError),
+        ({"eval_data": ("broken.jsonl",)}, DocumentError),
+        ({"ratios": (3,)}, ConfigError),
+        ({"embedder": {"num_layers": 99}}, ConfigError),
+        ({"sample_length": 10**6}, ConfigError),
+        ({"start_from": "nowhere/"}, WeightsError),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_nothing_but_tokens(config, tmp_path, monkeypatch, changes, error):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.jsonl").write_text("{")
+    failing = replace(config, output=str(tmp_path / "runs" / "one" / "run"), **changes)
+    with pytest.raises(error):
+        train(failing)
+    left = [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    tokens = sorted(path.name for path in left)
+    assert tokens in ([], ["meta.json", "offsets.npy", "tokens.bin"])
+    assert bool(tokens) == (tmp_path / "runs").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(error):
+        train(replace(failing, output="mine", cache=str(tmp_path / "cache")))
+    assert not any((tmp_path / "mine").iterdir())
+
+
+def test_a_run_that_cannot_begin_takes_no_checkpoint_from_the_last(config):
+    train(replace(config, total_tokens=3 * 96))
+    with pytest.raises(DocumentError):
+        train(replace(config, data=("gone.jsonl",)), resume=False)
+    assert last_checkpoint(Path(config.output)).name == "checkpoint-3"
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])

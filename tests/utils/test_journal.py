@@ -63,7 +63,10 @@ def test_the_rows_of_another_run_are_refused_and_stay(tmp_path, run, said):
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["[]\n", "7\n", "no JSON\n", '{"n": 1}\n', '{"identity": 7}\n'])
+@pytest.mark.parametrize(
+    "content",
+    ["[]\n", "7\n", "no JSON\n", '{"n": 1}\n', '{"identity": 7}\n', f'{{"identity": {json.dumps(RUN)}}}\n7\n'],
+)
 def test_a_damaged_file_is_an_error(tmp_path, content):
     file = tmp_path / "rows"
     file.write_text(content)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
 import pytest
+from tiny import Named
 
-from extemb_core.utils.validation import is_count
+from extemb_core.errors import ConfigError
+from extemb_core.evaluation.settings import CalibrationConfig, NeedleConfig, PerplexityConfig, QaConfig, SpeedConfig
+from extemb_core.training.config import TrainingConfig
+from extemb_core.utils.validation import is_count, name_or_path
 
 
 @pytest.mark.parametrize("value", [1, 10**9])
@@ -20,9 +29,43 @@ def test_nothing_else_does(value):
     assert not is_count(value)
 
 
-def test_configurations_and_plans_need_no_torch():
-    modules = "training.config", "evaluation.settings", "context.planning"
-    imports = ", ".join(f"extemb_core.{module}" for module in modules)
-    code = f"import sys, {imports}; sys.exit(', '.join({{'torch', 'numpy'}} & set(sys.modules)) or None)"
+def test_a_path_is_taken_for_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("owner").mkdir()
+    assert name_or_path("owner/name") == "owner/name"
+    assert name_or_path(Path("owner/name")) == "./owner/name".replace("/", os.sep)  # no model of a hub
+    assert name_or_path(Path("owner")) == "owner"
+    assert name_or_path(Named(tmp_path / "gone")) == str(tmp_path / "gone")
+    for wrong in (7, None, ["a"]):
+        with pytest.raises(ConfigError, match="is neither a name nor a path; pass a str or an os.PathLike"):
+            name_or_path(wrong)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 10**400, 1.5, True, "7", None])
+@pytest.mark.parametrize(
+    "config",
+    [
+        partial(TrainingConfig, llm="llm", data=("a.txt",), output="run"),
+        partial(QaConfig, llm="llm", data=("a.jsonl",)), partial(PerplexityConfig, llm="llm", data=("a.txt",)),
+        partial(NeedleConfig, llm="llm"), partial(SpeedConfig, llm="llm"), partial(CalibrationConfig, llm="llm"),
+    ],
+)  # fmt: skip
+def test_a_seed_is_one_of_numpy_and_torch(config, seed):
+    assert config(seed=2**32 - 1).seed == 2**32 - 1
+    with pytest.raises(ConfigError, match="seed=.*; pass an int from 0 to 4294967295"):
+        config(seed=seed)
+
+
+@pytest.mark.parametrize("path", [Path, Named])
+def test_configurations_take_paths_and_hold_text(path, tmp_path):
+    for kind, others in ((QaConfig, {"embedder": path(tmp_path)}), (TrainingConfig, {"output": path(tmp_path)})):
+        config = kind(llm=path(tmp_path), data=(path(tmp_path / "a.txt"), "b.txt"), **others)
+        assert (config.llm, config.data) == (str(tmp_path), (str(tmp_path / "a.txt"), "b.txt"))
+        assert str(tmp_path) in json.dumps(asdict(config))
+
+
+@pytest.mark.parametrize("module", ["training.config", "evaluation.settings", "context.planning"])
+def test_configurations_and_plans_need_no_torch(module):
+    code = f"import sys, extemb_core.{module}; sys.exit(', '.join({{'torch', 'numpy'}} & set(sys.modules)) or None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -98,12 +98,12 @@ def installed(site: Path) -> Path:
     return site
 
 
-def model_folder(path: Path, *, model_type: str = "llama") -> Path:
+def model_folder(path: Path, *, model_type: str = "llama", **settings: object) -> Path:
     import numpy as np
     from safetensors.numpy import save_file
 
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (path / "config.json").write_text(json.dumps({"model_type": model_type} | settings))
     save_file({"w": np.zeros((4, 4), dtype=np.float32)}, path / "model.safetensors")
     return path
 
@@ -425,6 +425,12 @@ def test_a_damaged_config_is_one_sentence(tmp_path: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
     with pytest.raises(WeightsCorruptError, match=r"config\.json"):
         weights.resolve_llm(folder)
+
+
+@pytest.mark.parametrize("text_config", [None, 7, [], "x", {}, {"max_position_embeddings": "many"}])
+def test_a_window_that_a_config_does_not_say_is_none(tmp_path: Path, text_config: object) -> None:
+    folder = model_folder(tmp_path / "model", text_config=text_config, max_position_embeddings=512)
+    assert weights.window_of(folder) is None
 
 
 @pytest.mark.parametrize("n_bytes", [0, 5, 40, 100])

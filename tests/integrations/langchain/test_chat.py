@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from langchain_core.caches import InMemoryCache
@@ -84,6 +86,26 @@ def test_documents_come_in_many_shapes(chat, documents, handed):
     (told,) = message.response_metadata["extemb"]["documents"]
     assert told["id"].startswith("ext:")
     assert told["raw_tokens"] == len(chat.lm.llm.encode(text))
+
+
+def test_documents_in_a_chain_are_read_as_the_guide_says(chat, documents):
+    prompt = ChatPromptTemplate.from_template("{question}")
+    asked = {"question": "How many ships?"}
+    lost = [prompt | chat, (prompt | chat).bind(documents=documents)]  # LangChain gives them to the prompt alone
+    assert fates(lost[0].invoke(asked, documents=documents)) == fates(lost[1].invoke(asked)) == []
+
+    guide = (Path(__file__).resolve().parents[3] / "docs" / "langchain.md").read_text(encoding="utf-8")
+    example = re.search(r"<!-- chain -->\n```python\n(.*?)```", guide, re.DOTALL)[1]
+    retriever = RunnableLambda(lambda question: documents if question == asked["question"] else [])
+    names = {"llm": chat, "prompt": prompt, "docs": documents, "retriever": retriever, **asked}
+    exec(compile(example, "langchain.md", "exec"), names)
+    expected = chat.invoke("How many ships?", documents=documents)
+    assert fates(expected) == fates(names["bound"]) == fates(names["retrieved"])
+    assert expected.content == names["bound"].content == names["retrieved"].content
+    assert [fate for _, fate in fates(names["inside"])] == [4, 4]
+    chunks = list(names["chain"].stream(asked))
+    assert len(chunks) > 2
+    assert "".join(chunk.content for chunk in chunks) == expected.content
 
 
 @pytest.mark.parametrize(

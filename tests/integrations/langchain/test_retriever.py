@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 from retrieval_encoder import by_words
-from tiny import SENTENCES, save_tiny
+from tiny import SENTENCES, Named, save_tiny
 
 from extemb_core import ExtensibleLM, Library
 from extemb_core.errors import ConfigError
@@ -43,6 +44,14 @@ def test_a_library_and_a_model_with_it_as_store_may_be_opened_in_any_order(folde
         assert [(one["fidelity"], one["cached"]) for one in told] == [(2, True)]
         retriever.close()
         chat.close()
+
+
+@pytest.mark.parametrize("path", [Path, Named])
+def test_a_librarys_path_may_be_of_any_class(folder, path):
+    retriever = ExtensibleRetriever(library=path(folder / "docs.extemb"), k=1)
+    assert retriever.library == str(folder / "docs.extemb")
+    assert retriever.invoke(QUESTION)
+    retriever.close()
 
 
 def test_settings_of_a_retriever_are_checked(folder):

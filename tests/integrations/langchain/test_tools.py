@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 from langchain.agents import create_agent
+from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -16,7 +18,7 @@ from extemb_core import ExtensibleLM, Library
 from extemb_core.errors import ConfigError
 from extemb_core.models.generation import Generated
 from extemb_core.models.llm import LLM
-from langchain_extemb import ChatExtensible, ExtensibleRetriever
+from langchain_extemb import ChatExtensible, ExtensibleLLM, ExtensibleRetriever
 
 
 class Mill(BaseModel):
@@ -108,6 +110,64 @@ def test_a_tool_is_chosen_in_the_forms_of_other_models(lm, says, choice, begun):
     chat.invoke("Add.", tools=formatted, tool_choice=choice)
     for prompt in prompts:
         assert prompt.endswith(f'<tool_call>\n{{"name": {begun}' if begun else "assistant\n")
+
+
+def product(a: int, b: int) -> int:
+    """Multiply two numbers."""
+    return a * b
+
+
+@pytest.mark.parametrize("given", [product, add, Mill, Mill.model_json_schema(), convert_to_openai_tool(product)])
+def test_tools_of_a_call_are_those_of_bind_tools(lm, says, given):
+    words, prompts = says
+    words += ["None."] * 3
+    chat = ChatExtensible.from_lm(lm, cache=InMemoryCache())
+    chat.bind_tools([given]).invoke("Multiply.")
+    for one in (given, convert_to_openai_tool(given)):  # which the cache knows by what they come to
+        chat.invoke("Multiply.", tools=[one])
+    list(chat.stream("Multiply.", tools=[given]))
+    assert len({*prompts}) == 1
+    assert len(prompts) == 3
+
+
+CALLS = {
+    "invoke": lambda model, settings: model.invoke("Add.", **settings),
+    "stream": lambda model, settings: list(model.stream("Add.", **settings)),
+    "batch": lambda model, settings: model.batch(["Add."], **settings),
+    "ainvoke": lambda model, settings: asyncio.run(model.ainvoke("Add.", **settings)),
+    "abatch": lambda model, settings: asyncio.run(model.abatch(["Add."], **settings)),
+    "bind": lambda model, settings: model.bind(**settings).invoke("Add."),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tools": [product]}, "the chat template of tiny-llama has no place for tools"),
+        ({"tools": [3]}, "tools=.3. are no tools"),
+        ({"tools": 3}, "tools=3 are no tools"),
+        ({"tools": "add"}, "tools='add' are no tools"),
+        ({"tools": [{"type": "web_search_preview"}]}, "are no tools that can be described to an LLM"),
+        ({"tools": [product], "tool_choice": {"function": "sub"}}, "tool_choice='sub' is none of the tools product"),
+        ({"tools": [product], "tool_choice": 3}, "tool_choice=3 is none of the tools product"),
+        ({"tool_choice": "add"}, "tool_choice='add' is none of the tools of a call that has none"),
+        ({"tool_choice": "any"}, "tool_choice='any' is none of the tools of a call that has none"),
+        ({"response_format": {"type": "json_object"}}, "unknown setting response_format=.*, or leave it out"),
+        ({"functions": [product]}, "unknown setting functions=.*, or leave it out"),
+    ],
+)
+def test_what_is_no_tool_or_no_setting_is_one_sentence(call, settings, said):
+    llm = tiny_llm()
+    with pytest.raises(ConfigError, match=said):
+        call(ChatExtensible.from_lm(ExtensibleLM(llm, random_embedder(llm))), settings)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("name", ["tools", "tool_choice", "functions", "response_format"])
+def test_a_completion_has_no_tools(lm, call, name):
+    with pytest.raises(ConfigError, match=f"unknown setting {name}=.*; pass one of budget, .*, or leave it out"):
+        call(ExtensibleLLM.from_lm(lm), {name: [product]})
 
 
 async def test_calls_come_back_from_async_streams_too(lm, says):
