@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return found
 
     sections: dict[str, Callable[[], dict[str, Any]]] = {
-        "start": lambda: cold_start(2 if quick else 7),
+        "start": lambda: cold_start(1 if quick else 7),
         "compress": compress,
         "first_token": first,
         "memory": memory,

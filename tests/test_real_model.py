@@ -153,7 +153,7 @@ def untrained(llm):
 def test_at_ratio_1_a_document_that_opens_the_prompt_is_read_exactly(llm, untrained):
     assert (llm.dtype, untrained.config.adaptation) == (torch.float32, "none")
     before = {name: (tensor.clone(), tensor.data_ptr()) for name, tensor in llm.model.state_dict().items()}
-    document = TEXT[:1500]
+    document = TEXT[:700]
     part = untrained.compress(document, ratio=1).part
     read = assemble_text(llm, [part, further := "\n\nThe mountains are"]).inputs(llm)
     text = [*llm.encode(document).tolist(), *llm.encode(further).tolist()]
@@ -161,9 +161,9 @@ def test_at_ratio_1_a_document_that_opens_the_prompt_is_read_exactly(llm, untrai
     with torch.no_grad():
         plain = llm.model(torch.tensor([text])).logits[0]
         torch.testing.assert_close(llm.logits(llm.hidden_of([read]))[0], plain, atol=1e-3, rtol=0)
-    sampling = Sampling(max_new_tokens=24)
+    sampling = Sampling(max_new_tokens=12)
     (expected,) = llm.generate([text], sampling)
-    assert len(expected.text) > 40
+    assert len(expected.text) > 20
     assert llm.generate([read], sampling) == [expected]
     assert "".join(llm.stream(read, sampling)) == expected.text
     torch.testing.assert_close(

@@ -222,9 +222,9 @@ def test_the_own_passage_has_every_rank_and_parts_stay_apart(make, llm):
         assert [isinstance(part, torch.Tensor) for part in parts] == [True, False, True, False, True]
         for part, passage in zip(parts[::2], passages, strict=True):
             torch.testing.assert_close(part, embedder_of(experiment, passage))
-    (sample, *_) = measured(experiment)
-    assert sample["rank"] == 0
-    summary = experiment.summarise(measured(experiment))
+    samples = measured(experiment)
+    assert samples[0]["rank"] == 0
+    summary = experiment.summarise(samples)
     assert list(summary["by_rank"]) == ["0", "1", "2"]
     assert summary["by_rank"]["0"]["full"]["n"] == 4
 
@@ -236,12 +236,13 @@ def embedder_of(experiment, passage):
 def test_full_text_beyond_the_window_is_cut_and_says_so(make, llm):
     long = rows()
     long[0]["context"] = long[1]["context"] = "The mill turned slowly all day. " * 100
-    sample = next(sample for sample in measured(make(data=long, ratios=(8,))) if sample["id"] == "0-0")
     experiment = make(data=long, ratios=(8,))
+    samples = measured(experiment)
+    sample = next(sample for sample in samples if sample["id"] == "0-0")
     room = llm.context_window - len(experiment.prompt(question(experiment, "0-0"), [])) - 32
     assert sample["arms"]["full"]["cut"] is True
     assert sample["arms"]["full"]["positions"] == room
-    assert experiment.summarise(measured(experiment))["arms"]["full"]["cut"] == 2
+    assert experiment.summarise(samples)["arms"]["full"]["cut"] == 2
     with pytest.raises(BudgetError, match="'0-0'.*coarser --ratios"):
         measured(make(data=long, ratios=(1,)))
 

@@ -239,13 +239,10 @@ def test_batch_equals_single(architecture, bos, monkeypatch):
     embedder = random_embedder(llm)
     texts = ["", "a", TEXT, "Rivers carry sand to the sea.", TEXT[:70], "x y"]
     alone = [embedder.compress(text, batch_size=1).embeddings for text in texts]
-    for batch_size in (1, 2, 3, 100):
-        for order in (range(len(texts)), reversed(range(len(texts)))):
-            picked = list(order)
-            for index, made in zip(
-                picked, embedder.compress([texts[i] for i in picked], batch_size=batch_size), strict=True
-            ):
-                torch.testing.assert_close(made.embeddings, alone[index], atol=1e-5, rtol=0)
+    for batch_size, order in ((2, 1), (2, -1), (3, 1), (100, -1)):
+        made = embedder.compress(texts[::order], batch_size=batch_size)[::order]
+        for text, expected in zip(made, alone, strict=True):
+            torch.testing.assert_close(text.embeddings, expected, atol=1e-5, rtol=0)
 
 
 def test_bos_stands_before_every_chunk(llm, monkeypatch):
@@ -505,7 +502,7 @@ def test_batch_equals_single_above_layer_0(family, bos):
     embedder = tuned(llm, 2)
     texts = ["", "a", TEXT, "Rivers carry sand to the sea.", TEXT[:70], "x y"]
     alone = [embedder.compress(text, ratio=2, batch_size=1) for text in texts]
-    for batch_size, order in ((1, 1), (2, -1), (3, 1), (100, -1)):
+    for batch_size, order in ((2, -1), (3, 1), (100, -1)):
         made = embedder.compress(texts[::order], ratio=2, batch_size=batch_size)[::order]
         for own, expected in zip(made, alone, strict=True):
             assert_same_text(own, expected)

@@ -243,6 +243,13 @@ def test_a_chat_goes_on_past_three_windows():
     assert {one["fidelity"] for one in response.raw["extemb"]["documents"]} & {2, 4, 8}
 
 
+@pytest.mark.parametrize("budget", [None, 1024, 9999])
+def test_a_completion_is_the_same_with_a_budget(lm, budget):
+    llm = ExtensibleLLM.from_lm(lm, max_tokens=4, budget=budget, ratio=4)
+    assert llm.complete("So?").text == lm.ask("So?", max_new_tokens=4).text
+    assert llm.complete("So?", formatted=True).text == lm.generate("So?", max_new_tokens=4).text
+
+
 @pytest.mark.parametrize("turns", [1, 9, 17, 25, 33])
 def test_a_chat_of_any_length_is_answered_with_a_budget(lm, turns, tmp_path):
     """Nothing to it without documents; room for them with them; and what was said is in no store on disk."""
@@ -256,8 +263,6 @@ def test_a_chat_of_any_length_is_answered_with_a_budget(lm, turns, tmp_path):
             response = llm.chat(talk)
             assert all(source.startswith("turn ") for source, _ in told(response))
             assert [*llm.stream_chat(talk)][-1].message.content == response.message.content
-            assert llm.complete("So?").text == lm.ask("So?", max_new_tokens=4).text
-            assert llm.complete("So?", formatted=True).text == lm.generate("So?", max_new_tokens=4).text
             assert len(store) == 0
         for budget in (100, 9999):
             llm = ExtensibleLLM.from_lm(stored, max_tokens=4, budget=budget, ratio=4)

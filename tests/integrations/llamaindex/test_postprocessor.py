@@ -393,8 +393,7 @@ def test_chat_engines_and_streams(llm, nodes, calls):
     assert len(streamed.source_nodes) == 3
 
 
-@pytest.mark.parametrize("turns", [8, 40])
-@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize(("turns", "compressed"), [(8, True), (40, True), (40, False)])
 def test_a_chat_engine_goes_on_past_the_window(lm, long_nodes, calls, monkeypatch, turns, compressed):
     """With texts, and with embeddings; `calls` sees that no call overflows the window."""
     llm = ExtensibleLLM.from_lm(lm, max_tokens=4)
