@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
-from io import BytesIO
 from typing import Any
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "phi")  # one of each kind, for large matrices
@@ -104,53 +101,6 @@ def bos_tokenizer() -> Any:
     )
 
 
-_models: dict[str, Callable[[], Any] | None] = {}
-
-
-def copy_made(key: Any, make: Callable[[], Any], llm: Any = None) -> Any:
-    """Make something, or copy what was made with the same key, and for the LLM as it is, which is ten times as quick.
-
-    The LLM, and memory that is shared with it, are not copied.
-    """
-    copies = _models if llm is None else vars(llm).setdefault("_copied_by_tests", {})
-    if llm is not None:
-        key = key, llm.name, llm.bos_token_id, [parameter._version for parameter in llm.model.parameters()]
-    if (name := repr(key)) not in copies:
-        copies[name] = None  # most are made once
-        return make()
-    if copies[name] is None:
-        copies[name] = _copies_of(make(), llm)
-    return copies[name]()
-
-
-def _copies_of(made: Any, llm: Any) -> Callable[[], Any]:
-    import torch
-
-    from extemb_core.models.entry import SharedParameter
-
-    outside: dict[int, Any] = {}  # of what is pickled: the LLM and all tensors, by their ids
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value: Any) -> int | None:
-            if value is not llm and not isinstance(value, torch.Tensor):
-                return None
-            outside[id(value)] = value
-            return id(value)
-
-    def copied(value: Any) -> Any:
-        if isinstance(value, SharedParameter):
-            return SharedParameter(value.data, requires_grad=False)
-        return deepcopy(value) if isinstance(value, torch.Tensor) else value
-
-    def copy() -> Any:
-        unpickler = pickle.Unpickler(BytesIO(pickled.getvalue()))
-        unpickler.persistent_load = {number: copied(value) for number, value in outside.items()}.__getitem__
-        return unpickler.load()
-
-    Pickler(pickled := BytesIO()).dump(made)
-    return copy
-
-
 def tiny_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
     """A random causal LM with 3 layers of width 32."""
     import torch
@@ -174,13 +124,9 @@ def tiny_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
     settings |= FAMILIES[architecture] | changes
     settings = {name: value for name, value in settings.items() if value is not None or name in _MAY_BE_NONE}
     config = CONFIG_MAPPING[settings.pop("model_type", architecture)](**settings)
-
-    def make() -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config)
-
-    return copy_made((config.to_dict(), seed), make)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config)
 
 
 @cache
@@ -195,8 +141,7 @@ def entering(llm: Any, layer: int = 1, **settings: Any) -> Any:
     """An untrained embedder whose embeddings enter at a layer of the LLM."""
     from extemb_core.models.embedder import ExtensibleEmbedder
 
-    chosen = {"chunk_size": 16, "ratios": (1, 2, 4, 8)} | settings
-    return copy_made((layer, chosen), lambda: ExtensibleEmbedder.untrained(llm, layer, **chosen), llm)
+    return ExtensibleEmbedder.untrained(llm, layer, **({"chunk_size": 16, "ratios": (1, 2, 4, 8)} | settings))
 
 
 def tool_llm() -> Any:
@@ -213,20 +158,16 @@ def random_embedder(llm: Any, *, seed: int = 1, **settings: Any) -> Any:
 
     from extemb_core.models.embedder import ExtensibleEmbedder
 
-    chosen = {"num_layers": 2, "chunk_size": 16, "ratios": (2, 4, 8)} | settings
-
-    def make() -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            embedder = ExtensibleEmbedder.from_llm(llm, **chosen)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, tensor in embedder.trainable_state_dict().items():
-                if name != "llm_probe":
-                    tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
-        return embedder
-
-    return copy_made((seed, chosen), make, llm)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        chosen = {"num_layers": 2, "chunk_size": 16, "ratios": (2, 4, 8)} | settings
+        embedder = ExtensibleEmbedder.from_llm(llm, **chosen)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in embedder.trainable_state_dict().items():
+            if name != "llm_probe":
+                tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    return embedder
 
 
 def save_tiny(folder: Any) -> None:
