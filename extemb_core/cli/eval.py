@@ -13,7 +13,7 @@ from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import DEFAULT_LLM, SHIPPED, CommandGroup, LlmOption, ResumeOption, option
 from extemb_core.cli.output import explain_interrupt, library_output, print_note
-from extemb_core.evaluation.settings import NeedleConfig, PerplexityConfig, QaConfig, SpeedConfig
+from extemb_core.evaluation.settings import NeedleConfig, PerplexityConfig, PlanConfig, QaConfig, SpeedConfig
 
 app = CommandGroup(no_args_is_help=True, help="Measure what the embeddings are worth, against every control.")
 
@@ -98,3 +98,11 @@ def speed() -> Experiment:
     from extemb_core.evaluation.speed import SpeedExperiment
 
     return SpeedExperiment
+
+
+@_measurement(PlanConfig, "data", "passages", "plans", "batch_size", data=...)
+def plan() -> Experiment:
+    """Fit what it costs an answer to read a sentence in less detail: the table that plans for a question weigh with."""
+    from extemb_core.evaluation.plan_losses import PlanExperiment
+
+    return PlanExperiment

@@ -14,7 +14,7 @@ import numpy as np
 
 from extemb_core.context.allocation import allocate
 from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget
-from extemb_core.context.scoring import SentenceScorer, bm25_scores, words_held
+from extemb_core.context.scoring import SentenceScorer, bm25_scores, words_added
 from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
 
@@ -24,44 +24,56 @@ Mode = Literal["focus", "select", "even"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
+FIDELITIES: tuple[Fidelity, ...] = ("dropped", 32, 16, 8, 4, 2, "raw")
+"""In rising detail."""
+
+
 @dataclass(frozen=True, eq=False)
 class SentenceLosses:
     """What it costs the answer when a sentence is not read in full, by what it has to do with the question.
 
+    Fitted by `extemb eval plan`.
+
     Attributes:
-        fidelities: In rising detail, from "dropped" to "raw".
         ranks: Sentences are classed by their rank among all, from 1: up to ranks[0], up to ranks[1], and so on; then
             those below; then those that have nothing to do with the question.
-        trust: Borders between the levels of trust in the ranking (see `words_held`).
-        losses: (levels of trust, classes, fidelities) nats per token of the answer; of the last two classes per
-            hundred of their own tokens.
+        trust: Borders between levels of trust in the ranking: what the second sentence adds (see `words_added`).
+        losses: (levels, classes, F) for each of `FIDELITIES`; of the last two classes per hundred of their own tokens.
     """
 
-    fidelities: tuple[Fidelity, ...]
     ranks: tuple[int, ...]
     trust: tuple[float, ...]
     losses: Array
 
-    def of(self, scores: Array, lengths: Array, trust: float) -> Array:
-        """Return (U, F) losses of U sentences with these scores and lengths in tokens."""
-        order = np.argsort(-scores, kind="stable")
+    def classes(self, scores: Array, lengths: Array) -> tuple[Array, Array]:
+        """Return (U,) class of each of U sentences, and what the losses of that class are multiplied by for it."""
         ranks = np.empty(len(scores), np.int64)
-        ranks[order] = np.arange(1, len(scores) + 1)
+        ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
         classes = np.searchsorted(self.ranks, ranks)
         classes[scores <= 0] = len(self.ranks) + 1
-        losses = self.losses[np.searchsorted(self.trust, trust)][classes]
-        weighted: Array = np.where((classes >= len(self.ranks))[:, None], losses * lengths[:, None] / 100, losses)
-        return weighted
+        return classes, np.where(classes < len(self.ranks), 1, lengths / 100)
+
+    def of(self, scores: Array, lengths: Array, added: float) -> Array:
+        """Return (U, F) losses of U sentences, of which the second adds so much."""
+        classes, amounts = self.classes(scores, lengths)
+        losses: Array = self.losses[np.searchsorted(self.trust, added)][classes] * amounts[:, None]
+        return losses
 
 
 @cache
-def sentence_losses(name: str = "focus.json") -> SentenceLosses:
+def sentence_losses() -> SentenceLosses:
     """Load the losses that ship."""
-    text = (resources.files("extemb_core") / "pretrained" / name).read_text(encoding="utf-8")
+    text = (resources.files("extemb_core") / "pretrained" / "focus.json").read_text(encoding="utf-8")
     values: dict[str, Any] = json.loads(text)
-    return SentenceLosses(
-        tuple(values["fidelities"]), tuple(values["ranks"]), tuple(values["trust"]), np.array(values["losses"])
-    )
+    return SentenceLosses(tuple(values["ranks"]), tuple(values["trust"]), np.array(values["losses"]))
+
+
+def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> float:
+    """Measure what the second of a ranking adds to the first (see `words_added`); 0 where there are no two."""
+    order = np.argsort(-scores, kind="stable")
+    if len(order) < 2 or scores[order[1]] <= 0:
+        return 0.0
+    return words_added(question, sentences, *order[:2].tolist())
 
 
 def mode_of(plan: str | None, ratio: str | int, question: str, entry_layer: int) -> Mode:
@@ -150,8 +162,8 @@ def plan_focus(
     """
     budget = check_budget(budget)
     table = losses or sentence_losses()
-    usable = [at for at, f in enumerate(table.fidelities) if not isinstance(f, int) or (f in ratios and not select)]
-    fidelities = [table.fidelities[at] for at in usable]
+    usable = [at for at, f in enumerate(FIDELITIES) if not isinstance(f, int) or (f in ratios and not select)]
+    fidelities = [FIDELITIES[at] for at in usable]
     counts = [len(document.sentences) for document in documents]
     ends, note = np.cumsum(counts)[:-1], ""
     chosen = np.full(sum(counts), len(fidelities) - 1)
@@ -160,13 +172,13 @@ def plan_focus(
         texts = [text for document in documents for text in document.sentences.texts]
         lengths = np.concatenate([np.diff(document.sentences.borders) for document in documents])
         scores = np.asarray(scorer(question, texts), dtype=float)
-        trust = words_held(question, texts, int(scores.argmax())) if scores.max(initial=0) > 0 else 0.0
+        added = added_by_second(question, texts, scores)
         per_position: Array = np.array([_tokens_per_position(fidelity) for fidelity in fidelities])
         if select:  # by rank alone, whatever a sentence's length
             ranks = np.argsort(np.argsort(-scores, kind="stable"), kind="stable")
             of_each = np.stack([(len(ranks) - ranks) * lengths, np.zeros(len(ranks))], axis=1)
         else:  # positions that nothing was measured to gain by are used too
-            of_each = table.of(scores, lengths, trust)[:, usable]
+            of_each = table.of(scores, lengths, added)[:, usable]
             of_each += _LEAST_LOSS * lengths[:, None] * (1 - per_position**-0.5)
         of_each[per_position < np.repeat([document.limit or 0 for document in documents], counts)[:, None]] = np.inf
 
@@ -175,12 +187,20 @@ def plan_focus(
             return sum(document.positions(fidelities, part) for document, part in parts)
 
         chosen = allocate(lengths, of_each, (1 / per_position).tolist(), budget, positions)
-        note = f"the best sentence holds {trust:.0%} of what is rare in the question"
+        note = _note(scores, added, table)
     plans = [
         _document_plan(at, document, fidelities, part)
         for at, (document, part) in enumerate(zip(documents, np.split(chosen, ends) if documents else (), strict=True))
     ]
     return Plan(documents=tuple(plans), budget=budget, note=note)
+
+
+def _note(scores: Array, added: float, table: SentenceLosses) -> str:
+    if not (scores > 0).any():
+        return "no sentence has a word of the question"
+    several = np.searchsorted(table.trust, added) == len(table.trust)
+    where = "several places" if several else "one place"
+    return f"the question asks for {where}: its second sentence adds {added:.0%} of what is rare in it"
 
 
 def _tokens_per_position(fidelity: Fidelity) -> float:

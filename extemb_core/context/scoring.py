@@ -29,12 +29,12 @@ def bm25_scores(question: str, sentences: Sequence[str]) -> list[float]:
     return [scores.get(at, 0.0) for at in range(len(sentences))]
 
 
-def words_held(question: str, sentences: Sequence[str], best: int) -> float:
-    """Measure how much of a question one sentence holds, from 0 to 1: how far a ranking that it leads can be trusted.
+def words_added(question: str, sentences: Sequence[str], best: int, second: int) -> float:
+    """Measure how much of a question its second sentence holds that the best one lacks, from 0 to 1.
 
-    Each word of the question counts by how rare it is among the sentences. Little is held where the text says it in
-    other words, or where several places have to be put together.
+    Each word of the question counts by how rare it is among the sentences. Where little is added the answer stands in
+    one place, and the ranking can be trusted to have found it; where much is, several have to be put together.
     """
     words = _index_of(tuple(sentences)).words(question)
     total = sum(rarity for rarity, _ in words)
-    return sum(rarity for rarity, held in words if best in held) / total if total else 0.0
+    return sum(rarity for rarity, held in words if second in held and best not in held) / total if total else 0.0

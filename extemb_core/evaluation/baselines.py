@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extemb_core.context.scoring import bm25_scores
+from extemb_core.context.spans import split_into_sentences
 from extemb_core.errors import ConfigError
-from extemb_core.library.bm25 import WordIndex
-from extemb_core.library.passages import split_sentences
 from extemb_core.models.kv_prefix import Prefix
 from extemb_core.models.llm import LLM
 from extemb_core.utils.validation import whole_number
@@ -140,32 +140,29 @@ def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
 def choose_sentences(llm: LLM, text: str, question: str, n: int) -> Ids:
     """Choose the sentences of a text that a question is about: what retrieval can do within the same positions.
 
-    Sentences (`split_sentences`) are ranked by BM25 against the question, those without a word of it after all others,
-    and the earlier first among equals. They are taken in that order until `n` tokens are full: of the sentence that
-    does not fit any more, its first tokens are. What was taken stands in the order of the text.
+    Sentences (`split_into_sentences`) are ranked by BM25 against the question, those without a word of it after all
+    others, and the earlier first among equals. They are taken in that order until `n` tokens are full: of the sentence
+    that does not fit any more, its first tokens are. What was taken stands in the order of the text.
 
     Args:
-        llm: Whose tokens are counted; each sentence is encoded by itself, with the white space before it.
+        llm: Whose tokens are counted.
         text: What is chosen from.
         question: What is asked.
         n: Tokens.
 
     Returns:
-        (min(n, T),) ids, T being the tokens of all sentences.
-
-    Raises:
-        MissingExtraError: bm25s is not installed.
+        (min(n, T),) ids, T being the tokens of the text.
     """
     whole_number(n, "n", 0)
-    sentences = [text[start:end] for start, end in split_sentences(text)]
-    best = [at for at, _ in WordIndex(range(len(sentences)), sentences).search(question, len(sentences))]
-    chosen: dict[int, Ids] = {}
-    for at in dict.fromkeys([*best, *range(len(sentences))]):
-        if not n:
-            break
-        chosen[at] = llm.encode(sentences[at])[:n]
-        n -= len(chosen[at])
-    return np.concatenate([np.empty(0, np.int32), *(chosen[at] for at in sorted(chosen))])
+    ids, ends = llm.encode_with_ends(text)
+    sentences = split_into_sentences(text, ends)
+    scores = np.array(bm25_scores(question, sentences.texts))
+    taken = np.zeros(len(ids), bool)
+    for at in np.argsort(-scores, kind="stable").tolist():
+        start, stop = sentences.borders[at : at + 2].tolist()
+        taken[start : min(stop, start + n)] = True
+        n = max(0, n - (stop - start))
+    return ids[taken]
 
 
 def random_tokens(llm: LLM, n: int, seed: int) -> Ids:

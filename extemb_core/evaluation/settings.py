@@ -113,6 +113,27 @@ class QaConfig(CommonConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanConfig(CommonConfig):
+    """Settings of fitting what reading sentences in less detail costs.
+
+    Attributes:
+        data: Questions: .jsonl[.zst] with id, context, question, answers. Never those that plans are judged by.
+        passages: Passages per question at most: its own and others.
+        plans: Random plans per question.
+        limit: Maximum number of questions, as many of each source (the id up to its colon) as there are.
+    """
+
+    ratios: tuple[int, ...] = (2, 4, 8, 16, 32)  # those of every plan
+    passages: int = 4
+    plans: int = 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "passages", "plans")
+        require_some(self, data="files of questions")
+
+
+@dataclass(frozen=True, kw_only=True)
 class NeedleConfig(CommonConfig):
     """Settings of finding one thing in much text.
 

@@ -1,4 +1,4 @@
-"""Split documents into passages, which are found, compressed and quoted on their own, and into sentences."""
+"""Split documents into passages, which are found, compressed and quoted on their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from extemb_core.utils.validation import whole_number
 
 # Where a text may be cut, best first: after a paragraph, a line, a sentence, a word.
 _CUTS = tuple(re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"(?<=[.!?])[\"')\]]*\s+", r"\s+"))
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*(?=\s)|(?<=\S)(?=\s*\n)")
 
 
 def split_passages(
@@ -39,21 +38,6 @@ def split_passages(
             size = 0
         size += tokens
     return list(pairwise([*starts, len(text)])) if text else []
-
-
-def split_sentences(text: str) -> list[tuple[int, int]]:
-    """Cut a text after every full stop, question mark or exclamation mark that white space follows, and every line.
-
-    White space belongs to the sentence after it, so that byte-level BPE makes of the sentences one by one, joined, the
-    tokens of the text. Abbreviations ("Dr. Smith") are cut too.
-
-    Returns:
-        (start, end) character offsets, which together are the whole text; each holds more than white space, if the
-        text does.
-    """
-    end = len(text.rstrip())
-    cuts = sorted({match.end() for match in _SENTENCE_END.finditer(text, 0, end)} - {0, end})
-    return list(pairwise([0, *cuts, len(text)])) if text else []
 
 
 def _pieces(

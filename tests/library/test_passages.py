@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extemb_core.errors import ConfigError
-from extemb_core.library.passages import split_passages, split_sentences
+from extemb_core.library.passages import split_passages
 
 
 def words(texts):
@@ -46,18 +46,3 @@ def test_an_empty_text_has_none():
     assert split_passages("", 5, words) == []
     with pytest.raises(ConfigError, match="max_tokens=0 is not a whole number of at least 1"):
         split_passages("a", 0, words)
-
-
-def test_sentences_end_at_marks_and_lines_and_begin_with_the_white_space_before_them():
-    text = 'One 1.5. "Two!" Three?) Four\n\n  Five.Six \nSeven.  '
-    assert [text[a:b] for a, b in split_sentences(text)] == [
-        "One 1.5.", ' "Two!"', " Three?)", " Four", "\n\n  Five.Six", " \nSeven.  "]  # fmt: skip
-    assert split_sentences("") == []
-    assert split_sentences(" \n ") == [(0, 3)]
-
-
-@given(st.text(alphabet="ab .!\n)\u00e9", max_size=60))
-def test_sentences_are_the_whole_text_and_none_is_blank(text):
-    spans = split_sentences(text)
-    assert "".join(text[start:end] for start, end in spans) == text
-    assert all(text[start:end].strip() for start, end in spans) or not text.strip()

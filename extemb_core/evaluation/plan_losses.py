@@ -1,0 +1,170 @@
+"""Fit what it costs an answer when a sentence is read in less detail: the table that `plan_focus` weighs with.
+
+Each question is put with its text several times, each time under another plan drawn at random: now every sentence at a
+fidelity of its own, now the best few in full and the rest at one ratio. What such a plan costs, against the full text,
+is fitted as a sum over its sentences of w(trust, class) g(fidelity): how much a sentence matters, by what the ranking
+says of it, times how much of it is lost. Both are least squares in turn; w is not negative and g falls with detail.
+
+The cost is half the loss of the right answer and half the fall of its probability as a whole, each over its own mean.
+The loss alone would have everything compressed a little; but an answer that is nearly right is not right.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any, ClassVar
+
+import numpy as np
+
+from extemb_core.context.assembly import Part, assemble_chat
+from extemb_core.context.builder import parts_of
+from extemb_core.context.focus import FIDELITIES, SentenceLosses, SplitDocument, added_by_second
+from extemb_core.context.scoring import bm25_scores
+from extemb_core.context.spans import Array, split_into_sentences
+from extemb_core.errors import ConfigError
+from extemb_core.evaluation.runs import Experiment, Sample, groups_of
+from extemb_core.evaluation.settings import PlanConfig
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.generation import turn_end
+from extemb_core.models.llm import LLM
+from extemb_core.questions import Question, read_questions, template_for, templates
+
+RANKS = (1, 2, 3, 6)
+_MIN_SENTENCES = 3
+_MAX_LOSS, _MIN_LOSS = 4.0, -1.0  # nats per token by which a plan counts as worse, or as better, than the full text
+_RANDOM = (0.12, 0.15, 0.13, 0.18, 0.17, 0.10, 0.15)  # chance of each fidelity for a sentence by itself
+_MAX_BEST, _MAX_NEXT = 4, 3  # sentences in full, and after them at a ratio of their own
+_TURNS = 60
+
+
+class PlanExperiment(Experiment):
+    """Puts questions under random plans, and fits the table.
+
+    Raises:
+        ConfigError: The embedder enters at layer 0, or no text has several sentences and fits the window.
+    """
+
+    kind: ClassVar[str] = "plan"
+
+    def __init__(self, config: PlanConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
+        if embedder is None or not embedder.config.entry_layer:
+            raise ConfigError("a plan of spans needs an embedder that enters above layer 0; pass one with --embedder")
+        super().__init__(config, llm, embedder)
+        self.config = config
+        self._embedder = embedder
+        self._rows = read_questions(config.data, unique=False)
+        self._questions = {f"{at} {self._rows[at].id}": at for at in self._drawn_by_source()}
+
+    def _drawn_by_source(self) -> list[int]:
+        """Draw rows at random, as many of each source (the id up to its colon) as there are."""
+        by_source: dict[str, list[int]] = defaultdict(list)
+        for at in np.random.default_rng(self.config.seed).permutation(len(self._rows)).tolist():
+            by_source[self._rows[at].id.split(":")[0]].append(at)
+        turns = zip_longest(*[rows for _, rows in sorted(by_source.items())])
+        return [at for turn in turns for at in turn if at is not None][: self.config.limit]
+
+    def groups(self) -> list[list[str]]:
+        return groups_of([*self._questions], self.config.batch_size)
+
+    def measure(self, group: Sequence[str]) -> Iterator[Sample]:
+        for name in group:
+            at = self._questions[name]
+            draw = np.random.default_rng([self.config.seed, at])
+            others = draw.integers(len(self._rows), size=draw.integers(self.config.passages))
+            texts = [self._rows[at].context, *(self._rows[other].context for other in others)]
+            text = "\n\n".join(texts[number] for number in draw.permutation(len(texts)))
+            yield {"id": name, **self._measured(self._rows[at], text, draw)}
+
+    def _measured(self, question: Question, text: str, draw: np.random.Generator) -> dict[str, Any]:
+        """Score the answer under plans drawn for the text; without a plan where it is too short or too long."""
+        llm, size = self.llm, self._embedder.config.chunk_size
+        ids, ends = llm.encode_with_ends(text)
+        document = SplitDocument(split_into_sentences(text, ends), self._embedder.config.kept_ratio, size)
+        texts = document.sentences.texts
+        if len(texts) < _MIN_SENTENCES:
+            return {"plans": []}
+        (compressed,) = self._embedder.compress_ids([ids], ratio=document.finest, show_progress=False)
+        scores = np.array(bm25_scores(question.question, texts))
+        plans = [self._drawn(scores, number, draw) for number in range(self.config.plans)]
+        template = templates()[template_for(question.answers)]
+        after = template["after"].replace("{question}", question.question)
+        parts: list[list[Part]] = [parts_of(document.spans(FIDELITIES, plan), ids, compressed) for plan in plans]
+        parts.append([ids])
+        prompts = [
+            assemble_chat(llm, [{"role": "user", "content": [template["before"], *each, after]}]).inputs(llm)
+            for each in parts
+        ]
+        answer = np.append(llm.encode(question.answers[0].strip()), np.int32(turn_end(llm)))
+        if max(map(len, prompts)) + len(answer) > llm.context_window:
+            return {"plans": []}
+        losses = [round(-float(part.sum()), 4) for part in llm.log_probs(prompts, [answer] * len(prompts))]
+        return {
+            "n_tokens": np.diff(document.sentences.borders).tolist(),
+            "scores": scores.round(4).tolist(),
+            "added": round(added_by_second(question.question, texts, scores), 4),
+            "plans": [plan.tolist() for plan in plans],
+            "answer_tokens": len(answer),
+            "losses": losses,
+        }
+
+    def _drawn(self, scores: Array, number: int, draw: np.random.Generator) -> Array:
+        """Draw the fidelity of each sentence: by itself, or by rank, in turn."""
+        if number % 2 == 0:
+            return draw.choice(len(FIDELITIES), len(scores), p=_RANDOM)
+        ranks = np.argsort(np.argsort(-scores, kind="stable"), kind="stable")
+        best, following = draw.integers(0, _MAX_BEST + 1), draw.integers(0, _MAX_NEXT + 1)
+        plan = np.full(len(scores), draw.integers(0, len(FIDELITIES) - 2))
+        plan[ranks < best + following] = draw.integers(3, len(FIDELITIES) - 1)
+        plan[ranks < best] = len(FIDELITIES) - 1
+        return plan
+
+    def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        usable = [sample for sample in samples if sample["plans"]]
+        if len(usable) < 2:
+            raise ConfigError("fewer than two texts have several sentences and fit the window; pass other questions")
+        return fit(usable)
+
+
+def fit(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Fit the table (see the module): JSON-able values, with the share of the cost's variance that it explains."""
+    added = np.array([sample["added"] for sample in samples])
+    positive = added[added > 0]
+    trust = (0.0, float(np.median(positive))) if len(positive) else (0.0,)
+    blank = SentenceLosses(RANKS, trust, np.zeros((len(trust) + 1, len(RANKS) + 2, len(FIDELITIES))))
+    features, nats, falls = [], [], []
+    for sample in samples:
+        lengths, scores = np.array(sample["n_tokens"]), np.array(sample["scores"])
+        classes, amounts = blank.classes(scores, lengths)
+        *losses, full = sample["losses"]
+        for plan, loss in zip(sample["plans"], losses, strict=True):
+            counted = np.zeros(blank.losses.shape)
+            np.add.at(counted[np.searchsorted(trust, sample["added"])], (classes, plan), amounts)
+            features.append(counted.reshape(-1, len(FIDELITIES)))
+            nats.append(np.clip((loss - full) / sample["answer_tokens"], _MIN_LOSS, _MAX_LOSS))
+            falls.append(np.exp(-full) - np.exp(-loss))
+    x, y = np.stack(features), np.array(nats) / np.mean(nats) + np.array(falls) / np.mean(falls)
+    lost = 1 - np.linspace(0, 1, len(FIDELITIES))
+    for _ in range(_TURNS):
+        weights = _non_negative_least_squares((x * lost).sum(2), y)
+        steps = _non_negative_least_squares(np.cumsum((x * weights[:, None]).sum(1)[:, :-1], axis=1), y)
+        lost = np.append(np.cumsum(steps[::-1])[::-1], 0)
+        lost /= max(lost[0], 1e-9)
+    table = weights.reshape((*blank.losses.shape[:2], 1)) * lost
+    explained = 1 - np.var(y - (x * weights[:, None] * lost).sum((1, 2))) / np.var(y)
+    return {
+        "fidelities": list(FIDELITIES), "ranks": list(RANKS), "trust": [round(border, 4) for border in trust],
+        "losses": table.round(4).tolist(), "lost": lost.round(4).tolist(), "explained": round(float(explained), 4),
+        "questions": len(samples), "plans": len(y),
+    }  # fmt: skip
+
+
+def _non_negative_least_squares(a: Array, b: Array, ridge: float = 1.0, rounds: int = 400) -> Array:
+    """Solve min |a x - b|^2 + ridge |x|^2 for x >= 0, one coordinate after another. a: (N, P), b: (N,) -> (P,)."""
+    gram, target = a.T @ a + ridge * np.eye(a.shape[1]), a.T @ b
+    x = np.zeros(a.shape[1])
+    for _ in range(rounds):
+        for at in range(len(x)):
+            x[at] = max(0.0, x[at] + (target[at] - gram[at] @ x) / gram[at, at])
+    return x
