@@ -221,7 +221,7 @@ def test_a_segment_holds_at_least_one_token(llm):
 
 # -- sentences by their words ------------------------------------------------------------------------------------
 
-STORY = "It rained. The mill burned in May. A grey cat slept. The mill was rebuilt by masons in spring. Nobody knew."
+STORY = "It rained. The mill burned in June. Some grey cat slept. The mill was rebuilt by masons in spring. Nobody knew."
 
 
 def chosen(question, n, story=STORY):
@@ -233,7 +233,7 @@ def length(text):
 
 
 def test_the_best_sentences_come_first_and_stand_in_the_order_of_the_text():
-    best, second = " The mill was rebuilt by masons in spring.", " The mill burned in May."
+    best, second = " The mill was rebuilt by masons in spring.", " The mill burned in June."
     question = "Which masons had rebuilt the mill?"
     assert chosen(question, length(best)) == best
     assert chosen(question, length(best) + length(second)) == second + best
@@ -242,7 +242,7 @@ def test_the_best_sentences_come_first_and_stand_in_the_order_of_the_text():
 
 
 def test_the_last_sentence_is_cut_to_what_is_left():
-    best, second = " The mill was rebuilt by masons in spring.", " The mill burned in May."
+    best, second = " The mill was rebuilt by masons in spring.", " The mill burned in June."
     for left in range(length(second)):
         ids = choose_sentences(tiny_llm(), STORY, "Which masons had rebuilt the mill?", length(best) + left)
         expected = [*tiny_llm().encode(second)[:left], *tiny_llm().encode(best)]
