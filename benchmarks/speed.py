@@ -3,7 +3,7 @@
     python benchmarks/speed.py --json benchmarks/results/speed.json
 
 Sections: start (import and --help), compress (against a bare forward pass), first_token (against a plain prompt),
-memory (1 MB against 10 MB of text), size (what the base install takes on disk).
+plan (for a question against evenly), memory (1 MB against 10 MB of text), size (what the base install takes on disk).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import ending
 from install_size import install_size
 from memory import growth, sample_text
-from timing import cold_start, compress_cost, first_token
+from timing import cold_start, compress_cost, first_token, planning
 
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
 from extemb_core.weights.resolve import resolve_embedder
 
-SECTIONS = ("start", "compress", "first_token", "memory", "size")
+SECTIONS = ("start", "compress", "first_token", "plan", "memory", "size")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,6 +53,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ratio = 8 if 8 in made.embedder.config.ratios else min(made.embedder.config.ratios)
         return first_token(made, text, embeddings=8 if quick else 512, ratio=ratio, rounds=rounds)
 
+    def plan() -> dict[str, Any]:
+        return planning(lm(), text, tokens=128 if quick else 7168, rounds=rounds)
+
     def memory() -> dict[str, Any]:
         found = {"tiny_llm": growth(options.llm, None, sizes, 1 if quick else 2)}
         if options.thorough:
@@ -63,6 +66,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "start": lambda: cold_start(1 if quick else 7),
         "compress": compress,
         "first_token": first,
+        "plan": plan,
         "memory": memory,
         "size": install_size,
     }
@@ -89,7 +93,8 @@ def table(report: dict[str, Any]) -> str:
         for name, what in (("import", "import extemb_core"), ("help", "extemb --help")):
             row = start[name]
             rows.append((what, f"{row['median_seconds']:.3f} s", f"< {row['target']} s", row["met"]))
-    for name, what in (("compress", "compress / bare forward"), ("first_token", "first token / plain prompt")):
+    for name, what in (("compress", "compress / bare forward"), ("first_token", "first token / plain prompt"),
+                       ("plan", "first token, planned for the question / evenly")):  # fmt: skip
         if row := report.get(name):
             rows.append((what, f"{row['ratio']:.3f}x", f"<= {row['target']:.2f}x", row["met"]))
     for name, row in report.get("memory", {}).items():

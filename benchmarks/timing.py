@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from extemb_core.context import scoring
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.documents import Document
 from extemb_core.errors import ExtembError
@@ -23,6 +24,7 @@ from extemb_core.models.entry import FINAL_NORMS
 from extemb_core.models.llm import LLM
 
 IMPORT = "import time; start = time.perf_counter(); import extemb_core; print(time.perf_counter() - start)"
+PLANS = ("focus", "even")
 HELP = "import sys; sys.argv = ['extemb', '--help']; from extemb_core.cli.main import main; main()"
 
 
@@ -191,6 +193,32 @@ def first_token(lm: ExtensibleLM, text: str, *, embeddings: int, ratio: int, rou
         "extensible_embeddings": answer.context[0].positions,
         "document_tokens": answer.context[0].n_tokens,
         "ratio_of_embeddings": ratio,
+    }
+
+
+def planning(lm: ExtensibleLM, text: str, *, tokens: int, rounds: int) -> dict[str, Any]:
+    """A plan for the question against an even one in as many positions, to the first token.
+
+    The document was compressed before; its sentences are found and indexed anew in each round, as for a new document.
+    """
+    document = Document(lm.llm.decode(lm.llm.encode(text)[:tokens].tolist()))
+    budget = tokens // 8 + 16
+
+    def asked(plan: str) -> Any:
+        scoring.index_of.cache_clear()
+        fresh = ExtensibleLM(lm.llm, lm.embedder, lm.store)  # which knows no sentences yet
+        return fresh.stream(
+            "What is said about names?", [document], budget=budget, plan=plan, max_new_tokens=1
+        ).finish()
+
+    result = compare(alternate({name: lambda name=name: asked(name) for name in PLANS}, rounds), *PLANS, 1.05)
+    entries = {name: asked(name).context[0] for name in PLANS}
+    return {
+        "what": "ExtensibleLM.stream to the first token, document in the store, by plan",
+        **result,
+        "positions": {name: entry.positions for name, entry in entries.items()},
+        "fidelity": {name: entry.fidelity for name, entry in entries.items()},
+        "document_tokens": entries["focus"].n_tokens,
     }
 
 

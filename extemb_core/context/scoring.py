@@ -19,13 +19,14 @@ class SentenceScorer(Protocol):
 
 
 @lru_cache(_KEPT_INDICES)
-def _index_of(sentences: tuple[str, ...]) -> WordIndex:
+def index_of(sentences: tuple[str, ...]) -> WordIndex:
+    """Index sentences by their words; recent indices are remembered."""
     return WordIndex(range(len(sentences)), sentences)
 
 
 def bm25_scores(question: str, sentences: Sequence[str]) -> list[float]:
     """Score sentences by BM25: words that are rare among them count most."""
-    scores = dict(_index_of(tuple(sentences)).search(question, len(sentences)))
+    scores = dict(index_of(tuple(sentences)).search(question, len(sentences)))
     return [scores.get(at, 0.0) for at in range(len(sentences))]
 
 
@@ -35,6 +36,6 @@ def words_added(question: str, sentences: Sequence[str], best: int, second: int)
     Each word of the question counts by how rare it is among the sentences. Where little is added the answer stands in
     one place, and the ranking can be trusted to have found it; where much is, several have to be put together.
     """
-    words = _index_of(tuple(sentences)).words(question)
+    words = index_of(tuple(sentences)).words(question)
     total = sum(rarity for rarity, _ in words)
     return sum(rarity for rarity, held in words if second in held and best not in held) / total if total else 0.0
