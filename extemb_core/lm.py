@@ -12,6 +12,7 @@ import torch
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, answer_now, to_answer
 from extemb_core.context.builder import ContextBuilder, capped
 from extemb_core.context.conversation import Condenser, Session
+from extemb_core.context.focus import check_plan
 from extemb_core.context.messages import Messages, as_messages, inline_documents, question_in
 from extemb_core.context.planning import Plan
 from extemb_core.context.tools import Tool
@@ -219,7 +220,10 @@ class ExtensibleLM:
         ratio: str | int = "auto",
         **sampling: Any,
     ) -> Answer:
-        """Continue a plain prompt, without a chat template, after the documents and with those that stand in it."""
+        """Continue a plain prompt, without a chat template, after the documents and with those that stand in it.
+
+        What is asked is nowhere said in it, so documents have the plan "even".
+        """
         return answer_now(self.llm, *self.prepare_text(prompt, documents, budget=budget, ratio=ratio, **sampling))
 
     def prepare_text(
@@ -229,9 +233,15 @@ class ExtensibleLM:
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
+        plan: str | None = None,
         **sampling: Any,
     ) -> tuple[PreparedPrompt, Sampling]:
-        """Prepare what `generate` hands to the LLM."""
+        """Prepare what `generate` hands to the LLM.
+
+        Raises:
+            ConfigError: The plan is another than "even" and None.
+        """
+        check_plan(plan, ratio, question=False)
         settings = Sampling(**sampling)
         joined, length = as_documents(documents), settings.max_new_tokens
         return self.builder.text(prompt, joined, budget=budget, ratio=ratio, max_new_tokens=length), settings

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AskOptions(options.ModelOptions):
-    """Options of `extemb ask`; those of `extemb chat` are all but the ones on a library.
+    """Options of `extemb ask`; those of `extemb chat` are all but the plan and the ones on a library.
 
     Attributes:
         documents: Files and folders to read, best first: text, Markdown, HTML, PDF; - is text from stdin.
         ratio: Tokens per extensible embedding: one ratio for all documents, raw text, or the finest that fits.
+        plan: Read what says most about the question in full and the rest compressed (focus), that alone (select), or
+            each document at one ratio (even).
         budget: Positions of the LLM's window that the documents may take.
         store: Keep compressed documents in this folder, and reuse those that are there.
         library: Ask the documents of a library (`extemb index add`).
@@ -45,6 +47,9 @@ class AskOptions(options.ModelOptions):
 
     documents: tuple[str, ...] = ()
     ratio: str = field(default="auto", metadata={"metavar": "auto|raw|N"})
+    plan: str | None = field(
+        default=None, metadata={"metavar": "focus|select|even", "default": "focus where --ratio is auto"}
+    )
     budget: int | None = None
     store: str | None = field(default=None, metadata={"default": "in memory"})
     library: str | None = None
@@ -81,10 +86,10 @@ class AskOptions(options.ModelOptions):
         return lm
 
 
-_LIBRARY = ("library", "k")
+_OF_ASK = ("plan", "library", "k")
 _NAMES = (
-    "documents", "ratio", "budget", "llm", "embedder", "store", *_LIBRARY, "max_new_tokens", "temperature", "seed",
-    "device", "dtype",
+    "documents", "ratio", "plan", "budget", "llm", "embedder", "store", "library", "k", "max_new_tokens", "temperature",
+    "seed", "device", "dtype",
 )  # fmt: skip
 
 
@@ -98,11 +103,14 @@ def ask(
     **settings: Any,
 ) -> None:
     """Answer a question from documents: the answer on stdout, what became of each document on stderr."""
+    from extemb_core.context.focus import check_plan
+
     given = AskOptions(**settings)
     question, paths = _question_and_paths(question, list(given.documents))
     if given.library is not None and (paths or given.store is not None):
         raise typer.BadParameter("a library has its own documents and store; leave out --documents and --store")
     answering: dict[str, Any] = {"budget": given.budget, "ratio": given.parsed_ratio(), **given.sampling()}
+    answering["plan"] = check_plan(given.plan, answering["ratio"])
     with ExitStack() as exit_stack:
         texts = options.load_documents(paths, exit_stack.enter_context(options.skipping()))
         with output.library_output():
@@ -127,7 +135,7 @@ def ask(
         _note_cut(stream.answer, given)
 
 
-@options_from(AskOptions, *(name for name in _NAMES if name not in _LIBRARY), budget="half of the window")
+@options_from(AskOptions, *(name for name in _NAMES if name not in _OF_ASK), budget="half of the window")
 def chat(as_json: options.JsonOption = False, **settings: Any) -> None:
     """Talk about documents: a prompt on a terminal, one message per line from a pipe.
 
@@ -286,5 +294,6 @@ def _note_cut(answer: Answer, given: AskOptions) -> None:
     if names:
         remedies = ["raise --budget"] if given.budget is not None else []
         remedies += ["pass a coarser --ratio"] if given.ratio != "auto" else []
+        remedies += ["pass --plan focus"] if given.plan == "select" else []
         remedies += ["ask a library of them (extemb index add)"] if given.library is None else ["lower --k"]
         output.print_note(f"warning: not read, for want of positions: {', '.join(names)}; {', or '.join(remedies)}")

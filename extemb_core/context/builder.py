@@ -109,7 +109,10 @@ class ContextBuilder:
         ratio: str | int,
         max_new_tokens: int,
     ) -> PreparedPrompt:
-        """Build a plain prompt, without a chat template: documents, then texts and the documents between them."""
+        """Build a plain prompt, without a chat template: documents, then texts and the documents between them.
+
+        There is no question that documents could be planned for: each stands at one ratio.
+        """
         start = time.perf_counter()
         pieces = [texts] if isinstance(texts, str) else list(texts)
         encoded = [self.llm.encode(piece) if isinstance(piece, str) else piece for piece in pieces]

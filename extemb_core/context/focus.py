@@ -82,16 +82,33 @@ def mode_of(plan: str | None, ratio: str | int, question: str, entry_layer: int)
     Raises:
         ConfigError: The plan is unknown, comes with a ratio, or needs states that enter above layer 0.
     """
-    if plan is None:
+    if (mode := check_plan(plan, ratio)) is None:
         return "focus" if ratio == "auto" and question.strip() and entry_layer else "even"
-    if plan not in MODES:
-        raise ConfigError(f"plan={plan!r} is none of {', '.join(MODES)}; pass one of them, or None")
-    if plan != "even" and ratio != "auto":
+    if mode != "even" and not entry_layer:
+        raise ConfigError(f"plan={mode!r} needs an embedder that enters above layer 0; pass plan='even' or another one")
+    return mode
+
+
+def check_plan(plan: str | None, ratio: str | int = "auto", *, question: bool = True) -> Mode | None:
+    """Return a plan's name as it is.
+
+    Args:
+        plan, ratio: As for `mode_of`.
+        question: There is one; a plain prompt has none.
+
+    Raises:
+        ConfigError: The plan is unknown, comes with a ratio, or needs the question that there is not.
+    """
+    if plan is not None and plan not in MODES:
+        raise ConfigError(f"plan={plan!r} is none of {', '.join(MODES)}; pass one of them or leave it out")
+    if plan in ("focus", "select") and ratio != "auto":
         raise ConfigError(
-            f"plan={plan!r} came with ratio={ratio!r}, which is for whole documents; leave one of them out"
+            f"plan={plan!r} came with ratio={ratio!r}, which is for whole documents; pass ratio='auto' or plan='even'"
         )
-    if plan != "even" and not entry_layer:
-        raise ConfigError(f"plan={plan!r} needs an embedder that enters above layer 0; pass plan='even' or another one")
+    if plan in ("focus", "select") and not question:
+        raise ConfigError(
+            f"plan={plan!r} needs a question, and a plain prompt has none; pass plan='even' or use a chat"
+        )
     return plan
 
 

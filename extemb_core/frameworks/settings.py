@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import (
@@ -23,6 +24,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from extemb_core.answers import Answer
+from extemb_core.context.focus import check_plan
 from extemb_core.context.planning import check_budget
 from extemb_core.errors import ConfigError, ExtembError, RatioError
 from extemb_core.frameworks.shared import close_store, share
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAMPLED = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
-_OF_ANSWER = ("ratio", "budget", *_SAMPLED)
+_OF_ANSWER = ("ratio", "plan", "budget", *_SAMPLED)
 _OF_MODEL = ("model", "embedder", "store", "device", "dtype")
 _PER_CALL = {"model", "embedder", "documents", *_OF_ANSWER}
 
@@ -174,9 +176,15 @@ class GenerationSettings(ModelSettings):
     """Settings of a model and of its answers."""
 
     _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream"})  # settings of a call that are not an answer's
+    _HAS_QUESTION: ClassVar[bool] = True
+    """False of a model for plain prompts alone."""
 
     budget: Budget = None
     """Positions of the window that documents may take at most; all that is free when not given, or where it is less."""
+    plan: str | None = None
+    """"focus", what says most about the question in full and the rest compressed; "even", each document at one ratio;
+    "select", what says most and nothing else. "focus" when not given, where that can be (see `ExtensibleLM.ask`); plain
+    prompts, in which nothing is asked, have "even" alone."""
     max_tokens: int = 256
     """Longest answer."""
     temperature: float = 0.0
@@ -199,6 +207,11 @@ class GenerationSettings(ModelSettings):
         if (name, value) != ("stop", None):
             value = check_sampling("max_new_tokens" if name == "max_tokens" else name, value, alias=name)
         return value
+
+    @model_validator(mode="after")
+    def _plan_that_can_be(self) -> Self:
+        check_plan(self.plan, self.ratio, question=self._HAS_QUESTION)
+        return self
 
     def _model_of(self, settings: Mapping[str, Any]) -> str:
         """Return the name of the model of one call."""
@@ -229,6 +242,7 @@ class GenerationSettings(ModelSettings):
                 "fidelity": entry.fidelity,
                 "cached": entry.cached,
                 "reason": entry.reason,
+                "spans": [asdict(span) for span in entry.spans],
             }
             for entry in answer.context
         ]

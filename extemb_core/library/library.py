@@ -305,11 +305,13 @@ class Library:
     def ask(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> Answer:
         """Answer from the passages nearest to the question: `search`, then `ExtensibleLM.ask`.
 
+        Each passage is a document there, and short: "focus" and "select" rank the sentences of all of them together.
+
         Args:
             question: In the user's words.
             k: Passages at most; those that the budget has no room for are reported as dropped.
             hybrid: See `search`.
-            **settings: Of `ExtensibleLM.ask`: budget, ratio, max_new_tokens, ...
+            **settings: Of `ExtensibleLM.ask`: budget, ratio, plan, max_new_tokens, ...
         """
         return self.stream(question, k=k, hybrid=hybrid, **settings).finish()
 

@@ -185,7 +185,9 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
         if not messages:
             return 0
         lm, formatted = self.lm, _formatted(tools)
-        return lm.positions(to_messages(messages, lm.refs), budget=self.budget, ratio=self.ratio, tools=formatted)
+        return lm.positions(
+            to_messages(messages, lm.refs), budget=self.budget, ratio=self.ratio, plan=self.plan, tools=formatted
+        )
 
     # -- inside -----------------------------------------------------------------------------------------------
 

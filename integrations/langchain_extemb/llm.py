@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseLLM
@@ -23,8 +23,11 @@ class ExtensibleLLM(LoadedInThread, BaseLLM):
     """Frozen LLM that continues a prompt, without a chat template; documents are compressed instead of truncated.
 
     `documents=` of a call stand before each prompt; refs in a prompt are read where they stand. LangChain's cache keeps
-    nothing of calls with documents or settings of their own: it knows an answer by prompt and object alone.
+    nothing of calls with documents or settings of their own: it knows an answer by prompt and object alone. The only
+    `plan` is "even": what is asked is nowhere said in a plain prompt.
     """
+
+    _HAS_QUESTION: ClassVar[bool] = False
 
     @property
     def _llm_type(self) -> str:

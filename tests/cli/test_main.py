@@ -19,7 +19,7 @@ import pytest
 import typer.main
 from processes import PATIENCE, Process
 from safetensors import safe_open
-from tiny import random_embedder, save_tiny, tiny_llm
+from tiny import SENTENCES, random_embedder, save_tiny, tiny_llm
 from typer.testing import CliRunner
 
 import extemb_core
@@ -186,6 +186,7 @@ def test_defaults_are_those_of_the_library() -> None:
         library = inspect.signature(ExtensibleLM.ask).parameters
         assert ours["budget"] == library["budget"].default
         assert ours["ratio"] == library["ratio"].default
+        assert ours.get("plan") == library["plan"].default
         for name in ("max_new_tokens", "temperature", "seed"):
             assert ours[name] == getattr(Sampling(), name)
 
@@ -362,6 +363,44 @@ def test_ratio_that_was_not_trained(models: Models, novel: Path, tmp_path: Path)
     assert "ratio=3" in refused(
         ExitCode.SETTINGS, "compress", novel, "--output", tmp_path / "o", "--ratio", "3", *models.options
     )
+
+
+@pytest.mark.parametrize("plan", [None, "focus", "select", "even"])
+def test_a_document_is_planned_for_the_question(models: Models, novel: Path, plan: str | None) -> None:
+    novel.write_text(SENTENCES * 3, encoding="utf-8")
+    command = [
+        "ask",
+        "Why was the bridge closed in 1987?",
+        "--documents",
+        novel,
+        "--budget",
+        "100",
+        "--llm",
+        models.llm,
+    ]
+    command += ["--embedder", "untrained", *(["--plan", plan] if plan else [])]
+    (entry,) = answer_of(*command)["context"]
+    told = " ".join(run(*command, "--max-new-tokens", "4").stderr.split())
+    assert f"{entry['positions']} {entry['fidelity']} {entry['reason']}" in told
+    kinds = {span["fidelity"] for span in entry["spans"]}
+    if plan == "even":
+        assert (entry["fidelity"], kinds) == (8, set())
+        return
+    assert entry["fidelity"] == "mixed"
+    assert kinds == {"raw", "dropped"} if plan == "select" else kinds > {"raw", 32}
+    assert entry["spans"][-1]["stop"] == len(SENTENCES * 3)
+
+
+def test_a_plan_that_cannot_be_is_refused_before_anything_loads(models: Models, novel: Path) -> None:
+    for plan in ("focus", "select"):
+        told = refused(ExitCode.SETTINGS, "ask", "Who?", "--llm", "none/such/", "--plan", plan, "--ratio", "8")
+        assert (
+            told == f"plan='{plan}' came with ratio=8, which is for whole documents; pass ratio='auto' or plan='even'"
+        )
+    assert "plan='best' is none of focus, select, even" in refused(ExitCode.SETTINGS, "ask", "Who?", "--plan", "best")
+    told = refused(ExitCode.SETTINGS, *ask_about(models, novel, "--plan", "focus"))
+    assert "needs an embedder that enters above layer 0" in told
+    assert "No such option: --plan" in misused("chat", "--plan", "focus")
 
 
 def test_budget_that_cannot_be(models: Models, novel: Path) -> None:

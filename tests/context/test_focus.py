@@ -180,6 +180,14 @@ def test_a_plan_that_cannot_be_is_refused(arguments, message):
         mode_of(*arguments)
 
 
+@pytest.mark.parametrize("plan", ["focus", "select"])
+def test_a_plain_prompt_has_no_question_to_plan_for(lm, plan):
+    for call in (lm.generate, lm.prepare_text):
+        with pytest.raises(ConfigError, match=f"plan='{plan}' needs a question"):
+            call("Ships:", [SENTENCES], plan=plan)
+    assert lm.generate("Ships:", [SENTENCES], plan="even", budget=60, max_new_tokens=1).context[0].fidelity != "mixed"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

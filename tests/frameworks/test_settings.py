@@ -121,6 +121,7 @@ def test_an_answer_is_told_of_document_by_document(lm):
     (document,) = told["extemb"]["documents"]
     assert (document["fidelity"], document["cached"]) == (4, False)
     assert document["positions"] < document["raw_tokens"]
+    assert document["spans"] == []
     assert told["finish_reason"] == "length"
     assert told["model_name"] == "tiny-llama"
 
@@ -173,18 +174,41 @@ ILLEGAL = [
     ({"stop": ""}, ConfigError), ({"stop": ["a", ""]}, ConfigError), ({"stop": [7]}, ConfigError),
     ({"budget": -1}, BudgetError), ({"budget": "100"}, BudgetError), ({"budget": True}, BudgetError),
 ]  # fmt: skip
+ILLEGAL += [
+    ({"plan": "best"}, ConfigError), ({"plan": 7}, ConfigError), ({"plan": ["focus"]}, ConfigError),
+    ({"plan": "focus", "ratio": 4}, ConfigError), ({"plan": "select", "ratio": "raw"}, ConfigError),
+]  # fmt: skip
 ILLEGAL_RATIOS = ["fine", 0, -8, 2.5, True, "", None, "1.5"]
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(("settings", "error"), ILLEGAL)
 def test_an_illegal_value_is_an_error_of_the_object_and_of_a_call(kind, settings, error, lm):
-    ((name, value),) = settings.items()
+    (name, value), *_ = settings.items()
     with pytest.raises(error, match=name):
         kind.from_model_id("nobody/knows", **settings)
     if value not in (None, "", [7]):  # the object's is taken then
         with pytest.raises(error, match=name):
             kind.from_lm(lm)._call_settings(None, settings)
+
+
+@pytest.mark.parametrize(
+    ("made", "called", "remedy"),
+    [({"ratio": 4}, {"plan": "focus"}, {"ratio": "auto"}), ({"plan": "focus"}, {"ratio": 4}, {"plan": "even"})],
+)
+def test_a_ratio_and_a_plan_of_a_call_and_of_the_object_are_told_apart_by_the_call(made, called, remedy, lm):
+    model = GenerationSettings.from_lm(lm, **made)
+    with pytest.raises(ConfigError, match="plan='focus' came with ratio=4"):
+        model._call_settings(None, called)
+    chosen = model._call_settings(None, called | remedy)
+    assert {name: chosen[name] for name in ("plan", "ratio")} == called | remedy
+
+
+@pytest.mark.parametrize("plan", ["focus", "select"])
+def test_a_model_for_plain_prompts_alone_has_no_question_to_plan_for(plan, lm):
+    with pytest.raises(ConfigError, match=f"plan='{plan}' needs a question"):
+        langchain_extemb.ExtensibleLLM.from_model_id("nobody/knows", plan=plan)
+    assert langchain_extemb.ExtensibleLLM.from_lm(lm, plan="even").plan == "even"
 
 
 @pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])

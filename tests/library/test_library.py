@@ -119,6 +119,24 @@ def other(lm):
     return ExtensibleLM(lm.llm, untrained(lm.llm))
 
 
+@pytest.mark.parametrize("plan", [None, "focus", "select", "even"])
+def test_the_sentences_of_passages_are_planned_for_the_question(other, tmp_path, monkeypatch, plan):
+    with Library(tmp_path / "lib", other, encoder=by_words, passage_tokens=60) as library:
+        library.add([document(place) for place in PLACES])
+    made = counting(other, monkeypatch)
+    with Library(tmp_path / "lib", other, encoder=by_words, passage_tokens=60, mode="r") as library:
+        question, settings = "When was the bridge built?", {"k": 2, "budget": 70, "plan": plan, "max_new_tokens": 2}
+        best, *_ = library.search(question, k=2)
+        answers = library.ask(question, **settings), library.stream(question, **settings).finish()
+    for answer in answers:
+        first, *_ = answer.context
+        read = [(best.text[span.start : span.stop], span.fidelity) for span in first.spans]
+        assert any("bridge" in text and kind == "raw" for text, kind in read) == (plan != "even")
+        assert (first.fidelity == "mixed") == (plan != "even")
+        assert sum(entry.positions for entry in answer.context) <= 70
+    assert made == []  # the grid of what is kept is the library's
+
+
 @pytest.mark.parametrize("counted", [True, False])
 def test_documents_of_another_embedder_are_read_and_told_of_and_made_anew_when_asked(
     opened, lm, other, tmp_path, monkeypatch, caplog, counted

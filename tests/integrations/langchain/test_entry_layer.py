@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from anchored import lm_over
+from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, messages_from_dict, messages_to_dict
+from langchain_core.runnables import ConfigurableField
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
 from retrieval_encoder import by_words
 from tiny import SENTENCES, save_tiny, tiny_llm
 
 from extemb_core import Library
+from extemb_core.errors import ConfigError
 from extemb_core.models.entry import AnchoredPrompt
 from langchain_extemb import ChatExtensible, ExtensibleCompressor, ExtensibleLLM, ExtensibleRetriever
 
@@ -40,6 +47,72 @@ def read(lm, monkeypatch):
 
 def fates(message):
     return [(one["fidelity"], one["cached"]) for one in message.response_metadata["extemb"]["documents"]]
+
+
+async def test_a_plan_for_the_question(lm, read):
+    """Of the object, of a call, bound or configured, in every form; and a mixed document is told of in plain values."""
+    question, texts, budget = "Why was the bridge closed in 1987?", [Document(SENTENCES)], 60
+    chat = ChatExtensible.from_lm(lm, budget=budget, max_tokens=4)
+    plans = {}
+    for plan in (None, "focus", "select", "even"):
+        expected = lm.ask(question, SENTENCES, budget=budget, plan=plan, max_new_tokens=4)
+        plans[plan] = expected.to_dict()["context"][0]
+        model = ChatExtensible.from_lm(lm, budget=budget, max_tokens=4, plan=plan)
+        configured = chat.configurable_fields(plan=ConfigurableField(id="plan"))
+        answers = [
+            model.invoke(question, documents=texts),
+            chat.invoke(question, documents=texts, plan=plan),
+            chat.bind(plan=plan).invoke(question, documents=texts),
+            configured.with_config(configurable={"plan": plan}).invoke(question, documents=texts),
+            await model.ainvoke(question, documents=texts),
+            *model.batch([question] * 2, documents=texts),
+            *await model.abatch([question], documents=texts),
+            sum(model.stream(question, documents=texts), AIMessageChunk("")),
+            sum([chunk async for chunk in model.astream(question, documents=texts)], AIMessageChunk("")),
+        ]
+        for answer in answers:
+            (told,) = answer.response_metadata["extemb"]["documents"]
+            assert (answer.content, told["fidelity"]) == (expected.text, expected.context[0].fidelity)
+            assert json.loads(json.dumps(told)) == told
+            assert tuple(told["spans"]) == plans[plan]["spans"]
+        messages = [HumanMessage([{"type": "text-plain", "text": SENTENCES}, {"type": "text", "text": question}])]
+        positions = model.get_num_tokens_from_messages(messages)
+        assert positions == model.invoke(messages).usage_metadata["input_tokens"]
+    assert plans[None]["spans"] == plans["focus"]["spans"]
+    assert [plans[plan]["fidelity"] == "mixed" for plan in ("focus", "select", "even")] == [True, True, False]
+    assert plans["focus"]["spans"] != plans["select"]["spans"]
+
+
+def test_answers_of_two_plans_share_no_cache_entry(lm):
+    cache = InMemoryCache()
+    chats = [ChatExtensible.from_lm(lm, budget=60, max_tokens=2, cache=cache, plan=plan) for plan in ("focus", "even")]
+    told = [fates(chat.invoke("Which bridge?", documents=[Document(SENTENCES)], **call))[0][0]
+            for call in ({}, {"plan": "select"}) for chat in chats for _ in range(2)]  # fmt: skip
+    assert [kind == "mixed" for kind in told] == [True, True, False, False, True, True, True, True]
+
+
+async def test_a_checkpointer_keeps_what_became_of_a_mixed_document(lm):
+    chat = ChatExtensible.from_lm(lm, budget=60, max_tokens=2)
+    graph = StateGraph(MessagesState).add_node(
+        "chat", lambda state: {"messages": chat.invoke(state["messages"], documents=[SENTENCES])}
+    )
+    agent = graph.add_edge(START, "chat").compile(checkpointer=InMemorySaver())
+    thread = {"configurable": {"thread_id": "1"}}
+    said = agent.invoke({"messages": [HumanMessage("Which bridge?")]}, thread)["messages"][-1]
+    for kept in (agent.get_state(thread).values["messages"][-1], messages_from_dict(messages_to_dict([said]))[0]):
+        assert kept.response_metadata == said.response_metadata
+    (document,) = kept.response_metadata["extemb"]["documents"]
+    assert (document["fidelity"], {type(span) for span in document["spans"]}) == ("mixed", {dict})
+
+
+@pytest.mark.parametrize("plan", ["focus", "select"])
+def test_a_plain_prompt_is_planned_evenly_and_says_so_where_another_plan_is_asked(lm, plan):
+    model = ExtensibleLLM.from_lm(lm, budget=60, max_tokens=2)
+    (answer,) = model.generate(["The bridge"], documents=[SENTENCES]).generations[0]
+    assert answer.generation_info["extemb"]["documents"][0]["fidelity"] == 4
+    for call in (model.invoke, lambda *prompt, **settings: list(model.stream(*prompt, **settings))):
+        with pytest.raises(ConfigError, match=f"plan='{plan}' needs a question"):
+            call("The bridge", documents=[SENTENCES], plan=plan)
 
 
 async def test_the_chat_model(lm, read):

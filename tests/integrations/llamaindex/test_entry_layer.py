@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from anchored import lm_over
 from llama_index.core import SummaryIndex
@@ -12,7 +14,7 @@ from tiny import SENTENCES, save_tiny, tiny_model, tiny_tokenizer
 
 from extemb_core.models.entry import AnchoredPrompt
 from extemb_core.models.llm import LLM
-from llama_index.llms.extemb import ExtensibleLLM, extensible_prompt_helper
+from llama_index.llms.extemb import ExtensibleLLM, ExtensibleLLMError, extensible_prompt_helper
 from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor, ExtensibleNode, ExtensibleTransform
 
 TEXT = SENTENCES[:300]
@@ -54,6 +56,40 @@ async def test_the_llm(lm, read):
     formatted = llm.complete("In short:", formatted=True, documents=[TEXT]).text
     assert formatted == lm.generate("In short:", TEXT, ratio=4, max_new_tokens=4).text
     assert all(isinstance(prompt, AnchoredPrompt) for prompt in read)
+
+
+@pytest.mark.parametrize("plan", [None, "focus", "select", "even"])
+async def test_a_plan_for_the_question(lm, plan):
+    """Of the object and of a call, in every form; and a mixed document is told of in plain values."""
+    question, given = "Why was the bridge closed in 1987?", {"documents": [SENTENCES]}
+    expected = lm.ask(question, SENTENCES, budget=60, plan=plan, max_new_tokens=4)
+    (entry,) = expected.to_dict()["context"]
+    messages = [ChatMessage(question)]
+    for made, called in (({"plan": plan}, {}), ({}, {"plan": plan})):
+        llm, call = ExtensibleLLM.from_lm(lm, budget=60, max_tokens=4, **made), given | called
+        answers = [
+            llm.complete(question, **call),
+            await llm.acomplete(question, **call),
+            [*llm.stream_complete(question, **call)][-1],
+            [piece async for piece in await llm.astream_complete(question, **call)][-1],
+            llm.chat(messages, **call),
+            await llm.achat(messages, **call),
+            [*llm.stream_chat(messages, **call)][-1],
+            [piece async for piece in await llm.astream_chat(messages, **call)][-1],
+        ]
+        for answer in answers:
+            (told,) = answer.raw["extemb"]["documents"]
+            assert (told["fidelity"], tuple(told["spans"])) == (entry["fidelity"], entry["spans"])
+            assert json.loads(json.dumps(told)) == told
+            assert (answer.message.content if hasattr(answer, "message") else answer.text) == expected.text
+        if plan in ("focus", "select"):
+            with pytest.raises(ExtensibleLLMError, match=f"plan='{plan}' needs a question"):
+                llm.complete(question, formatted=True, **call)
+        else:
+            whole = llm.complete(question, formatted=True, **call)
+            assert whole.text == lm.generate(question, SENTENCES, budget=60, max_new_tokens=4).text
+    assert (entry["fidelity"] == "mixed") == (plan != "even")
+    assert json.loads(llm.to_json())["plan"] == llm.plan
 
 
 @pytest.mark.parametrize("settings", [{"ratio": 4}, {"ratio": 2}, {"budget": 60}, {"budget": 200, "top_raw": 1}])
