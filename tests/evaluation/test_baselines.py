@@ -221,7 +221,7 @@ def test_a_segment_holds_at_least_one_token(llm):
 
 # -- sentences by their words ------------------------------------------------------------------------------------
 
-STORY = "It rained. The mill burned in June. Some grey cat slept. The mill was rebuilt by masons in spring. Nobody knew."
+STORY = "It rained. The mill burned in June. Some cat slept. The mill was rebuilt by masons in spring. Nobody knew."
 
 
 def chosen(question, n, story=STORY):
