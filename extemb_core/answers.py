@@ -8,13 +8,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from extemb_core.context.planning import Fidelity
+from extemb_core.context.planning import Fidelity, count_fidelities
+from extemb_core.documents import Document
 from extemb_core.errors import ConfigError
+from extemb_core.utils.text import strip_control_chars
 
 if TYPE_CHECKING:
     from extemb_core.context.assembly import Prompt
     from extemb_core.models.generation import Generated, Sampling
     from extemb_core.models.llm import LLM
+
+# A fidelity is told by its form, whatever colours are seen; translucent tints suit light pages and dark ones.
+_RAW = '<mark style="background:rgba(86,180,233,.35);color:inherit;font-weight:600"{}>{}</mark>'
+_AT_RATIO = '<u style="text-decoration:underline dotted rgb(213,94,0) 2px"{}>{}</u><sub>{}</sub>'
+_DROPPED = '<s style="opacity:.65"{}>{}</s>'
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,14 @@ class ContextSpan:
     stop: int
     fidelity: Fidelity
     positions: int
+
+    def to_html(self, text: str) -> str:
+        """Mark its part of a document's text by its fidelity."""
+        shown = html.escape(strip_control_chars(text[self.start : self.stop]))
+        title = f' title="{self.positions:,} positions"'
+        if isinstance(self.fidelity, int):
+            return _AT_RATIO.format(title, shown, self.fidelity)
+        return (_RAW if self.fidelity == "raw" else _DROPPED).format(title, shown)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,30 @@ class ContextEntry:
     cached: bool
     reason: str
     spans: tuple[ContextSpan, ...] = ()
+
+    def highlight(self, document: Any) -> str:
+        """Return HTML of the document with its spans marked: raw, at a ratio, which is said, or dropped.
+
+        In a notebook: `IPython.display.HTML(answer.context[0].highlight(document))`.
+
+        Args:
+            document: The one that was asked about, in any form that `ExtensibleLM.ask` takes.
+
+        Raises:
+            ConfigError: It is another document.
+        """
+        document = Document.from_any(document)
+        if document.ref != self.ref:
+            raise ConfigError(f"{document.source!r:.80} is not the text of {self.source!r:.80}; pass that document")
+        spans = self.spans or (ContextSpan(0, len(document.text), self.fidelity, self.positions),)
+        legend = " · ".join(
+            (_RAW.format("", "raw"), _AT_RATIO.format("", "compressed", "ratio"), _DROPPED.format("", "dropped"))
+        )
+        return (
+            f"<div><p><b>{html.escape(self.source)}</b>: {self.n_tokens:,} tokens in {self.positions:,} positions<br>"
+            f'<small>{legend}</small></p><div dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere">'
+            f"{''.join(span.to_html(document.text) for span in spans)}</div></div>"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +136,7 @@ class Answer:
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><td>{html.escape(entry.source)}</td><td>{entry.n_tokens:,}</td><td>{entry.positions:,}</td>"
-            f"<td>{html.escape(str(entry.fidelity))}</td><td>{'cache' if entry.cached else 'computed'}</td></tr>"
+            f"<td>{html.escape(_in_words(entry))}</td><td>{'cache' if entry.cached else 'computed'}</td></tr>"
             for entry in self.context
         )
         head = "".join(f"<th>{name}</th>" for name in ("source", "tokens", "positions", "fidelity", "from"))
@@ -107,6 +146,12 @@ class Answer:
             f"{self.seconds.get('total', 0):.2f} s in all"
         )
         return f"<div><p>{html.escape(self.text)}</p>{table}<small>{timing}</small></div>"
+
+
+def _in_words(entry: ContextEntry) -> str:
+    if not entry.spans:
+        return str(entry.fidelity)
+    return f"mixed, of {len(entry.spans)} spans: {count_fidelities(span.fidelity for span in entry.spans)}"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from extemb_core.context.conversation import Condenser, Session
 from extemb_core.context.focus import check_plan
 from extemb_core.context.messages import Messages, as_messages, inline_documents, question_in
 from extemb_core.context.planning import Plan
+from extemb_core.context.scoring import SentenceScorer
 from extemb_core.context.tools import Tool
 from extemb_core.documents import Document, Documents, as_documents
 from extemb_core.errors import ConfigError, MismatchError
@@ -43,6 +44,7 @@ class ExtensibleLM:
         llm: The frozen LLM.
         embedder: Made for that LLM.
         store: Where compressed documents are kept; in memory, 512 MiB, when not given.
+        scorer: Says how much a sentence has to do with the question, for plans by sentence; BM25 when not given.
 
     Attributes:
         refs: The documents that frameworks were handed refs of.
@@ -50,7 +52,14 @@ class ExtensibleLM:
         builder: Builds the prompts.
     """
 
-    def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        embedder: ExtensibleEmbedder,
+        store: Store | None = None,
+        *,
+        scorer: SentenceScorer | None = None,
+    ) -> None:
         if embedder.llm is not llm:
             raise MismatchError(f"the embedder has another LLM object ({embedder.llm.name!r}); load it with this one")
         self.llm = llm
@@ -58,7 +67,7 @@ class ExtensibleLM:
         self.store: Store = store if store is not None else MemoryStore()
         self.refs = Refs(self.store)
         self.batcher = Batcher(llm)
-        self.builder = ContextBuilder(llm, embedder, self.store)
+        self.builder = ContextBuilder(llm, embedder, self.store, scorer=scorer)
         self._condenser = Condenser(self.builder)
 
     @classmethod
@@ -71,6 +80,7 @@ class ExtensibleLM:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         adapt: bool = False,
+        scorer: SentenceScorer | None = None,
     ) -> ExtensibleLM:
         """Load an LLM and its embedder.
 
@@ -83,6 +93,7 @@ class ExtensibleLM:
             device: "auto" or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.
             adapt: Take an embedder for an LLM with other tensors too: see `ExtensibleEmbedder.from_pretrained`.
+            scorer: See `ExtensibleLM`.
 
         Raises:
             WeightsError: Files are missing or damaged.
@@ -93,7 +104,8 @@ class ExtensibleLM:
         try:
             where = resolve_embedder(embedder, name_or_path(llm))
             loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
-            return cls(loaded, ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt), opened)
+            made = ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt)
+            return cls(loaded, made, opened, scorer=scorer)
         except BaseException:
             close = getattr(opened, "close", None)
             if opened is not store and close is not None:

@@ -18,15 +18,14 @@ import typer
 
 from extemb_core import errors
 from extemb_core.errors import ExtembError
+from extemb_core.utils.text import UNSEEN
+from extemb_core.utils.text import one_line as one_line
+from extemb_core.utils.text import strip_control_chars as strip_control_chars
 
 P = ParamSpec("P")
 
 _MAX_QUOTED_CHARS = 200  # of an error that is not ours
-# What is not seen but turns, breaks or hides what is: marks of direction, line ends, characters of no width, tags. The
-# two joiners stay, without which emoji and whole scripts are not what they are.
-_UNSEEN = r"\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
-_CONTROL_CHAR = re.compile(rf"[\0-\x08\x0b-\x1f\x7f-\x9f{_UNSEEN}]")
-_ESCAPED_IN_JSON = re.compile(rf"[\x7f-\x9f\ud800-\udfff{_UNSEEN}]")
+_ESCAPED_IN_JSON = re.compile(rf"[\x7f-\x9f\ud800-\udfff{UNSEEN}]")
 _LOG_COLUMNS = 200  # a log or a pipe has no edge to wrap at
 
 
@@ -106,16 +105,6 @@ def explain_interrupt(explain: Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {explain()}") from None
-
-
-def strip_control_chars(text: str) -> str:
-    """Take out of text of an LLM or a file's name what a terminal would obey or hide, or no encoding can write."""
-    return _CONTROL_CHAR.sub("", text).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def one_line(text: str) -> str:
-    """Write on one line what may hold a file's name, whose line ends would forge others; else `strip_control_chars`."""
-    return strip_control_chars(re.sub(r"[\t\n]", " ", text))
 
 
 def print_json(value: Any) -> None:

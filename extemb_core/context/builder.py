@@ -16,6 +16,7 @@ from extemb_core.context.assembly import ChatPrompt, Part
 from extemb_core.context.focus import SplitDocument, mode_of, plan_focus
 from extemb_core.context.messages import Messages, inline_documents, question_in, with_slots
 from extemb_core.context.planning import Fidelity, Plan, Span, check_budget, plan_context
+from extemb_core.context.scoring import SentenceScorer, bm25_scores
 from extemb_core.context.spans import split_into_sentences
 from extemb_core.documents import Document, ReferencedDocument
 from extemb_core.errors import BudgetError, StoreCorruptError
@@ -58,12 +59,16 @@ class ContextBuilder:
         llm: The frozen LLM.
         embedder: Made for that LLM.
         store: Where compressed documents are kept.
+        scorer: Says how much a sentence has to do with the question; BM25 when not given.
     """
 
-    def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, store: Store) -> None:
+    def __init__(
+        self, llm: LLM, embedder: ExtensibleEmbedder, store: Store, *, scorer: SentenceScorer | None = None
+    ) -> None:
         self.llm = llm
         self.embedder = embedder
         self.store = store
+        self.scorer: SentenceScorer = scorer or bm25_scores
         self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
         self._sentences = lru_cache(_KEPT_TEXTS)(lambda text: split_into_sentences(text, self._tokens(text)[1]))
 
@@ -176,7 +181,7 @@ class ContextBuilder:
             for document, positions, limit in zip(documents, overhead, map(_finest_of, documents), strict=True)
         ]
         ratios = [value for value in config.ratios if value >= config.kept_ratio]
-        return plan_focus(question, split, room, ratios=ratios, select=mode == "select")
+        return plan_focus(question, split, room, ratios=ratios, select=mode == "select", scorer=self.scorer)
 
     def _grid_of(self, document: Document) -> int:
         """Return the ratio that a document is stored at for spans of it."""
@@ -238,10 +243,10 @@ class ContextBuilder:
         return ReadDocuments(parts, tuple(context), time.perf_counter() - start)
 
     def _described(self, document: Document, spans: Sequence[Span]) -> tuple[ContextSpan, ...]:
-        ends = [0, *self._tokens(document.text)[1].tolist()]
-        size = self.embedder.config.chunk_size
+        character, size = self._sentences(document.text).character, self.embedder.config.chunk_size
         return tuple(
-            ContextSpan(ends[span.start], ends[span.stop], span.fidelity, span.positions(size)) for span in spans
+            ContextSpan(character(span.start), character(span.stop), span.fidelity, span.positions(size))
+            for span in spans
         )
 
     def _compressed(

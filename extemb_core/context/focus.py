@@ -13,12 +13,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from extemb_core.context.allocation import allocate
-from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget
+from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, count_fidelities
 from extemb_core.context.scoring import SentenceScorer, bm25_scores, words_added
 from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
 
 _LEAST_LOSS = 1e-6  # per token
+_EXCERPT_CHARS = 200  # more than is shown, as some may be white space
 
 Mode = Literal["focus", "select", "even"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -142,6 +143,11 @@ class SplitDocument:
     def spans(self, fidelities: Sequence[Fidelity], chosen: Array) -> list[Span]:
         return self.grid.spans(fidelities, chosen)
 
+    def excerpt(self, span: Span) -> str:
+        """Return the first characters of a span."""
+        start, stop = map(self.sentences.character, (span.start, span.stop))
+        return self.sentences.text[start : min(stop, start + _EXCERPT_CHARS)]
+
     def positions(self, fidelities: Sequence[Fidelity], chosen: Array) -> int:
         """Count the positions that the document takes when its sentences are read so."""
         key = chosen.tobytes()
@@ -176,6 +182,7 @@ def plan_focus(
 
     Raises:
         BudgetError: budget is negative or not a whole number.
+        ConfigError: The scorer returned something else than a number for each sentence.
     """
     budget = check_budget(budget)
     table = losses or sentence_losses()
@@ -189,6 +196,11 @@ def plan_focus(
         texts = [text for document in documents for text in document.sentences.texts]
         lengths = np.concatenate([np.diff(document.sentences.borders) for document in documents])
         scores = np.asarray(scorer(question, texts), dtype=float)
+        if scores.shape != (len(texts),) or np.isnan(scores).any():
+            raise ConfigError(
+                f"the scorer returned scores of shape {scores.shape} for {len(texts)} sentences, or some that are no "
+                "numbers; return one number for each"
+            )
         added = added_by_second(question, texts, scores)
         per_position: Array = np.array([_tokens_per_position(fidelity) for fidelity in fidelities])
         if select:  # by rank alone, whatever a sentence's length
@@ -227,10 +239,8 @@ def _tokens_per_position(fidelity: Fidelity) -> float:
 def _document_plan(index: int, document: SplitDocument, fidelities: Sequence[Fidelity], chosen: Array) -> DocumentPlan:
     spans = document.spans(fidelities, chosen) if document.n_tokens else []
     kinds = {span.fidelity for span in spans}
-    counts = [(int((chosen == at).sum()), fidelity) for at, fidelity in enumerate(fidelities)][::-1]
-    said = [f"{count} at ratio {f}" if isinstance(f, int) else f"{count} {f}" for count, f in counts if count]
     fidelity: Fidelity = kinds.pop() if len(kinds) == 1 else "mixed" if kinds else "dropped"
-    reason = f"of {len(chosen)} sentences: " + ", ".join(said)
+    reason = f"of {len(chosen)} sentences: " + count_fidelities(fidelities[at] for at in chosen)
     if fidelity != "mixed":
         reason = {"raw": "fits raw", "dropped": "no room" if spans else "empty"}.get(str(fidelity), reason)
     return DocumentPlan(
@@ -240,4 +250,6 @@ def _document_plan(index: int, document: SplitDocument, fidelities: Sequence[Fid
         positions=document.positions(fidelities, chosen) if spans else 0,
         reason=reason,
         spans=tuple(spans),
+        chunk_size=document.chunk_size,
+        excerpts=tuple(map(document.excerpt, spans)) if fidelity == "mixed" else (),
     )

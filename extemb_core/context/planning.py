@@ -7,16 +7,21 @@ below them, except that short documents stay raw wherever they stand.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias
 
 from extemb_core.errors import BudgetError, ConfigError, RatioError
 from extemb_core.models.chunks import compressed_positions, span_positions
+from extemb_core.utils.text import excerpt
 from extemb_core.utils.validation import whole_number
 
 Fidelity: TypeAlias = Literal["raw", "dropped", "mixed"] | int
+
+_MAX_EXPLAINED_SPANS = 12  # of a document
 
 
 class Span(NamedTuple):
@@ -49,6 +54,8 @@ class DocumentPlan:
         positions: What it takes of the budget, its overhead included; 0 when dropped.
         reason: Why, in a few words.
         spans: What becomes of each of its tokens, where sentences were planned; see `plan_focus`.
+        chunk_size: Tokens that are compressed together; a span's positions are counted with it.
+        excerpts: The first characters of each span, where the document is "mixed".
     """
 
     index: int
@@ -57,6 +64,8 @@ class DocumentPlan:
     positions: int
     reason: str
     spans: tuple[Span, ...] = ()
+    chunk_size: int = field(default=512, repr=False, compare=False)
+    excerpts: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +93,7 @@ class Plan:
         return tuple(document for document in self.documents if document.fidelity == "dropped")
 
     def explain(self) -> str:
-        """Draw the plan as a plain-text table.
+        """Draw the plan as a plain-text table, with the spans that are read in most detail below each mixed document.
 
         >>> print(plan_context([30, 600, 0], budget=200).explain())
          rank  tokens  fidelity  positions  reason
@@ -97,8 +106,7 @@ class Plan:
         for plan in self.documents:
             numbers = str(plan.index + 1), str(plan.n_tokens), _name(plan.fidelity), str(plan.positions)
             rows.append((*numbers, plan.reason))
-            spans = plan.spans if plan.fidelity == "mixed" else ()
-            rows += [("", f"{start}-{stop}", _name(fidelity), "", "") for start, stop, fidelity in spans]
+            rows += _span_rows(plan) if plan.fidelity == "mixed" else []
         tokens = sum(plan.n_tokens for plan in self.documents)
         rows.append(("total", str(tokens), "", str(self.positions), f"of a budget of {self.budget}"))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -288,6 +296,38 @@ def _ladder(ratio: object, ratios: Sequence[int]) -> list[Fidelity]:
 def check_budget(budget: Any) -> int:
     """Return a budget as an int, or raise `BudgetError` if it is no whole number or below 0."""
     return whole_number(budget, "budget", 0, error=BudgetError)
+
+
+def _span_rows(plan: DocumentPlan) -> list[tuple[str, str, str, str, str]]:
+    """Describe a document's spans in its order, at most so many: those that are read in most detail."""
+    spans = list(zip(plan.spans, plan.excerpts or [""] * len(plan.spans), strict=True))
+    ranked = sorted(range(len(spans)), key=lambda at: _coarseness(spans[at][0].fidelity))
+    rows = []
+    for span, text in (spans[at] for at in sorted(ranked[:_MAX_EXPLAINED_SPANS])):
+        numbers = str(span.stop - span.start), _name(span.fidelity), str(span.positions(plan.chunk_size))
+        rows.append(("", *numbers, f"  {excerpt(text)}"))
+    if others := [spans[at][0] for at in ranked[_MAX_EXPLAINED_SPANS:]]:
+        tokens = sum(span.stop - span.start for span in others)
+        positions = sum(span.positions(plan.chunk_size) for span in others)
+        rows.append(("", str(tokens), "", str(positions), f"  and {len(others)} more span{'s' * (len(others) > 1)}"))
+    return rows
+
+
+def count_fidelities(fidelities: Iterable[Fidelity]) -> str:
+    """Say how many have which fidelity, in falling detail.
+
+    >>> count_fidelities(["dropped", 8, "raw", 8])
+    '1 raw, 2 at ratio 8, 1 dropped'
+    """
+    counts = sorted(Counter(fidelities).items(), key=lambda item: _coarseness(item[0]))
+    return ", ".join(
+        f"{count} at ratio {fidelity}" if isinstance(fidelity, int) else f"{count} {fidelity}"
+        for fidelity, count in counts
+    )
+
+
+def _coarseness(fidelity: Fidelity) -> float:
+    return fidelity if isinstance(fidelity, int) else 1 if fidelity == "raw" else math.inf
 
 
 def _name(fidelity: Fidelity) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,26 @@ class Sentences:
 
     Attributes:
         borders: (U + 1,) token at which each begins, and the number of tokens.
-        texts: (U,) what each says.
+        text: The document.
+        ends: (T,) character at which each of its tokens ends.
     """
 
     borders: Array
-    texts: Sequence[str]
+    text: str
+    ends: Array
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.borders) - 1
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """(U,) what each says."""
+        starts = map(self.character, self.borders.tolist())
+        return [self.text[start:stop] for start, stop in itertools.pairwise(starts)]
+
+    def character(self, token: int) -> int:
+        """Return where in the document a token begins; of the number of tokens, where the last one ends."""
+        return int(self.ends[token - 1]) if token else 0
 
 
 def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTENCE_TOKENS) -> Sentences:
@@ -54,9 +67,7 @@ def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTEN
             within = lines[np.searchsorted(lines, start, "right") : np.searchsorted(lines, start + max_tokens, "right")]
             start = int(within[-1]) if len(within) else start + max_tokens
             cuts.append(start)
-    borders = np.array([*cuts, len(ends)])
-    at = [0, *ends[borders[1:] - 1].tolist()] if len(ends) else [0]
-    return Sentences(borders, [text[start:stop] for start, stop in itertools.pairwise(at)])
+    return Sentences(np.array([*cuts, len(ends)]), text, ends)
 
 
 class GroupGrid:

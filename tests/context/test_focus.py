@@ -260,10 +260,48 @@ def test_the_question_before_the_last_one_counts_too(lm):
 
 
 def test_a_plan_explains_what_becomes_of_each_span(lm):
-    text = lm.plan(QUESTION, [SENTENCES * 2], budget=60, max_new_tokens=4).explain()
-    assert "mixed" in text
-    assert "raw" in text
-    assert "of what is rare in it" in text
+    plan = lm.plan(QUESTION, [SENTENCES * 2], budget=60, max_new_tokens=4)
+    (document,) = plan.documents
+    borders = lm.builder._sentences(SENTENCES * 2).character
+    for span, excerpt in zip(document.spans, document.excerpts, strict=True):
+        assert excerpt == (SENTENCES * 2)[borders(span.start) : borders(span.stop)][:200]
+    rows = plan.explain().split("\n")[2:-2]
+    shown = [row.split(maxsplit=2) for row in rows if "more span" not in row]
+    assert {fidelity for _, fidelity, _ in shown} >= {"raw"}
+    assert any(BRIDGE[:20] in row for row in rows)
+    assert "of what is rare in it" in plan.explain()
+
+
+def test_an_excerpt_of_a_long_span_is_short():
+    document = split("The mill turned. " * 500 + "\n" + SENTENCES)
+    (plan,) = planned(QUESTION, [document], document.n_tokens // 8).documents
+    assert plan.fidelity == "mixed"
+    assert max(map(len, plan.excerpts)) == 200
+
+
+def test_a_scorer_of_ones_own_is_asked_wherever_sentences_are_planned():
+    asked = []
+
+    def copper(question, sentences):
+        asked.append(question)
+        return [float("Copper" in sentence) for sentence in sentences]
+
+    llm = tiny_llm("llama")
+    lm = ExtensibleLM(llm, entering(llm), scorer=copper)
+    for plan in ("focus", "select"):
+        entry = lm.ask(QUESTION, [SENTENCES * 2], budget=60, plan=plan, max_new_tokens=1).context[0]
+        raw = "".join((SENTENCES * 2)[span.start : span.stop] for span in entry.spans if span.fidelity == "raw")
+        assert "Copper" in raw
+        assert BRIDGE not in raw
+    lm.ask(QUESTION, [SENTENCES * 2], budget=60, plan="even", max_new_tokens=1)
+    assert asked == [QUESTION] * 2
+
+
+@pytest.mark.parametrize("scores", [[1.0], [[1.0]], 1.0, [float("nan")] * 7, [None] * 7])
+def test_scores_that_are_not_one_number_for_each_sentence_are_refused(scores):
+    document = split(SENTENCES)
+    with pytest.raises(ConfigError, match="return one number for each"):
+        planned(QUESTION, [document], 20, scorer=lambda question, texts: scores)
 
 
 def test_a_session_and_a_plain_prompt_have_even_plans(lm):

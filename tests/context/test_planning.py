@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, plan_context
+from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, plan_context
 from extemb_core.errors import BudgetError, ConfigError, RatioError
 
 RATIOS = (2, 4, 8, 16, 32)
@@ -222,6 +223,52 @@ def test_explain() -> None:
         "total  640635                  185  of a budget of 200",
     ]
     assert "of a budget of 7" in plan_context([], 7).explain()
+
+
+def mixed(*parts: tuple[int, Fidelity, str], chunk_size: int = 512) -> Plan:
+    """Plan one document of parts of so many tokens."""
+    stops = list(itertools.accumulate(n_tokens for n_tokens, _, _ in parts))
+    spans = tuple(Span(stop - n, stop, fidelity) for stop, (n, fidelity, _) in zip(stops, parts, strict=True))
+    document = DocumentPlan(
+        index=0,
+        n_tokens=stops[-1],
+        fidelity="mixed",
+        positions=sum(span.positions(chunk_size) for span in spans),
+        reason="as made",
+        spans=spans,
+        chunk_size=chunk_size,
+        excerpts=tuple(text for _, _, text in parts),
+    )
+    return Plan(documents=(document,), budget=99, note="a note")
+
+
+def test_explain_says_what_becomes_of_each_span() -> None:
+    long = "Copper wires ran from the cellar to the roof, where a small dish turned."
+    plan = mixed(
+        (40, 8, long), (12, "raw", "\n\n In 1987\tit \x1b[2Jclosed.\u202e"), (20, "dropped", "Rivers"), chunk_size=20
+    )
+    assert plan.explain().split("\n") == [
+        " rank  tokens  fidelity  positions  reason",
+        "    1      72     mixed         18  as made",
+        "           40   ratio 8          6    Copper wires ran from the cellar to the roof,...",
+        "           12       raw         12    In 1987 it [2Jclosed.",
+        "           20   dropped          0    Rivers",
+        "total      72                   18  of a budget of 99",
+        "a note",
+    ]
+
+
+@pytest.mark.parametrize(("n_raw", "last"), [(12, "8    1    and 1 more span"), (49, "156  149    and 38 more spans")])
+def test_of_many_spans_explain_shows_those_in_most_detail(n_raw: int, last: str) -> None:
+    lines = mixed((8, 8, "coarse"), *[(4, "raw", "fine")] * n_raw).explain().split("\n")
+    assert [line.split()[-1] for line in lines[2:-3]] == ["fine"] * 12
+    assert lines[-3].split() == last.split()
+
+
+def test_what_is_said_of_a_span_is_no_part_of_a_plan_as_a_value() -> None:
+    plan, other = mixed((4, "raw", "one"), (4, 2, "two")), mixed((4, "raw", ""), (4, 2, ""))
+    assert plan == other
+    assert "one" not in repr(plan)
 
 
 @pytest.mark.parametrize(

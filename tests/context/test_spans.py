@@ -62,7 +62,7 @@ def test_sentences_are_all_of_the_text(text, max_tokens):
 def test_every_token_is_in_one_span_which_has_the_detail_that_was_chosen_or_more(lengths, finest, chunk_size, data):
     borders = np.cumsum([0, *lengths])
     chosen = np.array(data.draw(st.lists(st.integers(0, 4), min_size=len(lengths), max_size=len(lengths))))
-    spans = GroupGrid(Sentences(borders, [""] * len(lengths)), finest, chunk_size).spans(FIDELITIES, chosen)
+    spans = GroupGrid(Sentences(borders, "", np.empty(0)), finest, chunk_size).spans(FIDELITIES, chosen)
     assert [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])]
     assert spans[-1].stop == borders[-1]
     assert all(a.fidelity != b.fidelity for a, b in itertools.pairwise(spans))
