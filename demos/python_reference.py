@@ -95,16 +95,16 @@ def _room(lm: ExtensibleLM, question: str) -> int:
 
 
 def _compress(lm: ExtensibleLM, tasks: list[Task], console: Console) -> None:
-    """Compress every document once, at the ratio its budget asks for."""
+    """Compress every document once, if its budget asks for that."""
     for task in tasks:
         (planned,) = lm.plan(task.question, task.document, budget=task.budget, max_new_tokens=NEW_TOKENS).documents
-        if isinstance(planned.fidelity, int):
-            kept = lm.store.get(task.document.ref, lm.embedder.fingerprint, planned.fidelity)
+        if planned.fidelity not in ("raw", "dropped"):
+            kept = lm.store.get(task.document.ref, lm.embedder.fingerprint, lm.embedder.config.kept_ratio)
             console.print(
                 f"{'compressing' if kept is None else 'compressed earlier:'} [bold]{escape(task.document.source)}[/]: "
-                f"{planned.n_tokens:,} tokens into {planned.positions:,} positions (ratio {planned.fidelity})"
+                f"{planned.n_tokens:,} tokens into {planned.positions:,} positions"
             )
-            lm.compress(task.document, ratio=planned.fidelity)
+            lm.compress(task.document)
 
 
 def _answer_three_ways(lm: ExtensibleLM, task: Task, console: Console) -> dict[str, object]:
