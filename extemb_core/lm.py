@@ -93,7 +93,7 @@ class ExtensibleLM:
             device: "auto" or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.
             adapt: Take an embedder for an LLM with other tensors too: see `ExtensibleEmbedder.from_pretrained`.
-            scorer: See `ExtensibleLM`.
+            scorer: Says how much a sentence has to do with the question, for plans by sentence; BM25 when not given.
 
         Raises:
             WeightsError: Files are missing or damaged.

@@ -1,9 +1,10 @@
 """Share a budget out among sentences: which are read in full, which at a ratio, and which not at all.
 
-What it costs the answer when a sentence is read in less detail was measured (`extemb fit-plan`): most for the sentence
-that is most like the question, next to nothing for one that shares no word with it. Every sentence starts dropped and
-rises along the convex hull of its options, always by the step that saves most loss per position, whichever sentence it
-is of. So one may rise from a ratio straight to its full text: it does where the ratios between buy too little.
+What it costs the answer when a sentence is read in less detail was measured (`pretrained/focus.json`): most for the
+sentence that is most like the question, next to nothing for one that shares no word with it. Every sentence starts
+dropped and rises along the convex hull of its options, always by the step that saves most loss per position, whichever
+sentence it is of. So one may rise from a ratio straight to its full text: it does where the ratios between buy too
+little.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import SENTENCES, entering, tiny_llm
+from tiny import SENTENCES, entering, save_tiny, tiny_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.context.focus import (
@@ -279,15 +279,20 @@ def test_an_excerpt_of_a_long_span_is_short():
     assert max(map(len, plan.excerpts)) == 200
 
 
-def test_a_scorer_of_ones_own_is_asked_wherever_sentences_are_planned():
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_scorer_of_ones_own_is_asked_wherever_sentences_are_planned(loaded, tmp_path):
     asked = []
 
     def copper(question, sentences):
         asked.append(question)
         return [float("Copper" in sentence) for sentence in sentences]
 
-    llm = tiny_llm("llama")
-    lm = ExtensibleLM(llm, entering(llm), scorer=copper)
+    if loaded:
+        save_tiny(tmp_path)
+        lm = ExtensibleLM.from_pretrained(tmp_path / "llm", "untrained", device="cpu", scorer=copper)
+    else:
+        llm = tiny_llm("llama")
+        lm = ExtensibleLM(llm, entering(llm), scorer=copper)
     for plan in ("focus", "select"):
         entry = lm.ask(QUESTION, [SENTENCES * 2], budget=60, plan=plan, max_new_tokens=1).context[0]
         raw = "".join((SENTENCES * 2)[span.start : span.stop] for span in entry.spans if span.fidelity == "raw")

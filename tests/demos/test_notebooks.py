@@ -20,5 +20,6 @@ def test_a_notebook_is_short_and_has_its_outputs(path):
     assert printing
     for cell in printing:
         assert cell["outputs"], cell["source"]
-    assert {output["output_type"] for cell in code for output in cell["outputs"]} == {"stream"}
+    kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
+    assert "stream" in kinds <= {"stream", "execute_result"}
     assert "/root" not in path.read_text(encoding="utf-8")
