@@ -42,7 +42,7 @@ _SECRET_BYTES = 32
 _SEAL_DIGITS = 32
 _MAX_CHARS = 2**28  # of documents in memory
 _MAX_BYTES = 2**28  # of a document on disk, as JSON
-_MAX_NAMES = 2**14  # of documents on disk that need not be written again
+_MAX_NAMES = 2**14  # of documents on disk that need not be written again, and of lists of spans in memory
 
 
 class Refs:
@@ -130,6 +130,7 @@ class _InMemory:
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(_SECRET_BYTES)
         self._documents: OrderedDict[str, Document] = OrderedDict()
+        self._spans: OrderedDict[str, tuple[str, Spans]] = OrderedDict()  # with the name of the document without them
         self._chars = 0
         self._lock = threading.Lock()
 
@@ -139,19 +140,28 @@ class _InMemory:
     def put(self, documents: tuple[Document, ...]) -> None:
         with self._lock:
             for document in documents:
-                name = _name(document)
+                name = _name_of_text(document)
                 if self._documents.pop(name, None) is None:
                     self._chars += len(document.text)
                 self._documents[name] = document
+                if (spans := _spans_of(document)) is not None:
+                    self._spans[_name(document)] = name, spans
+                    self._spans.move_to_end(_name(document))
+            while len(self._spans) > _MAX_NAMES:
+                self._spans.popitem(last=False)
             while self._chars > _MAX_CHARS and len(self._documents) > 1:
                 _, oldest = self._documents.popitem(last=False)
                 self._chars -= len(oldest.text)
 
     def get(self, name: str) -> Document | None:
         with self._lock:
-            if name in self._documents:
-                self._documents.move_to_end(name)
-            return self._documents.get(name)
+            if name in self._spans:
+                self._spans.move_to_end(name)
+            name, spans = self._spans.get(name, (name, None))
+            if name not in self._documents:
+                return None
+            self._documents.move_to_end(name)
+            return _referenced(self._documents[name], spans)
 
 
 class _OnDisk:

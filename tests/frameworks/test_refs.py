@@ -164,6 +164,18 @@ def test_a_mark_may_carry_spans_which_are_part_of_its_name(store):
     assert refs.put(MILL) == [plain]
 
 
+def test_a_text_that_is_planned_again_and_again_is_in_memory_once(monkeypatch):
+    monkeypatch.setattr("extemb_core.frameworks.refs._MAX_NAMES", 8)
+    refs = Refs(MemoryStore())
+    marks = [refs.put(MILL, spans=[((0, at, "raw"), (at, 11, 2))])[0] for at in range(1, 11)]
+    assert refs._keepers[0]._chars == len(MILL.text)
+    with pytest.raises(DocumentError, match="not kept any more"):
+        refs.find(marks[0])
+    (found,) = refs.find(marks[9])
+    assert (found.spans, found.source, found.metadata["page"]) == (((0, 10, "raw"), (10, 11, 2)), "mill.txt", 3)
+    assert refs.find(refs.put(MILL)[0])[0].spans is None
+
+
 def test_spans_are_found_by_a_later_process_and_their_text_is_on_disk_once(tmp_path):
     with EmbeddingStore.open(tmp_path / "s") as store:
         marks = [Refs(store).put(MILL, spans=[(*SPANS[:2], (8, at, "raw"))])[0] for at in range(9, 12)]

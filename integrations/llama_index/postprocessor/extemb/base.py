@@ -78,7 +78,8 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
     budget: Budget = None
     """Positions of the window that the nodes may take together, with their metadata. What does not fit is dropped, the
     worst first, with a warning. When not given, "auto" aims at the LLM's own budget or half of the window, or what all
-    nodes need at the coarsest ratio where that is more: LlamaIndex asks several times then."""
+    nodes need at the coarsest ratio where that is more, so that an even plan drops none: LlamaIndex asks several times
+    then."""
     plan: str | None = None
     """"focus": what says most about the query stays text, the rest is compressed, or dropped where it says nothing;
     "even": each node at one ratio, by its rank; "select": what says most about the query, and nothing else. When not
