@@ -292,6 +292,20 @@ def test_a_node_that_no_longer_fits_is_planned_anew(lm, nodes):
     assert "mixed" in [one["fidelity"] for one in documents]
 
 
+@pytest.mark.parametrize(("budget", "as_before"), [(300, True), (600, False)])
+def test_mixed_nodes_in_a_chat_past_the_window(lm, nodes, budget, as_before):
+    """Half of the window is theirs beside a long conversation: what takes more is planned anew."""
+    roles = MessageRole.USER, MessageRole.ASSISTANT
+    talk = [ChatMessage(f"{at}. {SENTENCES[at:][:200]}", role=role) for at in range(12) for role in roles]
+    made = asked(lm, nodes * 2, budget=budget)
+    prompt = "\n".join(found.get_content(MetadataMode.LLM) for found in made if found.node.extemb_mark)
+    response = ExtensibleLLM.from_lm(lm, max_tokens=4).chat([*talk, ChatMessage(f"{prompt}\n{QUERY}")])
+    documents = [one for one in response.raw["extemb"]["documents"] if not one["source"].startswith("turn ")]
+    assert documents
+    assert {one["reason"] == "as planned before" for one in documents} == {as_before}
+    assert response.raw["usage"]["total_tokens"] <= lm.llm.context_window
+
+
 def test_refs_with_spans_on_disk_are_read_by_a_later_process_and_others_are_refused(tmp_path, nodes):
     llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="tiny")
     with lm_over(llm, tmp_path / "s") as lm:
