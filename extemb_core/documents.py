@@ -146,9 +146,12 @@ class ReferencedDocument(Document):
 
     Attributes:
         finest: The finest ratio that it is to be read at; None is no limit.
+        spans: (start, stop, fidelity) of its tokens, as it was planned for a question (see `context.planning.Span`);
+            None where it is to be planned.
     """
 
     finest: int | None = field(default=None, kw_only=True)
+    spans: tuple[tuple[int, int, int | str], ...] | None = field(default=None, kw_only=True)
 
 
 Documents = str | Document | Mapping[str, Any] | Iterable[Any]

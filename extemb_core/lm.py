@@ -372,7 +372,7 @@ class ExtensibleLM:
         return n_bare + planned.positions
 
     def positions_of(self, parts: Iterable[str | Document]) -> int:
-        """Count the positions of a piece of a prompt: its texts, and its documents at the finest ratio of each."""
+        """Count the positions of a piece of a prompt: see `ContextBuilder.positions_of`."""
         return sum(map(self.builder.positions_of, parts))
 
     def compress(

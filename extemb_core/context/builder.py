@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,11 +13,11 @@ import numpy as np
 from extemb_core.answers import ContextEntry, ContextSpan, PreparedPrompt
 from extemb_core.context import assembly
 from extemb_core.context.assembly import ChatPrompt, Part
-from extemb_core.context.focus import SplitDocument, mode_of, plan_focus
+from extemb_core.context.focus import Mode, SplitDocument, mode_of, plan_focus
 from extemb_core.context.messages import Messages, inline_documents, question_in, with_slots
-from extemb_core.context.planning import Fidelity, Plan, Span, check_budget, plan_context
+from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, fidelity_of, plan_context
 from extemb_core.context.scoring import SentenceScorer, bm25_scores
-from extemb_core.context.spans import split_into_sentences
+from extemb_core.context.spans import cover, split_into_sentences
 from extemb_core.documents import Document, ReferencedDocument
 from extemb_core.errors import BudgetError, StoreCorruptError
 from extemb_core.models.bulk import compress_in_batches
@@ -147,24 +147,92 @@ class ContextBuilder:
         n_headed: int | None = None,
         question: str = "",
         plan: str | None = None,
+        overhead: Sequence[int] | None = None,
     ) -> Plan:
         """Plan what becomes of documents, of which the first `n_headed` (all when not given) get a heading.
+
+        Documents that carry spans (see `ReferencedDocument`) are read as these say, where the ratio is "auto" and the
+        room holds them and the others at their coarsest; the others have what they leave. Else all are planned.
 
         Args:
             documents, room, ratio, n_headed: See `read`.
             question: What is asked about them.
             plan: "focus", "select" or "even"; None for the first of these that can be (see `mode_of`).
+            overhead: Positions that each takes besides its content; those of its heading when not given.
 
         Raises:
             RatioError: The ratio may not be asked for.
             ConfigError: The plan is none of these, or cannot be.
+            StoreCorruptError: A document's spans are none that this embedder can make of it.
         """
         config = self.embedder.config
         if isinstance(ratio, int):
             config.require_ratio(ratio)
-        # What follows a separator begins a line: white space before text is other tokens than white space alone.
-        overhead = [self.positions_of(after + heading) for heading, after in _around(documents, n_headed)]
+        if overhead is None:
+            # What follows a separator begins a line: white space before text is other tokens than white space alone.
+            overhead = [self.positions_of(after + heading) for heading, after in _around(documents, n_headed)]
         mode = mode_of(plan, ratio, question, config.entry_layer)
+        before = {
+            at: self._planned_before(at, document, positions)
+            for at, (document, positions) in enumerate(zip(documents, overhead, strict=True))
+            if ratio == "auto" and isinstance(document, ReferencedDocument) and document.spans is not None
+        }
+        others = [at for at in range(len(documents)) if at not in before]
+        left = room - sum(planned.positions for planned in before.values())
+        if not before or left < sum(self._coarsest(documents[at], overhead[at]) for at in others):
+            planned_all = self._planned(documents, overhead, room, ratio, question, mode)
+            plans = [
+                replace(planned, reason=f"{planned.reason}; planned anew, as no room was left for what was planned")
+                if planned.index in before
+                else planned
+                for planned in planned_all.documents
+            ]
+            return replace(planned_all, documents=tuple(plans))
+        rest = self._planned(
+            [documents[at] for at in others], [overhead[at] for at in others], left, ratio, question, mode
+        )
+        before |= {at: replace(planned, index=at) for at, planned in zip(others, rest.documents, strict=True)}
+        return Plan(documents=tuple(before[at] for at in range(len(documents))), budget=room, note=rest.note)
+
+    def _planned_before(self, index: int, document: ReferencedDocument, overhead: int) -> DocumentPlan:
+        """Return what the spans say that a document carries, if they can be spans of it."""
+        config, grid, n_tokens = self.embedder.config, self._grid_of(document), self.n_tokens(document)
+        spans = tuple(Span(*span) for span in document.spans or ())  # type: ignore[arg-type]
+        legal: set[Fidelity] = {"dropped", *(ratio for ratio in config.ratios if ratio >= grid and config.entry_layer)}
+        if document.finest is None:
+            legal.add("raw")
+        if not cover(spans, n_tokens, grid, config.chunk_size) or not legal.issuperset(span.fidelity for span in spans):
+            raise StoreCorruptError(
+                f"the spans that a ref of {document.source} carries are none that this embedder can have made of its "
+                "text; make the ref again, with the same lm or the same model and store"
+            )
+        content = sum(span.positions(config.chunk_size) for span in spans)
+        return DocumentPlan(
+            index=index,
+            n_tokens=n_tokens,
+            fidelity=fidelity_of(spans),
+            positions=content + overhead if content else 0,
+            reason="as planned before",
+            spans=spans,
+        )
+
+    def _coarsest(self, document: Document, overhead: int) -> int:
+        """Count the fewest positions that a plan by itself reads all of a document in."""
+        config, n_tokens = self.embedder.config, self.n_tokens(document)
+        ratio = max(config.plan_ratios[-1], _finest_of(document) or 1)
+        return compressed_positions(n_tokens, ratio, config.chunk_size) + overhead if n_tokens else 0
+
+    def _planned(
+        self,
+        documents: Sequence[Document],
+        overhead: Sequence[int],
+        room: int,
+        ratio: str | int,
+        question: str,
+        mode: Mode,
+    ) -> Plan:
+        """Plan documents, whatever they carry."""
+        config = self.embedder.config
         if mode == "even":
             return plan_context(
                 [self.n_tokens(document) for document in documents],
@@ -187,6 +255,11 @@ class ContextBuilder:
         """Return the ratio that a document is stored at for spans of it."""
         return max(self.embedder.config.kept_ratio, _finest_of(document) or 1)
 
+    def stored_ratio(self, document: Document, planned: DocumentPlan) -> Fidelity:
+        """Return the ratio that a document is compressed at for its plan; its fidelity where it is not compressed."""
+        in_part = any(isinstance(span.fidelity, int) for span in planned.spans)
+        return self._grid_of(document) if in_part else planned.fidelity
+
     def read(
         self,
         documents: Sequence[Document],
@@ -201,12 +274,7 @@ class ContextBuilder:
         """Compress documents as `plan` has it, as far as they are not in `store` (the builder's when not given)."""
         planned_all = self.plan(documents, room, ratio, n_headed=n_headed, question=question, plan=plan)
         start = time.perf_counter()
-        ratios = [
-            self._grid_of(document)
-            if any(isinstance(span.fidelity, int) for span in planned.spans)
-            else planned.fidelity
-            for document, planned in zip(documents, planned_all.documents, strict=True)
-        ]
+        ratios = [self.stored_ratio(*pair) for pair in zip(documents, planned_all.documents, strict=True)]
         wanted = {
             (document.ref, stored_ratio): document.text
             for document, stored_ratio in zip(documents, ratios, strict=True)
@@ -314,9 +382,11 @@ class ContextBuilder:
         return room
 
     def positions_of(self, part: str | Document) -> int:
-        """Count the positions of a text, or of a document at its finest ratio."""
+        """Count the positions of a text, or of a document at its finest ratio or as it was planned before."""
         if isinstance(part, str):
             return len(self.llm.encode(part))
+        if isinstance(part, ReferencedDocument) and part.spans is not None:
+            return self._planned_before(0, part, 0).positions
         config = self.embedder.config
         return compressed_positions(self.n_tokens(part), config.finest(_finest_of(part)), config.chunk_size)
 

@@ -13,7 +13,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from extemb_core.context.allocation import allocate
-from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, count_fidelities
+from extemb_core.context.planning import (
+    DocumentPlan,
+    Fidelity,
+    Plan,
+    Span,
+    check_budget,
+    count_fidelities,
+    fidelity_of,
+)
 from extemb_core.context.scoring import SentenceScorer, bm25_scores, words_added
 from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
@@ -238,8 +246,7 @@ def _tokens_per_position(fidelity: Fidelity) -> float:
 
 def _document_plan(index: int, document: SplitDocument, fidelities: Sequence[Fidelity], chosen: Array) -> DocumentPlan:
     spans = document.spans(fidelities, chosen) if document.n_tokens else []
-    kinds = {span.fidelity for span in spans}
-    fidelity: Fidelity = kinds.pop() if len(kinds) == 1 else "mixed" if kinds else "dropped"
+    fidelity = fidelity_of(spans)
     reason = f"of {len(chosen)} sentences: " + count_fidelities(fidelities[at] for at in chosen)
     if fidelity != "mixed":
         reason = {"raw": "fits raw", "dropped": "no room" if spans else "empty"}.get(str(fidelity), reason)

@@ -43,6 +43,12 @@ class Span(NamedTuple):
         return self.stop - self.start if self.fidelity == "raw" else 0
 
 
+def fidelity_of(spans: Sequence[Span]) -> Fidelity:
+    """Return the one fidelity of a document's spans, or "mixed"."""
+    fidelities = {span.fidelity for span in spans}
+    return fidelities.pop() if len(fidelities) == 1 else "mixed" if fidelities else "dropped"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DocumentPlan:
     """What becomes of one document.

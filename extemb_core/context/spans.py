@@ -70,6 +70,16 @@ def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTEN
     return Sentences(np.array([*cuts, len(ends)]), text, ends)
 
 
+def cover(spans: Sequence[Span], n_tokens: int, finest: int, chunk_size: int) -> bool:
+    """Tell whether spans are all tokens of a document, each once, and begin where its finest groups do."""
+    borders = [0, *(span.stop for span in spans)]
+    return (
+        borders[-1] == n_tokens
+        and [span.start for span in spans] == borders[:-1]
+        and all(start < stop and start % chunk_size % finest == 0 for start, stop in itertools.pairwise(borders))
+    )
+
+
 class GroupGrid:
     """The finest groups of one document: where its spans may begin and end.
 

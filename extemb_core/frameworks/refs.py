@@ -3,8 +3,9 @@
 A framework formats prompts, caches them and writes them to logs. What passes through it in a document's place is a
 mark, `[[ext:REF:SEAL]]`, of characters that templates and splitters leave alone; `[[ext:REF/8:SEAL]]` where the text
 is to be read at ratio 8 or coarser. REF is a hash of text, title and source: who cites one of two documents with equal
-texts cites no other. The seal is made with a secret of the store that keeps the document, so that nobody
-can write a mark who was not handed it: what merely looks like one, in a user's or a document's text, is text.
+texts cites no other; and of the spans, where the document was planned sentence by sentence. The seal is made with a
+secret of the store that keeps the document, so that nobody can write a mark who was not handed it: what merely looks
+like one, in a user's or a document's text, is text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from extemb_core.documents import REF_PREFIX, Document, ReferencedDocument, text_ref, without_lone_surrogates
 from extemb_core.errors import DocumentError, StoreCorruptError
@@ -34,12 +35,14 @@ logger = logging.getLogger(__name__)
 MARK = re.compile(r"\[\[ext:([0-9a-f]{32}(?:/[1-9][0-9]{0,3})?):([0-9a-f]{32})\]\]")
 """Pattern of a mark; only its store can tell a real one."""
 
+Spans: TypeAlias = tuple[tuple[int, int, int | str], ...]
+
 _SECRET = b"refs"
 _SECRET_BYTES = 32
 _SEAL_DIGITS = 32
 _MAX_CHARS = 2**28  # of documents in memory
 _MAX_BYTES = 2**28  # of a document on disk, as JSON
-_MAX_NAMES = 2**14  # of documents on disk that need not be written again
+_MAX_NAMES = 2**14  # of documents on disk that need not be written again, and of lists of spans in memory
 
 
 class Refs:
@@ -55,16 +58,24 @@ class Refs:
         if isinstance(store, EmbeddingStore):
             self._keepers.insert(1 if store.readonly else 0, _OnDisk(store.environment))
 
-    def put(self, *documents: Document, finest: Sequence[int | None] | None = None) -> list[str]:
-        """Keep documents. Returns the mark of each; documents of equal text, title and source have equal marks.
+    def put(
+        self,
+        *documents: Document,
+        finest: Sequence[int | None] | None = None,
+        spans: Sequence[Spans | None] | None = None,
+    ) -> list[str]:
+        """Keep documents. Returns the mark of each; documents of equal text, title, source and spans have equal marks.
 
         Args:
             documents: What the marks will stand for.
             finest: For each, the finest ratio that it is to be read at, or None.
+            spans: For each, how it is to be read where there is room (see `ReferencedDocument`), or None.
 
         Raises:
             StoreError: The disk refuses.
         """
+        if spans is not None:
+            documents = tuple(_referenced(*pair) for pair in zip(documents, spans, strict=True))
         keeper = self._keepers[0]
         keeper.put(documents)
         marks = []
@@ -104,8 +115,7 @@ class Refs:
                     f"{match[0]} stands for a document that is not kept any more; compress the document again, or use "
                     "a store on disk"
                 )
-            finest = int(limit) if limit else None
-            return ReferencedDocument(document.text, title=document.title, metadata=document.metadata, finest=finest)
+            return _referenced(document, _spans_of(document), finest=int(limit) if limit else None)
         logger.warning(
             "%s looks like a ref, and was not made by this store; it is read as text: what makes refs and what reads "
             "them need the same lm, or the same model and store",
@@ -120,6 +130,7 @@ class _InMemory:
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(_SECRET_BYTES)
         self._documents: OrderedDict[str, Document] = OrderedDict()
+        self._spans: OrderedDict[str, tuple[str, Spans]] = OrderedDict()  # with the name of the document without them
         self._chars = 0
         self._lock = threading.Lock()
 
@@ -129,23 +140,35 @@ class _InMemory:
     def put(self, documents: tuple[Document, ...]) -> None:
         with self._lock:
             for document in documents:
-                name = _name(document)
+                name = _name_of_text(document)
                 if self._documents.pop(name, None) is None:
                     self._chars += len(document.text)
                 self._documents[name] = document
+                if (spans := _spans_of(document)) is not None:
+                    self._spans[_name(document)] = name, spans
+                    self._spans.move_to_end(_name(document))
+            while len(self._spans) > _MAX_NAMES:
+                self._spans.popitem(last=False)
             while self._chars > _MAX_CHARS and len(self._documents) > 1:
                 _, oldest = self._documents.popitem(last=False)
                 self._chars -= len(oldest.text)
 
     def get(self, name: str) -> Document | None:
         with self._lock:
-            if name in self._documents:
-                self._documents.move_to_end(name)
-            return self._documents.get(name)
+            if name in self._spans:
+                self._spans.move_to_end(name)
+            name, spans = self._spans.get(name, (name, None))
+            if name not in self._documents:
+                return None
+            self._documents.move_to_end(name)
+            return _referenced(self._documents[name], spans)
 
 
 class _OnDisk:
-    """Keeps documents in the environment of a store: name -> text, title and source as compressed JSON."""
+    """Keeps documents in the environment of a store, as compressed JSON.
+
+    name -> text, title and source; of a document with spans: name -> its name without them, and spans.
+    """
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
@@ -163,10 +186,14 @@ class _OnDisk:
         return self._known_secret
 
     def put(self, documents: tuple[Document, ...]) -> None:
-        named = {_name(document): document for document in documents}
+        named: dict[str, list[Any]] = {}
+        for document in documents:
+            named[_name_of_text(document)] = [document.text, document.title, document.source]
+            if (spans := _spans_of(document)) is not None:
+                named[_name(document)] = [_name_of_text(document), spans]
         if not named or self._are_there(named):
             return  # most often; a write waits for the disk
-        rows = {ref_bytes(name): _packed(document) for name, document in named.items()}
+        rows = {ref_bytes(name): _packed(values) for name, values in named.items()}
 
         def work(transaction: Any) -> None:
             settings, handed = map(self._environment.database, ("settings", "handed"))
@@ -187,33 +214,56 @@ class _OnDisk:
             return all(data is not None for data in stored)
 
     def get(self, name: str) -> Document | None:
-        with self._environment.read() as transaction:
-            value = self._environment.get(transaction, "handed", ref_bytes(name))
-            if value is None:
-                return None
-            data = bytes(value)
         try:
-            unpacking = zlib.decompressobj()
-            text, title, source = parse_json(unpacking.decompress(data, _MAX_BYTES))  # however much is packed in it
+            if (values := self._read(name)) is None:
+                return None
+            spans = None
+            if len(values) == 2:
+                spans = tuple((start, stop, fidelity) for start, stop, fidelity in values[1])
+                if (values := self._read(values[0])) is None:
+                    return None
+            text, title, source = values
             document = Document(text, title=title, metadata={"source": source})
+            document = document if spans is None else _referenced(document, spans)
         except (ValueError, TypeError, zlib.error, DocumentError) as error:
             raise StoreCorruptError(f"the text of {name} cannot be read ({error}); add the document again") from error
-        if name not in (_name(document), document.ref):  # the latter before version 0.2
+        if name != _name(document) and (spans is not None or name != document.ref):  # the latter before version 0.2
             raise StoreCorruptError(f"the text of {name} is not what was put; add the document again")
         return document
 
+    def _read(self, name: str) -> Any:
+        with self._environment.read() as transaction:
+            value = self._environment.get(transaction, "handed", ref_bytes(name))
+            data = None if value is None else bytes(value)
+        # However much is packed in it.
+        return None if data is None else parse_json(zlib.decompressobj().decompress(data, _MAX_BYTES))
+
 
 def _name(document: Document) -> str:
-    """Name a document as refs do: its text with its title and source, which an answer cites. 32 hex digits."""
+    """Name a document as refs do, by its text, title, source and spans. 32 hex digits."""
+    name, spans = _name_of_text(document), _spans_of(document)
+    return name if spans is None else text_ref(json.dumps([name, spans]))
+
+
+def _name_of_text(document: Document) -> str:
+    """Name a document by its text with its title and source, which an answer cites."""
     return text_ref(json.dumps([document.ref, document.title, document.source]))
 
 
-def _packed(document: Document) -> bytes:
-    data = json.dumps([document.text, document.title, document.source]).encode()
+def _spans_of(document: Document) -> Spans | None:
+    return document.spans if isinstance(document, ReferencedDocument) else None
+
+
+def _referenced(document: Document, spans: Spans | None, finest: int | None = None) -> ReferencedDocument:
+    return ReferencedDocument(
+        document.text, title=document.title, metadata=document.metadata, finest=finest, spans=spans
+    )
+
+
+def _packed(values: list[Any]) -> bytes:
+    data = json.dumps(values).encode()
     if len(data) > _MAX_BYTES:
-        raise DocumentError(
-            f"{document.source} has {len(data):,} bytes, and at most {_MAX_BYTES:,} are handed; split it"
-        )
+        raise DocumentError(f"{values[-1]} has {len(data):,} bytes, and at most {_MAX_BYTES:,} are handed; split it")
     return zlib.compress(data)
 
 

@@ -29,7 +29,10 @@ class ExtensibleCompressor(ModelSettings, BaseDocumentCompressor):
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
-        """Return the same documents, ids and all, with a ref in the metadata of each. The query makes no difference."""
+        """Return the same documents, ids and all, with a ref in the metadata of each.
+
+        The query makes no difference: what is read of each is planned for the question that the model is asked.
+        """
         lm, documents = self.lm, list(documents)
         ours = to_documents(documents)
         ratio = self.ratio if isinstance(self.ratio, int) else None

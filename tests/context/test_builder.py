@@ -7,9 +7,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from tiny import SENTENCES, entering, random_embedder, tiny_llm
+from tiny import SENTENCES, entering, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
 
 from extemb_core import Document, ExtensibleLM
+from extemb_core.context.builder import parts_of
+from extemb_core.context.planning import Span
+from extemb_core.documents import ReferencedDocument
 from extemb_core.errors import StoreCorruptError
 from extemb_core.models import generation
 from extemb_core.models.llm import LLM
@@ -102,3 +105,127 @@ def test_only_a_stream_runs_the_llm_in_a_thread_of_its_own(lm, monkeypatch, verb
     assert (answer.text, answer.new_tokens) == (text, 3)
     assert 0 < answer.seconds["first_token"] < answer.seconds["total"]
     assert [thread is threading.current_thread() for thread in threads] == [verb != "stream"]
+
+
+# -- documents that were planned before -------------------------------------------------------------------------------
+
+SHIPS = Document(SENTENCES, title="Ships", metadata={"source": "ships.txt"})
+WIRES = Document(SENTENCES[72:] + " Copper wires again.", metadata={"source": "wires.txt"})
+
+
+@pytest.fixture
+def roomy():
+    llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="roomy")
+    return ExtensibleLM(llm, entering(llm))
+
+
+def with_spans(roomy, *documents, budget=80, question=QUESTION, **settings):
+    """Documents that carry the spans of a plan for a question."""
+    plans = roomy.plan(question, list(documents), budget=budget, plan="focus").documents
+    assert {plan.fidelity for plan in plans} == {"mixed"}
+    return [
+        ReferencedDocument(
+            document.text, title=document.title, metadata=document.metadata, spans=plan.spans, **settings
+        )
+        for document, plan in zip(documents, plans, strict=True)
+    ]
+
+
+def inside(*parts):
+    return [{"role": "user", "content": [*parts]}]
+
+
+def test_documents_that_carry_spans_are_read_as_these_say_whatever_is_asked(roomy):
+    carried = with_spans(roomy, SHIPS, WIRES)
+    expected = roomy.prepare(QUESTION, [SHIPS, WIRES], budget=80)[0]
+    joined = roomy.prepare("Why was the bridge closed?", carried, budget=80)[0]
+    assert [entry.spans for entry in joined.context] == [entry.spans for entry in expected.context]
+    assert [entry.positions for entry in joined.context] == [entry.positions for entry in expected.context]
+    assert {entry.reason for entry in joined.context} == {"as planned before"}
+    prepared, _ = roomy.prepare(inside(*carried, QUESTION), condense=True, max_new_tokens=4)
+    by_hand = [
+        part
+        for document, entry in zip(carried, prepared.context, strict=True)
+        for part in parts_of(
+            [Span(*span) for span in document.spans],
+            roomy.builder.token_ids(document.text),
+            roomy.store.get(document.ref, roomy.embedder.fingerprint, roomy.embedder.config.kept_ratio),
+        )
+    ]
+    assert len(prepared.prompt) == len(roomy.prepare(inside(*by_hand, QUESTION), max_new_tokens=4)[0].prompt)
+    assert sum(entry.positions for entry in prepared.context) == roomy.positions_of(carried)
+    assert roomy.chat(inside(*carried, QUESTION), max_new_tokens=4).text == roomy.chat(
+        inside(*by_hand, QUESTION), max_new_tokens=4).text  # fmt: skip
+    continued = roomy.generate([*carried, QUESTION], max_new_tokens=4).context
+    assert [(entry.fidelity, entry.reason) for entry in continued] == [("mixed", "as planned before")] * 2
+
+
+def test_documents_without_spans_have_what_those_with_spans_leave(roomy):
+    (carried,) = with_spans(roomy, SHIPS, budget=40)
+    other = Document("Nine ships. " * 20)
+    for budget in range(0, 180, 10):
+        planned = roomy.plan(inside(other, carried, QUESTION), [], budget=budget, max_new_tokens=4)
+        assert planned.positions <= planned.budget == budget
+        assert [plan.index for plan in planned.documents] == [0, 1]
+        first, second = planned.documents
+        if budget - roomy.positions_of([carried]) >= len(roomy.builder.token_ids(other.text)) / 8 + 2:
+            assert (second.spans, second.reason) == (carried.spans, "as planned before")
+            assert first.positions > 0
+        elif budget < roomy.positions_of([carried]):
+            assert "; planned anew, as no room was left for what was planned" in second.reason
+        assert "anew" not in first.reason
+    raw = roomy.plan(inside(other, carried, QUESTION), [], max_new_tokens=1).documents
+    assert [plan.fidelity for plan in raw] == ["raw", "mixed"]
+
+
+def test_what_no_longer_fits_is_planned_anew_from_the_question(roomy):
+    carried = with_spans(roomy, SHIPS, WIRES, budget=100)
+    anew, fresh = (
+        roomy.plan("Why was the bridge closed?", documents, budget=60) for documents in (carried, [SHIPS, WIRES])
+    )
+    assert [plan.spans for plan in anew.documents] == [plan.spans for plan in fresh.documents]
+    assert anew.positions <= 60
+    assert all("planned anew" in plan.reason for plan in anew.documents)
+    answer = roomy.ask("Why was the bridge closed?", carried, budget=60, max_new_tokens=2)
+    assert [entry.fidelity for entry in answer.context] == [plan.fidelity for plan in fresh.documents]
+
+
+@pytest.mark.parametrize("ratio", [4, "raw"])
+def test_a_ratio_that_is_asked_for_is_that_of_documents_with_spans_too(roomy, ratio):
+    (entry,) = roomy.ask(QUESTION, with_spans(roomy, SHIPS), ratio=ratio, max_new_tokens=2).context
+    assert entry.fidelity == ratio
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spans: spans[1:],
+        lambda spans: spans[:-1],
+        lambda spans: ((0, 0, 2), *spans),
+        lambda spans: (spans[0], spans[0], *spans[1:]),
+        lambda spans: ((0, 1, "raw"), (1, *spans[0][1:]), *spans[1:]),
+        lambda spans: (*spans[:-1], (spans[-1][0], spans[-1][1] + 1, "raw")),
+        lambda spans: tuple((start, stop, 3) for start, stop, _ in spans),
+        lambda spans: tuple((start, stop, 1) for start, stop, _ in spans),  # finer than what is kept
+        lambda spans: tuple((start, stop, "mixed") for start, stop, _ in spans),
+        lambda spans: (),
+    ],
+)
+def test_spans_that_the_embedder_cannot_have_made_are_refused(roomy, change):
+    (carried,) = with_spans(roomy, SHIPS)
+    wrong = replace(carried, spans=change(carried.spans))
+    for call in (lambda: roomy.ask(QUESTION, wrong, max_new_tokens=1), lambda: roomy.positions_of([wrong])):
+        with pytest.raises(StoreCorruptError, match=r"the spans that a ref of ships.txt carries .* make the ref again"):
+            call()
+
+
+def test_spans_stand_on_the_grid_of_a_limit_and_need_an_entry_layer(roomy):
+    (carried,) = with_spans(roomy, SHIPS)
+    with pytest.raises(StoreCorruptError, match="make the ref again"):
+        roomy.positions_of([replace(carried, finest=8)])
+    n_tokens = len(roomy.builder.token_ids(SHIPS.text))
+    limited = replace(carried, finest=8, spans=((0, 8, 8), (8, n_tokens, "dropped")))
+    assert roomy.positions_of([limited]) == 1
+    plain = ExtensibleLM(roomy.llm, random_embedder(roomy.llm))
+    with pytest.raises(StoreCorruptError, match="make the ref again"):
+        plain.positions_of([replace(limited, finest=None)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from extemb_core import Document, EmbeddingStore
 from extemb_core.documents import text_ref
 from extemb_core.errors import DocumentError, StoreCorruptError
-from extemb_core.frameworks.refs import MARK, Refs, _name
+from extemb_core.frameworks.refs import MARK, Refs, _name, _seal
 from extemb_core.store.base import MemoryStore
 
 MILL = Document("The mill was built in 1820.", title="Mill", metadata={"source": "mill.txt", "page": 3})
@@ -100,9 +102,6 @@ def test_a_document_that_is_gone_or_damaged_is_an_error(store, monkeypatch):
 
 @pytest.mark.parametrize("value", [b"words", "other", "bomb"])
 def test_what_is_read_is_what_was_put(tmp_path, value, monkeypatch):
-    import json
-    import zlib
-
     monkeypatch.setattr("extemb_core.frameworks.refs._MAX_BYTES", 1000)
     bomb = zlib.compress(json.dumps(["a" * 10**6, None, "a"]).encode())
     other = zlib.compress(json.dumps(["other text", None, "a"]).encode())
@@ -143,3 +142,78 @@ def test_a_mark_may_say_the_finest_ratio_and_its_seal_covers_it(store, caplog):
     with caplog.at_level(logging.WARNING):
         assert refs.find(forged) == [forged]
     assert "looks like a ref" in caplog.text
+
+
+SPANS = ((0, 4, "dropped"), (4, 8, 2), (8, 11, "raw"))
+
+
+def test_a_mark_may_carry_spans_which_are_part_of_its_name(store):
+    refs = Refs(store)
+    plain, spanned, limited = refs.put(MILL, MILL, MILL, finest=[None, None, 8], spans=[None, SPANS, SPANS])
+    (other,) = refs.put(MILL, spans=[SPANS[:2]])
+    (cited,) = refs.put(Document(MILL.text), spans=[SPANS])
+    marks = [plain, spanned, limited, other, cited]
+    assert len(set(marks)) == 5
+    assert all(map(MARK.fullmatch, marks))
+    found = refs.find("".join(marks))
+    assert [(part.spans, part.finest) for part in found] == [
+        (None, None), (SPANS, None), (SPANS, 8), (SPANS[:2], None), (SPANS, None)]  # fmt: skip
+    assert [(part.text, part.source) for part in found] == [(MILL.text, "mill.txt")] * 4 + [(MILL.text, MILL.ref)]
+    assert refs.put(MILL, spans=[SPANS]) == [spanned]
+    assert refs.put(found[1]) == [spanned]
+    assert refs.put(MILL) == [plain]
+
+
+def test_a_text_that_is_planned_again_and_again_is_in_memory_once(monkeypatch):
+    monkeypatch.setattr("extemb_core.frameworks.refs._MAX_NAMES", 8)
+    refs = Refs(MemoryStore())
+    marks = [refs.put(MILL, spans=[((0, at, "raw"), (at, 11, 2))])[0] for at in range(1, 11)]
+    assert refs._keepers[0]._chars == len(MILL.text)
+    with pytest.raises(DocumentError, match="not kept any more"):
+        refs.find(marks[0])
+    (found,) = refs.find(marks[9])
+    assert (found.spans, found.source, found.metadata["page"]) == (((0, 10, "raw"), (10, 11, 2)), "mill.txt", 3)
+    assert refs.find(refs.put(MILL)[0])[0].spans is None
+
+
+def test_spans_are_found_by_a_later_process_and_their_text_is_on_disk_once(tmp_path):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        marks = [Refs(store).put(MILL, spans=[(*SPANS[:2], (8, at, "raw"))])[0] for at in range(9, 12)]
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        found = [Refs(store).find(mark)[0] for mark in marks]
+        assert [(one.text, one.title, one.source) for one in found] == [(MILL.text, "Mill", "mill.txt")] * 3
+        assert [one.spans[2] for one in found] == [(8, at, "raw") for at in range(9, 12)]
+        with store.environment.read() as transaction:
+            assert transaction.stat(store.environment.database("handed"))["entries"] == 4
+
+
+def test_spans_that_are_not_those_that_were_put_are_refused(tmp_path):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        refs = Refs(store)
+        mark, other = refs.put(MILL, TOWER, spans=[SPANS, SPANS])
+        handed = store.environment.database("handed")
+        (found,) = refs.find(mark)
+        name, plain, tower = _name(found), _name(MILL), _name(TOWER)
+
+        def put(name, values):
+            key, data = bytes.fromhex(name.removeprefix("ext:")), zlib.compress(json.dumps(values).encode())
+            store.write(lambda transaction: transaction.put(key, data, db=handed))
+
+        wrong = [[plain, [*SPANS[:2], (8, 11, 2)]], [tower, SPANS], [name, SPANS], [plain, "spans"], [plain, None],
+                 [plain], [plain, [[0, 11]]], [MILL.text, "Mill", "mill.txt"], {"name": plain}, 3]  # fmt: skip
+        for values in wrong:
+            put(name, values)
+            with pytest.raises(StoreCorruptError, match="add the document again"):
+                refs.find(mark)
+        put(name, [plain, SPANS])
+        assert refs.find(mark) == [found]
+        # The name that refs had before version 0.2 said nothing of titles, and nothing of spans either.
+        put(MILL.ref, [MILL.text, "Mill", "mill.txt"])
+        old = f"[[{MILL.ref}:{_seal(refs._keepers[0].secret(), MILL.ref)}]]"
+        assert refs.find(old)[0].source == "mill.txt"
+        put(MILL.ref, [plain, SPANS])
+        with pytest.raises(StoreCorruptError, match="is not what was put"):
+            refs.find(old)
+        store.write(lambda transaction: transaction.delete(bytes.fromhex(tower.removeprefix("ext:")), db=handed))
+        with pytest.raises(DocumentError, match="not kept any more"):
+            refs.find(other)

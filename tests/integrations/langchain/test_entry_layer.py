@@ -9,6 +9,7 @@ from anchored import lm_over
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, messages_from_dict, messages_to_dict
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
@@ -146,6 +147,32 @@ def test_the_compressor_s_refs(lm, read, monkeypatch):
     for ratio in (2, 4, 8):
         assert fates(ChatExtensible.from_lm(lm, ratio=ratio, max_tokens=2).invoke(prompt)) == [(ratio, True)]
         assert isinstance(ExtensibleLLM.from_lm(lm, ratio=ratio, max_tokens=2).invoke(prompt), str)
+    assert all(isinstance(prompt, AnchoredPrompt) for prompt in read)
+
+
+@pytest.mark.parametrize("where", ["system", "human"])
+async def test_a_chain_with_refs_is_planned_for_the_question_that_the_model_is_asked(lm, read, where):
+    """Not for the query that the compressor saw."""
+    documents = [Document(SENTENCES, metadata={"source": "a"}), Document(SENTENCES[72:] + " Ships.")]
+    form = {
+        "system": [("system", "Answer from this:\n{context}"), ("human", "{input}")],
+        "human": [("human", "{context}\n\nQuestion: {input}")],
+    }
+    chat = ChatExtensible.from_lm(lm, budget=100, max_tokens=4)
+    told = []
+    for query in ("Why was the bridge closed?", "How many ships?"):
+        found = await ExtensibleCompressor.from_lm(lm).acompress_documents(documents, "any")
+        context = "\n\n".join(one.metadata["extemb_ref"] for one in found)
+        chain = ChatPromptTemplate.from_messages(form[where]) | chat
+        message = chain.invoke({"context": context, "input": query})
+        assert [kind for kind, _ in fates(message)] == ["mixed"] * 2
+        assert all(cached for _, cached in fates(message))
+        entries = message.response_metadata["extemb"]["documents"]
+        assert sum(one["positions"] for one in entries) <= 100
+        assert not any("planned" in one["reason"] for one in entries)
+        assert (await chain.ainvoke({"context": context, "input": query})).content == message.content
+        told.append([one["reason"] for one in entries])
+    assert told[0] != told[1]
     assert all(isinstance(prompt, AnchoredPrompt) for prompt in read)
 
 

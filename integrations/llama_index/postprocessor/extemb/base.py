@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
+from extemb_core.context.focus import Mode, mode_of
 from extemb_core.context.planning import Plan, plan_context
 from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import until_cancelled
@@ -65,19 +69,35 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
     index.as_query_engine(llm=llm, node_postprocessors=[ExtensibleEmbeddingPostprocessor(llm=llm, budget=1024)])
     ```
 
-    The nodes' order is their rank: those ranked higher are never read coarser (`extemb_core.context.planning`).
-    Metadata that the LLM is to see stays text. Only an `ExtensibleLLM` of the same model and store can read the result;
-    anything else that asks a node for its text gets its text.
+    Of a query, the sentences that say most about it stay text, and the rest is compressed around them
+    (`extemb_core.context.focus`). In an even plan the nodes' order is their rank: those ranked higher are never read
+    coarser (`extemb_core.context.planning`). Metadata that the LLM is to see stays text. Only an `ExtensibleLLM` of the
+    same model and store can read the result; anything else that asks a node for its text gets its text.
     """
 
     budget: Budget = None
     """Positions of the window that the nodes may take together, with their metadata. What does not fit is dropped, the
-    worst ranked first, with a warning. When not given, "auto" aims at the LLM's own budget or half of the window, and
-    nothing is dropped: LlamaIndex asks several times then."""
+    worst first, with a warning. When not given, "auto" aims at the LLM's own budget or half of the window, or what all
+    nodes need at the coarsest ratio where that is more, so that an even plan drops none: LlamaIndex asks several times
+    then."""
+    plan: str | None = None
+    """"focus": what says most about the query stays text, the rest is compressed, or dropped where it says nothing;
+    "even": each node at one ratio, by its rank; "select": what says most about the query, and nothing else. When not
+    given, that of the LLM, or else "focus" where there is a query, `ratio` is "auto", `top_raw` is 0 and the embedder
+    enters above layer 0. Without a query "even"."""
     min_tokens: int = Field(default=64, ge=0)
-    """Nodes of at most so many tokens stay text, as far as the budget allows."""
+    """Nodes of at most so many tokens stay text in an even plan, as far as the budget allows."""
     top_raw: int = Field(default=0, ge=0)
-    """So many of the best ranked nodes stay text, as far as the budget allows; the best comes first."""
+    """So many of the best ranked nodes stay text in an even plan, as far as the budget allows; the best comes first."""
+
+    @model_validator(mode="after")
+    def _one_way_to_plan(self) -> Self:
+        mode = mode_of(self.plan, self.ratio, "", 1)
+        if self.top_raw and mode != "even":
+            raise ConfigError(
+                f"top_raw={self.top_raw} came with plan={mode!r}, which goes by sentences; leave one of them out"
+            )
+        return self
 
     @classmethod
     def class_name(cls) -> str:
@@ -89,32 +109,41 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
         lm = self.lm
         texts = {at: text for at, scored in enumerate(nodes) if (text := text_of(scored.node)) is not None}
         documents = {at: to_document(nodes[at].node, text) for at, text in texts.items()}
-        chosen = dict(zip(documents, self._plan(lm, nodes, documents).documents, strict=True))
-        ratios = {at: plan.fidelity for at, plan in chosen.items() if isinstance(plan.fidelity, int)}
-        for ratio in sorted(set(ratios.values())):
+        planned = self._plan(lm, nodes, documents, "" if query_bundle is None else query_bundle.query_str)
+        size = lm.embedder.config.chunk_size
+        chosen = dict(zip(documents, planned.documents, strict=True))
+        handed = {at: plan for at, plan in chosen.items() if plan.fidelity not in ("raw", "dropped")}
+        ratios = {at: lm.builder.stored_ratio(documents[at], plan) for at, plan in handed.items()}
+        for ratio in sorted({ratio for ratio in ratios.values() if isinstance(ratio, int)}):
             lm.compress(
-                [documents[at] for at, chosen_ratio in ratios.items() if chosen_ratio == ratio],
+                [documents[at] for at, stored_ratio in ratios.items() if stored_ratio == ratio],
                 ratio=ratio,
                 batch_size=self.batch_size,
                 show_progress=False,
             )
-        marks = lm.refs.put(*(documents[at] for at in ratios), finest=list(ratios.values()))
-        of_node = dict(zip(ratios, marks, strict=True))
+        marks = lm.refs.put(
+            *(documents[at] for at in handed),
+            finest=[None if plan.spans else plan.fidelity for plan in handed.values()],  # type: ignore[misc]
+            spans=[plan.spans or None for plan in handed.values()],
+        )
+        of_node = dict(zip(handed, marks, strict=True))
         made: dict[int, BaseNode] = {}
         for at, document in documents.items():
-            tokens = lm.builder.n_tokens(document)
-            positions = compressed_positions(tokens, ratios.get(at, 1), lm.embedder.config.chunk_size)
+            tokens, mark, plan = lm.builder.n_tokens(document), of_node.get(at), chosen[at]
+            read_at = plan.fidelity if mark else "raw"
+            even = compressed_positions(tokens, read_at if isinstance(read_at, int) else 1, size)
             made[at] = extensible(
                 nodes[at].node,
                 document,
-                mark=of_node.get(at),
-                ratio=ratios.get(at),
+                mark=mark,
+                ratio=read_at,
                 tokens=tokens,
-                positions=positions,
+                positions=sum(span.positions(size) for span in plan.spans) if plan.spans else even,
             )
         dropped = [at for at, plan in chosen.items() if plan.fidelity == "dropped" and plan.n_tokens]
         if dropped:
-            self._warn_of(dropped, nodes)
+            by_rank = not any(chosen[at].spans for at in dropped)
+            self._warn_of(dropped, nodes, planned.budget, by_rank)
         return [
             scored.model_copy(update={"node": made[at]}) if at in made else scored
             for at, scored in enumerate(nodes)
@@ -126,18 +155,26 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
     ) -> list[NodeWithScore]:
         return await until_cancelled(lambda _cancelled: self._postprocess_nodes(nodes, query_bundle))
 
-    def _warn_of(self, dropped: list[int], nodes: list[NodeWithScore]) -> None:
+    def _warn_of(self, dropped: list[int], nodes: list[NodeWithScore], budget: int, by_rank: bool) -> None:
         worst = min((scored.get_score() for at, scored in enumerate(nodes) if at not in dropped), default=math.inf)
-        misplaced = any(nodes[at].get_score() > worst for at in dropped)
+        misplaced = by_rank and any(nodes[at].get_score() > worst for at in dropped)
         logger.warning(
             "%d of %d nodes dropped: no room in budget=%s: %s%s",
-            len(dropped), len(nodes), self.budget, ", ".join(nodes[at].node_id for at in dropped),
+            len(dropped), len(nodes), budget, ", ".join(nodes[at].node_id for at in dropped),
             "; the order of the nodes is their rank: what reorders them otherwise, such as LongContextReorder, goes "
             "behind this postprocessor" if misplaced else "",
         )  # fmt: skip
 
-    def _plan(self, lm: ExtensibleLM, nodes: list[NodeWithScore], documents: dict[int, Document]) -> Plan:
-        """Plan the fidelity of the nodes that are text, each with its metadata as overhead."""
+    def _mode(self, lm: ExtensibleLM, query: str) -> Mode:
+        """Return how nodes are planned for a query."""
+        plan = self.plan
+        if plan is None and self.ratio == "auto":
+            plan = "even" if self.top_raw else getattr(self.llm, "plan", None)
+        mode = mode_of(plan, self.ratio, query, lm.embedder.config.entry_layer)
+        return mode if query.strip() else "even"
+
+    def _plan(self, lm: ExtensibleLM, nodes: list[NodeWithScore], documents: dict[int, Document], query: str) -> Plan:
+        """Plan what becomes of the nodes that are text, each with its metadata as overhead."""
         config = lm.embedder.config
         tokens = [lm.builder.n_tokens(document) for document in documents.values()]
         overhead = [len(lm.llm.encode(heading_of(nodes[at].node))) for at in documents]
@@ -155,6 +192,8 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
             room = max(aim, sum(coarsest) + sum(overhead))
         else:
             room = sum(tokens) + sum(overhead)
+        if (mode := self._mode(lm, query)) != "even":
+            return _plan_sentences(lm, [*documents.values()], tokens, overhead, room, query, mode)
         return plan_context(
             tokens,
             room,
@@ -168,3 +207,35 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
                 at < self.top_raw or count <= self.min_tokens for at, count in zip(documents, tokens, strict=True)
             ],
         )
+
+
+def _plan_sentences(
+    lm: ExtensibleLM,
+    documents: Sequence[Document],
+    tokens: Sequence[int],
+    overhead: Sequence[int],
+    room: int,
+    query: str,
+    mode: Mode,
+) -> Plan:
+    """Plan documents for a query; those without text, which are all overhead, have what the others leave."""
+    texts = [at for at, document in enumerate(documents) if document.text.strip()]
+    others = [at for at, document in enumerate(documents) if not document.text.strip()]
+    planned = lm.builder.plan(
+        [documents[at] for at in texts],
+        room,
+        "auto",
+        question=query,
+        plan=mode,
+        overhead=[overhead[at] for at in texts],
+    )
+    left = plan_context(
+        [tokens[at] for at in others],
+        room - planned.positions,
+        ratio="raw",
+        overhead=[overhead[at] for at in others],
+    )
+    plans = {
+        at: plan for made, of in ((planned, texts), (left, others)) for at, plan in zip(of, made.documents, strict=True)
+    }
+    return replace(planned, documents=tuple(replace(plans[at], index=at) for at in range(len(documents))), budget=room)

@@ -30,14 +30,14 @@ class ExtensibleNode(TextNode):
     Attributes:
         extemb_mark: What the LLM is given in the text's place (see `extemb_core.frameworks.refs`); None for the text.
         extemb_ref: Of the text that the mark stands for: a node whose text is changed is text again.
-        extemb_ratio: Tokens per embedding, or "raw".
+        extemb_ratio: Tokens per embedding, "raw", or "mixed": some of its sentences are text.
         extemb_tokens: Length of the text.
         extemb_positions: What it takes of the LLM's window, its metadata not counted.
     """
 
     extemb_mark: str | None
     extemb_ref: str
-    extemb_ratio: int | Literal["raw"]
+    extemb_ratio: int | Literal["raw", "mixed"]
     extemb_tokens: int
     extemb_positions: int
 
@@ -92,7 +92,7 @@ def to_document(node: BaseNode, text: str) -> Document:
 
 
 def extensible(
-    node: BaseNode, document: Document, *, mark: str | None, ratio: int | None, tokens: int, positions: int
+    node: BaseNode, document: Document, *, mark: str | None, ratio: int | str, tokens: int, positions: int
 ) -> ExtensibleNode:
     """Return the node with a mark for the LLM, if it gets one; nothing of it is copied or validated again."""
     kind = _extensible_kind(type(node))
@@ -101,7 +101,7 @@ def extensible(
         "text": document.text,
         "extemb_mark": mark,
         "extemb_ref": document.ref,
-        "extemb_ratio": ratio or "raw",
+        "extemb_ratio": ratio,
         "extemb_tokens": tokens,
         "extemb_positions": positions,
     }

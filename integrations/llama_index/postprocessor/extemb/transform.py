@@ -17,7 +17,7 @@ class ExtensibleTransform(CompressionSettings, TransformComponent):
 
     The last transformation of an `IngestionPipeline`, after the splitter. What is done is in the store batch by batch:
     an interrupted run resumes, and a node whose text is there costs a look-up. Give `ratio` the
-    finest one that will be asked for, or "auto" for the one that the embedder keeps.
+    finest one that will be asked for, or "auto" for the one that the embedder keeps, which a plan for a query needs.
     """
 
     show_progress: bool | None = None
