@@ -21,7 +21,7 @@ Record = Mapping[str, Any]
 
 ARM_KINDS = (
     "none", "random", "random_states", "wrong", "anchors", "truncated", "nearest", "streaming", "lingua", "chosen",
-    "extensible", "full",
+    "extensible", "focus", "full",
 )  # fmt: skip
 SIDE_KINDS = ("full", "online", "offline")
 METRIC_NAMES = {"em": "EM", "f1": "F1", "contained": "contained", "rouge_l": "ROUGE-L", "loss": "loss"}
@@ -39,6 +39,7 @@ _STYLES = {
     "lingua": ("#009E73", "^"),
     "chosen": ("#E69F00", "D"),
     "extensible": ("#0072B2", "o"),
+    "focus": ("#7B3294", "X"),
     "full": ("#000000", "*"),
     "online": ("#D55E00", "s"),
     "offline": ("#0072B2", "o"),

@@ -12,7 +12,7 @@ Summary = Mapping[str, Any]
 Minus = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Ratio -> control -> metric or task -> difference, extensible less control."""
 
-_POINTS = "Paired differences, in percentage points (above 0: the embeddings are better):\n"
+_NAMES = {"extensible": "the embeddings are better", "focus": "plans for the question are better"}
 _WITHOUT_RATIO = ("none", "streaming", "full")
 _SPEED = {
     "first_token_s": "Time to the first token, in seconds",
@@ -63,22 +63,25 @@ def qa(summary: Summary) -> list[str]:
     metrics = [metric for metric in summary["metrics"] if metric != "loss"]
     has_loss = "loss" in summary["metrics"]
     minus = summary["minus"]
+    compared = {"extensible": minus, "focus": summary.get("focus_minus", {})}
+    compared = {ours: table for ours, table in compared.items() if table}
     parts: list[str] = []
     if metrics:
         parts += ["Scores:\n", _scores(summary, dict.fromkeys(metrics, cells.percent))]
-        parts += [_POINTS, _points(minus, metrics)] if minus else []
+        for ours, table in compared.items():
+            parts += [_points_title(ours), _points(table, metrics, ours)]
         title = "Retained share of what the full text gains, (extensible - none) / (full - none), by F1:\n"
         parts += _retained(title, summary.get("retained", {}))
     if has_loss:
         parts += ["Loss of the reference answer, in nats per token (lower is better):\n"]
         parts += [_scores(summary, {"loss": cells.loss})]
-        if minus:
+        for ours, table in compared.items():
             rows = [
-                [_minus(ratio, control), cells.difference(minus[ratio][control].get("loss"))]
-                for ratio in _numbered(minus)
-                for control in sorted(minus[ratio], key=arm_key)
+                [_minus(ratio, control, ours), cells.difference(table[ratio][control].get("loss"))]
+                for ratio in _numbered(table)
+                for control in sorted(table[ratio], key=arm_key)
             ]
-            parts += ["Difference of that loss, in nats per token (below 0: the embeddings are better):\n"]
+            parts += [f"Difference of that loss, in nats per token (below 0: {_NAMES[ours]}):\n"]
             parts += [cells.table(["difference", "loss"], rows)]
         title = "Share of what the full text gains in loss, (none - extensible) / (none - full):\n"
         parts += _retained(title, summary["retained_loss"])
@@ -131,7 +134,7 @@ def needle(summary: Summary) -> list[str]:
             for control, difference in controls.items():
                 minus.setdefault(ratio, {}).setdefault(control, {})[task] = difference
     if minus:
-        parts += [_POINTS, _points(minus, tasks)]
+        parts += [_points_title(), _points(minus, tasks)]
     lengths = sorted({cell["tokens"] for cell in summary["cells"]})
     for task in tasks:
         columns: list[dict[str, list[tuple[float, int]]]] = [{} for _ in lengths]
@@ -196,10 +199,17 @@ def _retained(title: str, shares: Mapping[str, Any]) -> list[str]:
     return [title, cells.table(["arm", "retained"], rows)] if rows else []
 
 
-def _points(minus: Minus, columns: Sequence[str]) -> str:
+def _points_title(ours: str = "extensible") -> str:
+    return f"Paired differences, in percentage points (above 0: {_NAMES[ours]}):\n"
+
+
+def _points(minus: Minus, columns: Sequence[str], ours: str = "extensible") -> str:
     """Write a row per ratio and control, a column per metric or task."""
     rows = [
-        [_minus(ratio, control), *(cells.difference(minus[ratio][control].get(name), points=True) for name in columns)]
+        [
+            _minus(ratio, control, ours),
+            *(cells.difference(minus[ratio][control].get(name), points=True) for name in columns),
+        ]
         for ratio in _numbered(minus)
         for control in sorted(minus[ratio], key=arm_key)
     ]
@@ -234,9 +244,9 @@ def _pooled(shares: list[tuple[float, int]]) -> str:
     return cells.plain_percent(sum(share * n for share, n in shares) / total if total else None)
 
 
-def _minus(ratio: str, control: str) -> str:
+def _minus(ratio: str, control: str, ours: str = "extensible") -> str:
     other = control if control in _WITHOUT_RATIO else f"{control}/{ratio}"
-    return f"{cells.code(f'extensible/{ratio}')} - {cells.code(other)}"
+    return f"{cells.code(f'{ours}/{ratio}')} - {cells.code(other)}"
 
 
 def _named(name: str) -> str:

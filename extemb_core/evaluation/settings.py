@@ -88,8 +88,8 @@ class QaConfig(CommonConfig):
         data: Questions: .jsonl[.zst] with id, context, question, answers.
         passages: Passages per question: its own and others.
         template: auto (by the reference answers), short, yes_no or long. They are in `templates.json`.
-        controls: Besides none and full: truncated, chosen, lingua, random, wrong; above entry layer 0 anchors and
-            random_states too. None measures all that can be made.
+        controls: Besides none and full: truncated, chosen, lingua, random, wrong; above entry layer 0 focus, anchors
+            and random_states too. None measures all that can be made.
         generate: Let the LLM answer, or measure the loss of the right answers alone, which is quicker.
         one_per_text: Ask one question about each text, drawn by the seed.
     """

@@ -82,7 +82,8 @@ class Library:
             library stays with the one it was made with; None is that one, or the default in a new library.
         mode: "a" to add, "r" to read.
         passage_tokens: Tokens of a passage at most, by the LLM's tokenizer.
-        ratio: The finest ratio that will be asked for; the embedder's `kept_ratio` when not given.
+        ratio: The finest ratio that will be asked for; the embedder's `kept_ratio`, which plans by sentence need, when
+            not given.
         dtype: Of the embeddings on disk: see `EmbeddingStore.open`.
         index: FAISS name of the index, such as "HNSW32"; by the number of passages when not given.
 
