@@ -53,7 +53,7 @@ _ABSENT = "#DDDDDD"
 def arm_key(arm: str, kinds: tuple[str, ...] = ARM_KINDS) -> tuple[int, str, int]:
     """Order arms as every table and legend does: controls from weakest to strongest, then by ratio."""
     kind, ratio = split_arm(arm)
-    return (kinds.index(kind) if kind in kinds else len(kinds) - 3, kind, ratio or 0)
+    return (kinds.index(kind) if kind in kinds else len(kinds) - 4, kind, ratio or 0)
 
 
 def split_arm(arm: str) -> tuple[str, int | None]:
