@@ -263,7 +263,7 @@ def test_memory_probe_accounts_for_what_it_returns(folders):
     assert found["bytes"] == 30_000
     assert found["embeddings_mib"] * memory.MIB == pytest.approx(found["tokens"] / 2 * 64 * 4, rel=0.01)
     assert found["beyond_embeddings_mib"] == pytest.approx(found["peak_mib"] - found["embeddings_mib"])
-    assert found["peak_mib"] >= found["before_mib"]
+    assert found["peak_mib"] >= found["before_mib"] - 1  # Linux counts pages for each processor, and adds them up later
 
 
 def test_the_llm_itself_is_probed_with_an_embedder_of_any_entry_layer(models):

@@ -362,7 +362,7 @@ def test_refs_with_spans_on_disk_are_read_by_a_later_process_and_others_are_refu
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"plan": "fast"}, "plan='fast' is none of focus, select, even; pass one of them, or None"),
+        ({"plan": "fast"}, "plan='fast' is none of focus, select, even; pass one of them or leave it out"),
         ({"plan": "focus", "ratio": 4}, "plan='focus' came with ratio=4"),
         ({"plan": "select", "top_raw": 2}, "top_raw=2 came with plan='select'"),
         ({"plan": 3}, "plan=3 is not legal"),
