@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import bm25s
 import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from extemb_core.errors import StoreError, optional_import
+from extemb_core.errors import StoreError
 from extemb_core.utils.files import atomic_write
 
 # Scripts without spaces: Thai, Lao, Burmese, Khmer, and those of Chinese and Japanese.
@@ -38,13 +39,9 @@ class WordIndex:
     Args:
         ids: (n,) of the first passages.
         texts: Of these passages.
-
-    Raises:
-        MissingExtraError: bm25s is not installed.
     """
 
     def __init__(self, ids: Sequence[int] = (), texts: Sequence[str] = ()) -> None:
-        self._bm25s = optional_import("bm25s", "library", "search by words")
         # Of each row, that is of each passage that was ever added: its id, or _REMOVED, and its words.
         self._ids, self._lengths = np.zeros(0, np.int64), np.zeros(0, np.int64)
         # Word -> the rows that hold it, and how often.
@@ -160,7 +157,7 @@ class WordIndex:
 
     def _words(self, texts: Sequence[str]) -> list[list[str]]:
         settings = {"token_pattern": _WORD, "stopwords": "en", "return_ids": False, "show_progress": False}
-        return [list(words) for words in self._bm25s.tokenize(list(texts), **settings)]
+        return [list(words) for words in bm25s.tokenize(list(texts), **settings)]
 
 
 def _checksum_of(tensors: Mapping[str, np.ndarray[Any, Any]]) -> str:

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from extemb_core.cli.main import app
 
 pytest.importorskip("faiss")
-pytest.importorskip("bm25s")
 
 
 @pytest.fixture

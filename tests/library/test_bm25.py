@@ -6,6 +6,7 @@ import os
 import random
 from pathlib import Path
 
+import bm25s
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -13,7 +14,6 @@ from safetensors.numpy import save_file
 from extemb_core.library import bm25
 from extemb_core.library.bm25 import WordIndex, fuse
 
-bm25s = pytest.importorskip("bm25s")
 TEXTS = ["The mill was built by Ada Merrow.", "The bridge was closed in 1987.", "Rivers carry sand to the sea.", ""]
 
 

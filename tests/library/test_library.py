@@ -24,7 +24,6 @@ from extemb_core.library.library import INDEX_FILE, WORDS_FILE, Library
 from extemb_core.library.vector_index import VectorIndex
 
 pytest.importorskip("faiss")
-pytest.importorskip("bm25s")
 PLACES = ("harbour", "bridge", "mill", "tower", "market", "station")
 
 
