@@ -36,6 +36,7 @@ _MIN_SENTENCES = 3
 _MAX_LOSS, _MIN_LOSS = 4.0, -1.0  # nats per token by which a plan counts as worse, or as better, than the full text
 _RANDOM = (0.12, 0.15, 0.13, 0.18, 0.17, 0.10, 0.15)  # chance of each fidelity for a sentence by itself
 _MAX_BEST, _MAX_NEXT = 4, 3  # sentences in full, and after them at a ratio of their own
+_RANKS_BY_TRUST = 3  # ranks whose sentences matter differently where the ranking is trusted
 _TURNS = 60
 
 
@@ -145,9 +146,18 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
             nats.append(np.clip((loss - full) / sample["answer_tokens"], _MIN_LOSS, _MAX_LOSS))
             falls.append(np.exp(-full) - np.exp(-loss))
     x, y = np.stack(features), np.array(nats) / np.mean(nats) + np.array(falls) / np.mean(falls)
+    # One weight for each level and class; for classes of lower rank, of which little is seen, one for all levels.
+    levels, n_classes, _ = blank.losses.shape
+    number = np.arange(n_classes)
+    of_cell = np.where(
+        number < _RANKS_BY_TRUST,
+        number + _RANKS_BY_TRUST * np.arange(levels)[:, None],
+        number + _RANKS_BY_TRUST * (levels - 1),
+    ).ravel()
+    shared = np.eye(of_cell.max() + 1)[of_cell]  # (levels x classes, weights)
     lost = 1 - np.linspace(0, 1, len(FIDELITIES))
     for _ in range(_TURNS):
-        weights = _non_negative_least_squares((x * lost).sum(2), y)
+        weights = shared @ _non_negative_least_squares((x * lost).sum(2) @ shared, y)
         steps = _non_negative_least_squares(np.cumsum((x * weights[:, None]).sum(1)[:, :-1], axis=1), y)
         lost = np.append(np.cumsum(steps[::-1])[::-1], 0)
         lost /= max(lost[0], 1e-9)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tiny import SENTENCES, entering, random_embedder, tiny_llm, tool_llm
 from extemb_core.context.focus import FIDELITIES, SentenceLosses
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.plan_losses import RANKS, PlanExperiment, fit
-from extemb_core.evaluation.runs import run
+from extemb_core.evaluation.runs import read_record, run
 from extemb_core.evaluation.settings import PlanConfig
 
 
@@ -101,3 +103,10 @@ def test_texts_of_too_few_sentences_say_nothing(tmp_path):
     )
     with pytest.raises(ConfigError, match="fewer than two texts have several sentences"):
         run(made(str(file), plans=2), tmp_path / "plan.json", show_progress=False)
+
+
+def test_the_table_that_ships_is_that_of_its_record():
+    record = read_record(Path(__file__).parents[2] / "benchmarks/results/plan_joint.json")
+    shipped = json.loads((resources.files("extemb_core") / "pretrained/focus.json").read_text(encoding="utf-8"))
+    assert shipped == {name: record["summary"][name] for name in shipped}
+    assert fit([sample for sample in record["samples"] if sample["plans"]])["lost"] == record["summary"]["lost"]
