@@ -36,7 +36,7 @@ _MIN_SENTENCES = 3
 _MAX_LOSS, _MIN_LOSS = 4.0, -1.0  # nats per token by which a plan counts as worse, or as better, than the full text
 _RANDOM = (0.12, 0.15, 0.13, 0.18, 0.17, 0.10, 0.15)  # chance of each fidelity for a sentence by itself
 _MAX_BEST, _MAX_NEXT = 4, 3  # sentences in full, and after them at a ratio of their own
-_RANKS_BY_TRUST = 3  # ranks whose sentences matter differently where the ranking is trusted
+_RANKS_BY_TRUST = 2  # ranks whose sentences matter differently where the ranking is trusted
 _NEAR = 0.02  # of a share that is lost; resampling 296 questions moves it by 0.05 to 0.12
 _STEP = 0.001
 _TURNS = 60
@@ -166,7 +166,7 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
     # All of a text at ratio 32 takes the positions of half of it at 16. Where the two are as good, all of it is read.
     half = (lost[0] + lost[2]) / 2
     if lost[1] < half + _NEAR:
-        lost[1] = min(lost[1], half - _STEP)
+        lost[1] = max(lost[2], min(lost[1], half - _STEP))
     table = weights.reshape((*blank.losses.shape[:2], 1)) * lost
     explained = 1 - np.var(y - (x * weights[:, None] * lost).sum((1, 2))) / np.var(y)
     return {
