@@ -16,6 +16,7 @@ import numpy as np
 
 from extemb_core.context.spans import Array
 
+_DIGITS = 12  # after which two claims are equal
 _MAX_TRIES = 64  # of steps past the first that no longer fits
 
 
@@ -69,7 +70,7 @@ def allocate(
     rows, first = np.unique(losses, axis=0, return_inverse=True)
     steps = [convex_steps(costs, row.tolist()) for row in rows]
     claims = [
-        (-slope / length, at, option)
+        (round(-slope / length, _DIGITS), at, option)
         for at, (kind, length) in enumerate(zip(first.ravel().tolist(), lengths.tolist(), strict=True))
         for option, slope in steps[kind]
     ]
