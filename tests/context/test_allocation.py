@@ -82,7 +82,7 @@ def test_losses_in_proportion_to_lengths_are_equal_claims():
     lengths = np.array([7, 30, 11, 23, 19, 3])
     losses = lengths[:, None] * np.array([0.0534, 0.0123, 0.0061, 0.0]) / 100
     for count in range(7):
-        budget = whole_positions(lengths)(np.arange(6) < count)  # what the first few take
+        budget = whole_positions(lengths)((np.arange(6) < count).astype(int))  # what the first few take
         assert allocate(lengths, losses, COSTS, budget, whole_positions(lengths)).tolist() == [1] * count + [0] * (
             6 - count
         )

@@ -122,7 +122,7 @@ def roomy():
 def with_spans(roomy, *documents, budget=80, question=QUESTION, **settings):
     """Documents that carry the spans of a plan for a question."""
     plans = roomy.plan(question, list(documents), budget=budget, plan="focus").documents
-    assert {plan.fidelity for plan in plans} == {"mixed"}
+    assert "mixed" in {plan.fidelity for plan in plans}
     return [
         ReferencedDocument(
             document.text, title=document.title, metadata=document.metadata, spans=plan.spans, **settings
