@@ -15,6 +15,9 @@ from extemb_core.context.planning import Fidelity, Span
 
 MAX_SENTENCE_TOKENS = 64  # what has no full stop for longer, such as code and tables, is cut at lines, then anywhere
 
+# sentencex takes a space for one byte, and ends within others: after an initial, as names have them ("J.\u00a0Ito").
+_PLAIN_SPACES = {point: " " for point in range(128, 0x3001) if chr(point).isspace()}
+
 Array = np.ndarray[Any, Any]
 
 
@@ -56,8 +59,7 @@ def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTEN
         ends: (T,) character at which each of its tokens ends, ascending.
         max_tokens: Longer sentences are cut: after lines, as far as there are any, else after so many tokens.
     """
-    found = [(part["start_index"], part["text"].rstrip()) for part in sentencex.get_sentence_boundaries("en", text)]
-    stops = [start + len(sentence) for start, sentence in found if sentence][:-1]
+    stops = _sentence_stops(text.translate(_PLAIN_SPACES))[:-1]
     borders = np.unique([0, *np.searchsorted(ends, stops, "right"), len(ends)])
     lines = np.unique(np.searchsorted(ends, [at for at, char in enumerate(text) if char == "\n"], "right"))
     cuts: list[int] = []
@@ -68,6 +70,17 @@ def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTEN
             start = int(within[-1]) if len(within) else start + max_tokens
             cuts.append(start)
     return Sentences(np.array([*cuts, len(ends)]), text, ends)
+
+
+def _sentence_stops(text: str) -> list[int]:
+    """Return where each sentence ends, white space after it left out."""
+    try:
+        found = sentencex.get_sentence_boundaries("en", text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a panic of its Rust code, which is no Exception: then lines alone are known
+        return []
+    return [part["start_index"] + len(part["text"].rstrip()) for part in found if part["text"].strip()]
 
 
 def cover(spans: Sequence[Span], n_tokens: int, finest: int, chunk_size: int) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import SENTENCES, tiny_llm
 
+from extemb_core.context import spans
 from extemb_core.context.spans import GroupGrid, Sentences, split_into_sentences
 
 FIDELITIES = ("dropped", 8, 4, 2, "raw")
@@ -25,6 +26,7 @@ def split(text, **settings):
         ("Dr. Ito left at 7 a.m. on foot. Did he? Yes!", ["Dr. Ito left at 7 a.m. on foot.", " Did he?", " Yes!"]),
         ("One.\r\n\r\nTwo.\n", ["One.", "\r\n\r\nTwo.\n"]),
         ("雨が降った。川が増えた。", ["雨が降った。", "川が増えた。"]),
+        ("By J.\u00a0Ito and A.\u2028B. They left.", ["By J.\u00a0Ito and A.\u2028B.", " They left."]),
         ("no full stop", ["no full stop"]),
         (" \n ", [" \n "]),
         ("", []),
@@ -32,6 +34,20 @@ def split(text, **settings):
 )
 def test_sentences_end_where_they_do_in_the_language(text, expected):
     assert split(text).texts == expected
+
+
+def test_a_splitter_that_panics_leaves_the_lines(monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def panic(language, text):
+        raise Panic
+
+    monkeypatch.setattr(spans.sentencex, "get_sentence_boundaries", panic)
+    assert split("One. Two.").texts == ["One. Two."]
+    rows = "".join(f"| {number} | {number * 7} |\n" for number in range(40))
+    assert "".join(split(rows).texts) == rows
+    assert len(split(rows)) > 1
 
 
 def test_what_has_no_full_stop_is_cut_after_lines_and_else_after_so_many_tokens():
@@ -43,7 +59,7 @@ def test_what_has_no_full_stop_is_cut_after_lines_and_else_after_so_many_tokens(
         assert np.diff(sentences.borders).max() <= 32
 
 
-@given(text=st.text("ab.!? \n|é東🙂<>im_end", max_size=300), max_tokens=st.integers(1, 40))
+@given(text=st.text("aB.!? \n|é東🙂<>im_end\u00a0\u2028\u3000\u0301", max_size=300), max_tokens=st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
 def test_sentences_are_all_of_the_text(text, max_tokens):
     made = split(text, max_tokens=max_tokens)
