@@ -32,15 +32,10 @@ def convex_steps(costs: Sequence[float], losses: Sequence[float]) -> list[tuple[
     """
     hull = [0]
     for option in range(1, len(costs)):
-        while hull:
-            last = hull[-1]
-            slope = (losses[last] - losses[option]) / (costs[option] - costs[last])
-            if slope <= 0 and losses[option] >= losses[last]:
-                break
-            if len(hull) == 1 or slope < _slope(costs, losses, hull[-2], last):
-                hull.append(option)
-                break
+        while len(hull) > 1 and _slope(costs, losses, hull[-1], option) >= _slope(costs, losses, *hull[-2:]):
             hull.pop()
+        if losses[option] < losses[hull[-1]]:
+            hull.append(option)
     return [(option, _slope(costs, losses, before, option)) for before, option in itertools.pairwise(hull)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from typing import Any, Literal, get_args
@@ -22,7 +22,7 @@ from extemb_core.context.planning import (
     count_fidelities,
     fidelity_of,
 )
-from extemb_core.context.scoring import SentenceScorer, bm25_scores, words_added
+from extemb_core.context.scoring import SentenceScorer, bm25_scores, ranking, ranks, words_added
 from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
 
@@ -56,9 +56,7 @@ class SentenceLosses:
 
     def classes(self, scores: Array, lengths: Array) -> tuple[Array, Array]:
         """Return (U,) class of each of U sentences, and what the losses of that class are multiplied by for it."""
-        ranks = np.empty(len(scores), np.int64)
-        ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
-        classes = np.searchsorted(self.ranks, ranks)
+        classes = np.searchsorted(self.ranks, ranks(scores) + 1)
         classes[scores <= 0] = len(self.ranks) + 1
         return classes, np.where(classes < len(self.ranks), 1, lengths / 100)
 
@@ -79,7 +77,7 @@ def sentence_losses() -> SentenceLosses:
 
 def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> float:
     """Measure what the second of a ranking adds to the first (see `words_added`); 0 where there are no two."""
-    order = np.argsort(-scores, kind="stable")
+    order = ranking(scores)
     if len(order) < 2 or scores[order[1]] <= 0:
         return 0.0
     return words_added(question, sentences, *order[:2].tolist())
@@ -138,7 +136,6 @@ class SplitDocument:
     chunk_size: int
     overhead: int = 0
     limit: int | None = None
-    _positions: dict[bytes, int] = field(default_factory=dict, repr=False)
 
     @property
     def n_tokens(self) -> int:
@@ -158,11 +155,8 @@ class SplitDocument:
 
     def positions(self, fidelities: Sequence[Fidelity], chosen: Array) -> int:
         """Count the positions that the document takes when its sentences are read so."""
-        key = chosen.tobytes()
-        if key not in self._positions:
-            content = sum(span.positions(self.chunk_size) for span in self.spans(fidelities, chosen))
-            self._positions[key] = content + (self.overhead if content else 0)
-        return self._positions[key]
+        content = sum(span.positions(self.chunk_size) for span in self.spans(fidelities, chosen))
+        return content + self.overhead if content else 0
 
 
 def plan_focus(
@@ -212,16 +206,21 @@ def plan_focus(
         added = added_by_second(question, texts, scores)
         per_position: Array = np.array([_tokens_per_position(fidelity) for fidelity in fidelities])
         if select:  # by rank alone, whatever a sentence's length
-            ranks = np.argsort(np.argsort(-scores, kind="stable"), kind="stable")
-            of_each = np.stack([(len(ranks) - ranks) * lengths, np.zeros(len(ranks))], axis=1)
+            of_each = np.stack([(len(scores) - ranks(scores)) * lengths, np.zeros(len(scores))], axis=1)
         else:  # positions that nothing was measured to gain by are used too
             of_each = table.of(scores, lengths, added)[:, usable]
             of_each += _LEAST_LOSS * lengths[:, None] * (1 - per_position**-0.5)
         of_each[per_position < np.repeat([document.limit or 0 for document in documents], counts)[:, None]] = np.inf
 
+        counted: dict[tuple[int, bytes], int] = {}  # most steps change one document of many
+
         def positions(choice: Array) -> int:
-            parts = zip(documents, np.split(choice, ends), strict=True)
-            return sum(document.positions(fidelities, part) for document, part in parts)
+            keys = []
+            for at, part in enumerate(np.split(choice, ends)):
+                keys.append((at, part.tobytes()))
+                if keys[-1] not in counted:
+                    counted[keys[-1]] = documents[at].positions(fidelities, part)
+            return sum(map(counted.__getitem__, keys))
 
         chosen = allocate(lengths, of_each, (1 / per_position).tolist(), budget, positions)
         note = _note(scores, added, table)

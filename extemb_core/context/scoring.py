@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from extemb_core.library.bm25 import WordIndex
 
@@ -28,6 +30,16 @@ def bm25_scores(question: str, sentences: Sequence[str]) -> list[float]:
     """Score sentences by BM25: words that are rare among them count most."""
     scores = dict(index_of(tuple(sentences)).search(question, len(sentences)))
     return [scores.get(at, 0.0) for at in range(len(sentences))]
+
+
+def ranking(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return sentences by their scores, best first; equal ones in their order. (U,) -> (U,)."""
+    return np.argsort(-scores, kind="stable")
+
+
+def ranks(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the rank of each sentence in the `ranking`, from 0. (U,) -> (U,)."""
+    return np.argsort(ranking(scores), kind="stable")
 
 
 def words_added(question: str, sentences: Sequence[str], best: int, second: int) -> float:

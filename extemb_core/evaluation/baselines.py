@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extemb_core.context.scoring import bm25_scores
+from extemb_core.context.scoring import bm25_scores, ranking
 from extemb_core.context.spans import split_into_sentences
 from extemb_core.errors import ConfigError
 from extemb_core.models.kv_prefix import Prefix
@@ -158,7 +158,7 @@ def choose_sentences(llm: LLM, text: str, question: str, n: int) -> Ids:
     sentences = split_into_sentences(text, ends)
     scores = np.array(bm25_scores(question, sentences.texts))
     taken = np.zeros(len(ids), bool)
-    for at in np.argsort(-scores, kind="stable").tolist():
+    for at in ranking(scores).tolist():
         start, stop = sentences.borders[at : at + 2].tolist()
         taken[start : min(stop, start + n)] = True
         n = max(0, n - (stop - start))

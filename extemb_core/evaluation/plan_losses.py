@@ -21,7 +21,7 @@ import numpy as np
 from extemb_core.context.assembly import Part, assemble_chat
 from extemb_core.context.builder import parts_of
 from extemb_core.context.focus import FIDELITIES, SentenceLosses, SplitDocument, added_by_second
-from extemb_core.context.scoring import bm25_scores
+from extemb_core.context.scoring import bm25_scores, ranks
 from extemb_core.context.spans import Array, split_into_sentences
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.runs import Experiment, Sample, groups_of
@@ -116,11 +116,11 @@ class PlanExperiment(Experiment):
         """Draw the fidelity of each sentence: by itself, or by rank, in turn."""
         if number % 2 == 0:
             return draw.choice(len(FIDELITIES), len(scores), p=_RANDOM)
-        ranks = np.argsort(np.argsort(-scores, kind="stable"), kind="stable")
+        rank = ranks(scores)
         best, following = draw.integers(0, _MAX_BEST + 1), draw.integers(0, _MAX_NEXT + 1)
         plan = np.full(len(scores), draw.integers(0, len(FIDELITIES) - 2))
-        plan[ranks < best + following] = draw.integers(3, len(FIDELITIES) - 1)
-        plan[ranks < best] = len(FIDELITIES) - 1
+        plan[rank < best + following] = draw.integers(3, len(FIDELITIES) - 1)
+        plan[rank < best] = len(FIDELITIES) - 1
         return plan
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
