@@ -83,8 +83,10 @@ class Condenser:
         rendered = builder.render(messages, documents, **template)
         ranked = [*documents, *inline_documents(messages)]
         settings: dict[str, Any] = {"n_headed": len(documents), "question": question_in(messages), "plan": plan}
-        left = room - builder.plan(ranked, cap, ratio, **settings).positions
-        condensed = None if len(rendered.fill({})) <= left else self._condensed(messages, left, template)
+        n_bare, condensed = len(rendered.fill({})), None
+        if n_bare > room - cap:  # else they fit, whatever the documents take
+            left = room - builder.plan(ranked, cap, ratio, **settings).positions
+            condensed = None if n_bare <= left else self._condensed(messages, left, template)
         if condensed is None:
             prepared = builder.chat(
                 messages, documents, budget=budget, ratio=ratio, plan=plan, max_new_tokens=max_new_tokens,

@@ -30,7 +30,7 @@ from torch import Tensor
 from extemb_core.context.assembly import Part
 from extemb_core.context.builder import parts_of
 from extemb_core.context.focus import SplitDocument, plan_focus
-from extemb_core.context.spans import split_into_sentences
+from extemb_core.context.spans import Sentences, split_into_sentences
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation import baselines
 from extemb_core.evaluation.baselines import Ids
@@ -75,8 +75,12 @@ def compress_at_ratios(
     """
     if embedder is None or not ratios:
         return {}
-    compressed = embedder.compress_ids(texts, ratio=min(ratios), show_progress=False)
-    return {ratio: [text.at_ratio(ratio).part for text in compressed] for ratio in ratios}
+    return parts_at_ratios(embedder.compress_ids(texts, ratio=min(ratios), show_progress=False), ratios)
+
+
+def parts_at_ratios(texts: Sequence[Compressed], ratios: Sequence[int]) -> dict[int, list[Tensor | AnchoredStates]]:
+    """List what stands in a prompt for each of some texts, by ratio."""
+    return {ratio: [text.at_ratio(ratio).part for text in texts] for ratio in ratios}
 
 
 def controls_for(embedder: ExtensibleEmbedder | None, asked: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -120,6 +124,7 @@ class Forms:
     controls: Sequence[str]
     seed: int
     _ids: dict[str, Ids] = field(init=False, default_factory=dict)
+    _sentences: dict[str, Sentences] = field(init=False, default_factory=dict)
     _recent: list[str] = field(init=False, default_factory=list)
     _recent_forms: dict[str, list[Part]] = field(init=False, default_factory=dict)
     _recent_texts: list[Compressed] = field(init=False, default_factory=list)
@@ -192,9 +197,13 @@ class Forms:
         assert self.embedder is not None
         config, separator = self.embedder.config, self.llm.encode(self.separator)
         finest = config.kept_ratio
-        texts = [self.texts[name] for name in passages]
-        sentences = [split_into_sentences(text, self.llm.encode_with_ends(text)[1]) for text in texts]
-        documents = [SplitDocument(each, finest, config.chunk_size, len(separator)) for each in sentences]
+        for name in passages:
+            if name not in self._sentences:
+                text = self.texts[name]
+                self._sentences[name] = split_into_sentences(text, self.llm.encode_with_ends(text)[1])
+        documents = [
+            SplitDocument(self._sentences[name], finest, config.chunk_size, len(separator)) for name in passages
+        ]
         ratios = [ratio for ratio in config.ratios if ratio >= finest]
         plans = plan_focus(question, documents, budget + len(separator), ratios=ratios).documents
         ids = [self._ids[name] for name in passages]
@@ -211,9 +220,8 @@ class Forms:
             return {}
         finest = min(*self.ratios, self.embedder.config.kept_ratio)
         self._recent_texts = self.embedder.compress_ids(self.tokens(passages)[::2], ratio=finest, show_progress=False)
-        return {
-            ratio: self._separated([text.at_ratio(ratio).part for text in self._recent_texts]) for ratio in self.ratios
-        }
+        parts = parts_at_ratios(self._recent_texts, self.ratios)
+        return {ratio: self._separated(of_ratio) for ratio, of_ratio in parts.items()}
 
     def _control(self, kind: str, part: Part, seed: int) -> Part:
         """Take the text out of a compressed part, or the part of it that `kind` says; separators stay."""

@@ -313,3 +313,12 @@ def test_a_session_and_a_plain_prompt_have_even_plans(lm):
     session = lm.session([SENTENCES * 2], budget=60)
     assert session.send("Why was the bridge closed?", max_new_tokens=1).context[0].fidelity != "mixed"
     assert lm.generate("Why?", [SENTENCES * 2], budget=60, max_new_tokens=1).context[0].fidelity != "mixed"
+
+
+def test_a_conversation_that_fits_is_planned_once(lm, monkeypatch):
+    calls = []
+    plan = lm.builder.plan
+    monkeypatch.setattr(lm.builder, "plan", lambda *args, **settings: calls.append(args) or plan(*args, **settings))
+    prepared, _ = lm.prepare(QUESTION, [SENTENCES * 2], budget=40, condense=True, max_new_tokens=4)
+    assert prepared.context[0].fidelity == "mixed"
+    assert len(calls) == 1
