@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from extemb_core import ExtensibleLM
 from extemb_core.cli.main import app
 from extemb_core.context.assembly import assemble_chat, assemble_text
+from extemb_core.documents import Document
 from extemb_core.library.encoders import _WEIGHTS as WORDLLAMA
 from extemb_core.library.library import Library
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -106,6 +107,18 @@ def test_the_llm_is_bit_equal_after_use_by_two_threads_at_once(llm, embedder):
     assert together["said"] == alone[1]
     for name, tensor in llm.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_a_prompt_takes_no_more_than_was_planned_for_its_documents(llm, untrained):
+    """A separator before a heading is other tokens than one by itself in a byte-level BPE of this size."""
+    builder = ExtensibleLM(llm, untrained).builder
+    bare = len(builder.render(QUESTION).fill({}))
+    documents = [Document(f"{number} barges lay in the harbour. {TEXT[:400]}") for number in range(5)]
+    for plan in ("even", "focus"):
+        prepared = builder.chat(QUESTION, documents, budget=200, ratio="auto", max_new_tokens=8, plan=plan)
+        positions = sum(entry.positions for entry in prepared.context)
+        assert len(prepared.prompt) - bare <= positions <= 200
+        assert sum(entry.fidelity not in ("raw", "dropped") for entry in prepared.context) > 1
 
 
 @pytest.mark.usefixtures("real_llm")

@@ -15,7 +15,7 @@ from extemb_core.context.planning import Fidelity, Span
 
 MAX_SENTENCE_TOKENS = 64  # what has no full stop for longer, such as code and tables, is cut at lines, then anywhere
 
-# sentencex takes a space for one byte, and ends within others: after an initial, as names have them ("J.\u00a0Ito").
+# sentencex takes the space between an initial and its full stop for one byte, and panics at others ("J\u00a0. Ito").
 _PLAIN_SPACES = {point: " " for point in range(128, 0x3001) if chr(point).isspace()}
 
 Array = np.ndarray[Any, Any]

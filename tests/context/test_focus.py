@@ -94,6 +94,12 @@ def test_a_question_that_matches_nothing_still_fills_the_budget():
     assert made.note == "no sentence has a word of the question"
 
 
+def test_positions_that_nothing_was_measured_to_gain_by_are_used_too():
+    nothing = SentenceLosses((1,), (), np.zeros((1, 3, len(FIDELITIES))))
+    made = planned(QUESTION, [split(SENTENCES * 3)], 60, losses=nothing)
+    assert made.positions > 50
+
+
 def test_documents_of_one_sentence_compete_with_each_other():
     documents = [split(text, overhead=2) for text in SENTENCES.split("\n")]
     made = planned(QUESTION, documents, sum(document.n_tokens for document in documents) // 3)

@@ -27,6 +27,7 @@ def split(text, **settings):
         ("One.\r\n\r\nTwo.\n", ["One.", "\r\n\r\nTwo.\n"]),
         ("雨が降った。川が増えた。", ["雨が降った。", "川が増えた。"]),
         ("By J.\u00a0Ito and A.\u2028B. They left.", ["By J.\u00a0Ito and A.\u2028B.", " They left."]),
+        ("The lock of J\u00a0. Ito is old. It holds.", ["The lock of J\u00a0. Ito is old.", " It holds."]),
         ("no full stop", ["no full stop"]),
         (" \n ", [" \n "]),
         ("", []),
