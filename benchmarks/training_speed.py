@@ -25,7 +25,7 @@ from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.training.cpu_attention import attention_by_rows
+from extemb_core.training.attention import training_attention
 from extemb_core.training.data import read_texts
 from extemb_core.training.two_stream import two_stream_losses
 
@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     left = torch.randn(options.batch_size * options.sample_length, llm.hidden_size, dtype=llm.dtype, device=llm.device)
     right = torch.randn(llm.hidden_size, wide, dtype=llm.dtype, device=llm.device)
     readers = [llm.reading_model(layer)] if layer else []
-    with attention_by_rows(llm.model, embedder.stack, *readers):
+    with training_attention(llm.model, embedder.stack, *readers):
         counter = FlopCounterMode(
             display=False,
             custom_mapping={_CPU_ATTENTION: sdpa_flop_count_of, _CPU_ATTENTION_BACKWARD: sdpa_backward_flop_count_of},

@@ -33,9 +33,9 @@ from extemb_core.models.entry import reading_model
 from extemb_core.models.llm import LLM, choose_device
 from extemb_core.models.reader_lora import add_reader, load_reader, reader_adapters, save_reader
 from extemb_core.questions import read_questions
+from extemb_core.training.attention import training_attention
 from extemb_core.training.batches import Batches, Collator
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.cpu_attention import attention_by_rows
 from extemb_core.training.data import Samples, TokenFile
 from extemb_core.training.objectives import QuestionReadings
 from extemb_core.training.reading_loss import Reading, reading_losses
@@ -401,7 +401,7 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
             models.append(model.llm.reading_model(settings.entry_layer))
         if model.embedder is not None:
             models.append(model.embedder.stack)
-        with attention_by_rows(*models):
+        with training_attention(*models):
             if held_out is not None and checkpoint is None:
                 trainer.evaluate()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_model
 
-from extemb_core.training.cpu_attention import NAME, attend, attention_by_rows
+from extemb_core.training.attention import NAME, attend, training_attention
 
 
 class Heads:
@@ -56,7 +58,7 @@ def test_the_rest_goes_to_torch(case, monkeypatch):
     def refuse(*args):
         raise AssertionError("not meant for this")
 
-    monkeypatch.setattr("extemb_core.training.cpu_attention._Rows.apply", refuse)
+    monkeypatch.setattr("extemb_core.training.attention._Rows.apply", refuse)
     own = tensors(600 if case == "long" else 5, torch.float32 if case == "float32" else torch.bfloat16, batch=1)
     with torch.set_grad_enabled(case != "no gradient"):
         output, _ = attend(Heads(), *own, None, scaling=0.5)
@@ -68,7 +70,7 @@ def test_a_model_has_it_within_the_block_alone():
     model = tiny_model("llama").bfloat16()
     ids = torch.randint(0, 400, (2, 19))
     before = model(ids).logits
-    with attention_by_rows(model):
+    with training_attention(model):
         assert model.config._attn_implementation == NAME
         here = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
         assert (here - before).norm() < 0.03 * before.norm()
@@ -78,7 +80,7 @@ def test_a_model_has_it_within_the_block_alone():
 
 def test_a_failure_takes_it_away_too():
     model = tiny_model("llama")
-    with pytest.raises(KeyError), attention_by_rows(model):
+    with pytest.raises(KeyError), training_attention(model):
         raise KeyError
     assert model.config._attn_implementation == "sdpa"
 
@@ -86,5 +88,15 @@ def test_a_failure_takes_it_away_too():
 def test_another_attention_stays():
     model = tiny_model("gemma2")
     model.set_attn_implementation("eager")
-    with attention_by_rows(model):
+    with training_attention(model):
         assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_step_on_a_gpu_waits_for_cudnn(device):
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="eager"), device=torch.device(device))
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    with training_attention(model):
+        assert torch.backends.cuda.cudnn_sdp_enabled() is (allowed and device == "cpu")
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() is allowed
