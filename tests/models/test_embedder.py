@@ -413,6 +413,14 @@ def test_an_llm_of_another_layout_is_refused():
         random_embedder(tiny_llm(), num_layers=4)
 
 
+def test_a_folder_in_the_home_directory(llm, saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "own")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    loaded = ExtensibleEmbedder.from_pretrained("~/own", llm=llm)
+    assert loaded.fingerprint == ExtensibleEmbedder.from_pretrained(saved, llm=llm).fingerprint
+
+
 def test_a_moved_folder_is_still_whole(llm, saved, tmp_path):
     shutil.move(saved, tmp_path / "elsewhere")
     assert ExtensibleEmbedder.from_pretrained(str(tmp_path / "elsewhere"), llm=llm).llm is llm
