@@ -27,6 +27,7 @@ from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
 
 _LEAST_LOSS = 1e-6  # per token
+_SCATTERED = 0.2  # what the second sentence adds; above it the answer stands in more places than a ranking finds
 _EXCERPT_CHARS = 200  # more than is shown, as some may be white space
 
 Mode = Literal["focus", "select", "even"]
@@ -208,7 +209,10 @@ def plan_focus(
         if select:  # by rank alone, whatever a sentence's length
             of_each = np.stack([(len(scores) - ranks(scores)) * lengths, np.zeros(len(scores))], axis=1)
         else:  # positions that nothing was measured to gain by are used too
-            of_each = table.of(scores, lengths, added)[:, usable]
+            if added > _SCATTERED:  # every token counts alike (docs/experiments.md)
+                of_each = (table.losses.sum((0, 1)) * lengths[:, None])[:, usable]
+            else:
+                of_each = table.of(scores, lengths, added)[:, usable]
             of_each += _LEAST_LOSS * lengths[:, None] * (1 - per_position**-0.5)
         of_each[per_position < np.repeat([document.limit or 0 for document in documents], counts)[:, None]] = np.inf
 
@@ -236,7 +240,8 @@ def _note(scores: Array, added: float, table: SentenceLosses) -> str:
         return "no sentence has a word of the question"
     several = np.searchsorted(table.trust, added) == len(table.trust)
     where = "several places" if several else "one place"
-    return f"the question asks for {where}: its second sentence adds {added:.0%} of what is rare in it"
+    then = ", so that all is read alike" if added > _SCATTERED else ""
+    return f"the question asks for {where}: its second sentence adds {added:.0%} of what is rare in it{then}"
 
 
 def _tokens_per_position(fidelity: Fidelity) -> float:

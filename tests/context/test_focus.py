@@ -142,6 +142,23 @@ def test_a_scorer_of_ones_own_decides_what_is_read_in_full():
     assert any("Copper" in text for text in raw_texts(document, plan))
 
 
+def test_a_question_about_many_places_has_all_of_a_text_read_alike():
+    text = (
+        "Fog came at dawn. A bridge was closed. Bread is cheap. The moor is wide. " + 8 * "Copper and oats are sold. "
+    )
+    document = split(text)
+    alike, ranked = (
+        planned(question, [document], document.n_tokens // 4)
+        for question in ("Was a bridge closed by fog at dawn?", "Is bread cheap?")
+    )
+    assert "several places" in alike.note
+    assert "all is read alike" in alike.note
+    assert {span.fidelity for span in alike.documents[0].spans} <= {8, 4, 2}
+    assert "one place" in ranked.note
+    assert "alike" not in ranked.note
+    assert "raw" in {span.fidelity for span in ranked.documents[0].spans}
+
+
 def test_what_a_second_sentence_adds_tells_one_place_from_several():
     sentences = ["The bridge was closed in 1987.", "The fog came in.", "The bridge closed."]
     assert words_added("The bridge, closed by fog?", sentences, 0, 2) == 0
