@@ -177,21 +177,25 @@ def stream_batch(llm: LLM, rows: Sequence[StreamedRow]) -> None:
 
     def step(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         for row, text, token in zip(rows, texts, input_ids[:, -1].tolist(), strict=True):
-            if text.ended:
-                continue
-            if row.cancelled.is_set():
-                text.cancel()
-            else:
-                piece = text.add(token)
-                piece += text.finish() if text.ended else ""
-                if piece:
-                    row.on_piece(piece)
-            if text.ended:
-                row.on_piece(None)
+            if not text.ended:
+                _hand_on(row, text, token)
         return torch.tensor([text.ended for text in texts], device=input_ids.device)
 
     prompts = [row.prompt for row in rows]
     _run(llm, *llm.batch_inputs(prompts), samplings, _text_of(prompts), step)
+
+
+def _hand_on(row: StreamedRow, text: _StreamedText, token: int) -> None:
+    """Tell a row's reader what a token adds, and the end if it is one."""
+    if row.cancelled.is_set():
+        text.cancel()
+    else:
+        piece = text.add(token)
+        piece += text.finish() if text.ended else ""
+        if piece:
+            row.on_piece(piece)
+    if text.ended:
+        row.on_piece(None)
 
 
 def _run(
