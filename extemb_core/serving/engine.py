@@ -94,6 +94,9 @@ class Engine:
         batch_size: Requests of a batch at most.
         max_requests: Requests at work or waiting; more are refused.
         metrics: Counts them.
+
+    Attributes:
+        running: The batch that is being answered.
     """
 
     def __init__(self, llm: LLM, *, batch_size: int, max_requests: int, metrics: Metrics) -> None:
@@ -102,6 +105,7 @@ class Engine:
         self._max_requests = max_requests
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="extemb-llm")
+        self.running: list[Job] = []
         self._waiting: list[Job] = []
         self._came = asyncio.Event()
         self._n_requests = 0
@@ -166,7 +170,9 @@ class Engine:
         while True:
             await self._came.wait()
             if batch := self._next_batch():
+                self.running = batch
                 await self._answer(batch)
+                self.running = []
             else:
                 self._came.clear()
 

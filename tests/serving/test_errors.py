@@ -28,7 +28,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def server(lm, tmp_path_factory):
-    limits = {"max_body_mib": 1, "max_documents": 3, "max_stored_documents": 4, "body_seconds": 1}
+    limits = {"max_body_mib": 1, "max_documents": 3, "max_stored_documents": 4}
     with served(lm, tmp_path_factory.mktemp("data"), **limits) as one:
         yield one
 
@@ -187,8 +187,9 @@ def test_a_large_document_is_read_up_to_the_limit(client):
     assert error_of(client.post("/v1/chat/completions", json=CHAT | {"documents": documents}), 413)["param"] is None
 
 
-def test_a_body_that_does_not_come(server, client):
-    status, error = conversation(server, HEAD + b"Content-Length: 100\r\n\r\n{")
+def test_a_body_that_does_not_come(lm, tmp_path):
+    with served(lm, tmp_path, body_seconds=1) as server:
+        status, error = conversation(server, HEAD + b"Content-Length: 100\r\n\r\n{")
     assert (status, error["code"]) == (408, "body_timeout")
 
 
