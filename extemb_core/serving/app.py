@@ -182,19 +182,26 @@ class Service:
             self._tell(job, record)
 
 
-def create_app(lm: ExtensibleLM, settings: ServerSettings | None = None, *, encoder: Any = None) -> FastAPI:
+def create_app(
+    lm: ExtensibleLM, settings: ServerSettings | None = None, *, encoder: Any = None, page: bool = False
+) -> FastAPI:
     """Make the ASGI application, for `serve` or any other ASGI server (one process: the model is in it).
 
     Args:
         lm: Answers; what its store holds is read, and nothing is added to it.
         settings: Limits and keys.
         encoder: Finds passages of stored documents; see `Library`.
+        page: Add the chat page, of which there can be one in a process.
     """
     service = Service(lm, settings or ServerSettings(), encoder)
     app = FastAPI(title="extemb", version=__version__, lifespan=service.running, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(_routes(service), responses=_ERRORS)
     app.include_router(_open_routes(service))
+    if page:
+        from extemb_core.serving.page import add_page  # slow to import, and all applications share one of NiceGUI
+
+        add_page(app, service)
     app.add_middleware(Guard, settings=service.settings, metrics=service.metrics)
     for kind in (ApiError, ExtembError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)

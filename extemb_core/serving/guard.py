@@ -19,7 +19,10 @@ from extemb_core.serving.logs import logger
 from extemb_core.serving.metrics import Metrics
 from extemb_core.serving.settings import ServerSettings, is_loopback
 
-OPEN_PATHS = frozenset({"/healthz", "/metrics"})
+PAGE = "/chat"
+"""Where the chat page is, which asks for a key itself; `/` leads there."""
+
+OPEN_PATHS = frozenset({"/", "/healthz", "/metrics", PAGE})
 """Paths that need no key."""
 
 NO_KEY = "default"
@@ -75,6 +78,9 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on with its whole body."""
+        if scope["type"] == "websocket" and not self._is_own_page(Headers(scope=scope)):
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -117,8 +123,15 @@ class Guard:
         host = headers.get("host", "").rsplit(":", 1)[0]
         if not self._settings.keys and not is_loopback(host):
             raise ApiError(400, f"the host {host!r:.80} is not this server's; ask it as 127.0.0.1 or localhost")
-        if path not in OPEN_PATHS:
+        if path not in OPEN_PATHS and not path.startswith(f"{PAGE}/"):
             record.owner = self._keys.owner_of(headers.get("authorization"))
+
+    def _is_own_page(self, headers: Headers) -> bool:
+        """Tell whether a WebSocket was opened by the page of this server: a browser opens them for any site."""
+        host = headers.get("host", "")
+        if not self._settings.keys and not is_loopback(host.rsplit(":", 1)[0]):
+            return False
+        return headers.get("origin", "").partition("//")[2] == host
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """Read a body that is not too large, by what it says of itself or by what comes."""

@@ -31,7 +31,7 @@ def serve(
         OSError: Nothing can listen at that address.
     """
     log_as_json()
-    server = make_server(lm, settings, encoder=encoder)
+    server = make_server(lm, settings, encoder=encoder, page=True)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=2048) as listener:
         host = f"[{settings.host.strip('[]')}]" if family == socket.AF_INET6 else settings.host
@@ -40,10 +40,12 @@ def serve(
         server.run(sockets=[listener])
 
 
-def make_server(lm: ExtensibleLM, settings: ServerSettings, *, encoder: Any = None) -> uvicorn.Server:
+def make_server(
+    lm: ExtensibleLM, settings: ServerSettings, *, encoder: Any = None, page: bool = False
+) -> uvicorn.Server:
     """Make the uvicorn server of an application; see `create_app`."""
     config = uvicorn.Config(
-        create_app(lm, settings, encoder=encoder), http="h11", ws="none", lifespan="on", log_config=None,
+        create_app(lm, settings, encoder=encoder, page=page), http="h11", ws="auto", lifespan="on", log_config=None,
         access_log=False, server_header=False, timeout_graceful_shutdown=settings.request_seconds,
     )  # fmt: skip
     return uvicorn.Server(config)
