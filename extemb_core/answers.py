@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from extemb_core.context.planning import Fidelity, count_fidelities
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # A fidelity is told by its form, whatever colours are seen; translucent tints suit light pages and dark ones.
 _RAW = '<mark style="background:rgba(86,180,233,.35);color:inherit;font-weight:600"{}>{}</mark>'
 _AT_RATIO = '<u style="text-decoration:underline dotted rgb(213,94,0) 2px"{}>{}</u><sub>{}</sub>'
+_PASSAGE = '<span{} style="outline:2px solid rgb(213,94,0);outline-offset:2px">{}</span>'
 _DROPPED = '<s style="opacity:.65"{}>{}</s>'
 
 
@@ -72,13 +74,14 @@ class ContextEntry:
     reason: str
     spans: tuple[ContextSpan, ...] = ()
 
-    def highlight(self, document: Any) -> str:
+    def highlight(self, document: Any, *, passage: tuple[int, int] = (0, 0)) -> str:
         """Return HTML of the document with its spans marked: raw, at a ratio, which is said, or dropped.
 
         In a notebook: `IPython.display.HTML(answer.context[0].highlight(document))`.
 
         Args:
             document: The one that was asked about, in any form that `ExtensibleLM.ask` takes.
+            passage: First and last character of what is framed in it, under the id "passage".
 
         Raises:
             ConfigError: It is another document.
@@ -93,8 +96,18 @@ class ContextEntry:
         return (
             f"<div><p><b>{html.escape(self.source)}</b>: {self.n_tokens:,} tokens in {self.positions:,} positions<br>"
             f'<small>{legend}</small></p><div dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere">'
-            f"{''.join(span.to_html(document.text) for span in spans)}</div></div>"
+            f"{''.join(_framed(spans, document.text, *passage))}</div></div>"
         )
+
+
+def _framed(spans: Sequence[ContextSpan], text: str, start: int, stop: int) -> Iterator[str]:
+    """Yield the HTML of spans, cut where a passage begins and ends."""
+    for span in spans:
+        cuts = sorted({span.start, span.stop, *(at for at in (start, stop) if span.start < at < span.stop)})
+        for left, right in pairwise(cuts):
+            part = replace(span, start=left, stop=right).to_html(text)
+            named = ' id="passage"' if left == max(start, spans[0].start) else ""
+            yield _PASSAGE.format(named, part) if start <= left < stop else part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ hypothesis.settings.load_profile("extemb")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what takes minutes of several processes, unless `-m` names it."""
-    unnamed = {name for name in ("cluster", "soak") if name not in config.option.markexpr}
+    unnamed = {name for name in ("browser", "cluster", "soak") if name not in config.option.markexpr}
     left_out = {item for item in items if unnamed & {mark.name for mark in item.iter_markers()}}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]

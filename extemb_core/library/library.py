@@ -256,10 +256,20 @@ class Library:
             DocumentError: There is no document of that source.
             StoreCorruptError: It is not what was written.
         """
-        text = self._read(self._catalogue.text, source)
-        if text is None:
+        return self.document(source).text
+
+    def document(self, source: str) -> Document:
+        """Return a document as it was added.
+
+        Raises:
+            DocumentError: There is no document of that source.
+            StoreCorruptError: It is not what was written.
+        """
+        with self.store.environment.read() as transaction:
+            record, text = self._catalogue.record(transaction, source), self._catalogue.text(transaction, source)
+        if record is None or text is None:
             raise DocumentError(f"{self.path} has no document {source!r}; library.documents() lists them")
-        return text
+        return Document(text, title=record["title"], metadata=record["metadata"])
 
     def verify(self) -> Verified:
         """Read every document with its passages and embeddings, and compare them with their checksums."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +67,25 @@ class Generated:
     finish_reason: str = "length"
 
 
+@dataclass(frozen=True, eq=False)
+class StreamedRow:
+    """One prompt of a batch whose answers are streamed, each with settings of its own.
+
+    Attributes:
+        prompt: (T, D) embeddings, ids, or ids with states.
+        sampling: How its tokens are chosen.
+        on_piece: Is handed each piece of its text as it comes, and None at its end, in the generating thread.
+        cancelled: When it is set, the row ends at the next token; the others go on.
+        result: Filled with the whole of it as the stream goes on.
+    """
+
+    prompt: PromptInputs
+    sampling: Sampling
+    on_piece: Callable[[str | None], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    result: Generated = field(default_factory=Generated)
+
+
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Collect the ids that end an answer: those of the generation config and of the tokenizer, sorted."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
@@ -102,7 +121,7 @@ def generate(
             on_token()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    rows = _run(llm, *llm.batch_inputs(prompts), sampling, _text_of(prompts), step)
+    rows = _run(llm, *llm.batch_inputs(prompts), [sampling] * len(prompts), _text_of(prompts), step)
     return [_finish(llm, row, sampling) for row in rows.tolist()]
 
 
@@ -121,7 +140,7 @@ def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated
 
     def work() -> None:
         try:
-            _run(llm, model, inputs, sampling, _text_of([prompt]), relay.is_cancelled, relay)
+            _run(llm, model, inputs, [sampling], _text_of([prompt]), relay.is_cancelled, relay)
         except BaseException as error:
             relay.tokens.put(error)
         finally:
@@ -129,37 +148,61 @@ def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated
 
     worker = threading.Thread(target=work, name="extemb-generate", daemon=True)
     worker.start()
-    decoded, sent = _DecodedText(llm), ""
+    text = _StreamedText(llm, sampling, result)
     try:
-        while (token := relay.tokens.get()) is not None:
+        while not text.ended and (token := relay.tokens.get()) is not None:
             if isinstance(token, BaseException):
                 raise token
-            result.token_ids.append(token)
-            if token in llm.stop_token_ids:
-                break
-            text, stopped = _visible(decoded.add(token), sampling, final=False)
-            if text.startswith(sent) and len(text) > len(sent):
-                piece, sent = text[len(sent) :], text  # before yielding: the reader may close here
+            if piece := text.add(token):
                 yield piece
-            if stopped:
-                break
-        finished = _finish(llm, result.token_ids, sampling)
-        result.text, result.token_ids, result.finish_reason = finished.text, finished.token_ids, finished.finish_reason
-        if len(result.text) > len(sent):
-            yield result.text[len(sent) :]
+        if piece := text.finish():
+            yield piece
     except GeneratorExit:
-        result.text, result.finish_reason = sent, "cancelled"
+        text.cancel()
         raise
     finally:
         relay.cancelled.set()
         worker.join()
 
 
+def stream_batch(llm: LLM, rows: Sequence[StreamedRow]) -> None:
+    """Continue a batch of prompts in this thread, handing on the text of each as it comes.
+
+    The answer to one does not depend on the others; one that ends, or is cancelled, leaves them alone.
+    """
+    texts = [_StreamedText(llm, row.sampling, row.result) for row in rows]
+    longest = max(row.sampling.max_new_tokens for row in rows)
+    # What ends a row is told from its text below.
+    samplings = [replace(row.sampling, max_new_tokens=longest, stop=()) for row in rows]
+
+    def step(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        for row, text, token in zip(rows, texts, input_ids[:, -1].tolist(), strict=True):
+            if not text.ended:
+                _hand_on(row, text, token)
+        return torch.tensor([text.ended for text in texts], device=input_ids.device)
+
+    prompts = [row.prompt for row in rows]
+    _run(llm, *llm.batch_inputs(prompts), samplings, _text_of(prompts), step)
+
+
+def _hand_on(row: StreamedRow, text: _StreamedText, token: int) -> None:
+    """Tell a row's reader what a token adds, and the end if it is one."""
+    if row.cancelled.is_set():
+        text.cancel()
+    else:
+        piece = text.add(token)
+        piece += text.finish() if text.ended else ""
+        if piece:
+            row.on_piece(piece)
+    if text.ended:
+        row.on_piece(None)
+
+
 def _run(
     llm: LLM,
     model: Any,
     inputs: dict[str, Any],
-    sampling: Sampling,
+    samplings: Sequence[Sampling],
     said: Sequence[Sequence[int]],
     after_step: Callable[..., Tensor],
     streamer: _TokenRelay | None = None,
@@ -167,13 +210,14 @@ def _run(
     """Return new token ids, (B, S), padded on the right with a stop token.
 
     Args:
-        llm, inputs, sampling: See `generate`.
+        llm, inputs: See `generate`.
         model: Reads the inputs.
+        samplings: Of each row; they differ in no length and no stop.
         said: See `_Penalty`.
         after_step: Tells transformers which rows are to end, (B,).
         streamer: Is handed the tokens.
     """
-    stop_ids = llm.stop_token_ids
+    stop_ids, sampling = llm.stop_token_ids, samplings[0]
     prompt_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -190,7 +234,25 @@ def _run(
         return torch.tensor([any(stop in text for stop in sampling.stop) for text in texts], device=input_ids.device)
 
     criteria: list[Any] = [after_step, is_stopped] if sampling.stop else [after_step]
-    processors: list[LogitsProcessor] = []
+    if all(other == sampling for other in samplings):
+        processors = _processors(sampling, said, prompt_length)
+    else:
+        each = [_processors(one, [ids], prompt_length) for one, ids in zip(samplings, said, strict=True)]
+        processors = LogitsProcessorList([_RowByRow(each)])
+    with torch.no_grad():
+        output: Tensor = model.generate(
+            **inputs,
+            generation_config=config,
+            logits_processor=processors,  # given whole: a model's own defaults add nothing
+            stopping_criteria=StoppingCriteriaList(criteria),
+            streamer=streamer,
+        )
+    return output[:, prompt_length:]
+
+
+def _processors(sampling: Sampling, said: Sequence[Sequence[int]], prompt_length: int) -> LogitsProcessorList:
+    """List what turns scores into those whose greatest is the next token; see `_Penalty` for `said`."""
+    processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(_Penalty(float(sampling.repetition_penalty), said, prompt_length))
     if sampling.temperature > 0:
@@ -200,15 +262,7 @@ def _run(
         if sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
         processors.append(_Draw(sampling.seed, len(said)))
-    with torch.no_grad():
-        output: Tensor = model.generate(
-            **inputs,
-            generation_config=config,
-            logits_processor=LogitsProcessorList(processors),  # given whole: a model's own defaults add nothing
-            stopping_criteria=StoppingCriteriaList(criteria),
-            streamer=streamer,
-        )
-    return output[:, prompt_length:]
+    return processors
 
 
 def _visible(text: str, sampling: Sampling, *, final: bool) -> tuple[str, bool]:
@@ -250,6 +304,49 @@ class _DecodedText:
         return text
 
 
+class _StreamedText:
+    """The text of one answer as its tokens come, and its end.
+
+    Attributes:
+        ended: A stop token, a stop string, the last token that was asked for, or a cancellation came.
+    """
+
+    def __init__(self, llm: LLM, sampling: Sampling, result: Generated) -> None:
+        self._llm = llm
+        self._sampling = sampling
+        self._result = result
+        self._decoded = _DecodedText(llm)
+        self._sent = ""
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """Return what a token adds to what is shown."""
+        self._result.token_ids.append(token)
+        self.ended = len(self._result.token_ids) >= self._sampling.max_new_tokens
+        if token in self._llm.stop_token_ids:
+            self.ended = True
+            return ""
+        text, stopped = _visible(self._decoded.add(token), self._sampling, final=False)
+        self.ended |= stopped
+        return self._send(text) if text.startswith(self._sent) else ""
+
+    def finish(self) -> str:
+        """Fill the result, and return what was held back."""
+        finished = _finish(self._llm, self._result.token_ids, self._sampling)
+        for setting in fields(finished):
+            setattr(self._result, setting.name, getattr(finished, setting.name))
+        return self._send(finished.text)
+
+    def cancel(self) -> None:
+        """End it with what was shown so far."""
+        self.ended = True
+        self._result.text, self._result.finish_reason = self._sent, "cancelled"
+
+    def _send(self, text: str) -> str:
+        piece, self._sent = text[len(self._sent) :], max(self._sent, text, key=len)
+        return piece
+
+
 class _TokenRelay:
     """Hands tokens from the generating thread to the reading one, and a cancellation back.
 
@@ -274,6 +371,17 @@ class _TokenRelay:
     def is_cancelled(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Tell transformers whether to stop."""
         return torch.full((len(input_ids),), self.cancelled.is_set(), device=input_ids.device)
+
+
+class _RowByRow(LogitsProcessor):
+    """Applies to each row of a batch what is its own."""
+
+    def __init__(self, rows: Sequence[LogitsProcessorList]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        pairs = zip(self._rows, input_ids.split(1), scores.split(1), strict=True)
+        return torch.cat([row(ids, of_row) for row, ids, of_row in pairs])
 
 
 class _Draw(LogitsProcessor):

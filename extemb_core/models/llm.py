@@ -232,6 +232,7 @@ class LLM(TextEncoder):
 
     generate = generation.generate
     stream = generation.stream
+    stream_batch = generation.stream_batch
 
     def _rows(self, prompts: Sequence[PromptInputs]) -> tuple[PreTrainedModel, dict[str, list[Tensor]]]:
         """Return the model that reads these prompts, and its inputs by name, one tensor for each prompt."""

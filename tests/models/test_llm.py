@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, WeightsError
 from extemb_core.models import generation, tokenization
-from extemb_core.models.generation import Generated, Sampling, _DecodedText
+from extemb_core.models.generation import Generated, Sampling, StreamedRow, _DecodedText
 from extemb_core.models.llm import LLM, choose_device, choose_dtype, quiet_transformers
 
 LONG_PROMPT = "In 1987 the bridge was closed for repairs; it opened again 3 years later."
@@ -449,6 +449,55 @@ def endless_llm():
     llm.__dict__["stop_token_ids"] = []
     llm.model.generation_config.eos_token_id = None
     return llm
+
+
+def streamed(llm, prompts, samplings, **settings):
+    """Stream a batch; return the rows and the pieces of each."""
+    pieces = [[] for _ in prompts]
+    rows = [
+        StreamedRow(llm.encode(prompt).tolist(), sampling, on_piece=of_row.append, **settings)
+        for prompt, sampling, of_row in zip(prompts, samplings, pieces, strict=True)
+    ]
+    llm.stream_batch(rows)
+    return rows, pieces
+
+
+def test_a_streamed_batch_gives_each_row_what_it_gets_alone(llm):
+    prompts = [LONG_PROMPT, "Rivers", "x", "def area(width", "Copper wires"]
+    stop = llm.generate([llm.encode("x").tolist()], Sampling(max_new_tokens=9))[0].text[3:5]
+    samplings = [
+        Sampling(max_new_tokens=12),
+        Sampling(max_new_tokens=3, repetition_penalty=1.5),
+        Sampling(max_new_tokens=9, stop=(stop,)),
+        Sampling(max_new_tokens=12, temperature=1.0, top_k=20, seed=3),
+        Sampling(max_new_tokens=7, temperature=0.7, top_p=0.9, seed=4),
+    ]
+    calls = []
+    hook = llm.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    rows, pieces = streamed(llm, prompts, samplings)
+    hook.remove()
+    assert len(calls) == 12  # one pass for each token of the longest
+    for row, of_row in zip(rows, pieces, strict=True):
+        assert row.result == llm.generate([row.prompt], row.sampling)[0]
+        assert of_row[-1] is None
+        assert "".join(of_row[:-1]) == row.result.text
+    assert len(pieces[0]) > 3
+    assert rows[2].result.finish_reason == "stop"
+
+
+def test_cancelling_a_row_of_a_batch_leaves_the_others(llm):
+    gone = threading.Event()
+    prompts, sampling, pieces = ("Rivers", "Copper wires"), Sampling(max_new_tokens=9), []
+    rows = [
+        StreamedRow(llm.encode(prompts[0]).tolist(), sampling, lambda piece: gone.set(), cancelled=gone),
+        StreamedRow(llm.encode(prompts[1]).tolist(), sampling, pieces.append),
+    ]
+    llm.stream_batch(rows)
+    assert rows[0].result.finish_reason == "cancelled"
+    assert 0 < len(rows[0].result.token_ids) < 9
+    assert llm.generate([rows[0].prompt], sampling)[0].text.startswith(rows[0].result.text)
+    assert rows[1].result == llm.generate([rows[1].prompt], sampling)[0]
+    assert "".join(pieces[:-1]) == rows[1].result.text
 
 
 def test_closing_a_stream_stops_the_llm():

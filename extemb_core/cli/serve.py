@@ -1,0 +1,54 @@
+"""`extemb serve`: an endpoint for clients of OpenAI's API."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from extemb_core.cli import options
+from extemb_core.cli.config_options import options_from
+from extemb_core.cli.output import library_output, print_note
+from extemb_core.errors import optional_import
+from extemb_core.serving.settings import ServerSettings
+
+_KEYS = "EXTEMB_API_KEYS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(options.ModelOptions, ServerSettings):
+    """Options of `extemb serve`.
+
+    Attributes:
+        store: Folder of compressed documents that are read beside those of clients.
+        encoder: A sentence-transformers model that finds passages.
+        api_keys: A file of API keys, one a line; without it the variable EXTEMB_API_KEYS, separated by commas.
+    """
+
+    store: str | None = None
+    encoder: str | None = field(default=None, metadata={"default": "static vectors from the wordllama wheel"})
+    api_keys: str | None = field(default=None, metadata={"metavar": "FILE"})
+
+
+@options_from(
+    ServeOptions, "host", "port", "api_keys", "llm", "embedder", "store", "name", "data", "encoder", "max_new_tokens",
+    "max_requests", "batch_size", "max_body_mib", "max_documents", "max_stored_documents", "memory_mib", "body_seconds",
+    "request_seconds", "device", "dtype",
+)  # fmt: skip
+def serve(**settings: Any) -> None:
+    """Answer clients of OpenAI's API, with documents in their requests: docs/server.md.
+
+    Logs are lines of JSON on stderr, without text of documents, questions or answers. Ctrl-C finishes the answers that
+    are at work.
+    """
+    file = settings.get("api_keys")
+    words = os.environ.get(_KEYS, "").split(",") if file is None else Path(file).read_text("utf-8").splitlines()
+    given = ServeOptions(**settings, keys=tuple(word.strip() for word in words if word.strip()))
+    for module in ("fastapi", "prometheus_client", "uvicorn"):
+        optional_import(module, "server", "extemb serve", package=module.replace("_", "-"))
+    with library_output():
+        from extemb_core.serving.process import serve
+
+        lm = given.load(store=given.store)
+        serve(lm, given, encoder=given.encoder, on_bound=lambda url: print_note(f"listening at {url}/v1"))

@@ -1,0 +1,1 @@
+"""Answer clients of OpenAI's API over HTTP: `extemb serve`. Needs the extra `server`."""

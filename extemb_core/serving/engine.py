@@ -1,0 +1,203 @@
+"""Answers all clients with one LLM: what waits is answered together, each streamed as it is made.
+
+A batch is taken when the one before it is done: the first that waits, and as many of those behind it as fit beside it.
+See docs/decisions/0008-server.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import TypeVar
+
+from extemb_core.answers import Answer, PreparedPrompt, to_answer
+from extemb_core.errors import ConfigError
+from extemb_core.frameworks.aio import until_cancelled
+from extemb_core.models.bulk import positions_at_once
+from extemb_core.models.generation import Sampling, StreamedRow
+from extemb_core.models.llm import LLM
+from extemb_core.serving.errors import ApiError
+from extemb_core.serving.metrics import Metrics
+from extemb_core.utils.batches import padded_batches
+
+_RETRY_SECONDS = 1
+
+T = TypeVar("T")
+
+
+class Job:
+    """A request at work, and its answer as it is made. `pieces` is to be read to its end, or left.
+
+    Attributes:
+        row: What the LLM is handed.
+        ended: Whether nothing more comes.
+    """
+
+    def __init__(self, engine: Engine, prepared: PreparedPrompt, sampling: Sampling) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._prepared = prepared
+        self._pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+        self._first_token: float | None = None
+        self._seconds = 0.0
+        self.ended = False
+        self.positions = len(prepared.prompt) + sampling.max_new_tokens
+        self.row = StreamedRow(prepared.prompt.inputs(engine.llm), sampling, self._put_from_thread)
+
+    @property
+    def answer(self) -> Answer:
+        """The answer so far."""
+        first = self._seconds if self._first_token is None else self._first_token
+        return to_answer(self._prepared, self.row.result, first_token=first, total=self._seconds)
+
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        """Yield the text as it comes; leaving this before its end cancels the answer."""
+        try:
+            while (piece := await self._pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            self._engine.cancel(self)
+
+    async def finish(self) -> Answer:
+        """Wait for the end, and return the answer."""
+        async with aclosing(self.pieces()) as pieces:
+            async for _ in pieces:
+                pass
+        return self.answer
+
+    def put(self, piece: str | BaseException | None) -> None:
+        """Hand a piece to the reader, or what went wrong, or the end; nothing comes after that."""
+        if self.ended:
+            return
+        self._seconds = time.perf_counter() - self._prepared.start
+        self._pieces.put_nowait(piece)
+        if isinstance(piece, str):
+            self._first_token = self._first_token or self._seconds
+        else:
+            self.ended = True
+            self._engine.release()
+
+    def _put_from_thread(self, piece: str | None) -> None:
+        self._loop.call_soon_threadsafe(self.put, piece)
+
+
+class Engine:
+    """Takes requests up to a limit, prepares each in a thread, and answers them in batches in a thread of its own.
+
+    Args:
+        llm: Answers.
+        batch_size: Requests of a batch at most.
+        max_requests: Requests at work or waiting; more are refused.
+        metrics: Counts them.
+
+    Attributes:
+        running: The batch that is being answered.
+    """
+
+    def __init__(self, llm: LLM, *, batch_size: int, max_requests: int, metrics: Metrics) -> None:
+        self.llm = llm
+        self._batch_size = batch_size
+        self._max_requests = max_requests
+        self._metrics = metrics
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="extemb-llm")
+        self.running: list[Job] = []
+        self._waiting: list[Job] = []
+        self._came = asyncio.Event()
+        self._n_requests = 0
+
+    def admit(self) -> None:
+        """Count a request that is at work, until `release`.
+
+        Raises:
+            ApiError: There are as many as may be.
+        """
+        if self._n_requests >= self._max_requests:
+            raise ApiError(
+                429, f"{self._n_requests} requests are at work or waiting, which is the limit; try again later",
+                headers={"Retry-After": str(_RETRY_SECONDS)},
+            )  # fmt: skip
+        self._n_requests += 1
+        self._metrics.at_work.set(self._n_requests)
+
+    def release(self) -> None:
+        """Count a request no more."""
+        self._n_requests -= 1
+        self._metrics.at_work.set(self._n_requests)
+
+    async def work(self, work: Callable[[], T]) -> T:
+        """Do in a thread what is no answer but takes as long, counted as a request."""
+        self.admit()
+        try:
+            return await until_cancelled(lambda _: work())
+        finally:
+            self.release()
+
+    async def start(self, prepare: Callable[[], tuple[PreparedPrompt, Sampling]]) -> Job:
+        """Prepare a prompt, which stops when nobody waits for it any more, and put it in the queue.
+
+        Raises:
+            ExtembError: What `prepare` raises.
+            ConfigError: There is nothing to go on from.
+        """
+        self.admit()
+        try:
+            prepared, sampling = await until_cancelled(lambda _: prepare())
+            if not len(prepared.prompt):
+                raise ConfigError("the prompt is empty; send a text to go on with, or documents")
+            job = Job(self, prepared, sampling)
+        except BaseException:
+            self.release()
+            raise
+        self._waiting.append(job)
+        self._came.set()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Let the LLM stop at the next token of a job, or never begin."""
+        job.row.cancelled.set()
+        if job in self._waiting:
+            self._waiting.remove(job)
+            job.row.result.finish_reason = "cancelled"
+            job.put(None)
+
+    async def run(self) -> None:
+        """Answer what comes, until this is cancelled."""
+        while True:
+            await self._came.wait()
+            if batch := self._next_batch():
+                self.running = batch
+                await self._answer(batch)
+                self.running = []
+            else:
+                self._came.clear()
+
+    def close(self) -> None:
+        """Let go of the thread."""
+        self._thread.shutdown()
+
+    def _next_batch(self) -> list[Job]:
+        """Take the first that waits, and of those behind it what fits beside it."""
+        if not self._waiting:
+            return []
+        first, lengths = self._waiting[0], {job: job.positions for job in self._waiting[: self._batch_size]}
+        batch = next(some for some in padded_batches(lengths, positions_at_once(self.llm)) if first in some)
+        self._waiting = [job for job in self._waiting if job not in batch]
+        return batch
+
+    async def _answer(self, batch: list[Job]) -> None:
+        """Answer a batch. Where it fails, each is answered alone, so that an error is of whom it belongs to."""
+        self._metrics.batch_size.observe(len(batch))
+        rows = [job.row for job in batch]
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self.llm.stream_batch, rows)
+        except Exception as error:
+            for job in batch:
+                if len(batch) > 1 and not job.row.result.token_ids:
+                    await self._answer([job])
+                else:
+                    job.put(error)

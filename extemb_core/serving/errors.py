@@ -1,0 +1,99 @@
+"""Tell clients what went wrong in OpenAI's form, with the status that docs/server.md lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from extemb_core.errors import BudgetError, ConfigError, DocumentError
+
+_IN_WORDS = {
+    400: "bad_request", 401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 408: "body_timeout",
+    413: "body_too_large", 429: "too_many_requests", 500: "internal_error", 503: "out_of_memory", 504: "timeout",
+}  # fmt: skip
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: a sentence, and what a program tells it by."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Body of every answer with a status of 400 or more."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An error with its HTTP status.
+
+    Args:
+        status: Of the answer.
+        message: One sentence: value, rule, remedy.
+        code: What a program tells it by; by the status when not given.
+        param: The field of the request that is wrong.
+        headers: More headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+        detail = ErrorDetail(message=message, type=kind, param=param, code=code or _IN_WORDS.get(status))
+        self.body = ErrorBody(error=detail).model_dump()
+
+    def response(self) -> JSONResponse:
+        """Make the answer that tells it."""
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """Return what a client is told of an error: all of one that it made, nothing of what is inside the server."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, BudgetError):
+        return ApiError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, ConfigError | DocumentError):
+        return ApiError(400, str(error), code="invalid_value")
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error.errors()[0])
+    if isinstance(error, HTTPException):  # of routes and methods that there are not
+        return ApiError(error.status_code, f"{error.detail}; docs/server.md lists what there is", headers=error.headers)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ApiError(503, "there is no memory for this request; send a smaller one", headers={"Retry-After": "1"})
+    return ApiError(500, "the server failed; its log has the reason under the x-request-id of this answer")
+
+
+def _of_validation(first: Mapping[str, Any]) -> ApiError:
+    """Say which field is wrong, and never what stands in it: a text may be a document's."""
+    place = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(place) or None
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no valid JSON ({first['ctx']['error']}); send a JSON object")
+    if first["type"] == "extra_forbidden":
+        message, code = f"unknown field {param!r:.200}; leave it out, or correct its name", "unknown_parameter"
+    elif first["type"] == "missing":
+        message, code = f"{param or 'the body'} is missing; add it", "missing_required_parameter"
+    else:
+        rule = str(first["msg"])
+        message, code = f"{param or 'the body'} is not legal: {rule[0].lower()}{rule[1:]}", "invalid_value"
+    return ApiError(400, message, code=code, param=param)

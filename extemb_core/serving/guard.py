@@ -1,0 +1,167 @@
+"""What every request passes before it is read: its key, its size, its time; and what is logged and counted of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from extemb_core.serving.errors import ApiError, as_api_error
+from extemb_core.serving.logs import logger
+from extemb_core.serving.metrics import Metrics
+from extemb_core.serving.settings import ServerSettings, is_loopback
+
+PAGE = "/chat"
+"""Where the chat page is, which asks for a key itself; `/` leads there."""
+
+OPEN_PATHS = frozenset({"/", "/healthz", "/metrics", PAGE})
+"""Paths that need no key."""
+
+NO_KEY = "default"
+"""Name of the workspace of a server without keys."""
+
+
+class ClientGone(Exception):  # noqa: N818  # nothing is wrong
+    """The client has gone away: nobody waits for an answer."""
+
+
+@dataclass
+class Record:
+    """What is logged of a request. `owner` names the key, without telling it."""
+
+    id: str
+    owner: str = NO_KEY
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class Keys:
+    """The API keys, of which hashes alone are kept and compared."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._hashes = [_hash(key) for key in keys]
+
+    def owner_of(self, authorization: str | None) -> str:
+        """Return the name of a key's workspace.
+
+        Raises:
+            ApiError: It is missing, or none of the keys.
+        """
+        if not self._hashes:
+            return NO_KEY
+        scheme, _, key = (authorization or "").partition(" ")
+        given = _hash(key.strip())
+        matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all of them, whichever it is
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(
+                401, "the API key is missing or wrong; send it as: Authorization: Bearer KEY",
+                headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
+        return given.hex()[:32]
+
+
+class Guard:
+    """ASGI middleware around the routes."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:
+        self._app = app
+        self._settings = settings
+        self._metrics = metrics
+        self._keys = Keys(settings.keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or hand it on with its whole body."""
+        if scope["type"] == "websocket" and not self._is_own_page(Headers(scope=scope)):
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status, record = time.perf_counter(), 499, Record(secrets.token_hex(12))  # 499: nobody was there
+        scope["state"] = {**scope.get("state", {}), "record": record}
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", record.id.encode())]
+            await send(message)
+
+        try:
+            headers = Headers(scope=scope)
+            self._check(scope["path"], headers, record)
+            body = await asyncio.wait_for(self._body(headers, receive), self._settings.body_seconds)
+            await self._app(scope, _replayed(body, receive), answer)
+        except ClientGone:
+            pass
+        except Exception as error:
+            if isinstance(error, TimeoutError | asyncio.TimeoutError):
+                error = ApiError(
+                    408, f"the body did not come within {self._settings.body_seconds} s; send it faster",
+                    headers={"Connection": "close"},
+                )  # fmt: skip
+            if not isinstance(error, ApiError):
+                logger.error("failed", exc_info=error, extra={"fields": {"id": record.id}})
+            if status == 499:
+                await as_api_error(error).response()(scope, receive, answer)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.requests.labels(route, str(status)).inc()
+            seconds = round(time.perf_counter() - start, 4)
+            told = {"id": record.id, "method": scope["method"], "route": route, "status": status, "seconds": seconds}
+            logger.info("request", extra={"fields": {**told, "owner": record.owner, **record.fields}})
+
+    def _check(self, path: str, headers: Headers, record: Record) -> None:
+        """Refuse who has no key, and pages of other sites that reach a server without keys by a name of theirs."""
+        host = headers.get("host", "").rsplit(":", 1)[0]
+        if not self._settings.keys and not is_loopback(host):
+            raise ApiError(400, f"the host {host!r:.80} is not this server's; ask it as 127.0.0.1 or localhost")
+        if path not in OPEN_PATHS and not path.startswith(f"{PAGE}/"):
+            record.owner = self._keys.owner_of(headers.get("authorization"))
+
+    def _is_own_page(self, headers: Headers) -> bool:
+        """Tell whether a WebSocket was opened by the page of this server: a browser opens them for any site."""
+        host = headers.get("host", "")
+        if not self._settings.keys and not is_loopback(host.rsplit(":", 1)[0]):
+            return False
+        return headers.get("origin", "").partition("//")[2] == host
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """Read a body that is not too large, by what it says of itself or by what comes."""
+        limit = self._settings.max_body_mib * 2**20
+        declared = headers.get("content-length", "")
+        parts: list[bytes] = []
+        size = int(declared) if declared.isdecimal() else 0
+        while size <= limit:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                return b"".join(parts)
+            size = max(size, sum(map(len, parts)))
+        raise ApiError(
+            413, f"the body is larger than {self._settings.max_body_mib} MiB; send less, or documents by their refs",
+            headers={"Connection": "close"},
+        )  # fmt: skip
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Give a body that was read once more, then what comes after it."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "replace")).digest()

@@ -1,0 +1,43 @@
+"""Write logs as lines of JSON, in which nothing of a document, a question or an answer stands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from datetime import datetime, timezone
+
+logger = logging.getLogger("extemb_core.serving")
+
+
+class JsonLines(logging.Formatter):
+    """Makes one JSON object of a record, with the fields that it was given.
+
+    Of an error there is the type and where it was raised; its message, which may quote what was sent, only when
+    debugging.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            frame = traceback.extract_tb(error.__traceback__)[-1:]
+            fields |= {"error": type(error).__name__, "where": [f"{at.filename}:{at.lineno}" for at in frame]}
+            if logger.isEnabledFor(logging.DEBUG):
+                fields["traceback"] = "".join(traceback.format_exception(error))
+        return json.dumps(fields)
+
+
+def log_as_json() -> None:
+    """Send what this library and uvicorn log to stderr, as lines of JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for name in ("extemb_core", "uvicorn"):
+        of_name = logging.getLogger(name)
+        of_name.handlers, of_name.propagate = [handler], False
+    logger.setLevel(min(logging.INFO, logger.getEffectiveLevel()))

@@ -1,0 +1,361 @@
+"""The chat page, for people: documents of one's own, a budget for them, and answers that say where they come from.
+
+NiceGUI draws it, in the server's process; each visit, which is one tab, is an object here. Whatever comes from
+documents or the LLM is shown as text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tempfile
+from collections.abc import Sequence
+from contextlib import aclosing, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi.responses import RedirectResponse
+from nicegui import background_tasks, run, ui
+
+from extemb_core.answers import Answer, ContextEntry
+from extemb_core.context.scoring import bm25_scores
+from extemb_core.context.spans import split_into_sentences
+from extemb_core.documents import Document
+from extemb_core.errors import ExtembError
+from extemb_core.loaders import SUPPORTED_SUFFIXES, read_document
+from extemb_core.serving.errors import ApiError
+from extemb_core.serving.guard import NO_KEY, PAGE, Keys
+from extemb_core.serving.requests import StoredDocument, TextDocument
+from extemb_core.utils.text import strip_control_chars
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from extemb_core.models.llm import LLM
+    from extemb_core.serving.app import Service
+    from extemb_core.serving.workspace import Workspace
+
+_N_PASSAGES = 8  # of documents that are too long to be read whole, even at the coarsest ratio
+_MIN_BUDGET, _BUDGET_STEP, _USUAL_BUDGET = 128, 128, 1024
+_N_QUOTES, _QUOTE_CHARS = 3, 240
+_OPENING_SECONDS = 0.3  # until a dialog is there
+_PASSAGE = re.compile(r":\d+-\d+$")  # of a document's source
+_WAYS = {"compressed": "Compressed", "truncated": "Truncated", "full": "Full text"}
+_STYLE = """
+.answer, .question { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 72ch }
+.question { align-self: flex-end; padding: .6rem .9rem; border-radius: .8rem; background: rgba(86, 180, 233, .25) }
+.way { flex: 1 1 18rem; min-width: 0 }
+.quote { font-style: italic; overflow-wrap: anywhere }
+"""
+
+_service: Service  # NiceGUI has one application for a process, and so one model is behind its pages
+
+
+def add_page(app: FastAPI, service: Service) -> None:
+    """Add the page to an application."""
+    global _service
+    _service = service
+    app.add_api_route("/", lambda: RedirectResponse(f"{PAGE}/"), include_in_schema=False)
+    ui.run_with(
+        app, title="extemb", mount_path=PAGE, dark=None, tailwind=False, show_welcome_message=False,
+        reconnect_timeout=30,
+    )  # fmt: skip
+
+
+@ui.page("/")
+def _page() -> None:
+    _Visit(_service).draw()
+
+
+class _Visit:
+    """One tab."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._workspace: Workspace
+        self._drawer: ui.left_drawer
+        self._tokens: dict[str, int] = {}  # of each document
+        self._positions: dict[str, int] = {}  # what it took in the last answer
+        self._messages: list[dict[str, str]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    # -- what it looks like -----------------------------------------------------------------------------------
+
+    def draw(self) -> None:
+        """Draw the page for a visitor."""
+        ui.add_css(_STYLE)
+        dark = ui.dark_mode(None)
+        with ui.header().classes("items-center"):
+            _icon("menu", "Show or hide the documents", lambda: self._drawer.toggle(), "white")
+            ui.label("extemb").classes("text-h6")
+            ui.label(self._service.model).classes("text-caption")
+            ui.space()
+            _icon("contrast", "Dark or light", lambda: dark.set_value(not dark.value), "white")
+        with ui.left_drawer(bordered=True).props("width=340 breakpoint=700") as self._drawer:
+            self._documents_panel()
+        self._conversation = ui.column().classes("full-width q-pa-md q-gutter-md").props("role=log aria-live=polite")
+        with ui.footer().classes("bg-transparent"), ui.row().classes("full-width items-end no-wrap"):
+            self._question = (
+                ui.textarea(placeholder="Ask about your documents").props("autogrow outlined dense aria-label=Question")
+                .classes("col").on("keydown.enter.exact.prevent", self._ask)
+            )  # fmt: skip
+            self._send = _icon("send", "Ask", self._ask)
+            self._stop = _icon("stop", "Stop the answer", self._cancel)
+        self._stop.set_visibility(False)
+        ui.context.client.on_delete(self._cancel)
+        if self._service.settings.keys:
+            self._ask_for_key()
+        else:
+            self._enter(NO_KEY)
+
+    def _documents_panel(self) -> None:
+        ui.label("Documents").classes("text-subtitle1")
+        ui.upload(
+            label="Drop PDF, Markdown, HTML or text here", multiple=True, auto_upload=True, on_upload=self._add,
+            on_rejected=lambda: ui.notify("That file is too large or of another kind", type="negative"),
+            max_file_size=self._service.settings.max_body_mib * 2**20,
+        ).props(f'flat bordered accept="{",".join(sorted(SUPPORTED_SUFFIXES))}"').classes("full-width")  # fmt: skip
+        self._list = ui.list().props("dense separator").classes("full-width")
+        window = self._service.lm.llm.context_window
+        most = max(_MIN_BUDGET, window - self._service.settings.max_new_tokens)
+        ui.label("Positions for documents").classes("text-subtitle2 q-mt-md")
+        self._budget = ui.slider(
+            min=_MIN_BUDGET, max=most, step=_BUDGET_STEP, value=min(_USUAL_BUDGET, most)
+        ).props("label aria-label='Positions for documents'")  # fmt: skip
+        ui.label().bind_text_from(
+            self._budget, "value", lambda value: f"{int(value):,} of the window's {window:,}"
+        ).classes("text-caption")
+        self._compare = ui.switch("Compare with truncated and full text")
+        ui.button("New conversation", icon="restart_alt", on_click=self._start_over).props("flat")
+
+    def _ask_for_key(self) -> None:
+        with ui.dialog(value=True).props("persistent") as dialog, ui.card():
+            key = ui.input("API key", password=True).props("autofocus")
+
+            def enter() -> None:
+                try:
+                    owner = Keys(self._service.settings.keys).owner_of(f"Bearer {key.value}")
+                except ApiError as error:
+                    key.props["error"], key.props["error-message"] = True, str(error)
+                    key.update()
+                    return
+                dialog.close()
+                self._enter(owner)
+
+            key.on("keydown.enter", enter)
+            ui.button("Enter", on_click=enter)
+
+    def _enter(self, owner: str) -> None:
+        self._workspace = self._service.workspace(owner)
+        background_tasks.create(self._refresh())
+
+    def _show_documents(self) -> None:
+        self._list.clear()
+        with self._list:
+            for name, n_tokens in self._tokens.items():
+                taken = f" → {self._positions[name]:,} positions" if name in self._positions else ""
+                with ui.item():
+                    with ui.item_section():
+                        ui.item_label(strip_control_chars(name)).props("lines=2")
+                        ui.item_label(f"{n_tokens:,} tokens{taken}").props("caption")
+                    with ui.item_section().props("side"):
+                        _icon("delete", f"Remove {name}", partial(self._remove, name))
+            if not self._tokens:
+                ui.item_label("None yet").props("caption")
+
+    # -- documents --------------------------------------------------------------------------------------------
+
+    async def _refresh(self) -> None:
+        """Count the tokens of what is in the workspace."""
+
+        def count() -> dict[str, int]:
+            names = [record["source"] for record in self._workspace.records()]
+            return {name: len(self._llm.encode(self._document(name).text)) for name in names}
+
+        self._tokens = await run.io_bound(count) or {}
+        self._show_documents()
+
+    async def _add(self, event: Any) -> None:
+        data, name = await event.file.read(), Path(event.file.name.replace("\\", "/")).name
+
+        def add() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / (name or "document.txt")
+                file.write_bytes(data)
+                read = read_document(file)
+            self._workspace.add([TextDocument(text=read.text, title=read.title, id=file.name)])
+
+        try:
+            await self._service.engine.work(add)
+            event.sender.reset()
+        except (ExtembError, ApiError, OSError) as error:
+            ui.notify(str(error), type="negative", multi_line=True, timeout=0, close_button="Close")
+            return
+        await self._refresh()
+
+    async def _remove(self, name: str) -> None:
+        with suppress(ApiError):  # another tab has removed it
+            await self._service.engine.work(lambda: self._workspace.remove(name))
+        self._positions.pop(name, None)
+        await self._refresh()
+
+    def _document(self, name: str) -> Document:
+        return self._workspace.documents([StoredDocument(ref=name)])[0]
+
+    @property
+    def _llm(self) -> LLM:
+        return self._service.lm.llm
+
+    # -- questions --------------------------------------------------------------------------------------------
+
+    def _start_over(self) -> None:
+        self._cancel()
+        self._messages.clear()
+        self._conversation.clear()
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _ask(self) -> None:
+        question = self._question.value.strip()
+        if not question or self._task is not None:
+            return
+        self._question.set_value("")
+        self._task = asyncio.create_task(self._answer(question))
+
+    async def _answer(self, question: str) -> None:
+        self._send.set_visibility(False)
+        self._stop.set_visibility(True)
+        messages = [*self._messages, {"role": "user", "content": question}]
+        ways = list(_WAYS) if self._compare.value else ["compressed"]
+        try:
+            with self._conversation:
+                ui.label(question).classes("question")
+                row = ui.row().classes("full-width")
+            for way in ways:
+                with row, ui.column().classes("way") as column:
+                    if len(ways) > 1:
+                        ui.label(_WAYS[way]).classes("text-subtitle2")
+                    shown = ui.label().classes("answer")
+                    waiting = ui.spinner("dots")
+                try:
+                    answer = await self._stream(way, messages, shown)
+                except (ExtembError, ApiError) as error:
+                    shown.set_text(str(error))
+                    shown.props("role=alert").classes("text-negative")
+                    continue
+                finally:
+                    waiting.delete()
+                with column:
+                    await self._tell(answer, question)
+                if way == "compressed":
+                    self._messages = [*messages, {"role": "assistant", "content": answer.text}]
+                    self._positions = _by_document(answer.context)
+                    self._show_documents()
+        finally:
+            self._task = None
+            self._send.set_visibility(True)
+            self._stop.set_visibility(False)
+            with self._conversation:
+                ui.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
+
+    async def _stream(self, way: str, messages: Sequence[dict[str, str]], shown: ui.label) -> Answer:
+        """Stream an answer into a label."""
+        budget, text = int(self._budget.value), ""
+
+        def prepare() -> Any:
+            documents = self._documents(messages[-1]["content"])
+            settings: dict[str, Any] = {"budget": budget, "condense": True}
+            if way == "truncated":
+                documents = _cut(documents, budget, self._llm)
+            if way != "compressed":
+                settings = {"ratio": "raw"}
+            return self._workspace.lm.prepare(
+                messages, documents, max_new_tokens=self._service.settings.max_new_tokens, **settings
+            )
+
+        job = await self._service.engine.start(prepare)
+        async with aclosing(job.pieces()) as pieces:
+            async for piece in pieces:
+                text += piece
+                shown.set_text(strip_control_chars(text))
+        return job.answer
+
+    def _documents(self, question: str) -> list[Document]:
+        """Return all documents, or the passages that say most of the question where they are too long for that."""
+        coarsest = max(self._service.lm.embedder.config.ratios)
+        if sum(self._tokens.values()) > coarsest * int(self._budget.value):
+            return self._workspace.search(question, _N_PASSAGES)
+        return [self._document(name) for name in self._tokens]
+
+    async def _tell(self, answer: Answer, question: str) -> None:
+        """Say what an answer took and quote its sources."""
+        taken = sum(entry.positions for entry in answer.context)
+        tokens = sum(entry.n_tokens for entry in answer.context)
+        first = answer.seconds.get("first_token", 0)
+        ui.label(
+            f"{tokens:,} tokens of documents in {taken:,} positions · first token after {first:.2f} s"
+        ).classes("text-caption")  # fmt: skip
+        if answer.dropped:
+            ui.label(f"Left out: {', '.join(entry.source for entry in answer.dropped)}").classes("text-caption")
+        for entry, document, start, stop in await run.io_bound(self._quotes, answer, question) or ():
+            quote = strip_control_chars(document.text[start:stop].strip())
+            shown = quote if len(quote) <= _QUOTE_CHARS else f"{quote[:_QUOTE_CHARS]}…"
+            item = ui.item(on_click=partial(_open, entry, document, start, stop)).props("dense").classes("full-width")
+            with item, ui.item_section():
+                ui.item_label(f"“{shown}”").classes("quote")
+                ui.item_label(strip_control_chars(document.source)).props("caption")
+
+    def _quotes(self, answer: Answer, question: str) -> list[tuple[ContextEntry, Document, int, int]]:
+        """Find in each document that was read the sentence that has most of question and answer."""
+        found: list[tuple[float, ContextEntry, Document, int, int]] = []
+        for entry in answer.context:
+            document = next((one for one in self._documents(question) if one.ref == entry.ref), None)
+            if document is None or entry.fidelity == "dropped":
+                continue
+            sentences = split_into_sentences(document.text, self._llm.encode_with_ends(document.text)[1])
+            scores = bm25_scores(f"{question} {answer.text}", sentences.texts)
+            if scores and (best := max(scores)) > 0:
+                at = scores.index(best)
+                start, stop = (sentences.character(int(border)) for border in sentences.borders[at : at + 2])
+                found.append((best, entry, document, start, stop))
+        found.sort(key=lambda one: -one[0])
+        return [(entry, document, start, stop) for _, entry, document, start, stop in found[:_N_QUOTES]]
+
+
+def _icon(name: str, says: str, on_click: Any, color: str = "primary") -> ui.button:
+    button = ui.button(icon=name, on_click=on_click).props(f"flat round dense text-color={color}").tooltip(says)
+    button.props["aria-label"] = says
+    return button
+
+
+def _open(entry: ContextEntry, document: Document, start: int, stop: int) -> None:
+    """Show a document with what became of each part of it, at a passage."""
+    with ui.dialog(value=True) as dialog, ui.card().style("max-width: 90vw"):
+        _icon("close", "Close", dialog.close).classes("self-end")
+        ui.html(entry.highlight(document, passage=(start, stop)), sanitize=False)  # every part of the text is escaped
+    there = "document.getElementById('passage')?.scrollIntoView({block: 'center'})"
+    ui.timer(_OPENING_SECONDS, lambda: ui.run_javascript(there), once=True)
+
+
+def _by_document(context: Sequence[ContextEntry]) -> dict[str, int]:
+    taken: dict[str, int] = {}
+    for entry in context:
+        name = _PASSAGE.sub("", entry.source)
+        taken[name] = taken.get(name, 0) + entry.positions
+    return taken
+
+
+def _cut(documents: Sequence[Document], budget: int, llm: LLM) -> list[Document]:
+    """Cut documents to their first tokens, those of all together."""
+    kept = []
+    for document in documents:
+        ids, ends = llm.encode_with_ends(document.text)
+        if (n_tokens := min(len(ids), budget)) > 0:
+            kept.append(
+                Document(document.text[: int(ends[n_tokens - 1])], title=document.title, metadata=document.metadata)
+            )
+            budget -= n_tokens
+    return kept

@@ -1,0 +1,181 @@
+"""What clients get: OpenAI's objects, and in `extemb` what became of the documents."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field
+
+from extemb_core.answers import Answer
+
+
+class Usage(BaseModel):
+    """What an answer took. `prompt_tokens` are positions of the LLM's window, real ones."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    document_tokens: int = Field(description="Length of the documents as raw tokens")
+
+    @classmethod
+    def of(cls, answer: Answer) -> Usage:
+        """Count what an answer took."""
+        before, new = answer.prompt_positions, answer.new_tokens
+        raw = sum(entry.n_tokens for entry in answer.context)
+        return cls(prompt_tokens=before, completion_tokens=new, total_tokens=before + new, document_tokens=raw)
+
+
+class Choice(BaseModel):
+    """The answer: a message of a conversation, or a text."""
+
+    index: Literal[0] = 0
+    finish_reason: str | None
+    logprobs: None = None
+    message: dict[str, str | None] | None = None
+    text: str | None = None
+
+
+class Completion(BaseModel):
+    """A whole answer."""
+
+    id: str
+    object: Literal["chat.completion", "text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    extemb: dict[str, Any] = Field(description="context: what became of each document; budget; seconds")
+
+
+class StoredRecord(BaseModel):
+    """A document that is kept."""
+
+    id: str
+    object: Literal["document"] = "document"
+    ref: str
+    title: str | None
+    characters: int
+    passages: int
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> StoredRecord:
+        """Describe what `Library.documents` gives."""
+        return cls(
+            id=record["source"], ref=record["ref"], title=record["title"], characters=record["n_chars"],
+            passages=record["n_passages"],
+        )  # fmt: skip
+
+
+class DocumentList(BaseModel):
+    """Documents that are kept."""
+
+    object: Literal["list"] = "list"
+    data: list[StoredRecord]
+
+
+class DeletedDocument(BaseModel):
+    """A document that is gone."""
+
+    id: str
+    object: Literal["document"] = "document"
+    deleted: Literal[True] = True
+
+
+class Model(BaseModel):
+    """The model that answers."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["extemb"] = "extemb"
+    context_window: int
+    ratios: list[int] = Field(description="Tokens that one position may stand for")
+
+
+class ModelList(BaseModel):
+    """The models that answer, of which there is one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Writer:
+    """Writes one answer in the form of its route.
+
+    Args:
+        model: Name of the model.
+    """
+
+    prefix: ClassVar[str]
+    whole: ClassVar[Literal["chat.completion", "text_completion"]]
+    chunk: ClassVar[str]
+
+    def __init__(self, model: str) -> None:
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def completion(self, answer: Answer) -> Completion:
+        """Make the body of a whole answer."""
+        choice = Choice(finish_reason=answer.finish_reason, **self._content(answer.text))
+        details = {"usage": Usage.of(answer), "extemb": _details(answer)}
+        return Completion(object=self.whole, choices=[choice], **self._head, **details)  # type: ignore[arg-type]
+
+    def first(self) -> dict[str, Any] | None:
+        """Make the chunk that opens a stream."""
+        return None
+
+    def piece(self, text: str) -> dict[str, Any]:
+        """Make a chunk of text."""
+        return self._chunk(self._delta(text))
+
+    def last(self, answer: Answer) -> dict[str, Any]:
+        """Make the chunk that tells why the answer ended, and what became of the documents."""
+        end = self._delta("") | {"finish_reason": answer.finish_reason}
+        return self._chunk(end) | {"extemb": _details(answer)}
+
+    def usage(self, answer: Answer) -> dict[str, Any]:
+        """Make the chunk that tells the usage."""
+        return self._chunk(None) | {"usage": Usage.of(answer).model_dump()}
+
+    def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
+        choices = [] if choice is None else [{"index": 0, "finish_reason": None, "logprobs": None} | choice]
+        return {**self._head, "object": self.chunk, "choices": choices}
+
+    def _content(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatWriter(Writer):
+    """Writes messages."""
+
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def first(self) -> dict[str, Any]:
+        """Make the chunk that names the role."""
+        return self._chunk({"delta": {"role": "assistant", "content": ""}})
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+
+class TextWriter(Writer):
+    """Writes plain texts."""
+
+    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    _delta = _content
+
+
+def _details(answer: Answer) -> dict[str, Any]:
+    told = answer.to_dict()
+    return {"context": told["context"], "budget": answer.budget, "seconds": told["seconds"]}

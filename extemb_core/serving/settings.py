@@ -1,0 +1,82 @@
+"""Settings of the server. Nothing heavy is imported here: the command line reads its options off them."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field, fields
+
+from extemb_core.errors import ConfigError
+from extemb_core.utils.validation import whole_number
+
+_KEY = re.compile(r"[\x21-\x7e]{16,512}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Where the server listens, and what it takes.
+
+    Attributes:
+        host: Address to listen at; all but loopback need an API key.
+        port: Port to listen at; 0 is any that is free.
+        name: Name of the model that clients ask for.
+        data: Folder of the documents that clients add; a folder in it for each key.
+        max_requests: Requests at work or waiting, beyond which clients are sent away with status 429.
+        batch_size: Requests of one forward pass at most.
+        max_new_tokens: Longest answer where a client names no length.
+        max_body_mib: Size of a request.
+        max_documents: Documents of a request.
+        max_stored_documents: Documents that a key may keep.
+        memory_mib: Embeddings of documents that came with questions, kept in memory for each key.
+        body_seconds: Time in which the body of a request has to come.
+        request_seconds: Time in which an answer has to be there.
+        keys: API keys; None are asked for where there are none.
+
+    Raises:
+        ConfigError: A value is not legal, or the server would be open to others without a key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = field(default=None, metadata={"default": "that of --llm"})
+    data: str | None = field(default=None, metadata={"metavar": "DIR", "default": "in the user's data folder"})
+    max_requests: int = 64
+    batch_size: int = 32
+    max_new_tokens: int = 256
+    max_body_mib: int = 32
+    max_documents: int = 256
+    max_stored_documents: int = 10_000
+    memory_mib: int = 512
+    body_seconds: int = 30
+    request_seconds: int = 300
+    keys: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(setting.default, int):
+                whole_number(value, setting.name, 0 if setting.name in ("port", "memory_mib") else 1)
+        for key in self.keys:
+            if not _KEY.fullmatch(key):
+                raise ConfigError(
+                    f"an API key of {len(key)} characters is not 16 to 512 visible ASCII characters without spaces; "
+                    "make one with: openssl rand -hex 32"
+                )
+        if not self.keys and not self.is_loopback:
+            raise ConfigError(
+                f"host={self.host!r} is open to other machines, and there is no API key; set EXTEMB_API_KEYS or pass "
+                "--api-keys FILE, or listen at 127.0.0.1"
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host names this machine alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
