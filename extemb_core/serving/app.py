@@ -123,7 +123,7 @@ class Service:
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         answer = await self._while_there(request, job.finish(), deadline)
         self._tell(job, record)
-        return JSONResponse(writer.completion(answer).model_dump(exclude_none=False))
+        return JSONResponse(writer.completion(answer).model_dump())
 
     async def work(self, request: Request, work: Callable[[Workspace], T]) -> T:
         """Do something with the documents of a key."""
@@ -149,10 +149,12 @@ class Service:
 
     def _tell(self, job: Job, record: Record) -> None:
         """Count an answer, and write down what it took."""
-        answer = job.answer
-        self.metrics.answered(answer)
+        answer, reason = job.answer, "cancelled"
+        if job.ended:
+            self.metrics.answered(answer)
+            reason = answer.finish_reason
         record.fields |= responses.Usage.of(answer).model_dump()
-        record.fields |= {"documents": len(answer.context), "finish_reason": answer.finish_reason, **answer.seconds}
+        record.fields |= {"documents": len(answer.context), "finish_reason": reason, **answer.seconds}
 
     async def _events(
         self, job: Job, writer: responses.Writer, record: Record, deadline: float, *, with_usage: bool

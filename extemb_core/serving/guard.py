@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,16 +91,11 @@ class Guard:
         try:
             headers = Headers(scope=scope)
             self._check(scope["path"], headers, record)
-            body = await asyncio.wait_for(self._body(headers, receive), self._settings.body_seconds)
+            body = await self._in_time(self._body(headers, receive))
             await self._app(scope, _replayed(body, receive), answer)
         except ClientGone:
             pass
         except Exception as error:
-            if isinstance(error, TimeoutError | asyncio.TimeoutError):
-                error = ApiError(
-                    408, f"the body did not come within {self._settings.body_seconds} s; send it faster",
-                    headers={"Connection": "close"},
-                )  # fmt: skip
             if not isinstance(error, ApiError):
                 logger.error("failed", exc_info=error, extra={"fields": {"id": record.id}})
             if status == 499:
@@ -119,6 +114,13 @@ class Guard:
             raise ApiError(400, f"the host {host!r:.80} is not this server's; ask it as 127.0.0.1 or localhost")
         if path not in OPEN_PATHS:
             record.owner = self._keys.owner_of(headers.get("authorization"))
+
+    async def _in_time(self, body: Awaitable[bytes]) -> bytes:
+        try:
+            return await asyncio.wait_for(body, self._settings.body_seconds)
+        except asyncio.TimeoutError:
+            message = f"the body did not come within {self._settings.body_seconds} s; send it faster"
+            raise ApiError(408, message, headers={"Connection": "close"}) from None
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """Read a body that is not too large, by what it says of itself or by what comes."""
