@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Iterable
@@ -109,9 +110,9 @@ class Guard:
 
     def _check(self, path: str, headers: Headers, record: Record) -> None:
         """Refuse who has no key, and pages of other sites that reach a server without keys by a name of theirs."""
-        host = headers.get("host", "").rsplit(":", 1)[0]
+        host = re.sub(r":\d+$", "", headers.get("host", ""))
         if not self._settings.keys and not is_loopback(host):
-            raise ApiError(400, f"the host {host!r:.80} is not this server's; ask it as 127.0.0.1 or localhost")
+            raise ApiError(400, f"{host!r:.80} is not this server; ask it as localhost, or start it with a key")
         if path not in OPEN_PATHS:
             record.owner = self._keys.owner_of(headers.get("authorization"))
 
