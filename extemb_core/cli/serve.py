@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,4 +52,5 @@ def serve(**settings: Any) -> None:
         from extemb_core.serving.process import serve
 
         lm = given.load(store=given.store)
-        serve(lm, given, encoder=given.encoder, on_bound=lambda url: print_note(f"listening at {url}/v1"))
+        with suppress(KeyboardInterrupt):  # the way to stop it
+            serve(lm, given, encoder=given.encoder, on_bound=lambda url: print_note(f"listening at {url}/v1"))

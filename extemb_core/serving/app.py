@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from platformdirs import user_data_path
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from extemb_core import __version__
 from extemb_core.answers import PreparedPrompt
@@ -120,10 +121,13 @@ class Service:
         job = await self._while_there(request, start, deadline)
         if asked.stream:
             events = self._events(job, writer, record, deadline, with_usage=asked.with_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        answer = await self._while_there(request, job.finish(), deadline)
+            return _EventStream(events, lambda: self.engine.cancel(job))
+        try:
+            answer = await self._while_there(request, job.finish(), deadline)
+        finally:
+            self.engine.cancel(job)
         self._tell(job, record)
-        return JSONResponse(writer.completion(answer).model_dump(exclude_none=False))
+        return JSONResponse(writer.completion(answer).model_dump())
 
     async def work(self, request: Request, work: Callable[[Workspace], T]) -> T:
         """Do something with the documents of a key."""
@@ -149,10 +153,12 @@ class Service:
 
     def _tell(self, job: Job, record: Record) -> None:
         """Count an answer, and write down what it took."""
-        answer = job.answer
-        self.metrics.answered(answer)
+        answer, reason = job.answer, "cancelled"
+        if job.ended:
+            self.metrics.answered(answer)
+            reason = answer.finish_reason
         record.fields |= responses.Usage.of(answer).model_dump()
-        record.fields |= {"documents": len(answer.context), "finish_reason": answer.finish_reason, **answer.seconds}
+        record.fields |= {"documents": len(answer.context), "finish_reason": reason, **answer.seconds}
 
     async def _events(
         self, job: Job, writer: responses.Writer, record: Record, deadline: float, *, with_usage: bool
@@ -162,13 +168,9 @@ class Service:
         try:
             if (first := writer.first()) is not None:
                 yield _event(first)
-            async with aclosing(job.pieces()) as pieces:
-                while True:
-                    try:
-                        piece = await asyncio.wait_for(anext(pieces), deadline - loop.time())
-                    except StopAsyncIteration:
-                        break
-                    yield _event(writer.piece(piece))
+            pieces = job.pieces()
+            while (piece := await asyncio.wait_for(anext(pieces, None), deadline - loop.time())) is not None:
+                yield _event(writer.piece(piece))
             yield _event(writer.last(job.answer))
             if with_usage:
                 yield _event(writer.usage(job.answer))
@@ -180,6 +182,22 @@ class Service:
             yield _event((self._late() if late else as_api_error(error)).body)
         finally:
             self._tell(job, record)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; `at_end` is called when all are sent, or the client is gone."""
+
+    def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nothing on the way is to hold them back
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._at_end = at_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._at_end()
 
 
 def create_app(

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from typing import TypeVar
 
 from extemb_core.answers import Answer, PreparedPrompt, to_answer
 from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import until_cancelled
 from extemb_core.models.bulk import positions_at_once
+from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling, StreamedRow
 from extemb_core.models.llm import LLM
 from extemb_core.serving.errors import ApiError
@@ -29,14 +29,14 @@ T = TypeVar("T")
 
 
 class Job:
-    """A request at work, and its answer as it is made. `pieces` is to be read to its end, or left.
+    """A request at work, and its answer as it is made.
 
     Attributes:
         row: What the LLM is handed.
         ended: Whether nothing more comes.
     """
 
-    def __init__(self, engine: Engine, prepared: PreparedPrompt, sampling: Sampling) -> None:
+    def __init__(self, engine: Engine, prepared: PreparedPrompt, inputs: PromptInputs, sampling: Sampling) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._prepared = prepared
@@ -45,7 +45,7 @@ class Job:
         self._seconds = 0.0
         self.ended = False
         self.positions = len(prepared.prompt) + sampling.max_new_tokens
-        self.row = StreamedRow(prepared.prompt.inputs(engine.llm), sampling, self._put_from_thread)
+        self.row = StreamedRow(inputs, sampling, self._put_from_thread)
 
     @property
     def answer(self) -> Answer:
@@ -53,21 +53,17 @@ class Job:
         first = self._seconds if self._first_token is None else self._first_token
         return to_answer(self._prepared, self.row.result, first_token=first, total=self._seconds)
 
-    async def pieces(self) -> AsyncGenerator[str, None]:
-        """Yield the text as it comes; leaving this before its end cancels the answer."""
-        try:
-            while (piece := await self._pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            self._engine.cancel(self)
+    async def pieces(self) -> AsyncIterator[str]:
+        """Yield the text as it comes. Who leaves before the end is to call `Engine.cancel`."""
+        while (piece := await self._pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
 
     async def finish(self) -> Answer:
         """Wait for the end, and return the answer."""
-        async with aclosing(self.pieces()) as pieces:
-            async for _ in pieces:
-                pass
+        async for _ in self.pieces():
+            pass
         return self.answer
 
     def put(self, piece: str | BaseException | None) -> None:
@@ -144,12 +140,16 @@ class Engine:
             ExtembError: What `prepare` raises.
             ConfigError: There is nothing to go on from.
         """
-        self.admit()
-        try:
-            prepared, sampling = await until_cancelled(lambda _: prepare())
+
+        def ready(_: object) -> tuple[PreparedPrompt, PromptInputs, Sampling]:
+            prepared, sampling = prepare()
             if not len(prepared.prompt):
                 raise ConfigError("the prompt is empty; send a text to go on with, or documents")
-            job = Job(self, prepared, sampling)
+            return prepared, prepared.prompt.inputs(self.llm), sampling
+
+        self.admit()
+        try:
+            job = Job(self, *await until_cancelled(ready))
         except BaseException:
             self.release()
             raise
@@ -158,7 +158,7 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Let the LLM stop at the next token of a job, or never begin."""
+        """Let the LLM stop at the next token of a job, or never begin; one that has ended stays as it is."""
         job.row.cancelled.set()
         if job in self._waiting:
             self._waiting.remove(job)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,16 +98,11 @@ class Guard:
         try:
             headers = Headers(scope=scope)
             self._check(scope["path"], headers, record)
-            body = await asyncio.wait_for(self._body(headers, receive), self._settings.body_seconds)
+            body = await self._in_time(self._body(headers, receive))
             await self._app(scope, _replayed(body, receive), answer)
         except ClientGone:
             pass
         except Exception as error:
-            if isinstance(error, TimeoutError | asyncio.TimeoutError):
-                error = ApiError(
-                    408, f"the body did not come within {self._settings.body_seconds} s; send it faster",
-                    headers={"Connection": "close"},
-                )  # fmt: skip
             if not isinstance(error, ApiError):
                 logger.error("failed", exc_info=error, extra={"fields": {"id": record.id}})
             if status == 499:
@@ -120,18 +116,25 @@ class Guard:
 
     def _check(self, path: str, headers: Headers, record: Record) -> None:
         """Refuse who has no key, and pages of other sites that reach a server without keys by a name of theirs."""
-        host = headers.get("host", "").rsplit(":", 1)[0]
+        host = re.sub(r":\d+$", "", headers.get("host", ""))
         if not self._settings.keys and not is_loopback(host):
-            raise ApiError(400, f"the host {host!r:.80} is not this server's; ask it as 127.0.0.1 or localhost")
+            raise ApiError(400, f"{host!r:.80} is not this server; ask it as localhost, or start it with a key")
         if path not in OPEN_PATHS and not path.startswith(f"{PAGE}/"):
             record.owner = self._keys.owner_of(headers.get("authorization"))
 
     def _is_own_page(self, headers: Headers) -> bool:
         """Tell whether a WebSocket was opened by the page of this server: a browser opens them for any site."""
         host = headers.get("host", "")
-        if not self._settings.keys and not is_loopback(host.rsplit(":", 1)[0]):
+        if not self._settings.keys and not is_loopback(re.sub(r":\d+$", "", host)):
             return False
         return headers.get("origin", "").partition("//")[2] == host
+
+    async def _in_time(self, body: Awaitable[bytes]) -> bytes:
+        try:
+            return await asyncio.wait_for(body, self._settings.body_seconds)
+        except asyncio.TimeoutError:
+            message = f"the body did not come within {self._settings.body_seconds} s; send it faster"
+            raise ApiError(408, message, headers={"Connection": "close"}) from None
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """Read a body that is not too large, by what it says of itself or by what comes."""

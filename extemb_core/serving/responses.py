@@ -28,13 +28,23 @@ class Usage(BaseModel):
 
 
 class Choice(BaseModel):
-    """The answer: a message of a conversation, or a text."""
+    """The one answer."""
 
     index: Literal[0] = 0
-    finish_reason: str | None
+    finish_reason: str
     logprobs: None = None
-    message: dict[str, str | None] | None = None
-    text: str | None = None
+
+
+class ChatChoice(Choice):
+    """An answer in a conversation."""
+
+    message: dict[str, str | None]
+
+
+class TextChoice(Choice):
+    """An answer that goes on with a text."""
+
+    text: str
 
 
 class Completion(BaseModel):
@@ -44,7 +54,7 @@ class Completion(BaseModel):
     object: Literal["chat.completion", "text_completion"]
     created: int
     model: str
-    choices: list[Choice]
+    choices: list[ChatChoice | TextChoice]
     usage: Usage
     extemb: dict[str, Any] = Field(description="context: what became of each document; budget; seconds")
 
@@ -117,9 +127,8 @@ class Writer:
 
     def completion(self, answer: Answer) -> Completion:
         """Make the body of a whole answer."""
-        choice = Choice(finish_reason=answer.finish_reason, **self._content(answer.text))
-        details = {"usage": Usage.of(answer), "extemb": _details(answer)}
-        return Completion(object=self.whole, choices=[choice], **self._head, **details)  # type: ignore[arg-type]
+        told: dict[str, Any] = {**self._head, "usage": Usage.of(answer), "extemb": _details(answer)}
+        return Completion(object=self.whole, choices=[self._choice(answer)], **told)
 
     def first(self) -> dict[str, Any] | None:
         """Make the chunk that opens a stream."""
@@ -142,7 +151,7 @@ class Writer:
         choices = [] if choice is None else [{"index": 0, "finish_reason": None, "logprobs": None} | choice]
         return {**self._head, "object": self.chunk, "choices": choices}
 
-    def _content(self, text: str) -> dict[str, Any]:
+    def _choice(self, answer: Answer) -> ChatChoice | TextChoice:
         raise NotImplementedError
 
     def _delta(self, text: str) -> dict[str, Any]:
@@ -158,8 +167,9 @@ class ChatWriter(Writer):
         """Make the chunk that names the role."""
         return self._chunk({"delta": {"role": "assistant", "content": ""}})
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _choice(self, answer: Answer) -> ChatChoice:
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        return ChatChoice(finish_reason=answer.finish_reason, message=message)
 
     def _delta(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}
@@ -170,10 +180,11 @@ class TextWriter(Writer):
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _choice(self, answer: Answer) -> TextChoice:
+        return TextChoice(finish_reason=answer.finish_reason, text=answer.text)
 
-    _delta = _content
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
 
 def _details(answer: Answer) -> dict[str, Any]:

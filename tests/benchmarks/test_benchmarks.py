@@ -157,6 +157,28 @@ def test_the_report_of_langchain_is_whole(models, tmp_path, monkeypatch, capsys)
     assert all(line.endswith(("met", "MISSED")) for line in lines)
 
 
+# -- server.py ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("models", ["untrained, at a layer above 0"], indirect=True)
+@pytest.mark.allow_hosts(["127.0.0.1"])
+def test_the_report_of_the_server_is_whole(models, tmp_path, capsys):
+    pytest.importorskip("openai")
+    pytest.importorskip("faiss")
+    file = tmp_path / "report.json"
+    script("server").main([*models, "--quick", "--json", str(file)])
+    report = json.loads(file.read_text())
+    row = report["clients"]
+    assert (row["n_clients"], row["errors_or_mixed"]) == (3, 0)
+    for side in row["sides"].values():
+        assert sum(side["counts"].get(name, 0) for name in ("answers", "late")) > 0
+        assert len(side["samples_per_second"]) == 2
+    assert report["overhead"]["n"] == 2
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 4
+    assert all(line.endswith(("met", "MISSED")) for line in lines)
+
+
 # -- llamaindex_cost.py ---------------------------------------------------------------------------------------
 
 

@@ -25,11 +25,10 @@ def server(tmp_path_factory):
 
 
 def fuzz(server, mode, examples):
-    from schemathesis.checks import CHECKS as known
-    from schemathesis.checks import load_all_checks
+    from schemathesis import checks as known
 
-    load_all_checks()
-    checks = known.get_by_names([*CHECKS, *(["negative_data_rejection"] if mode == "negative" else [])])
+    known.load_all_checks()
+    checks = known.CHECKS.get_by_names([*CHECKS, *(["negative_data_rejection"] if mode == "negative" else [])])
     headers = {"Authorization": f"Bearer {KEYS[0]}"}
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=headers)
     operations = [operation.ok() for operation in schema.get_all_operations()]

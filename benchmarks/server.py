@@ -1,0 +1,262 @@
+"""The server: many streaming clients with compressed documents against raw text, and what HTTP costs one client.
+
+    python benchmarks/server.py --json benchmarks/results/server.json
+
+Sections: clients (32 at once, each with documents of its own from a warm store, at ratio 8 and as text; the server is a
+process of its own; rounds alternate), overhead (the first token over HTTP against `ExtensibleLM.stream`, one client).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ending
+import openai
+from memory import MIB, sample_text
+from timing import alternate, compare
+
+from extemb_core.documents import Document
+from extemb_core.evaluation.provenance import short_name
+from extemb_core.lm import ExtensibleLM
+from extemb_core.serving.process import make_server
+from extemb_core.serving.settings import ServerSettings
+from extemb_core.store.store import EmbeddingStore
+from extemb_core.weights.resolve import resolve_embedder
+
+SECTIONS = ("clients", "overhead")
+QUESTION = "What is this about?"
+NAME = "measured"
+_PARTS = 4  # documents of a client
+_PATIENCE = 600  # seconds of a request
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    ending.report(_parser(), argv, measure, table)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The report without its provenance."""
+    if options.quick:
+        options.clients, options.document_tokens, options.seconds, options.rounds = 3, 64, 2, 2
+    embedder = resolve_embedder(options.embedder, options.llm)
+    with tempfile.TemporaryDirectory() as folder, EmbeddingStore.open(Path(folder) / "store") as store:
+        lm = ExtensibleLM.from_pretrained(options.llm, embedder, store=store)
+        documents = client_documents(lm, options.clients, options.document_tokens)
+        sections: dict[str, Callable[[], dict[str, Any]]] = {
+            "clients": lambda: clients(lm, documents, options, Path(folder), str(embedder)),
+            "overhead": lambda: overhead(lm, documents[0], options, Path(folder)),
+        }
+        config = {name: value for name, value in vars(options).items() if name not in ("only", "json", "embedder")}
+        return {"config": config | {"llm": short_name(options.llm)}} | ending.measured(sections, options.only)
+
+
+def client_documents(lm: ExtensibleLM, n_clients: int, n_tokens: int) -> list[list[Document]]:
+    """Documents of each client: other text for each, so many tokens together."""
+    ids = lm.llm.encode(sample_text(6 * n_clients * n_tokens))[: n_clients * n_tokens]
+    size = n_tokens // _PARTS
+    texts = [lm.llm.decode(ids[at : at + size].tolist()) for at in range(0, n_clients * n_tokens, size)]
+    made = [Document(f"{at}. {text}", title=f"Part {at}") for at, text in enumerate(texts)]
+    return [made[at : at + _PARTS] for at in range(0, len(made), _PARTS)]
+
+
+# -- many clients -----------------------------------------------------------------------------------------------------
+
+
+def clients(
+    lm: ExtensibleLM, documents: list[list[Document]], options: argparse.Namespace, folder: Path, embedder: str
+) -> dict[str, Any]:
+    """Answers a second of all clients at once, compressed and as text, in a process that only serves."""
+    lm.compress([one for of_client in documents for one in of_client], show_progress=False)
+    ratios: dict[str, int | str] = {"compressed": options.ratio, "text": "raw"}
+    with server_process(options, folder, embedder) as (url, pid):
+        asking = [_Client(url, of_client, options.new_tokens) for of_client in documents]
+        sides: dict[str, dict[str, Any]] = {name: {"samples_per_second": [], "counts": Counter()} for name in ratios}
+        memory: list[int] = []
+        for name, ratio in ratios.items():
+            for client in asking:  # alone: what is to come at once too
+                client.expected[name] = asyncio.run(client.ask(ratio))[0]
+        for number in range(options.rounds):
+            for name in list(ratios) if number % 2 else list(ratios)[::-1]:
+                seconds = options.seconds / options.rounds
+                counts, rss = asyncio.run(_at_once(asking, name, ratios[name], seconds, pid))
+                memory += rss if name == "compressed" else []
+                sides[name]["counts"] += counts
+                sides[name]["samples_per_second"].append(counts["answers"] / seconds)
+    rates = {name: median(side["samples_per_second"]) for name, side in sides.items()}
+    quarter = len(memory) // 4
+    grown = median(memory[-quarter:]) / median(memory[quarter : 2 * quarter]) if quarter else None
+    wrong = sum(side["counts"][what] for side in sides.values() for what in ("errors", "mixed"))
+    times = rates["compressed"] / rates["text"] if rates["text"] else None
+    return {
+        "n_clients": len(documents),
+        "document_tokens": options.document_tokens,
+        "answers_per_second": rates,
+        "times_faster": times,
+        "target": 3,
+        "met": bool(times and times >= 3),
+        "errors_or_mixed": wrong,
+        "memory_last_over_second_quarter": grown,
+        "memory_mib": [size / MIB for size in memory],
+        "sides": {name: side | {"counts": dict(side["counts"])} for name, side in sides.items()},
+    }
+
+
+class _Client:
+    """One client, its documents, and what it was answered when it was alone."""
+
+    def __init__(self, url: str, documents: list[Document], new_tokens: int) -> None:
+        self._url = url
+        self._documents = [{"title": one.title, "text": one.text} for one in documents]
+        self._refs = [one.ref for one in documents]
+        self._new_tokens = new_tokens
+        self.expected: dict[str, str] = {}
+
+    async def ask(self, ratio: int | str) -> tuple[str, bool]:
+        """Stream an answer; return its text, and whether it is about this client's documents."""
+        async with openai.AsyncOpenAI(base_url=self._url, api_key="unused", timeout=_PATIENCE, max_retries=0) as client:
+            stream = await client.chat.completions.create(
+                model=NAME, messages=[{"role": "user", "content": QUESTION}], max_tokens=self._new_tokens, stream=True,
+                extra_body={"documents": self._documents, "ratio": ratio},
+            )  # fmt: skip
+            chunks = [chunk async for chunk in stream]
+        told: Any = chunks[-1].model_extra
+        refs = [entry["ref"] for entry in told["extemb"]["context"]]
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks), refs == self._refs
+
+    async def ask_until(self, end: float, name: str, ratio: int | str, counts: Counter[str]) -> None:
+        """Ask again and again; what is under way at the end is waited for, and not counted as an answer in time."""
+        while time.perf_counter() < end:
+            try:
+                text, is_own = await self.ask(ratio)
+            except openai.OpenAIError:
+                counts["errors"] += 1
+                continue
+            counts["mixed"] += not is_own
+            counts["other_text_than_alone"] += text != self.expected[name]  # sums in another order may tip a token
+            counts["answers" if time.perf_counter() < end else "late"] += 1
+
+
+async def _at_once(
+    asking: Sequence[_Client], name: str, ratio: int | str, seconds: float, pid: int
+) -> tuple[Counter[str], list[int]]:
+    counts: Counter[str] = Counter()
+    memory: list[int] = []
+    end = time.perf_counter() + seconds
+
+    async def watch() -> None:
+        while time.perf_counter() < end:
+            memory.append(resident_bytes(pid))
+            await asyncio.sleep(1)
+
+    await asyncio.gather(watch(), *(client.ask_until(end, name, ratio, counts) for client in asking))
+    return counts, memory
+
+
+@contextmanager
+def server_process(options: argparse.Namespace, folder: Path, embedder: str) -> Iterator[tuple[str, int]]:
+    """Serve in a process of its own, from the store of this one; yield its address and its number."""
+    command = [sys.executable, "-m", "extemb_core.cli.main", "serve", "--llm", options.llm, "--embedder", embedder]
+    command += ["--store", str(folder / "store"), "--data", str(folder / "data"), "--name", NAME, "--port", "0"]
+    command += ["--max-requests", str(2 * options.clients), "--request-seconds", str(_PATIENCE)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        found = next(filter(None, (re.search(r"listening at (\S+)", line) for line in process.stderr)), None)
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # or it would wait for a reader
+        try:
+            yield found[1] if found else "", process.pid
+        finally:
+            process.terminate()
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process (Linux); 0 elsewhere."""
+    try:
+        return int(re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[0]) * 1024
+    except (OSError, IndexError):
+        return 0
+
+
+# -- one client -------------------------------------------------------------------------------------------------------
+
+
+def overhead(lm: ExtensibleLM, documents: list[Document], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds until the first piece of an answer, over HTTP and from the object itself, in one process."""
+    lm.compress(documents, show_progress=False)
+    server = make_server(lm, ServerSettings(port=0, name=NAME, data=str(folder / "overhead")))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    sent = [{"title": one.title, "text": one.text} for one in documents]
+    ratio = options.ratio
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", timeout=_PATIENCE) as client:
+
+        def served() -> None:
+            with client.chat.completions.create(
+                model=NAME, messages=[{"role": "user", "content": QUESTION}], max_tokens=2, stream=True,
+                extra_body={"documents": sent, "ratio": ratio},
+            ) as stream:  # fmt: skip
+                next(chunk for chunk in stream if chunk.choices[0].delta.content or chunk.choices[0].finish_reason)
+
+        def core() -> None:
+            with lm.stream(QUESTION, documents, ratio=ratio, max_new_tokens=2) as stream:
+                next(stream, None)
+
+        samples = alternate({"server": served, "core": core}, 2 if options.quick else options.overhead_rounds)
+    server.should_exit = True
+    thread.join()
+    return {"document_tokens": options.document_tokens} | compare(samples, "server", "core", 1.05)
+
+
+def table(report: dict[str, Any]) -> str:
+    """What was measured against its target, as plain text."""
+    rows: list[tuple[str, str, str, bool]] = []
+    if row := report.get("clients"):
+        what, grown = (
+            f"answers of {row['n_clients']} clients, compressed / text",
+            row["memory_last_over_second_quarter"],
+        )
+        rows.append((what, f"{row['times_faster'] or 0:.1f}x", ">= 3x", row["met"]))
+        rows.append(
+            (
+                "errors, and answers about others' documents",
+                str(row["errors_or_mixed"]),
+                "0",
+                not row["errors_or_mixed"],
+            )
+        )
+        rows.append(("memory, last / second quarter", f"{grown or 0:.3f}x", "<= 1.05x", bool(grown and grown <= 1.05)))
+    if row := report.get("overhead"):
+        rows.append(("first token, server / core", f"{row['ratio']:.3f}x", "<= 1.05x", row["met"]))
+    return "\n".join(ending.verdicts(rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ending.parser(__doc__, SECTIONS)
+    parser.set_defaults(llm="smollm2-135m-joint")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--document-tokens", type=int, default=4096, help="of each client")
+    parser.add_argument("--ratio", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=300, help="of each side, all rounds together")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--overhead-rounds", type=int, default=15)
+    return parser
+
+
+if __name__ == "__main__":
+    ending.run(main)

@@ -1,0 +1,72 @@
+"""`extemb serve` as a process: where it listens, what it logs, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import httpx
+import pytest
+from processes import Process
+from served import KEYS
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+from extemb_core.cli.main import app
+
+pytest.importorskip("faiss")
+pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+
+MAIN = "import sys; from extemb_core.cli.main import main; sys.argv[0] = 'extemb'; main()"
+
+
+def stderr_of(process):
+    return os.pread(process._stderr.fileno(), 2**20, 0).decode()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_it_is_stopped(tmp_path, stop):
+    save_tiny(tmp_path)
+    (tmp_path / "keys").write_text("\n".join(KEYS))
+    options = ["--llm", tmp_path / "llm", "--embedder", tmp_path / "embedder", "--name", "tiny", "--port", "0"]
+    process = Process(MAIN, "serve", *options, "--data", tmp_path / "data", "--api-keys", tmp_path / "keys")
+    process.wait_for(lambda: "listening at" in stderr_of(process))
+    url = stderr_of(process).partition("listening at ")[2].split()[0]
+    with httpx.Client(headers={"Authorization": f"Bearer {KEYS[1]}"}, timeout=600) as client:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 2}
+        assert client.post(f"{url}/chat/completions", json=body).status_code == 200
+    process.send_signal(stop)
+    stdout, stderr = process.communicate()
+    assert (stdout, process.returncode) == ("", 0 if stop == signal.SIGINT else -signal.SIGTERM)
+    first, *lines = stderr.splitlines()
+    assert first.startswith("listening at http://127.0.0.1:")
+    (told,) = [line for line in map(json.loads, lines) if line["message"] == "request"]
+    assert (told["level"], told["route"], told["status"]) == ("info", "/v1/chat/completions", 200)
+    assert told["time"].endswith("+00:00")
+    assert not any(key in stderr for key in KEYS)
+
+
+def test_what_it_cannot_be_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.delenv("EXTEMB_API_KEYS", raising=False)
+
+    def refused(*args):
+        result = CliRunner().invoke(app, ["serve", *map(str, args)])
+        assert result.output.count("\n") == 1
+        return result.exit_code, result.output
+
+    assert refused("--host", "0.0.0.0")[0] == 5
+    assert "there is no API key; set EXTEMB_API_KEYS or pass" in refused("--host", "0.0.0.0")[1]
+    assert refused("--api-keys", tmp_path / "none") == (1, f"error: No such file or directory: {tmp_path / 'none'}\n")
+    monkeypatch.setenv("EXTEMB_API_KEYS", f"{KEYS[0]}, short")
+    assert "an API key of 5 characters is not" in refused()[1]
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
+    result = CliRunner().invoke(app, ["serve"])
+    assert (
+        result.output
+        == "error: extemb serve needs uvicorn, which is not installed; run: pip install 'extemb[server]'\n"
+    )
+    assert result.exit_code == 1
