@@ -28,7 +28,7 @@ demo: $(VENV)/.installed-demos ## find and answer in the Python reference; DOCUM
 	if [ -n "$$DEMO_QUESTION" ]; then set -- "$$@" --question "$$DEMO_QUESTION"; fi; \
 	$(BIN)/python demos/library.py "$$@"
 
-serve: $(VENV)/.installed-server ## serve OpenAI's API at http://127.0.0.1:8000/v1; ARGS="--port 9000" for other settings
+serve: $(VENV)/.installed-server ## serve a chat page at http://127.0.0.1:8000, and OpenAI's API; ARGS="--port 9000" for other settings
 	$(BIN)/extemb serve $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the tests in two processes; ARGS="-k planning" for some of them

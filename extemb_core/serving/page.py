@@ -10,7 +10,7 @@ import asyncio
 import re
 import tempfile
 from collections.abc import Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,9 @@ _WAYS = {"compressed": "Compressed", "truncated": "Truncated", "full": "Full tex
 _STYLE = """
 .answer, .question { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 72ch }
 .question { align-self: flex-end; padding: .6rem .9rem; border-radius: .8rem; background: rgba(86, 180, 233, .25) }
-.way { flex: 1 1 18rem; min-width: 0 }
+.way { flex: 1 1 15rem; min-width: 0 }
+.asking { background: #fff }
+.body--dark .asking { background: #121212 }
 .quote { font-style: italic; overflow-wrap: anywhere }
 """
 
@@ -95,7 +97,7 @@ class _Visit:
         with ui.left_drawer(bordered=True).props("width=340 breakpoint=700") as self._drawer:
             self._documents_panel()
         self._conversation = ui.column().classes("full-width q-pa-md q-gutter-md").props("role=log aria-live=polite")
-        with ui.footer().classes("bg-transparent"), ui.row().classes("full-width items-end no-wrap"):
+        with ui.footer().classes("asking"), ui.row().classes("full-width items-end no-wrap"):
             self._question = (
                 ui.textarea(placeholder="Ask about your documents").props("autogrow outlined dense aria-label=Question")
                 .classes("col").on("keydown.enter.exact.prevent", self._ask)
@@ -277,10 +279,12 @@ class _Visit:
             )
 
         job = await self._service.engine.start(prepare)
-        async with aclosing(job.pieces()) as pieces:
-            async for piece in pieces:
+        try:
+            async for piece in job.pieces():
                 text += piece
                 shown.set_text(strip_control_chars(text))
+        finally:
+            self._service.engine.cancel(job)
         return job.answer
 
     def _documents(self, question: str) -> list[Document]:
