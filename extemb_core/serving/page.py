@@ -22,7 +22,7 @@ from extemb_core.answers import Answer, ContextEntry
 from extemb_core.context.scoring import bm25_scores
 from extemb_core.context.spans import split_into_sentences
 from extemb_core.documents import Document
-from extemb_core.errors import ExtembError
+from extemb_core.errors import DocumentError, ExtembError
 from extemb_core.loaders import SUPPORTED_SUFFIXES, read_document
 from extemb_core.serving.errors import ApiError
 from extemb_core.serving.guard import NO_KEY, PAGE, Keys
@@ -78,6 +78,7 @@ class _Visit:
         self._workspace: Workspace
         self._drawer: ui.left_drawer
         self._tokens: dict[str, int] = {}  # of each document
+        self._counted: dict[str, int] = {}  # of each text, by its ref
         self._positions: dict[str, int] = {}  # what it took in the last answer
         self._messages: list[dict[str, str]] = []
         self._task: asyncio.Task[None] | None = None
@@ -172,8 +173,12 @@ class _Visit:
         """Count the tokens of what is in the workspace."""
 
         def count() -> dict[str, int]:
-            names = [record["source"] for record in self._workspace.records()]
-            return {name: len(self._llm.encode(self._document(name).text)) for name in names}
+            records = self._workspace.records()
+            for record in records:
+                if record["ref"] not in self._counted:
+                    text = self._document(record["source"]).text
+                    self._counted[record["ref"]] = len(self._llm.encode(text))
+            return {record["source"]: self._counted[record["ref"]] for record in records}
 
         self._tokens = await run.io_bound(count) or {}
         self._show_documents()
@@ -185,7 +190,10 @@ class _Visit:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / (name or "document.txt")
                 file.write_bytes(data)
-                read = read_document(file)
+                try:
+                    read = read_document(file)
+                except DocumentError as error:
+                    raise DocumentError(str(error).replace(str(file), file.name)) from error
             self._workspace.add([TextDocument(text=read.text, title=read.title, id=file.name)])
 
         try:
