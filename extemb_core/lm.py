@@ -25,6 +25,7 @@ from extemb_core.models.bulk import compress_in_batches, positions_at_once
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
+from extemb_core.models.vllm_client import VllmLLM, load_llm
 from extemb_core.store.base import MemoryStore, Store, missing_from
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import name_or_path, whole_number
@@ -62,6 +63,8 @@ class ExtensibleLM:
     ) -> None:
         if embedder.llm is not llm:
             raise MismatchError(f"the embedder has another LLM object ({embedder.llm.name!r}); load it with this one")
+        if isinstance(llm, VllmLLM):
+            llm.fingerprint = embedder.fingerprint
         self.llm = llm
         self.embedder = embedder
         self.store: Store = store if store is not None else MemoryStore()
@@ -81,6 +84,9 @@ class ExtensibleLM:
         dtype: str | torch.dtype = "auto",
         adapt: bool = False,
         scorer: SentenceScorer | None = None,
+        engine: str = "transformers",
+        base_url: str | None = None,
+        api_key: str | None = None,
     ) -> ExtensibleLM:
         """Load an LLM and its embedder.
 
@@ -94,6 +100,9 @@ class ExtensibleLM:
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.
             adapt: Take an embedder for an LLM with other tensors too: see `ExtensibleEmbedder.from_pretrained`.
             scorer: Says how much a sentence has to do with the question, for plans by sentence; BM25 when not given.
+            engine: What writes the answers: "transformers", in this process, or "vllm", a server (docs/vllm.md).
+            base_url: Of the vLLM server's API, such as "http://localhost:8000/v1".
+            api_key: Of the vLLM server, if it has one.
 
         Raises:
             WeightsError: Files are missing or damaged.
@@ -103,7 +112,9 @@ class ExtensibleLM:
         opened = open_store(store)
         try:
             where = resolve_embedder(embedder, name_or_path(llm))
-            loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
+            loaded = load_llm(
+                name_or_path(llm), device=device, dtype=dtype, engine=engine, base_url=base_url, api_key=api_key
+            )
             made = ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt)
             return cls(loaded, made, opened, scorer=scorer)
         except BaseException:

@@ -7,11 +7,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from extemb_core.errors import ConfigError
-from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.llm import quiet_transformers
 from extemb_core.utils.files import atomic_write_text, parse_json
+
+if TYPE_CHECKING:
+    from extemb_core.models.embedder import ExtensibleEmbedder
 
 SETTINGS = "extemb"  # of the folder's config.json, where transformers passes over them
 SERVED = {name: f"Extensible{name}" for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")}
@@ -31,6 +33,8 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
     Raises:
         ConfigError: The folder is taken, or the plugin has no such architecture.
     """
+    from extemb_core.models.llm import quiet_transformers  # here, so that the names above load quickly in vLLM
+
     target, llm, layer = Path(folder), embedder.llm, embedder.config.entry_layer
     name = type(llm.model).__name__
     if layer and name not in SERVED:
