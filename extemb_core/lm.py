@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, answer_now, to_answer
 from extemb_core.context.builder import ContextBuilder, capped
@@ -233,6 +235,25 @@ class ExtensibleLM:
             assistant_prefix=assistant_prefix,
         )
         return prompt, settings
+
+    def model_inputs(
+        self, question: str | Messages, documents: Documents = (), **settings: Any
+    ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+        """Prepare what `ask` or `chat` would read for a loop of your own: `model.generate(**inputs, ...)`.
+
+        The model is the LLM, or the one over its tensors that reads compressed text (`LLM.reading_model`): a
+        `PreTrainedModel` like any.
+
+        Args:
+            question, documents, **settings: See `prepare`.
+
+        Returns:
+            The model, and what its `forward` and `generate` take: "attention_mask" and "input_ids", (1, T); with
+            compressed documents "entry_states", (1, T, D), and "entry_mask", (1, T), too, or at entry layer 0
+            "inputs_embeds", (1, T, D), instead of ids.
+        """
+        prepared, _ = self.prepare(question, documents, **settings)
+        return self.llm.batch_inputs([prepared.prompt.inputs(self.llm)])
 
     def generate(
         self,
