@@ -14,6 +14,7 @@
     │   ├── StoreFormatError            what is no store, or of a version that is not read
     │   └── StoreCorruptError           bytes that are not what was written
     ├── MismatchError (ValueError)      an embedder, store or embedding made for something else
+    ├── EngineError (ConnectionError)   a server that cannot be reached, or refuses what it is asked
     ├── TrainingError (RuntimeError)    a run that cannot go on (NaN loss, foreign checkpoint)
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
@@ -81,6 +82,10 @@ class StoreCorruptError(StoreError):
 
 class MismatchError(ExtembError, ValueError):
     """An embedder, store or embedding that was made for something else."""
+
+
+class EngineError(ExtembError, ConnectionError):
+    """A server that cannot be reached, or refuses what it is asked."""
 
 
 class TrainingError(ExtembError, RuntimeError):

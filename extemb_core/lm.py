@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, answer_now, to_answer
 from extemb_core.context.builder import ContextBuilder, capped
@@ -25,6 +27,7 @@ from extemb_core.models.bulk import compress_in_batches, positions_at_once
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
+from extemb_core.models.vllm_client import VllmLLM, load_llm
 from extemb_core.store.base import MemoryStore, Store, missing_from
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import name_or_path, whole_number
@@ -62,6 +65,8 @@ class ExtensibleLM:
     ) -> None:
         if embedder.llm is not llm:
             raise MismatchError(f"the embedder has another LLM object ({embedder.llm.name!r}); load it with this one")
+        if isinstance(llm, VllmLLM):
+            llm.fingerprint = embedder.fingerprint
         self.llm = llm
         self.embedder = embedder
         self.store: Store = store if store is not None else MemoryStore()
@@ -81,6 +86,9 @@ class ExtensibleLM:
         dtype: str | torch.dtype = "auto",
         adapt: bool = False,
         scorer: SentenceScorer | None = None,
+        engine: str = "transformers",
+        base_url: str | None = None,
+        api_key: str | None = None,
     ) -> ExtensibleLM:
         """Load an LLM and its embedder.
 
@@ -94,6 +102,9 @@ class ExtensibleLM:
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.
             adapt: Take an embedder for an LLM with other tensors too: see `ExtensibleEmbedder.from_pretrained`.
             scorer: Says how much a sentence has to do with the question, for plans by sentence; BM25 when not given.
+            engine: What writes the answers: "transformers", in this process, or "vllm", a server (docs/vllm.md).
+            base_url: Of the vLLM server's API, such as "http://localhost:8000/v1".
+            api_key: Of the vLLM server, if it has one.
 
         Raises:
             WeightsError: Files are missing or damaged.
@@ -103,7 +114,9 @@ class ExtensibleLM:
         opened = open_store(store)
         try:
             where = resolve_embedder(embedder, name_or_path(llm))
-            loaded = LLM.from_pretrained(llm, device=device, dtype=dtype)
+            loaded = load_llm(
+                name_or_path(llm), device=device, dtype=dtype, engine=engine, base_url=base_url, api_key=api_key
+            )
             made = ExtensibleEmbedder.from_pretrained(where, llm=loaded, adapt=adapt)
             return cls(loaded, made, opened, scorer=scorer)
         except BaseException:
@@ -222,6 +235,25 @@ class ExtensibleLM:
             assistant_prefix=assistant_prefix,
         )
         return prompt, settings
+
+    def model_inputs(
+        self, question: str | Messages, documents: Documents = (), **settings: Any
+    ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+        """Prepare what `ask` or `chat` would read for a loop of your own: `model.generate(**inputs, ...)`.
+
+        The model is the LLM, or the one over its tensors that reads compressed text (`LLM.reading_model`): a
+        `PreTrainedModel` like any.
+
+        Args:
+            question, documents, **settings: See `prepare`.
+
+        Returns:
+            The model, and what its `forward` and `generate` take: "attention_mask" and "input_ids", (1, T); with
+            compressed documents "entry_states", (1, T, D), and "entry_mask", (1, T), too, or at entry layer 0
+            "inputs_embeds", (1, T, D), instead of ids.
+        """
+        prepared, _ = self.prepare(question, documents, **settings)
+        return self.llm.batch_inputs([prepared.prompt.inputs(self.llm)])
 
     def generate(
         self,

@@ -722,3 +722,18 @@ def test_the_command_line_asks_untrained_and_keeps_what_it_made(tmp_path):
     for cached in (False, True):
         stored = run(*question, tmp_path / "store")
         assert json.loads(stored.stdout)["context"][0]["cached"] is cached, stored.output
+
+
+@pytest.mark.parametrize("ratio", [2, "raw"])
+def test_a_loop_of_ones_own_reads_what_is_asked(lm, ratio):
+    asked = {"question": QUESTION, "documents": [LONG], "ratio": ratio, "max_new_tokens": 6}
+    expected = lm.ask(**asked)
+    model, inputs = lm.model_inputs(**asked)
+    assert {tensor.shape[:2] for tensor in inputs.values()} == {(1, expected.prompt_positions)}
+    made = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=2)
+    new = made[0, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :]
+    assert lm.llm.decode(new.tolist()) == expected.text
+    with torch.no_grad():  # a step of ones own
+        logits = model(**inputs).logits[0, -1]
+    assert int(logits.argmax()) == int(new[0])
+    assert (model is lm.llm.model) == (ratio == "raw" or not lm.embedder.config.entry_layer)

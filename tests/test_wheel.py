@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ["extemb_core", "integrations/langchain_extemb", "integrations/llama_index"]
+PACKAGES = ["extemb_core", "integrations/langchain_extemb", "integrations/llama_index", "integrations/vllm_extemb"]
 
 
 def wheel_files() -> set[str]:

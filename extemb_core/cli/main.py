@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from extemb_core import __version__
-from extemb_core.cli import ask, calibrate, compress, doctor, index, scale, serve, store, train, weights
+from extemb_core.cli import ask, calibrate, compress, doctor, export, index, scale, serve, store, train, weights
 from extemb_core.cli import eval as evaluate
 from extemb_core.cli.options import CommandGroup, RootGroup
 from extemb_core.cli.output import (
@@ -34,7 +34,7 @@ app = CommandGroup(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes:\n\n" + "\n\n".join(f"{code.value} {meaning}" for code, meaning in EXIT_CODES.items()),
 )
-for command in (ask.ask, ask.chat, serve.serve, compress.compress, calibrate.calibrate):
+for command in (ask.ask, ask.chat, serve.serve, compress.compress, calibrate.calibrate, export.export):
     app.command()(command)
 for group in (train, evaluate, index, store, scale, weights):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])

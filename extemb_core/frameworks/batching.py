@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, to_answer
@@ -90,6 +91,10 @@ class Batcher:
         """Answer several at once, as `answer` does."""
         never = threading.Event()
         requests = [_Request(prompt, sampling, cancelled or never) for prompt, sampling in prepared]
+        if not self.llm.in_batches:
+            with ThreadPoolExecutor(max(1, min(len(requests), self.batch_size))) as pool:
+                list(pool.map(partial(_alone, self.llm), requests))
+            return [request.answer.result() for request in requests]
         with self._changed:
             self._waiting += requests
             for to_come in self._announced[:1]:

@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    SecretStr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -28,7 +29,7 @@ from extemb_core.context.focus import check_plan
 from extemb_core.context.planning import check_budget
 from extemb_core.errors import ConfigError, ExtembError, RatioError
 from extemb_core.frameworks.shared import close_store, share
-from extemb_core.utils.validation import check_sampling, name_or_path, unknown_setting, whole_number
+from extemb_core.utils.validation import check_engine, check_sampling, name_or_path, unknown_setting, whole_number
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 _OF_ANSWER = ("ratio", "plan", "budget", *_SAMPLED)
-_OF_MODEL = ("model", "embedder", "store", "device", "dtype")
+_OF_MODEL = ("model", "embedder", "store", "device", "dtype", "engine", "base_url", "api_key")
 _PER_CALL = {"model", "embedder", "documents", *_OF_ANSWER}
 
 
@@ -126,6 +127,12 @@ class ModelSettings(StrictSettings):
     """"auto" (CUDA, then CPU) or a torch device."""
     dtype: str = "auto"
     """"auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype."""
+    engine: str = "transformers"
+    """What writes the answers: "transformers", in this process, or "vllm", a server (docs/vllm.md)."""
+    base_url: str | None = None
+    """Of the vLLM server's API, such as "http://localhost:8000/v1"."""
+    api_key: SecretStr | None = None
+    """Of the vLLM server, if it has one."""
     loaded_lm: Any = Field(default=None, exclude=True, repr=False)
     """The `ExtensibleLM` of `from_lm`: a field, so that frameworks that make an object anew from its fields keep it."""
 
@@ -145,12 +152,21 @@ class ModelSettings(StrictSettings):
         if self.loaded_lm is not None:
             lm: ExtensibleLM = self.loaded_lm
             return lm
-        return share(self.model, self.embedder, store=self.store, device=self.device, dtype=self.dtype)
+        return share(self.model, self.embedder, **self._place)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Where documents are kept, and where the model runs, as `share` takes them."""
+        place = {"store": self.store, "device": self.device, "dtype": self.dtype}
+        if self.engine == "transformers":
+            return place
+        key = self.api_key.get_secret_value() if self.api_key else None
+        return place | {"engine": self.engine, "base_url": self.base_url, "api_key": key}
 
     def close(self) -> None:
         """Close the store of a folder, for all objects that share it; the next call opens it again."""
         if self.loaded_lm is None:
-            close_store(self.model, self.embedder, store=self.store, device=self.device, dtype=self.dtype)
+            close_store(self.model, self.embedder, **self._place)
 
     def _model_elsewhere(self) -> str | None:
         """Return the name of the field that has the model, unless it is to be loaded by the fields of this one."""
@@ -158,7 +174,8 @@ class ModelSettings(StrictSettings):
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:
-        """Refuse what would choose another model or store than the one that is here."""
+        """Refuse what would choose another model or store than the one that is here, and an engine that is none."""
+        check_engine(self.engine, self.base_url, "key" if self.api_key else None)
         if (field := self._model_elsewhere()) is not None:
             for name in _OF_MODEL:
                 value, legal = getattr(self, name), [type(self).model_fields[name].default]
@@ -223,7 +240,7 @@ class GenerationSettings(ModelSettings):
         embedder = None if embedder is None else name_or_path(embedder)
         if model == self.model and embedder in (None, self.embedder):
             return self.lm
-        return share(model, embedder, store=self.store, device=self.device, dtype=self.dtype)
+        return share(model, embedder, **self._place)
 
     def _response_metadata(self, answer: Answer, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Describe what became of each document and how the answer ended. Warn of documents that were not read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from extemb_core.store.base import Store
@@ -30,29 +30,32 @@ def share(
     store: str | os.PathLike[str] | Store | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    **engine: Any,
 ) -> ExtensibleLM:
     """Load as `ExtensibleLM.from_pretrained` does; the same arguments give the same object, until `release`.
 
-    Objects with other embedders share the LLM, those with other stores the embedder too. While one is loaded, nobody
-    waits who asks for one that is there.
+    Objects with other embedders share the LLM, unless a server has it, those with other stores the embedder too. While
+    one is loaded, nobody waits who asks for one that is there.
 
     Raises:
         WeightsError, MismatchError, StoreError: See `ExtensibleLM.from_pretrained`.
     """
     from extemb_core.lm import ExtensibleLM, open_store
     from extemb_core.models.embedder import ExtensibleEmbedder
-    from extemb_core.models.llm import LLM
+    from extemb_core.models.vllm_client import load_llm
 
     llm, embedder = name_or_path(llm), None if embedder is None else name_or_path(embedder)
-    of_llm = llm, device, dtype
 
     def load() -> ExtensibleLM:
         files = resolve_embedder(embedder, llm)
-        model = _once(_models, of_llm, lambda: LLM.from_pretrained(llm, device=device, dtype=dtype))
+        of_llm: tuple[Any, ...] = llm, device, dtype
+        if engine:  # whose LLM knows its embedder
+            of_llm = *of_llm, str(files), *sorted(engine.items())
+        model = _once(_models, of_llm, lambda: load_llm(llm, device=device, dtype=dtype, **engine))
         own = _once(_models, (*of_llm, str(files)), lambda: ExtensibleEmbedder.from_pretrained(files, llm=model))
         return ExtensibleLM(model, own, open_store(store))
 
-    return _once(_opened, _key(llm, embedder, store, device, dtype), load)
+    return _once(_opened, _key(llm, embedder, store, device, dtype, engine), load)
 
 
 def close_store(
@@ -62,11 +65,12 @@ def close_store(
     store: str | os.PathLike[str] | Store | None,
     device: str,
     dtype: str,
+    **engine: Any,
 ) -> None:
     """Close the store that `share` opened for these arguments, if it did; the next call of `share` opens it again."""
     if isinstance(store, str | os.PathLike):
         with _lock:
-            lm: Any = _opened.pop(_key(llm, embedder, store, device, dtype), None)
+            lm: Any = _opened.pop(_key(llm, embedder, store, device, dtype, engine), None)
         if lm is not None:
             getattr(lm.store, "close", lambda: None)()  # shards stay open for no longer than a read
 
@@ -84,9 +88,17 @@ def _key(
     store: str | os.PathLike[str] | Store | None,
     device: str,
     dtype: str,
+    engine: Mapping[str, Any],
 ) -> tuple[Any, ...]:
     where = StorageLocation(store).absolute() if isinstance(store, str | os.PathLike) else id(store)
-    return name_or_path(llm), device, dtype, None if embedder is None else name_or_path(embedder), where
+    return (
+        name_or_path(llm),
+        device,
+        dtype,
+        None if embedder is None else name_or_path(embedder),
+        where,
+        *sorted(engine.items()),
+    )
 
 
 def _once(made: dict[tuple[Any, ...], T], key: tuple[Any, ...], make: Callable[[], T]) -> T:

@@ -296,7 +296,10 @@ def _reading_class(base: type) -> type:
     own = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("entry_states", "entry_mask")]
     named = list(signature.parameters.values())
     forward.__signature__ = signature.replace(parameters=[*named[:-1], *own, named[-1]])  # type: ignore[attr-defined]
-    return type(f"Reading{base.__name__}", (_ReadingModel, base), {"forward": forward, "__module__": __name__})
+    # Named as its base, by which pipelines and saved folders tell what a model does.
+    own_class = type(base.__name__, (_ReadingModel, base), {"forward": forward, "__module__": __name__})
+    own_class.__qualname__ = f"Reading{base.__name__}"
+    return own_class
 
 
 @cache

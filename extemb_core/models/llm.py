@@ -52,7 +52,12 @@ class LLM(TextEncoder):
         model: A `transformers` causal LM; it is put in eval mode and its parameters stop requiring gradients.
         tokenizer: Its fast tokenizer.
         name: What it is called in messages.
+
+    Attributes:
+        in_batches: Whether several prompts are answered quicker by one call.
     """
+
+    in_batches = True
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
         super().__init__(tokenizer, name or str(getattr(model.config, "_name_or_path", "")))

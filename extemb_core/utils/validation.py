@@ -14,6 +14,7 @@ from typing import Any
 from extemb_core.errors import ConfigError, ExtembError
 
 _MAX_SEED = 2**32 - 1
+ENGINES = ("transformers", "vllm")
 
 
 def is_count(value: Any) -> bool:
@@ -66,6 +67,17 @@ def name_or_path(value: str | os.PathLike[str]) -> str:
     except TypeError:
         raise ConfigError(f"{value!r:.80} is neither a name nor a path; pass a str or an os.PathLike") from None
     return path if os.path.exists(path) else os.path.join(os.curdir, path)
+
+
+def check_engine(engine: str, base_url: str | None, api_key: str | None = None) -> None:
+    """Raise `ConfigError` for what is no engine, or a server that is not asked, or missing."""
+    if engine not in ENGINES:
+        raise ConfigError(f"engine={engine!r} is not one of {', '.join(ENGINES)}; pass one of them")
+    if (engine == "vllm") != bool(base_url) or (api_key and engine != "vllm"):
+        raise ConfigError(
+            f"engine={engine!r} came with base_url={base_url!r}; pass engine='vllm' and the address of a server "
+            "together, such as base_url='http://localhost:8000/v1'"
+        )
 
 
 def paths_as_text(config: Any, *names: str) -> None:

@@ -19,9 +19,7 @@ class LoadedInThread(GenerationSettings):
     """Base of a model, before LangChain's own, which asks on the event loop for what only loaded weights tell."""
 
     # Parameters that LangChain standardises, of which a model in this process has no use.
-    _WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset(
-        {"timeout", "max_retries", "api_key", "base_url", "streaming", "stream_usage"}
-    )
+    _WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"timeout", "max_retries", "streaming", "stream_usage"})
 
     def bind(self, **kwargs: Any) -> Runnable[Any, Any]:
         """Return a runnable with settings of each of its calls; see LangChain."""

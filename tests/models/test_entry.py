@@ -300,6 +300,40 @@ def test_every_way_of_generating_gives_the_same_tokens(family, run):
         assert None in handed
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_pipeline_takes_a_reading_model_as_the_llm_itself(family, monkeypatch):
+    from transformers import pipeline
+    from transformers.pipelines import base
+
+    told = []
+    monkeypatch.setattr(base.logger, "error", told.append)
+    llm = tiny_llm(family)
+    settings = {"tokenizer": llm.tokenizer, "device": "cpu"}
+    plain, reading = (pipeline("text-generation", each, **settings) for each in (llm.model, llm.reading_model(1)))
+    kept = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    chat = [{"role": "user", "content": QUESTION}]
+    for given in (DOCUMENT, chat, [DOCUMENT, QUESTION]):
+        assert reading(given, **kept) == plain(given, **kept)
+    states = part(entering(llm, chunk_size=128), DOCUMENT, 1).states[None]
+    mask = torch.ones(states.shape[:2], dtype=torch.bool)
+    changed = {"entry_states": states.flip(1), "entry_mask": mask}
+    assert reading(DOCUMENT, **kept, entry_states=states, entry_mask=mask) == plain(DOCUMENT, **kept)
+    assert reading(DOCUMENT, **kept, **changed) != plain(DOCUMENT, **kept)
+    assert told == []  # as of a model whose class is none that a pipeline knows
+    assert type(llm.reading_model(1)).__qualname__ == f"Reading{type(llm.model).__name__}"
+
+
+def test_a_reading_model_is_saved_as_the_llm(llm, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    llm.reading_model(1).save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert saved.config.architectures == [type(llm.model).__name__]
+    ids = torch.tensor([llm.encode(DOCUMENT).tolist()])
+    with torch.no_grad():
+        assert torch.equal(saved(ids).logits, llm.model(ids).logits)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eager_attention_reads_the_same(family):
     model = tiny_model(family)

@@ -1,0 +1,66 @@
+"""An LLM, its reader merged in, as a Hugging Face folder that vLLM serves (see `integrations/vllm_extemb`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from extemb_core.errors import ConfigError
+from extemb_core.utils.files import atomic_write_text, parse_json
+
+if TYPE_CHECKING:
+    from extemb_core.models.embedder import ExtensibleEmbedder
+
+SETTINGS = "extemb"  # of the folder's config.json, where transformers passes over them
+SERVED = {name: f"Extensible{name}" for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")}
+_JOINED = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"  # vLLM answers no chat without one
+
+
+def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]) -> None:
+    """Write an embedder's LLM as a folder for `vllm serve`; transformers reads it as the plain architecture.
+
+    Above entry layer 0 its config.json names the architecture of the plugin, the entry layer, and the fingerprint of
+    the embedder whose states it reads. At 0 it is the plain LLM, which reads `prompt_embeds`.
+
+    Args:
+        embedder: Made for the LLM.
+        folder: A new or empty one; it is there whole or not at all.
+
+    Raises:
+        ConfigError: The folder is taken, or the plugin has no such architecture.
+    """
+    from extemb_core.models.llm import quiet_transformers  # here, so that the names above load quickly in vLLM
+
+    target, llm, layer = Path(folder), embedder.llm, embedder.config.entry_layer
+    name = type(llm.model).__name__
+    if layer and name not in SERVED:
+        raise ConfigError(
+            f"{llm.name} is a {name}, and the vLLM plugin serves {', '.join(SERVED)}; use one of these, or an embedder "
+            "for entry layer 0"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is there already; name a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name[:60]}.", dir=target.parent))
+    try:
+        with quiet_transformers():
+            llm.model.save_pretrained(made)
+            llm.tokenizer.save_pretrained(made)
+        if not llm.tokenizer.chat_template:
+            atomic_write_text(made / "chat_template.jinja", _JOINED)
+        if layer:
+            config = parse_json((made / "config.json").read_text(encoding="utf-8"))
+            config["architectures"] = [SERVED[name]]
+            config[SETTINGS] = {"entry_layer": layer, "fingerprint": embedder.fingerprint}
+            atomic_write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
+        for file in made.iterdir():  # safetensors makes files that only their owner reads, as mkdtemp makes folders
+            file.chmod((made / "config.json").stat().st_mode)
+        made.chmod(target.parent.stat().st_mode)
+        made.replace(target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise

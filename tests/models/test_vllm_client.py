@@ -1,0 +1,202 @@
+"""Answers of a server: the prompt that it reads is the one that this process would have read."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from fake_vllm import URL, FakeVllm
+from tiny import SENTENCES, entering, random_embedder, save_tiny, tiny_llm
+
+from extemb_core import ExtensibleLM
+from extemb_core.errors import ConfigError, EngineError
+from extemb_core.frameworks import shared
+from extemb_core.models.entry import AnchoredPrompt
+from extemb_core.models.generation import Sampling
+from extemb_core.models.vllm_client import VllmLLM, load_llm
+
+DOCUMENT, OTHER, QUESTION = SENTENCES[:170], SENTENCES[200:330], "What did the keeper count?"
+DRAWN = {"max_new_tokens": 8, "temperature": 1.0, "seed": 1}
+
+
+def over(server: FakeVllm, llm: Any) -> VllmLLM:
+    """An LLM like `llm` whose answers the server writes."""
+    made = VllmLLM(llm.model, llm.tokenizer, llm.name)
+    made.base_url = URL
+    made.__dict__["_client"] = server.client()
+    return made
+
+
+def pair(make: Any = entering, llm: Any = None, **settings: Any) -> tuple[ExtensibleLM, ExtensibleLM, FakeVllm]:
+    """The same with the engine here, and with a server that has the same LLM."""
+    llm = llm or tiny_llm()
+    here = ExtensibleLM(llm, make(llm))
+    server = FakeVllm(llm, here.embedder.fingerprint, **settings)
+    remote = over(server, llm)
+    return here, ExtensibleLM(remote, make(remote)), server
+
+
+def same_prompt(read: Any, expected: Any) -> bool:
+    if isinstance(expected, AnchoredPrompt):
+        states = torch.where(expected.mask[:, None], expected.states, 0)
+        return (
+            torch.equal(read.ids, expected.ids)
+            and torch.equal(read.mask, expected.mask)
+            and torch.equal(read.states, states)
+        )
+    return torch.equal(read, expected) if isinstance(expected, torch.Tensor) else list(read) == list(expected)
+
+
+@pytest.mark.parametrize("ratio", [2, 8, "raw", "auto"])
+@pytest.mark.parametrize("make", [entering, random_embedder], ids=["states", "embeddings"])
+def test_the_server_reads_what_would_have_been_read_here(make: Any, ratio: Any) -> None:
+    here, there, server = pair(make)
+    documents = [DOCUMENT, OTHER]
+    settings = {"ratio": ratio, "budget": None if ratio != "auto" else 60, **DRAWN}
+    expected, answer = (lm.ask(QUESTION, documents, **settings) for lm in (here, there))
+    (read,) = server.prompts
+    assert same_prompt(read, here.prepare(QUESTION, documents, **settings)[0].prompt.inputs(here.llm))
+    assert (answer.text, answer.finish_reason, answer.new_tokens) == (
+        expected.text, expected.finish_reason, expected.new_tokens,
+    )  # fmt: skip
+    assert [(entry.fidelity, entry.positions) for entry in answer.context] == [
+        (entry.fidelity, entry.positions) for entry in expected.context
+    ]
+    with there.stream(QUESTION, documents, **settings) as stream:
+        pieces = list(stream)
+    assert "".join(pieces) == stream.answer.text == expected.text
+    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}]
+    messages.append({"role": "user", "content": QUESTION})
+    answers = [lm.chat(messages, documents, **settings).text for lm in (here, there)]
+    assert answers[0] == answers[1]
+
+
+def test_control_tokens_in_documents_and_questions_stay_data() -> None:
+    here, there, server = pair(llm=tiny_llm(bos=True))
+    asked = {"question": "<|im_end|> and <|extemb|>?", "documents": ["a <|im_start|>user b c d e f" * 2], "ratio": 2}
+    there.ask(**asked, max_new_tokens=2)
+    assert same_prompt(server.prompts[0], here.prepare(**asked, max_new_tokens=2)[0].prompt.inputs(here.llm))
+
+
+def test_a_stream_that_is_closed_ends_the_request() -> None:
+    _, there, server = pair()
+    stream = there.stream(QUESTION, [DOCUMENT], max_new_tokens=40)
+    first = next(stream)
+    stream.close()
+    assert (server.closed, stream.answer.text, stream.answer.finish_reason) == (1, first, "cancelled")
+
+
+def test_prompts_are_answered_at_the_same_time() -> None:
+    here, there, server = pair()
+    meet = threading.Barrier(3)
+    server.before_answer = lambda: meet.wait(30)
+    questions = [QUESTION, "And?", "Why?"]
+    expected = [answer.text for answer in here.ask_batch(questions, [[DOCUMENT]] * 3, **DRAWN)]
+    assert [answer.text for answer in there.ask_batch(questions, [[DOCUMENT]] * 3, **DRAWN)] == expected
+    prepared = [there.prepare(question, [DOCUMENT], **DRAWN) for question in questions]
+    assert [answer.text for answer in there.batcher.answer_all(prepared)] == expected
+    cancelled = threading.Event()
+    cancelled.set()
+    assert {answer.finish_reason for answer in there.batcher.answer_all(prepared, cancelled)} == {"cancelled"}
+    assert there.llm.generate([], prepared[0][1]) == []
+
+
+def test_stop_strings_and_the_end_of_a_turn_are_not_part_of_an_answer() -> None:
+    here, there, server = pair()
+    text = here.ask(QUESTION, [DOCUMENT], max_new_tokens=12).text
+    stop = text[3:5]
+    expected = here.ask(QUESTION, [DOCUMENT], max_new_tokens=12, stop=[stop])
+    answer = there.ask(QUESTION, [DOCUMENT], max_new_tokens=12, stop=[stop])
+    assert (answer.text, answer.finish_reason) == (expected.text, "stop")
+    assert server.bodies[0]["stop_token_ids"] == here.llm.stop_token_ids
+
+
+def test_the_window_is_the_smaller_one() -> None:
+    assert pair(max_model_len=100)[1].llm.context_window == 100
+    assert pair(max_model_len=10_000)[1].llm.context_window == 256
+
+
+def test_states_of_another_embedder_are_refused() -> None:
+    _, there, server = pair()
+    server.reader.fingerprint = "0" * 32
+    with pytest.raises(EngineError, match="refuses the request .states were made by an embedder with another finger"):
+        there.ask(QUESTION, [DOCUMENT], ratio=2, max_new_tokens=2)
+
+
+def responses(*answers: Any) -> Any:
+    """A handler that knows its model, and answers so."""
+    left = list(answers)
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "served"}]})
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return httpx.Client(transport=httpx.MockTransport(handle), base_url=URL)
+
+
+def events(*values: Any) -> httpx.Response:
+    return httpx.Response(200, content="".join(f"data: {json.dumps(value)}\n\n" for value in values))
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        (httpx.ConnectError("refused"), "at http://fake:8000/v1 cannot be reached, or broke off .refused.; start it"),
+        (httpx.Response(500, text="<html>oops</html>"), "refuses the request .<html>oops</html>.; docs/vllm.md"),
+        (httpx.Response(401, json={"error": "Unauthorized"}), "refuses the request .*Unauthorized"),
+        (events({"error": {"message": "engine is dead"}}), "refuses the request .engine is dead."),
+        (events({"choices": [{"text": "a", "finish_reason": None}]}), "ended an answer with None; see to its log"),
+        (events({"choices": [{"text": "", "finish_reason": "abort"}]}), "ended an answer with 'abort'"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence(response: Any, message: str) -> None:
+    llm = over(FakeVllm(tiny_llm(), "00"), tiny_llm())
+    llm.__dict__["_client"] = responses(response)
+    lm = ExtensibleLM(llm, entering(llm))
+    with pytest.raises(EngineError, match=message):
+        lm.ask(QUESTION, max_new_tokens=2)
+
+
+def test_an_empty_prompt_is_refused_here() -> None:
+    llm = over(FakeVllm(tiny_llm(), "00"), tiny_llm())
+    with pytest.raises(ConfigError, match="0 positions"):
+        next(llm.stream([], Sampling()))
+
+
+def test_it_is_loaded_by_name_with_its_server(tmp_path: Any) -> None:
+    save_tiny(tmp_path)
+    settings = {"engine": "vllm", "base_url": URL, "api_key": "secret"}
+    lm = ExtensibleLM.from_pretrained(tmp_path / "llm", tmp_path / "embedder", **settings)
+    assert isinstance(lm.llm, VllmLLM)
+    assert (lm.llm.base_url, lm.llm.fingerprint) == (URL, lm.embedder.fingerprint)
+    assert lm.llm._client.headers["Authorization"] == "Bearer secret"
+    shared.release()
+    one, other = (shared.share(tmp_path / "llm", tmp_path / "embedder", **settings | more) for more in ({}, {}))
+    local = shared.share(tmp_path / "llm", tmp_path / "embedder")
+    elsewhere = shared.share(tmp_path / "llm", tmp_path / "embedder", **settings | {"base_url": URL + "2"})
+    assert one is other
+    assert len({id(lm.llm) for lm in (one, local, elsewhere)}) == 3
+    assert type(local.llm) is not VllmLLM
+    shared.release()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "sglang"}, "engine='sglang' is not one of transformers, vllm; pass one of them"),
+        ({"engine": "vllm"}, "engine='vllm' came with base_url=None; pass engine='vllm' and the address"),
+        ({"base_url": URL}, "engine='transformers' came with base_url='http://fake:8000/v1'; pass engine='vllm'"),
+        ({"api_key": "secret"}, "engine='transformers' came with base_url=None"),
+    ],
+)
+def test_an_engine_and_a_server_come_together(settings: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_llm("nobody/knows", **settings)
