@@ -96,7 +96,7 @@ def _routes(service: Service) -> APIRouter:
     async def add(request: Request, asked: requests.DocumentsRequest) -> responses.DocumentList:
         """Add documents to those of this key, or replace those of the same id."""
         service.check_count(len(asked.documents))
-        records = await service.work(request, lambda workspace: workspace.add(asked.documents))
+        records = await service.work(request, lambda workspace: workspace.add(asked.documents), changes=True)
         return responses.DocumentList(data=[responses.StoredRecord.of(record) for record in records])
 
     @router.get("/documents")
@@ -108,7 +108,7 @@ def _routes(service: Service) -> APIRouter:
     @router.delete("/documents/{name:path}")
     async def delete(request: Request, name: str) -> responses.DeletedDocument:
         """Delete a document of this key by its id."""
-        await service.work(request, lambda workspace: workspace.remove(name))
+        await service.work(request, lambda workspace: workspace.remove(name), changes=True)
         return responses.DeletedDocument(id=name)
 
     return router

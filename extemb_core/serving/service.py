@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from extemb_core.answers import PreparedPrompt
 from extemb_core.errors import ExtembError
+from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.generation import Sampling
 from extemb_core.serving.engine import Engine, Job
@@ -45,13 +47,14 @@ class Service:
     def __init__(self, lm: ExtensibleLM, settings: ServerSettings, encoder: Any = None) -> None:
         self.lm = lm
         self.settings = settings
-        self.model = settings.name or lm.llm.name
+        self.model = settings.name or short_name(lm.llm.name)
         self.metrics = Metrics()
         self.engine: Engine  # while the server runs
         self._encoder = encoder
         self._folder = Path(settings.data) if settings.data is not None else user_data_path("extemb") / "server"
         self._workspaces: dict[str, Workspace] = {}
         self._lock = threading.Lock()
+        self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
@@ -118,11 +121,13 @@ class Service:
         self._tell(job, record)
         return JSONResponse(writer.completion(answer).model_dump())
 
-    async def work(self, request: Request, work: Callable[[Workspace], T]) -> T:
-        """Do something with the documents of a key."""
+    async def work(self, request: Request, work: Callable[[Workspace], T], *, changes: bool = False) -> T:
+        """Do something with the documents of a key; what changes them is done one after another."""
         owner = request.state.record.owner
         deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
-        return await self._while_there(request, self.engine.work(lambda: work(self.workspace(owner))), deadline)
+        alone = self._changing[owner] if changes else nullcontext()
+        done = self.engine.work(lambda: work(self.workspace(owner)), alone)
+        return await self._while_there(request, done, deadline)
 
     async def _while_there(self, request: Request, work: Awaitable[T], deadline: float) -> T:
         """Await something as long as the client is there and its time lasts."""
