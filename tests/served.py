@@ -74,7 +74,8 @@ def served(lm: Any, data: Any, **settings: Any) -> Iterator[Served]:
     one = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
     handler, logger = _Lines(one.lines), logging.getLogger("extemb_core.serving")
     logger.addHandler(handler)
-    before, logger.level = logger.level, logging.INFO
+    before = logger.level
+    logger.setLevel(logging.INFO)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -1,203 +1,29 @@
-"""The routes of the server, and what runs them."""
+"""The routes of the server."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
-from platformdirs import user_data_path
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from extemb_core import __version__
-from extemb_core.answers import PreparedPrompt
 from extemb_core.context.messages import question_in
 from extemb_core.errors import ExtembError
 from extemb_core.lm import ExtensibleLM
-from extemb_core.models.generation import Sampling
 from extemb_core.serving import requests, responses
-from extemb_core.serving.engine import Engine, Job
 from extemb_core.serving.errors import ApiError, ErrorBody, as_api_error
-from extemb_core.serving.guard import ClientGone, Guard, Record
+from extemb_core.serving.guard import Guard
 from extemb_core.serving.logs import logger
-from extemb_core.serving.metrics import Metrics
+from extemb_core.serving.service import Prepared, Service
 from extemb_core.serving.settings import ServerSettings
 from extemb_core.serving.workspace import Workspace
 
-T = TypeVar("T")
-Prepare = Callable[[Workspace], tuple[PreparedPrompt, Sampling]]
-
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-
-
-class Service:
-    """One model behind the routes, with a workspace for each key.
-
-    Args:
-        lm: Answers.
-        settings: Limits and keys.
-        encoder: Finds passages of stored documents; see `Library`.
-    """
-
-    def __init__(self, lm: ExtensibleLM, settings: ServerSettings, encoder: Any = None) -> None:
-        self.lm = lm
-        self.settings = settings
-        self.model = settings.name or lm.llm.name
-        self.metrics = Metrics()
-        self.engine: Engine  # while the server runs
-        self._encoder = encoder
-        self._folder = Path(settings.data) if settings.data is not None else user_data_path("extemb") / "server"
-        self._workspaces: dict[str, Workspace] = {}
-        self._lock = threading.Lock()
-
-    @asynccontextmanager
-    async def running(self, _: FastAPI) -> AsyncIterator[None]:
-        """Run the engine as long as the server; then close the libraries."""
-        settings = self.settings
-        self.engine = Engine(
-            self.lm.llm, batch_size=settings.batch_size, max_requests=settings.max_requests, metrics=self.metrics
-        )
-        running = asyncio.create_task(self.engine.run())
-        try:
-            yield
-        finally:
-            running.cancel()
-            with suppress(asyncio.CancelledError):
-                await running
-            self.engine.close()
-            for workspace in self._workspaces.values():
-                workspace.close()
-            self._workspaces.clear()
-
-    def workspace(self, owner: str) -> Workspace:
-        """Open the workspace of a key, or return it."""
-        with self._lock:
-            if owner not in self._workspaces:
-                self._workspaces[owner] = Workspace(
-                    self._folder / owner, self.lm, encoder=self._encoder,
-                    memory_bytes=self.settings.memory_mib * 2**20, max_documents=self.settings.max_stored_documents,
-                )  # fmt: skip
-            return self._workspaces[owner]
-
-    def check(self, asked: requests.AnswerRequest) -> None:
-        """Refuse another model, and more documents than may be."""
-        self.check_model(asked.model)
-        self.check_count(len(asked.documents))
-
-    def check_model(self, name: str) -> None:
-        """Refuse another model."""
-        if name != self.model:
-            raise ApiError(
-                404, f"there is no model {name!r:.80}; ask for {self.model!r}", code="model_not_found", param="model"
-            )
-
-    def check_count(self, n_documents: int) -> None:
-        """Refuse more documents than may be."""
-        if n_documents > (most := self.settings.max_documents):
-            message = (
-                f"{n_documents} documents are more than the {most} of a request; send fewer, or add them and use k"
-            )
-            raise ApiError(400, message, code="too_many_documents", param="documents")
-
-    async def answer(
-        self, request: Request, asked: requests.AnswerRequest, writer: responses.Writer, prepare: Prepare
-    ) -> Response:
-        """Answer in the form that was asked for."""
-        self.check(asked)
-        record: Record = request.state.record
-        deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
-        start = self.engine.start(lambda: prepare(self.workspace(record.owner)))
-        job = await self._while_there(request, start, deadline)
-        if asked.stream:
-            events = self._events(job, writer, record, deadline, with_usage=asked.with_usage)
-            return _EventStream(events, lambda: self.engine.cancel(job))
-        try:
-            answer = await self._while_there(request, job.finish(), deadline)
-        finally:
-            self.engine.cancel(job)
-        self._tell(job, record)
-        return JSONResponse(writer.completion(answer).model_dump())
-
-    async def work(self, request: Request, work: Callable[[Workspace], T]) -> T:
-        """Do something with the documents of a key."""
-        owner = request.state.record.owner
-        deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
-        return await self._while_there(request, self.engine.work(lambda: work(self.workspace(owner))), deadline)
-
-    async def _while_there(self, request: Request, work: Awaitable[T], deadline: float) -> T:
-        """Await something as long as the client is there and its time lasts."""
-        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
-        try:
-            left = deadline - asyncio.get_running_loop().time()
-            await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return await task
-            raise ClientGone if gone.done() else self._late()
-        finally:
-            task.cancel()
-            gone.cancel()
-
-    def _late(self) -> ApiError:
-        return ApiError(504, f"the answer was not there within {self.settings.request_seconds} s; ask for less")
-
-    def _tell(self, job: Job, record: Record) -> None:
-        """Count an answer, and write down what it took."""
-        answer, reason = job.answer, "cancelled"
-        if job.ended:
-            self.metrics.answered(answer)
-            reason = answer.finish_reason
-        record.fields |= responses.Usage.of(answer).model_dump()
-        record.fields |= {"documents": len(answer.context), "finish_reason": reason, **answer.seconds}
-
-    async def _events(
-        self, job: Job, writer: responses.Writer, record: Record, deadline: float, *, with_usage: bool
-    ) -> AsyncIterator[str]:
-        """Write an answer as server-sent events. What goes wrong is the last of them."""
-        loop = asyncio.get_running_loop()
-        try:
-            if (first := writer.first()) is not None:
-                yield _event(first)
-            pieces = job.pieces()
-            while (piece := await asyncio.wait_for(anext(pieces, None), deadline - loop.time())) is not None:
-                yield _event(writer.piece(piece))
-            yield _event(writer.last(job.answer))
-            if with_usage:
-                yield _event(writer.usage(job.answer))
-            yield "data: [DONE]\n\n"
-        except Exception as error:
-            late = isinstance(error, TimeoutError | asyncio.TimeoutError)
-            if not late and not isinstance(error, ExtembError):
-                logger.error("failed", exc_info=error, extra={"fields": {"id": record.id}})
-            yield _event((self._late() if late else as_api_error(error)).body)
-        finally:
-            self._tell(job, record)
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events; `at_end` is called when all are sent, or the client is gone."""
-
-    def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nothing on the way is to hold them back
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._at_end = at_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._at_end()
 
 
 def create_app(
@@ -235,7 +61,7 @@ def _routes(service: Service) -> APIRouter:
         """Answer a conversation from documents, whole or as server-sent events."""
         messages = [message.to_dict() for message in asked.messages]
 
-        def prepare(workspace: Workspace) -> tuple[PreparedPrompt, Sampling]:
+        def prepare(workspace: Workspace) -> Prepared:
             documents = workspace.documents(asked.documents)
             if asked.k:
                 documents += workspace.search(question_in(messages), asked.k)
@@ -250,7 +76,7 @@ def _routes(service: Service) -> APIRouter:
     async def complete(request: Request, asked: requests.CompletionRequest) -> Response:
         """Go on with a text after documents, without a chat template."""
 
-        def prepare(workspace: Workspace) -> tuple[PreparedPrompt, Sampling]:
+        def prepare(workspace: Workspace) -> Prepared:
             return workspace.lm.prepare_text(
                 asked.prompt, workspace.documents(asked.documents), budget=asked.budget, ratio=asked.ratio,
                 **asked.sampling(service.settings.max_new_tokens),
@@ -277,7 +103,7 @@ def _routes(service: Service) -> APIRouter:
     async def add(request: Request, asked: requests.DocumentsRequest) -> responses.DocumentList:
         """Add documents to those of this key, or replace those of the same id."""
         service.check_count(len(asked.documents))
-        records = await service.work(request, lambda workspace: workspace.add(asked.documents))
+        records = await service.work(request, lambda workspace: workspace.add(asked.documents), changes=True)
         return responses.DocumentList(data=[responses.StoredRecord.of(record) for record in records])
 
     @router.get("/documents")
@@ -289,7 +115,7 @@ def _routes(service: Service) -> APIRouter:
     @router.delete("/documents/{name:path}")
     async def delete(request: Request, name: str) -> responses.DeletedDocument:
         """Delete a document of this key by its id."""
-        await service.work(request, lambda workspace: workspace.remove(name))
+        await service.work(request, lambda workspace: workspace.remove(name), changes=True)
         return responses.DeletedDocument(id=name)
 
     return router
@@ -316,12 +142,3 @@ async def _told(request: Request, error: Exception) -> Response:
     if told.status >= 500:
         logger.error("failed", exc_info=error, extra={"fields": {"id": request.state.record.id}})
     return told.response()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"

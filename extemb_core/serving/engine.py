@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 from extemb_core.answers import Answer, PreparedPrompt, to_answer
@@ -125,11 +126,12 @@ class Engine:
         self._n_requests -= 1
         self._metrics.at_work.set(self._n_requests)
 
-    async def work(self, work: Callable[[], T]) -> T:
-        """Do in a thread what is no answer but takes as long, counted as a request."""
+    async def work(self, work: Callable[[], T], alone: AbstractAsyncContextManager[None]) -> T:
+        """Do in a thread what takes as long as an answer, counted as a request; `alone` is waited for without one."""
         self.admit()
         try:
-            return await until_cancelled(lambda _: work())
+            async with alone:
+                return await until_cancelled(lambda _: work())
         finally:
             self.release()
 

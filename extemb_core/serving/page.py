@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from extemb_core.models.llm import LLM
-    from extemb_core.serving.app import Service
+    from extemb_core.serving.service import Service
     from extemb_core.serving.workspace import Workspace
 
 _N_PASSAGES = 8  # of documents that are too long to be read whole, even at the coarsest ratio

@@ -9,7 +9,7 @@ import pytest
 from served import KEYS, MODEL, served
 from tiny import SENTENCES, entering, tiny_model, tiny_tokenizer
 
-from extemb_core import Document, ExtensibleLM
+from extemb_core import Document, EmbeddingStore, ExtensibleLM
 from extemb_core.models.llm import LLM
 
 pytest.importorskip("faiss")
@@ -253,6 +253,25 @@ def test_what_comes_with_a_question_is_not_written_to_disk(guarded):
     for workspace in guarded.service._workspaces.values():
         assert Document(text).ref not in {ref for ref, _ in workspace._library.store.items()}
     assert guarded.http(KEYS[0]).get("/v1/documents").status_code == 200
+
+
+def test_what_the_server_was_started_with_is_read_and_not_added_to(lm, tmp_path):
+    stored, other = "The harbour was built in 1790. " * 8, "The market was built in 1801. " * 8
+    with EmbeddingStore.open(tmp_path / "store") as store:
+        warm = ExtensibleLM(lm.llm, lm.embedder, store)
+        warm.compress(stored)
+        with served(warm, tmp_path / "data", keys=KEYS) as one:
+            for key in KEYS:
+                made = ask(one.openai(key), [{"text": stored}, {"text": other}], ratio=4)
+                assert [entry["cached"] for entry in made.model_extra["extemb"]["context"]] == [True, False]
+        assert [ref for ref, _ in store.items()] == [Document(stored).ref]
+
+
+def test_turns_that_the_window_does_not_hold_are_compressed(server):
+    turn = [{"role": "user", "content": "Rivers carry sand. " * 60}, {"role": "assistant", "content": "To the sea."}]
+    made = ask(server.openai(), messages=[*turn * 8, {"role": "user", "content": "Why?"}], max_tokens=2)
+    assert made.usage.prompt_tokens <= 2048 < made.usage.document_tokens
+    assert made.model_extra["extemb"]["context"][-1]["source"] == "turn 1, user"
 
 
 def test_documents_outlive_the_server(lm, tmp_path):

@@ -244,6 +244,20 @@ def test_where_a_batch_fails_an_error_is_of_whom_it_belongs_to(lm, tmp_path, hel
         assert others[2].result()[-1].choices[0].finish_reason == "length"
 
 
+def test_documents_that_are_added_at_once_are_all_there(lm, tmp_path):
+    with served(lm, tmp_path) as server, ThreadPoolExecutor(8) as pool:
+        client = server.http()
+
+        def add(number):
+            document = {"text": f"{number % 6}. {SENTENCES}", "id": str(number % 6)}
+            return client.post("/v1/documents", json={"documents": [document]}).json()["data"][0]["id"]
+
+        assert list(pool.map(add, range(12))) == [str(number % 6) for number in range(12)]
+        assert {one["id"] for one in client.get("/v1/documents").json()["data"]} == set("012345")
+        library = server.service.workspace("default")._library
+        assert library.verify().clean
+
+
 def test_many_clients_get_each_its_own_answer(lm, tmp_path):
     questions = [f"What is {number} times {number}?" for number in range(24)]
     documents = [[{"text": f"{number}. {SENTENCES}", "title": str(number)}] for number in range(24)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from served import KEYS, MODEL, served
@@ -57,5 +59,5 @@ def test_no_request_breaks_the_server(server, mode):
 @pytest.mark.soak
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_many_requests_do_not_break_the_server(server, mode):
-    fuzz(server, mode, 500)
+    fuzz(server, mode, int(os.environ.get("EXTEMB_SOAK", "50")))
     assert not [line for line in server.lines if line["message"] == "failed"]
