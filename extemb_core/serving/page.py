@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,7 @@ class _Visit:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._owner: str
         self._workspace: Workspace
         self._drawer: ui.left_drawer
         self._tokens: dict[str, int] = {}  # of each document
@@ -150,7 +151,7 @@ class _Visit:
             ui.button("Enter", on_click=enter)
 
     def _enter(self, owner: str) -> None:
-        self._workspace = self._service.workspace(owner)
+        self._owner, self._workspace = owner, self._service.workspace(owner)
         background_tasks.create(self._refresh())
 
     def _show_documents(self) -> None:
@@ -197,7 +198,7 @@ class _Visit:
             self._workspace.add([TextDocument(text=read.text, title=read.title, id=file.name)])
 
         try:
-            await self._service.engine.work(add)
+            await self._change(add)
             event.sender.reset()
         except (ExtembError, ApiError, OSError) as error:
             ui.notify(str(error), type="negative", multi_line=True, timeout=0, close_button="Close")
@@ -206,9 +207,12 @@ class _Visit:
 
     async def _remove(self, name: str) -> None:
         with suppress(ApiError):  # another tab has removed it
-            await self._service.engine.work(lambda: self._workspace.remove(name))
+            await self._change(lambda: self._workspace.remove(name))
         self._positions.pop(name, None)
         await self._refresh()
+
+    async def _change(self, work: Callable[[], None]) -> None:
+        await self._service.engine.work(work, self._service.changing[self._owner])
 
     def _document(self, name: str) -> Document:
         return self._workspace.documents([StoredDocument(ref=name)])[0]

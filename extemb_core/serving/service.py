@@ -42,6 +42,9 @@ class Service:
         lm: Answers.
         settings: Limits and keys.
         encoder: Finds passages of stored documents; see `Library`.
+
+    Attributes:
+        changing: Of each workspace, what is held while its documents are changed.
     """
 
     def __init__(self, lm: ExtensibleLM, settings: ServerSettings, encoder: Any = None) -> None:
@@ -54,7 +57,7 @@ class Service:
         self._folder = Path(settings.data) if settings.data is not None else user_data_path("extemb") / "server"
         self._workspaces: dict[str, Workspace] = {}
         self._lock = threading.Lock()
-        self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
@@ -125,7 +128,7 @@ class Service:
         """Do something with the documents of a key; what changes them is done one after another."""
         owner = request.state.record.owner
         deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
-        alone = self._changing[owner] if changes else nullcontext()
+        alone = self.changing[owner] if changes else nullcontext()
         done = self.engine.work(lambda: work(self.workspace(owner)), alone)
         return await self._while_there(request, done, deadline)
 
