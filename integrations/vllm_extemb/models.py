@@ -57,13 +57,17 @@ class ExtensibleModel:
                 f"entry_layer={index} is not one of the layers 1 to {decoder.end_layer - 1} of the first pipeline "
                 "stage, which is where states arrive; use tensor parallelism, or fewer pipeline stages"
             )
-        self._entry: Any = decoder.layers[index]
+        self._entry_layer = index
         if get_pp_group().is_first_rank:
-            rows = vllm_config.scheduler_config.max_num_batched_tokens
-            self._entry.register_buffer("entry_states", torch.zeros(rows, config.hidden_size), persistent=False)
-            self._entry.register_buffer("entry_mask", torch.zeros(rows, 1, dtype=torch.bool), persistent=False)
-            kind: Any = type(self._entry)
-            self._entry.__class__ = entered_class(kind)
+            entry, rows = self._entry, vllm_config.scheduler_config.max_num_batched_tokens
+            entry.register_buffer("entry_states", torch.zeros(rows, config.hidden_size), persistent=False)
+            entry.register_buffer("entry_mask", torch.zeros(rows, 1, dtype=torch.bool), persistent=False)
+            kind: Any = type(entry)
+            entry.__class__ = entered_class(kind)
+
+    @property
+    def _entry(self) -> Any:
+        return self.model.layers[self._entry_layer]  # type: ignore[attr-defined]
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
