@@ -75,7 +75,7 @@ class _Visit:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._owner: str
+        self._owner: str | None = None  # until a key is entered
         self._workspace: Workspace
         self._drawer: ui.left_drawer
         self._tokens: dict[str, int] = {}  # of each document
@@ -185,6 +185,8 @@ class _Visit:
         self._show_documents()
 
     async def _add(self, event: Any) -> None:
+        if self._owner is None:
+            return
         data, name = await event.file.read(), Path(event.file.name.replace("\\", "/")).name
 
         def add() -> None:
@@ -212,6 +214,7 @@ class _Visit:
         await self._refresh()
 
     async def _change(self, work: Callable[[], None]) -> None:
+        assert self._owner is not None
         await self._service.engine.work(work, self._service.changing[self._owner])
 
     def _document(self, name: str) -> Document:
@@ -234,7 +237,7 @@ class _Visit:
 
     def _ask(self) -> None:
         question = self._question.value.strip()
-        if not question or self._task is not None:
+        if not question or self._task is not None or self._owner is None:
             return
         self._question.set_value("")
         self._task = asyncio.create_task(self._answer(question))

@@ -161,6 +161,7 @@ def test_what_cannot_be_read_is_said(url, opened):
 def test_documents_of_a_key_are_behind_it(model, tmp_path, opened):
     server = Server(model, tmp_path, ",".join(KEYS))
     page = opened(server.url)
+    page.set_input_files("input[type=file]", {"name": "early.txt", "mimeType": "text/plain", "buffer": b"Early."})
     for key in ("wrong-key-0123456789", KEYS[0]):
         page.get_by_label("API key").fill(key)
         page.keyboard.press("Enter")
