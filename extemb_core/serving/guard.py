@@ -9,10 +9,12 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from extemb_core.serving.errors import ApiError, as_api_error
@@ -86,6 +88,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         start, status, record = time.perf_counter(), 499, Record(secrets.token_hex(12))  # 499: nobody was there
+        is_read = False
         scope["state"] = {**scope.get("state", {}), "record": record}
 
         async def answer(message: Message) -> None:
@@ -99,6 +102,7 @@ class Guard:
             headers = Headers(scope=scope)
             self._check(scope["path"], headers, record)
             body = await self._in_time(self._body(headers, receive))
+            is_read = True
             await self._app(scope, _replayed(body, receive), answer)
         except ClientGone:
             pass
@@ -106,7 +110,8 @@ class Guard:
             if not isinstance(error, ApiError):
                 logger.error("failed", exc_info=error, extra={"fields": {"id": record.id}})
             if status == 499:
-                await as_api_error(error).response()(scope, receive, answer)
+                response = as_api_error(error).response()
+                await (response(scope, receive, answer) if is_read else self._refuse(response, receive, answer))
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, str(status)).inc()
@@ -128,6 +133,19 @@ class Guard:
         if not self._settings.keys and not is_loopback(re.sub(r":\d+$", "", host)):
             return False
         return headers.get("origin", "").partition("//")[2] == host
+
+    async def _refuse(self, response: Response, receive: Receive, send: Send) -> None:
+        """Answer before the body is read, and pass over what comes of it: else the connection is reset."""
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+
+        async def rest() -> None:
+            while (await receive()).get("more_body", False):
+                pass
+
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(rest(), self._settings.body_seconds)
+        await send({"type": "http.response.body"})
 
     async def _in_time(self, body: Awaitable[bytes]) -> bytes:
         try:

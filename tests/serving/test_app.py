@@ -306,7 +306,7 @@ def test_without_a_right_key_nothing_is_answered(guarded, header):
             assert response.json()["error"]["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer"
         assert client.get("/healthz").status_code == client.get("/metrics").status_code == 200
-    refused(openai.AuthenticationError, ask, guarded.openai("not-a-key-of-this-one"))
+    refused(openai.AuthenticationError, ask, guarded.openai("not-a-key-of-this-one"), [{"text": "a" * 2**22}])
 
 
 def test_pages_of_other_sites_do_not_reach_a_server_without_keys(server, guarded):
