@@ -226,8 +226,10 @@ class _Visit:
 
     # -- questions --------------------------------------------------------------------------------------------
 
-    def _start_over(self) -> None:
-        self._cancel()
+    async def _start_over(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
         self._messages.clear()
         self._conversation.clear()
 
@@ -258,7 +260,7 @@ class _Visit:
                     shown = ui.label().classes("answer")
                     waiting = ui.spinner("dots")
                 try:
-                    answer = await self._stream(way, messages, shown)
+                    answer, documents = await self._stream(way, messages, shown)
                 except (ExtembError, ApiError) as error:
                     shown.set_text(str(error))
                     shown.props("role=alert").classes("text-negative")
@@ -266,7 +268,7 @@ class _Visit:
                 finally:
                     waiting.delete()
                 with column:
-                    await self._tell(answer, question)
+                    await self._tell(answer, documents, question)
                 if way == "compressed":
                     self._messages = [*messages, {"role": "assistant", "content": answer.text}]
                     self._positions = _by_document(answer.context)
@@ -278,17 +280,17 @@ class _Visit:
             with self._conversation:
                 ui.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
 
-    async def _stream(self, way: str, messages: Sequence[dict[str, str]], shown: ui.label) -> Answer:
-        """Stream an answer into a label."""
+    async def _stream(
+        self, way: str, messages: Sequence[dict[str, str]], shown: ui.label
+    ) -> tuple[Answer, list[Document]]:
+        """Stream an answer into a label. Returns it, and the documents that it was asked about."""
         budget, text = int(self._budget.value), ""
+        documents: list[Document] = []
 
         def prepare() -> Any:
-            documents = self._documents(messages[-1]["content"])
-            settings: dict[str, Any] = {"budget": budget, "condense": True}
-            if way == "truncated":
-                documents = _cut(documents, budget, self._llm)
-            if way != "compressed":
-                settings = {"ratio": "raw"}
+            found = self._documents(messages[-1]["content"])
+            documents[:] = _cut(found, budget, self._llm) if way == "truncated" else found
+            settings = {"budget": budget, "condense": True} if way == "compressed" else {"ratio": "raw"}
             return self._workspace.lm.prepare(
                 messages, documents, max_new_tokens=self._service.settings.max_new_tokens, **settings
             )
@@ -300,7 +302,7 @@ class _Visit:
                 shown.set_text(strip_control_chars(text))
         finally:
             self._service.engine.cancel(job)
-        return job.answer
+        return job.answer, documents
 
     def _documents(self, question: str) -> list[Document]:
         """Return all documents, or the passages that say most of the question where they are too long for that."""
@@ -309,7 +311,7 @@ class _Visit:
             return self._workspace.search(question, _N_PASSAGES)
         return [self._document(name) for name in self._tokens]
 
-    async def _tell(self, answer: Answer, question: str) -> None:
+    async def _tell(self, answer: Answer, documents: Sequence[Document], question: str) -> None:
         """Say what an answer took and quote its sources."""
         taken = sum(entry.positions for entry in answer.context)
         tokens = sum(entry.n_tokens for entry in answer.context)
@@ -319,7 +321,7 @@ class _Visit:
         ).classes("text-caption")  # fmt: skip
         if answer.dropped:
             ui.label(f"Left out: {', '.join(entry.source for entry in answer.dropped)}").classes("text-caption")
-        for entry, document, start, stop in await run.io_bound(self._quotes, answer, question) or ():
+        for entry, document, start, stop in await run.io_bound(self._quotes, answer, documents, question) or ():
             quote = strip_control_chars(document.text[start:stop].strip())
             shown = quote if len(quote) <= _QUOTE_CHARS else f"{quote[:_QUOTE_CHARS]}…"
             item = ui.item(on_click=partial(_open, entry, document, start, stop)).props("dense").classes("full-width")
@@ -327,11 +329,13 @@ class _Visit:
                 ui.item_label(f"“{shown}”").classes("quote")
                 ui.item_label(strip_control_chars(document.source)).props("caption")
 
-    def _quotes(self, answer: Answer, question: str) -> list[tuple[ContextEntry, Document, int, int]]:
+    def _quotes(
+        self, answer: Answer, documents: Sequence[Document], question: str
+    ) -> list[tuple[ContextEntry, Document, int, int]]:
         """Find in each document that was read the sentence that has most of question and answer."""
         found: list[tuple[float, ContextEntry, Document, int, int]] = []
         for entry in answer.context:
-            document = next((one for one in self._documents(question) if one.ref == entry.ref), None)
+            document = next((one for one in documents if one.ref == entry.ref), None)
             if document is None or entry.fidelity == "dropped":
                 continue
             sentences = split_into_sentences(document.text, self._llm.encode_with_ends(document.text)[1])
