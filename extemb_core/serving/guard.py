@@ -159,15 +159,15 @@ class Guard:
         limit = self._settings.max_body_mib * 2**20
         declared = headers.get("content-length", "")
         parts: list[bytes] = []
-        size = int(declared) if declared.isdecimal() else 0
-        while size <= limit:
+        come = 0
+        while max(come, int(declared) if declared.isdecimal() else 0) <= limit:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             parts.append(message.get("body", b""))
-            if not message.get("more_body", False):
+            come += len(parts[-1])
+            if come <= limit and not message.get("more_body", False):
                 return b"".join(parts)
-            size = max(size, sum(map(len, parts)))
         raise ApiError(
             413, f"the body is larger than {self._settings.max_body_mib} MiB; send less, or documents by their refs",
             headers={"Connection": "close"},
