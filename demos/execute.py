@@ -6,6 +6,7 @@ python demos/execute.py demos/01_quickstart.ipynb
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,11 +17,13 @@ from nbclient import NotebookClient
 
 def main() -> int:
     here = Path(__file__).resolve().parent
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # no widgets: what they show is lost in a file
     for path in [Path(name) for name in sys.argv[1:]] or sorted(here.glob("*.ipynb")):
         start = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
         resources = {"metadata": {"path": str(here)}}
-        NotebookClient(notebook, timeout=None, record_timing=False, resources=resources).execute()
+        client = NotebookClient(notebook, timeout=None, record_timing=False, coalesce_streams=True, resources=resources)
+        client.execute()
         notebook.metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
         nbformat.write(notebook, path)  # only a notebook that ran to its end
         print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)

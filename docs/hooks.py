@@ -22,6 +22,7 @@ PAGES = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/**/*.md",
+    "demos/README.md",
     "demos/*.ipynb",
     "benchmarks/README.md",
     "extemb_core/pretrained/*/README.md",

@@ -77,6 +77,7 @@ def test_a_notebook_is_a_page_with_its_outputs() -> None:
         ("README.md", "index.html"),
         ("docs/llamaindex.md", "llamaindex/index.html"),
         ("docs/api/README.md", "api/index.html"),
+        ("demos/README.md", "notebooks/index.html"),
         ("demos/library.ipynb", "notebooks/library/index.html"),
         ("CONTRIBUTING.md", "CONTRIBUTING/index.html"),
         ("docs/results/ppl_long.png", "results/ppl_long.png"),
