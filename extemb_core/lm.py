@@ -213,8 +213,9 @@ class ExtensibleLM:
     ) -> tuple[PreparedPrompt, Sampling]:
         """Prepare what `ask` or `chat` hands to the LLM: the documents are compressed, the prompt is whole.
 
+        What is not listed here is as for `ask` and `chat`.
+
         Args:
-            question, documents, budget, ratio, **sampling: See `ask` and `chat`.
             condense: Compress the older turns of a conversation that the window does not hold beside its documents,
                 instead of refusing it; the answer's context tells what became of each. Documents have the positions of
                 the budget before turns do, and half of the room where none is given.

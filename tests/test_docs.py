@@ -1,7 +1,8 @@
-"""docs/cli.md and docs/settings.md are made from the code, and what is written there by hand is kept."""
+"""docs/cli.md and docs/settings.md are made from the code, and pages of the site from what the repository shows."""
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -49,3 +50,41 @@ def test_every_test_that_keeps_a_promise_is_there() -> None:
     assert len(named) > 20
     for file, test in named:
         assert f"def {test}(" in (DOCS.parent / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_a_notebook_is_a_page_with_its_outputs() -> None:
+    pytest.importorskip("mkdocs")
+    printed = {"output_type": "stream", "name": "stdout", "text": ["```\n", "2\n"]}
+    table = {
+        "output_type": "execute_result",
+        "data": {"text/html": ["<p>a</p>\n", "\n", "<p>b</p>"], "text/plain": ["?"]},
+    }
+    plot = {"output_type": "display_data", "data": {"image/png": "iVBO\n", "text/plain": ["<Figure>"]}}
+    cells = [
+        {"cell_type": "markdown", "source": ["# Two\n", "See [it](../docs/library.md)."]},
+        {"cell_type": "code", "source": ["print(1 + 1)"], "outputs": [printed, table, plot]},
+    ]
+    page = runpy.run_path(str(DOCS / "hooks.py"))["notebook_to_markdown"](json.dumps({"cells": cells}))
+    assert page == (
+        "# Two\nSee [it](../docs/library.md).\n\n````python\nprint(1 + 1)\n````\n\n````text\n```\n2\n````\n\n"
+        "<div><p>a</p>\n<p>b</p></div>\n\n![Plot of the cell above](data:image/png;base64,iVBO)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "address"),
+    [
+        ("README.md", "index.html"),
+        ("docs/llamaindex.md", "llamaindex/index.html"),
+        ("docs/api/README.md", "api/index.html"),
+        ("demos/README.md", "notebooks/index.html"),
+        ("demos/library.ipynb", "notebooks/library/index.html"),
+        ("CONTRIBUTING.md", "CONTRIBUTING/index.html"),
+        ("docs/results/ppl_long.png", "results/ppl_long.png"),
+        ("benchmarks/results/speed.json", "benchmarks/results/speed.json"),
+    ],
+)
+def test_where_a_file_is_on_the_site(file: str, address: str) -> None:
+    config = pytest.importorskip("mkdocs.config.defaults").MkDocsConfig()
+    config.site_dir, config.use_directory_urls = "site", True
+    assert runpy.run_path(str(DOCS / "hooks.py"))["_site_file"](file, config).dest_uri == address

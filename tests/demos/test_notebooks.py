@@ -21,5 +21,9 @@ def test_a_notebook_is_short_and_has_its_outputs(path):
     for cell in printing:
         assert cell["outputs"], cell["source"]
     kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
-    assert "stream" in kinds <= {"stream", "execute_result"}
+    assert "stream" in kinds <= {"stream", "execute_result", "display_data"}
+    assert not [output["text"] for cell in code for output in cell["outputs"] if output.get("name") == "stderr"]
+    for cell in code:
+        drawn = [output for output in cell["outputs"] if "image/png" in output.get("data", {})]
+        assert len(drawn) == "".join(cell["source"]).count("plt.show()")
     assert "/root" not in path.read_text(encoding="utf-8")
