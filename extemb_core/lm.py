@@ -246,7 +246,9 @@ class ExtensibleLM:
         `PreTrainedModel` like any.
 
         Args:
-            question, documents, **settings: See `prepare`.
+            question: See `prepare`, as of all others.
+            documents: Texts or documents.
+            **settings: Further ones of `prepare`.
 
         Returns:
             The model, and what its `forward` and `generate` take: "attention_mask" and "input_ids", (1, T); with
