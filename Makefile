@@ -37,7 +37,7 @@ test: $(VENV)/.installed-dev ## run the tests in two processes; ARGS="-k plannin
 coverage: $(VENV)/.installed-dev ## run the tests, and list the lines that none of them runs
 	$(BIN)/pytest $(PARALLEL) --cov --cov-report=term $(ARGS)
 
-soak: $(VENV)/.installed-dev ## kill writers of a store, an index and a library 200 times each, at random moments
+soak: $(VENV)/.installed-dev ## kill writers 200 times each, at random moments; with EXTEMB_VLLM_PYTHON=python, ask a vLLM server
 	EXTEMB_SOAK=200 $(BIN)/pytest -m soak $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and types

@@ -175,7 +175,9 @@ class ModelSettings(StrictSettings):
     @model_validator(mode="after")
     def _one_model(self) -> Self:
         """Refuse what would choose another model or store than the one that is here, and an engine that is none."""
-        check_engine(self.engine, self.base_url, "key" if self.api_key else None)
+        check_engine(self.engine, self.base_url)
+        if self.api_key and self.engine == "transformers":  # which LangChain's users may pass to any model
+            logger.warning("api_key= makes no difference to a %s without engine='vllm'", type(self).__name__)
         if (field := self._model_elsewhere()) is not None:
             for name in _OF_MODEL:
                 value, legal = getattr(self, name), [type(self).model_fields[name].default]

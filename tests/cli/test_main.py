@@ -672,6 +672,7 @@ def test_every_error_of_the_library_has_its_code() -> None:
         "StoreFormatError": ExitCode.INPUT,
         "StoreCorruptError": ExitCode.INPUT,
         "MismatchError": ExitCode.SETTINGS,
+        "EngineError": ExitCode.FAILURE,
         "TrainingError": ExitCode.FAILURE,
         "MissingExtraError": ExitCode.FAILURE,
     }

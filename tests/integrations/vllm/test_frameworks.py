@@ -64,11 +64,13 @@ def test_an_llm_of_llamaindex(served: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [ChatExtensible, LlamaIndexLLM])
-def test_a_server_is_named_with_its_engine_and_its_key_is_not_shown(kind: Any) -> None:
+def test_a_server_is_named_with_its_engine_and_its_key_is_not_shown(kind: Any, caplog: Any) -> None:
     with pytest.raises(ConfigError, match="engine='transformers' came with base_url="):
         kind(base_url=URL)
     with pytest.raises(ConfigError, match="makes no difference beside loaded_lm="):
         kind.from_lm(ExtensibleLM(tiny_llm(), entering(tiny_llm())), engine="vllm", base_url=URL)
+    kind(api_key="hidden-key")
+    assert "api_key= makes no difference to a " in caplog.text
     llm = kind(engine="vllm", base_url=URL, api_key="hidden-key")
     assert "hidden-key" not in repr(llm) + str(llm.model_dump())
     assert pickle.loads(pickle.dumps(llm)).api_key.get_secret_value() == "hidden-key"
