@@ -46,6 +46,7 @@ def make_server(
     """Make the uvicorn server of an application; see `create_app`."""
     config = uvicorn.Config(
         create_app(lm, settings, encoder=encoder, page=page), http="h11", ws="auto", lifespan="on", log_config=None,
+        loop="asyncio",  # the same whether or not uvloop is there, which NiceGUI brings; the LLM is what takes time
         access_log=False, server_header=False, timeout_graceful_shutdown=settings.request_seconds,
     )  # fmt: skip
     return uvicorn.Server(config)
