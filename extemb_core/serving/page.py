@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _N_PASSAGES = 8  # of documents that are too long to be read whole, even at the coarsest ratio
 _MIN_BUDGET, _BUDGET_STEP, _USUAL_BUDGET = 128, 128, 1024
 _N_QUOTES, _QUOTE_CHARS = 3, 240
+_STEP = 16  # positions by which documents are cut shorter until they fit with their headings
 _OPENING_SECONDS = 0.3  # until a dialog is there
 _PASSAGE = re.compile(r":\d+-\d+$")  # of a document's source
 _WAYS = {"compressed": "Compressed", "truncated": "Truncated", "full": "Full text"}
@@ -81,6 +82,7 @@ class _Visit:
         self._tokens: dict[str, int] = {}  # of each document
         self._counted: dict[str, int] = {}  # of each text, by its ref
         self._positions: dict[str, int] = {}  # what it took in the last answer
+        self._free = 0  # positions that documents might take in the last answer
         self._messages: list[dict[str, str]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -270,6 +272,7 @@ class _Visit:
                 with column:
                     await self._tell(answer, documents, question)
                 if way == "compressed":
+                    self._free = answer.budget or 0
                     self._messages = [*messages, {"role": "assistant", "content": answer.text}]
                     self._positions = _by_document(answer.context)
                     self._show_documents()
@@ -289,7 +292,7 @@ class _Visit:
 
         def prepare() -> Any:
             found = self._documents(messages[-1]["content"])
-            documents[:] = _cut(found, budget, self._llm) if way == "truncated" else found
+            documents[:] = self._truncated(messages, found) if way == "truncated" else found
             settings = {"budget": budget, "condense": True} if way == "compressed" else {"ratio": "raw"}
             return self._workspace.lm.prepare(
                 messages, documents, max_new_tokens=self._service.settings.max_new_tokens, **settings
@@ -310,6 +313,17 @@ class _Visit:
         if sum(self._tokens.values()) > coarsest * int(self._budget.value):
             return self._workspace.search(question, _N_PASSAGES)
         return [self._document(name) for name in self._tokens]
+
+    def _truncated(self, messages: Sequence[dict[str, str]], documents: Sequence[Document]) -> list[Document]:
+        """Cut documents to what fits where the compressed ones were, headings included."""
+        for n_tokens in range(self._free, 0, -_STEP):
+            cut = _cut(documents, n_tokens, self._llm)
+            plan = self._workspace.lm.plan(
+                messages, cut, budget=self._free, ratio="raw", max_new_tokens=self._service.settings.max_new_tokens
+            )
+            if all(document.fidelity == "raw" for document in plan.documents):
+                return cut
+        return []
 
     async def _tell(self, answer: Answer, documents: Sequence[Document], question: str) -> None:
         """Say what an answer took and quote its sources."""
