@@ -121,8 +121,7 @@ class Guard:
 
     def _check(self, path: str, headers: Headers, record: Record) -> None:
         """Refuse who has no key, and pages of other sites that reach a server without keys by a name of theirs."""
-        host = re.sub(r":\d+$", "", headers.get("host", ""))
-        if not self._settings.keys and not is_loopback(host):
+        if not self._is_known(host := headers.get("host", "")):
             raise ApiError(400, f"{host!r:.80} is not this server; ask it as localhost, or start it with a key")
         if path not in OPEN_PATHS and not path.startswith(f"{PAGE}/"):
             record.owner = self._keys.owner_of(headers.get("authorization"))
@@ -130,9 +129,11 @@ class Guard:
     def _is_own_page(self, headers: Headers) -> bool:
         """Tell whether a WebSocket was opened by the page of this server: a browser opens them for any site."""
         host = headers.get("host", "")
-        if not self._settings.keys and not is_loopback(re.sub(r":\d+$", "", host)):
-            return False
-        return headers.get("origin", "").partition("//")[2] == host
+        return self._is_known(host) and headers.get("origin", "").partition("//")[2] == host
+
+    def _is_known(self, host: str) -> bool:
+        """Tell whether a host is this server; where there are keys, it may have names besides those of loopback."""
+        return bool(self._settings.keys) or is_loopback(re.sub(r":\d+$", "", host))
 
     async def _refuse(self, response: Response, receive: Receive, send: Send) -> None:
         """Answer before the body is read, and pass over what comes of it: else the connection is reset."""

@@ -20,7 +20,7 @@ from nicegui import background_tasks, run, ui
 
 from extemb_core.answers import Answer, ContextEntry
 from extemb_core.context.scoring import bm25_scores
-from extemb_core.context.spans import split_into_sentences
+from extemb_core.context.spans import Array, split_into_sentences
 from extemb_core.documents import Document
 from extemb_core.errors import DocumentError, ExtembError
 from extemb_core.loaders import SUPPORTED_SUFFIXES, read_document
@@ -316,8 +316,9 @@ class _Visit:
 
     def _truncated(self, messages: Sequence[dict[str, str]], documents: Sequence[Document]) -> list[Document]:
         """Cut documents to what fits where the compressed ones were, headings included."""
+        ends = [self._llm.encode_with_ends(document.text)[1] for document in documents]
         for n_tokens in range(self._free, 0, -_STEP):
-            cut = _cut(documents, n_tokens, self._llm)
+            cut = _cut(documents, ends, n_tokens)
             plan = self._workspace.lm.plan(
                 messages, cut, budget=self._free, ratio="raw", max_new_tokens=self._service.settings.max_new_tokens
             )
@@ -385,14 +386,12 @@ def _by_document(context: Sequence[ContextEntry]) -> dict[str, int]:
     return taken
 
 
-def _cut(documents: Sequence[Document], budget: int, llm: LLM) -> list[Document]:
-    """Cut documents to their first tokens, those of all together."""
+def _cut(documents: Sequence[Document], ends: Sequence[Array], n_tokens: int) -> list[Document]:
+    """Cut documents to their first tokens, those of all together. ends: (T,) where each token of a document ends."""
     kept = []
-    for document in documents:
-        ids, ends = llm.encode_with_ends(document.text)
-        if (n_tokens := min(len(ids), budget)) > 0:
-            kept.append(
-                Document(document.text[: int(ends[n_tokens - 1])], title=document.title, metadata=document.metadata)
-            )
-            budget -= n_tokens
+    for document, of_tokens in zip(documents, ends, strict=True):
+        if (taken := min(len(of_tokens), n_tokens)) > 0:
+            text = document.text[: int(of_tokens[taken - 1])]
+            kept.append(Document(text, title=document.title, metadata=document.metadata))
+            n_tokens -= taken
     return kept

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 
 import httpx
 import pytest
-from processes import Process
-from served import KEYS
+from served import KEYS, serve
 from tiny import save_tiny
 from typer.testing import CliRunner
 
@@ -18,21 +16,13 @@ from extemb_core.cli.main import app
 pytest.importorskip("faiss")
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
-MAIN = "import sys; from extemb_core.cli.main import main; sys.argv[0] = 'extemb'; main()"
-
-
-def stderr_of(process):
-    return os.pread(process._stderr.fileno(), 2**20, 0).decode()
-
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_it_is_stopped(tmp_path, stop):
     save_tiny(tmp_path)
     (tmp_path / "keys").write_text("\n".join(KEYS))
     options = ["--llm", tmp_path / "llm", "--embedder", tmp_path / "embedder", "--name", "tiny", "--port", "0"]
-    process = Process(MAIN, "serve", *options, "--data", tmp_path / "data", "--api-keys", tmp_path / "keys")
-    process.wait_for(lambda: "listening at" in stderr_of(process))
-    url = stderr_of(process).partition("listening at ")[2].split()[0]
+    process, url = serve(*options, "--data", tmp_path / "data", "--api-keys", tmp_path / "keys")
     with httpx.Client(headers={"Authorization": f"Bearer {KEYS[1]}"}, timeout=600) as client:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 2}
         assert client.post(f"{url}/chat/completions", json=body).status_code == 200

@@ -241,7 +241,7 @@ def test_logs_hold_no_text(server, client):
         "documents": [{"text": words[1] * 3, "title": words[2], "id": words[2]}],
     }
     response = client.post("/v1/chat/completions", json=body)
-    line = next(line for line in server.lines if line.get("id") == response.headers["x-request-id"])
+    line = server.line_of(response)
     assert not any(word in str(server.lines) for word in words)
     usage = response.json()["usage"]
     assert {name: line[name] for name in usage} == usage

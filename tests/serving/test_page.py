@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-from queue import Queue
+from contextlib import contextmanager
 from signal import SIGTERM
-from threading import Thread
 
 import pytest
 from passes import PATIENCE
-from served import KEYS
+from served import KEYS, serve
 from tiny import SENTENCES, save_tiny
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -47,42 +43,23 @@ def browser():
         one.close()
 
 
-class Server:
-    """`extemb serve` in a process, whose stderr is read all the time: a full pipe would stop it."""
-
-    def __init__(self, model, data, keys=""):
-        command = [sys.executable, "-c", "from extemb_core.cli.main import main; main()", "serve", "--port", "0",
-                   "--llm", model / "llm", "--embedder", "untrained", "--data", data, "--max-new-tokens", "8",
-                   "--max-body-mib", "1"]  # fmt: skip
-        env = os.environ | {"EXTEMB_API_KEYS": keys}
-        self._process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=env)
-        self._lines, self._url = [], Queue()
-        self._reader = Thread(target=self._read)
-        self._reader.start()
-        self.url = self._url.get(timeout=PATIENCE)
-        assert self.url, self._lines
-
-    def _read(self):
-        for line in self._process.stderr:
-            self._lines.append(line)
-            if found := re.search(r"listening at (http://[0-9.:]+)", line):
-                self._url.put(found[1])
-        self._url.put(None)
-
-    def stop(self):
-        self._process.terminate()
-        assert self._process.wait(PATIENCE) in (0, -SIGTERM)
-        self._reader.join()
-        self._process.stderr.close()
-        assert not [line for line in self._lines if "Traceback" in line or '"level": "error"' in line]
+@contextmanager
+def running(model, data, keys=""):
+    """`extemb serve` in a process; yields the address of its page."""
+    options = ["--port", "0", "--llm", model / "llm", "--embedder", "untrained", "--data", data]
+    process, api = serve("--max-new-tokens", "8", "--max-body-mib", "1", *options, env={"EXTEMB_API_KEYS": keys})
+    yield api.removesuffix("/v1")
+    process.send_signal(SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == -SIGTERM
+    assert not [line for line in said.splitlines() if "Traceback" in line or '"level": "error"' in line]
 
 
 @pytest.fixture(scope="module")
 def url(model, tmp_path_factory):
     """The address of a server for all tests; each leaves documents of other names."""
-    server = Server(model, tmp_path_factory.mktemp("open"))
-    yield server.url
-    server.stop()
+    with running(model, tmp_path_factory.mktemp("open")) as address:
+        yield address
 
 
 @pytest.fixture
@@ -164,22 +141,21 @@ def test_what_cannot_be_read_is_said(url, opened):
 
 
 def test_documents_of_a_key_are_behind_it(model, tmp_path, opened):
-    server = Server(model, tmp_path, ",".join(KEYS))
-    page = opened(server.url)
-    page.set_input_files("input[type=file]", {"name": "early.txt", "mimeType": "text/plain", "buffer": b"Early."})
-    for key in ("wrong-key-0123456789", KEYS[0]):
-        page.get_by_label("API key").fill(key)
-        page.keyboard.press("Enter")
-        if key not in KEYS:
-            page.get_by_text("the API key is missing or wrong").wait_for()
-    page.get_by_text("None yet").wait_for()
-    drop(page, "ships.txt", SENTENCES)
-    for key, there in zip(KEYS, ("Remove ships.txt", "None yet"), strict=True):
-        page = opened(server.url)
-        page.get_by_label("API key").fill(key)
-        page.keyboard.press("Enter")
-        (page.get_by_label(there) if key == KEYS[0] else page.get_by_text(there)).wait_for()
-    server.stop()
+    with running(model, tmp_path, ",".join(KEYS)) as url:
+        page = opened(url)
+        page.set_input_files("input[type=file]", {"name": "early.txt", "mimeType": "text/plain", "buffer": b"Early."})
+        for key in ("wrong-key-0123456789", KEYS[0]):
+            page.get_by_label("API key").fill(key)
+            page.keyboard.press("Enter")
+            if key not in KEYS:
+                page.get_by_text("the API key is missing or wrong").wait_for()
+        page.get_by_text("None yet").wait_for()
+        drop(page, "ships.txt", SENTENCES)
+        for key, there in zip(KEYS, ("Remove ships.txt", "None yet"), strict=True):
+            page = opened(url)
+            page.get_by_label("API key").fill(key)
+            page.keyboard.press("Enter")
+            (page.get_by_label(there) if key == KEYS[0] else page.get_by_text(there)).wait_for()
 
 
 def test_a_narrow_screen_shows_the_conversation_first(url, opened):

@@ -1,0 +1,42 @@
+"""What stands before the routes: a WebSocket is opened by a page of this server alone."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from served import KEYS
+
+from extemb_core.serving.guard import Guard
+from extemb_core.serving.metrics import Metrics
+from extemb_core.serving.settings import ServerSettings
+
+
+@pytest.mark.parametrize(
+    ("keys", "host", "origin", "opened"),
+    [
+        ((), "127.0.0.1:8000", "http://127.0.0.1:8000", True),
+        ((), "localhost:8000", "http://localhost:8000", True),
+        ((), "127.0.0.1:8000", "http://evil.example", False),
+        ((), "127.0.0.1:8000", "http://127.0.0.1:9000", False),
+        ((), "127.0.0.1:8000", None, False),
+        ((), "evil.example", "http://evil.example", False),
+        (KEYS, "docs.example", "https://docs.example", True),
+        (KEYS, "docs.example", "https://evil.example", False),
+    ],
+)
+async def test_a_websocket_of_another_page_is_closed(keys, host, origin, opened):
+    sent, reached = [], []
+
+    async def app(scope, receive, send):
+        reached.append(scope)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", host.encode())] + ([(b"origin", origin.encode())] if origin else [])
+    guard = Guard(app, ServerSettings(keys=keys), Metrics())
+    await guard({"type": "websocket", "path": "/chat/_nicegui_ws", "headers": headers}, None, send)
+    assert bool(reached) is opened
+    assert sent == ([] if opened else [{"type": "websocket.close", "code": 1008}])
