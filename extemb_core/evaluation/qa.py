@@ -9,25 +9,26 @@ the question's own goes round, so that every rank has its share of the questions
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from extemb_core.context.assembly import Part, Prompt, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.evaluation import scoring
 from extemb_core.evaluation.baselines import Ids, head
 from extemb_core.evaluation.forms import Forms, arm_name, arm_names, controls_for
-from extemb_core.evaluation.runs import Experiment, Sample, batches_by_length, groups_of
+from extemb_core.evaluation.runs import Experiment, Sample, groups_of
 from extemb_core.evaluation.settings import CONTROLS, QaConfig
 from extemb_core.evaluation.statistics import mean_with_interval, share
 from extemb_core.models.bulk import positions_at_once
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling, turn_end
-from extemb_core.models.llm import LLM
+from extemb_core.models.llm import LLM, MIN_FULL
 from extemb_core.questions import Question, read_questions, template_for, templates
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.jsonl import evenly
@@ -46,6 +47,9 @@ _ARMS = (
     "focus",
     "full",
 )
+
+_CACHED = 8  # times as many positions as in one pass, where most of them are read once for all rows
+_Key = tuple[str, int]  # arm, and number of the question
 
 
 class QaExperiment(Experiment):
@@ -97,23 +101,20 @@ class QaExperiment(Experiment):
         tables: list[dict[str, dict[str, Any]]] = [
             {arm: {"positions": sum(map(len, parts))} for arm, parts in form.items()} for form in forms
         ]
-        prompts = {
-            arm: [self.prompt(question, form[arm]) for question, form in zip(questions, forms, strict=True)]
-            for arm in forms[0]
+        inputs = {
+            (arm, at): self.prompt(question, parts).inputs(self.llm)
+            for at, (question, form) in enumerate(zip(questions, forms, strict=True))
+            for arm, parts in form.items()
         }
-        lengths = {arm: max(map(len, of_arm)) for arm, of_arm in prompts.items()}
-        for batch in batches_by_length(lengths, rows=len(questions)):
-            inputs = [prompt.inputs(self.llm) for arm in batch for prompt in prompts[arm]]
-            scores = iter(self.llm.log_probs(inputs, references * len(batch)))
-            texts = iter(self._answers(inputs) if self.config.generate else ())
-            for arm in batch:
-                for question, arms in zip(questions, tables, strict=True):
-                    if self.config.generate:
-                        prediction = next(texts)
-                        arms[arm]["prediction"] = prediction
-                        for name in self.template["metrics"]:
-                            arms[arm][name] = round(METRICS[name](prediction, question.answers), 4)
-                    arms[arm]["loss"] = round(-float(next(scores).mean()), 6)
+        for batch in self._batches(inputs, [tuple(self.passages(question)) for question in questions]):
+            answers, scores = self._answers([inputs[key] for key in batch], [references[at] for _, at in batch])
+            for (arm, at), answer, log_probs in zip(batch, answers, scores, strict=True):
+                found = tables[at][arm]
+                if answer is not None:
+                    found["prediction"] = answer
+                    for name in self.template["metrics"]:
+                        found[name] = round(METRICS[name](answer, questions[at].answers), 4)
+                found["loss"] = round(-float(log_probs.mean()), 6)
         for question, reference, arms in zip(questions, references, tables, strict=True):
             if arms["full"]["positions"] < sum(map(len, self._forms.tokens(self.passages(question)))):
                 arms["full"]["cut"] = True
@@ -127,14 +128,29 @@ class QaExperiment(Experiment):
                 "arms": arms,
             }
 
-    def _answers(self, prompts: Sequence[PromptInputs]) -> list[str]:
-        """Let the LLM answer, in passes that stay small: an arm of long texts may take several."""
-        answers: dict[int, str] = {}
-        lengths = {at: len(prompt) + self._sampling.max_new_tokens for at, prompt in enumerate(prompts)}
-        for batch in padded_batches(lengths, positions_at_once(self.llm)):
-            generated = self.llm.generate([prompts[at] for at in batch], self._sampling)
-            answers |= {at: answer.text.strip() for at, answer in zip(batch, generated, strict=True)}
-        return [answers[at] for at in range(len(prompts))]
+    def _batches(self, inputs: Mapping[_Key, PromptInputs], texts: Sequence[tuple[str, ...]]) -> Iterator[list[_Key]]:
+        """Group prompts by arm and question to be read in one pass each.
+
+        What an arm makes of one text stands at the start of all its prompts and is read once, where that is worth it;
+        the other passes stay small, with little padding.
+        """
+        alike: dict[tuple[str, tuple[str, ...]], list[_Key]] = {}
+        for arm, at in inputs:
+            alike.setdefault((arm, texts[at]), []).append((arm, at))
+        lengths = {key: len(prompt) + self._sampling.max_new_tokens for key, prompt in inputs.items()}
+        limit, single = positions_at_once(self.llm), dict(lengths)
+        for keys in alike.values():
+            if len(keys) > 1 and self.llm.shares_prefix([inputs[key] for key in keys]):
+                # Of what is shared only the cache grows with the questions.
+                yield from padded_batches({key: single.pop(key) for key in keys}, _CACHED * limit)
+        yield from padded_batches(single, limit, at_least=MIN_FULL)
+
+    def _answers(self, prompts: list[PromptInputs], references: list[Ids]) -> tuple[Sequence[str | None], list[Tensor]]:
+        """Let the LLM answer if it is to, and compute the log-probabilities of the reference answers, in one pass."""
+        if not self.config.generate:
+            return [None] * len(prompts), self.llm.log_probs(prompts, references, at_once=True)
+        answers, scores = self.llm.generate_and_score(prompts, references, self._sampling)
+        return [answer.text.strip() for answer in answers], scores
 
     def forms(self, question: Question) -> dict[str, list[Part]]:
         """Make what each arm puts in the place of the text: parts of a prompt.

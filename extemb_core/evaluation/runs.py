@@ -85,15 +85,14 @@ def groups_of(names: Sequence[str], size: int) -> list[list[str]]:
     return [list(names[at : at + size]) for at in range(0, len(names), size)]
 
 
-def batches_by_length(lengths: Mapping[str, int], rows: int = 1, batch_size: int | None = None) -> Iterator[list[str]]:
+def batches_by_length(lengths: Mapping[str, int], batch_size: int | None = None) -> Iterator[list[str]]:
     """Yield names in batches, shortest first, such that a padded batch stays small; a long one is alone.
 
     Args:
         lengths: Name -> positions of its longest prompt.
-        rows: Prompts of each name.
         batch_size: Maximum number of names in a batch; None for no limit.
     """
-    return padded_batches(lengths, POSITIONS_AT_ONCE // rows, batch_size)
+    return padded_batches(lengths, POSITIONS_AT_ONCE, batch_size)
 
 
 def run(

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -119,10 +121,57 @@ def generate(
     def step(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if on_token is not None:
             on_token()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return _end_none(input_ids, scores)
 
     rows = _run(llm, *llm.batch_inputs(prompts), [sampling] * len(prompts), _text_of(prompts), step)
     return [_finish(llm, row, sampling) for row in rows.tolist()]
+
+
+def generate_and_score(
+    llm: LLM,
+    prompts: Sequence[PromptInputs],
+    targets: Sequence[Sequence[int] | np.ndarray[Any, Any]],
+    sampling: Sampling,
+) -> tuple[list[Generated], list[Tensor]]:
+    """Return `generate` and `LLM.log_probs` of a batch of prompts, which are read once for both.
+
+    Args:
+        llm, prompts, sampling: See `generate`.
+        targets: (S,) ids that may follow each prompt.
+
+    Returns:
+        The answers; and for each prompt (S,) float32 natural logarithms.
+    """
+    if not prompts or llm.has_sliding_window:  # whose cache lets go of what was read
+        return generate(llm, prompts, sampling), llm.log_probs(prompts, targets)
+    model, inputs, log_probs = score_at_once(llm, prompts, targets)
+    rows = _run(llm, model, inputs, [sampling] * len(prompts), _text_of(prompts), _end_none)
+    return [_finish(llm, row, sampling) for row in rows.tolist()], log_probs
+
+
+def score_at_once(
+    llm: LLM, prompts: Sequence[PromptInputs], targets: Sequence[Sequence[int] | np.ndarray[Any, Any]]
+) -> tuple[Any, dict[str, Any], list[Tensor]]:
+    """Return a model, its inputs to continue prompts, and `LLM.log_probs` of what may follow them, from one pass."""
+    n = max(1, *map(len, targets))
+    # Rows end together: each prompt, then its target but for the last token, then what nobody looks at.
+    follow = [[*map(int, target), *[0] * (n - len(target))][:-1] for target in targets]
+    model, inputs = llm.batch_inputs([llm.continued(p, ids) for p, ids in zip(prompts, follow, strict=True)], own=n)
+    mask, cache = inputs.pop("attention_mask"), inputs.pop("past_key_values", DynamicCache(config=llm.model.config))
+    read, end = cache.get_seq_length(), mask.shape[1] - n + 1
+    with torch.no_grad():
+        outputs = model.base_model(
+            **{name: rows[:, read:] for name, rows in inputs.items()},
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, read:],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states = outputs.last_hidden_state[:, -n:]
+        log_probs = [llm.log_probs_of(*one) for one in zip(states, targets, strict=True)]
+    cache.crop(-n)  # the last position of the prompts is read again: from it the first new token comes
+    inputs = {name: rows[:, :end] for name, rows in inputs.items()}
+    return model, inputs | {"attention_mask": mask[:, :end], "past_key_values": cache}, log_probs
 
 
 def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated | None = None) -> Iterator[str]:
@@ -196,6 +245,10 @@ def _hand_on(row: StreamedRow, text: _StreamedText, token: int) -> None:
             row.on_piece(piece)
     if text.ended:
         row.on_piece(None)
+
+
+def _end_none(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _run(

@@ -33,11 +33,12 @@ from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, reading_model
 from extemb_core.models.reader_lora import merge_reader
 from extemb_core.models.tokenization import TextEncoder
+from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import name_or_path
 from extemb_core.weights.resolve import resolve_base, resolve_llm
 
 _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
-_MIN_FULL = 0.8  # of the longest prompt of such a pass; shorter ones are not worth their padding
+MIN_FULL = 0.8  # of the longest prompt of a pass; shorter ones are not worth their padding
 _transformers_lock = threading.RLock()
 _LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # Cohere's, Granite's, Falcon-H1's
 
@@ -201,13 +202,18 @@ class LLM(TextEncoder):
 
     @torch.no_grad()
     def log_probs(
-        self, prompts: Sequence[PromptInputs], targets: Sequence[Sequence[int] | np.ndarray[Any, Any]]
+        self,
+        prompts: Sequence[PromptInputs],
+        targets: Sequence[Sequence[int] | np.ndarray[Any, Any]],
+        *,
+        at_once: bool = False,
     ) -> list[Tensor]:
         """Compute the log-probability of each token that follows each prompt.
 
         Args:
             prompts: (T, D) embeddings, ids, or ids with states; at least one position each.
             targets: (S,) ids that follow each prompt.
+            at_once: Read all in one pass, and what they share at their start once; else in passes that stay small.
 
         Returns:
             (S,) float32 natural logarithms for each.
@@ -215,27 +221,28 @@ class LLM(TextEncoder):
         if any(not len(prompt) for prompt in prompts):
             raise ConfigError("the prompt has 0 positions; at least one is needed to predict what follows")
         self._require_one_entry(prompts)
+        if at_once and prompts and not self.has_sliding_window:
+            return generation.score_at_once(self, prompts, targets)[-1]
         ids = [[int(index) for index in target] for target in targets]
-        whole = [self._continued(prompt, target[:-1]) for prompt, target in zip(prompts, ids, strict=True)]
+        whole = [self.continued(prompt, target[:-1]) for prompt, target in zip(prompts, ids, strict=True)]
         log_probs: dict[int, Tensor] = {}
-        order = sorted(range(len(whole)), key=lambda at: -len(whole[at]))
-        while order:
-            longest = len(whole[order[0]])
-            batch = order[: max(1, POSITIONS_AT_ONCE // longest)]
-            group = [at for at in batch if len(whole[at]) >= _MIN_FULL * longest]
-            order = order[len(group) :]
-            for at, states in zip(group, self.hidden_of([whole[at] for at in group]), strict=True):
-                first = len(prompts[at]) - 1
-                scores = self.logits(states[first : first + len(ids[at])]).float().log_softmax(-1)
-                expected = torch.tensor(ids[at], device=scores.device, dtype=torch.long)
-                log_probs[at] = scores.gather(1, expected[:, None])[:, 0]
+        for batch in padded_batches(dict(enumerate(map(len, whole))), POSITIONS_AT_ONCE, at_least=MIN_FULL):
+            for at, states in zip(batch, self.hidden_of([whole[at] for at in batch]), strict=True):
+                log_probs[at] = self.log_probs_of(states[len(prompts[at]) - 1 :], ids[at])
         return [log_probs[at] for at in range(len(prompts))]
+
+    def log_probs_of(self, hidden: Tensor, targets: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+        """Compute the log-probability of each target from the state before it: (T, D), T >= S, and S ids -> (S,)."""
+        scores = self.logits(hidden[: len(targets)]).float().log_softmax(-1)
+        expected = torch.tensor([int(index) for index in targets], device=scores.device, dtype=torch.long)
+        return scores.gather(1, expected[:, None])[:, 0]
 
     def score(self, prompt: PromptInputs, targets: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
         """Return `log_probs` of one prompt: (S,)."""
         return self.log_probs([prompt], [targets])[0]
 
     generate = generation.generate
+    generate_and_score = generation.generate_and_score
     stream = generation.stream
     stream_batch = generation.stream_batch
 
@@ -264,7 +271,7 @@ class LLM(TextEncoder):
                 f"{self.name} one entry layer at a time"
             )
 
-    def _continued(self, prompt: PromptInputs, ids: Sequence[int]) -> PromptInputs:
+    def continued(self, prompt: PromptInputs, ids: Sequence[int]) -> PromptInputs:
         """Put text after a prompt."""
         if isinstance(prompt, AnchoredPrompt):
             more = AnchoredPrompt.of_text(ids, prompt)
@@ -274,12 +281,17 @@ class LLM(TextEncoder):
             return torch.cat([prompt.to(self.device, self.dtype), self.embed(ids)])
         return [*prompt, *ids]
 
-    def batch_inputs(self, prompts: Sequence[PromptInputs]) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Pad prompts for transformers to continue; what all share at their start is read once, if that is much."""
-        if any(not len(prompt) for prompt in prompts):
+    def batch_inputs(self, prompts: Sequence[PromptInputs], own: int = 1) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Pad prompts for transformers to continue; what all share at their start is read once, if that is much.
+
+        Args:
+            prompts: To be padded on the left.
+            own: Positions at the end of each prompt that are not read as shared.
+        """
+        if any(len(prompt) < own for prompt in prompts):
             raise ConfigError("a prompt has 0 positions; at least one token is needed to continue from")
         model, named = self._rows(prompts)
-        shared = self._shared(named)
+        shared = self._shared(named, own)
         lengths = [len(row) for row in next(iter(named.values()))]
         longest = max(lengths)
         mask = torch.ones(len(lengths), longest, dtype=torch.long, device=self.device)
@@ -300,15 +312,19 @@ class LLM(TextEncoder):
             inputs["past_key_values"] = cache
         return model, inputs
 
-    def _shared(self, named: dict[str, list[Tensor]]) -> int:
-        """Count the positions that all begin with, where reading them once is worth it; each keeps one of its own.
+    def shares_prefix(self, prompts: Sequence[PromptInputs]) -> bool:
+        """Tell whether prompts begin alike for so long that reading it once is worth a batch of their own."""
+        return self._shared(self._rows(prompts)[1]) > 0
+
+    def _shared(self, named: dict[str, list[Tensor]], own: int = 1) -> int:
+        """Count the positions that all begin with, where reading them once is worth it; each keeps `own` of its own.
 
         Texts with the same anchors are the same only if their states are.
         """
         if self.has_sliding_window:  # counts the padding after the prefix
             return 0
         first = next(iter(named.values()))
-        length = min(map(len, first)) - 1
+        length = min(map(len, first)) - own
         for rows in named.values():
             for row in rows[1:]:
                 differs = (row[:length] != rows[0][:length]).unsqueeze(-1).flatten(1).any(1).nonzero()

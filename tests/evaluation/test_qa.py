@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from anchored import OwnStates, scores_of, untrained
-from tiny import RawEmbedder, random_embedder, tiny_model, tiny_tokenizer
+from tiny import RawEmbedder, entering, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.evaluation.qa import QaConfig, QaExperiment
+from extemb_core.models import generation
 from extemb_core.models.llm import LLM
 from extemb_core.questions import templates
 
@@ -83,21 +84,37 @@ def test_an_embedder_of_another_document_has_the_wrong_documents_row(make, llm):
         assert fooled["arms"]["extensible/1"]["prediction"] != fooled["arms"]["full"]["prediction"]
 
 
+@pytest.mark.parametrize("generate", [True, False], ids=["generate", "loss-only"])
 @pytest.mark.parametrize("cap", [1, 700, 10**6])
-def test_questions_about_long_texts_are_answered_in_small_passes_as_in_one(make, llm, monkeypatch, cap):
-    whole, passes = LLM.generate, []
+def test_questions_about_long_texts_are_answered_in_small_passes_as_in_one(make, llm, monkeypatch, cap, generate):
+    whole, passes, shared = generation.score_at_once, [], []
 
-    def generate(self, prompts, sampling):
-        passes.append([len(prompt) + sampling.max_new_tokens for prompt in prompts])
-        return whole(self, prompts, sampling)
+    def score_at_once(llm, prompts, targets):
+        cap_here = 8 * cap if llm.shares_prefix(prompts) else cap
+        passes.append((len(prompts), len(prompts) * max(map(len, prompts)) <= cap_here))
+        shared.append(llm.shares_prefix(prompts))
+        return whole(llm, prompts, targets)
 
-    expected = measured(make(random_embedder(llm)))
-    monkeypatch.setattr(LLM, "generate", generate)
+    monkeypatch.setattr(generation, "score_at_once", score_at_once)
+    monkeypatch.setattr("extemb_core.evaluation.qa.positions_at_once", lambda llm: 10**6)
+    expected = measured(make(random_embedder(llm), generate=generate))
+    assert any(shared)  # the two questions about a text
+    passes.clear()
     monkeypatch.setattr("extemb_core.evaluation.qa.positions_at_once", lambda llm: cap)
-    for sample, before in zip(measured(make(random_embedder(llm))), expected, strict=True):
-        assert {arm: alike(one) for arm, one in sample["arms"].items()} == before["arms"]
-    assert all(len(lengths) == 1 or len(lengths) * max(lengths) <= cap for lengths in passes)
-    assert (max(map(len, passes)) > 1) == (cap > 1)
+    for sample, before in zip(measured(make(random_embedder(llm), generate=generate)), expected, strict=True):
+        assert {arm: alike(one) for arm, one in sample["arms"].items()} == {
+            arm: alike(one) for arm, one in before["arms"].items()
+        }
+    assert all(rows == 1 or small for rows, small in passes)
+    assert (max(rows for rows, _ in passes) > 1) == (cap > 1)
+
+
+def test_questions_in_one_group_are_measured_as_each_alone(make, llm):
+    together, alone = make(entering(llm), batch_size=8), make(entering(llm), batch_size=1)
+    for sample, other in zip(measured(together), measured(alone), strict=True):
+        assert {arm: alike(one) for arm, one in sample["arms"].items()} == {
+            arm: alike(one) for arm, one in other["arms"].items()
+        }
 
 
 def test_controls_take_the_positions_of_the_embeddings(make, llm):

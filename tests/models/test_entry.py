@@ -115,7 +115,7 @@ def test_a_state_in_the_wrong_place_would_be_seen(llm):
 @pytest.mark.parametrize("targets", [[], [7], [7, 9, 11]])
 def test_score_of_any_number_of_tokens(llm, targets):
     prompt = prompt_of(llm, part(entering(llm), DOCUMENT, 4), QUESTION)
-    logits = by_hook(llm, llm._continued(prompt, targets))[len(prompt) - 1 : len(prompt) - 1 + len(targets)]
+    logits = by_hook(llm, llm.continued(prompt, targets))[len(prompt) - 1 : len(prompt) - 1 + len(targets)]
     expected = logits.log_softmax(-1)[range(len(targets)), targets]
     torch.testing.assert_close(llm.score(prompt, targets), expected, atol=1e-4, rtol=0)
     text = llm.encode(QUESTION).tolist()
@@ -204,6 +204,10 @@ def test_equal_anchors_with_other_states_are_no_shared_prefix():
     assert llm.generate(prompts, DRAWN) == alone
     hook.remove()
     assert calls[0] == (1, 100, 100)  # as far as the states are the same
+    answers, scores = llm.generate_and_score(prompts, [[7, 9, 11], [8], [8, 7]], DRAWN)
+    assert answers == alone
+    for one, prompt, targets in zip(scores, prompts, [[7, 9, 11], [8], [8, 7]], strict=True):
+        torch.testing.assert_close(one, llm.score(prompt, targets), atol=1e-4, rtol=0)
 
 
 def test_text_only_in_a_batch_with_compressed_text_shares_a_prefix_of_text_only():

@@ -212,6 +212,41 @@ def test_a_shared_prefix_is_read_once_and_changes_no_answer(architecture, penalt
     hook.remove()
 
 
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_answers_and_scores_are_the_same_from_one_reading(architecture):
+    llm = LLM(tiny_model(architecture, max_position_embeddings=512), tiny_tokenizer())
+    text = llm.encode(LONG_PROMPT * 6).tolist()[:130]
+    alike = [text + llm.encode(end).tolist() for end in ("Rivers", "x", "x", "def area(width: float")]
+    targets = [llm.encode(target).tolist() for target in (" rise", " and fall in spring", " and fall", "")]
+    unlike = [text, text[3:50], [5], text[9:60]]
+    for prompts in (alike, [llm.embed(ids) for ids in alike], unlike, unlike[2:3]):
+        wanted = targets[: len(prompts)]
+        answers, scores = llm.generate_and_score(prompts, wanted, GREEDY)
+        assert answers == llm.generate(prompts, GREEDY)
+        for one, other in zip(scores, llm.log_probs(prompts, wanted), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    assert llm.generate_and_score([], [], GREEDY) == ([], [])
+
+
+def test_what_is_answered_and_scored_is_read_once(llm):
+    llm = LLM(tiny_model("llama", max_position_embeddings=512), tiny_tokenizer())
+    text = llm.encode(LONG_PROMPT * 6).tolist()[:130]
+    read = []
+    hook = llm.model.base_model.register_forward_pre_hook(
+        lambda _, args, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    for prompts, expected in (
+        ([text[:20], text[3:30]], [(2, 29), (2, 1)]),  # 27 and a target's first two tokens; the last position again
+        ([[*text, 5, 6, at] for at in range(7, 10)], [(1, 132), (3, 3), (3, 1)]),
+        ([[*text, 5, 6, 7]] * 2, [(1, 132), (2, 3), (2, 1)]),  # alike to the end
+    ):
+        read.clear()
+        assert llm.shares_prefix(prompts) == (len(expected) == 3)
+        llm.generate_and_score(prompts, [[5, 6, 7]] * len(prompts), Sampling(max_new_tokens=1))
+        assert read == expected
+    hook.remove()
+
+
 def test_a_prefix_too_short_to_gain_by_is_read_with_the_rest():
     llm = LLM(tiny_model("llama"), tiny_tokenizer())
     text = llm.encode(LONG_PROMPT).tolist()[:20]
@@ -268,6 +303,8 @@ def test_an_empty_prompt_is_refused(llm):
     for empty in ([], torch.empty(0, llm.hidden_size)):
         with pytest.raises(ConfigError, match="0 positions"):
             llm.generate([[5, 6], empty], GREEDY)
+        with pytest.raises(ConfigError, match="0 positions"):
+            llm.generate_and_score([[5, 6], empty], [[7, 8], [7, 8]], GREEDY)
         with pytest.raises(ConfigError, match="0 positions"):
             next(llm.stream(empty, GREEDY))
     assert llm.generate([], GREEDY) == []
@@ -660,4 +697,4 @@ def test_scoring_pads_no_prompt_to_one_of_another_length(llm, monkeypatch):
     monkeypatch.setattr(llm, "hidden_of", lambda batch: passes.append([len(one) for one in batch]) or read(batch))
     for one, other in zip(llm.log_probs(prompts, targets), alone, strict=True):
         torch.testing.assert_close(one, other)
-    assert passes == [[42, 42, 40], [8], [6]]
+    assert passes == [[6], [8], [40, 42, 42]]
