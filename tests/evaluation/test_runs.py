@@ -228,10 +228,3 @@ def test_short_prompts_are_read_together_and_long_ones_apart():
     assert list(batches_by_length(lengths, batch_size=8)) == list(batches_by_length(lengths)) == four
     assert list(batches_by_length(lengths, batch_size=2)) == [four[0][:2], four[0][2:], ["full"]]
     assert list(batches_by_length({"a": 9000, "b": 3000})) == [["b"], ["a"]]
-
-
-def test_every_prompt_of_a_name_counts():
-    lengths = {"none": 80, "full": 4000, "truncated/4": 1000, "extensible/8": 100, "random/8": 120}
-    batches = list(batches_by_length(lengths, rows=8))
-    assert batches == [["none", "extensible/8", "random/8"], ["truncated/4"], ["full"]]
-    assert list(batches_by_length({"none": 10, "full": 5000}, rows=1)) == [["none"], ["full"]]
