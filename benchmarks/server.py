@@ -3,7 +3,8 @@
     python benchmarks/server.py --json benchmarks/results/server.json
 
 Sections: clients (32 at once, each with documents of its own from a warm store, at ratio 8 and as text; the server is a
-process of its own; rounds alternate), overhead (the first token over HTTP against `ExtensibleLM.stream`, one client).
+process of its own; rounds alternate), overhead (the first token over HTTP against `ExtensibleLM.stream`, one client),
+page (the chat page in Chromium: how soon it is there, and a first token shown after it was made).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,16 +35,18 @@ from timing import alternate, compare
 from extemb_core.documents import Document
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
+from extemb_core.models.generation import StreamedRow
 from extemb_core.serving.process import make_server
 from extemb_core.serving.settings import ServerSettings
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.weights.resolve import resolve_embedder
 
-SECTIONS = ("clients", "overhead")
+SECTIONS = ("clients", "overhead", "page")
 QUESTION = "What is this about?"
 NAME = "measured"
 _PARTS = 4  # documents of a client
 _PATIENCE = 600  # seconds of a request
+_PAGE_PATIENCE = 120  # seconds until something is there on the page
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,12 +58,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         options.clients, options.document_tokens, options.seconds, options.rounds = 3, 64, 2, 2
     embedder = resolve_embedder(options.embedder, options.llm)
-    with tempfile.TemporaryDirectory() as folder, EmbeddingStore.open(Path(folder) / "store") as store:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        EmbeddingStore.open(Path(folder) / "store") as store,
+        ExitStack() as stack,
+    ):
         lm = ExtensibleLM.from_pretrained(options.llm, embedder, store=store)
         documents = client_documents(lm, options.clients, options.document_tokens)
+        url = cache(
+            lambda: stack.enter_context(
+                serving(lm, Path(folder) / "served", options.new_tokens, page="page" in (options.only or SECTIONS))
+            )
+        )
         sections: dict[str, Callable[[], dict[str, Any]]] = {
             "clients": lambda: clients(lm, documents, options, Path(folder), str(embedder)),
-            "overhead": lambda: overhead(lm, documents[0], options, Path(folder)),
+            "overhead": lambda: overhead(lm, url(), documents[0], options),
+            "page": lambda: page(lm, url(), documents[0][0], options),
         }
         config = {name: value for name, value in vars(options).items() if name not in ("only", "json", "embedder")}
         return {"config": config | {"llm": short_name(options.llm)}} | ending.measured(sections, options.only)
@@ -192,18 +208,12 @@ def resident_bytes(pid: int) -> int:
 # -- one client -------------------------------------------------------------------------------------------------------
 
 
-def overhead(lm: ExtensibleLM, documents: list[Document], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def overhead(lm: ExtensibleLM, url: str, documents: list[Document], options: argparse.Namespace) -> dict[str, Any]:
     """Seconds until the first piece of an answer, over HTTP and from the object itself, in one process."""
     lm.compress(documents, show_progress=False)
-    server = make_server(lm, ServerSettings(port=0, name=NAME, data=str(folder / "overhead")))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
     sent = [{"title": one.title, "text": one.text} for one in documents]
     ratio = options.ratio
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", timeout=_PATIENCE) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=_PATIENCE) as client:
 
         def served() -> None:
             with client.chat.completions.create(
@@ -217,9 +227,84 @@ def overhead(lm: ExtensibleLM, documents: list[Document], options: argparse.Name
                 next(stream, None)
 
         samples = alternate({"server": served, "core": core}, 2 if options.quick else options.overhead_rounds)
-    server.should_exit = True
-    thread.join()
     return {"document_tokens": options.document_tokens} | compare(samples, "server", "core", 1.05)
+
+
+@contextmanager
+def serving(lm: ExtensibleLM, data: Path, new_tokens: int, *, page: bool) -> Iterator[str]:
+    """Serve an object of this process in a thread; yield its address. There can be one page in a process."""
+    server = make_server(lm, ServerSettings(port=0, name=NAME, data=str(data), max_new_tokens=new_tokens), page=page)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+_SHOWN = """() => { new MutationObserver(() => {
+  const answers = document.querySelectorAll('.answer'), last = answers[answers.length - 1];
+  if (!window.shown && last && last.textContent.trim()) window.shown = performance.timeOrigin + performance.now();
+}).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
+
+
+def page(lm: ExtensibleLM, url: str, document: Document, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds until the page is there, each time in a fresh browser context, and from a first token to its text."""
+    from playwright.sync_api import sync_playwright
+
+    rounds = 2 if options.quick else options.page_rounds
+    made: list[float] = []
+    stream_batch = lm.llm.stream_batch
+
+    def noting(rows: Sequence[StreamedRow]) -> None:
+        """Write down when the first token of a batch is there."""
+
+        def first(piece: str | None, row: StreamedRow = rows[0]) -> None:
+            made.append(time.time())
+            row.on_piece(piece)
+
+        stream_batch([replace(rows[0], on_piece=first), *rows[1:]])
+
+    loaded, shown = [], []
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        lm.llm.stream_batch = noting  # type: ignore[method-assign]
+        for _ in range(rounds):
+            context = browser.new_context()
+            tab = context.new_page()
+            tab.set_default_timeout(_PAGE_PATIENCE * 1000)
+            start = time.perf_counter()
+            tab.goto(url)
+            tab.get_by_label("Question").wait_for()
+            loaded.append(time.perf_counter() - start)
+            file = {"name": "part.txt", "mimeType": "text/plain", "buffer": document.text.encode()}
+            tab.set_input_files("input[type=file]", file)  # type: ignore[arg-type]
+            tab.get_by_label("Remove part.txt").wait_for()
+            made.clear()
+            tab.evaluate(_SHOWN)
+            tab.get_by_label("Question").fill(QUESTION)
+            tab.keyboard.press("Enter")
+            tab.get_by_text("first token after").first.wait_for()
+            shown.append(tab.evaluate("window.shown") / 1000 - made[0])
+            tab.get_by_label("Remove part.txt").click()
+            tab.get_by_label("Remove part.txt").wait_for(state="detached")
+            context.close()
+        browser.close()
+    del lm.llm.stream_batch
+    return {
+        "first_load_seconds": loaded[0],
+        "load_seconds": median(loaded),
+        "shown_after_seconds": median(shown),
+        "samples_load": loaded,
+        "samples_shown": shown,
+        "targets": {"first_load_seconds": 1, "shown_after_seconds": 0.1},
+        "met": loaded[0] < 1 and max(shown) < 0.1,
+    }
 
 
 def table(report: dict[str, Any]) -> str:
@@ -242,6 +327,10 @@ def table(report: dict[str, Any]) -> str:
         rows.append(("memory, last / second quarter", f"{grown or 0:.3f}x", "<= 1.05x", bool(grown and grown <= 1.05)))
     if row := report.get("overhead"):
         rows.append(("first token, server / core", f"{row['ratio']:.3f}x", "<= 1.05x", row["met"]))
+    if row := report.get("page"):
+        first, latest = row["first_load_seconds"], max(row["samples_shown"])
+        rows.append(("page, first load", f"{first:.2f} s", "< 1 s", first < 1))
+        rows.append(("first token, shown after it was made", f"{1000 * latest:.0f} ms", "< 100 ms", latest < 0.1))
     return "\n".join(ending.verdicts(rows))
 
 
@@ -255,6 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=300, help="of each side, all rounds together")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--overhead-rounds", type=int, default=15)
+    parser.add_argument("--page-rounds", type=int, default=6)
     return parser
 
 

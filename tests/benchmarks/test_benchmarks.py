@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_the_report_of_the_server_is_whole(models, tmp_path, capsys):
     pytest.importorskip("openai")
     pytest.importorskip("faiss")
     file = tmp_path / "report.json"
-    script("server").main([*models, "--quick", "--json", str(file)])
+    script("server").main([*models, "--quick", "--only", "clients", "overhead", "--json", str(file)])
     report = json.loads(file.read_text())
     row = report["clients"]
     assert (row["n_clients"], row["errors_or_mixed"]) == (3, 0)
@@ -177,6 +178,20 @@ def test_the_report_of_the_server_is_whole(models, tmp_path, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 4
     assert all(line.endswith(("met", "MISSED")) for line in lines)
+
+
+@pytest.mark.browser
+@pytest.mark.enable_socket
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("models", ["untrained, at a layer above 0"], indirect=True)
+def test_the_report_of_the_page_is_whole(models, tmp_path):
+    pytest.importorskip("playwright.sync_api")
+    pytest.importorskip("nicegui")
+    file = tmp_path / "report.json"
+    script("server").main([*models, "--quick", "--only", "page", "--json", str(file)])
+    row = json.loads(file.read_text())["page"]
+    assert len(row["samples_load"]) == len(row["samples_shown"]) == 2
+    assert min(row["samples_load"] + row["samples_shown"]) > 0
 
 
 # -- llamaindex_cost.py ---------------------------------------------------------------------------------------
