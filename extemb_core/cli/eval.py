@@ -13,7 +13,14 @@ from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import DEFAULT_LLM, SHIPPED, CommandGroup, LlmOption, ResumeOption, option
 from extemb_core.cli.output import explain_interrupt, library_output, print_note
-from extemb_core.evaluation.settings import NeedleConfig, PerplexityConfig, PlanConfig, QaConfig, SpeedConfig
+from extemb_core.evaluation.settings import (
+    HeadsConfig,
+    NeedleConfig,
+    PerplexityConfig,
+    PlanConfig,
+    QaConfig,
+    SpeedConfig,
+)
 
 app = CommandGroup(no_args_is_help=True, help="Measure what the embeddings are worth, against every control.")
 
@@ -106,3 +113,11 @@ def plan() -> Experiment:
     from extemb_core.evaluation.plan_losses import PlanExperiment
 
     return PlanExperiment
+
+
+@_measurement(HeadsConfig, "data", "batch_size", data=...)
+def heads() -> Experiment:
+    """Find the LLM's attention heads that look, in compressed text, at what answers a question: plans go by them."""
+    from extemb_core.evaluation.retrieval_heads import HeadsExperiment
+
+    return HeadsExperiment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 from extemb_core.answers import ContextEntry, ContextSpan, PreparedPrompt
 from extemb_core.context import assembly
 from extemb_core.context.assembly import ChatPrompt, Part
-from extemb_core.context.focus import Mode, SplitDocument, mode_of, plan_focus
+from extemb_core.context.focus import Mode, SplitDocument, mode_of, plan_focus, sentence_losses
 from extemb_core.context.messages import Messages, inline_documents, question_in, with_slots
 from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, fidelity_of, plan_context
+from extemb_core.context.retrieval_heads import heads_of, ratio_to_look_at
 from extemb_core.context.scoring import SentenceScorer, bm25_scores
 from extemb_core.context.spans import cover, split_into_sentences
 from extemb_core.documents import Document, ReferencedDocument
@@ -50,6 +51,21 @@ class ReadDocuments:
         return sum(entry.positions for entry in self.context)
 
 
+@dataclass(frozen=True, eq=False)
+class _Fetched:
+    """Compressed texts by ref and ratio, as one call has them.
+
+    Attributes:
+        store: Where they are kept.
+        texts: Those so far.
+        stored: Those of them that were in the store before.
+    """
+
+    store: Store
+    texts: dict[tuple[str, int], Compressed] = field(default_factory=dict)
+    stored: set[tuple[str, Fidelity]] = field(default_factory=set)
+
+
 class ContextBuilder:
     """Builds prompts with documents in them for one LLM and its embedder.
 
@@ -59,7 +75,8 @@ class ContextBuilder:
         llm: The frozen LLM.
         embedder: Made for that LLM.
         store: Where compressed documents are kept.
-        scorer: Says how much a sentence has to do with the question; BM25 when not given.
+        scorer: Says how much a sentence has to do with the question. When not given BM25 and the embedder's
+            `retrieval_heads` together, or BM25 alone where it has none that the LLM has.
     """
 
     def __init__(
@@ -68,7 +85,8 @@ class ContextBuilder:
         self.llm = llm
         self.embedder = embedder
         self.store = store
-        self.scorer: SentenceScorer = scorer or bm25_scores
+        self.scorer = scorer
+        self._heads = heads_of(llm, embedder)
         self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
         self._sentences = lru_cache(_KEPT_TEXTS)(lambda text: split_into_sentences(text, self._tokens(text)[1]))
 
@@ -148,6 +166,7 @@ class ContextBuilder:
         question: str = "",
         plan: str | None = None,
         overhead: Sequence[int] | None = None,
+        fetched: _Fetched | None = None,
     ) -> Plan:
         """Plan what becomes of documents, of which the first `n_headed` (all when not given) get a heading.
 
@@ -159,6 +178,7 @@ class ContextBuilder:
             question: What is asked about them.
             plan: "focus", "select" or "even"; None for the first of these that can be (see `mode_of`).
             overhead: Positions that each takes besides its content; those of its heading when not given.
+            fetched: What was compressed already; what is compressed to look at it is added.
 
         Raises:
             RatioError: The ratio may not be asked for.
@@ -172,6 +192,7 @@ class ContextBuilder:
             # What follows a separator begins a line: white space before text is other tokens than white space alone.
             overhead = [self.positions_of(after + heading) for heading, after in _around(documents, n_headed)]
         mode = mode_of(plan, ratio, question, config.entry_layer)
+        fetched = fetched or _Fetched(self.store)
         before = {
             at: self._planned_before(at, document, positions)
             for at, (document, positions) in enumerate(zip(documents, overhead, strict=True))
@@ -180,7 +201,7 @@ class ContextBuilder:
         others = [at for at in range(len(documents)) if at not in before]
         left = room - sum(planned.positions for planned in before.values())
         if not before or left < sum(self._coarsest(documents[at], overhead[at]) for at in others):
-            planned_all = self._planned(documents, overhead, room, ratio, question, mode)
+            planned_all = self._planned(documents, overhead, room, ratio, question, mode, fetched)
             plans = [
                 replace(planned, reason=f"{planned.reason}; planned anew, as no room was left for what was planned")
                 if planned.index in before
@@ -189,7 +210,7 @@ class ContextBuilder:
             ]
             return replace(planned_all, documents=tuple(plans))
         rest = self._planned(
-            [documents[at] for at in others], [overhead[at] for at in others], left, ratio, question, mode
+            [documents[at] for at in others], [overhead[at] for at in others], left, ratio, question, mode, fetched
         )
         before |= {at: replace(planned, index=at) for at, planned in zip(others, rest.documents, strict=True)}
         return Plan(documents=tuple(before[at] for at in range(len(documents))), budget=room, note=rest.note)
@@ -230,6 +251,7 @@ class ContextBuilder:
         ratio: str | int,
         question: str,
         mode: Mode,
+        fetched: _Fetched,
     ) -> Plan:
         """Plan documents, whatever they carry."""
         config = self.embedder.config
@@ -249,7 +271,26 @@ class ContextBuilder:
             for document, positions, limit in zip(documents, overhead, map(_finest_of, documents), strict=True)
         ]
         ratios = [value for value in config.ratios if value >= config.kept_ratio]
-        return plan_focus(question, split, room, ratios=ratios, select=mode == "select", scorer=self.scorer)
+        select, looking = mode == "select", self._looking(documents, split, room, fetched)
+        if self.scorer is not None or looking is None:
+            return plan_focus(question, split, room, ratios=ratios, select=select, scorer=self.scorer or bm25_scores)
+        losses = sentence_losses("heads")
+        return plan_focus(question, split, room, ratios=ratios, select=select, scorer=looking, losses=losses)
+
+    def _looking(
+        self, documents: Sequence[Document], split: Sequence[SplitDocument], room: int, fetched: _Fetched
+    ) -> SentenceScorer | None:
+        """Return what scores sentences by the heads; None where there are none, or more text than room."""
+        heads, ratio = self._heads, ratio_to_look_at(split, room, self.embedder.config.ratios)
+        if heads is None or ratio is None:
+            return None
+
+        def scores(question: str, sentences: Sequence[str]) -> list[float]:
+            keys = [(document.ref, one.finest) for document, one in zip(documents, split, strict=True)]
+            self._fetch({key: document.text for key, document in zip(keys, documents, strict=True)}, fetched)
+            return heads.scores(question, sentences, split, [fetched.texts[key] for key in keys], ratio)
+
+        return scores
 
     def _grid_of(self, document: Document) -> int:
         """Return the ratio that a document is stored at for spans of it."""
@@ -272,15 +313,18 @@ class ContextBuilder:
         store: Store | None = None,
     ) -> ReadDocuments:
         """Compress documents as `plan` has it, as far as they are not in `store` (the builder's when not given)."""
-        planned_all = self.plan(documents, room, ratio, n_headed=n_headed, question=question, plan=plan)
         start = time.perf_counter()
+        fetched = _Fetched(self.store if store is None else store)
+        planned_all = self.plan(
+            documents, room, ratio, n_headed=n_headed, question=question, plan=plan, fetched=fetched
+        )
         ratios = [self.stored_ratio(*pair) for pair in zip(documents, planned_all.documents, strict=True)]
         wanted = {
             (document.ref, stored_ratio): document.text
             for document, stored_ratio in zip(documents, ratios, strict=True)
             if isinstance(stored_ratio, int)
         }
-        compressed, stored = self._compressed(wanted, self.store if store is None else store)
+        self._fetch(wanted, fetched)
         parts: list[list[Part]] = []
         context = []
         around = _around(documents, n_headed)
@@ -292,7 +336,7 @@ class ContextBuilder:
             elif planned.fidelity == "dropped":
                 parts.append([])
             else:
-                text = compressed.get((document.ref, stored_ratio))  # type: ignore[arg-type]
+                text = fetched.texts.get((document.ref, stored_ratio))  # type: ignore[arg-type]
                 ids, spans = self.token_ids(document.text), planned.spans
                 content = parts_of(spans, ids, text) if spans else [text.part]  # type: ignore[union-attr]
                 parts.append([heading, *content, separator] if heading else content)
@@ -303,7 +347,7 @@ class ContextBuilder:
                     n_tokens=planned.n_tokens,
                     positions=planned.positions,
                     fidelity=planned.fidelity,
-                    cached=(document.ref, stored_ratio) in stored,
+                    cached=(document.ref, stored_ratio) in fetched.stored,
                     reason=planned.reason,
                     spans=self._described(document, planned.spans) if planned.fidelity == "mixed" else (),
                 )
@@ -317,22 +361,18 @@ class ContextBuilder:
             for span in spans
         )
 
-    def _compressed(
-        self, wanted: Mapping[tuple[str, int], str], store: Store
-    ) -> tuple[dict[tuple[str, int], Compressed], set[tuple[str, Fidelity]]]:
-        """Compress texts, by ref and ratio, as far as they are not in the store, where they are put.
-
-        Returns:
-            All of them, and the refs and ratios of those that were there.
-        """
-        fingerprint = self.embedder.fingerprint
+    def _fetch(self, wanted: Mapping[tuple[str, int], str], fetched: _Fetched) -> None:
+        """Compress texts, by ref and ratio, as far as they are not in the store, where they are put."""
+        fingerprint, store = self.embedder.fingerprint, fetched.store
+        wanted = {key: text for key, text in wanted.items() if key not in fetched.texts}
         in_store = {(ref, ratio): store.get(ref, fingerprint, ratio) for ref, ratio in wanted}
-        compressed = {key: text for key, text in in_store.items() if text is not None}
-        for key, text in compressed.items():
+        found = {key: text for key, text in in_store.items() if text is not None}
+        for key, text in found.items():
             self._require_own(text, len(self.token_ids(wanted[key])))
-        stored: set[tuple[str, Fidelity]] = {*compressed}
-        for ratio in sorted({ratio for _, ratio in wanted.keys() - compressed.keys()}):
-            missing = [ref for ref, wanted_ratio in wanted if wanted_ratio == ratio and (ref, ratio) not in compressed]
+        fetched.texts.update(found)
+        fetched.stored.update(found)
+        for ratio in sorted({ratio for _, ratio in wanted.keys() - found.keys()}):
+            missing = [ref for ref, wanted_ratio in wanted if wanted_ratio == ratio and (ref, ratio) not in found]
             texts = [(ref, self.token_ids(wanted[ref, ratio])) for ref in missing]
             for batch in compress_in_batches(self.embedder, texts, ratio=ratio):
                 if not store.readonly:  # one to read is read; what it lacks serves this call alone
@@ -340,8 +380,7 @@ class ContextBuilder:
                 for text in batch:
                     # As stored, which on disk is rounded: the first answer is what later ones will be.
                     rounded = store.get(text.ref, fingerprint, ratio)
-                    compressed[text.ref, ratio] = text if rounded is None else rounded
-        return compressed, stored
+                    fetched.texts[text.ref, ratio] = text if rounded is None else rounded
 
     def _require_own(self, text: Compressed, n_tokens: int) -> None:
         """Refuse what a store has under the embedder's fingerprint and the embedder cannot have made of the text."""

@@ -27,7 +27,6 @@ from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
 
 _LEAST_LOSS = 1e-6  # per token
-_SCATTERED = 0.2  # what the second sentence adds; above it the answer stands in more places than a ranking finds
 _EXCERPT_CHARS = 200  # more than is shown, as some may be white space
 
 Mode = Literal["focus", "select", "even"]
@@ -49,11 +48,14 @@ class SentenceLosses:
             those below; then those that have nothing to do with the question.
         trust: Borders between levels of trust in the ranking: what the second sentence adds (see `words_added`).
         losses: (levels, classes, F) for each of `FIDELITIES`; of the last two classes per hundred of their own tokens.
+        alike_above: What the second sentence adds; above it the answer stands in more places than the ranking finds,
+            and every token counts alike (docs/experiments.md).
     """
 
     ranks: tuple[int, ...]
     trust: tuple[float, ...]
     losses: Array
+    alike_above: float = math.inf
 
     def classes(self, scores: Array, lengths: Array) -> tuple[Array, Array]:
         """Return (U,) class of each of U sentences, and what the losses of that class are multiplied by for it."""
@@ -69,11 +71,12 @@ class SentenceLosses:
 
 
 @cache
-def sentence_losses() -> SentenceLosses:
-    """Load the losses that ship."""
+def sentence_losses(ranking: Literal["words", "heads"] = "words") -> SentenceLosses:
+    """Load the losses that ship: for a ranking by words alone, or by retrieval heads too."""
     text = (resources.files("extemb_core") / "pretrained" / "focus.json").read_text(encoding="utf-8")
-    values: dict[str, Any] = json.loads(text)
-    return SentenceLosses(tuple(values["ranks"]), tuple(values["trust"]), np.array(values["losses"]))
+    values: dict[str, Any] = json.loads(text)[ranking]
+    losses = np.array(values["losses"])
+    return SentenceLosses(tuple(values["ranks"]), tuple(values["trust"]), losses, values.get("alike_above", math.inf))
 
 
 def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> float:
@@ -181,7 +184,7 @@ def plan_focus(
         ratios: That may be used.
         select: Read sentences in full or not at all: those that say most about the question.
         scorer: Says how much a sentence has to do with the question.
-        losses: What to weigh with; what was fitted for the shipped LLM when not given.
+        losses: What to weigh with; what was fitted for the shipped LLM and a ranking by words when not given.
 
     Raises:
         BudgetError: budget is negative or not a whole number.
@@ -209,7 +212,7 @@ def plan_focus(
         if select:  # by rank alone, whatever a sentence's length
             of_each = np.stack([(len(scores) - ranks(scores)) * lengths, np.zeros(len(scores))], axis=1)
         else:  # positions that nothing was measured to gain by are used too
-            if added > _SCATTERED:  # every token counts alike (docs/experiments.md)
+            if added > table.alike_above:
                 of_each = (table.losses.sum((0, 1)) * lengths[:, None])[:, usable]
             else:
                 of_each = table.of(scores, lengths, added)[:, usable]
@@ -240,7 +243,7 @@ def _note(scores: Array, added: float, table: SentenceLosses) -> str:
         return "no sentence has a word of the question"
     several = np.searchsorted(table.trust, added) == len(table.trust)
     where = "several places" if several else "one place"
-    then = ", so that all is read alike" if added > _SCATTERED else ""
+    then = ", so that all is read alike" if added > table.alike_above else ""
     return f"the question asks for {where}: its second sentence adds {added:.0%} of what is rare in it{then}"
 
 

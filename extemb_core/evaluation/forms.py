@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,9 @@ from torch import Tensor
 
 from extemb_core.context.assembly import Part
 from extemb_core.context.builder import parts_of
-from extemb_core.context.focus import SplitDocument, plan_focus
+from extemb_core.context.focus import SplitDocument, plan_focus, sentence_losses
+from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of, ratio_to_look_at
+from extemb_core.context.scoring import bm25_scores
 from extemb_core.context.spans import Sentences, split_into_sentences
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation import baselines
@@ -129,6 +132,11 @@ class Forms:
     _recent_forms: dict[str, list[Part]] = field(init=False, default_factory=dict)
     _recent_texts: list[Compressed] = field(init=False, default_factory=list)
     _positions: dict[int, int] = field(init=False, default_factory=dict)
+    _heads: RetrievalHeads | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.embedder is not None:
+            self._heads = heads_of(self.llm, self.embedder)
 
     def of(self, passages: Sequence[str], question: str) -> dict[str, list[Part]]:
         """Make the form of each arm, as parts of a prompt; "full" is not cut.
@@ -205,7 +213,13 @@ class Forms:
             SplitDocument(self._sentences[name], finest, config.chunk_size, len(separator)) for name in passages
         ]
         ratios = [ratio for ratio in config.ratios if ratio >= finest]
-        plans = plan_focus(question, documents, budget + len(separator), ratios=ratios).documents
+        room = budget + len(separator)
+        ratio = ratio_to_look_at(documents, room, config.ratios)
+        scorer, losses = bm25_scores, sentence_losses()
+        if self._heads is not None and ratio is not None:
+            scorer = partial(self._heads.scores, documents=documents, texts=self._recent_texts, ratio=ratio)
+            losses = sentence_losses("heads")
+        plans = plan_focus(question, documents, room, ratios=ratios, scorer=scorer, losses=losses).documents
         ids = [self._ids[name] for name in passages]
         parts = [
             parts_of(plan.spans, tokens, text)

@@ -21,11 +21,13 @@ import numpy as np
 from extemb_core.context.assembly import Part, assemble_chat
 from extemb_core.context.builder import parts_of
 from extemb_core.context.focus import FIDELITIES, SentenceLosses, SplitDocument, added_by_second
+from extemb_core.context.retrieval_heads import heads_of, ratio_to_look_at
 from extemb_core.context.scoring import bm25_scores, ranks
 from extemb_core.context.spans import Array, split_into_sentences
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.runs import Experiment, Sample, groups_of
-from extemb_core.evaluation.settings import PlanConfig
+from extemb_core.evaluation.settings import CommonConfig, PlanConfig
+from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import turn_end
 from extemb_core.models.llm import LLM
@@ -40,6 +42,15 @@ _RANKS_BY_TRUST = 2  # ranks whose sentences matter differently where the rankin
 _NEAR = 0.02  # of a share that is lost; resampling 296 questions moves it by 0.05 to 0.12
 _STEP = 0.001
 _TURNS = 60
+
+
+def drawn_by_source(rows: Sequence[Question], config: CommonConfig) -> list[int]:
+    """Draw rows at random, `limit` at most, as many of each source (the id up to its colon) as there are."""
+    by_source: dict[str, list[int]] = defaultdict(list)
+    for at in np.random.default_rng(config.seed).permutation(len(rows)).tolist():
+        by_source[rows[at].id.split(":")[0]].append(at)
+    turns = zip_longest(*[of_source for _, of_source in sorted(by_source.items())])
+    return [at for turn in turns for at in turn if at is not None][: config.limit]
 
 
 class PlanExperiment(Experiment):
@@ -57,16 +68,9 @@ class PlanExperiment(Experiment):
         super().__init__(config, llm, embedder)
         self.config = config
         self._embedder = embedder
+        self._heads = heads_of(llm, embedder)
         self._rows = read_questions(config.data, unique=False)
-        self._questions = {f"{at} {self._rows[at].id}": at for at in self._drawn_by_source()}
-
-    def _drawn_by_source(self) -> list[int]:
-        """Draw rows at random, as many of each source (the id up to its colon) as there are."""
-        by_source: dict[str, list[int]] = defaultdict(list)
-        for at in np.random.default_rng(self.config.seed).permutation(len(self._rows)).tolist():
-            by_source[self._rows[at].id.split(":")[0]].append(at)
-        turns = zip_longest(*[rows for _, rows in sorted(by_source.items())])
-        return [at for turn in turns for at in turn if at is not None][: self.config.limit]
+        self._questions = {f"{at} {self._rows[at].id}": at for at in drawn_by_source(self._rows, config)}
 
     def groups(self) -> list[list[str]]:
         return groups_of([*self._questions], self.config.batch_size)
@@ -89,7 +93,7 @@ class PlanExperiment(Experiment):
         if len(texts) < _MIN_SENTENCES:
             return {"plans": []}
         (compressed,) = self._embedder.compress_ids([ids], ratio=document.finest, show_progress=False)
-        scores = np.array(bm25_scores(question.question, texts))
+        scores = self._scores(question.question, document, compressed)
         plans = [self._drawn(scores, number, draw) for number in range(self.config.plans)]
         template = templates()[template_for(question.answers)]
         after = template["after"].replace("{question}", question.question)
@@ -111,6 +115,13 @@ class PlanExperiment(Experiment):
             "answer_tokens": len(answer),
             "losses": losses,
         }
+
+    def _scores(self, question: str, document: SplitDocument, compressed: Compressed) -> Array:
+        """Rank as plans do: by retrieval heads too, where the embedder names any."""
+        texts, ratio = document.sentences.texts, ratio_to_look_at([document], document.n_tokens, self.config.ratios)
+        if self._heads is None or ratio is None:
+            return np.array(bm25_scores(question, texts))
+        return np.array(self._heads.scores(question, texts, [document], [compressed], ratio))
 
     def _drawn(self, scores: Array, number: int, draw: np.random.Generator) -> Array:
         """Draw the fidelity of each sentence: by itself, or by rank, in turn."""

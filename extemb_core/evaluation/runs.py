@@ -41,7 +41,7 @@ class Experiment:
     """One kind of measurement, ready to run: of an LLM, and of an embedder whose ratios it asks for, or none.
 
     Attributes:
-        kind: "ppl", "qa", "needle", "speed" or "calibration".
+        kind: "ppl", "qa", "needle", "speed", "plan", "heads" or "calibration".
         config: A frozen dataclass of JSON-able settings, `data` (paths) and `limit` among them.
     """
 

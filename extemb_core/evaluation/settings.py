@@ -113,6 +113,22 @@ class QaConfig(CommonConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadsConfig(CommonConfig):
+    """Settings of finding the attention heads that look at what answers a question.
+
+    Attributes:
+        data: Questions: .jsonl[.zst] with id, context, question, answers. Never those that plans are judged by.
+        limit: Maximum number of questions, as many of each source (the id up to its colon) as there are.
+    """
+
+    ratios: tuple[int, ...] = (8,)  # that texts are looked at
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_some(self, data="files of questions")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig(CommonConfig):
     """Settings of fitting what reading sentences in less detail costs.
 

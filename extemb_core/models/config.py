@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
@@ -42,6 +43,8 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         plan_ratios: The ratios that a plan chooses from by itself: all, or above entry layer 0 2, 4 and 8.
         token_weighting: Above entry layer 0, how much each token counts in its group (see `models/pooling.py`).
         token_weights_digest: sha256 of the table of counted weights, where there is one.
+        retrieval_heads: Above entry layer 0, layer and number of the LLM's attention heads that look at what answers a
+            question (see `context/retrieval_heads.py`); plans go by them. None where they were not looked for.
         hidden_size: Width of the LLM's input embeddings, D.
         llm_name: What the LLM was called when the embedder was made; only for messages and defaults.
         llm_layers_type: The LLM's `model_type`; an embedder is not moved between architectures.
@@ -69,6 +72,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         plan_ratios: tuple[int, ...] | list[int] | None = None,
         token_weighting: str = "rank",
         token_weights_digest: str = "",
+        retrieval_heads: Sequence[Sequence[int]] = (),
         hidden_size: int = 0,
         llm_name: str = "",
         llm_layers_type: str = "",
@@ -135,6 +139,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         self.plan_ratios = [self.require_ratio(ratio) for ratio in check_ratios(plan_ratios, chunk_size)]
         self.token_weighting = token_weighting
         self.token_weights_digest = token_weights_digest
+        self.retrieval_heads = _checked_heads(retrieval_heads, entry_layer)
         self.hidden_size = hidden_size
         self.llm_name = llm_name
         self.llm_layers_type = llm_layers_type
@@ -159,3 +164,16 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
                 f"pass one of them or make it with ratios=[..., {ratio}]"
             )
         return ratio
+
+
+def _checked_heads(heads: Any, entry_layer: int) -> list[list[int]]:
+    """Return pairs of a layer and a head's number as lists, which is what JSON makes of them."""
+    pairs = [list(pair) for pair in heads] if all(isinstance(pair, list | tuple) for pair in heads) else [[]]
+    if any(len(pair) != 2 or not all(number == 0 or is_count(number) for number in pair) for pair in pairs):
+        raise ConfigError(f"retrieval_heads={heads!r} is not a list of [layer, head]; pass both as numbers from 0")
+    if pairs and not entry_layer:
+        raise ConfigError(
+            "retrieval_heads has no meaning at entry_layer=0, where plans are not by sentence; leave it out, or pass "
+            "entry_layer=J"
+        )
+    return pairs

@@ -107,6 +107,27 @@ def test_texts_of_too_few_sentences_say_nothing(tmp_path):
 
 def test_the_table_that_ships_is_that_of_its_record():
     record = read_record(Path(__file__).parents[2] / "benchmarks/results/plan_joint.json")
-    shipped = json.loads((resources.files("extemb_core") / "pretrained/focus.json").read_text(encoding="utf-8"))
+    shipped = json.loads((resources.files("extemb_core") / "pretrained/focus.json").read_text(encoding="utf-8"))[
+        "words"
+    ]
+    assert shipped.pop("alike_above") == 0.2
     assert shipped == {name: record["summary"][name] for name in shipped}
     assert fit([sample for sample in record["samples"] if sample["plans"]])["lost"] == record["summary"]["lost"]
+
+
+def test_sentences_are_ranked_by_heads_where_the_embedder_names_any(questions, tmp_path, monkeypatch):
+    def look(self, question, parts):
+        shares = np.zeros((len(self.heads), len(parts[0])))
+        shares[:, -1] = 1
+        return shares
+
+    monkeypatch.setattr("extemb_core.context.retrieval_heads.RetrievalHeads.look", look)
+    experiment = made(questions, limit=2, plans=1)
+    by_words = run(experiment, tmp_path / "words.json", show_progress=False)
+    heads = entering(experiment.llm, ratios=(1, 2, 4, 8, 16, 32), chunk_size=32, retrieval_heads=[[1, 0]])
+    by_heads = run(
+        PlanExperiment(experiment.config, experiment.llm, heads), tmp_path / "heads.json", show_progress=False
+    )
+    for one, other in zip(by_words["samples"], by_heads["samples"], strict=True):
+        assert other["scores"][-1] >= max(other["scores"]) - 1 > one["scores"][-1] - 1
+        assert other["scores"] != one["scores"]

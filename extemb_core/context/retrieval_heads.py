@@ -1,0 +1,189 @@
+"""Score sentences by where the LLM itself looks for an answer, once it has read the documents compressed.
+
+Some attention heads of an LLM copy from what it reads (retrieval heads, arXiv 2404.15574). `extemb eval heads` finds
+those whose greatest attention, at the position from which an answer comes, is most often on the sentence that holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat
+from extemb_core.context.focus import SplitDocument
+from extemb_core.context.scoring import bm25_scores, fused
+from extemb_core.context.spans import Array, Sentences
+from extemb_core.models.chunks import chunk_lengths, compressed_positions
+from extemb_core.models.compressed import Compressed
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.entry import AnchoredPrompt, reading_model
+from extemb_core.models.llm import LLM
+
+Heads = Sequence[Sequence[int]]
+"""Layer and number of each of some attention heads, from 0."""
+
+_LOOK_RATIO = 8
+_KEPT_POSITIONS = 2048  # of the last documents looked at: the next question is often about the same ones
+
+
+class RetrievalHeads:
+    """Heads that tell where an LLM looks in compressed documents. Safe for several threads.
+
+    The LLM's tensors are shared, and its layers run no further than the last of the heads.
+
+    Args:
+        llm: Reads.
+        entry_layer: J, at which the documents' states enter.
+        heads: Those that are looked at; all when not given.
+
+    Raises:
+        ConfigError: The LLM cannot read compressed text at that layer.
+    """
+
+    def __init__(self, llm: LLM, entry_layer: int, heads: Heads | None = None) -> None:
+        self.llm = llm
+        self.entry_layer = entry_layer
+        config = llm.text_config
+        every = [
+            (layer, head) for layer in range(config.num_hidden_layers) for head in range(config.num_attention_heads)
+        ]
+        self.heads = [(layer, head) for layer, head in (every if heads is None else heads)]
+        self._kept: tuple[AnchoredPrompt, list[tuple[Tensor, Tensor]]] | None = None
+
+    @cached_property
+    def _models(self) -> tuple[Any, Any]:
+        """The LLM's first layers twice: one reads; the other, of slower code, shows its attention for one position."""
+        last = max(layer for layer, _ in self.heads)
+        made: list[Any] = [reading_model(self.llm.model, self.entry_layer, self.llm.name) for _ in range(2)]
+        for model in made:
+            model.base_model.layers = nn.ModuleList(model.base_model.layers[: last + 1])
+        made[1].set_attn_implementation("eager")
+        return made[0], made[1]
+
+    @torch.no_grad()
+    def look(self, question: str, parts: Sequence[Part]) -> Array:
+        """Return the share of each head's attention that each position of compressed text gets: (heads, N).
+
+        It is the attention of the position from which the answer's first token comes.
+
+        Args:
+            question: What is asked.
+            parts: Compressed text, N positions in all, and what stands between.
+        """
+        prompt: Any = assemble_chat(self.llm, [{"role": "user", "content": [*parts, f"\n\n{question}"]}]).inputs(
+            self.llm
+        )
+        (inside,) = torch.nonzero(prompt.mask, as_tuple=True)
+        reading, showing = self._models
+        cache = self._read(reading, prompt)
+        shown = showing.base_model(**_rows(prompt, len(prompt) - 1, len(prompt)), past_key_values=cache,
+                                   use_cache=True, output_attentions=True).attentions  # fmt: skip
+        looks = torch.stack([shown[layer][0, head, -1, inside] for layer, head in self.heads]).float()
+        shares: Array = (looks / looks.sum(1, keepdim=True).clamp(min=1e-9)).cpu().numpy()
+        return shares
+
+    def scores(
+        self,
+        question: str,
+        sentences: Sequence[str],
+        documents: Sequence[SplitDocument],
+        texts: Sequence[Compressed],
+        ratio: int,
+    ) -> list[float]:
+        """Score the sentences of some documents by their words (BM25) and by what the heads look at, alike.
+
+        Args:
+            question: What is asked.
+            sentences: (U,) those of all documents.
+            documents: Which they are.
+            texts: The documents compressed, at `ratio` or finer.
+            ratio: Of what is looked at; see `ratio_to_look_at`.
+        """
+        read = [(one, text) for one, text in zip(documents, texts, strict=True) if one.n_tokens]
+        parts: list[Part] = [part for _, text in read for part in (DOCUMENT_SEPARATOR, text.at_ratio(ratio).part)]
+        shares = self.look(question, parts[1:]).mean(0)
+        looks = of_sentences(shares, [one.sentences for one, _ in read], ratio, documents[0].chunk_size)
+        return [float(score) for score in fused(bm25_scores(question, sentences), looks)]
+
+    def _read(self, model: Any, prompt: AnchoredPrompt) -> DynamicCache:
+        """Read all but the last position of a prompt; what it has in common with the one before is not read again."""
+        cache, read = DynamicCache(config=self.llm.model.config), 0
+        if (kept := self._kept) is not None and (read := _alike(kept[0], prompt)):
+            for layer, (keys, values) in enumerate(kept[1]):
+                cache.update(keys[:, :, :read], values[:, :, :read], layer)
+        model.base_model(**_rows(prompt, read, len(prompt) - 1), past_key_values=cache, use_cache=True)
+        if len(prompt) <= _KEPT_POSITIONS:
+            layers: list[Any] = cache.layers[: len(model.base_model.layers)]
+            self._kept = (prompt, [(layer.keys, layer.values) for layer in layers])
+        return cache
+
+
+def heads_of(llm: LLM, embedder: ExtensibleEmbedder) -> RetrievalHeads | None:
+    """Return the heads that an embedder names, where the LLM has them and sees all of its documents; None elsewhere."""
+    heads, config = embedder.config.retrieval_heads, llm.text_config
+    there = all(layer < config.num_hidden_layers and head < config.num_attention_heads for layer, head in heads)
+    if not heads or not there or llm.has_sliding_window or type(llm) is not LLM:  # a server's layers are not here
+        return None
+    return RetrievalHeads(llm, embedder.config.entry_layer, heads)
+
+
+def ratio_to_look_at(documents: Sequence[SplitDocument], room: int, ratios: Sequence[int]) -> int | None:
+    """Choose the ratio at which documents are looked at: the finest from 8 on that the room holds; None without one.
+
+    So looking takes no longer than reading what is then planned.
+    """
+    for ratio in ratios:
+        positions = [compressed_positions(one.n_tokens, ratio, one.chunk_size) + one.overhead for one in documents]
+        if ratio >= max([_LOOK_RATIO, *(one.finest for one in documents)]) and sum(positions) <= room:
+            return ratio
+    return None
+
+
+def _rows(prompt: AnchoredPrompt, start: int, stop: int) -> dict[str, Tensor]:
+    return {
+        "input_ids": prompt.ids[None, start:stop],
+        "entry_states": prompt.states[None, start:stop],
+        "entry_mask": prompt.mask[None, start:stop],
+    }
+
+
+def _alike(one: AnchoredPrompt, other: AnchoredPrompt) -> int:
+    """Count the positions that two prompts begin alike with, as far as both have two more."""
+    length = max(0, min(len(one), len(other)) - 2)
+    differs = (one.ids[:length] != other.ids[:length]) | (one.mask[:length] != other.mask[:length])
+    differs |= (one.states[:length] != other.states[:length]).any(1)
+    at = differs.nonzero()
+    return int(at[0]) if len(at) else length
+
+
+def of_sentences(shares: Array, documents: Sequence[Sentences], ratio: int, chunk_size: int) -> Array:
+    """Sum what positions get over sentences; a position's share is that of its tokens, evenly.
+
+    Args:
+        shares: (..., N) for each position of the documents.
+        documents: One after another.
+        ratio: They are compressed at.
+        chunk_size: Tokens that are compressed together.
+
+    Returns:
+        (..., U) for each sentence of all of them.
+    """
+    sizes = [
+        min(ratio, length - start)
+        for sentences in documents
+        for length in chunk_lengths(int(sentences.borders[-1]), chunk_size)
+        for start in range(0, length, ratio)
+    ]
+    sums = np.cumsum(np.repeat(shares / np.array(sizes), sizes, axis=-1), axis=-1)
+    sums = np.concatenate([np.zeros_like(sums[..., :1]), sums], axis=-1)
+    starts = np.cumsum([0, *(int(sentences.borders[-1]) for sentences in documents)])
+    borders = [sentences.borders + start for sentences, start in zip(documents, starts, strict=False)]
+    parts = [np.diff(sums[..., at], axis=-1) for at in borders]
+    found: Array = np.concatenate(parts, axis=-1)
+    return found

@@ -1,0 +1,94 @@
+"""Find the attention heads of an LLM that look, in compressed text, at the sentence that answers a question.
+
+Each text is read compressed, with its question, and for every head it is noted whether of all sentences the one it
+attends to most, at the position from which the answer comes, is one that holds the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from extemb_core.context.retrieval_heads import RetrievalHeads, of_sentences
+from extemb_core.context.scoring import bm25_scores
+from extemb_core.context.spans import split_into_sentences
+from extemb_core.errors import ConfigError
+from extemb_core.evaluation.plan_losses import drawn_by_source
+from extemb_core.evaluation.runs import Experiment, Sample, groups_of
+from extemb_core.evaluation.settings import HeadsConfig
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.llm import LLM
+from extemb_core.questions import Question, read_questions
+
+N_HEADS = 8
+_MIN_SENTENCES = 3
+_MOST_HOLD = 1 / 3  # of the sentences: an answer that stands in more says nothing about where a head looks
+
+
+class HeadsExperiment(Experiment):
+    """Reads texts with their questions, and ranks the heads.
+
+    Raises:
+        ConfigError: The embedder enters at layer 0, or the attention of the LLM's heads slides over its text.
+    """
+
+    kind: ClassVar[str] = "heads"
+
+    def __init__(self, config: HeadsConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
+        if embedder is None or not embedder.config.entry_layer:
+            raise ConfigError("heads are found for an embedder that enters above layer 0; pass one with --embedder")
+        if llm.has_sliding_window:
+            raise ConfigError(f"{llm.name} has layers that see only a window of its text; plans go by words with it")
+        super().__init__(config, llm, embedder)
+        self.config = config
+        self._embedder = embedder
+        self._heads = RetrievalHeads(llm, embedder.config.entry_layer)
+        self._rows = read_questions(config.data, unique=False)
+        self._questions = {f"{at} {self._rows[at].id}": at for at in drawn_by_source(self._rows, config)}
+
+    def groups(self) -> list[list[str]]:
+        return groups_of([*self._questions], self.config.batch_size)
+
+    def measure(self, group: Sequence[str]) -> Iterator[Sample]:
+        for name in group:
+            yield {"id": name, **self._looked_at(self._rows[self._questions[name]])}
+
+    def _looked_at(self, question: Question) -> dict[str, Any]:
+        """Note which heads look at a sentence with an answer; nothing where it is in none, in many, or too long."""
+        (ratio,), size = self.config.ratios, self._embedder.config.chunk_size
+        ids, ends = self.llm.encode_with_ends(question.context)
+        sentences = split_into_sentences(question.context, ends)
+        texts = [text.casefold() for text in sentences.texts]
+        answers = [answer.strip().casefold() for answer in question.answers]
+        holds = np.array([any(answer in text for answer in answers) for text in texts])
+        enough = len(texts) >= _MIN_SENTENCES and 0 < holds.sum() <= _MOST_HOLD * len(texts)
+        if not enough or len(ids) > ratio * self.llm.context_window // 2:
+            return {"sentences": len(texts), "holding": 0}
+        (compressed,) = self._embedder.compress_ids([ids], ratio=ratio, show_progress=False)
+        shares = of_sentences(self._heads.look(question.question, [compressed.part]), [sentences], ratio, size)
+        words = np.array(bm25_scores(question.question, sentences.texts))
+        return {
+            "sentences": len(texts),
+            "holding": int(holds.sum()),
+            "by_words": bool(holds[words.argmax()]),
+            "heads": np.flatnonzero(holds[shares.argmax(-1)]).tolist(),
+        }
+
+    def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        usable = [sample for sample in samples if sample["holding"]]
+        if not usable:
+            raise ConfigError(
+                "no answer stands in a few of at least three sentences of its text; pass questions whose answers are "
+                "words of the text"
+            )
+        counts = np.bincount([at for sample in usable for at in sample["heads"]], minlength=len(self._heads.heads))
+        best = np.argsort(-counts, kind="stable")[:N_HEADS].tolist()
+        return {
+            "heads": [list(self._heads.heads[at]) for at in best],
+            "found": [round(float(counts[at]) / len(usable), 4) for at in best],
+            "found_by_words": round(float(np.mean([sample["by_words"] for sample in usable])), 4),
+            "found_by_chance": round(float(np.mean([one["holding"] / one["sentences"] for one in usable])), 4),
+            "questions": len(usable),
+        }
