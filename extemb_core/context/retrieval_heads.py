@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat
 from extemb_core.context.focus import SplitDocument
-from extemb_core.context.scoring import bm25_scores, fused
+from extemb_core.context.scoring import bm25_scores
 from extemb_core.context.spans import Array, Sentences
 from extemb_core.models.chunks import chunk_lengths, compressed_positions
 from extemb_core.models.compressed import Compressed
@@ -29,6 +29,7 @@ Heads = Sequence[Sequence[int]]
 """Layer and number of each of some attention heads, from 0."""
 
 _LOOK_RATIO = 8
+_LOOKS = 2  # how much looks count beside words: found on training questions (docs/experiments.md)
 _KEPT_POSITIONS = 2048  # of the last documents looked at: the next question is often about the same ones
 
 
@@ -96,7 +97,7 @@ class RetrievalHeads:
         texts: Sequence[Compressed],
         ratio: int,
     ) -> list[float]:
-        """Score the sentences of some documents by their words (BM25) and by what the heads look at, alike.
+        """Score the sentences of some documents by what the heads look at, and half as much by their words (BM25).
 
         Args:
             question: What is asked.
@@ -109,7 +110,9 @@ class RetrievalHeads:
         parts: list[Part] = [part for _, text in read for part in (DOCUMENT_SEPARATOR, text.at_ratio(ratio).part)]
         shares = self.look(question, parts[1:]).mean(0)
         looks = of_sentences(shares, [one.sentences for one, _ in read], ratio, documents[0].chunk_size)
-        return [float(score) for score in fused(bm25_scores(question, sentences), looks)]
+        words = np.array(bm25_scores(question, sentences))
+        both: list[float] = (_share(words) + _LOOKS * _share(looks)).tolist()
+        return both
 
     def _read(self, model: Any, prompt: AnchoredPrompt) -> DynamicCache:
         """Read all but the last position of a prompt; what it has in common with the one before is not read again."""
@@ -143,6 +146,11 @@ def ratio_to_look_at(documents: Sequence[SplitDocument], room: int, ratios: Sequ
         if ratio >= max([_LOOK_RATIO, *(one.finest for one in documents)]) and sum(positions) <= room:
             return ratio
     return None
+
+
+def _share(scores: Array) -> Array:
+    share: Array = scores / max(scores.max(initial=0), 1e-9)  # of the greatest
+    return share
 
 
 def _rows(prompt: AnchoredPrompt, start: int, stop: int) -> dict[str, Tensor]:

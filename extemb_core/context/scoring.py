@@ -32,13 +32,6 @@ def bm25_scores(question: str, sentences: Sequence[str]) -> list[float]:
     return [scores.get(at, 0.0) for at in range(len(sentences))]
 
 
-def fused(*scores: Sequence[float] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Add several scores of the same sentences, each as a share of its greatest. (U,) each -> (U,)."""
-    arrays = [np.asarray(each, dtype=float) for each in scores]
-    total: np.ndarray[Any, Any] = np.sum([each / max(each.max(initial=0), 1e-9) for each in arrays], axis=0)
-    return total
-
-
 def ranking(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return sentences by their scores, best first; equal ones in their order. (U,) -> (U,)."""
     return np.argsort(-scores, kind="stable")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tiny import entering, random_embedder, tiny_llm, tool_llm
 from extemb_core.context.retrieval_heads import RetrievalHeads
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.retrieval_heads import N_HEADS, HeadsExperiment
-from extemb_core.evaluation.runs import run
+from extemb_core.evaluation.runs import read_record, run
 from extemb_core.evaluation.settings import HeadsConfig
 from extemb_core.models.config import ExtensibleEmbedderConfig
 
@@ -74,3 +76,10 @@ def test_heads_of_no_use_are_not_looked_for(make):
     sliding = tiny_llm("gemma2")
     with pytest.raises(ConfigError, match="see only a window of its text"):
         make([row("of 3")], sliding, entering(sliding))
+
+
+def test_the_heads_that_ship_are_those_of_their_record():
+    record = read_record(Path(__file__).parents[2] / "benchmarks/results/heads_joint.json")
+    shipped = resources.files("extemb_core") / "pretrained/smollm2-135m-joint/config.json"
+    assert json.loads(shipped.read_text(encoding="utf-8"))["retrieval_heads"] == record["summary"]["heads"]
+    assert record["summary"]["found"][-1] > record["summary"]["found_by_words"]
