@@ -47,7 +47,8 @@ class ExtensibleLM:
         llm: The frozen LLM.
         embedder: Made for that LLM.
         store: Where compressed documents are kept; in memory, 512 MiB, when not given.
-        scorer: Says how much a sentence has to do with the question, for plans by sentence; BM25 when not given.
+        scorer: Says how much a sentence has to do with the question, for plans by sentence. When not given, the LLM's
+            attention where the embedder names its `retrieval_heads`, with BM25, which is alone elsewhere.
 
     Attributes:
         refs: The documents that frameworks were handed refs of.
@@ -101,7 +102,8 @@ class ExtensibleLM:
             device: "auto" or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.
             adapt: Take an embedder for an LLM with other tensors too: see `ExtensibleEmbedder.from_pretrained`.
-            scorer: Says how much a sentence has to do with the question, for plans by sentence; BM25 when not given.
+            scorer: Says how much a sentence has to do with the question, for plans by sentence. When not given, the
+                LLM's attention where the embedder names its `retrieval_heads`, with BM25, which is alone elsewhere.
             engine: What writes the answers: "transformers", in this process, or "vllm", a server (docs/vllm.md).
             base_url: Of the vLLM server's API, such as "http://localhost:8000/v1".
             api_key: Of the vLLM server, if it has one.
@@ -373,9 +375,9 @@ class ExtensibleLM:
         plan: str | None = None,
         max_new_tokens: int = 256,
     ) -> Plan:
-        """Plan what would become of each document, without compressing or answering.
+        """Plan what would become of each document, without answering; `print(lm.plan(...).explain())` shows it.
 
-        `print(lm.plan(...).explain())` shows it.
+        Nothing is compressed either, unless the plan goes by where the LLM looks in the documents (see `scorer`).
         """
         messages, joined = as_messages(question), as_documents(documents)
         ranked = [*joined, *inline_documents(messages)]
@@ -393,7 +395,7 @@ class ExtensibleLM:
         plan: str | None = None,
         tools: Sequence[Tool] = (),
     ) -> int:
-        """Count the positions that a prompt takes, its documents and tools included; nothing is compressed.
+        """Count the positions that a prompt takes, its documents and tools included, planned as `plan` does.
 
         One that the window does not hold is counted too, with no position left for its documents.
         """

@@ -275,7 +275,10 @@ class ContextBuilder:
         if self.scorer is not None or looking is None:
             return plan_focus(question, split, room, ratios=ratios, select=select, scorer=self.scorer or bm25_scores)
         losses = sentence_losses("heads")
-        return plan_focus(question, split, room, ratios=ratios, select=select, scorer=looking, losses=losses)
+        plan = plan_focus(question, split, room, ratios=ratios, select=select, scorer=looking, losses=losses)
+        return replace(
+            plan, note=f"{plan.note}; ranked by where {self.llm.name} looks, and by words" if plan.note else ""
+        )
 
     def _looking(
         self, documents: Sequence[Document], split: Sequence[SplitDocument], room: int, fetched: _Fetched
