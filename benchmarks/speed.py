@@ -97,6 +97,8 @@ def table(report: dict[str, Any]) -> str:
                        ("plan", "first token, planned for the question / evenly")):  # fmt: skip
         if row := report.get(name):
             rows.append((what, f"{row['ratio']:.3f}x", f"<= {row['target']:.2f}x", row["met"]))
+        if row := (row or {}).get("next_question"):
+            rows.append((f"{what}, next one", f"{row['ratio']:.3f}x", f"<= {row['target']:.2f}x", row["met"]))
     for name, row in report.get("memory", {}).items():
         small, large = (size / 1e6 for size in row["bytes"])
         what = f"peak memory, {large:g} MB / {small:g} MB of text, {name.replace('_', ' ')}"

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
 from statistics import median
 from typing import Any
 
@@ -199,23 +201,27 @@ def first_token(lm: ExtensibleLM, text: str, *, embeddings: int, ratio: int, rou
 def planning(lm: ExtensibleLM, text: str, *, tokens: int, rounds: int) -> dict[str, Any]:
     """A plan for the question against an even one in as many positions, to the first token.
 
-    The document was compressed before; its sentences are found and indexed anew in each round, as for a new document.
+    The document was compressed before; its sentences are found, indexed and looked at anew in each round, as for a new
+    document. Beside them a question to a conversation about the document goes on, of which these are known.
     """
     document = Document(lm.llm.decode(lm.llm.encode(text)[:tokens].tolist()))
-    budget = tokens // 8 + 16
+    budget, going_on, number = tokens // 8 + 16, ExtensibleLM(lm.llm, lm.embedder, lm.store), count()
 
-    def asked(plan: str) -> Any:
-        scoring.index_of.cache_clear()
-        fresh = ExtensibleLM(lm.llm, lm.embedder, lm.store)  # which knows no sentences yet
-        return fresh.stream(
-            "What is said about names?", [document], budget=budget, plan=plan, max_new_tokens=1
-        ).finish()
+    def asked(plan: str, of: ExtensibleLM | None = None) -> Any:
+        if of is None:
+            scoring.index_of.cache_clear()
+            of = ExtensibleLM(lm.llm, lm.embedder, lm.store)  # which knows no sentences yet
+        question = f"What is said about names? Question {next(number)}."
+        return of.stream(question, [document], budget=budget, plan=plan, max_new_tokens=1).finish()
 
-    result = compare(alternate({name: lambda name=name: asked(name) for name in PLANS}, rounds), *PLANS, 1.05)
+    sides: dict[str, Callable[[], Any]] = {name: partial(asked, name) for name in PLANS}
+    samples = alternate(sides | {"next": partial(asked, "focus", going_on)}, rounds)
+    result = compare({name: samples[name] for name in PLANS}, *PLANS, 1.05)
     entries = {name: asked(name).context[0] for name in PLANS}
     return {
         "what": "ExtensibleLM.stream to the first token, document in the store, by plan",
         **result,
+        "next_question": compare({name: samples[name] for name in ("next", "even")}, "next", "even", 1.05),
         "positions": {name: entry.positions for name, entry in entries.items()},
         "fidelity": {name: entry.fidelity for name, entry in entries.items()},
         "document_tokens": entries["focus"].n_tokens,

@@ -367,6 +367,18 @@ def test_speed_report_is_whole(folders, tmp_path, monkeypatch, capsys):
     assert sys.executable not in out.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("models", ["untrained, at a layer above 0"], indirect=True)
+def test_the_report_of_planning_is_whole(models, tmp_path, capsys):
+    out = tmp_path / "speed.json"
+    script("speed").main([*models, "--quick", "--only", "plan", "--json", str(out)])
+    row = json.loads(out.read_text(encoding="utf-8"))["plan"]
+    assert set(row["fidelity"]) == {"focus", "even"}
+    assert row["n"] == row["next_question"]["n"] > 0
+    assert [line.split(" / ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "first token, planned for the question"
+    ] * 2
+
+
 def test_a_copied_passage_is_found_and_its_words_in_another_order_are_not(tmp_path, monkeypatch):
     words = [f"word{at}" for at in range(60)]
     train = [{"text": "Before it. " + " ".join(words[:30]).upper() + ", and after it."}]
