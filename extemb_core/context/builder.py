@@ -16,7 +16,7 @@ from extemb_core.context.assembly import ChatPrompt, Part
 from extemb_core.context.focus import Mode, SplitDocument, mode_of, plan_focus, sentence_losses
 from extemb_core.context.messages import Messages, inline_documents, question_in, with_slots
 from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, fidelity_of, plan_context
-from extemb_core.context.retrieval_heads import heads_of, ratio_to_look_at
+from extemb_core.context.retrieval_heads import heads_of
 from extemb_core.context.scoring import SentenceScorer, bm25_scores
 from extemb_core.context.spans import cover, split_into_sentences
 from extemb_core.documents import Document, ReferencedDocument
@@ -284,7 +284,11 @@ class ContextBuilder:
         self, documents: Sequence[Document], split: Sequence[SplitDocument], room: int, fetched: _Fetched
     ) -> SentenceScorer | None:
         """Return what scores sentences by the heads; None where there are none, or more text than room."""
-        heads, ratio = self._heads, ratio_to_look_at(split, room, self.embedder.config.ratios)
+        room = min(
+            room, self.llm.context_window // 2
+        )  # a room may be larger than the window, as of a budget for a part
+        heads = self._heads
+        ratio = heads and heads.ratio_for(split, room, self.embedder.config.ratios)
         if heads is None or ratio is None:
             return None
 

@@ -67,6 +67,19 @@ class RetrievalHeads:
         made[1].set_attn_implementation("eager")
         return made[0], made[1]
 
+    def ratio_for(self, documents: Sequence[SplitDocument], room: int, ratios: Sequence[int]) -> int | None:
+        """Choose the ratio at which documents are looked at: from 8 on, the finest that fits; None where none does.
+
+        They take no more than the room, so that to look takes no longer than to read what is then planned, and no more
+        than half of the window, as a room may be larger than that.
+        """
+        most = min(room, self.llm.context_window // 2)
+        for ratio in ratios:
+            positions = [compressed_positions(one.n_tokens, ratio, one.chunk_size) + one.overhead for one in documents]
+            if ratio >= max([_LOOK_RATIO, *(one.finest for one in documents)]) and sum(positions) <= most:
+                return ratio
+        return None
+
     @torch.no_grad()
     def look(self, question: str, parts: Sequence[Part]) -> Array:
         """Return the share of each head's attention that each position of compressed text gets: (heads, N).
@@ -104,7 +117,7 @@ class RetrievalHeads:
             sentences: (U,) those of all documents.
             documents: Which they are.
             texts: The documents compressed, at `ratio` or finer.
-            ratio: Of what is looked at; see `ratio_to_look_at`.
+            ratio: Of what is looked at; see `ratio_for`.
         """
         read = [(one, text) for one, text in zip(documents, texts, strict=True) if one.n_tokens]
         parts: list[Part] = [part for _, text in read for part in (DOCUMENT_SEPARATOR, text.at_ratio(ratio).part)]
@@ -134,18 +147,6 @@ def heads_of(llm: LLM, embedder: ExtensibleEmbedder) -> RetrievalHeads | None:
     if not heads or not there or llm.has_sliding_window or type(llm) is not LLM:  # a server's layers are not here
         return None
     return RetrievalHeads(llm, embedder.config.entry_layer, heads)
-
-
-def ratio_to_look_at(documents: Sequence[SplitDocument], room: int, ratios: Sequence[int]) -> int | None:
-    """Choose the ratio at which documents are looked at: the finest from 8 on that the room holds; None without one.
-
-    So looking takes no longer than reading what is then planned.
-    """
-    for ratio in ratios:
-        positions = [compressed_positions(one.n_tokens, ratio, one.chunk_size) + one.overhead for one in documents]
-        if ratio >= max([_LOOK_RATIO, *(one.finest for one in documents)]) and sum(positions) <= room:
-            return ratio
-    return None
 
 
 def _share(scores: Array) -> Array:

@@ -31,7 +31,7 @@ from torch import Tensor
 from extemb_core.context.assembly import Part
 from extemb_core.context.builder import parts_of
 from extemb_core.context.focus import SplitDocument, plan_focus, sentence_losses
-from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of, ratio_to_look_at
+from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of
 from extemb_core.context.scoring import bm25_scores
 from extemb_core.context.spans import Sentences, split_into_sentences
 from extemb_core.errors import ConfigError
@@ -214,7 +214,7 @@ class Forms:
         ]
         ratios = [ratio for ratio in config.ratios if ratio >= finest]
         room = budget + len(separator)
-        ratio = ratio_to_look_at(documents, room, config.ratios)
+        ratio = self._heads and self._heads.ratio_for(documents, room, config.ratios)
         scorer, losses = bm25_scores, sentence_losses()
         if self._heads is not None and ratio is not None:
             scorer = partial(self._heads.scores, documents=documents, texts=self._recent_texts, ratio=ratio)

@@ -21,7 +21,7 @@ import numpy as np
 from extemb_core.context.assembly import Part, assemble_chat
 from extemb_core.context.builder import parts_of
 from extemb_core.context.focus import FIDELITIES, SentenceLosses, SplitDocument, added_by_second
-from extemb_core.context.retrieval_heads import heads_of, ratio_to_look_at
+from extemb_core.context.retrieval_heads import heads_of
 from extemb_core.context.scoring import bm25_scores, ranks
 from extemb_core.context.spans import Array, split_into_sentences
 from extemb_core.errors import ConfigError
@@ -118,10 +118,11 @@ class PlanExperiment(Experiment):
 
     def _scores(self, question: str, document: SplitDocument, compressed: Compressed) -> Array:
         """Rank as plans do: by retrieval heads too, where the embedder names any."""
-        texts, ratio = document.sentences.texts, ratio_to_look_at([document], document.n_tokens, self.config.ratios)
-        if self._heads is None or ratio is None:
+        texts, heads = document.sentences.texts, self._heads
+        ratio = heads and heads.ratio_for([document], document.n_tokens, self.config.ratios)
+        if heads is None or ratio is None:
             return np.array(bm25_scores(question, texts))
-        return np.array(self._heads.scores(question, texts, [document], [compressed], ratio))
+        return np.array(heads.scores(question, texts, [document], [compressed], ratio))
 
     def _drawn(self, scores: Array, number: int, draw: np.random.Generator) -> Array:
         """Draw the fidelity of each sentence: by itself, or by rank, in turn."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tiny import SENTENCES, entering, tiny_llm, tool_llm
 from extemb_core import ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.context.focus import SplitDocument
-from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of, of_sentences, ratio_to_look_at
+from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of, of_sentences
 from extemb_core.context.spans import Sentences, split_into_sentences
 from extemb_core.documents import Document
 from extemb_core.errors import ConfigError
@@ -80,6 +82,26 @@ def test_what_was_looked_at_is_not_read_again_for_another_question(llm, embedder
     hook.remove()
 
 
+def test_looking_leaves_the_llm_as_it_is(llm, embedder):
+    before = {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
+    model = llm.reading_model(1)
+    attention, n_layers = llm.model.config._attn_implementation, len(llm.model.base_model.layers)
+    RetrievalHeads(llm, 1, [[1, 0]]).look(QUESTION, [part(embedder, SENTENCES, 8)])
+    for other in (llm.model, model, llm.reading_model(1)):
+        assert other.config._attn_implementation == attention != "eager"
+        assert len(other.base_model.layers) == n_layers
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llm.model.state_dict().items())
+
+
+def test_several_threads_may_look_at_once(llm, embedder):
+    heads, parts = RetrievalHeads(llm, 1, HEADS), [[part(embedder, SENTENCES[at:], 4)] for at in range(4)]
+    expected = [attention(llm, one, QUESTION) for one in parts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            for seen, one in zip(pool.map(lambda one: heads.look(QUESTION, one), parts), expected, strict=True):
+                np.testing.assert_allclose(seen, one, atol=1e-5)
+
+
 def test_what_positions_get_goes_to_the_sentences_of_their_tokens():
     one, other = (Sentences(np.array(borders), "", np.zeros(0)) for borders in ([0, 3, 10], [0, 6]))
     # Chunks of 8 at ratio 4: positions of 4 and 4, then of 2 tokens; the other document of 4 and 2.
@@ -105,10 +127,11 @@ def split(n_tokens, finest=2, overhead=3):
 @pytest.mark.parametrize(
     ("room", "finest", "expected"), [(100, 2, 8), (46, 2, 8), (45, 2, 16), (26, 2, 16), (25, 2, None), (100, 16, 16)]
 )
-def test_documents_are_looked_at_in_no_more_positions_than_they_may_take(room, finest, expected):
+def test_documents_are_looked_at_in_no_more_positions_than_they_may_take(llm, room, finest, expected):
+    heads = RetrievalHeads(llm, 1, HEADS)
     # 64 and 256 tokens with 3 positions each besides: 8 + 32 + 6 at ratio 8.
-    assert ratio_to_look_at([split(64), split(256, finest)], room, RATIOS) == expected
-    assert ratio_to_look_at([], room, RATIOS) == 8
+    assert heads.ratio_for([split(64), split(256, finest)], room, RATIOS) == expected
+    assert heads.ratio_for([], room, RATIOS) == 8
 
 
 def test_heads_are_looked_at_where_the_llm_has_them(llm, embedder):
@@ -202,6 +225,15 @@ def test_nothing_is_looked_at_where_all_fits_or_nothing_would(llm, embedder, loo
     assert calls == []
     lm.ask(QUESTION, [document, Document(" ")], budget=n // 4, max_new_tokens=1)
     assert len(calls) == 1
+
+
+def test_no_more_is_looked_at_than_half_the_window_holds(llm, embedder, looked):
+    calls, _ = looked
+    lm, document = ExtensibleLM(llm, embedder), Document(SENTENCES * 60)
+    n = lm.builder.n_tokens(document)
+    lm.builder.plan([document], n // 2, "auto", question=QUESTION)
+    assert [seen <= llm.context_window // 2 for _, seen in calls] == [True]
+    assert n // 8 > llm.context_window // 2  # so that ratio 8 was too fine
 
 
 class Counted(MemoryStore):
