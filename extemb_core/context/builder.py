@@ -288,7 +288,7 @@ class ContextBuilder:
             room, self.llm.context_window // 2
         )  # a room may be larger than the window, as of a budget for a part
         heads = self._heads
-        ratio = heads and heads.ratio_for(split, room, self.embedder.config.ratios)
+        ratio = heads.ratio_for(split, room, self.embedder.config.ratios) if heads is not None else None
         if heads is None or ratio is None:
             return None
 

@@ -214,7 +214,7 @@ class Forms:
         ]
         ratios = [ratio for ratio in config.ratios if ratio >= finest]
         room = budget + len(separator)
-        ratio = self._heads and self._heads.ratio_for(documents, room, config.ratios)
+        ratio = None if self._heads is None else self._heads.ratio_for(documents, room, config.ratios)
         scorer, losses = bm25_scores, sentence_losses()
         if self._heads is not None and ratio is not None:
             scorer = partial(self._heads.scores, documents=documents, texts=self._recent_texts, ratio=ratio)

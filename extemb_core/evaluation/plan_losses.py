@@ -119,7 +119,7 @@ class PlanExperiment(Experiment):
     def _scores(self, question: str, document: SplitDocument, compressed: Compressed) -> Array:
         """Rank as plans do: by retrieval heads too, where the embedder names any."""
         texts, heads = document.sentences.texts, self._heads
-        ratio = heads and heads.ratio_for([document], document.n_tokens, self.config.ratios)
+        ratio = heads.ratio_for([document], document.n_tokens, self.config.ratios) if heads is not None else None
         if heads is None or ratio is None:
             return np.array(bm25_scores(question, texts))
         return np.array(heads.scores(question, texts, [document], [compressed], ratio))
