@@ -53,4 +53,9 @@ def serve(**settings: Any) -> None:
 
         lm = given.load(store=given.store)
         with suppress(KeyboardInterrupt):  # the way to stop it
-            serve(lm, given, encoder=given.encoder, on_bound=lambda url: print_note(f"listening at {url}/v1"))
+            serve(
+                lm,
+                given,
+                encoder=given.encoder,
+                on_bound=lambda url: print_note(f"chat page at {url}/, API listening at {url}/v1"),
+            )

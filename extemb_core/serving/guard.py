@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 import time
@@ -117,7 +118,9 @@ class Guard:
             self._metrics.requests.labels(route, str(status)).inc()
             seconds = round(time.perf_counter() - start, 4)
             told = {"id": record.id, "method": scope["method"], "route": route, "status": status, "seconds": seconds}
-            logger.info("request", extra={"fields": {**told, "owner": record.owner, **record.fields}})
+            is_part = scope["path"].startswith(f"{PAGE}/_")  # of the page, which has many
+            level = logging.DEBUG if is_part else logging.INFO
+            logger.log(level, "request", extra={"fields": {**told, "owner": record.owner, **record.fields}})
 
     def _check(self, path: str, headers: Headers, record: Record) -> None:
         """Refuse who has no key, and pages of other sites that reach a server without keys by a name of theirs."""

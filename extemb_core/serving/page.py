@@ -43,13 +43,20 @@ _STEP = 16  # positions by which documents are cut shorter until they fit with t
 _OPENING_SECONDS = 0.3  # until a dialog is there
 _PASSAGE = re.compile(r":\d+-\d+$")  # of a document's source
 _WAYS = {"compressed": "Compressed", "truncated": "Truncated", "full": "Full text"}
+_HINT = (
+    "Drop in documents at the left (behind the menu on a narrow screen), then ask about them. Each answer quotes what "
+    "it was made from; a quote opens the document at its place. A language model answers: check it there."
+)
 _STYLE = """
-.answer, .question { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 72ch }
+.answer, .question, .hint { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 72ch }
 .question { align-self: flex-end; padding: .6rem .9rem; border-radius: .8rem; background: rgba(86, 180, 233, .25) }
 .way { flex: 1 1 15rem; min-width: 0 }
 .asking { background: #fff }
+.asking textarea { max-height: 40vh }
 .body--dark .asking { background: #121212 }
-.quote { font-style: italic; overflow-wrap: anywhere }
+.quote { font-style: italic; overflow-wrap: anywhere; text-decoration: underline dotted; text-underline-offset: .2em }
+.q-uploader__subtitle { display: none }
+.q-uploader__list { min-height: 0; padding: 0 }
 """
 
 _service: Service  # NiceGUI has one application for a process, and so one model is behind its pages
@@ -100,6 +107,7 @@ class _Visit:
             _icon("contrast", "Dark or light", lambda: dark.set_value(not dark.value), "white")
         with ui.left_drawer(bordered=True).props("width=340 breakpoint=700") as self._drawer:
             self._documents_panel()
+        self._hint = ui.label(_HINT).classes("hint q-pa-md")
         self._conversation = ui.column().classes("full-width q-pa-md q-gutter-md").props("role=log aria-live=polite")
         with ui.footer().classes("asking"), ui.row().classes("full-width items-end no-wrap"):
             self._question = (
@@ -126,6 +134,7 @@ class _Visit:
         window = self._service.lm.llm.context_window
         most = max(_MIN_BUDGET, window - self._service.settings.max_new_tokens)
         ui.label("Positions for documents").classes("text-subtitle2 q-mt-md")
+        ui.label("Room in what the LLM reads at once: less is quicker, more says more").classes("text-caption")
         self._budget = ui.slider(
             min=_MIN_BUDGET, max=most, step=_BUDGET_STEP, value=min(_USUAL_BUDGET, most)
         ).props("label aria-label='Positions for documents'")  # fmt: skip
@@ -199,14 +208,17 @@ class _Visit:
                     read = read_document(file)
                 except DocumentError as error:
                     raise DocumentError(str(error).replace(str(file), file.name)) from error
+                if not read.text.strip():
+                    raise DocumentError(f"{file.name} holds no text to ask about; pass another file")
             self._workspace.add([TextDocument(text=read.text, title=read.title, id=file.name)])
 
         try:
             await self._change(add)
-            event.sender.reset()
         except (ExtembError, ApiError, OSError) as error:
             ui.notify(str(error), type="negative", multi_line=True, timeout=0, close_button="Close")
             return
+        finally:
+            event.sender.reset()
         await self._refresh()
 
     async def _remove(self, name: str) -> None:
@@ -234,6 +246,7 @@ class _Visit:
             await asyncio.wait([self._task])
         self._messages.clear()
         self._conversation.clear()
+        self._hint.set_visibility(True)
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -242,6 +255,9 @@ class _Visit:
     def _ask(self) -> None:
         question = self._question.value.strip()
         if not question or self._task is not None or self._owner is None:
+            return
+        if not self._tokens:
+            ui.notify("Add a document first: it is what the answer is made from", type="warning")
             return
         self._question.set_value("")
         self._task = asyncio.create_task(self._answer(question))
@@ -252,6 +268,7 @@ class _Visit:
         messages = [*self._messages, {"role": "user", "content": question}]
         ways = list(_WAYS) if self._compare.value else ["compressed"]
         try:
+            self._hint.set_visibility(False)
             with self._conversation:
                 ui.label(question).classes("question")
                 row = ui.row().classes("full-width")
@@ -331,8 +348,10 @@ class _Visit:
         taken = sum(entry.positions for entry in answer.context)
         tokens = sum(entry.n_tokens for entry in answer.context)
         first = answer.seconds.get("first_token", 0)
+        read = {entry.fidelity for entry in answer.context}
+        how = ", all in full" if read == {"raw"} else ""
         ui.label(
-            f"{tokens:,} tokens of documents in {taken:,} positions · first token after {first:.2f} s"
+            f"{tokens:,} tokens of documents in {taken:,} positions{how} · first token after {first:.2f} s"
         ).classes("text-caption")  # fmt: skip
         if answer.dropped:
             ui.label(f"Left out: {', '.join(entry.source for entry in answer.dropped)}").classes("text-caption")

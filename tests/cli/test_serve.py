@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 
 import httpx
@@ -30,7 +31,8 @@ def test_it_serves_until_it_is_stopped(tmp_path, stop):
     stdout, stderr = process.communicate()
     assert (stdout, process.returncode) == ("", 0 if stop == signal.SIGINT else -signal.SIGTERM)
     first, *lines = stderr.splitlines()
-    assert first.startswith("listening at http://127.0.0.1:")
+    page, api = re.fullmatch(r"chat page at (\S+), API listening at (\S+)", first).groups()
+    assert api == url == f"{page}v1"
     (told,) = [line for line in map(json.loads, lines) if line["message"] == "request"]
     assert (told["level"], told["route"], told["status"]) == ("info", "/v1/chat/completions", 200)
     assert told["time"].endswith("+00:00")

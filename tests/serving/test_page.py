@@ -52,6 +52,7 @@ def running(model, data, keys=""):
     process.send_signal(SIGTERM)
     said = process.communicate()[1]
     assert process.returncode == -SIGTERM
+    assert "/_nicegui/" not in said
     assert not [line for line in said.splitlines() if "Traceback" in line or '"level": "error"' in line]
 
 
@@ -138,6 +139,34 @@ def test_what_cannot_be_read_is_said(url, opened):
     said = page.get_by_role("alert").first.inner_text()
     assert "\na.pdf is a damaged PDF" in said
     assert tempfile.gettempdir() not in said
+
+
+def test_a_file_without_text_is_not_added(url, opened):
+    page = opened(url)
+    page.set_input_files("input[type=file]", {"name": "empty.txt", "mimeType": "text/plain", "buffer": b" "})
+    page.get_by_text("empty.txt holds no text to ask about").wait_for()
+    assert not page.get_by_label("Remove empty.txt").count()
+
+
+def test_a_question_without_a_document_stays_where_it_is(model, tmp_path, opened):
+    with running(model, tmp_path) as url:
+        page = opened(url)
+        page.get_by_text("Drop in documents").wait_for()
+        page.get_by_label("Question").fill(QUESTION)
+        page.keyboard.press("Enter")
+        page.get_by_text("Add a document first").wait_for()
+        assert page.get_by_label("Question").input_value() == QUESTION
+        drop(page, "ships.txt", SENTENCES)
+        ask(page, QUESTION)
+        assert not page.get_by_text("Drop in documents").is_visible()
+
+
+def test_a_long_question_leaves_its_button_in_sight(url, opened):
+    page = opened(url)
+    page.get_by_label("Question").fill("Why? " * 4000)
+    box = page.get_by_label("Ask", exact=True).bounding_box()
+    assert box["y"] > 0
+    assert page.get_by_label("Question").bounding_box()["height"] < 0.5 * page.viewport_size["height"]
 
 
 def test_documents_of_a_key_are_behind_it(model, tmp_path, opened):
