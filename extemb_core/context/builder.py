@@ -274,7 +274,7 @@ class ContextBuilder:
         select, looking = mode == "select", self._looking(documents, split, room, fetched)
         if self.scorer is not None or looking is None:
             return plan_focus(question, split, room, ratios=ratios, select=select, scorer=self.scorer or bm25_scores)
-        losses = sentence_losses("heads")
+        losses = sentence_losses(by_heads=True)
         plan = plan_focus(question, split, room, ratios=ratios, select=select, scorer=looking, losses=losses)
         return replace(
             plan, note=f"{plan.note}; ranked by where {self.llm.name} looks, and by words" if plan.note else ""

@@ -27,6 +27,7 @@ from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
 
 _LEAST_LOSS = 1e-6  # per token
+_SCATTERED = 0.2  # what the second sentence adds; above it the answer is in more places than a ranking by words finds
 _EXCERPT_CHARS = 200  # more than is shown, as some may be white space
 
 Mode = Literal["focus", "select", "even"]
@@ -48,8 +49,7 @@ class SentenceLosses:
             those below; then those that have nothing to do with the question.
         trust: Borders between levels of trust in the ranking: what the second sentence adds (see `words_added`).
         losses: (levels, classes, F) for each of `FIDELITIES`; of the last two classes per hundred of their own tokens.
-        alike_above: What the second sentence adds; above it the answer stands in more places than the ranking finds,
-            and every token counts alike (docs/experiments.md).
+        alike_above: What the second sentence adds; above it every token counts alike (docs/experiments.md).
     """
 
     ranks: tuple[int, ...]
@@ -71,12 +71,12 @@ class SentenceLosses:
 
 
 @cache
-def sentence_losses(ranking: Literal["words", "heads"] = "words") -> SentenceLosses:
-    """Load the losses that ship: for a ranking by words alone, or by retrieval heads too."""
+def sentence_losses(*, by_heads: bool = False) -> SentenceLosses:
+    """Load the losses that ship: for sentences ranked by words alone, or by retrieval heads too."""
     text = (resources.files("extemb_core") / "pretrained" / "focus.json").read_text(encoding="utf-8")
-    values: dict[str, Any] = json.loads(text)[ranking]
-    losses = np.array(values["losses"])
-    return SentenceLosses(tuple(values["ranks"]), tuple(values["trust"]), losses, values.get("alike_above", math.inf))
+    values: dict[str, Any] = json.loads(text)
+    losses, alike_above = np.array(values["losses"]), math.inf if by_heads else _SCATTERED
+    return SentenceLosses(tuple(values["ranks"]), tuple(values["trust"]), losses, alike_above)
 
 
 def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> float:

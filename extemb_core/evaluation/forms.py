@@ -218,7 +218,7 @@ class Forms:
         scorer, losses = bm25_scores, sentence_losses()
         if self._heads is not None and ratio is not None:
             scorer = partial(self._heads.scores, documents=documents, texts=self._recent_texts, ratio=ratio)
-            losses = sentence_losses("heads")
+            losses = sentence_losses(by_heads=True)
         plans = plan_focus(question, documents, room, ratios=ratios, scorer=scorer, losses=losses).documents
         ids = [self._ids[name] for name in passages]
         parts = [
