@@ -276,17 +276,13 @@ class ContextBuilder:
             return plan_focus(question, split, room, ratios=ratios, select=select, scorer=self.scorer or bm25_scores)
         losses = sentence_losses(by_heads=True)
         plan = plan_focus(question, split, room, ratios=ratios, select=select, scorer=looking, losses=losses)
-        return replace(
-            plan, note=f"{plan.note}; ranked by where {self.llm.name} looks, and by words" if plan.note else ""
-        )
+        by = f"; ranked by where {self.llm.name} looks, and by words"
+        return replace(plan, note=plan.note and plan.note + by)
 
     def _looking(
         self, documents: Sequence[Document], split: Sequence[SplitDocument], room: int, fetched: _Fetched
     ) -> SentenceScorer | None:
         """Return what scores sentences by the heads; None where there are none, or more text than room."""
-        room = min(
-            room, self.llm.context_window // 2
-        )  # a room may be larger than the window, as of a budget for a part
         heads = self._heads
         ratio = heads.ratio_for(split, room, self.embedder.config.ratios) if heads is not None else None
         if heads is None or ratio is None:
