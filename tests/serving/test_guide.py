@@ -26,5 +26,5 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
         variables["client"].close()
     answer, positions, fidelity = capsys.readouterr().out.strip().splitlines()
     assert "Python" in answer
-    assert 100 < int(positions.split()[0]) < 400
+    assert 100 < int(positions.split()[0]) < 800
     assert fidelity == "8"
