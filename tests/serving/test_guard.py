@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 pytest.importorskip("fastapi")
@@ -40,3 +42,25 @@ async def test_a_websocket_of_another_page_is_closed(keys, host, origin, opened)
     await guard({"type": "websocket", "path": "/chat/_nicegui_ws", "headers": headers}, None, send)
     assert bool(reached) is opened
     assert sent == ([] if opened else [{"type": "websocket.close", "code": 1008}])
+
+
+@pytest.mark.parametrize(
+    ("path", "level"),
+    [("/chat/", logging.INFO), ("/chat/_nicegui/3/quasar.css", logging.DEBUG), ("/v1/models", logging.INFO)],
+)
+async def test_what_a_page_is_made_of_is_logged_when_debugging(monkeypatch, path, level):
+    logged = []
+    monkeypatch.setattr("extemb_core.serving.guard.logger.log", lambda level, *words, **more: logged.append(level))
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        pass
+
+    guard = Guard(app, ServerSettings(), Metrics())
+    await guard({"type": "http", "method": "GET", "path": path, "headers": [(b"host", b"localhost")]}, receive, send)
+    assert logged == [level]
