@@ -38,7 +38,7 @@ class ReadDocuments:
     Attributes:
         parts: Of each document: its heading if it gets one, then its text or embeddings; nothing where it is dropped.
         context: What became of each.
-        seconds: That compressing took.
+        seconds: That planning and compressing took.
     """
 
     parts: Sequence[Sequence[Part]]
@@ -271,29 +271,23 @@ class ContextBuilder:
             for document, positions, limit in zip(documents, overhead, map(_finest_of, documents), strict=True)
         ]
         ratios = [value for value in config.ratios if value >= config.kept_ratio]
-        select, looking = mode == "select", self._looking(documents, split, room, fetched)
-        if self.scorer is not None or looking is None:
-            return plan_focus(question, split, room, ratios=ratios, select=select, scorer=self.scorer or bm25_scores)
-        losses = sentence_losses(by_heads=True)
-        plan = plan_focus(question, split, room, ratios=ratios, select=select, scorer=looking, losses=losses)
-        by = f"; ranked by where {self.llm.name} looks, and by words"
+        looking = None
+        if self._heads is not None and self.scorer is None:
+            looking = self._heads.scorer(
+                split, room, config.ratios, lambda: self._fetched_for(documents, split, fetched)
+            )
+        scorer, losses = self.scorer or looking or bm25_scores, sentence_losses(by_heads=looking is not None)
+        plan = plan_focus(question, split, room, ratios=ratios, select=mode == "select", scorer=scorer, losses=losses)
+        by = f"; ranked by where {self.llm.name} looks, and by words" if looking is not None else ""
         return replace(plan, note=plan.note and plan.note + by)
 
-    def _looking(
-        self, documents: Sequence[Document], split: Sequence[SplitDocument], room: int, fetched: _Fetched
-    ) -> SentenceScorer | None:
-        """Return what scores sentences by the heads; None where there are none, or more text than room."""
-        heads = self._heads
-        ratio = heads.ratio_for(split, room, self.embedder.config.ratios) if heads is not None else None
-        if heads is None or ratio is None:
-            return None
-
-        def scores(question: str, sentences: Sequence[str]) -> list[float]:
-            keys = [(document.ref, one.finest) for document, one in zip(documents, split, strict=True)]
-            self._fetch({key: document.text for key, document in zip(keys, documents, strict=True)}, fetched)
-            return heads.scores(question, sentences, split, [fetched.texts[key] for key in keys], ratio)
-
-        return scores
+    def _fetched_for(
+        self, documents: Sequence[Document], split: Sequence[SplitDocument], fetched: _Fetched
+    ) -> list[Compressed]:
+        """Return documents compressed at their finest ratio."""
+        keys = [(document.ref, one.finest) for document, one in zip(documents, split, strict=True)]
+        self._fetch({key: document.text for key, document in zip(keys, documents, strict=True)}, fetched)
+        return [fetched.texts[key] for key in keys]
 
     def _grid_of(self, document: Document) -> int:
         """Return the ratio that a document is stored at for spans of it."""

@@ -6,7 +6,7 @@ those whose greatest attention, at the position from which an answer comes, is m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat
 from extemb_core.context.focus import SplitDocument
-from extemb_core.context.scoring import bm25_scores
+from extemb_core.context.scoring import SentenceScorer, bm25_scores
 from extemb_core.context.spans import Array, Sentences
 from extemb_core.models.chunks import chunk_lengths, compressed_positions
 from extemb_core.models.compressed import Compressed
@@ -101,6 +101,24 @@ class RetrievalHeads:
         looks = torch.stack([shown[layer][0, head, -1, inside] for layer, head in self.heads]).float()
         shares: Array = (looks / looks.sum(1, keepdim=True).clamp(min=1e-9)).cpu().numpy()
         return shares
+
+    def scorer(
+        self,
+        documents: Sequence[SplitDocument],
+        room: int,
+        ratios: Sequence[int],
+        compressed: Callable[[], Sequence[Compressed]],
+    ) -> SentenceScorer | None:
+        """Return what scores the sentences of documents by `scores`; None where the room is too small to look at them.
+
+        Args:
+            documents, room, ratios: See `ratio_for`.
+            compressed: Returns the documents compressed, when they are looked at.
+        """
+        ratio = self.ratio_for(documents, room, ratios)
+        if ratio is None:
+            return None
+        return lambda question, sentences: self.scores(question, sentences, documents, compressed(), ratio)
 
     def scores(
         self,

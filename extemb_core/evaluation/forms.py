@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -214,11 +213,11 @@ class Forms:
         ]
         ratios = [ratio for ratio in config.ratios if ratio >= finest]
         room = budget + len(separator)
-        ratio = None if self._heads is None else self._heads.ratio_for(documents, room, config.ratios)
-        scorer, losses = bm25_scores, sentence_losses()
-        if self._heads is not None and ratio is not None:
-            scorer = partial(self._heads.scores, documents=documents, texts=self._recent_texts, ratio=ratio)
-            losses = sentence_losses(by_heads=True)
+        looking = None
+        if self._heads is not None:
+            looking = self._heads.scorer(documents, room, config.ratios, lambda: self._recent_texts)
+        losses = sentence_losses(by_heads=looking is not None)
+        scorer = looking or bm25_scores
         plans = plan_focus(question, documents, room, ratios=ratios, scorer=scorer, losses=losses).documents
         ids = [self._ids[name] for name in passages]
         parts = [

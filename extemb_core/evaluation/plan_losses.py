@@ -44,16 +44,28 @@ _STEP = 0.001
 _TURNS = 60
 
 
-def drawn_by_source(rows: Sequence[Question], config: CommonConfig) -> list[int]:
-    """Draw rows at random, `limit` at most, as many of each source (the id up to its colon) as there are."""
-    by_source: dict[str, list[int]] = defaultdict(list)
-    for at in np.random.default_rng(config.seed).permutation(len(rows)).tolist():
-        by_source[rows[at].id.split(":")[0]].append(at)
-    turns = zip_longest(*[of_source for _, of_source in sorted(by_source.items())])
-    return [at for turn in turns for at in turn if at is not None][: config.limit]
+class DrawnQuestions(Experiment):
+    """Draws questions at random, `limit` at most, as many of each source (the id up to its colon) as there are."""
+
+    def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder) -> None:
+        super().__init__(config, llm, embedder)
+        self.config = config
+        self._embedder = embedder
+        self._rows = read_questions(config.data, unique=False)
+        self._questions = {f"{at} {self._rows[at].id}": at for at in self._drawn_by_source()}
+
+    def _drawn_by_source(self) -> list[int]:
+        by_source: dict[str, list[int]] = defaultdict(list)
+        for at in np.random.default_rng(self.config.seed).permutation(len(self._rows)).tolist():
+            by_source[self._rows[at].id.split(":")[0]].append(at)
+        turns = zip_longest(*[rows for _, rows in sorted(by_source.items())])
+        return [at for turn in turns for at in turn if at is not None][: self.config.limit]
+
+    def groups(self) -> list[list[str]]:
+        return groups_of([*self._questions], self.config.batch_size)
 
 
-class PlanExperiment(Experiment):
+class PlanExperiment(DrawnQuestions):
     """Puts questions under random plans, and fits the table.
 
     Raises:
@@ -66,14 +78,7 @@ class PlanExperiment(Experiment):
         if embedder is None or not embedder.config.entry_layer:
             raise ConfigError("a plan of spans needs an embedder that enters above layer 0; pass one with --embedder")
         super().__init__(config, llm, embedder)
-        self.config = config
-        self._embedder = embedder
         self._heads = heads_of(llm, embedder)
-        self._rows = read_questions(config.data, unique=False)
-        self._questions = {f"{at} {self._rows[at].id}": at for at in drawn_by_source(self._rows, config)}
-
-    def groups(self) -> list[list[str]]:
-        return groups_of([*self._questions], self.config.batch_size)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
         for name in group:
@@ -118,11 +123,10 @@ class PlanExperiment(Experiment):
 
     def _scores(self, question: str, document: SplitDocument, compressed: Compressed) -> Array:
         """Rank as plans do: by retrieval heads too, where the embedder names any."""
-        texts, heads = document.sentences.texts, self._heads
-        ratio = heads.ratio_for([document], document.n_tokens, self.config.ratios) if heads is not None else None
-        if heads is None or ratio is None:
-            return np.array(bm25_scores(question, texts))
-        return np.array(heads.scores(question, texts, [document], [compressed], ratio))
+        ratios, scorer = self.config.ratios, None
+        if self._heads is not None:
+            scorer = self._heads.scorer([document], document.n_tokens, ratios, lambda: [compressed])
+        return np.array((scorer or bm25_scores)(question, document.sentences.texts))
 
     def _drawn(self, scores: Array, number: int, draw: np.random.Generator) -> Array:
         """Draw the fidelity of each sentence: by itself, or by rank, in turn."""

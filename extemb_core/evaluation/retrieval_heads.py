@@ -15,19 +15,19 @@ from extemb_core.context.retrieval_heads import RetrievalHeads, of_sentences
 from extemb_core.context.scoring import bm25_scores
 from extemb_core.context.spans import split_into_sentences
 from extemb_core.errors import ConfigError
-from extemb_core.evaluation.plan_losses import drawn_by_source
-from extemb_core.evaluation.runs import Experiment, Sample, groups_of
+from extemb_core.evaluation.plan_losses import DrawnQuestions
+from extemb_core.evaluation.runs import Sample
 from extemb_core.evaluation.settings import HeadsConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.questions import Question, read_questions
+from extemb_core.questions import Question
 
 N_HEADS = 8
 _MIN_SENTENCES = 3
 _MOST_HOLD = 1 / 3  # of the sentences: an answer that stands in more says nothing about where a head looks
 
 
-class HeadsExperiment(Experiment):
+class HeadsExperiment(DrawnQuestions):
     """Reads texts with their questions, and ranks the heads.
 
     Raises:
@@ -42,14 +42,7 @@ class HeadsExperiment(Experiment):
         if llm.has_sliding_window:
             raise ConfigError(f"{llm.name} has layers that see only a window of its text; plans go by words with it")
         super().__init__(config, llm, embedder)
-        self.config = config
-        self._embedder = embedder
         self._heads = RetrievalHeads(llm, embedder.config.entry_layer)
-        self._rows = read_questions(config.data, unique=False)
-        self._questions = {f"{at} {self._rows[at].id}": at for at in drawn_by_source(self._rows, config)}
-
-    def groups(self) -> list[list[str]]:
-        return groups_of([*self._questions], self.config.batch_size)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
         for name in group:
