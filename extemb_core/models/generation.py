@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,8 @@ class StreamedRow:
         prompt: (T, D) embeddings, ids, or ids with states.
         sampling: How its tokens are chosen.
         on_piece: Is handed each piece of its text as it comes, and None at its end, in the generating thread.
-        cancelled: When it is set, the row ends at the next token; the others go on.
+        cancelled: When it is set, the row ends at the next token; the others go on. Where nobody waits for any
+            of the batch, it ends at the next layer, be it in the middle of a long prompt.
         result: Filled with the whole of it as the stream goes on.
     """
 
@@ -230,13 +232,22 @@ def stream_batch(llm: LLM, rows: Sequence[StreamedRow]) -> None:
                 _hand_on(row, text, token)
         return torch.tensor([text.ended for text in texts], device=input_ids.device)
 
+    def nobody_waits() -> bool:
+        return all(text.ended or row.cancelled.is_set() for row, text in zip(rows, texts, strict=True))
+
     prompts = [row.prompt for row in rows]
-    _run(llm, *llm.batch_inputs(prompts), samplings, _text_of(prompts), step)
+    try:
+        inputs = llm.batch_inputs(prompts, is_stopped=nobody_waits)
+        _run(llm, *inputs, samplings, _text_of(prompts), step)
+    except CancelledError:
+        for row, text in zip(rows, texts, strict=True):
+            if not text.ended:
+                _hand_on(row, text, None)
 
 
-def _hand_on(row: StreamedRow, text: _StreamedText, token: int) -> None:
-    """Tell a row's reader what a token adds, and the end if it is one."""
-    if row.cancelled.is_set():
+def _hand_on(row: StreamedRow, text: _StreamedText, token: int | None) -> None:
+    """Tell a row's reader what a token adds, and the end if it is one; of a row that is cancelled, the end."""
+    if token is None or row.cancelled.is_set():
         text.cancel()
     else:
         piece = text.add(token)

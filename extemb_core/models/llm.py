@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -32,6 +32,7 @@ from extemb_core.models import generation
 from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, reading_model
 from extemb_core.models.reader_lora import merge_reader
+from extemb_core.models.stoppable import StoppableCache
 from extemb_core.models.tokenization import TextEncoder
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import name_or_path
@@ -281,12 +282,15 @@ class LLM(TextEncoder):
             return torch.cat([prompt.to(self.device, self.dtype), self.embed(ids)])
         return [*prompt, *ids]
 
-    def batch_inputs(self, prompts: Sequence[PromptInputs], own: int = 1) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def batch_inputs(
+        self, prompts: Sequence[PromptInputs], own: int = 1, *, is_stopped: Callable[[], bool] | None = None
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Pad prompts for transformers to continue; what all share at their start is read once, if that is much.
 
         Args:
             prompts: To be padded on the left.
             own: Positions at the end of each prompt that are not read as shared.
+            is_stopped: Asked at each layer of each pass, here and over the inputs; see `StoppableCache`.
         """
         if any(len(prompt) < own for prompt in prompts):
             raise ConfigError("a prompt has 0 positions; at least one token is needed to continue from")
@@ -303,12 +307,14 @@ class LLM(TextEncoder):
             return torch.cat([row[:shared], row[:1].expand(longest - len(row), *row.shape[1:]), row[shared:]])
 
         inputs |= {name: torch.stack([padded(row) for row in rows]) for name, rows in named.items()}
+        config = self.model.config
+        cache = DynamicCache(config=config) if is_stopped is None else StoppableCache(config, is_stopped)
         if shared:
-            cache = DynamicCache(config=self.model.config)
             start = {name: inputs[name][:1, :shared] for name in named}
             with torch.no_grad():
                 model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.batch_repeat_interleave(len(lengths))
+        if shared or is_stopped is not None:
             inputs["past_key_values"] = cache
         return model, inputs
 

@@ -160,7 +160,10 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Let the LLM stop at the next token of a job, or never begin; one that has ended stays as it is."""
+        """Let the LLM stop a job at the next token, at the next layer if it is alone, or never begin.
+
+        One that has ended stays as it is.
+        """
         job.row.cancelled.set()
         if job in self._waiting:
             self._waiting.remove(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -42,6 +43,16 @@ def held(lm, monkeypatch):
         hook.remove()
 
 
+@pytest.fixture
+def layers(lm):
+    """One item for each layer that the LLM went through."""
+    gone_through = []
+    hooks = [layer.register_forward_hook(lambda *_: gone_through.append(1)) for layer in lm.llm.model.model.layers]
+    yield gone_through
+    for hook in hooks:
+        hook.remove()
+
+
 @contextmanager
 def asking(server, count=8):
     """Ask from threads: `ask(question, **settings)` gives a future of the answer, or of a stream's chunks."""
@@ -56,6 +67,18 @@ def asking(server, count=8):
 
     with ThreadPoolExecutor(count) as pool:
         yield lambda *args, **settings: pool.submit(answer, *args, **settings)
+
+
+@contextmanager
+def asking_by_hand(server, **settings):
+    """Ask over a connection that can be closed before the answer."""
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Why?"}], **settings})
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), PATIENCE) as connection:
+        connection.sendall((head + body).encode())
+        yield connection
 
 
 def until(there):
@@ -129,16 +152,10 @@ def test_a_piece_comes_while_the_next_is_not_there_yet(lm, tmp_path, held):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_is_not_answered_to_the_end(lm, tmp_path, held, stream):
+def test_who_leaves_is_not_answered_to_the_end(lm, tmp_path, held, layers, stream):
     passes, rows = held
     with served(lm, tmp_path) as server:
-        body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Why?"}}], "max_tokens": 60'
-        body += ', "stream": true}' if stream else "}"
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\n\r\n"
-        host, port = server.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), PATIENCE) as connection:
-            connection.sendall((head + body).encode())
+        with asking_by_hand(server, max_tokens=60, stream=stream) as connection:
             assert passes.held.wait(PATIENCE)
             with asking(server) as ask:
                 other = ask("Who?", max_tokens=2)
@@ -148,7 +165,32 @@ def test_who_leaves_is_not_answered_to_the_end(lm, tmp_path, held, stream):
                 passes.let_go()
                 assert other.result().usage.completion_tokens == 2
         assert rows == [1, 1, 1]  # the pass it was held in, and two of the other
+        assert len(layers) == 2 * lm.llm.text_config.num_hidden_layers  # those of the other
         until(lambda: server.service.engine._n_requests == 0)
+
+
+def test_who_leaves_has_no_more_documents_compressed(lm, tmp_path, monkeypatch):
+    batches, held, go_on = [], threading.Event(), threading.Event()
+    whole = type(lm.embedder)._compress_batch
+
+    def held_batch(*args):
+        batches.append(1)
+        held.set()
+        assert go_on.wait(PATIENCE)
+        whole(*args)
+
+    monkeypatch.setattr(type(lm.embedder), "_compress_batch", held_batch)
+    with served(lm, tmp_path) as server:
+        document = {"text": SENTENCES * 20, "title": "Ships"}
+        with asking_by_hand(server, documents=[document], ratio=8):
+            assert held.wait(PATIENCE)
+        until(lambda: server.service.engine._n_requests == 0)
+        go_on.set()
+        with asking(server) as ask:
+            assert ask("Who?", max_tokens=2).result().usage.completion_tokens == 2
+    assert len(batches) == 1
+    lm.embedder.compress(document["text"], ratio=8, show_progress=False)
+    assert len(batches) > 2
 
 
 def test_who_leaves_while_waiting_makes_room_at_once(lm, tmp_path, held):
