@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat
 from extemb_core.context.focus import SplitDocument
@@ -24,6 +23,8 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredPrompt, reading_model
 from extemb_core.models.llm import LLM
+from extemb_core.models.stoppable import StoppableCache
+from extemb_core.utils.progress import is_stopped
 
 Heads = Sequence[Sequence[int]]
 """Layer and number of each of some attention heads, from 0."""
@@ -145,9 +146,9 @@ class RetrievalHeads:
         both: list[float] = (_share(words) + _LOOKS * _share(looks)).tolist()
         return both
 
-    def _read(self, model: Any, prompt: AnchoredPrompt) -> DynamicCache:
+    def _read(self, model: Any, prompt: AnchoredPrompt) -> StoppableCache:
         """Read all but the last position of a prompt; what it has in common with the one before is not read again."""
-        cache, read = DynamicCache(config=self.llm.model.config), 0
+        cache, read = StoppableCache(self.llm.model.config, is_stopped), 0
         if (kept := self._kept) is not None and (read := _alike(kept[0], prompt)):
             for layer, (keys, values) in enumerate(kept[1]):
                 cache.update(keys[:, :, :read], values[:, :, :read], layer)

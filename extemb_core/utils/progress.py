@@ -22,6 +22,12 @@ def stopped_by(cancelled: threading.Event) -> Iterator[None]:
         _cancelled.reset(token)
 
 
+def is_stopped() -> bool:
+    """Tell whether the long work of this thread is to stop."""
+    cancelled = _cancelled.get()
+    return cancelled is not None and cancelled.is_set()
+
+
 @contextmanager
 def progress(
     description: str, total: int | None, show: bool | Callable[[float], None] | None = None

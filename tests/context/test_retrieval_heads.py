@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from extemb_core.errors import ConfigError
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.entry import reading_model
 from extemb_core.store.base import MemoryStore
+from extemb_core.utils.progress import stopped_by
 
 QUESTION = "When was the bridge closed?"
 HEADS = [[2, 0], [1, 3]]
@@ -64,6 +66,21 @@ def test_a_look_is_the_attention_at_the_answers_first_position(llm, embedder):
     np.testing.assert_allclose(seen, attention(llm, parts, QUESTION), atol=1e-5)
     np.testing.assert_allclose(seen.sum(1), 1, atol=1e-5)
     assert RetrievalHeads(llm, 1).look(QUESTION, parts).shape == (len(llm.model.base_model.layers) * 4, seen.shape[1])
+
+
+def test_a_look_that_nobody_waits_for_goes_no_further(llm, embedder):
+    parts, gone, layers = [part(embedder, SENTENCES, 8)], threading.Event(), []
+    heads = RetrievalHeads(llm, 1, HEADS)
+
+    def leave(*_):
+        layers.append(1)
+        gone.set()
+
+    hooks = [layer.register_forward_hook(leave) for layer in heads._models[0].base_model.layers]
+    with stopped_by(gone), pytest.raises(CancelledError):
+        heads.look(QUESTION, parts)
+    assert len(layers) == 1 < len(hooks)
+    np.testing.assert_allclose(heads.look(QUESTION, parts), attention(llm, parts, QUESTION), atol=1e-5)
 
 
 def test_what_was_looked_at_is_not_read_again_for_another_question(llm, embedder):
