@@ -59,6 +59,17 @@ _STYLE = """
 .q-uploader__list { min-height: 0; padding: 0 }
 """
 
+# Quasar's own, whose button has no name for who cannot see its icon.
+_ADD = """
+<div class="q-uploader__header-content row flex-center no-wrap q-gutter-xs">
+  <q-spinner v-if="props.isUploading" class="q-uploader__spinner"></q-spinner>
+  <div class="col q-uploader__title">Drop PDF, Markdown, HTML or text here</div>
+  <q-btn v-if="props.canAddFiles" type="a" icon="add" flat dense aria-label="Add documents">
+    <q-uploader-add-trigger></q-uploader-add-trigger>
+  </q-btn>
+</div>
+"""
+
 _service: Service  # NiceGUI has one application for a process, and so one model is behind its pages
 
 
@@ -126,10 +137,12 @@ class _Visit:
     def _documents_panel(self) -> None:
         ui.label("Documents").classes("text-subtitle1")
         ui.upload(
-            label="Drop PDF, Markdown, HTML or text here", multiple=True, auto_upload=True, on_upload=self._add,
+            multiple=True, auto_upload=True, on_upload=self._add,
             on_rejected=lambda: ui.notify("That file is too large or of another kind", type="negative"),
             max_file_size=self._service.settings.max_body_mib * 2**20,
-        ).props(f'flat bordered accept="{",".join(sorted(SUPPORTED_SUFFIXES))}"').classes("full-width")  # fmt: skip
+        ).props(f'flat bordered accept="{",".join(sorted(SUPPORTED_SUFFIXES))}"').classes("full-width").add_slot(
+            "header", _ADD
+        )  # fmt: skip
         self._list = ui.list().props("dense separator").classes("full-width")
         window = self._service.lm.llm.context_window
         most = max(_MIN_BUDGET, window - self._service.settings.max_new_tokens)

@@ -107,6 +107,16 @@ def test_a_document_is_dropped_in_asked_about_and_quoted(url, opened):
     page.get_by_label("Remove ships.txt").wait_for(state="detached")
 
 
+def test_every_button_says_what_it_does(url, opened):
+    page = opened(url)
+    drop(page, "named.txt", SENTENCES)
+    with page.expect_file_chooser() as choosing:
+        page.get_by_label("Add documents").click()
+    assert choosing.value.is_multiple()
+    unnamed = "e => !e.ariaLabel && !e.querySelector('.q-btn__content span')?.innerText"
+    assert not page.locator(".q-btn").evaluate_all(f"all => all.filter({unnamed}).map(e => e.outerHTML)")
+
+
 def test_three_ways_of_reading_are_compared(url, opened):
     page = opened(url)
     drop(page, "many-ships.txt", f"The bridge was closed in 1987. {SENTENCES * 12}")
