@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -93,6 +94,13 @@ class Document:
     def source(self) -> str:
         """What to show as the origin: `metadata["source"]`, else the title, else the ref."""
         return str(self.metadata.get("source") or self.title or self.ref)
+
+    def page_of(self, character: int) -> int | None:
+        """Return the page that a character of the text is on, from 1; None where the document's pages are not known.
+
+        `metadata["page_starts"]` tells them: where each begins, one without text where the next one does.
+        """
+        return bisect_right(self.metadata.get("page_starts", ()), character) or None
 
     @classmethod
     def from_any(cls, value: Any, *, lenient: bool = False) -> Document:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ _UNSEEN_STYLE = re.compile(
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 
 
+_PAGE_BREAK = "\n\n"
 _LOSS = re.compile(r"(?<!found, )skipp|exceed|impossible|missing|not be read", re.IGNORECASE)  # in what pypdf logs
 
 
@@ -95,8 +97,9 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     """Read one file by its suffix; its title is the file's name (for HTML, its `<title>`).
 
     Text is UTF-8 (UTF-16 and UTF-32 with a byte order mark are recognised), line ends become `\\n`.
-    `metadata["source"]` is the path; a PDF adds `metadata["pages"]`, and `metadata["pages_without_text"]`
-    where there are such. An empty file is an empty document.
+    `metadata["source"]` is the path; a PDF adds `metadata["pages"]`, `metadata["page_starts"]`, which
+    `Document.page_of` reads, and `metadata["pages_without_text"]` where there are such. An empty file is an empty
+    document.
 
     Raises:
         DocumentNotFoundError: there is no such file.
@@ -333,7 +336,7 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
     losses = _Losses()
     logging.getLogger("pypdf").addHandler(losses)
     try:
-        pages = [page.extract_text().strip() for page in pypdf.PdfReader(BytesIO(data)).pages]
+        read = [page.extract_text().strip() for page in pypdf.PdfReader(BytesIO(data)).pages]
     except pypdf.errors.FileNotDecryptedError as exc:
         raise DocumentError(f"{path} is encrypted and cannot be read; save a copy without a password") from exc
     except pypdf.errors.DependencyError as exc:
@@ -345,12 +348,13 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
         logging.getLogger("pypdf").removeHandler(losses)
     if losses.messages:
         logger.warning("%s: some of its text may be missing: %s", path, "; ".join(losses.messages))
+    pages = [without_lone_surrogates(page) for page in read]
     without = [number for number, page in enumerate(pages, start=1) if not page]
     if len(without) == len(pages):
         raise DocumentError(f"{path} holds no text on its {len(pages)} pages (a scan?); run OCR first, e.g. ocrmypdf")
-    about: dict[str, Any] = {"pages": len(pages)}
+    starts = accumulate((len(page) + len(_PAGE_BREAK) if page else 0 for page in pages[:-1]), initial=0)
+    about: dict[str, Any] = {"pages": len(pages), "page_starts": list(starts)}
     if without:
         about["pages_without_text"] = without
         logger.warning("%s: no text on %d of %d pages: %s", path, len(without), len(pages), without)
-    text = "\n\n".join(page for page in pages if page)
-    return without_lone_surrogates(text), about
+    return _PAGE_BREAK.join(page for page in pages if page), about

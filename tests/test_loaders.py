@@ -13,9 +13,9 @@ import pypdf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pypdf import PdfWriter
-from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+from pdfs import write_pdf
 
+from extemb_core.documents import Document
 from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError
 from extemb_core.loaders import (
     BINARY_SUFFIXES,
@@ -30,31 +30,6 @@ from extemb_core.loaders import (
 def write(path: Path, data: bytes | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return path
-
-
-def write_pdf(path: Path, pages: list[str], password: str | None = None) -> Path:
-    writer = PdfWriter()
-    font = writer._add_object(
-        DictionaryObject(
-            {
-                NameObject("/Type"): NameObject("/Font"),
-                NameObject("/Subtype"): NameObject("/Type1"),
-                NameObject("/BaseFont"): NameObject("/Helvetica"),
-            }
-        )
-    )
-    for text in pages:
-        page = writer.add_blank_page(width=300, height=300)
-        stream = DecodedStreamObject()
-        stream.set_data(f"BT /F1 12 Tf 20 200 Td ({text}) Tj ET".encode())
-        page[NameObject("/Contents")] = writer._add_object(stream)
-        fonts = DictionaryObject({NameObject("/F1"): font})
-        page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
-    if password is not None:
-        writer.encrypt(password, algorithm="RC4-128")
-    with path.open("wb") as file:
-        writer.write(file)
     return path
 
 
@@ -277,6 +252,16 @@ def test_pdf_pages_are_joined_by_blank_lines(tmp_path: Path) -> None:
     assert document.text == "First page.\n\nSecond page."
     assert document.title == "a.pdf"
     assert document.metadata["pages"] == 2
+
+
+def test_the_page_of_each_word_of_a_pdf_is_known(tmp_path: Path) -> None:
+    pages = ["", "Two.", "", "", "Five.", "Six.", ""]
+    document = read_document(write_pdf(tmp_path / "a.pdf", pages))
+    for number, text in enumerate(pages, start=1):
+        if text:
+            start = document.text.index(text)
+            assert {document.page_of(at) for at in range(start, start + len(text))} == {number}
+    assert Document(document.text).page_of(0) is None
 
 
 def test_pdf_pages_without_text_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from extemb_core.errors import DocumentError, ExtembError
 from extemb_core.loaders import SUPPORTED_SUFFIXES, read_document
 from extemb_core.serving.errors import ApiError
 from extemb_core.serving.guard import NO_KEY, PAGE, Keys
-from extemb_core.serving.requests import StoredDocument, TextDocument
+from extemb_core.serving.requests import StoredDocument
 from extemb_core.utils.text import strip_control_chars
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _MIN_BUDGET, _BUDGET_STEP, _USUAL_BUDGET = 128, 128, 1024
 _N_QUOTES, _QUOTE_CHARS = 3, 240
 _STEP = 16  # positions by which documents are cut shorter until they fit with their headings
 _OPENING_SECONDS = 0.3  # until a dialog is there
-_PASSAGE = re.compile(r":\d+-\d+$")  # of a document's source
+_PASSAGE = re.compile(r":(\d+)-\d+$")  # of a document's source
 _WAYS = {"compressed": "Compressed", "truncated": "Truncated", "full": "Full text"}
 _HINT = (
     "Drop in documents at the left (behind the menu on a narrow screen), then ask about them. Each answer quotes what "
@@ -223,7 +224,7 @@ class _Visit:
                     raise DocumentError(str(error).replace(str(file), file.name)) from error
                 if not read.text.strip():
                     raise DocumentError(f"{file.name} holds no text to ask about; pass another file")
-            self._workspace.add([TextDocument(text=read.text, title=read.title, id=file.name)])
+            self._workspace.add([replace(read, metadata={**read.metadata, "source": file.name})])
 
         try:
             await self._change(add)
@@ -368,18 +369,19 @@ class _Visit:
         ).classes("text-caption")  # fmt: skip
         if answer.dropped:
             ui.label(f"Left out: {', '.join(entry.source for entry in answer.dropped)}").classes("text-caption")
-        for entry, document, start, stop in await run.io_bound(self._quotes, answer, documents, question) or ():
+        for entry, document, start, stop, page in await run.io_bound(self._quotes, answer, documents, question) or ():
             quote = strip_control_chars(document.text[start:stop].strip())
             shown = quote if len(quote) <= _QUOTE_CHARS else f"{quote[:_QUOTE_CHARS]}…"
             item = ui.item(on_click=partial(_open, entry, document, start, stop)).props("dense").classes("full-width")
             with item, ui.item_section():
                 ui.item_label(f"“{shown}”").classes("quote")
-                ui.item_label(strip_control_chars(document.source)).props("caption")
+                on_page = "" if page is None else f", page {page}"
+                ui.item_label(strip_control_chars(document.source) + on_page).props("caption")
 
     def _quotes(
         self, answer: Answer, documents: Sequence[Document], question: str
-    ) -> list[tuple[ContextEntry, Document, int, int]]:
-        """Find in each document that was read the sentence that has most of question and answer."""
+    ) -> list[tuple[ContextEntry, Document, int, int, int | None]]:
+        """Find in each document that was read the sentence that has most of question and answer, and its page."""
         found: list[tuple[float, ContextEntry, Document, int, int]] = []
         for entry in answer.context:
             document = next((one for one in documents if one.ref == entry.ref), None)
@@ -392,7 +394,22 @@ class _Visit:
                 start, stop = (sentences.character(int(border)) for border in sentences.borders[at : at + 2])
                 found.append((best, entry, document, start, stop))
         found.sort(key=lambda one: -one[0])
-        return [(entry, document, start, stop) for _, entry, document, start, stop in found[:_N_QUOTES]]
+        return [
+            (entry, document, start, stop, self._page_of(document, start))
+            for _, entry, document, start, stop in found[:_N_QUOTES]
+        ]
+
+    def _page_of(self, document: Document, start: int) -> int | None:
+        """Return the page that a sentence of a document, or of a passage of one, begins on."""
+        while document.text[start : start + 1].isspace():
+            start += 1
+        if (passage := _PASSAGE.search(document.source)) is None:
+            return document.page_of(start)
+        try:
+            whole = self._document(document.source[: passage.start()])
+        except ApiError:  # it was removed since
+            return None
+        return whole.page_of(int(passage[1]) + start)
 
 
 def _icon(name: str, says: str, on_click: Any, color: str = "primary") -> ui.button:

@@ -51,8 +51,8 @@ class Workspace:
         """List the documents of the library."""
         return list(self._library.documents())
 
-    def add(self, documents: Sequence[TextDocument]) -> list[dict[str, Any]]:
-        """Add documents, or replace those of the same id. Returns their records.
+    def add(self, documents: Sequence[TextDocument | Document]) -> list[dict[str, Any]]:
+        """Add documents, or replace those of the same id, which is a `Document`'s source. Returns their records.
 
         Passages are compressed to be found, and the whole of each to be read by its ref.
 
@@ -139,8 +139,10 @@ def _document(sent: TextDocument) -> Document:
     return Document(sent.text, title=sent.title, metadata=metadata)
 
 
-def _stored_document(sent: TextDocument) -> Document:
+def _stored_document(sent: TextDocument | Document) -> Document:
     """Return a document that is known by its id, or else by its text: not by a title, which others may have too."""
+    if isinstance(sent, Document):
+        return sent
     document = _document(sent)
     return Document(sent.text, title=sent.title, metadata={"source": sent.id or document.ref})
 

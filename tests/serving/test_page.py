@@ -10,6 +10,7 @@ from signal import SIGTERM
 
 import pytest
 from passes import PATIENCE
+from pdfs import write_pdf
 from served import KEYS, serve
 from tiny import SENTENCES, save_tiny
 
@@ -105,6 +106,23 @@ def test_a_document_is_dropped_in_asked_about_and_quoted(url, opened):
     page.get_by_label("Close", exact=True).click()
     page.get_by_label("Remove ships.txt").click()
     page.get_by_label("Remove ships.txt").wait_for(state="detached")
+
+
+@pytest.mark.parametrize("times", [1, 600])
+def test_a_quote_of_a_pdf_names_its_page(model, tmp_path, opened, times):
+    """Of a document that is read whole, and of one that is so long that passages of it are."""
+    pages = ["Copper wires ran from the cellar to the roof. " * times, "", "The bridge was closed in 1987."]
+    file = write_pdf(tmp_path / "report.pdf", pages)
+    with running(model, tmp_path / "data") as url:
+        page = opened(url)
+        page.set_input_files("input[type=file]", file)
+        page.get_by_text(re.compile("[0-9,]+ tokens")).first.wait_for()
+        if times > 1:
+            page.get_by_role("slider").press("Home")  # the least positions
+        ask(page, QUESTION)
+        quote = page.locator(".q-item", has=page.locator(".quote", has_text="closed in 1987"))
+        assert re.search(r"report\.pdf(:\d+-\d+)?, page 3$", quote.inner_text())
+        assert (":" in quote.inner_text()) == (times > 1)
 
 
 def test_every_button_says_what_it_does(url, opened):
