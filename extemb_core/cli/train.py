@@ -106,8 +106,8 @@ _RECIPE = (
 @options_from(
     TrainingConfig,
     "sample_length", "chunk_sizes", "total_tokens", "batch_size", "accumulation_steps", "learning_rate",
-    "connector_lr_factor", "warmup_steps", "decay_steps", "mixed_share", "save_minutes", "save_steps", "eval_steps",
-    "max_minutes", "dataloader_num_workers", "seed", "device", "dtype",
+    "connector_lr_factor", "warmup_steps", "decay_steps", "mixed_share", "focus_share", "save_minutes", "save_steps",
+    "eval_steps", "max_minutes", "dataloader_num_workers", "seed", "device", "dtype",
     panel="The run",
     chunk_sizes="that of the embedder",
     decay_steps="all after the warm-up",

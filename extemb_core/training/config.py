@@ -44,6 +44,8 @@ class TrainingConfig:
             reading text.
         mixed_share: Share of documents compressed around a part left as text, above entry layer 0. It is a share of
             those that `raw_share` leaves.
+        focus_share: Share of questions that read their documents by a plan: the sentences nearest to the question stay
+            text, above entry layer 0.
         sample_length: Tokens per training sample. It is also the most that a question's documents take.
         spans: Tokens of the spans to reconstruct, at the start of the run and at its end: short ones first.
         chunk_sizes: Chunk lengths in training, one drawn per batch. Without any it is the embedder's own;
@@ -90,6 +92,7 @@ class TrainingConfig:
     most_per_source: int = 4000
     raw_share: float = 0.15
     mixed_share: float = 0.0
+    focus_share: float = 0.0
     sample_length: int = 1536
     spans: tuple[int, int] = (32, 256)
     chunk_sizes: tuple[int, ...] = ()
@@ -158,7 +161,7 @@ class TrainingConfig:
         shares = list(self.objectives.values())
         if not shares or min(shares) < 0 or sum(shares) <= 0:
             raise ConfigError(f"objectives={dict(self.objectives)!r}: shares are at least 0 and not all 0; pass e.g. 1")
-        for name in ("distillation", "raw_share", "mixed_share"):
+        for name in ("distillation", "raw_share", "mixed_share", "focus_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not between 0 and 1; pass e.g. 0.5")
         wanted = {name for name, share in self.objectives.items() if share}

@@ -6,6 +6,7 @@ trains on what an uninterrupted one would have.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections import defaultdict
@@ -17,6 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat, assemble_text, document_heading
+from extemb_core.context.scoring import bm25_scores, ranking
+from extemb_core.context.spans import Sentences, split_into_sentences
 from extemb_core.errors import TrainingError
 from extemb_core.models.generation import turn_end
 from extemb_core.models.llm import LLM
@@ -36,6 +39,7 @@ _MAX_DISTRACTORS = 3
 _MIN_DISTRACTOR = 32
 _SPAN_GRID = 8  # raw spans inside compressed text begin and end at such places: group borders of the ratios up to it
 _MAX_RAW = 64
+_MAX_FOCUS = 3  # sentences that stay text where documents are read by a plan for the question
 _SOURCE = re.compile(r"[A-Za-z_-]+(?::[A-Za-z-]+(?=:))?")
 
 
@@ -82,6 +86,8 @@ class QuestionReadings:
         raw_share: Of the documents, how many stay text.
         mixed_share: Of the others, how many are compressed around a part that stays text, as a plan would have it that
             finds something in it; at entry layers above 0.
+        focus_share: Of the questions, how many read their documents as a plan for the question has them: up to three
+            sentences of all of them, the nearest to it by BM25, stay text; at entry layers above 0.
         most_further: Further questions about the same document.
         seed: Of all that is drawn.
 
@@ -98,6 +104,7 @@ class QuestionReadings:
     missing_share: float = 0.1
     raw_share: float = 0.15
     mixed_share: float = 0.0
+    focus_share: float = 0.0
     most_further: int = 3
     seed: int = 0
 
@@ -143,25 +150,55 @@ class QuestionReadings:
         if answering:
             turns += self._further(question, answering[0], draw)
         as_asked = bool(draw.random() < 0.5)
+        focus = self._focus(question.question, documents, draw)
         documents_pieces: list[list[Ids]] = []
         spans: dict[int, Ids | Span] = {}
-        for ids, raw in zip(documents, stays, strict=True):
-            pieces = [ids] if raw else self._pieces(ids, draw)
+        for number, (ids, raw) in enumerate(zip(documents, stays, strict=True)):
+            kept = [] if raw else focus[number] if focus is not None else self._some_part(ids, draw)
+            borders = [0, *(border for part in kept for border in part), len(ids)]
+            pieces = [ids[start:stop] for start, stop in itertools.pairwise(borders)] if kept else [ids]
             documents_pieces.append(pieces)
-            whole, start = _array(ids), 0
-            for number, piece in enumerate(pieces):
-                if not raw and number % 2 == 0:  # every second piece, if there are several, stays text
-                    spans[id(piece)] = whole if len(pieces) == 1 else Span(whole, start, start + len(piece))
-                start += len(piece)
+            whole = _array(ids)
+            for piece, start in list(zip(pieces, borders, strict=False))[::2]:  # every second piece stays text
+                if not raw:
+                    spans[id(piece)] = Span(whole, start, start + len(piece)) if kept else whole
         return self._conversation(documents_pieces, turns, spans, as_asked)
 
-    def _pieces(self, ids: Ids, draw: np.random.Generator) -> list[Ids]:
-        """Cut a document into compressed, raw and compressed pieces; itself alone if it is compressed whole."""
+    def _focus(
+        self, question: str, documents: Sequence[Ids], draw: np.random.Generator
+    ) -> list[list[tuple[int, int]]] | None:
+        """Find the parts of each document that a plan for the question leaves as text; None where it goes by no plan.
+
+        Further questions of the conversation read what the first one's plan left.
+        """
+        if not self.focus_share or draw.random() >= self.focus_share:
+            return None
+        split = [self._sentences(ids) for ids in documents]
+        scores = np.array(bm25_scores(question, [text for one in split for text in one.texts]))
+        chosen = np.zeros(len(scores), bool)
+        chosen[ranking(scores)[: int(draw.integers(1, _MAX_FOCUS + 1))]] = True
+        chosen &= scores > 0
+        parts = []
+        for one in split:
+            kept, chosen = np.flatnonzero(chosen[: len(one)]).tolist(), chosen[len(one) :]
+            parts.append([(int(one.borders[at]), int(one.borders[at + 1])) for at in kept])
+        return parts
+
+    def _sentences(self, ids: Ids) -> Sentences:
+        """Cut a document into sentences; one whose text has other tokens, as it was cut within a word, is one."""
+        text = self.llm.decode(ids.tolist())
+        again, ends = self.llm.encode_with_ends(text)
+        if np.array_equal(again, ids):
+            return split_into_sentences(text, ends)
+        return Sentences(np.array([0, len(ids)]), text, np.full(len(ids), len(text)))
+
+    def _some_part(self, ids: Ids, draw: np.random.Generator) -> list[tuple[int, int]]:
+        """Draw a part that stays text, or none."""
         if not self.mixed_share or draw.random() >= self.mixed_share or len(ids) <= 2 * _SPAN_GRID:
-            return [ids]
+            return []
         start = _SPAN_GRID * int(draw.integers(len(ids) // _SPAN_GRID))
         length = _SPAN_GRID * int(draw.integers(1, _MAX_RAW // _SPAN_GRID + 1))
-        return [ids[:start], ids[start : start + length], ids[start + length :]]
+        return [(start, min(start + length, len(ids)))]
 
     def _conversation(
         self,

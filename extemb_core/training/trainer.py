@@ -471,6 +471,7 @@ def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequenc
             most_per_source=config.most_per_source,
             raw_share=config.raw_share,
             mixed_share=config.mixed_share,
+            focus_share=config.focus_share,
             seed=config.seed,
         )
     return Batches(
@@ -545,11 +546,12 @@ def _starting_point(config: TrainingConfig, llm: LLM) -> TrainableModel:
     elif layer:  # a reader of what the LLM's first layers give as they are
         settings = {**config.embedder, "adaptation": "none"}
         embedder = ExtensibleEmbedder.from_llm(llm, token_counts=_token_counts(config, llm), **settings)
-    if config.mixed_share and not layer:
-        raise ConfigError(
-            f"mixed_share={config.mixed_share} needs an embedder with an entry_layer above 0, and this one's is 0; "
-            "leave it out"
-        )
+    for name in ("mixed_share", "focus_share"):
+        if getattr(config, name) and not layer:
+            raise ConfigError(
+                f"{name}={getattr(config, name)} needs an embedder with an entry_layer above 0, and this one's is 0; "
+                "leave it out"
+            )
     if config.trained == "connector" and embedder is not None:
         embedder.stack.requires_grad_(False)
     if config.trained in ("reader", "both"):

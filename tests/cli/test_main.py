@@ -1123,11 +1123,11 @@ def test_train_passes_its_options_on(models: Models, novel: Path, monkeypatch: p
     assert "--num-layers describes a new embedder" in misused(*kept, "--num-layers", "2")
 
     above = ["--entry-layer", "0", "--token-weighting", "uniform", "--adaptation", "none", "--mixed-share", "0.5",
-             "--decay-steps", "0", "--save-minutes", "2"]  # fmt: skip
+             "--focus-share", "0.2", "--decay-steps", "0", "--save-minutes", "2"]  # fmt: skip
     assert run(*train_options(models, novel, novel.parent / "run")[:7], *above).exit_code == 0
     config = seen[2][0]
     assert dict(config.embedder) == {"entry_layer": 0, "token_weighting": "uniform", "adaptation": "none"}
-    assert (config.mixed_share, config.decay_steps, config.save_minutes) == (0.5, 0, 2.0)
+    assert (config.mixed_share, config.focus_share, config.decay_steps, config.save_minutes) == (0.5, 0.2, 0, 2.0)
 
 
 @pytest.mark.parametrize("kind", ["embedder", "both", "reader"])

@@ -171,3 +171,34 @@ def test_only_questions_that_the_kept_part_answers_follow(llm):
 def test_no_usable_question_is_an_error(llm):
     with pytest.raises(TrainingError, match="none of the 5 questions has a document of at most 4 tokens"):
         QuestionReadings([Question(str(at), "long " * 100, "Why?", ("because",)) for at in range(5)], llm, max_tokens=4)
+
+
+@pytest.mark.parametrize("places", [(2,), (1, 3)])
+def test_by_a_plan_the_sentences_nearest_to_the_question_stay_text(llm, places):
+    facts = {1: "The old harbour was built in 1820.", 3: "Its harbour master wrote a diary of the old harbour."}
+    other = ["It rained.", "Nothing grew there.", "The wind came from the north.", "Few people knew."]
+    for at in places:
+        other[at] = facts.get(at, "The old harbour was built in 1820.")
+    context = " ".join(other)
+    rows = [Question("0", context, "When was the old harbour built?", ("1820",))]
+    made = QuestionReadings(rows, llm, missing_share=0, raw_share=0, focus_share=1, most_further=0)
+    seen = set()
+    for at in range(40):
+        reading = made.reading(at)
+        documents = [part for part, role in reading.parts if role == "document"]
+        assert all(part.document is documents[0].document for part in documents)  # of one encoding of the whole
+        compressed = "".join(llm.decode(part.document[part.start : part.stop].tolist()) for part in documents)
+        whole = "".join(llm.decode(part.document[part.start : part.stop].tolist()) if role == "document"
+                        else llm.decode(part.tolist()) for part, role in reading.parts)  # fmt: skip
+        assert context in whole
+        assert "built in 1820" not in compressed
+        assert "Nothing grew" in compressed or "Nothing" not in context
+        seen.add(compressed.count("harbour"))
+    assert seen == ({0} if len(places) == 1 else {0, 2})  # one sentence alone, or both
+
+
+def test_by_a_plan_nothing_stays_text_where_no_word_of_the_question_is_found(llm):
+    rows = [Question("0", "It rained. Few people knew.", "Who?", ("people",))]
+    made = QuestionReadings(rows, llm, missing_share=0, raw_share=0, focus_share=1)
+    (document,) = text(llm, made.reading(0), "document")
+    assert document == "It rained. Few people knew."

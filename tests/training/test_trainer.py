@@ -571,7 +571,7 @@ def test_settings_of_objectives_that_do_not_go_together(asked):
 @pytest.fixture
 def entering(asked, config):
     return replace(
-        asked, data=config.data, trained="both", reader_rank=4, mixed_share=0.5, ratios=(1, 2, 4, 8),
+        asked, data=config.data, trained="both", reader_rank=4, mixed_share=0.5, focus_share=0.5, ratios=(1, 2, 4, 8),
         embedder={"entry_layer": 2, "chunk_size": 16, "ratios": (1, 2, 4, 8), "lora_rank": 4,
                   "token_weighting": "frequency"},
         objectives={"questions": 0.4, "recall": 0.2, "reconstruction": 0.2, "two_stream": 0.2},
@@ -660,8 +660,9 @@ def test_a_lost_optimiser_begins_anew_and_says_so(entering, caplog):
 
 
 def test_what_needs_an_entry_layer_above_0(asked, entering):
-    with pytest.raises(ConfigError, match="mixed_share=0.5 needs an embedder with an entry_layer above 0"):
-        train(replace(asked, mixed_share=0.5, trained="embedder"))
+    for name in ("mixed_share", "focus_share"):
+        with pytest.raises(ConfigError, match=f"{name}=0.5 needs an embedder with an entry_layer above 0"):
+            train(replace(asked, trained="embedder", **{name: 0.5}))
     with pytest.raises(ConfigError, match="counts tokens in data, and data is empty"):
         train(replace(entering, data=(), objectives={"questions": 1}))
     with pytest.raises(ConfigError, match="decay_steps=-1 is not a whole number of at least 0"):
