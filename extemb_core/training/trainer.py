@@ -12,9 +12,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,27 +181,21 @@ class RunTrainer(Trainer):
         """Warm up, stay, and fall to 0 over the last steps."""
         if self.lr_scheduler is None:
             chosen: Any = self.optimizer if optimizer is None else optimizer
-            warm, last = self.args.warmup_steps, num_training_steps
-            fall = last - warm if self._decay_steps is None else self._decay_steps
-
-            def rate(step: int) -> float:
-                return min(1.0, step / max(1, warm) if warm else 1.0, (last - step) / fall if fall > 0 else 1.0)
-
+            rate = partial(
+                learning_rate_factor,
+                last=num_training_steps,
+                warmup_steps=self.args.warmup_steps,
+                decay_steps=self._decay_steps,
+            )
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, rate)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-            rates = {False: self.args.learning_rate, True: self.args.learning_rate * self._connector_lr_factor}
-            groups = [
-                {"params": [p for name, p in named if (".connector." in name) == connector], "lr": rate}
-                for connector, rate in rates.items()
-            ]
-            groups = [group for group in groups if group["params"]]
-            self.optimizer = torch.optim.AdamW(
-                groups, betas=(0.9, 0.95), weight_decay=self.args.weight_decay, fused=False
+            named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            self.optimizer = make_optimizer(
+                named, self.args.learning_rate, self._connector_lr_factor, self.args.weight_decay
             )
             if self._optimizer_from is not None:
                 fresh, whole = self._take_optimizer(self._optimizer_from)
@@ -295,6 +290,26 @@ class RunTrainer(Trainer):
         """Load nothing: see `_save_rng_state`."""
 
 
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], learning_rate: float, connector_lr_factor: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Make the optimiser of parameters by name; the connector's have a rate of their own."""
+    rates = {False: learning_rate, True: learning_rate * connector_lr_factor}
+    groups = [
+        {"params": [p for name, p in parameters.items() if (".connector." in name) == connector], "lr": rate}
+        for connector, rate in rates.items()
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=False)
+
+
+def learning_rate_factor(step: float, *, last: float, warmup_steps: float, decay_steps: float | None) -> float:
+    """Return by what the rates are multiplied at a step: it rises, stays, and falls to 0 over the last steps."""
+    fall = last - warmup_steps if decay_steps is None else decay_steps
+    rising = step / warmup_steps if warmup_steps else 1.0
+    return min(1.0, rising, (last - step) / fall if fall > 0 else 1.0)
+
+
 class _RunCallback(TrainerCallback):
     """Marks whole checkpoints, writes the log as JSON Lines, moves the progress bar, and stops in time."""
 
@@ -358,7 +373,7 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
     with _tidy_after_failure(output, config.token_cache):
         output.mkdir(parents=True, exist_ok=True)
         llm = LLM.from_pretrained(config.llm, device=_device(config), dtype=config.dtype)
-        model = _starting_point(config, llm)
+        model = starting_point(config, llm)
         if checkpoint is not None and is_finished(config):
             model.load(checkpoint)  # finished before; the Trainer would take one more step
             model.save(output)
@@ -368,7 +383,7 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
         ratios = config.ratios or tuple(settings.ratios)
         for ratio in ratios:
             settings.require_ratio(ratio)
-        batches = _batches(config, llm, min(ratios), chunk_sizes)
+        batches = plan_batches(config, llm, min(ratios), chunk_sizes)
         held_out = _held_out(config, llm)
     if checkpoint is None and is_first_process():  # not before it is known that this run can begin
         for mark in output.glob(f"checkpoint-*/{COMPLETE}"):
@@ -442,7 +457,7 @@ def is_finished(config: TrainingConfig) -> bool:
     return checkpoint is not None and _step_of(checkpoint) >= config.max_steps
 
 
-def _batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequence[int]) -> Batches:
+def plan_batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequence[int]) -> Batches:
     """Plan what the run trains on, batch by batch."""
     wanted = {name: share for name, share in config.objectives.items() if share}
     samples = questions = None
@@ -524,7 +539,8 @@ def _device(config: TrainingConfig) -> str:
     return f"cuda:{rank}"
 
 
-def _starting_point(config: TrainingConfig, llm: LLM) -> TrainableModel:
+def starting_point(config: TrainingConfig, llm: LLM) -> TrainableModel:
+    """Make what a run trains, as it is before the first step."""
     embedder: ExtensibleEmbedder | None = None
     reader: LoraConfig | None = None
     layer = int(config.embedder.get("entry_layer", 0))

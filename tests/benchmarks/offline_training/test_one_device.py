@@ -1,0 +1,61 @@
+"""Several processes on one device train as one process with as much to a step would."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import SENTENCES, save_tiny
+
+from benchmarks.offline_training.one_device import main
+from extemb_core.errors import ConfigError
+from extemb_core.training.config import TrainingConfig
+from extemb_core.training.trainer import train
+
+
+@pytest.fixture
+def config(tmp_path):
+    save_tiny(tmp_path)
+    (tmp_path / "text.txt").write_text(SENTENCES * 8)
+    return TrainingConfig(
+        llm=str(tmp_path / "llm"), data=(str(tmp_path / "text.txt"),), output=str(tmp_path / "together"),
+        embedder={"entry_layer": 1, "chunk_size": 16, "ratios": (1, 2, 4), "lora_rank": 2}, trained="both",
+        reader_rank=2, objectives={"recall": 1}, sample_length=32, batch_size=2, total_tokens=3 * 128, warmup_steps=0,
+        learning_rate=5e-3, logging_steps=1, device="cpu", dtype="float32", distillation=0.5,
+    )  # fmt: skip
+
+
+def settings_file(config, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(asdict(config)))
+    return str(tmp_path / "settings.json")
+
+
+@pytest.mark.cluster
+def test_two_processes_take_the_steps_of_one_that_accumulates_two_batches(config, tmp_path):
+    main([settings_file(config, tmp_path), "--processes", "2", "--decay", "1"])
+    alone = replace(config, output=str(tmp_path / "alone"), accumulation_steps=2)
+    train(alone)
+    for file in ("model.safetensors", "reader/adapter_model.safetensors"):
+        found, expected = (load_file(tmp_path / run / file) for run in ("together", "alone"))
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    rows = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+            for run in ("together", "alone")]  # fmt: skip
+    together, expected = [[row for row in run if "loss" in row] for run in rows]
+    assert [row["step"] for row in together] == [1, 2, 3]
+    for row, other in zip(together, expected, strict=True):
+        assert row["tokens"] == other["tokens"]
+        assert row["learning_rate"] == pytest.approx(other["learning_rate"])
+        assert row["loss_recall"] == pytest.approx(other["loss_recall"], abs=1e-3)
+
+
+@pytest.mark.parametrize("text", ["{", '{"llm": "x"}', "[]", '{"llm": "x", "output": "y", "data": ["z"], "speed": 1}'])
+def test_a_file_without_settings_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"settings\.json does not hold a training's settings"):
+        main([str(tmp_path / "settings.json")])
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
