@@ -101,7 +101,7 @@ def quality(record: Record, metric: str | None = None) -> Figure:
         MissingExtraError: matplotlib is not installed.
     """
     summary = record["summary"]
-    metric = metric or ("f1" if "f1" in summary["metrics"] else summary["metrics"][0])
+    metric = metric or main_score(summary) or "loss"
     name = METRIC_NAMES.get(metric, metric)
     title = "Loss of the reference answer" if metric == "loss" else name
     figure = _figure(4.6, f"{title} against the positions that the text takes", source(record))
@@ -117,6 +117,56 @@ def quality(record: Record, metric: str | None = None) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(bottom=0)
     return figure
+
+
+def overview(sets: Mapping[str, Record], loss: bool = False) -> Figure:
+    """Draw several sets of questions side by side, as `quality` draws one: a panel for each.
+
+    Args:
+        sets: What a panel is called -> its record, of kind "qa".
+        loss: The loss of the reference answer, instead of the score that stands for the set.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    columns = min(3, len(sets))
+    rows = -(-len(sets) // columns)
+    what = "Loss of the reference answer, in nats per token," if loss else "Quality"
+    figure = _figure(0.9 + 2.6 * rows, f"{what} against positions of the LLM's window", "one point per ratio, means")
+    from matplotlib.ticker import PercentFormatter
+
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for axes, (name, record) in zip(panels.flat, sets.items(), strict=False):
+        summary = record["summary"]
+        metric = "loss" if loss else main_score(summary)
+        arms = {arm: point for arm, point in summary["arms"].items() if metric in point}
+        kinds = _by_kind(arms)
+        axes.set_axis_on()
+        for kind, by_ratio in kinds.items():
+            points = [arms[arm] for arm in by_ratio.values()]
+            means = [point[metric]["mean"] for point in points]
+            if None in by_ratio:
+                axes.axhline(means[0], color=_STYLES[kind][0], linestyle=_DASHES.get(kind, "-"), label=kind)
+            else:
+                axes.plot([point["positions"] for point in points], means, label=kind, **_line_style(kind))
+        axes.set_xscale("log")
+        _ratio_ticks(axes, arms, kinds["extensible"], short=True)
+        score = "" if loss else f", {METRIC_NAMES.get(str(metric), metric)}"
+        axes.set_title(f"{name}{score}", fontsize=_FONT, parse_math=False)
+        if not loss:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.set_ylim(bottom=0)
+        _finish(axes)
+    _legend(figure, loc="outside lower center", ncols=7)
+    return figure
+
+
+def main_score(summary: Mapping[str, Any]) -> str | None:
+    """Return the score that stands for a set: F1, or else its first; None where there is the loss alone."""
+    scores = [metric for metric in summary["metrics"] if metric != "loss"]
+    return "f1" if "f1" in scores else next(iter(scores), None)
 
 
 def perplexity(record: Record) -> Figure:
@@ -149,7 +199,7 @@ def perplexity(record: Record) -> Figure:
         _plain_ticks(axes)
     axes.set_ylabel("perplexity (lower is better)")
     _finish(axes)
-    _legend(figure, axes, loc="outside right center")
+    _legend(figure, loc="outside right center")
     return figure
 
 
@@ -252,7 +302,7 @@ def speed(record: Record) -> Figure:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=_FONT)
         axes.set_ylabel(label)
         _finish(axes)
-    _legend(figure, panels[0], SIDE_KINDS, loc="outside lower center", ncols=5)
+    _legend(figure, SIDE_KINDS, loc="outside lower center", ncols=5)
     return figure
 
 
@@ -316,7 +366,7 @@ def _against_positions(figure: Figure, axes: Axes, points: Mapping[str, Mapping[
         _ratio_ticks(axes, points, kinds["extensible" if "extensible" in lines else lines[-1]])
     axes.set_xlabel("mean positions of the LLM's window (log)")
     _finish(axes)
-    _legend(figure, axes, loc="outside right center")
+    _legend(figure, loc="outside right center")
 
 
 def _by_kind(arms: Iterable[str], kinds: tuple[str, ...] = ARM_KINDS) -> dict[str, dict[int | None, str]]:
@@ -372,10 +422,13 @@ def _bars(scores: list[Mapping[str, Any]]) -> list[list[float]]:
     ]
 
 
-def _ratio_ticks(axes: Axes, arms: Mapping[str, Any], by_ratio: Mapping[int | None, str]) -> None:
-    """Put ticks where the ratios lie, with their mean positions."""
+def _ratio_ticks(
+    axes: Axes, arms: Mapping[str, Any], by_ratio: Mapping[int | None, str], *, short: bool = False
+) -> None:
+    """Put ticks where the ratios lie, with their mean positions, and the ratios themselves unless it is to be short."""
     positions = [arms[arm]["positions"] for arm in by_ratio.values()]
-    labels = [f"{mean:,.0f}\nratio {ratio}" for mean, ratio in zip(positions, by_ratio, strict=True)]
+    pairs = zip(positions, by_ratio, strict=True)
+    labels = [f"{mean:,.0f}" + ("" if short else f"\nratio {ratio}") for mean, ratio in pairs]
     axes.set_xlim(max(min(positions) / 1.4, 0.5), max(positions) * 1.4)
     axes.set_xticks(positions, labels)
     axes.set_xticks([], minor=True)
@@ -401,9 +454,10 @@ def _plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _legend(figure: Figure, axes: Axes, kinds: tuple[str, ...] = ARM_KINDS, **where: Any) -> None:
-    """Put one legend beside the axes, in the order of tables."""
-    by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+def _legend(figure: Figure, kinds: tuple[str, ...] = ARM_KINDS, **where: Any) -> None:
+    """Put one legend beside all axes, in the order of tables."""
+    found = [zip(*reversed(axes.get_legend_handles_labels()), strict=True) for axes in figure.axes]
+    by_label = dict(entry for of_axes in found for entry in of_axes)
     labels = sorted(by_label, key=lambda arm: arm_key(arm, kinds))
     figure.legend([by_label[label] for label in labels], labels, frameon=False, fontsize=_FONT, **where)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from benchmarks.report import plots
+from benchmarks.report import overview, plots
 from benchmarks.report.cells import ABSENT, code, escaped, table
 from benchmarks.report.sections import SECTIONS
 from extemb_core.errors import ConfigError, DocumentError
@@ -24,6 +24,7 @@ TITLES = {
     "speed": "Speed and memory",
     "needle": "Needle in a haystack",
 }
+OVERVIEW = Path("overview")
 LEGEND = f"""\
 # Results
 
@@ -75,9 +76,10 @@ def markdown(records: Sequence[tuple[Path, Record]], links: Mapping[Path, Mappin
 
     Args:
         records: File and record of each run, in any order; the page has its own.
-        links: File of a record -> what a plot shows -> link to it.
+        links: File of a record, or `OVERVIEW` -> what a plot shows -> link to it.
     """
-    parts = [LEGEND]
+    parts = [LEGEND, *overview.sections(records)]
+    parts += [f"![{escaped(shows)}]({link})\n" for shows, link in links.get(OVERVIEW, {}).items()]
     for kind, title in TITLES.items():
         of_kind = sorted((entry for entry in records if entry[1]["kind"] == kind), key=_sort_key)
         if of_kind:
@@ -111,6 +113,11 @@ def write_report(files: Sequence[Path], output: Path) -> list[Path]:
         raise ConfigError(f"{problem}; pass JSON files of runs, each with a name of its own")
     records = [(file, read_record(file)) for file in files]
     figures_by_record = {path: plots.figures(record) for path, record in records}  # all, before anything is written
+    if sets := overview.compared(records):
+        scored = {name: record for name, record in sets.items() if plots.main_score(record["summary"])}
+        with_loss = {name: record for name, record in sets.items() if "loss" in record["summary"]["metrics"]}
+        quality = {"quality": plots.overview(scored)} if scored else {}
+        figures_by_record[OVERVIEW] = quality | ({"loss": plots.overview(with_loss, loss=True)} if with_loss else {})
     folder = output.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     written = [output]
