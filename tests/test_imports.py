@@ -67,11 +67,11 @@ def test_the_root_is_short() -> None:
 def test_a_module_uses_no_private_name_of_another() -> None:
     private = []
     for name, file in MODULES.items():
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("extemb_core"):
-                private += [
-                    f"{name}: {alias.name}"
-                    for alias in node.names
-                    if alias.name.startswith("_") and alias.name != "__version__"
-                ]
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        ours = {alias.asname or alias.name: alias.name for node in imported for alias in node.names
+                if str(node.module).startswith("extemb_core")}  # fmt: skip
+        used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+        names = [*ours.values(), *(node.attr for node in used if ast.unparse(node.value) in ours)]
+        private += [f"{name}: {used}" for used in names if used.startswith("_") and not used.endswith("__")]
     assert private == []
