@@ -13,18 +13,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-import torch
 from tiny import tiny_llm
 
 from extemb_core.errors import WeightsError
-from extemb_core.models.llm import LLM
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if TYPE_CHECKING:  # the process that hands out the tests needs no torch
+    from extemb_core.models.llm import LLM
+
 gc.disable()  # until all is imported: see `pytest_collection_finish`
+gc.set_threshold(10_000)  # new objects: a pass of a tiny model makes hundreds, and next to no garbage
 
 # No deadlines: a busy machine is no failure. The same examples everywhere: a red run can be repeated.
 hypothesis.settings.register_profile("extemb", deadline=None, derandomize=True)
@@ -45,6 +46,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Leave out, too, what a file of tests has imported and made for others to share."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_loop_is_left_over(request: pytest.FixtureRequest) -> None:
     """LlamaIndex's synchronous calls take the thread's event loop, make one if need be, and close none."""
@@ -55,6 +64,8 @@ def no_loop_is_left_over(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def real_llm() -> LLM:
     """The default model, loaded once (nothing may change it); where it is missing, continuous integration must fail."""
+    from extemb_core.models.llm import LLM
+
     try:
         return LLM.from_pretrained("smollm2-135m-instruct", device="cpu")
     except WeightsError as error:
