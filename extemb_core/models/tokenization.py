@@ -73,6 +73,11 @@ class TextEncoder:
         return np.array(list(ids), dtype=np.int64)
 
     @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """The same: one look for each token of a short text is sooner done than anything of numpy's."""
+        return frozenset(self.control_ids.tolist())
+
+    @cached_property
     def _plain_encoder(self) -> Tokenizer:
         """A copy of the tokenizer that obeys no special token and truncates nothing.
 
@@ -129,15 +134,14 @@ class TextEncoder:
     def _encode_piece(self, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return (T,) int32 ids, and the (T,) characters at which they end."""
         encoding = self._plain_encoder.encode(text, add_special_tokens=False)
-        ids = np.array(encoding.ids, dtype=np.int32)
-        ends = np.array([end for _, end in encoding.offsets], dtype=np.int32)
-        if not np.isin(ids, self.control_ids).any():
-            return ids, ends
+        if self._control_ids.isdisjoint(encoding.ids):
+            ends = np.array([end for _, end in encoding.offsets], dtype=np.int32)
+            return np.array(encoding.ids, dtype=np.int32), ends
         # Added tokens that the tokenizer does not flag as special are still recognised: take them apart, by
         # encoding their first character on its own.
         parts: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            cuts = [start, start + 1, end] if index in self.control_ids and end - start > 1 else []
+            cuts = [start, start + 1, end] if index in self._control_ids and end - start > 1 else []
             if not cuts:
                 parts.append((np.array([index], dtype=np.int32), np.array([end], dtype=np.int32)))
             for first, last in pairwise(cuts):
