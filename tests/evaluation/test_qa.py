@@ -16,6 +16,7 @@ from extemb_core.models import generation
 from extemb_core.models.llm import LLM
 from extemb_core.questions import templates
 
+NEW_TOKENS = 8
 PLACES = ("harbour", "bridge", "mill", "tower", "market")
 
 
@@ -38,7 +39,11 @@ def rows(count=5, per_text=2):
 
 
 @pytest.fixture
-def make(tmp_path, llm):
+def make(tmp_path, llm, monkeypatch):
+    """An experiment whose answers are short: each token is a pass of the LLM."""
+    short = {name: template | {"max_new_tokens": NEW_TOKENS} for name, template in templates().items()}
+    monkeypatch.setattr("extemb_core.evaluation.qa.templates", lambda: short)
+
     def experiment(embedder=None, data=None, **changes):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in data or rows()))
@@ -85,9 +90,8 @@ def test_an_embedder_of_another_document_has_the_wrong_documents_row(make, llm):
 
 
 @pytest.mark.parametrize("generate", [True, False], ids=["generate", "loss-only"])
-@pytest.mark.parametrize("cap", [1, 700, 10**6])
-def test_questions_about_long_texts_are_answered_in_small_passes_as_in_one(make, llm, monkeypatch, cap, generate):
-    whole, passes, shared = generation.score_at_once, [], []
+def test_questions_about_long_texts_are_answered_in_small_passes_as_in_one(make, llm, monkeypatch, generate):
+    whole, passes, shared, cap = generation.score_at_once, [], [], 10**6
 
     def score_at_once(llm, prompts, targets):
         cap_here = 8 * cap if llm.shares_prefix(prompts) else cap
@@ -96,17 +100,17 @@ def test_questions_about_long_texts_are_answered_in_small_passes_as_in_one(make,
         return whole(llm, prompts, targets)
 
     monkeypatch.setattr(generation, "score_at_once", score_at_once)
-    monkeypatch.setattr("extemb_core.evaluation.qa.positions_at_once", lambda llm: 10**6)
+    monkeypatch.setattr("extemb_core.evaluation.qa.positions_at_once", lambda llm: cap)
     expected = measured(make(random_embedder(llm), generate=generate))
     assert any(shared)  # the two questions about a text
-    passes.clear()
-    monkeypatch.setattr("extemb_core.evaluation.qa.positions_at_once", lambda llm: cap)
-    for sample, before in zip(measured(make(random_embedder(llm), generate=generate)), expected, strict=True):
-        assert {arm: alike(one) for arm, one in sample["arms"].items()} == {
-            arm: alike(one) for arm, one in before["arms"].items()
-        }
-    assert all(rows == 1 or small for rows, small in passes)
-    assert (max(rows for rows, _ in passes) > 1) == (cap > 1)
+    for cap in (1, 700, 10**6):
+        passes.clear()
+        for sample, before in zip(measured(make(random_embedder(llm), generate=generate)), expected, strict=True):
+            assert {arm: alike(one) for arm, one in sample["arms"].items()} == {
+                arm: alike(one) for arm, one in before["arms"].items()
+            }
+        assert all(rows == 1 or small for rows, small in passes)
+        assert (max(rows for rows, _ in passes) > 1) == (cap > 1)
 
 
 def test_questions_in_one_group_are_measured_as_each_alone(make, llm):
@@ -256,7 +260,7 @@ def test_full_text_beyond_the_window_is_cut_and_says_so(make, llm):
     experiment = make(data=long, ratios=(8,))
     samples = measured(experiment)
     sample = next(sample for sample in samples if sample["id"] == "0-0")
-    room = llm.context_window - len(experiment.prompt(question(experiment, "0-0"), [])) - 32
+    room = llm.context_window - len(experiment.prompt(question(experiment, "0-0"), [])) - NEW_TOKENS
     assert sample["arms"]["full"]["cut"] is True
     assert sample["arms"]["full"]["positions"] == room
     assert experiment.summarise(samples)["arms"]["full"]["cut"] == 2
