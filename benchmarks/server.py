@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The report without its provenance."""
     if options.quick:
-        options.clients, options.document_tokens, options.seconds, options.rounds = 3, 64, 2, 2
+        options.clients, options.document_tokens, options.seconds, options.rounds = 3, 64, 0.5, 2
     embedder = resolve_embedder(options.embedder, options.llm)
     with (
         tempfile.TemporaryDirectory() as folder,

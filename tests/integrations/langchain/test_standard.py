@@ -75,7 +75,7 @@ class TestReal(WithoutTools):
 
     @property
     def chat_model_params(self):
-        return {"model": "smollm2-135m-instruct", "max_tokens": 16}
+        return {"model": "smollm2-135m-instruct", "max_tokens": 6}
 
     @property
     def supports_model_override(self):

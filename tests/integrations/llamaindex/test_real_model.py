@@ -31,7 +31,7 @@ class ByWords(BaseEmbedding):
 @pytest.mark.real_model
 async def test_an_index_of_a_few_hundred_nodes(tmp_path, monkeypatch):
     documents = [Document(text=topics[name], metadata={"file_name": name}) for name in sorted(topics)[:50]]
-    splitter = SentenceSplitter(chunk_size=256, chunk_overlap=0)
+    splitter = SentenceSplitter(chunk_size=128, chunk_overlap=0)
     index = VectorStoreIndex.from_documents(documents, embed_model=ByWords(), transformations=[splitter])
     assert len(index.docstore.docs) > 200
     loaded = share("smollm2-135m-instruct")
