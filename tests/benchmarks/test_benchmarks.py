@@ -161,6 +161,7 @@ def test_the_report_of_langchain_is_whole(models, tmp_path, monkeypatch, capsys)
 # -- server.py ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("models", ["untrained, at a layer above 0"], indirect=True)
 @pytest.mark.allow_hosts(["127.0.0.1"])
 def test_the_report_of_the_server_is_whole(models, tmp_path, capsys):
