@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import TypeVar
 
 from extemb_core.answers import Answer, PreparedPrompt, to_answer
@@ -46,7 +48,7 @@ class Job:
         self._seconds = 0.0
         self.ended = False
         self.positions = len(prepared.prompt) + sampling.max_new_tokens
-        self.row = StreamedRow(inputs, sampling, self._put_from_thread)
+        self.row = StreamedRow(inputs, sampling, partial(_hand_over, self._loop, weakref.WeakMethod(self.put)))
 
     @property
     def answer(self) -> Answer:
@@ -79,8 +81,17 @@ class Job:
             self.ended = True
             self._engine.release()
 
-    def _put_from_thread(self, piece: str | None) -> None:
-        self._loop.call_soon_threadsafe(self.put, piece)
+
+def _hand_over(
+    loop: asyncio.AbstractEventLoop, put: weakref.WeakMethod[Callable[[str | None], None]], piece: str | None
+) -> None:
+    """Hand a piece over to a job's own loop, from the LLM's thread.
+
+    The job is known weakly: in a circle with its row it would keep its documents in memory until the garbage collector
+    came by, which counts objects and not their bytes.
+    """
+    if (there := put()) is not None:
+        loop.call_soon_threadsafe(there, piece)
 
 
 class Engine:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -17,6 +19,7 @@ from tiny import SENTENCES, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core import ExtensibleLM
 from extemb_core.models.llm import LLM
+from extemb_core.serving import engine
 
 pytest.importorskip("faiss")
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
@@ -311,3 +314,26 @@ def test_many_clients_get_each_its_own_answer(lm, tmp_path):
         for question, text, one in zip(questions, documents, made, strict=True):
             assert text_of(one.result()) == lm.ask(question, text, max_new_tokens=6).text
     assert threading.active_count() < 80
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_was_read_leaves_nothing_for_the_garbage_collector(lm, tmp_path, stream):
+    """It counts objects: the few that hold megabytes of documents would wait long for it."""
+    document = {"title": "a", "text": SENTENCES}
+    known = []
+
+    class Seen(engine.Job):
+        def __init__(self, *args):
+            super().__init__(*args)
+            known.extend([weakref.ref(self), weakref.ref(self._prepared)])
+
+    gc.disable()
+    try:
+        with served(lm, tmp_path) as server, pytest.MonkeyPatch.context() as patch, asking(server) as ask:
+            patch.setattr(engine, "Job", Seen)
+            for _ in range(3):
+                ask("Why?", stream, [document], max_tokens=2).result()
+        assert len(known) == 6
+        assert [ref() for ref in known if ref() is not None] == []
+    finally:
+        gc.enable()
