@@ -27,6 +27,7 @@ from extemb_core.serving.metrics import Metrics
 from extemb_core.utils.batches import padded_batches
 
 _RETRY_SECONDS = 1
+_PREPARED_AT_ONCE = 2  # one compresses on all cores while another reads and plans; more would hold more in memory
 
 T = TypeVar("T")
 
@@ -116,6 +117,7 @@ class Engine:
         self.running: list[Job] = []
         self._waiting: list[Job] = []
         self._came = asyncio.Event()
+        self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
         self._n_requests = 0
 
     def admit(self) -> None:
@@ -162,7 +164,9 @@ class Engine:
 
         self.admit()
         try:
-            job = Job(self, *await until_cancelled(ready))
+            async with self._preparing:
+                prepared = await until_cancelled(ready)
+            job = Job(self, *prepared)
         except BaseException:
             self.release()
             raise

@@ -337,3 +337,26 @@ def test_an_answer_that_was_read_leaves_nothing_for_the_garbage_collector(lm, tm
         assert [ref() for ref in known if ref() is not None] == []
     finally:
         gc.enable()
+
+
+def test_a_few_are_prepared_at_once(lm, tmp_path, monkeypatch):
+    """What is compressed for a request takes memory until it is done."""
+    whole, at_work, most, held = ExtensibleLM.prepare, [], [], threading.Semaphore(0)
+
+    def prepare(*args, **settings):
+        at_work.append(1)
+        most.append(len(at_work))
+        assert held.acquire(timeout=PATIENCE)
+        at_work.pop()
+        return whole(*args, **settings)
+
+    monkeypatch.setattr(ExtensibleLM, "prepare", prepare)
+    with served(lm, tmp_path) as server, asking(server) as ask:
+        answers = [ask(f"Why {number}?", max_tokens=2) for number in range(6)]
+        try:
+            until(lambda: len(at_work) >= 2 and server.service.engine._n_requests == 6)
+            server.http().get("/healthz")  # those that may begin have begun
+        finally:
+            held.release(6)
+        assert all(answer.result().choices[0].message.content is not None for answer in answers)
+    assert max(most) <= 2 < len(most)
