@@ -30,7 +30,7 @@ from extemb_core.models.llm import LLM, choose_device
 from extemb_core.training.attention import training_attention
 from extemb_core.training.batches import Collator
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.trainer import learning_rate_factor, make_optimizer, plan_batches, starting_point
+from extemb_core.training.trainer import drawn_from, learning_rate_factor, make_optimizer, plan_batches, starting_point
 from extemb_core.utils.files import parse_json
 
 
@@ -63,8 +63,7 @@ def _train(rank: int, config: TrainingConfig, processes: int, minutes: float | N
     model = starting_point(config, LLM.from_pretrained(config.llm, device=str(device), dtype=config.dtype))
     if model.embedder is None:
         raise ConfigError(f"trained={config.trained!r} without an embedder reads no embeddings; use extemb train")
-    settings = model.embedder.config
-    ratios, chunk_sizes = config.ratios or settings.ratios, config.chunk_sizes or (settings.chunk_size,)
+    ratios, chunk_sizes = drawn_from(config, model.embedder.config)
     steps, size = config.max_steps, config.batch_size
     mine = [range((at * processes + rank) * size, (at * processes + rank + 1) * size) for at in range(steps)]
     batches: Any = plan_batches(config, model.llm, min(ratios), chunk_sizes)
@@ -77,13 +76,10 @@ def _train(rank: int, config: TrainingConfig, processes: int, minutes: float | N
     parameters = model.trainable()
     optimizer = make_optimizer(parameters, config.learning_rate, config.connector_lr_factor, config.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    models: list[Any] = [model.llm.model, model.embedder.stack]
-    if settings.entry_layer:
-        models.append(model.llm.reading_model(settings.entry_layer))
     log = _Log(Path(config.output) / "log.jsonl", config, ratios, rank)
     model.train(True)
     start = time.monotonic()
-    with training_attention(*models):
+    with training_attention(*model.transformers()):
         for step, inputs in enumerate(loader):
             gone = torch.tensor([time.monotonic() - start])
             dist.broadcast(gone, 0)  # one that stops by its own clock leaves the others waiting

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import cells
-from benchmarks.report.plots import METRIC_NAMES, main_score
+from benchmarks.report.plots import main_score
+from benchmarks.report.sections import metric_name
 
 Record = Mapping[str, Any]
 
@@ -44,7 +45,7 @@ def sections(records: Sequence[tuple[Path, Record]]) -> list[str]:
     if not sets:
         return []
     scores = [
-        (f"{name}, {_named(score)}", record, score)
+        (f"{name}, {metric_name(score)}", record, score)
         for name, record in sets.items()
         if (score := main_score(record["summary"]))
     ]
@@ -95,7 +96,3 @@ def _differences(sets: Sequence[tuple[str, Record, str]]) -> str:
 
 def _ratios(record: Record) -> list[int]:
     return sorted(map(int, record["summary"]["focus_minus"]))
-
-
-def _named(score: str) -> str:
-    return METRIC_NAMES.get(score) or cells.escaped(score.replace("_", "-"))

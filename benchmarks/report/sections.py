@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.report import cells
-from benchmarks.report.plots import METRIC_NAMES, SIDE_KINDS, arm_key
+from benchmarks.report.plots import METRIC_NAMES, SIDE_KINDS, arm_key, main_score
 
 Summary = Mapping[str, Any]
 Minus = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -88,8 +88,8 @@ def qa(summary: Summary) -> list[str]:
     parts += _by_rank(summary)
     remarks: list[str] = []
     if metrics:
-        main = "f1" if "f1" in metrics else metrics[0]
-        remarks += _remarks(minus, main, _named(main))
+        main = main_score(summary) or metrics[0]
+        remarks += _remarks(minus, main, metric_name(main))
     if has_loss:
         remarks += _remarks(minus, "loss", "loss", lower_is_better=True)
     remarks += [
@@ -125,7 +125,7 @@ def needle(summary: Summary) -> list[str]:
     """Write the share of correct answers: over all that was measured of an arm, then by length."""
     tasks = sorted(summary["arms"])
     overall = [{arm: scores["correct"] for arm, scores in summary["arms"][task].items()} for task in tasks]
-    heads = [_named(task) for task in tasks]
+    heads = [metric_name(task) for task in tasks]
     parts = ["Share of correct answers, over all that was measured of an arm (not every arm fits every length):\n"]
     parts += [_by_arm(heads, overall, cells.percent)]
     minus: dict[str, dict[str, dict[str, Any]]] = {}
@@ -140,9 +140,9 @@ def needle(summary: Summary) -> list[str]:
         columns: list[dict[str, list[tuple[float, int]]]] = [{} for _ in lengths]
         for cell in (cell for cell in summary["cells"] if cell["task"] == task):
             columns[lengths.index(cell["tokens"])].setdefault(cell["arm"], []).append((cell["correct"], cell["n"]))
-        parts += [f"{_named(task)}, share of correct answers by tokens of text, over all depths:\n"]
+        parts += [f"{metric_name(task)}, share of correct answers by tokens of text, over all depths:\n"]
         parts += [_by_arm([f"{length:,}" for length in lengths], columns, _pooled)]
-    remarks = [line for task in tasks for line in _remarks(minus, task, f"{_named(task)} answers")]
+    remarks = [line for task in tasks for line in _remarks(minus, task, f"{metric_name(task)} answers")]
     return [*parts, cells.bullets(remarks)]
 
 
@@ -172,7 +172,7 @@ def _scores(summary: Summary, shown: Mapping[str, Callable[[Any], str]]) -> str:
         [cells.code(arm), cells.positions(scores), *(show(scores[metric]) for metric, show in shown.items())]
         for arm, scores in ((arm, summary["arms"][arm]) for arm in sorted(summary["arms"], key=arm_key))
     ]
-    return cells.table(["arm", "positions", *map(_named, shown)], rows)
+    return cells.table(["arm", "positions", *map(metric_name, shown)], rows)
 
 
 def _by_rank(summary: Summary) -> list[str]:
@@ -182,7 +182,7 @@ def _by_rank(summary: Summary) -> list[str]:
     parts: list[str] = []
     for metric in (metric for metric in summary["metrics"] if tables and metric != "em"):
         columns = [{arm: scores.get(metric) for arm, scores in arms.items()} for _, arms in tables]
-        parts += [f"{_named(metric)} by the rank of the passage with the answer (0 stands first):\n"]
+        parts += [f"{metric_name(metric)} by the rank of the passage with the answer (0 stands first):\n"]
         parts += [_by_arm(heads, columns, cells.plain_loss if metric == "loss" else cells.plain_percent)]
     return parts
 
@@ -213,7 +213,7 @@ def _points(minus: Minus, columns: Sequence[str], ours: str = "extensible") -> s
         for ratio in _numbered(minus)
         for control in sorted(minus[ratio], key=arm_key)
     ]
-    return cells.table(["difference", *map(_named, columns)], rows)
+    return cells.table(["difference", *map(metric_name, columns)], rows)
 
 
 def _remarks(minus: Minus, column: str, name: str, *, lower_is_better: bool = False) -> list[str]:
@@ -249,7 +249,8 @@ def _minus(ratio: str, control: str, ours: str = "extensible") -> str:
     return f"{cells.code(f'{ours}/{ratio}')} - {cells.code(other)}"
 
 
-def _named(name: str) -> str:
+def metric_name(name: str) -> str:
+    """Name a metric or a task as people write it."""
     return METRIC_NAMES.get(name) or cells.escaped(name.replace("_", "-"))
 
 

@@ -307,6 +307,8 @@ class LLM(TextEncoder):
             return torch.cat([row[:shared], row[:1].expand(longest - len(row), *row.shape[1:]), row[shared:]])
 
         inputs |= {name: torch.stack([padded(row) for row in rows]) for name, rows in named.items()}
+        if not shared and is_stopped is None:
+            return model, inputs
         config = self.model.config
         cache = DynamicCache(config=config) if is_stopped is None else StoppableCache(config, is_stopped)
         if shared:
@@ -314,9 +316,7 @@ class LLM(TextEncoder):
             with torch.no_grad():
                 model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.batch_repeat_interleave(len(lengths))
-        if shared or is_stopped is not None:
-            inputs["past_key_values"] = cache
-        return model, inputs
+        return model, inputs | {"past_key_values": cache}
 
     def shares_prefix(self, prompts: Sequence[PromptInputs]) -> bool:
         """Tell whether prompts begin alike for so long that reading it once is worth a batch of their own."""

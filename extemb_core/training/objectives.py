@@ -158,9 +158,9 @@ class QuestionReadings:
             borders = [0, *(border for part in kept for border in part), len(ids)]
             pieces = [ids[start:stop] for start, stop in itertools.pairwise(borders)] if kept else [ids]
             documents_pieces.append(pieces)
-            whole = _array(ids)
-            for piece, start in list(zip(pieces, borders, strict=False))[::2]:  # every second piece stays text
-                if not raw:
+            if not raw:
+                whole = _array(ids)
+                for piece, start in zip(pieces[::2], borders[::2], strict=True):  # every second piece stays text
                     spans[id(piece)] = Span(whole, start, start + len(piece)) if kept else whole
         return self._conversation(documents_pieces, turns, spans, as_asked)
 
@@ -178,11 +178,11 @@ class QuestionReadings:
         chosen = np.zeros(len(scores), bool)
         chosen[ranking(scores)[: int(draw.integers(1, _MAX_FOCUS + 1))]] = True
         chosen &= scores > 0
-        parts = []
-        for one in split:
-            kept, chosen = np.flatnonzero(chosen[: len(one)]).tolist(), chosen[len(one) :]
-            parts.append([(int(one.borders[at]), int(one.borders[at + 1])) for at in kept])
-        return parts
+        of_each = np.split(chosen, np.cumsum([len(one) for one in split])[:-1])
+        return [
+            [(int(one.borders[at]), int(one.borders[at + 1])) for at in np.flatnonzero(kept)]
+            for one, kept in zip(split, of_each, strict=True)
+        ]
 
     def _sentences(self, ids: Ids) -> Sentences:
         """Cut a document into sentences; one whose text has other tokens, as it was cut within a word, is one."""

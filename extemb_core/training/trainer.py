@@ -115,6 +115,15 @@ class TrainableModel(nn.Module):
             reader = {f"reader.{name}": parameter for name, parameter in reader_adapters(self.llm).items()}
         return {name: parameter for name, parameter in (embedder | reader).items() if parameter.requires_grad}
 
+    def transformers(self) -> list[Any]:
+        """List the models of transformers that a step goes through."""
+        models: list[Any] = [self.llm.model]
+        if self.embedder is not None:
+            models.append(self.embedder.stack)
+            if layer := self.embedder.config.entry_layer:  # embeddings are read by a model of their own
+                models.append(self.llm.reading_model(layer))
+        return models
+
     def save(self, folder: Path) -> None:
         if self.embedder is not None:
             self.embedder.save_pretrained(folder)
@@ -379,10 +388,7 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
             model.save(output)
             return model
         settings = model.embedder.config if model.embedder is not None else ExtensibleEmbedderConfig(ratios=(1,))
-        chunk_sizes = config.chunk_sizes or (settings.chunk_size,)
-        ratios = config.ratios or tuple(settings.ratios)
-        for ratio in ratios:
-            settings.require_ratio(ratio)
+        ratios, chunk_sizes = drawn_from(config, settings)
         batches = plan_batches(config, llm, min(ratios), chunk_sizes)
         held_out = _held_out(config, llm)
     if checkpoint is None and is_first_process():  # not before it is known that this run can begin
@@ -411,12 +417,7 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
             if checkpoint is not None and (changed := changed_settings(checkpoint, config)):
                 _append_log(config, {"step": _step_of(checkpoint), "changed": changed})
             atomic_write_text(output / "training.json", json.dumps(asdict(config), indent=2))
-        models: list[Any] = [model.llm.model]
-        if settings.entry_layer:  # embeddings are read by a model of their own
-            models.append(model.llm.reading_model(settings.entry_layer))
-        if model.embedder is not None:
-            models.append(model.embedder.stack)
-        with training_attention(*models):
+        with training_attention(*model.transformers()):
             if held_out is not None and checkpoint is None:
                 trainer.evaluate()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -455,6 +456,14 @@ def is_finished(config: TrainingConfig) -> bool:
     """Tell whether the run's last checkpoint is that of its last step."""
     checkpoint = _last_checkpoint(config)
     return checkpoint is not None and _step_of(checkpoint) >= config.max_steps
+
+
+def drawn_from(config: TrainingConfig, settings: ExtensibleEmbedderConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ratios and the chunk sizes that a run draws from; `RatioError` where the embedder lacks a ratio."""
+    ratios = config.ratios or tuple(settings.ratios)
+    for ratio in ratios:
+        settings.require_ratio(ratio)
+    return ratios, config.chunk_sizes or (settings.chunk_size,)
 
 
 def plan_batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequence[int]) -> Batches:
