@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -18,6 +17,10 @@ from safetensors.numpy import save_file
 
 from extemb_core.errors import StoreError
 from extemb_core.utils.files import atomic_write
+from extemb_core.utils.imports import hidden
+
+with hidden("jax"):  # bm25s would begin it, and it would take most of a GPU's memory for itself
+    import bm25s
 
 # Scripts without spaces: Thai, Lao, Burmese, Khmer, and those of Chinese and Japanese.
 _UNSPACED = (

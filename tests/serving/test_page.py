@@ -153,9 +153,9 @@ def test_markup_in_documents_and_questions_is_text(url, opened):
     page = opened(url)
     drop(page, "<b>x</b>.txt", HOSTILE)
     ask(page, f"{HOSTILE} Is it bold?")
-    page.locator(".quote").first.click()
-    page.locator("#passage").first.wait_for()
-    assert page.get_by_text("onerror=").count() >= 2
+    page.locator(".question", has_text="onerror=").first.wait_for()
+    page.locator(".q-item", has_text="b>.txt").locator(".quote").first.click()
+    page.locator(".q-dialog", has_text="onerror=").first.wait_for()
     assert page.title() == "extemb"
     assert not page.locator("img[src=x]").count()
 
