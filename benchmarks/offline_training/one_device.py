@@ -1,21 +1,25 @@
 """Train in several processes on one device, for a GPU that waits for a single process to launch its work.
 
     python -m benchmarks.offline_training.one_device settings.json --processes 6 --minutes 8
+    python -m benchmarks.offline_training.one_device short.json long.json --processes 4 2 --minutes 8
 
 `settings.json` holds the fields of `TrainingConfig`. Each process takes batches of its own, and all take one step by
-the mean of their gradients, as several GPUs would. Nothing is resumed: what was trained is left in `output` when the
-steps or the minutes are over, and the rate falls to 0 over the last part of whichever ends first. The log is
-`log.jsonl` there.
+the mean of their gradients, as several GPUs would. Some may read otherwise than others, longer texts for one: each
+file of settings has processes of its own, and may differ from the first in what is read, not in what is trained.
+Nothing is resumed: what was trained is left in `output` when the steps or the minutes are over, and the rate falls to
+0 over the last part of whichever ends first. The log is `log.jsonl` there; losses of further files have their number.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,54 +33,96 @@ from extemb_core.errors import ConfigError, TrainingError
 from extemb_core.models.llm import LLM, choose_device
 from extemb_core.training.attention import training_attention
 from extemb_core.training.batches import Collator
-from extemb_core.training.config import TrainingConfig
+from extemb_core.training.config import OBJECTIVES, TrainingConfig
 from extemb_core.training.trainer import drawn_from, learning_rate_factor, make_optimizer, plan_batches, starting_point
 from extemb_core.utils.files import parse_json
+
+# What a file of settings may have otherwise than the first.
+_READ = {"data", "questions", "cache", "objectives", "most_per_source", "raw_share", "mixed_share", "focus_share",
+         "most_distractors", "sample_length", "spans", "chunk_sizes", "ratios", "ratios_per_sample", "batch_size",
+         "seed", "total_tokens"}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", type=Path, help="JSON file with the fields of TrainingConfig")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="on the one device")
+    parser.add_argument("settings", type=Path, nargs="+", help="JSON files with the fields of TrainingConfig")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[2], metavar="N", help="of each file, on one device"
+    )
     parser.add_argument("--minutes", type=float, metavar="X", help="of training; else all steps are taken")
-    parser.add_argument("--decay", type=float, default=0.4, metavar="X", help="share of the run that the rate falls in")
+    parser.add_argument(
+        "--decay", type=float, default=0.4, metavar="X", help="last part of it, in which the rate falls"
+    )
     options = parser.parse_args(argv)
-    try:
-        values: dict[str, Any] = parse_json(options.settings.read_text(encoding="utf-8"))
-        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        config = TrainingConfig(**settings)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{options.settings} does not hold a training's settings ({error}); mend it") from error
-    Path(config.output).mkdir(parents=True, exist_ok=True)
+    configs = [_config(file) for file in options.settings]
+    if len(configs) != len(options.processes) or min(options.processes) < 1:
+        raise ConfigError(
+            f"--processes {' '.join(map(str, options.processes))} came with {len(configs)} files of settings; pass a "
+            "number from 1 for each of them"
+        )
+    for file, config in zip(options.settings, configs, strict=True):
+        for name in (field.name for field in fields(config) if field.name not in _READ):
+            if getattr(config, name) != getattr(configs[0], name):
+                raise ConfigError(
+                    f"{file} has {name}={getattr(config, name)!r} and {options.settings[0]} has "
+                    f"{getattr(configs[0], name)!r}; what is trained, and how, is the same in all"
+                )
+    mine = [number for number, count in enumerate(options.processes) for _ in range(count)]
+    Path(configs[0].output).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-            _train, (config, options.processes, options.minutes, options.decay, folder), nprocs=options.processes
+            _train, (configs, mine, options.minutes, options.decay, folder), nprocs=len(mine)
         )
-    print(config.output)
+    print(configs[0].output)
 
 
-def _train(rank: int, config: TrainingConfig, processes: int, minutes: float | None, decay: float, folder: str) -> None:
-    os.environ["WORLD_SIZE"] = str(processes)  # by which `TrainingConfig` counts tokens and steps
+def _config(file: Path) -> TrainingConfig:
+    try:
+        values: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
+        return TrainingConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} does not hold a training's settings ({error}); mend it") from error
+
+
+def _train(
+    rank: int,
+    configs: Sequence[TrainingConfig],
+    of_each: Sequence[int],
+    minutes: float | None,
+    decay: float,
+    folder: str,
+) -> None:
+    """Train as one of the processes, each of which has the number of its settings in `of_each`."""
+    per_step = sum(configs[number].batch_size * configs[number].sample_length for number in of_each)
+    steps = math.ceil(configs[0].total_tokens / per_step)
+    number = of_each[rank]
+    alike = [other for other, its in enumerate(of_each) if its == number]
+    os.environ["WORLD_SIZE"] = str(len(alike))  # by which `TrainingConfig` counts tokens and steps
+    config = replace(configs[number], total_tokens=steps * configs[number].tokens_per_step)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=processes)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=len(of_each))
     device = choose_device(config.device)
     model = starting_point(config, LLM.from_pretrained(config.llm, device=str(device), dtype=config.dtype))
     if model.embedder is None:
         raise ConfigError(f"trained={config.trained!r} without an embedder reads no embeddings; use extemb train")
     ratios, chunk_sizes = drawn_from(config, model.embedder.config)
-    steps, size = config.max_steps, config.batch_size
-    mine = [range((at * processes + rank) * size, (at * processes + rank + 1) * size) for at in range(steps)]
+    size = config.batch_size
+    first = [(at * len(alike) + alike.index(rank)) * size for at in range(steps)]
     batches: Any = plan_batches(config, model.llm, min(ratios), chunk_sizes)
     loader: DataLoader[Any] = DataLoader(
         batches,
-        batch_sampler=map(list, mine),
+        batch_sampler=[list(range(at, at + size)) for at in first],
         collate_fn=Collator(ratios, chunk_sizes, config.seed, config.ratios_per_sample),
         num_workers=config.dataloader_num_workers,
     )
     parameters = model.trainable()
     optimizer = make_optimizer(parameters, config.learning_rate, config.connector_lr_factor, config.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    log = _Log(Path(config.output) / "log.jsonl", config, ratios, rank)
+    names = ["loss"]  # the same in every process, in one order: their sums are added up
+    for at, other in enumerate(configs):
+        ratios_of_it, _ = drawn_from(other, model.embedder.config)
+        names += [_loss(part, at) for part in (*OBJECTIVES, *(f"ratio_{ratio}" for ratio in sorted(set(ratios_of_it))))]
+    log = _Log(Path(config.output) / "log.jsonl" if rank == 0 else None, names, per_step)
     model.train(True)
     start = time.monotonic()
     with training_attention(*model.transformers()):
@@ -99,8 +145,8 @@ def _train(rank: int, config: TrainingConfig, processes: int, minutes: float | N
                 raise TrainingError(f"the gradients became {float(norm)} at step {step}; begin with a lower rate")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses = {"loss": output["loss"], f"loss_{objective}": output["loss"]}
-            log.add(losses | {f"loss_ratio_{ratio}": loss for ratio, loss in output["by_ratio"].items()})
+            parts = {objective: output["loss"]} | {f"ratio_{ratio}": loss for ratio, loss in output["by_ratio"].items()}
+            log.add({"loss": output["loss"]} | {_loss(part, number): loss for part, loss in parts.items()})
             if (step + 1) % config.logging_steps == 0:
                 log.write(step + 1, optimizer.param_groups[0]["lr"])
     if rank == 0:
@@ -108,6 +154,11 @@ def _train(rank: int, config: TrainingConfig, processes: int, minutes: float | N
         model.save(Path(config.output))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _loss(part: str, number: int) -> str:
+    """Name the loss of an objective or a ratio in the log, of the settings with this number."""
+    return f"loss_{part}" if not number else f"loss_{part}_{number + 1}"
 
 
 def _average_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> Tensor:
@@ -127,30 +178,37 @@ def _average_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float
 class _Log:
     """Mean losses over all processes since the last row."""
 
-    def __init__(self, file: Path, config: TrainingConfig, ratios: Sequence[int], rank: int) -> None:
-        objectives = sorted(name for name, share in config.objectives.items() if share)
-        parts = [*objectives, *(f"ratio_{ratio}" for ratio in sorted(set(ratios)))]
-        self._names = ["loss", *(f"loss_{name}" for name in parts)]
-        self._sums = torch.zeros(len(self._names), 2, dtype=torch.float64)
-        self._file, self._config, self._rank = file, config, rank
+    def __init__(self, file: Path | None, names: Sequence[str], tokens_per_step: int) -> None:
+        self._sums = {name: torch.zeros(2, dtype=torch.float64) for name in names}
+        self._file = file
+        self._per_step = tokens_per_step
         self._last = time.monotonic(), 0
 
-    def add(self, losses: dict[str, Tensor]) -> None:
+    def add(self, losses: Mapping[str, Tensor]) -> None:
         for name, loss in losses.items():
-            self._sums[self._names.index(name)] += torch.tensor([float(loss.detach()), 1.0])
+            self._sums[name] += torch.tensor([float(loss.detach()), 1.0])
 
     def write(self, step: int, learning_rate: float) -> None:
-        dist.all_reduce(self._sums)
+        sums = torch.stack([*self._sums.values()])
+        dist.all_reduce(sums)
         now, (before, last) = time.monotonic(), self._last
-        per_step = self._config.tokens_per_step
-        pairs = zip(self._names, self._sums.tolist(), strict=True)
-        means = {name: round(total / count, 4) for name, (total, count) in pairs if count}
-        speed = round((step - last) * per_step / (now - before), 1)
-        row = {"step": step, "tokens": step * per_step, "learning_rate": learning_rate, "tokens_per_second": speed}
-        if self._rank == 0:
+        means = {
+            name: round(total / count, 4)
+            for name, (total, count) in zip(self._sums, sums.tolist(), strict=True)
+            if count
+        }
+        speed = round((step - last) * self._per_step / (now - before), 1)
+        row = {
+            "step": step,
+            "tokens": step * self._per_step,
+            "learning_rate": learning_rate,
+            "tokens_per_second": speed,
+        }
+        if self._file is not None:
             with self._file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row | means) + "\n")
-        self._sums.zero_()
+        for total in self._sums.values():
+            total.zero_()
         self._last = now, step
 
 

@@ -46,6 +46,8 @@ class TrainingConfig:
             those that `raw_share` leaves.
         focus_share: Share of questions that read their documents by a plan: the sentences nearest to the question stay
             text, above entry layer 0.
+        most_distractors: Documents of other questions that are read beside a question's own, as far as `sample_length`
+            goes.
         sample_length: Tokens per training sample. It is also the most that a question's documents take.
         spans: Tokens of the spans to reconstruct, at the start of the run and at its end: short ones first.
         chunk_sizes: Chunk lengths in training, one drawn per batch. Without any it is the embedder's own;
@@ -93,6 +95,7 @@ class TrainingConfig:
     raw_share: float = 0.15
     mixed_share: float = 0.0
     focus_share: float = 0.0
+    most_distractors: int = 3
     sample_length: int = 1536
     spans: tuple[int, int] = (32, 256)
     chunk_sizes: tuple[int, ...] = ()
@@ -126,7 +129,7 @@ class TrainingConfig:
         self._check_objectives()
         for name in ("sample_length", "total_tokens", "batch_size", "accumulation_steps", "save_steps", "eval_steps",
                      "eval_samples", "logging_steps", "ratios_per_sample", "reader_rank",
-                     "most_per_source"):  # fmt: skip
+                     "most_per_source", "most_distractors"):  # fmt: skip
             whole_number(getattr(self, name), name)
         for name in ("chunk_sizes", "ratios", "spans"):
             if not all(is_count(number) for number in getattr(self, name)):

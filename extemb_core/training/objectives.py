@@ -35,7 +35,6 @@ _REPEAT = "\n\nRepeat the text above, word for word:\n"
 _GO_ON = "\n\nGo on from each of these words of the text above:\n"
 _MAX_CUE, _MAX_RECALLED, _MAX_CUES = 4, 7, 12
 _CHARS_PER_TOKEN = 3  # few enough that a cut by characters seldom has too many tokens
-_MAX_DISTRACTORS = 3
 _MIN_DISTRACTOR = 32
 _SPAN_GRID = 8  # raw spans inside compressed text begin and end at such places: group borders of the ratios up to it
 _MAX_RAW = 64
@@ -88,6 +87,7 @@ class QuestionReadings:
             finds something in it; at entry layers above 0.
         focus_share: Of the questions, how many read their documents as a plan for the question has them: up to three
             sentences of all of them, the nearest to it by BM25, stay text; at entry layers above 0.
+        most_distractors: Documents of other questions beside a question's own, as far as `max_tokens` goes.
         most_further: Further questions about the same document.
         seed: Of all that is drawn.
 
@@ -105,6 +105,7 @@ class QuestionReadings:
     raw_share: float = 0.15
     mixed_share: float = 0.0
     focus_share: float = 0.0
+    most_distractors: int = 3
     most_further: int = 3
     seed: int = 0
 
@@ -140,7 +141,7 @@ class QuestionReadings:
         answer = question.answers[int(draw.integers(len(question.answers)))].strip()
         missing = answer in question.context and draw.random() < self.missing_share
         answering = [] if missing else [self._own_document(question, answer, draw)]
-        others = self._others(question, answer, answering, int(draw.integers(missing, _MAX_DISTRACTORS + 1)), draw)
+        others = self._others(question, answer, answering, int(draw.integers(missing, self.most_distractors + 1)), draw)
         if missing and not others:  # nothing else to read
             answering, missing = [self._own_document(question, answer, draw)], False
         documents = answering + others

@@ -496,6 +496,7 @@ def plan_batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Seq
             raw_share=config.raw_share,
             mixed_share=config.mixed_share,
             focus_share=config.focus_share,
+            most_distractors=config.most_distractors,
             seed=config.seed,
         )
     return Batches(

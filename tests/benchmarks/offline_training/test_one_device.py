@@ -28,9 +28,9 @@ def config(tmp_path):
     )  # fmt: skip
 
 
-def settings_file(config, tmp_path):
-    (tmp_path / "settings.json").write_text(json.dumps(asdict(config)))
-    return str(tmp_path / "settings.json")
+def settings_file(config, tmp_path, name="settings.json"):
+    (tmp_path / name).write_text(json.dumps(asdict(config)))
+    return str(tmp_path / name)
 
 
 @pytest.mark.cluster
@@ -51,6 +51,28 @@ def test_two_processes_take_the_steps_of_one_that_accumulates_two_batches(config
         assert row["tokens"] == other["tokens"]
         assert row["learning_rate"] == pytest.approx(other["learning_rate"])
         assert row["loss_recall"] == pytest.approx(other["loss_recall"], abs=1e-3)
+
+
+@pytest.mark.cluster
+def test_some_processes_read_longer_texts(config, tmp_path):
+    longer = replace(config, sample_length=64, batch_size=1, ratios=(2,), seed=1)
+    files = [settings_file(config, tmp_path), settings_file(longer, tmp_path, "longer.json")]
+    main([*files, "--processes", "1", "1"])
+    rows = [json.loads(line) for line in (tmp_path / "together" / "log.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in rows] == [128, 256, 384]
+    assert {"loss_recall", "loss_recall_2", "loss_ratio_2_2"} <= rows[0].keys()
+    assert "loss_ratio_4_2" not in {name for row in rows for name in row}
+    assert rows[0]["loss"] == pytest.approx((rows[0]["loss_recall"] + rows[0]["loss_recall_2"]) / 2, abs=1e-4)
+
+
+def test_what_is_trained_is_the_same_in_all_processes(config, tmp_path):
+    files = [settings_file(config, tmp_path), settings_file(replace(config, reader_rank=4), tmp_path, "other.json")]
+    with pytest.raises(ConfigError, match=r"other\.json has reader_rank=4 and .*settings\.json has 2; what is"):
+        main([*files, "--processes", "1", "1"])
+    for processes in (["1"], ["1", "0"]):
+        with pytest.raises(ConfigError, match="pass a number from 1 for each of them"):
+            main([*files, "--processes", *processes])
+    assert not (tmp_path / "together").exists()
 
 
 @pytest.mark.parametrize("text", ["{", '{"llm": "x"}', "[]", '{"llm": "x", "output": "y", "data": ["z"], "speed": 1}'])
