@@ -28,6 +28,7 @@ from extemb_core.errors import ConfigError
 
 _LEAST_LOSS = 1e-6  # per token
 _SCATTERED = 0.2  # what the second sentence adds; above it the answer is in more places than a ranking by words finds
+_MANY = 6  # sentences in full; beside so many, what is compressed distracts more than it tells (docs/experiments.md)
 _EXCERPT_CHARS = 200  # more than is shown, as some may be white space
 
 Mode = Literal["focus", "select", "even"]
@@ -175,7 +176,8 @@ def plan_focus(
 ) -> Plan:
     """Choose what becomes of each sentence of some documents, so that the whole fits the budget.
 
-    Where all documents fit raw, all are raw.
+    Where all documents fit raw, all are raw. Where so many sentences fit in full that the answer is mostly among them,
+    the rest is left out: beside them, compressed text distracts more than it tells (docs/experiments.md).
 
     Args:
         question: What is asked.
@@ -208,11 +210,15 @@ def plan_focus(
                 "numbers; return one number for each"
             )
         added = added_by_second(question, texts, scores)
+        in_full = _in_full(scores, lengths, budget)
+        alike = not select and added > table.alike_above
+        many = in_full >= _MANY and not alike and all(document.limit is None for document in documents)
         per_position: Array = np.array([_tokens_per_position(fidelity) for fidelity in fidelities])
-        if select:  # by rank alone, whatever a sentence's length
-            of_each = np.stack([(len(scores) - ranks(scores)) * lengths, np.zeros(len(scores))], axis=1)
+        if select or many:  # by rank alone, whatever a sentence's length
+            of_each = np.full((len(scores), len(fidelities)), np.inf)
+            of_each[:, 0], of_each[:, -1] = (len(scores) - ranks(scores)) * lengths, 0
         else:  # positions that nothing was measured to gain by are used too
-            if added > table.alike_above:
+            if alike:
                 of_each = (table.losses.sum((0, 1)) * lengths[:, None])[:, usable]
             else:
                 of_each = table.of(scores, lengths, added)[:, usable]
@@ -230,7 +236,7 @@ def plan_focus(
             return sum(map(counted.__getitem__, keys))
 
         chosen = allocate(lengths, of_each, (1 / per_position).tolist(), budget, positions)
-        note = _note(scores, added, table)
+        note = _note(scores, added, table, in_full if many and not select else 0)
     plans = [
         _document_plan(at, document, fidelities, part)
         for at, (document, part) in enumerate(zip(documents, np.split(chosen, ends) if documents else (), strict=True))
@@ -238,13 +244,21 @@ def plan_focus(
     return Plan(documents=tuple(plans), budget=budget, note=note)
 
 
-def _note(scores: Array, added: float, table: SentenceLosses) -> str:
+def _in_full(scores: Array, lengths: Array, budget: int) -> int:
+    """Count the sentences, best first, that fit a budget in full, as far as they have to do with the question."""
+    order = ranking(scores)
+    fits: Array = np.cumsum(lengths[order]) <= budget
+    return int((fits & (scores[order] > 0)).sum())
+
+
+def _note(scores: Array, added: float, table: SentenceLosses, in_full: int) -> str:
     if not (scores > 0).any():
         return "no sentence has a word of the question"
     several = np.searchsorted(table.trust, added) == len(table.trust)
     where = "several places" if several else "one place"
     then = ", so that all is read alike" if added > table.alike_above else ""
-    return f"the question asks for {where}: its second sentence adds {added:.0%} of what is rare in it{then}"
+    note = f"the question asks for {where}: its second sentence adds {added:.0%} of what is rare in it{then}"
+    return f"{note}; {in_full} sentences fit in full, so that none is compressed beside them" if in_full else note
 
 
 def _tokens_per_position(fidelity: Fidelity) -> float:

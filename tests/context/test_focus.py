@@ -69,6 +69,33 @@ def test_selecting_reads_sentences_in_full_or_not_at_all_by_their_rank_alone():
     assert any(BRIDGE in text for text in raw_texts(document, plan))
 
 
+@pytest.mark.parametrize("in_full", [5, 6])
+def test_beside_many_sentences_in_full_none_is_compressed(in_full):
+    """Of sentences of one length, all of which have a word of the question."""
+    document = split(" ".join(f"The bridge was closed in {year}." for year in range(1900, 1930)))
+    length = int(np.diff(document.sentences.borders).max())
+    budget = in_full * length + length // 2
+    made = planned(QUESTION, [document], budget)
+    assert {isinstance(span.fidelity, int) for span in made.documents[0].spans} == {False, in_full < 6}
+    assert ("sentences fit in full" in made.note) == (in_full >= 6)
+    (selected,) = planned(QUESTION, [document], budget, select=True).documents
+    assert (made.documents[0].spans == selected.spans) == (in_full >= 6)
+
+
+def test_sentences_that_have_nothing_to_do_with_the_question_are_not_many():
+    document = split(f"{BRIDGE}. " + "Copper and oats are sold. " * 60)
+    made = planned(QUESTION, [document], document.n_tokens // 3)
+    assert any(isinstance(span.fidelity, int) for span in made.documents[0].spans)
+    assert "sentences fit" not in made.note
+
+
+def test_a_document_that_may_not_stand_in_full_is_compressed_beside_many_sentences():
+    text = " ".join(f"The bridge was closed in {year}." for year in range(1900, 1930))
+    documents = [split(text), split(text.replace("bridge", "old bridge"), limit=8)]
+    made = planned(QUESTION, documents, documents[0].n_tokens)
+    assert any(isinstance(span.fidelity, int) for span in made.documents[1].spans)
+
+
 def test_what_fits_is_raw_and_no_scorer_is_asked():
     def scorer(question, sentences):
         raise AssertionError
