@@ -48,9 +48,10 @@ lint: $(VENV)/.installed-dev ## check style and types
 bench: $(VENV)/.installed-dev ## measure speed and size; results go to benchmarks/results
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
-results: $(VENV)/.installed-dev ## make docs/results.md and its plots anew from the records in benchmarks/results
+results: $(VENV)/.installed-dev ## make docs/results.md, its plots and the tables of README.md anew from the records in benchmarks/results
 	$(BIN)/python -m benchmarks.report --records $(wildcard benchmarks/results/ppl*.json benchmarks/results/qa*.json \
 		benchmarks/results/eval_speed*.json benchmarks/results/needle*.json) --output docs/results.md
+	$(BIN)/python -m benchmarks.report.pages README.md extemb_core/pretrained/smollm2-135m-joint/README.md
 
 docs: $(VENV)/.installed-dev ## bring docs/cli.md and docs/settings.md up to date, and build the site into build/site
 	$(BIN)/python docs/generate.py

@@ -201,9 +201,9 @@ def texts_of(lm, found, fidelity):
     )
 
 
-def asked(lm, nodes, **settings):
+def asked(lm, nodes, query=QUERY, **settings):
     return ExtensibleEmbeddingPostprocessor(llm=ExtensibleLLM.from_lm(lm), **settings).postprocess_nodes(
-        nodes, query_str=QUERY
+        nodes, query_str=query
     )
 
 
@@ -333,7 +333,7 @@ def test_mixed_nodes_in_a_chat_past_the_window(lm, nodes, budget, as_before):
     """Half of the window is theirs beside a long conversation: what takes more is planned anew."""
     roles = MessageRole.USER, MessageRole.ASSISTANT
     talk = [ChatMessage(f"{at}. {SENTENCES[at:][:200]}", role=role) for at in range(12) for role in roles]
-    made = asked(lm, nodes * 2, budget=budget)
+    made = asked(lm, nodes * 2, "How many wires?", budget=budget)
     prompt = "\n".join(found.get_content(MetadataMode.LLM) for found in made if found.node.extemb_mark)
     response = ExtensibleLLM.from_lm(lm, max_tokens=4).chat([*talk, ChatMessage(f"{prompt}\n{QUERY}")])
     documents = [one for one in response.raw["extemb"]["documents"] if not one["source"].startswith("turn ")]
