@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _config(file: Path) -> TrainingConfig:
     try:
         values: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
-        return TrainingConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return TrainingConfig(**settings)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} does not hold a training's settings ({error}); mend it") from error
 
