@@ -148,9 +148,10 @@ class ExtensibleLM:
             budget: Positions of the LLM's window that the documents may take at most; all that is free when not given,
                 or where it is less. `answer.budget` says which it was.
             ratio: "auto", "raw", or a trained ratio for all documents.
-            plan: "focus", what says most about the question in full and the rest compressed (see `plan_focus`); "even",
-                each document at one ratio (see `plan_context`); "select", what says most about the question and nothing
-                else. "focus" when not given, where ratio is "auto" and the embedder enters above layer 0.
+            plan: "focus", what says most about the question in full and, beside few sentences, the rest compressed (see
+                `plan_focus`); "even", each document at one ratio (see `plan_context`); "select", what says most about
+                the question and nothing else. "focus" when not given, where ratio is "auto" and the embedder enters
+                above layer 0.
             **sampling: The fields of `Sampling`: max_new_tokens, temperature, top_p, top_k, stop, seed, ...
 
         Returns:

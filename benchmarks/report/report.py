@@ -44,7 +44,7 @@ LLM is given in the place of a text:
 | `lingua/k` | the text's most informative tokens (LLMLingua's criterion), as many as `extensible/k` takes positions |
 | `chosen/k` | the text's sentences that share most words with the question (BM25), as many tokens as that |
 | `extensible/k` | extensible embeddings at ratio k: one position for k tokens |
-| `focus/k` | what says most about the question raw, the rest compressed around it, as many positions at most |
+| `focus/k` | what says most about the question raw, beside few sentences the rest compressed, in as many at most |
 | `full` | the whole text: what there is to gain |
 | `online/k`, `offline/k` | speed only: embeddings made while the user waits, or read from an earlier run |
 

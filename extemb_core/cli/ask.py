@@ -34,8 +34,8 @@ class AskOptions(options.ModelOptions):
     Attributes:
         documents: Files and folders to read, best first: text, Markdown, HTML, PDF; - is text from stdin.
         ratio: Tokens per extensible embedding: one ratio for all documents, raw text, or the finest that fits.
-        plan: Read what says most about the question in full and the rest compressed (focus), that alone (select), or
-            each document at one ratio (even).
+        plan: Read what says most about the question in full and, beside few sentences, the rest compressed (focus),
+            that alone (select), or each document at one ratio (even).
         budget: Positions of the LLM's window that the documents may take.
         store: Keep compressed documents in this folder, and reuse those that are there.
         library: Ask the documents of a library (`extemb index add`).

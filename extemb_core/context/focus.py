@@ -1,4 +1,4 @@
-"""Plan for a question: what says most about it is read in full, the rest compressed around it."""
+"""Plan for a question: what says most about it is read in full and, where it is little, the rest compressed around."""
 
 from __future__ import annotations
 

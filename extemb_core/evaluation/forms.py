@@ -6,7 +6,7 @@
     chosen/k         the sentences that share words with the question, as many (`choose_sentences`)
     lingua/k         its most informative tokens, as many (`select_tokens`)
     extensible/k     extensible embeddings at ratio k
-    focus/k          what says most about the question in full, the rest compressed, as many (`plan_focus`)
+    focus/k          what says most about the question in full, beside few sentences the rest compressed (`plan_focus`)
     random/k         random vectors in their place, of the same norms
     wrong/k          the extensible embeddings of another text
 

@@ -69,10 +69,10 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
     index.as_query_engine(llm=llm, node_postprocessors=[ExtensibleEmbeddingPostprocessor(llm=llm, budget=1024)])
     ```
 
-    Of a query, the sentences that say most about it stay text, and the rest is compressed around them
-    (`extemb_core.context.focus`). In an even plan the nodes' order is their rank: those ranked higher are never read
-    coarser (`extemb_core.context.planning`). Metadata that the LLM is to see stays text. Only an `ExtensibleLLM` of the
-    same model and store can read the result; anything else that asks a node for its text gets its text.
+    Of a query, the sentences that say most about it stay text, and the rest is compressed around them where they are
+    few (`extemb_core.context.focus`). In an even plan the nodes' order is their rank: those ranked higher are never
+    read coarser (`extemb_core.context.planning`). Metadata that the LLM is to see stays text. Only an `ExtensibleLLM`
+    of the same model and store can read the result; anything else that asks a node for its text gets its text.
     """
 
     budget: Budget = None
@@ -81,7 +81,7 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
     nodes need at the coarsest ratio where that is more, so that an even plan drops none: LlamaIndex asks several times
     then."""
     plan: str | None = None
-    """"focus": what says most about the query stays text, the rest is compressed, or dropped where it says nothing;
+    """"focus": what says most about the query stays text, the rest is compressed where that is little, or dropped;
     "even": each node at one ratio, by its rank; "select": what says most about the query, and nothing else. When not
     given, that of the LLM, or else "focus" where there is a query, `ratio` is "auto", `top_raw` is 0 and the embedder
     enters above layer 0. Without a query "even"."""
