@@ -79,6 +79,18 @@ def difference(scored: Scored | None, *, points: bool = False) -> str:
     return _bold(_with_interval(scored["mean"], scored["interval"], shown), scored)
 
 
+def best_marked(shown: Mapping[str, str], means: Mapping[str, float], best: Callable[..., str] = max) -> dict[str, str]:
+    """Mark in bold what is shown of the best way, and of each that cannot be told from it as it is shown.
+
+    Args:
+        shown: Way -> a cell that begins with its mean.
+        means: Way -> that mean.
+        best: `max` or `min`.
+    """
+    first = shown[best(means, key=lambda way: means[way])].split(";")[0]
+    return {way: f"**{cell}**" if cell.split(";")[0] == first else cell for way, cell in shown.items()}
+
+
 def share(scored: Scored | None) -> str:
     """Show a share of a gain, bold where the interval excludes 0; "refused" without the reason."""
     if scored is None:

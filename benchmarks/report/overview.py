@@ -67,9 +67,7 @@ def _table(sets: Sequence[tuple[str, Record, str]]) -> str:
         best = min if metric == "loss" else max
         for ratio in _ratios(record):
             at = {way: arms[f"{way}/{ratio}"][metric]["mean"] for way in _WAYS if f"{way}/{ratio}" in arms}
-            values = {way: shown(mean) for way, mean in at.items()}
-            first = values[best(at, key=lambda way: at[way])]
-            marked = {way: f"**{value}**" if value == first else value for way, value in values.items()}
+            marked = cells.best_marked({way: shown(mean) for way, mean in at.items()}, at, best)
             rows.append(
                 [
                     f"{name} (n {record['n']:,})",

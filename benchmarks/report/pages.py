@@ -96,21 +96,17 @@ def _of_several(files: Sequence[Path], ratio: str) -> str:
     rows = []
     for file in files:
         arms, score = _arms(file, [ratio])
-        shown = [
-            _means(arms[way], score) if way in arms else cells.ABSENT
-            for way in (*(f"{way}/{ratio}" for way in _WAYS), "full", "none")
-        ]
-        scores = [f"{100 * arms[f'{way}/{ratio}'][score]['mean']:.1f}" for way in _WAYS if f"{way}/{ratio}" in arms]
-        best = max(scores, key=float)
-        marked = [
-            f"**{cell}**" if at < len(_WAYS) and cell.split(";")[0] == best else cell for at, cell in enumerate(shown)
-        ]
+        ways = {way: arms[f"{way}/{ratio}"] for way in _WAYS if f"{way}/{ratio}" in arms}
+        shown = {way: _means(arm, score) for way, arm in ways.items()}
+        marked = cells.best_marked(shown, {way: arm[score]["mean"] for way, arm in ways.items()})
         name = file.stem.removeprefix("qa_").removesuffix("_focus")
         rows.append(
             [
                 f"{name} ({metric_name(score)}, n {arms['full']['n']})",
                 f"{cells.positions(arms['full'])} in {cells.positions(arms[f'extensible/{ratio}'])}",
-                *marked,
+                *(marked.get(way, cells.ABSENT) for way in _WAYS),
+                _means(arms["full"], score),
+                _means(arms["none"], score),
             ]
         )
     return cells.table(["questions", "positions", *_SHORT], rows)
