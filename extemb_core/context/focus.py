@@ -236,7 +236,7 @@ def plan_focus(
             return sum(map(counted.__getitem__, keys))
 
         chosen = allocate(lengths, of_each, (1 / per_position).tolist(), budget, positions)
-        note = _note(scores, added, table, in_full if many and not select else 0)
+        note = _note(scores, added, table, alike=alike, in_full=in_full if many and not select else 0)
     plans = [
         _document_plan(at, document, fidelities, part)
         for at, (document, part) in enumerate(zip(documents, np.split(chosen, ends) if documents else (), strict=True))
@@ -251,12 +251,12 @@ def _in_full(scores: Array, lengths: Array, budget: int) -> int:
     return int((fits & (scores[order] > 0)).sum())
 
 
-def _note(scores: Array, added: float, table: SentenceLosses, in_full: int) -> str:
+def _note(scores: Array, added: float, table: SentenceLosses, *, alike: bool, in_full: int) -> str:
     if not (scores > 0).any():
         return "no sentence has a word of the question"
     several = np.searchsorted(table.trust, added) == len(table.trust)
     where = "several places" if several else "one place"
-    then = ", so that all is read alike" if added > table.alike_above else ""
+    then = ", so that all is read alike" if alike else ""
     note = f"the question asks for {where}: its second sentence adds {added:.0%} of what is rare in it{then}"
     return f"{note}; {in_full} sentences fit in full, so that none is compressed beside them" if in_full else note
 

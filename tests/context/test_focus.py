@@ -183,6 +183,9 @@ def test_a_question_about_many_places_has_all_of_a_text_read_alike():
     assert {span.fidelity for span in alike.documents[0].spans} <= {8, 4, 2}
     assert "one place" in ranked.note
     assert "alike" not in ranked.note
+    selected = planned("Was a bridge closed by fog at dawn?", [document], document.n_tokens // 4, select=True)
+    assert "several places" in selected.note
+    assert "alike" not in selected.note
     assert "raw" in {span.fidelity for span in ranked.documents[0].spans}
 
 
