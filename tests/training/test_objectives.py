@@ -197,6 +197,13 @@ def test_by_a_plan_the_sentences_nearest_to_the_question_stay_text(llm, places):
     assert seen == ({0} if len(places) == 1 else {0, 2})  # one sentence alone, or both
 
 
+@pytest.mark.parametrize("most", [1, 4])
+def test_at_most_so_many_documents_of_other_questions_are_read_beside(llm, most):
+    readings = many(llm, missing_share=0, raw_share=0, most_distractors=most)
+    found = [len(text(llm, reading, "document")) for reading in readings]
+    assert (min(found), max(found)) == (1, 1 + most)
+
+
 def test_by_a_plan_nothing_stays_text_where_no_word_of_the_question_is_found(llm):
     rows = [Question("0", "It rained. Few people knew.", "Who?", ("people",))]
     made = QuestionReadings(rows, llm, missing_share=0, raw_share=0, focus_share=1)

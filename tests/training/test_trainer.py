@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,8 @@ from extemb_core.models.llm import LLM
 from extemb_core.training import trainer as trainer_module
 from extemb_core.training.batches import Collator
 from extemb_core.training.config import OBJECTIVES, TrainingConfig
-from extemb_core.training.trainer import RunTrainer, TrainableModel, last_checkpoint, train
+from extemb_core.training.objectives import QuestionReadings
+from extemb_core.training.trainer import RunTrainer, TrainableModel, last_checkpoint, plan_batches, train
 from extemb_core.training.two_stream import two_stream_losses
 
 
@@ -563,6 +564,17 @@ def test_settings_of_objectives_that_do_not_go_together(asked):
     ):
         with pytest.raises(ConfigError, match=message):
             replace(asked, **change)
+
+
+def test_what_a_run_says_of_its_questions_reaches_them(asked, monkeypatch):
+    given = {}
+    monkeypatch.setattr(trainer_module, "QuestionReadings", lambda *_, **settings: given.update(settings))
+    changed = {"most_per_source": 7, "raw_share": 0.11, "mixed_share": 0.12, "focus_share": 0.13, "most_distractors": 5,
+               "seed": 3}  # fmt: skip
+    plan_batches(replace(asked, **changed), LLM.from_pretrained(asked.llm), 1, (16,))
+    assert changed.items() <= given.items()
+    settings, taken = ({field.name for field in fields(kind)} for kind in (TrainingConfig, QuestionReadings))
+    assert changed.keys() == (settings & taken) - {"questions", "llm"}
 
 
 # -- entry layers above 0 -----------------------------------------------------------------------------------------
