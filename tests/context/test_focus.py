@@ -189,6 +189,15 @@ def test_a_question_about_many_places_has_all_of_a_text_read_alike():
     assert "raw" in {span.fidelity for span in ranked.documents[0].spans}
 
 
+def test_a_question_about_many_places_has_all_read_alike_beside_many_sentences_too():
+    text = "Fog came at dawn. A bridge was closed. " + "The dawn was red. " * 8 + "Copper and oats are sold. " * 30
+    document = split(text)
+    made = planned("Was a bridge closed by fog at dawn?", [document], document.n_tokens // 2)
+    assert "all is read alike" in made.note
+    assert "sentences fit" not in made.note
+    assert "dropped" not in {span.fidelity for span in made.documents[0].spans}
+
+
 def test_what_a_second_sentence_adds_tells_one_place_from_several():
     sentences = ["The bridge was closed in 1987.", "The fog came in.", "The bridge closed."]
     assert words_added("The bridge, closed by fog?", sentences, 0, 2) == 0
