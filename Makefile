@@ -50,7 +50,7 @@ bench: $(VENV)/.installed-dev ## measure speed and size; results go to benchmark
 
 results: $(VENV)/.installed-dev ## make docs/results.md, its plots and the tables of README.md anew from the records in benchmarks/results
 	$(BIN)/python -m benchmarks.report --records $(wildcard benchmarks/results/ppl*.json benchmarks/results/qa*.json \
-		benchmarks/results/eval_speed*.json benchmarks/results/needle*.json) --output docs/results.md
+		benchmarks/results/eval_speed*.json benchmarks/results/needle*.json) --times benchmarks/results/first_token.json --output docs/results.md
 	$(BIN)/python -m benchmarks.report.pages README.md extemb_core/pretrained/smollm2-135m-joint/README.md
 
 docs: $(VENV)/.installed-dev ## bring docs/cli.md and docs/settings.md up to date, and build the site into build/site

@@ -12,14 +12,21 @@ from typing import Any
 
 from extemb_core.errors import ExtembError
 from extemb_core.evaluation.provenance import provenance
+from extemb_core.lm import DEFAULT_LLM
 
 
 def parser(description: str | None, sections: Sequence[str]) -> argparse.ArgumentParser:
     """What every script of sections takes; each adds its own."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--llm", default="smollm2-135m-instruct", help="known name, folder or hub id")
-    made.add_argument("--embedder", help="folder or hub id; the shipped one when not given")
+    made = model_parser(description, llm="smollm2-135m-instruct")
     made.add_argument("--only", nargs="+", choices=sections, help="some sections")
+    return made
+
+
+def model_parser(description: str | None, llm: str = DEFAULT_LLM) -> argparse.ArgumentParser:
+    """What every script takes that measures an LLM with its embedder."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--llm", default=llm, help="known name, folder or hub id")
+    made.add_argument("--embedder", help="folder or hub id; the shipped one when not given")
     made.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
     made.add_argument("--json", type=Path, help="where to write the report")
     return made

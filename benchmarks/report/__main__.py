@@ -25,8 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE.md", help="the page; its plots go to a folder beside it"
     )
+    parser.add_argument("--times", type=Path, metavar="FILE", help="of benchmarks/first_token.py, to draw beside them")
     options = parser.parse_args(argv)
-    for file in write_report(options.records, options.output):
+    for file in write_report(options.records, options.output, options.times):
         print(file)
 
 

@@ -129,38 +129,76 @@ def overview(sets: Mapping[str, Record], loss: bool = False) -> Figure:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    columns = min(3, len(sets))
-    rows = -(-len(sets) // columns)
     what = "Loss of the reference answer, in nats per token," if loss else "Quality"
-    figure = _figure(0.9 + 2.6 * rows, f"{what} against positions of the LLM's window", "one point per ratio, means")
-    from matplotlib.ticker import PercentFormatter
-
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for axes, (name, record) in zip(panels.flat, sets.items(), strict=False):
-        summary = record["summary"]
-        metric = "loss" if loss else main_score(summary)
-        arms = {arm: point for arm, point in summary["arms"].items() if metric in point}
-        kinds = _by_kind(arms)
-        axes.set_axis_on()
-        for kind, by_ratio in kinds.items():
-            points = [arms[arm] for arm in by_ratio.values()]
-            means = [point[metric]["mean"] for point in points]
-            if None in by_ratio:
-                axes.axhline(means[0], color=_STYLES[kind][0], linestyle=_DASHES.get(kind, "-"), label=kind)
-            else:
-                axes.plot([point["positions"] for point in points], means, label=kind, **_line_style(kind))
-        axes.set_xscale("log")
-        _ratio_ticks(axes, arms, kinds["extensible"], short=True)
-        score = "" if loss else f", {METRIC_NAMES.get(str(metric), metric)}"
-        axes.set_title(f"{name}{score}", fontsize=_FONT, parse_math=False)
-        if not loss:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axes.set_ylim(bottom=0)
+    figure, panels = _panels_of(sets, f"{what} against positions of the LLM's window", "one point per ratio, means")
+    for axes, (name, record) in zip(panels, sets.items(), strict=True):
+        metric = "loss" if loss else str(main_score(record["summary"]))
+        arms = {arm: point for arm, point in record["summary"]["arms"].items() if metric in point}
+        _panel(axes, name, arms, metric, {arm: point["positions"] for arm, point in arms.items()})
+        _ratio_ticks(axes, arms, _by_kind(arms)["extensible"], short=True)
         _finish(axes)
     _legend(figure, loc="outside lower center", ncols=7)
     return figure
+
+
+def quality_by_time(sets: Mapping[str, Record], times: Mapping[str, Record]) -> Figure:
+    """Draw quality against the time to the first token, a panel for each set of questions that was timed.
+
+    Args:
+        sets: What a panel is called -> its record, of kind "qa".
+        times: The same names -> what `benchmarks/first_token.py` measured; ways that it lacks are left out.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    subtitle = "one point per ratio, means; times as shares of those with the full text, text compressed before"
+    figure, panels = _panels_of(times, "Quality against the time to the first token", subtitle)
+    for axes, (name, timed) in zip(panels, times.items(), strict=True):
+        summary = sets[name]["summary"]
+        x = {way: row["over_full"] for way, row in timed["ways"].items()}
+        arms = {arm: point for arm, point in summary["arms"].items() if arm in x or arm == "none"}
+        seconds = f"{timed['ways']['full']['median_seconds']:.1f} s"
+        _panel(axes, f"{name} (full {seconds})", arms, str(main_score(summary)), x)
+        ticks = [
+            tick
+            for tick in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
+            if min(x.values()) / 1.4 <= tick <= max(x.values()) * 1.4
+        ]
+        axes.set_xticks(ticks, [f"1/{1 / tick:.0f}" if tick < 1 else f"{tick:.0f}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        _finish(axes)
+    _legend(figure, loc="outside lower center", ncols=7)
+    return figure
+
+
+def _panels_of(sets: Iterable[str], title: str, subtitle: str) -> tuple[Figure, list[Axes]]:
+    """Make a figure with a panel for each set, three side by side."""
+    count = len(list(sets))
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure = _figure(0.9 + 2.6 * rows, title, subtitle)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
+
+
+def _panel(axes: Axes, name: str, arms: Mapping[str, Any], metric: str, x: Mapping[str, float]) -> None:
+    """Draw the means of a metric: a line for each kind of arm with a ratio, a level line for others."""
+    from matplotlib.ticker import PercentFormatter
+
+    for kind, by_ratio in _by_kind(arms).items():
+        means = [arms[arm][metric]["mean"] for arm in by_ratio.values()]
+        if None in by_ratio:
+            axes.axhline(means[0], color=_STYLES[kind][0], linestyle=_DASHES.get(kind, "-"), label=kind)
+        else:
+            axes.plot([x[arm] for arm in by_ratio.values()], means, label=kind, **_line_style(kind))
+    axes.set_xscale("log")
+    score = "" if metric == "loss" else f", {METRIC_NAMES.get(metric, metric)}"
+    axes.set_title(f"{name}{score}", fontsize=_FONT, parse_math=False)
+    if metric != "loss":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_ylim(bottom=0)
 
 
 def main_score(summary: Mapping[str, Any]) -> str | None:

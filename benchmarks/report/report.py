@@ -5,6 +5,7 @@ The page holds no date or number of its own, so the same records always give the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,15 +94,20 @@ def markdown(records: Sequence[tuple[Path, Record]], links: Mapping[Path, Mappin
     return "\n".join(parts)
 
 
-def write_report(files: Sequence[Path], output: Path) -> list[Path]:
+def write_report(files: Sequence[Path], output: Path, times: Path | None = None) -> list[Path]:
     """Write the page, and its plots into a folder beside it that has the page's name without ".md".
+
+    Args:
+        files: Records.
+        output: The page.
+        times: What `benchmarks/first_token.py` wrote, of sets that compare plans for the question with other ways.
 
     Returns:
         The files that were written, the page first.
 
     Raises:
         ConfigError: `output` is not a .md file, there is no record, or two have one name.
-        DocumentError: A file is not the record of a run, or one of another version or kind.
+        DocumentError: A file is not the record of a run, or one of another version or kind; or holds no times.
         MissingExtraError: matplotlib is not installed.
     """
     if output.suffix != ".md":
@@ -118,6 +124,8 @@ def write_report(files: Sequence[Path], output: Path) -> list[Path]:
         with_loss = {name: record for name, record in sets.items() if "loss" in record["summary"]["metrics"]}
         quality = {"quality": plots.overview(scored)} if scored else {}
         figures_by_record[OVERVIEW] = quality | ({"loss": plots.overview(with_loss, loss=True)} if with_loss else {})
+        if times is not None and (timed := _times(times, scored)):
+            figures_by_record[OVERVIEW]["time"] = plots.quality_by_time(scored, timed)
     folder = output.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     written = [output]
@@ -131,6 +139,15 @@ def write_report(files: Sequence[Path], output: Path) -> list[Path]:
             links[path][figure.get_suptitle().replace("\n", "; ")] = quote(f"{folder.name}/{file.name}")
     output.write_bytes(markdown(records, links).encode())
     return written
+
+
+def _times(file: Path, sets: Mapping[str, Record]) -> dict[str, Record]:
+    """Read the times of those sets that are compared."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["sets"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DocumentError(f"{file} is not what benchmarks/first_token.py writes ({error}); measure it") from error
+    return {name: found[name] for name in sets if name in found}
 
 
 def _sort_key(entry: tuple[Path, Record]) -> tuple[str, list[str], str]:

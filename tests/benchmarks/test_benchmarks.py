@@ -380,6 +380,48 @@ def test_the_report_of_planning_is_whole(models, tmp_path, capsys):
     ] * 2
 
 
+@pytest.fixture
+def questions(tmp_path):
+    """Write questions, two about each text, which has so many words."""
+
+    def written(words):
+        texts = [" ".join(["A fox runs.", *f"It saw {at} things.".split() * words][:words]) for at in range(3)]
+        rows = [
+            {"id": f"{at}{n}", "context": text, "question": "What runs?", "answers": ["A fox"]}
+            for at, text in enumerate(texts)
+            for n in "ab"
+        ]
+        file = tmp_path / "dev_some.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(file)
+
+    return written
+
+
+@pytest.mark.parametrize("models", ["untrained, at a layer above 0"], indirect=True)
+def test_each_way_of_reading_a_text_is_timed_beside_all_of_it(models, questions, tmp_path, capsys):
+    out = tmp_path / "first_token.json"
+    told = ["--data", questions(30), "--ratios", "2", "4", "--json", str(out)]
+    script("first_token").main([*models, *told])
+    found = json.loads(out.read_text(encoding="utf-8"))["sets"]["dev_some"]
+    ways = ["full", *(f"{way}/{k}" for k in (2, 4) for way in ("truncated", "chosen", "extensible", "focus"))]
+    assert list(found["ways"]) == ways
+    assert [sample["id"] for sample in found["samples"]] == ["1b", "2b"]  # one of each text, without the first
+    assert found["ways"]["full"]["over_full"] == 1
+    for sample in found["samples"]:
+        positions = sample["positions"]
+        assert max(positions, key=positions.get) == "full"
+        assert all(positions[f"{way}/4"] < positions[f"{way}/2"] for way in ("truncated", "extensible", "focus"))
+        assert min(sample["seconds"].values()) > 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(ways)
+
+
+@pytest.mark.parametrize("models", ["untrained, at a layer above 0"], indirect=True)
+def test_a_text_that_does_not_fit_is_not_timed_as_if_it_did(models, questions):
+    with pytest.raises(ConfigError, match="does not fit the window; leave its file out"):
+        script("first_token").main([*models, "--data", questions(300), "--quick"])
+
+
 def test_a_copied_passage_is_found_and_its_words_in_another_order_are_not(tmp_path, monkeypatch):
     words = [f"word{at}" for at in range(60)]
     train = [{"text": "Before it. " + " ".join(words[:30]).upper() + ", and after it."}]

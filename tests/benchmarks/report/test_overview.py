@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
+import pytest
 from fake_records import RATIOS, interval, loss_record, measured, qa_record, write
 
 from benchmarks.report import overview, plots
 from benchmarks.report.report import markdown, write_report
+from extemb_core.errors import DocumentError
 
 
 def with_focus(record, gain=0.1, data="dev_squad.jsonl.zst"):
@@ -117,3 +120,42 @@ def test_the_page_shows_both_plots_before_the_sets(tmp_path):
     assert {"overview_quality.png", "overview_loss.png"} <= {file.name for file in written}
     page = (tmp_path / "page.md").read_text()
     assert page.index("overview_quality.png") < page.index("overview_loss.png") < page.index("## Question answering")
+
+
+def timed(ways):
+    rows = {
+        way: {"median_seconds": 8 * share, "over_full": share, "median_positions": 9} for way, share in ways.items()
+    }
+    return {"n": 8, "ways": rows, "samples": []}
+
+
+def test_quality_stands_against_the_share_of_the_full_texts_time():
+    sets = {"a": with_focus(qa_record()), "b": with_focus(qa_record())}
+    times = {"b": timed({"full": 1.0, "focus/4": 0.8, "focus/8": 0.5, "extensible/4": 0.6, "extensible/8": 0.2})}
+    figure = plots.quality_by_time(sets, times)
+    (panel,) = [axes for axes in figure.axes if axes.axison]  # of the set that was timed
+    assert panel.get_title() == "b (full 8.0 s), F1"
+    lines = {line.get_label(): line for line in panel.get_lines()}
+    arms = sets["b"]["summary"]["arms"]
+    assert set(lines) == {"none", "full", "focus", "extensible"}  # no others were timed
+    assert list(lines["focus"].get_xdata()) == [0.8, 0.5]
+    assert list(lines["focus"].get_ydata()) == [arms[f"focus/{ratio}"]["f1"]["mean"] for ratio in (4, 8)]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["1/4", "1/2", "1"]
+
+
+def test_the_page_shows_quality_against_time_where_it_was_timed(tmp_path):
+    records = [write(tmp_path, "run.json", with_focus(qa_record()))]
+    times = tmp_path / "first_token.json"
+    times.write_text(json.dumps({"sets": {"dev_squad": timed({"full": 1.0, "focus/4": 0.5}), "dev_other": {}}}))
+    assert "overview_time.png" in {file.name for file in write_report(records, tmp_path / "page.md", times)}
+    assert "overview_time.png" in (tmp_path / "page.md").read_text()
+    times.write_text(json.dumps({"sets": {"dev_other": {}}}))
+    assert "overview_time.png" not in {file.name for file in write_report(records, tmp_path / "page.md", times)}
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_a_file_without_times_is_an_error_that_says_so(tmp_path, content):
+    times = tmp_path / "other.json"
+    times.write_text(content)
+    with pytest.raises(DocumentError, match=r"other\.json is not what benchmarks/first_token\.py writes"):
+        write_report([write(tmp_path, "run.json", with_focus(qa_record()))], tmp_path / "page.md", times)
