@@ -7,12 +7,16 @@ those whose greatest attention, at the position from which an answer comes, is m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat
 from extemb_core.context.focus import SplitDocument
@@ -31,6 +35,9 @@ Heads = Sequence[Sequence[int]]
 
 _LOOK_RATIO = 8
 _LOOKS = 2  # how much looks count beside words: found on training questions (docs/experiments.md)
+_SHOWING = "extemb_showing"  # transformers' name for attention that shows itself
+_shown: ContextVar[dict[int, Tensor]] = ContextVar("shown")
+"""Layer -> the attention of the last position that it read, of the layers that are named."""
 _KEPT_POSITIONS = 2048  # of the last documents looked at: the next question is often about the same ones
 
 
@@ -59,14 +66,14 @@ class RetrievalHeads:
         self._kept: tuple[AnchoredPrompt, list[tuple[Tensor, Tensor]]] | None = None
 
     @cached_property
-    def _models(self) -> tuple[Any, Any]:
-        """The LLM's first layers twice: one reads; the other, of slower code, shows its attention for one position."""
-        last = max(layer for layer, _ in self.heads)
-        made: list[Any] = [reading_model(self.llm.model, self.entry_layer, self.llm.name) for _ in range(2)]
-        for model in made:
-            model.base_model.layers = nn.ModuleList(model.base_model.layers[: last + 1])
-        made[1].set_attn_implementation("eager")
-        return made[0], made[1]
+    def _model(self) -> Any:
+        """The LLM's first layers, which show the attention of the last position that they read."""
+        AttentionInterface.register(_SHOWING, _attend_and_show)
+        AttentionMaskInterface.register(_SHOWING, sdpa_mask)
+        model: Any = reading_model(self.llm.model, self.entry_layer, self.llm.name)
+        model.base_model.layers = nn.ModuleList(model.base_model.layers[: max(layer for layer, _ in self.heads) + 1])
+        model.set_attn_implementation(_SHOWING)
+        return model
 
     def ratio_for(self, documents: Sequence[SplitDocument], room: int, ratios: Sequence[int]) -> int | None:
         """Choose the ratio at which documents are looked at: from 8 on, the finest that fits; None where none does.
@@ -94,12 +101,8 @@ class RetrievalHeads:
         prompt: Any = assemble_chat(self.llm, [{"role": "user", "content": [*parts, f"\n\n{question}"]}]).inputs(
             self.llm
         )
-        (inside,) = torch.nonzero(prompt.mask, as_tuple=True)
-        reading, showing = self._models
-        cache = self._read(reading, prompt)
-        shown = showing.base_model(**_rows(prompt, len(prompt) - 1, len(prompt)), past_key_values=cache,
-                                   use_cache=True, output_attentions=True).attentions  # fmt: skip
-        looks = torch.stack([shown[layer][0, head, -1, inside] for layer, head in self.heads]).float()
+        shown = self._read(prompt)
+        looks = torch.stack([shown[layer][head, prompt.mask] for layer, head in self.heads]).float()
         shares: Array = (looks / looks.sum(1, keepdim=True).clamp(min=1e-9)).cpu().numpy()
         return shares
 
@@ -146,17 +149,44 @@ class RetrievalHeads:
         both: list[float] = (_share(words) + _LOOKS * _share(looks)).tolist()
         return both
 
-    def _read(self, model: Any, prompt: AnchoredPrompt) -> StoppableCache:
-        """Read all but the last position of a prompt; what it has in common with the one before is not read again."""
-        cache, read = StoppableCache(self.llm.model.config, is_stopped), 0
+    def _read(self, prompt: AnchoredPrompt) -> dict[int, Tensor]:
+        """Read a prompt, and show the attention of its last position: layer -> (H, T).
+
+        What it has in common with the one before is not read again.
+        """
+        cache, read, model = StoppableCache(self.llm.model.config, is_stopped), 0, self._model
         if (kept := self._kept) is not None and (read := _alike(kept[0], prompt)):
             for layer, (keys, values) in enumerate(kept[1]):
                 cache.update(keys[:, :, :read], values[:, :, :read], layer)
-        model.base_model(**_rows(prompt, read, len(prompt) - 1), past_key_values=cache, use_cache=True)
+        rows = {"input_ids": prompt.ids, "entry_states": prompt.states, "entry_mask": prompt.mask}
+        shown: dict[int, Tensor] = {layer: prompt.ids for layer, _ in self.heads}
+        token = _shown.set(shown)
+        try:
+            model.base_model(**{name: row[None, read:] for name, row in rows.items()}, past_key_values=cache,
+                             use_cache=True)  # fmt: skip
+        finally:
+            _shown.reset(token)
         if len(prompt) <= _KEPT_POSITIONS:
             layers: list[Any] = cache.layers[: len(model.base_model.layers)]
             self._kept = (prompt, [(layer.keys, layer.values) for layer in layers])
-        return cache
+        return shown
+
+
+def _attend_and_show(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
+) -> tuple[Tensor, None]:
+    """Attend as torch does, and note the attention of the last position. transformers calls this.
+
+    query (1, H, T, D), key and value (1, G, S, D), mask (1, 1, T, S) or None; -> (1, T, H, D).
+    """
+    shown = _shown.get()
+    if module.layer_idx in shown:
+        groups, last = key[0], query[0, :, -1]
+        scores = torch.einsum("ghd,gsd->ghs", last.view(len(groups), -1, last.shape[-1]), groups).flatten(0, 1)
+        scale = others.get("scaling") or last.shape[-1] ** -0.5
+        shown[module.layer_idx] = (scores.float() * scale).softmax(-1)
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    return output, None
 
 
 def heads_of(llm: LLM, embedder: ExtensibleEmbedder) -> RetrievalHeads | None:
@@ -173,17 +203,9 @@ def _share(scores: Array) -> Array:
     return share
 
 
-def _rows(prompt: AnchoredPrompt, start: int, stop: int) -> dict[str, Tensor]:
-    return {
-        "input_ids": prompt.ids[None, start:stop],
-        "entry_states": prompt.states[None, start:stop],
-        "entry_mask": prompt.mask[None, start:stop],
-    }
-
-
 def _alike(one: AnchoredPrompt, other: AnchoredPrompt) -> int:
-    """Count the positions that two prompts begin alike with, as far as both have two more."""
-    length = max(0, min(len(one), len(other)) - 2)
+    """Count the positions that two prompts begin alike with, as far as both have one more."""
+    length = min(len(one), len(other)) - 1
     differs = (one.ids[:length] != other.ids[:length]) | (one.mask[:length] != other.mask[:length])
     differs |= (one.states[:length] != other.states[:length]).any(1)
     at = differs.nonzero()

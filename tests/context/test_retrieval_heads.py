@@ -76,7 +76,7 @@ def test_a_look_that_nobody_waits_for_goes_no_further(llm, embedder):
         layers.append(1)
         gone.set()
 
-    hooks = [layer.register_forward_hook(leave) for layer in heads._models[0].base_model.layers]
+    hooks = [layer.register_forward_hook(leave) for layer in heads._model.base_model.layers]
     with stopped_by(gone), pytest.raises(CancelledError):
         heads.look(QUESTION, parts)
     assert len(layers) == 1 < len(hooks)
@@ -84,9 +84,9 @@ def test_a_look_that_nobody_waits_for_goes_no_further(llm, embedder):
 
 
 def test_what_was_looked_at_is_not_read_again_for_another_question(llm, embedder):
-    parts = [part(embedder, SENTENCES, 4)]
+    parts = [part(embedder, SENTENCES * 2, 4)]
     heads, read = RetrievalHeads(llm, 1, HEADS), []
-    hook = heads._models[0].base_model.register_forward_pre_hook(
+    hook = heads._model.base_model.register_forward_pre_hook(
         lambda _, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
     )
     for question in (QUESTION, "Who closed it?", "Who closed it?", QUESTION):
