@@ -28,5 +28,8 @@ def test_a_card_states_the_hash_of_each_file_beside_it(folder: Path) -> None:
 
 
 def test_the_guide_to_training_states_the_hash_of_all_that_was_trained() -> None:
-    trained = hashes(PRETRAINED, ROOT) | hashes(ROOT / "benchmarks" / "milestones", ROOT)
+    milestones = ROOT / "benchmarks" / "milestones"
+    if not milestones.is_dir():
+        pytest.skip("a source distribution holds no milestones")
+    trained = hashes(PRETRAINED, ROOT) | hashes(milestones, ROOT)
     assert stated(ROOT / "docs" / "training.md") == trained
