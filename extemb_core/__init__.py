@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from extemb_core.models.llm import LLM as LLM
     from extemb_core.store.store import EmbeddingStore as EmbeddingStore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Answer": "answers",

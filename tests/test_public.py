@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +33,8 @@ def test_the_version_is_the_distribution_s():
     from importlib.metadata import version
 
     assert version("extemb") == extemb_core.__version__
+
+
+def test_the_changelog_s_last_release_is_this_version():
+    changelog = (Path(__file__).resolve().parent.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(\d.*?)\] - \d{4}-\d\d-\d\d$", changelog, re.MULTILINE)[0] == extemb_core.__version__
