@@ -100,6 +100,11 @@ class Entry(NamedTuple):
     checksum: int
 
     @classmethod
+    def of(cls, n_tokens: Any, n_embeddings: Any, ratio: Any, dtype: Dtype, kind: int = 0) -> Entry:
+        """Make a document's entry, but for its location and checksum; a shard has no number for its kind."""
+        return cls(0, 0, int(n_tokens), int(n_embeddings), int(ratio), kind, DTYPES.index(dtype), 0)
+
+    @classmethod
     def unpack(cls, data: Any) -> Entry:
         """Read an entry from its bytes. Raises `StoreCorruptError` if they are none."""
         try:
