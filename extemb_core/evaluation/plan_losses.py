@@ -49,7 +49,6 @@ class DrawnQuestions(Experiment):
 
     def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder) -> None:
         super().__init__(config, llm, embedder)
-        self.config = config
         self._embedder = embedder
         self._rows = read_questions(config.data, unique=False)
         self._questions = {f"{at} {self._rows[at].id}": at for at in self._drawn_by_source()}
@@ -102,7 +101,7 @@ class PlanExperiment(DrawnQuestions):
         plans = [self._drawn(scores, number, draw) for number in range(self.config.plans)]
         template = templates()[template_for(question.answers)]
         after = template["after"].replace("{question}", question.question)
-        parts: list[list[Part]] = [parts_of(document.spans(FIDELITIES, plan), ids, compressed) for plan in plans]
+        parts: list[list[Part]] = [parts_of(document.grid.spans(FIDELITIES, plan), ids, compressed) for plan in plans]
         parts.append([ids])
         prompts = [
             assemble_chat(llm, [{"role": "user", "content": [template["before"], *each, after]}]).inputs(llm)
