@@ -69,7 +69,9 @@ class TokenFile:
             return cls._checked(files[0], llm)
         digest = hashlib.sha256(llm.tokenizer_digest.encode())
         for file in files:
-            digest.update(_content_digest(file).encode())
+            if not file.is_file():
+                raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
+            digest.update(sha256_of(file).encode())
         folder = cache / f"tokens-{digest.hexdigest()[:16]}"
         if not folder.is_dir():
             with caching.locked(folder):
@@ -160,9 +162,3 @@ def _tokenise(files: Sequence[Path], llm: LLM, folder: Path, show_progress: bool
     meta = {"dtype": dtype, "documents": len(offsets) - 1, "tokens": offsets[-1], "left_out": skipped,
             "tokenizer": llm.tokenizer_digest}  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def _content_digest(file: Path) -> str:
-    if not file.is_file():
-        raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
-    return sha256_of(file)
