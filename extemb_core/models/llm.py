@@ -29,7 +29,7 @@ from extemb_core.models.reader_lora import merge_reader
 from extemb_core.models.stoppable import StoppableCache
 from extemb_core.models.tokenization import TextEncoder
 from extemb_core.utils.batches import padded_batches
-from extemb_core.utils.validation import name_or_path
+from extemb_core.utils.validation import name_or_path, require_one_of
 from extemb_core.weights.resolve import resolve_base, resolve_llm
 
 _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
@@ -367,8 +367,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
     names |= {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-    if dtype not in names:
-        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(names)}; pass one of them")
+    require_one_of(dtype, "dtype", names)
     return names[dtype]
 
 
