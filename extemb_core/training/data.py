@@ -66,7 +66,12 @@ class TokenFile:
             DocumentError: A row is not JSON with a text; the message has the file and line.
         """
         if len(files) == 1 and files[0].is_dir():
-            return cls._checked(files[0], llm)
+            made = cls.open(files[0])
+            if made.meta.get("tokenizer", llm.tokenizer_digest) != llm.tokenizer_digest:
+                raise DocumentError(
+                    f"{files[0]} holds the tokens of another tokenizer than {llm.name}'s; pass text files"
+                )
+            return made
         digest = hashlib.sha256(llm.tokenizer_digest.encode())
         for file in files:
             if not file.is_file():
@@ -80,13 +85,6 @@ class TokenFile:
                         _tokenise(files, llm, unfinished, show_progress)
                         unfinished.rename(folder)
         return cls.open(folder)
-
-    @classmethod
-    def _checked(cls, folder: Path, llm: LLM) -> TokenFile:
-        file = cls.open(folder)
-        if file.meta.get("tokenizer", llm.tokenizer_digest) != llm.tokenizer_digest:
-            raise DocumentError(f"{folder} holds the tokens of another tokenizer than {llm.name}'s; pass text files")
-        return file
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -221,9 +221,11 @@ class QuestionReadings:
         for (question, text), ids in zip(turns, answers, strict=True):
             template = templates()[template_for([text])]
             asked = question if as_asked else template["after"].replace("{question}", question)
-            content: list[Part] = [asked]
-            if not messages:
-                content = [*_asked(documents), asked] if as_asked else [*_evaluated(documents, template), asked]
+            content: list[Part] = []
+            for number, pieces in enumerate(() if messages else documents):
+                before = document_heading(number) if as_asked else template["separator" if number else "before"]
+                content += [before, *pieces, *([DOCUMENT_SEPARATOR] if as_asked else [])]
+            content.append(asked)
             messages += [{"role": "user", "content": content}, {"role": "assistant", "content": [ids]}]
         prompt = assemble_chat(self.llm, messages[:-1])
         end = turn_end(self.llm)
@@ -286,20 +288,6 @@ class QuestionReadings:
                 distractors.append(ids)
                 left -= len(ids)
         return distractors
-
-
-def _asked(documents: Sequence[Sequence[Ids]]) -> list[Part]:
-    parts: list[Part] = []
-    for number, pieces in enumerate(documents):
-        parts += [document_heading(number), *pieces, DOCUMENT_SEPARATOR]
-    return parts
-
-
-def _evaluated(documents: Sequence[Sequence[Ids]], template: Mapping[str, Any]) -> list[Part]:
-    parts: list[Part] = [template["before"]]
-    for number, pieces in enumerate(documents):
-        parts += [template["separator"], *pieces] if number else pieces
-    return parts
 
 
 @lru_cache(maxsize=8)

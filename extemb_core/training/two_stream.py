@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,11 +24,9 @@ from torch import Tensor
 from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.errors import ConfigError
 from extemb_core.models.chunks import chunk_lengths, n_embeddings
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.llm import LLM
 from extemb_core.training.reading_loss import Losses, joined, mixed, read_states
-
-if TYPE_CHECKING:
-    from extemb_core.models.embedder import ExtensibleEmbedder
-    from extemb_core.models.llm import LLM
 
 
 @dataclass(frozen=True)
