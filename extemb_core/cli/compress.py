@@ -34,14 +34,11 @@ class CompressOptions(ModelOptions):
 
     output: str = field(metadata={"metavar": "PATH"})
     ratio: int | None = field(default=None, metadata={"default": KEPT_RATIO})
-    batch_size: int | None = None
+    batch_size: int | None = field(default=None, metadata={"default": "by the device"})
     force: bool = False
 
 
-@options_from(
-    CompressOptions, "output", "ratio", "llm", "embedder", "batch_size", "device", "dtype", "force",
-    batch_size="by the device",
-)  # fmt: skip
+@options_from(CompressOptions)
 def compress(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files and folders; - is text from stdin.")],
     as_json: JsonOption = False,

@@ -42,10 +42,7 @@ class AddOptions(options.StoringOptions):
 
 
 @app.command()
-@options_from(
-    AddOptions, "documents", "prune", "llm", "embedder", "encoder", "ratio", "passage_tokens", "dtype", "device",
-    "llm_dtype",
-)  # fmt: skip
+@options_from(AddOptions)
 def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) -> None:
     """Add documents to a library, which is made if it is not there; what has not changed costs nothing.
 
