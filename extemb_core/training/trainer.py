@@ -630,8 +630,7 @@ def _tensorboard(output: Path) -> list[TrainerCallback]:
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
     """Return the settings of a run as JSON has them."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return values
+    return dict(json.loads(json.dumps(asdict(config))))
 
 
 def _step_of(checkpoint: Path) -> int:
