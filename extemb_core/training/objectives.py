@@ -114,7 +114,8 @@ class QuestionReadings:
         by_source: dict[str, list[Question]] = defaultdict(list)
         for question in self.questions:
             if self._is_usable(question):
-                by_source[_source(question.id)].append(question)
+                source = _SOURCE.match(question.id)
+                by_source[source[0] if source else ""].append(question)
         usable = []
         for _, rows in sorted(by_source.items()):
             chosen = np.random.default_rng(self.seed).permutation(len(rows))[: self.most_per_source]
@@ -298,11 +299,6 @@ def shuffled(count: int, *seed: int) -> np.ndarray[Any, Any]:
 
 def _with_document(segments: Sequence[Any], document: Ids) -> list[tuple[Ids | Span, Role]]:
     return [(_array(segment), "document" if segment is document else "text") for segment in segments]
-
-
-def _source(name: str) -> str:
-    match = _SOURCE.match(name)
-    return match[0] if match else ""
 
 
 def _array(ids: Any) -> Ids:
