@@ -161,9 +161,8 @@ class ExtensibleLM:
             BudgetError: The question leaves no room, or the budget is below 0 or no whole number.
             RatioError: The ratio was not trained.
         """
-        return answer_now(
-            self.llm, *self.prepare(question, documents, budget=budget, ratio=ratio, plan=plan, **sampling)
-        )
+        prepared = self.prepare(question, documents, budget=budget, ratio=ratio, plan=plan, **sampling)
+        return answer_now(self.llm, *prepared)
 
     def chat(
         self,
@@ -180,9 +179,8 @@ class ExtensibleLM:
         Documents join the last user turn. A content may also be a list of texts and `Document`s: these are read where
         they stand, without a heading, and rank below those that join.
         """
-        return answer_now(
-            self.llm, *self.prepare(messages, documents, budget=budget, ratio=ratio, plan=plan, **sampling)
-        )
+        prepared = self.prepare(messages, documents, budget=budget, ratio=ratio, plan=plan, **sampling)
+        return answer_now(self.llm, *prepared)
 
     def stream(
         self,

@@ -34,14 +34,11 @@ class CompressOptions(ModelOptions):
 
     output: str = field(metadata={"metavar": "PATH"})
     ratio: int | None = field(default=None, metadata={"default": KEPT_RATIO})
-    batch_size: int | None = None
+    batch_size: int | None = field(default=None, metadata={"default": "by the device"})
     force: bool = False
 
 
-@options_from(
-    CompressOptions, "output", "ratio", "llm", "embedder", "batch_size", "device", "dtype", "force",
-    batch_size="by the device",
-)  # fmt: skip
+@options_from(CompressOptions)
 def compress(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files and folders; - is text from stdin.")],
     as_json: JsonOption = False,
@@ -103,7 +100,9 @@ def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
         return [output]
     if output.exists() and not output.is_dir():
         raise _misused(f"{output} is a file; pass a folder, or a name ending in {SUFFIX}.")
-    stems = [_shortened(Path(document.source).stem or "document") for document in documents]
+    # Room is left for what is put behind a name, within the 255 bytes that there may be.
+    names_in_bytes = [os.fsencode(Path(document.source).stem or "document") for document in documents]
+    stems = [name[:_MAX_STEM_BYTES].decode("utf-8", "ignore") for name in names_in_bytes]
     targets: list[Path] = []
     for document, stem in zip(documents, stems, strict=True):
         with_ref = f"{stem}-{document.ref[4:12]}"
@@ -113,11 +112,6 @@ def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
             next(path for name in (*names, *numbered) if (path := output / f"{name}{SUFFIX}") not in targets)
         )
     return targets
-
-
-def _shortened(stem: str) -> str:
-    """Leave room for what is put behind a name, within the 255 bytes that there may be."""
-    return os.fsencode(stem)[:_MAX_STEM_BYTES].decode("utf-8", "ignore")
 
 
 def _misused(message: str) -> typer.BadParameter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -101,8 +101,6 @@ def _attempt(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]
 
 def _version(distribution: str) -> str | None:
     """Look up the version that is installed, if one is."""
-    import importlib.metadata
-
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -165,8 +163,6 @@ def _check_encoder() -> Iterator[Check]:
 
 def _check_extras() -> Iterator[Check]:
     """Look for the optional dependencies of each extra, which the metadata of the installed distribution lists."""
-    import importlib.metadata
-
     try:
         requirements = importlib.metadata.requires("extemb") or []
     except importlib.metadata.PackageNotFoundError:  # used from its source folder

@@ -13,14 +13,7 @@ from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import DEFAULT_LLM, SHIPPED, CommandGroup, LlmOption, ResumeOption, option
 from extemb_core.cli.output import explain_interrupt, library_output, print_note
-from extemb_core.evaluation.settings import (
-    HeadsConfig,
-    NeedleConfig,
-    PerplexityConfig,
-    PlanConfig,
-    QaConfig,
-    SpeedConfig,
-)
+from extemb_core.evaluation import settings as kinds
 
 app = CommandGroup(no_args_is_help=True, help="Measure what the embeddings are worth, against every control.")
 
@@ -68,7 +61,7 @@ def _measurement(
 
 
 @_measurement(
-    PerplexityConfig, "data", "ratios", "contexts", "target", "windows", "window", "batch_size",
+    kinds.PerplexityConfig, "data", "ratios", "contexts", "target", "windows", "window", "batch_size",
     data=..., window="its own window",
 )  # fmt: skip
 def ppl() -> Experiment:
@@ -79,7 +72,7 @@ def ppl() -> Experiment:
 
 
 @_measurement(
-    QaConfig, "data", "ratios", "passages", "template", "controls", "generate", "one_per_text", "batch_size",
+    kinds.QaConfig, "data", "ratios", "passages", "template", "controls", "generate", "one_per_text", "batch_size",
     data=..., controls="all that can be made",
 )  # fmt: skip
 def qa() -> Experiment:
@@ -90,7 +83,7 @@ def qa() -> Experiment:
 
 
 @_measurement(
-    NeedleConfig, "data", "ratios", "tasks", "tokens", "depths", "trials", "batch_size", data="plain sentences"
+    kinds.NeedleConfig, "data", "ratios", "tasks", "tokens", "depths", "trials", "batch_size", data="plain sentences"
 )
 def needle() -> Experiment:
     """Measure whether one fact hidden in a long text is found: a pass key, or the value of a key."""
@@ -99,7 +92,7 @@ def needle() -> Experiment:
     return NeedleExperiment
 
 
-@_measurement(SpeedConfig, "data", "ratios", "tokens", "rounds", "new_tokens", data="plain sentences")
+@_measurement(kinds.SpeedConfig, "data", "ratios", "tokens", "rounds", "new_tokens", data="plain sentences")
 def speed() -> Experiment:
     """Measure time to first token, decoding and memory, from full text and from embeddings made now or before."""
     from extemb_core.evaluation.speed import SpeedExperiment
@@ -107,7 +100,7 @@ def speed() -> Experiment:
     return SpeedExperiment
 
 
-@_measurement(PlanConfig, "data", "passages", "plans", "batch_size", data=...)
+@_measurement(kinds.PlanConfig, "data", "passages", "plans", "batch_size", data=...)
 def plan() -> Experiment:
     """Fit what it costs an answer to read a sentence in less detail: the table that plans for a question weigh with."""
     from extemb_core.evaluation.plan_losses import PlanExperiment
@@ -115,7 +108,7 @@ def plan() -> Experiment:
     return PlanExperiment
 
 
-@_measurement(HeadsConfig, "data", "batch_size", data=...)
+@_measurement(kinds.HeadsConfig, "data", "batch_size", data=...)
 def heads() -> Experiment:
     """Find the LLM's attention heads that look, in compressed text, at what answers a question: plans go by them."""
     from extemb_core.evaluation.retrieval_heads import HeadsExperiment

@@ -12,18 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from extemb_core.cli import options
+from extemb_core.cli import options, output
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import CommandGroup, JsonOption, option
-from extemb_core.cli.output import (
-    ExitCode,
-    library_output,
-    print_json,
-    print_line,
-    print_note,
-    print_result,
-    print_table,
-)
 from extemb_core.cli.store import print_verified
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.loaders import SUPPORTED_SUFFIXES
@@ -51,10 +42,7 @@ class AddOptions(options.StoringOptions):
 
 
 @app.command()
-@options_from(
-    AddOptions, "documents", "prune", "llm", "embedder", "encoder", "ratio", "passage_tokens", "dtype", "device",
-    "llm_dtype",
-)  # fmt: skip
+@options_from(AddOptions)
 def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) -> None:
     """Add documents to a library, which is made if it is not there; what has not changed costs nothing.
 
@@ -63,7 +51,7 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
     given = AddOptions(**settings)
     paths = [Path(name) for name in given.documents]
     with options.skipping() as skipped:
-        with library_output():
+        with output.library_output():
             from extemb_core.library.library import Library, as_documents
 
             near = Path(library).resolve().parent
@@ -78,13 +66,13 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
         options.print_skipped(skipped)
         if gone:
             done = "removed" if given.prune else "in the library still, where --prune removes them"
-            print_note(f"note: {len(gone):,} files are gone, and {done}: {options.list_names(gone)}")
+            output.print_note(f"note: {len(gone):,} files are gone, and {done}: {options.list_names(gone)}")
         message = (
             f"{added.added:,} documents added, {added.updated:,} brought up to date, {added.unchanged:,} unchanged; "
             f"{added.n_passages:,} passages, {added.compressed_tokens:,} tokens compressed in {added.seconds:.1f} s"
         )
         value = asdict(added) | {"gone": gone, "not_read": [str(error) for error in skipped.unreadable]}
-        print_result(value, message, as_json=as_json)
+        output.print_result(value, message, as_json=as_json)
 
 
 def _gone_from(paths: Iterable[Path], sources: Iterable[str], near: Path) -> list[str]:
@@ -108,7 +96,7 @@ def refresh(library: LibraryArgument, as_json: JsonOption = False, **settings: A
     Every few thousand tokens what is done is on disk: after Ctrl-C the same command goes on.
     """
     given = options.StoringOptions(**settings)
-    with library_output():
+    with output.library_output():
         from extemb_core.library.library import Library
         from extemb_core.store.store import EmbeddingStore
 
@@ -119,7 +107,7 @@ def refresh(library: LibraryArgument, as_json: JsonOption = False, **settings: A
         f"{refreshed.updated:,} documents compressed anew, {refreshed.unchanged:,} were up to date; "
         f"{refreshed.compressed_tokens:,} tokens compressed in {refreshed.seconds:.1f} s"
     )
-    print_result(refreshed, message, as_json=as_json)
+    output.print_result(refreshed, message, as_json=as_json)
 
 
 @app.command()
@@ -136,18 +124,18 @@ def remove(
     from extemb_core.store.store import EmbeddingStore
 
     EmbeddingStore.open(library, "r").close()  # one that is not there is not made
-    with library_output(), Library(library) as opened:
+    with output.library_output(), Library(library) as opened:
         sources = list(dict.fromkeys(sources))
         missing = [source for source in sources if not opened.remove(source)]
     n_removed = len(sources) - len(missing)
     value = {"removed": n_removed} | ({"missing": missing} if missing else {})
-    print_result(value, f"{n_removed:,} of {len(sources):,} were there and are gone", as_json=as_json)
+    output.print_result(value, f"{n_removed:,} of {len(sources):,} were there and are gone", as_json=as_json)
     if missing:
-        print_note(
+        output.print_note(
             f"warning: not in the library: {options.list_names(missing)}; `extemb index stats {shlex.quote(library)}` "
             "lists what is"
         )
-        raise typer.Exit(ExitCode.INPUT)
+        raise typer.Exit(output.ExitCode.INPUT)
 
 
 @app.command()
@@ -160,14 +148,14 @@ def search(
     """Show the passages nearest to a question, best first."""
     from extemb_core.library.library import Library
 
-    with library_output(), Library(library, mode="r") as opened:
+    with output.library_output(), Library(library, mode="r") as opened:
         passages = opened.search(question, k)
     if as_json:
-        print_json({"passages": [asdict(passage) for passage in passages]})
+        output.print_json({"passages": [asdict(passage) for passage in passages]})
         return
     for passage in passages:
-        print_line(f"{passage.source}:{passage.start}-{passage.end}  {passage.score:.4f}")
-        print_line("  " + " ".join(passage.text.split())[:200])
+        output.print_line(f"{passage.source}:{passage.start}-{passage.end}  {passage.score:.4f}")
+        output.print_line("  " + " ".join(passage.text.split())[:200])
 
 
 @app.command()
@@ -184,7 +172,7 @@ def stats(
 
     if embedder is not None and llm is None:
         raise typer.BadParameter("an embedder belongs to an LLM; pass --llm too", param_hint="'--embedder'")
-    with library_output():
+    with output.library_output():
         lm = options.ModelOptions(llm=llm, embedder=embedder).load() if llm is not None else None
         with Library(library, lm, mode="r") as opened:
             documents = list(opened.documents())
@@ -192,21 +180,21 @@ def stats(
             embedders, n_stale = opened.embedders, opened.n_stale
     if as_json:
         value = {"documents": documents, "store": asdict(store), "embedders": embedders}
-        print_json(value if lm is None else value | {"stale": n_stale})
+        output.print_json(value if lm is None else value | {"stale": n_stale})
         return
     rows = [(record["source"], record["n_chars"], record["n_passages"]) for record in documents]
-    print_table(("source", "characters", "passages"), rows)
-    print_note(
+    output.print_table(("source", "characters", "passages"), rows)
+    output.print_note(
         f"{len(documents):,} documents, {store.n_documents:,} compressed passages, {store.live_bytes:,} bytes of "
         f"embeddings, {store.file_bytes:,} in all"
     )
     for name, count in sorted(embedders.items()):
-        print_note(f"{count:,} documents compressed by the embedder {name}")
+        output.print_note(f"{count:,} documents compressed by the embedder {name}")
     if lm is not None:
         command = ["extemb", "index", "refresh", library, "--llm", str(llm)]
         command += ["--embedder", embedder] if embedder is not None else []
         remedy = f"; compress them anew with: {shlex.join(command)}" if n_stale else ""
-        print_note(f"{n_stale:,} documents were compressed by another embedder than {llm}'s{remedy}")
+        output.print_note(f"{n_stale:,} documents were compressed by another embedder than {llm}'s{remedy}")
 
 
 @app.command()

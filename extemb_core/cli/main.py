@@ -11,19 +11,10 @@ from typing import Annotated
 import typer
 
 from extemb_core import __version__
-from extemb_core.cli import ask, calibrate, compress, doctor, export, index, scale, serve, store, train, weights
+from extemb_core.cli import ask, calibrate, compress, doctor, export, index, output, scale, serve, store, train, weights
 from extemb_core.cli import eval as evaluate
 from extemb_core.cli.options import CommandGroup, RootGroup
-from extemb_core.cli.output import (
-    EXIT_CODES,
-    ExitCode,
-    debugging,
-    discard_stdout,
-    one_line,
-    print_error,
-    print_note,
-    strip_control_chars,
-)
+from extemb_core.cli.output import ExitCode
 
 app = CommandGroup(
     name="extemb",
@@ -32,7 +23,7 @@ app = CommandGroup(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes:\n\n" + "\n\n".join(f"{code.value} {meaning}" for code, meaning in EXIT_CODES.items()),
+    epilog="Exit codes:\n\n" + "\n\n".join(f"{code.value} {meaning}" for code, meaning in output.EXIT_CODES.items()),
 )
 for command in (ask.ask, ask.chat, serve.serve, compress.compress, calibrate.calibrate, export.export):
     app.command()(command)
@@ -47,7 +38,7 @@ def _point_to(replacement: str, group: typer.Typer, verb: str) -> None:
 
     @group.command(verb, hidden=True, context_settings=anything)
     def moved(context: typer.Context) -> None:
-        print_note(
+        output.print_note(
             f"error: `{context.command_path}` is not in the package any more; in its repository, run: {replacement}"
         )
         raise typer.Exit(ExitCode.USAGE)
@@ -78,15 +69,15 @@ def extemb(
 
 def main() -> None:
     """Run `extemb` as a process of its own, whose logging and warnings are set up here."""
-    _set_up_logging("--debug" in sys.argv[1:] or debugging())
+    _set_up_logging("--debug" in sys.argv[1:] or output.debugging())
     try:
         app(prog_name="extemb")
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)
         sys.exit(ExitCode.INTERRUPTED)
     except OSError as error:  # of stdout itself, where not even an error in JSON can be written
-        discard_stdout()
-        print_error(error, as_json=False)
+        output.discard_stdout()
+        output.print_error(error, as_json=False)
         sys.exit(ExitCode.FAILURE)
 
 
@@ -112,10 +103,10 @@ class _LevelFirst(logging.Formatter):
     """Begin with the level, as compilers do: `warning: ...`; a file's name tells a terminal nothing."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
-        return one_line(f"{record.levelname.lower()}: {super().formatMessage(record)}")
+        return output.one_line(f"{record.levelname.lower()}: {super().formatMessage(record)}")
 
     def format(self, record: logging.LogRecord) -> str:
-        return strip_control_chars(super().format(record))
+        return output.strip_control_chars(super().format(record))
 
 
 if __name__ == "__main__":

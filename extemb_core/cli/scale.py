@@ -64,11 +64,7 @@ _INPUTS = "Files or folders of Parquet or JSON Lines (.gz, .zst too), or their U
 
 
 @app.command()
-@options_from(
-    CorpusOptions, "llm", "embedder", "ratio", "dtype", "passage_tokens", "column", "rows_per_batch", "workers",
-    "cpus_per_worker", "gpus_per_worker", "ray_address", "device", "llm_dtype",
-    passage_tokens="whole documents", ray_address="a new one on this machine",
-)  # fmt: skip
+@options_from(CorpusOptions, passage_tokens="whole documents", ray_address="a new one on this machine")
 def compress(
     inputs: Annotated[list[str], option("--input", "FILE...", _INPUTS)],
     output: Annotated[str, option("--output", "DIR", "Folder that all machines see, or its URL (s3://...).")],

@@ -13,15 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from extemb_core.context.allocation import allocate
-from extemb_core.context.planning import (
-    DocumentPlan,
-    Fidelity,
-    Plan,
-    Span,
-    check_budget,
-    count_fidelities,
-    fidelity_of,
-)
+from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, count_fidelities, fidelity_of
 from extemb_core.context.scoring import SentenceScorer, bm25_scores, ranking, ranks, words_added
 from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
@@ -150,9 +142,6 @@ class SplitDocument:
     def grid(self) -> GroupGrid:
         return GroupGrid(self.sentences, self.finest, self.chunk_size)
 
-    def spans(self, fidelities: Sequence[Fidelity], chosen: Array) -> list[Span]:
-        return self.grid.spans(fidelities, chosen)
-
     def excerpt(self, span: Span) -> str:
         """Return the first characters of a span."""
         start, stop = map(self.sentences.character, (span.start, span.stop))
@@ -160,7 +149,7 @@ class SplitDocument:
 
     def positions(self, fidelities: Sequence[Fidelity], chosen: Array) -> int:
         """Count the positions that the document takes when its sentences are read so."""
-        content = sum(span.positions(self.chunk_size) for span in self.spans(fidelities, chosen))
+        content = sum(span.positions(self.chunk_size) for span in self.grid.spans(fidelities, chosen))
         return content + self.overhead if content else 0
 
 
@@ -266,7 +255,7 @@ def _tokens_per_position(fidelity: Fidelity) -> float:
 
 
 def _document_plan(index: int, document: SplitDocument, fidelities: Sequence[Fidelity], chosen: Array) -> DocumentPlan:
-    spans = document.spans(fidelities, chosen) if document.n_tokens else []
+    spans = document.grid.spans(fidelities, chosen) if document.n_tokens else []
     fidelity = fidelity_of(spans)
     reason = f"of {len(chosen)} sentences: " + count_fidelities(fidelities[at] for at in chosen)
     if fidelity != "mixed":

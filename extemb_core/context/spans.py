@@ -104,7 +104,6 @@ class GroupGrid:
 
     def __init__(self, sentences: Sentences, finest: int, chunk_size: int) -> None:
         self._n_tokens = int(sentences.borders[-1])
-        self._chunk_size = chunk_size
         chunks = np.arange(0, self._n_tokens, chunk_size)
         starts = [np.arange(start, min(start + chunk_size, self._n_tokens), finest) for start in chunks]
         self._starts: Array = np.concatenate(starts) if starts else np.empty(0, np.int64)

@@ -66,8 +66,7 @@ class CalibrationExperiment(Experiment):
     embedder = None  # there are several
 
     def __init__(self, config: CalibrationConfig, llm: LLM) -> None:
-        candidates = candidate_layers(llm)
-        layers = tuple(sorted(config.layers)) or candidates
+        layers = tuple(sorted(config.layers)) or candidate_layers(llm)
         available = len(decoder_layers(llm.model, llm.name))
         if layers[-1] >= available:
             raise ConfigError(

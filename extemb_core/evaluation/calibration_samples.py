@@ -57,7 +57,6 @@ class Task(Protocol):
 
     def reading(self, name: str) -> Reading:
         """Prepare a sample."""
-        ...
 
 
 class Continuations:

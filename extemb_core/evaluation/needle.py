@@ -90,7 +90,6 @@ class NeedleExperiment(Experiment):
 
     def __init__(self, config: NeedleConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
         super().__init__(config, llm, embedder)
-        self.config = config
         self._texts = read_filler(llm, config.data)
         self._sampling = Sampling(max_new_tokens=config.max_new_tokens)
         depths = np.linspace(0, 1, config.depths).round(4).tolist() if config.depths > 1 else [0.5]

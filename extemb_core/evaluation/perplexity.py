@@ -55,7 +55,6 @@ class PerplexityExperiment(Experiment):
 
     def __init__(self, config: PerplexityConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
         super().__init__(config, llm, embedder)
-        self.config = config
         window = config.window or llm.context_window
         room = window - int(llm.bos_token_id is not None) - config.target
         if room < 1 or window > llm.context_window:

@@ -49,17 +49,14 @@ class DrawnQuestions(Experiment):
 
     def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder) -> None:
         super().__init__(config, llm, embedder)
-        self.config = config
         self._embedder = embedder
         self._rows = read_questions(config.data, unique=False)
-        self._questions = {f"{at} {self._rows[at].id}": at for at in self._drawn_by_source()}
-
-    def _drawn_by_source(self) -> list[int]:
         by_source: dict[str, list[int]] = defaultdict(list)
-        for at in np.random.default_rng(self.config.seed).permutation(len(self._rows)).tolist():
+        for at in np.random.default_rng(config.seed).permutation(len(self._rows)).tolist():
             by_source[self._rows[at].id.split(":")[0]].append(at)
         turns = zip_longest(*[rows for _, rows in sorted(by_source.items())])
-        return [at for turn in turns for at in turn if at is not None][: self.config.limit]
+        drawn = [at for turn in turns for at in turn if at is not None][: config.limit]
+        self._questions = {f"{at} {self._rows[at].id}": at for at in drawn}
 
     def groups(self) -> list[list[str]]:
         return groups_of([*self._questions], self.config.batch_size)
@@ -102,7 +99,7 @@ class PlanExperiment(DrawnQuestions):
         plans = [self._drawn(scores, number, draw) for number in range(self.config.plans)]
         template = templates()[template_for(question.answers)]
         after = template["after"].replace("{question}", question.question)
-        parts: list[list[Part]] = [parts_of(document.spans(FIDELITIES, plan), ids, compressed) for plan in plans]
+        parts: list[list[Part]] = [parts_of(document.grid.spans(FIDELITIES, plan), ids, compressed) for plan in plans]
         parts.append([ids])
         prompts = [
             assemble_chat(llm, [{"role": "user", "content": [template["before"], *each, after]}]).inputs(llm)

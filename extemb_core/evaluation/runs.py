@@ -49,6 +49,7 @@ class Experiment:
     config: Any
 
     def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
+        self.config = config
         self.llm = llm
         self.embedder = embedder
         if embedder is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.validation import check_seed, is_count, paths_as_text, whole_number
+from extemb_core.utils.validation import check_seed, is_count, paths_as_text, require_one_of, whole_number
 
 CONTROLS = ("none", "truncated", "chosen", "focus", "lingua", "anchors", "random", "random_states", "wrong", "full")
 TASKS = ("passkey", "key_value")
@@ -43,10 +43,7 @@ class CommonConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        paths_as_text(self, "llm", "embedder")
-        data: object = self.data
-        if isinstance(data, str):  # else each of its letters would be a file
-            raise ConfigError(f"data={self.data!r} is one str; pass a tuple of files")
+        paths_as_text(self, "llm", "embedder", files=("data",))
         require_counts(self, "ratios", "batch_size", *(("limit",) if self.limit is not None else ()))
         require_some(self, ratios="at least one ratio")
         check_seed(self.seed)
@@ -106,10 +103,9 @@ class QaConfig(CommonConfig):
         require_some(self, data="files of questions")
         from extemb_core.questions import templates  # needs numpy
 
-        controls = [("controls", control, CONTROLS) for control in self.controls or ()]
-        for name, value, legal in [("template", self.template, ("auto", *templates())), *controls]:
-            if value not in legal:
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
+        require_one_of(self.template, "template", ("auto", *templates()))
+        for control in self.controls or ():
+            require_one_of(control, "controls", CONTROLS)
 
 
 @dataclass(frozen=True, kw_only=True)

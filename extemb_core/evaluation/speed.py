@@ -39,7 +39,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from extemb_core.context.assembly import Prompt, Segment, assemble_chat
 from extemb_core.evaluation.baselines import Ids
@@ -48,7 +47,7 @@ from extemb_core.evaluation.needle import filler, positions_at, read_filler
 from extemb_core.evaluation.runs import Experiment, Sample, groups_of
 from extemb_core.evaluation.settings import SpeedConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.models.entry import AnchoredPrompt, PromptInputs
+from extemb_core.models.entry import PromptInputs
 from extemb_core.models.llm import LLM
 from extemb_core.utils.jsonl import evenly
 
@@ -75,7 +74,6 @@ class SpeedExperiment(Experiment):
 
     def __init__(self, config: SpeedConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
         super().__init__(config, llm, embedder)
-        self.config = config
         longest = max(config.tokens)
         draw = np.random.default_rng(config.seed)
         self._ids = filler(llm, max(longest, _FIRST_TOKENS), draw, read_filler(llm, config.data))[0]
@@ -169,16 +167,8 @@ def greedy(llm: LLM, prompt: PromptInputs, count: int) -> tuple[list[int], list[
     Returns:
         The token ids, and the time (`time.perf_counter`) at which each was known.
     """
-    model: Any = llm.model
-    inputs: dict[str, Any]
-    if isinstance(prompt, AnchoredPrompt):
-        model = llm.reading_model(prompt.layer)
-        inputs = {"input_ids": prompt.ids, "entry_states": prompt.states, "entry_mask": prompt.mask}
-    elif isinstance(prompt, Tensor):
-        inputs = {"inputs_embeds": prompt}
-    else:
-        inputs = {"input_ids": torch.tensor(prompt, device=llm.device)}
-    inputs = {name: row[None] for name, row in inputs.items()}
+    model, rows = llm.rows_of([prompt])
+    inputs: dict[str, Any] = {name: row[None] for name, (row,) in rows.items()}
     ids: list[int] = []
     times: list[float] = []
     for _ in range(count):

@@ -9,16 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, to_answer
 from extemb_core.models.bulk import positions_at_once
+from extemb_core.models.generation import Generated, Sampling
+from extemb_core.models.llm import LLM
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import whole_number
-
-if TYPE_CHECKING:
-    from extemb_core.models.generation import Sampling
-    from extemb_core.models.llm import LLM
 
 _GATHER_SECONDS = 0.2  # at most, for the requests that were announced
 
@@ -163,8 +160,6 @@ def _alone(llm: LLM, request: _Request) -> None:
 
 
 def _together(llm: LLM, batch: list[_Request]) -> None:
-    from extemb_core.models.generation import Generated
-
     live = [request for request in batch if not request.cancelled.is_set()]
 
     def stop_if_nobody_waits() -> None:

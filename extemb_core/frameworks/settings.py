@@ -12,16 +12,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+import pydantic
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from typing_extensions import Self
 
 from extemb_core.answers import Answer
@@ -64,7 +56,7 @@ Ratio = Annotated[str | int, BeforeValidator(_checked_ratio)]
 Budget = Annotated[int | None, BeforeValidator(_checked_budget)]
 
 
-class StrictSettings(BaseModel):
+class StrictSettings(pydantic.BaseModel):
     """Settings whose unknown names and illegal values are errors of this library when an object is made.
 
     The frameworks' own classes pass over names that they do not know.
@@ -172,7 +164,7 @@ class ModelSettings(StrictSettings):
         """Return the name of the field that has the model, unless it is to be loaded by the fields of this one."""
         return None if self.loaded_lm is None else "loaded_lm"
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _one_model(self) -> Self:
         """Refuse what would choose another model or store than the one that is here, and an engine that is none."""
         check_engine(self.engine, self.base_url)
@@ -219,15 +211,15 @@ class GenerationSettings(ModelSettings):
     stop: str | list[str] | None = None
     """Text that ends an answer, or several."""
 
-    @field_validator(*_SAMPLED, "stop", mode="before")
+    @pydantic.field_validator(*_SAMPLED, "stop", mode="before")
     @classmethod
-    def _legal(cls, value: Any, info: ValidationInfo) -> Any:
+    def _legal(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         name = str(info.field_name)
         if (name, value) != ("stop", None):
             value = check_sampling("max_new_tokens" if name == "max_tokens" else name, value, alias=name)
         return value
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _plan_that_can_be(self) -> Self:
         check_plan(self.plan, self.ratio, question=self._HAS_QUESTION)
         return self
@@ -253,17 +245,8 @@ class GenerationSettings(ModelSettings):
                 len(unread), len(answer.context), answer.budget, ", ".join(unread),
             )  # fmt: skip
         documents = [
-            {
-                "id": entry.ref,
-                "source": entry.source,
-                "raw_tokens": entry.n_tokens,
-                "positions": entry.positions,
-                "fidelity": entry.fidelity,
-                "cached": entry.cached,
-                "reason": entry.reason,
-                "spans": [asdict(span) for span in entry.spans],
-            }
-            for entry in answer.context
+            {"id": told.pop("ref"), "raw_tokens": told.pop("n_tokens"), **told, "spans": list(told["spans"])}
+            for told in map(asdict, answer.context)
         ]
         return {
             "model_name": self._model_of(settings),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from extemb_core.store.base import Store
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
 T = TypeVar("T")
+Name = str | os.PathLike[str]
 
 _lock = threading.Lock()  # held for a moment; each of those below while its object is made
 _locks: dict[tuple[Any, ...], threading.Lock] = {}
@@ -24,10 +25,10 @@ _opened: dict[tuple[Any, ...], ExtensibleLM] = {}  # with a store
 
 
 def share(
-    llm: str | os.PathLike[str],
-    embedder: str | os.PathLike[str] | None = None,
+    llm: Name,
+    embedder: Name | None = None,
     *,
-    store: str | os.PathLike[str] | Store | None = None,
+    store: Name | Store | None = None,
     device: str = "auto",
     dtype: str = "auto",
     **engine: Any,
@@ -55,22 +56,14 @@ def share(
         own = _once(_models, (*of_llm, str(files)), lambda: ExtensibleEmbedder.from_pretrained(files, llm=model))
         return ExtensibleLM(model, own, open_store(store))
 
-    return _once(_opened, _key(llm, embedder, store, device, dtype, engine), load)
+    return _once(_opened, _key(llm, embedder, store, device=device, dtype=dtype, **engine), load)
 
 
-def close_store(
-    llm: str | os.PathLike[str],
-    embedder: str | os.PathLike[str] | None,
-    *,
-    store: str | os.PathLike[str] | Store | None,
-    device: str,
-    dtype: str,
-    **engine: Any,
-) -> None:
+def close_store(llm: Name, embedder: Name | None, *, store: Name | Store | None, **where: Any) -> None:
     """Close the store that `share` opened for these arguments, if it did; the next call of `share` opens it again."""
     if isinstance(store, str | os.PathLike):
         with _lock:
-            lm: Any = _opened.pop(_key(llm, embedder, store, device, dtype, engine), None)
+            lm: Any = _opened.pop(_key(llm, embedder, store, **where), None)
         if lm is not None:
             getattr(lm.store, "close", lambda: None)()  # shards stay open for no longer than a read
 
@@ -82,23 +75,10 @@ def release() -> None:
             kept.clear()
 
 
-def _key(
-    llm: str | os.PathLike[str],
-    embedder: str | os.PathLike[str] | None,
-    store: str | os.PathLike[str] | Store | None,
-    device: str,
-    dtype: str,
-    engine: Mapping[str, Any],
-) -> tuple[Any, ...]:
-    where = StorageLocation(store).absolute() if isinstance(store, str | os.PathLike) else id(store)
-    return (
-        name_or_path(llm),
-        device,
-        dtype,
-        None if embedder is None else name_or_path(embedder),
-        where,
-        *sorted(engine.items()),
-    )
+def _key(llm: Name, embedder: Name | None, store: Name | Store | None, **where: Any) -> tuple[Any, ...]:
+    kept = StorageLocation(store).absolute() if isinstance(store, str | os.PathLike) else id(store)
+    names = [None if name is None else name_or_path(name) for name in (llm, embedder)]
+    return (*names, kept, *sorted(where.items()))
 
 
 def _once(made: dict[tuple[Any, ...], T], key: tuple[Any, ...], make: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ from extemb_core.errors import ConfigError, RatioError
 from extemb_core.models.connector import CONNECTORS
 from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios
 from extemb_core.models.pooling import TOKEN_WEIGHTINGS
-from extemb_core.utils.validation import is_count, whole_number
+from extemb_core.utils.validation import is_count, require_one_of, whole_number
 
 Adaptation = Literal["none", "lora", "full"]
 
@@ -116,12 +116,11 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
             residual_window = whole_number(8 if residual_window is None else residual_window, "residual_window")
         for name, value, choices in (
             ("adaptation", adaptation, get_args(Adaptation)),
-            ("downscaling", downscaling, tuple(DOWNSCALINGS)),
-            ("connector", connector, tuple(CONNECTORS)),
-            ("token_weighting", token_weighting, tuple(TOKEN_WEIGHTINGS)),
+            ("downscaling", downscaling, DOWNSCALINGS),
+            ("connector", connector, CONNECTORS),
+            ("token_weighting", token_weighting, TOKEN_WEIGHTINGS),
         ):
-            if value not in choices:
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}; pass one of them")
+            require_one_of(value, name, choices)
         self.num_layers = whole_number(num_layers, "num_layers")
         self.adaptation = adaptation
         self.downscaling = downscaling

@@ -79,6 +79,9 @@ _FINGERPRINTED_AT_0 = ("residual_window",)
 _FINGERPRINTED_ABOVE_0 = ("entry_layer", "token_weighting", "token_weights_digest", "anchor")
 _MEASURES = ("mean_norms", "norms", "weights")  # of each group, above entry layer 0
 
+Pieces = Iterable[tuple[np.ndarray[Any, Any], int]]
+"""Of a text: (T,) ids, and what each counts for on a progress bar."""
+
 
 class ChunkOutputs(NamedTuple):
     """What the layers give for a batch of chunks, and were given.
@@ -576,7 +579,7 @@ class ExtensibleEmbedder(PreTrainedModel):
     @torch.no_grad()
     def _compress(
         self,
-        texts: Sequence[Iterable[tuple[np.ndarray[Any, Any], int]]],
+        texts: Sequence[Pieces],
         refs: Sequence[str],
         ratio: int | None,
         batch_size: int | None,
@@ -622,9 +625,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             return embeddings
         return embeddings | {name: _Rows() for name in _MEASURES} | {"anchors": _Rows(dtype=np.int32)}
 
-    def _chunks(
-        self, texts: Sequence[Iterable[tuple[np.ndarray[Any, Any], int]]], ratio: int, n_tokens: list[int]
-    ) -> Iterator[_Chunk]:
+    def _chunks(self, texts: Sequence[Pieces], ratio: int, n_tokens: list[int]) -> Iterator[_Chunk]:
         """Yield the chunks of all texts as they are asked for; count each text's tokens in `n_tokens`."""
         for text, pieces in enumerate(texts):
             offset = 0
@@ -673,9 +674,7 @@ def default_entry_layer(llm: LLM) -> int:
     return max(1, round(0.4 * available))
 
 
-def _regrouped(
-    pieces: Iterable[tuple[np.ndarray[Any, Any], int]], size: int
-) -> Iterator[tuple[np.ndarray[Any, Any], float]]:
+def _regrouped(pieces: Pieces, size: int) -> Iterator[tuple[np.ndarray[Any, Any], float]]:
     """Yield pieces of ids as chunks of `size` and a tail, each with its share of what the pieces count for."""
     held: list[np.ndarray[Any, Any]] = []
     count, units = 0, 0.0

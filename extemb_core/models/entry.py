@@ -132,6 +132,8 @@ class AnchoredPrompt:
 
 PromptInputs = Tensor | Sequence[int] | AnchoredPrompt
 """What an LLM reads: (T, D) input embeddings, ids, or ids with states."""
+TokenIds = Sequence[int] | np.ndarray[Any, Any]
+"""(T,) ids of text."""
 
 
 def clamp_to_dtype(states: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,8 +44,8 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already; name a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name[:60]}.", dir=target.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name[:60]}.", dir=target.parent) as temporary:
+        made = Path(temporary)
         with quiet_transformers():
             llm.model.save_pretrained(made)
             llm.tokenizer.save_pretrained(made)
@@ -61,6 +60,3 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
             file.chmod((made / "config.json").stat().st_mode)
         made.chmod(target.parent.stat().st_mode)
         made.replace(target)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise

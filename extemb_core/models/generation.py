@@ -9,21 +9,12 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from extemb_core.models.entry import AnchoredPrompt, PromptInputs
+from extemb_core.models.entry import AnchoredPrompt, PromptInputs, TokenIds
 from extemb_core.utils.validation import check_sampling
 
 if TYPE_CHECKING:
@@ -130,10 +121,7 @@ def generate(
 
 
 def generate_and_score(
-    llm: LLM,
-    prompts: Sequence[PromptInputs],
-    targets: Sequence[Sequence[int] | np.ndarray[Any, Any]],
-    sampling: Sampling,
+    llm: LLM, prompts: Sequence[PromptInputs], targets: Sequence[TokenIds], sampling: Sampling
 ) -> tuple[list[Generated], list[Tensor]]:
     """Return `generate` and `LLM.log_probs` of a batch of prompts, which are read once for both.
 
@@ -152,7 +140,7 @@ def generate_and_score(
 
 
 def score_at_once(
-    llm: LLM, prompts: Sequence[PromptInputs], targets: Sequence[Sequence[int] | np.ndarray[Any, Any]]
+    llm: LLM, prompts: Sequence[PromptInputs], targets: Sequence[TokenIds]
 ) -> tuple[Any, dict[str, Any], list[Tensor]]:
     """Return a model, its inputs to continue prompts, and `LLM.log_probs` of what may follow them, from one pass."""
     n = max(1, *map(len, targets))
@@ -320,11 +308,11 @@ def _processors(sampling: Sampling, said: Sequence[Sequence[int]], prompt_length
     if sampling.repetition_penalty != 1:
         processors.append(_Penalty(float(sampling.repetition_penalty), said, prompt_length))
     if sampling.temperature > 0:
-        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        processors.append(transformers.TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k:
-            processors.append(TopKLogitsWarper(sampling.top_k))
+            processors.append(transformers.TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
-            processors.append(TopPLogitsWarper(sampling.top_p))
+            processors.append(transformers.TopPLogitsWarper(sampling.top_p))
         processors.append(_Draw(sampling.seed, len(said)))
     return processors
 

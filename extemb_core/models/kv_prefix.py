@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from extemb_core.models.entry import TokenIds
 from extemb_core.models.llm import LLM
 
 
@@ -38,19 +35,19 @@ class Prefix:
     def __len__(self) -> int:
         return int(self._cache.get_seq_length())
 
-    def read(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> None:
+    def read(self, ids: TokenIds) -> None:
         """Read tokens for good. ids: (T,)."""
         if len(ids):
             self.last = self._run(ids)[-1]
 
-    def peek(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+    def peek(self, ids: TokenIds) -> Tensor:
         """Compute hidden states of tokens that might follow, (T, D), and do not keep them. ids: (T,)."""
         hidden = self._run(ids)
         self._cache.crop(-len(ids))
         return hidden
 
     @torch.no_grad()
-    def _run(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+    def _run(self, ids: TokenIds) -> Tensor:
         outputs = self._llm.model.base_model(
             inputs_embeds=self._llm.embed(ids)[None], past_key_values=self._cache, use_cache=True
         )

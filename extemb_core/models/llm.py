@@ -15,27 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import ConfigError, ExtembError, MismatchError, WeightsCorruptError, WeightsError
 from extemb_core.models import generation
 from extemb_core.models.bulk import POSITIONS_AT_ONCE
-from extemb_core.models.entry import AnchoredPrompt, PromptInputs, reading_model
+from extemb_core.models.entry import AnchoredPrompt, PromptInputs, TokenIds, reading_model
 from extemb_core.models.reader_lora import merge_reader
 from extemb_core.models.stoppable import StoppableCache
 from extemb_core.models.tokenization import TextEncoder
 from extemb_core.utils.batches import padded_batches
-from extemb_core.utils.validation import name_or_path
+from extemb_core.utils.validation import name_or_path, require_one_of
 from extemb_core.weights.resolve import resolve_base, resolve_llm
 
 _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
@@ -87,10 +81,10 @@ class LLM(TextEncoder):
         wanted = choose_dtype(dtype, chosen)
         with quiet_transformers():
             try:
-                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+                config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
                 _require_plain(config, name)
-                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+                loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     source, config=config, dtype=wanted, use_safetensors=True, trust_remote_code=False,
                     output_loading_info=True,
                 )  # fmt: skip
@@ -159,7 +153,7 @@ class LLM(TextEncoder):
         """Ids that end an answer (see `generation`)."""
         return generation.stop_token_ids(self.model, self.tokenizer)
 
-    def embed(self, ids: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+    def embed(self, ids: TokenIds | Tensor) -> Tensor:
         """Look up token embeddings as the LLM itself does. ids: (..., T) -> (..., T, D)."""
         tensor = torch.as_tensor(np.asarray(ids) if not isinstance(ids, Tensor) else ids, dtype=torch.long)
         return torch.as_tensor(self.model.get_input_embeddings()(tensor.to(self.device)))
@@ -197,17 +191,13 @@ class LLM(TextEncoder):
         self, prompts: Sequence[PromptInputs], *, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Return `hidden` of prompts, padded on the right: (B, T, D)."""
-        model, rows = self._rows(prompts)
+        model, rows = self.rows_of(prompts)
         inputs = {name: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True) for name, tensors in rows.items()}
         return self._run(model, inputs, mask, positions)
 
     @torch.no_grad()
     def log_probs(
-        self,
-        prompts: Sequence[PromptInputs],
-        targets: Sequence[Sequence[int] | np.ndarray[Any, Any]],
-        *,
-        at_once: bool = False,
+        self, prompts: Sequence[PromptInputs], targets: Sequence[TokenIds], *, at_once: bool = False
     ) -> list[Tensor]:
         """Compute the log-probability of each token that follows each prompt.
 
@@ -232,13 +222,13 @@ class LLM(TextEncoder):
                 log_probs[at] = self.log_probs_of(states[len(prompts[at]) - 1 :], ids[at])
         return [log_probs[at] for at in range(len(prompts))]
 
-    def log_probs_of(self, hidden: Tensor, targets: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+    def log_probs_of(self, hidden: Tensor, targets: TokenIds) -> Tensor:
         """Compute the log-probability of each target from the state before it: (T, D), T >= S, and S ids -> (S,)."""
         scores = self.logits(hidden[: len(targets)]).float().log_softmax(-1)
         expected = torch.tensor([int(index) for index in targets], device=scores.device, dtype=torch.long)
         return scores.gather(1, expected[:, None])[:, 0]
 
-    def score(self, prompt: PromptInputs, targets: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+    def score(self, prompt: PromptInputs, targets: TokenIds) -> Tensor:
         """Return `log_probs` of one prompt: (S,)."""
         return self.log_probs([prompt], [targets])[0]
 
@@ -247,7 +237,7 @@ class LLM(TextEncoder):
     stream = generation.stream
     stream_batch = generation.stream_batch
 
-    def _rows(self, prompts: Sequence[PromptInputs]) -> tuple[PreTrainedModel, dict[str, list[Tensor]]]:
+    def rows_of(self, prompts: Sequence[PromptInputs]) -> tuple[PreTrainedModel, dict[str, list[Tensor]]]:
         """Return the model that reads these prompts, and its inputs by name, one tensor for each prompt."""
         self._require_one_entry(prompts)
         anchored = next((prompt for prompt in prompts if isinstance(prompt, AnchoredPrompt)), None)
@@ -294,7 +284,7 @@ class LLM(TextEncoder):
         """
         if any(len(prompt) < own for prompt in prompts):
             raise ConfigError("a prompt has 0 positions; at least one token is needed to continue from")
-        model, named = self._rows(prompts)
+        model, named = self.rows_of(prompts)
         shared = self._shared(named, own)
         lengths = [len(row) for row in next(iter(named.values()))]
         longest = max(lengths)
@@ -320,7 +310,7 @@ class LLM(TextEncoder):
 
     def shares_prefix(self, prompts: Sequence[PromptInputs]) -> bool:
         """Tell whether prompts begin alike for so long that reading it once is worth a batch of their own."""
-        return self._shared(self._rows(prompts)[1]) > 0
+        return self._shared(self.rows_of(prompts)[1]) > 0
 
     def _shared(self, named: dict[str, list[Tensor]], own: int = 1) -> int:
         """Count the positions that all begin with, where reading them once is worth it; each keeps `own` of its own.
@@ -377,8 +367,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
     names |= {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-    if dtype not in names:
-        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(names)}; pass one of them")
+    require_one_of(dtype, "dtype", names)
     return names[dtype]
 
 

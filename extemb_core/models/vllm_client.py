@@ -55,9 +55,7 @@ class VllmLLM(LLM):
     def _served(self) -> dict[str, Any]:
         """What the server says of its model."""
         with self._request("GET", "models") as response:
-            listed: dict[str, Any] = json.loads(response.read())
-        served: dict[str, Any] = listed["data"][0]
-        return served
+            return dict(json.loads(response.read())["data"][0])
 
     @property
     def context_window(self) -> int:

@@ -8,13 +8,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from extemb_core.documents import Document, text_ref
 from extemb_core.errors import ConfigError, DocumentError, StoreCorruptError, StoreError
 from extemb_core.library.passages import split_passages
+from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import Dtype, check_dtype, ref_bytes
 from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shards import (
@@ -28,9 +29,6 @@ from extemb_core.store.shards import (
     write_shard,
 )
 from extemb_core.utils.files import parse_json
-
-if TYPE_CHECKING:
-    from extemb_core.models.compressed import Compressed
 
 logger = logging.getLogger(__name__)
 

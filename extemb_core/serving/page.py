@@ -14,8 +14,9 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from nicegui import background_tasks, run, ui
 
@@ -25,17 +26,13 @@ from extemb_core.context.spans import Array, split_into_sentences
 from extemb_core.documents import Document
 from extemb_core.errors import DocumentError, ExtembError
 from extemb_core.loaders import SUPPORTED_SUFFIXES, read_document
+from extemb_core.models.llm import LLM
 from extemb_core.serving.errors import ApiError
-from extemb_core.serving.guard import NO_KEY, PAGE, Keys
+from extemb_core.serving.guard import NO_KEY, PAGE, owner_of
 from extemb_core.serving.requests import StoredDocument
+from extemb_core.serving.service import Service
+from extemb_core.serving.workspace import Workspace
 from extemb_core.utils.text import strip_control_chars
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from extemb_core.models.llm import LLM
-    from extemb_core.serving.service import Service
-    from extemb_core.serving.workspace import Workspace
 
 _N_PASSAGES = 8  # of documents that are too long to be read whole, even at the coarsest ratio
 _MIN_BUDGET, _BUDGET_STEP, _USUAL_BUDGET = 128, 128, 1024
@@ -164,7 +161,7 @@ class _Visit:
 
             def enter() -> None:
                 try:
-                    owner = Keys(self._service.settings.keys).owner_of(f"Bearer {key.value}")
+                    owner = owner_of(f"Bearer {key.value}", self._service.settings.keys)
                 except ApiError as error:
                     key.props["error"], key.props["error-message"] = True, str(error)
                     key.update()

@@ -101,11 +101,7 @@ class Service:
             raise ApiError(400, message, code="too_many_documents", param="documents")
 
     async def answer(
-        self,
-        request: Request,
-        asked: AnswerRequest,
-        writer: Writer,
-        prepare: Callable[[Workspace], tuple[PreparedPrompt, Sampling]],
+        self, request: Request, asked: AnswerRequest, writer: Writer, prepare: Callable[[Workspace], Prepared]
     ) -> Response:
         """Answer in the form that was asked for."""
         self.check_model(asked.model)

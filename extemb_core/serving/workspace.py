@@ -8,18 +8,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from extemb_core.documents import Document
 from extemb_core.errors import DocumentError
 from extemb_core.library.library import Library
 from extemb_core.lm import ExtensibleLM
+from extemb_core.models.compressed import Compressed
 from extemb_core.serving.errors import ApiError
 from extemb_core.serving.requests import StoredDocument, TextDocument
 from extemb_core.store.base import MemoryStore, Store
-
-if TYPE_CHECKING:
-    from extemb_core.models.compressed import Compressed
 
 
 class Workspace:

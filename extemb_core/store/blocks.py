@@ -16,18 +16,7 @@ from typing import Any
 
 from extemb_core.errors import StoreCorruptError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.format import (
-    COUNT,
-    DTYPES,
-    NUMBER,
-    Dtype,
-    EmbeddingFormat,
-    Entry,
-    fingerprint_bytes,
-    name_in,
-    ref_bytes,
-    ref_of,
-)
+from extemb_core.store.format import COUNT, NUMBER, Dtype, EmbeddingFormat, Entry, key_of, name_in, ref_bytes, ref_of
 from extemb_core.store.lmdb_env import Environment
 
 BLOCK_BYTES = 4 * 2**20
@@ -114,7 +103,7 @@ class Blocks:
             stored = self.environment.get(transaction, "entries", key)
             if stored is not None and Entry.unpack(stored).ratio <= text.ratio:
                 continue
-            entry = Entry(0, 0, text.n_tokens, len(text), text.ratio, kind, DTYPES.index(dtype), 0)
+            entry = Entry.of(text.n_tokens, len(text), text.ratio, dtype, kind)
             new.append((key, entry, payload))
         self.write(transaction, new)
 
@@ -160,11 +149,10 @@ class Blocks:
 
     def keys_of(self, transaction: Any, ref: str, fingerprint: str | None) -> list[bytes]:
         """Return the keys of a document: of one embedder, or of all."""
-        start, end = ref_bytes(ref), b"" if fingerprint is None else fingerprint_bytes(fingerprint)
+        start = ref_bytes(ref) if fingerprint is None else key_of(ref, fingerprint)
         cursor = transaction.cursor(db=self.environment.database("entries"))
         cursor.set_range(start)
-        keys = takewhile(lambda key: key.startswith(start), map(bytes, cursor.iternext(values=False)))
-        return [key for key in keys if key.endswith(end)]
+        return list(takewhile(lambda key: key.startswith(start), map(bytes, cursor.iternext(values=False))))
 
     def _from(self, transaction: Any, entry: Entry) -> memoryview:
         """Return a block from a document on, a view of the file."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios
 from extemb_core.store.lmdb_env import DATA_FILE
 from extemb_core.utils.files import atomic_write_text, parse_json
-from extemb_core.utils.validation import whole_number
+from extemb_core.utils.validation import require_one_of, whole_number
 
 FORMAT, VERSION = "extemb-store", 2
 _READ = (1, 2)  # version 1 knew no entry layer above 0: all it holds is as version 2 has it
@@ -98,6 +98,11 @@ class Entry(NamedTuple):
     kind: int
     dtype: int
     checksum: int
+
+    @classmethod
+    def of(cls, n_tokens: Any, n_embeddings: Any, ratio: Any, dtype: Dtype, kind: int = 0) -> Entry:
+        """Make a document's entry, but for its location and checksum; a shard has no number for its kind."""
+        return cls(0, 0, int(n_tokens), int(n_embeddings), int(ratio), kind, DTYPES.index(dtype), 0)
 
     @classmethod
     def unpack(cls, data: Any) -> Entry:
@@ -236,9 +241,8 @@ def fingerprint_bytes(fingerprint: str) -> bytes:
 
 def check_dtype(dtype: str) -> Dtype:
     """Return the dtype. Raises `ConfigError` if it is unknown."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}; pass one of them")
-    return dtype
+    require_one_of(dtype, "dtype", DTYPES)
+    return cast(Dtype, dtype)
 
 
 def encode(text: Compressed, dtype: Dtype) -> tuple[bytes, Dtype]:

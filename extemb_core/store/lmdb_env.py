@@ -96,11 +96,10 @@ class Environment:
         start = b""
         while True:
             with self.read() as transaction:
-                database = self.database(name)
-                cursor = None if database is None else transaction.cursor(db=database)
-                if cursor is None or not cursor.set_range(start):
-                    return
-                page = [(bytes(key), bytes(value)) for key, value in islice(cursor, _PAGE)]
+                rows = islice(self.rows(transaction, name, start), _PAGE)
+                page = [(bytes(key), bytes(value)) for key, value in rows]
+            if not page:
+                return
             yield from page
             start = page[-1][0] + b"\0"
 

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from safetensors.torch import save
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreFormatError, StoreNotFoundError
 from extemb_core.models.chunks import embeddings_of
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.format import DTYPES, Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
+from extemb_core.store.format import Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
 from extemb_core.store.remote import StorageLocation
 from extemb_core.utils.files import parse_json
 
@@ -80,7 +80,7 @@ def write_shard(
         coded = [encode(text, dtype) for text in texts]
     kind = kinds.pop()
     keys = [key_of(text.ref, kind.fingerprint) for text in texts]
-    entries = [_entry(text.n_tokens, len(text), text.ratio, dtype) for text in texts]
+    entries = [Entry.of(text.n_tokens, len(text), text.ratio, dtype) for text in texts]
     sums = [entry.sum_of(key, data) for entry, key, (data, _) in zip(entries, keys, coded, strict=True)]
     metadata = {name: str(value) for name, value in asdict(kind).items() if name != "ratios"}
     metadata |= {"format": FORMAT, "version": str(VERSION), "trained_ratios": json.dumps(kind.ratios), "dtype": dtype}
@@ -151,7 +151,7 @@ class ShardReader:
 
     def _text(self, at: int, data: bytes) -> Compressed:
         ref = ref_of(self.refs[at].tobytes())
-        entry = _entry(self.n_tokens[at], self.n_embeddings[at], self.ratios[at], self.dtype)
+        entry = Entry.of(self.n_tokens[at], self.n_embeddings[at], self.ratios[at], self.dtype)
         if entry.sum_of(key_of(ref, self.kind.fingerprint), data) != int(self._sums[at]):
             raise StoreCorruptError(f"{self} has another checksum for {ref} than was written; download it again")
         return self.kind.decode(data, entry, ref)
@@ -177,14 +177,10 @@ class ShardReader:
                 raise ValueError(f"{size:,} bytes where {total:,} belong")
             lists = {name: self._list(stream, header[name]["dtype"], name, spans[name]) for name in _LISTS}
         self.dtype = check_dtype(metadata["dtype"])
-        self.kind = EmbeddingFormat(
-            fingerprint=metadata["fingerprint"],
-            chunk_size=int(metadata["chunk_size"]),
-            ratios=tuple(parse_json(metadata["trained_ratios"])),
-            downscaling=metadata["downscaling"],
-            width=int(metadata["width"]),
-            entry_layer=int(metadata.get("entry_layer", 0)),
-        )
+        given: dict[str, Any] = {"entry_layer": 0} | metadata  # which version 1 did not have
+        given |= {name: int(given[name]) for name in ("chunk_size", "width", "entry_layer")}
+        given["ratios"] = tuple(parse_json(given["trained_ratios"]))
+        self.kind = EmbeddingFormat(**{field.name: given[field.name] for field in fields(EmbeddingFormat)})
         self.refs = lists["refs"].reshape(-1, 16)
         self.n_tokens, self.n_embeddings, self.ratios = (lists[name] for name in ("n_tokens", "n_embeddings", "ratios"))
         self._sums = lists["checksums"].view(np.uint64)
@@ -194,7 +190,7 @@ class ShardReader:
         counts = [embeddings_of(n_tokens, ratio, self.kind.chunk_size) for n_tokens, ratio in rows]
         if counts != self.n_embeddings.tolist():
             raise ValueError("other numbers of embeddings than its documents have")
-        sizes = [self.kind.size(_entry(0, count, 1, self.dtype)) for count in self.n_embeddings]
+        sizes = [self.kind.size(Entry.of(0, count, 1, self.dtype)) for count in self.n_embeddings]
         begin, end = spans["payload"]
         if sum(sizes) != end - begin:
             raise ValueError(f"{end - begin:,} bytes of embeddings where {sum(sizes):,} belong")
@@ -275,8 +271,3 @@ def require_only_shards(folder: str | os.PathLike[str] | StorageLocation) -> lis
     if foreign:
         raise StoreFormatError(f"{location} holds {foreign[0]!r}, which is not a shard; pass a new folder")
     return names
-
-
-def _entry(n_tokens: Any, n_embeddings: Any, ratio: Any, dtype: Dtype) -> Entry:
-    """Make a document's entry as in a store, but without its location."""
-    return Entry(0, 0, int(n_tokens), int(n_embeddings), int(ratio), 0, DTYPES.index(dtype), 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.validation import check_seed, is_count, paths_as_text, whole_number
+from extemb_core.utils.validation import check_seed, is_count, paths_as_text, require_one_of, whole_number
 
 OBJECTIVES = ("two_stream", "reconstruction", "recall", "questions")
 TRAINED = ("embedder", "connector", "reader", "both")
@@ -122,10 +122,7 @@ class TrainingConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        paths_as_text(self, "llm")
-        for name in ("data", "questions", "eval_data"):
-            if isinstance(getattr(self, name), str):  # else each of its letters would be a file
-                raise ConfigError(f"{name}={getattr(self, name)!r} is one str; pass a tuple of files")
+        paths_as_text(self, "llm", files=("data", "questions", "eval_data"))
         self._check_objectives()
         for name in ("sample_length", "total_tokens", "batch_size", "accumulation_steps", "save_steps", "eval_steps",
                      "eval_samples", "logging_steps", "ratios_per_sample", "reader_rank",
@@ -150,8 +147,7 @@ class TrainingConfig:
                 raise ConfigError(f"{name}={minutes} is not above 0; pass minutes, or None for no limit")
         if self.decay_steps is not None:
             whole_number(self.decay_steps, "decay_steps", 0, remedy="steps, or None")
-        if self.trained not in TRAINED:
-            raise ConfigError(f"trained={self.trained!r} is not one of {', '.join(TRAINED)}; pass one of them")
+        require_one_of(self.trained, "trained", TRAINED)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype={self.dtype!r} is not auto, float32 or bfloat16; pass one of them")
         if not (0 < self.learning_rate < 1):

@@ -66,10 +66,17 @@ class TokenFile:
             DocumentError: A row is not JSON with a text; the message has the file and line.
         """
         if len(files) == 1 and files[0].is_dir():
-            return cls._checked(files[0], llm)
+            made = cls.open(files[0])
+            if made.meta.get("tokenizer", llm.tokenizer_digest) != llm.tokenizer_digest:
+                raise DocumentError(
+                    f"{files[0]} holds the tokens of another tokenizer than {llm.name}'s; pass text files"
+                )
+            return made
         digest = hashlib.sha256(llm.tokenizer_digest.encode())
         for file in files:
-            digest.update(_content_digest(file).encode())
+            if not file.is_file():
+                raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
+            digest.update(sha256_of(file).encode())
         folder = cache / f"tokens-{digest.hexdigest()[:16]}"
         if not folder.is_dir():
             with caching.locked(folder):
@@ -78,13 +85,6 @@ class TokenFile:
                         _tokenise(files, llm, unfinished, show_progress)
                         unfinished.rename(folder)
         return cls.open(folder)
-
-    @classmethod
-    def _checked(cls, folder: Path, llm: LLM) -> TokenFile:
-        file = cls.open(folder)
-        if file.meta.get("tokenizer", llm.tokenizer_digest) != llm.tokenizer_digest:
-            raise DocumentError(f"{folder} holds the tokens of another tokenizer than {llm.name}'s; pass text files")
-        return file
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -160,9 +160,3 @@ def _tokenise(files: Sequence[Path], llm: LLM, folder: Path, show_progress: bool
     meta = {"dtype": dtype, "documents": len(offsets) - 1, "tokens": offsets[-1], "left_out": skipped,
             "tokenizer": llm.tokenizer_digest}  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def _content_digest(file: Path) -> str:
-    if not file.is_file():
-        raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
-    return sha256_of(file)

@@ -114,7 +114,8 @@ class QuestionReadings:
         by_source: dict[str, list[Question]] = defaultdict(list)
         for question in self.questions:
             if self._is_usable(question):
-                by_source[_source(question.id)].append(question)
+                source = _SOURCE.match(question.id)
+                by_source[source[0] if source else ""].append(question)
         usable = []
         for _, rows in sorted(by_source.items()):
             chosen = np.random.default_rng(self.seed).permutation(len(rows))[: self.most_per_source]
@@ -221,9 +222,11 @@ class QuestionReadings:
         for (question, text), ids in zip(turns, answers, strict=True):
             template = templates()[template_for([text])]
             asked = question if as_asked else template["after"].replace("{question}", question)
-            content: list[Part] = [asked]
-            if not messages:
-                content = [*_asked(documents), asked] if as_asked else [*_evaluated(documents, template), asked]
+            content: list[Part] = []
+            for number, pieces in enumerate(() if messages else documents):
+                before = document_heading(number) if as_asked else template["separator" if number else "before"]
+                content += [before, *pieces, *([DOCUMENT_SEPARATOR] if as_asked else [])]
+            content.append(asked)
             messages += [{"role": "user", "content": content}, {"role": "assistant", "content": [ids]}]
         prompt = assemble_chat(self.llm, messages[:-1])
         end = turn_end(self.llm)
@@ -288,20 +291,6 @@ class QuestionReadings:
         return distractors
 
 
-def _asked(documents: Sequence[Sequence[Ids]]) -> list[Part]:
-    parts: list[Part] = []
-    for number, pieces in enumerate(documents):
-        parts += [document_heading(number), *pieces, DOCUMENT_SEPARATOR]
-    return parts
-
-
-def _evaluated(documents: Sequence[Sequence[Ids]], template: Mapping[str, Any]) -> list[Part]:
-    parts: list[Part] = [template["before"]]
-    for number, pieces in enumerate(documents):
-        parts += [template["separator"], *pieces] if number else pieces
-    return parts
-
-
 @lru_cache(maxsize=8)
 def shuffled(count: int, *seed: int) -> np.ndarray[Any, Any]:
     """Draw an order of `count` things, once for all who ask for it: a round over a million samples is drawn once."""
@@ -310,11 +299,6 @@ def shuffled(count: int, *seed: int) -> np.ndarray[Any, Any]:
 
 def _with_document(segments: Sequence[Any], document: Ids) -> list[tuple[Ids | Span, Role]]:
     return [(_array(segment), "document" if segment is document else "text") for segment in segments]
-
-
-def _source(name: str) -> str:
-    match = _SOURCE.match(name)
-    return match[0] if match else ""
 
 
 def _array(ids: Any) -> Ids:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.errors import ConfigError
-from extemb_core.models.entry import AnchoredStates
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.entry import AnchoredStates, PromptInputs
+from extemb_core.models.llm import LLM
 
 # Of a group of rows that go through the LLM together. A small LLM's pass over 8,192 positions takes a GPU less time
 # than the processor takes to launch it.
@@ -25,11 +27,6 @@ _MIN_FILLED = 0.8
 _MIN_POSITIONS = {"cpu": 1024, "cuda": 32768}
 
 Ids = np.ndarray[Any, Any]
-
-if TYPE_CHECKING:
-    from extemb_core.models.embedder import ExtensibleEmbedder
-    from extemb_core.models.entry import PromptInputs
-    from extemb_core.models.llm import LLM
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +105,7 @@ def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> 
     rows = []
     for at, question in enumerate(questions):
         agrees = at in answers and f1(answers[at], question.answers) >= _AGREEMENT
-        rows.append(
-            {
-                "id": question.id,
-                "context": question.context,
-                "question": question.question,
-                "answers": [answers[at]] if agrees else list(question.answers),
-                "references": list(question.answers),
-                "target": "own" if agrees else "reference" if at in answers else "too long",
-            }
-        )
+        chosen = [answers[at]] if agrees else list(question.answers)
+        target = "own" if agrees else "reference" if at in answers else "too long"
+        rows.append(asdict(question) | {"answers": chosen, "references": list(question.answers), "target": target})
     return rows

@@ -49,6 +49,9 @@ logger = logging.getLogger(__name__)
 READER, COMPLETE, OPTIMIZER = "reader", "complete.json", "optimizer.safetensors"
 _LOG = "log.jsonl"
 # What a checkpoint's tensors depend on; all else may change when a run goes on, and the log says so.
+_SAME_FOR_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps",
+                     "eval_steps", "logging_steps", "seed", "dataloader_num_workers")  # fmt: skip
+_OF_QUESTIONS = ("most_per_source", "raw_share", "mixed_share", "focus_share", "most_distractors", "seed")
 _FIXED = ("llm", "embedder", "trained", "reader_rank", "reader_first_layer", "start_from")
 
 
@@ -142,6 +145,8 @@ class RunTrainer(Trainer):
 
     model: TrainableModel
     eval_dataset: Samples | None
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -186,21 +191,16 @@ class RunTrainer(Trainer):
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warm up, stay, and fall to 0 over the last steps."""
         if self.lr_scheduler is None:
-            chosen: Any = self.optimizer if optimizer is None else optimizer
-            rate = partial(
-                learning_rate_factor,
-                last=num_training_steps,
-                warmup_steps=self.args.warmup_steps,
-                decay_steps=self._decay_steps,
-            )
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, rate)
+            steps: dict[str, Any] = {"warmup_steps": self.args.warmup_steps, "decay_steps": self._decay_steps}
+            rate = partial(learning_rate_factor, last=num_training_steps, **steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
         if self.optimizer is None:
             named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             self.optimizer = make_optimizer(
@@ -239,16 +239,15 @@ class RunTrainer(Trainer):
 
     def _rates(self, step: int) -> list[float]:
         """Return the learning rate of each group of parameters at a step."""
-        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
         return [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Keep the optimiser's state as safetensors, by parameter name; the schedule follows from the step."""
-        optimizer: Any = self.optimizer
         state = {
             f"{name}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
             for name, parameter in self.model.trainable().items()
-            for key, value in optimizer.state.get(parameter, {}).items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
         }
         if self.args.should_save and state:
             save_file(state, Path(output_dir) / OPTIMIZER)
@@ -260,14 +259,11 @@ class RunTrainer(Trainer):
         fresh, whole = self._take_optimizer(Path(checkpoint))
         if fresh:
             logger.warning("the optimiser begins anew for %d of %d tensors", fresh, whole)
-        optimizer: Any = self.optimizer
-        scheduler: Any = self.lr_scheduler
         step = self.state.global_step
         rates = self._rates(step)
-        scheduler.load_state_dict(
-            scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
-        )
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        state = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+        self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
     def _take_optimizer(self, checkpoint: Path) -> tuple[int, int]:
@@ -276,7 +272,6 @@ class RunTrainer(Trainer):
         Returns:
             How many parameters begin anew, and of how many.
         """
-        optimizer: Any = self.optimizer
         file = checkpoint / OPTIMIZER
         saved: dict[str, dict[str, Tensor]] = {}
         for key, value in (load_file(file) if file.is_file() else {}).items():
@@ -286,11 +281,11 @@ class RunTrainer(Trainer):
         for name, parameter in parameters.items():
             state = saved.get(name, {})
             if state and all(value.shape in ((), parameter.shape) for value in state.values()):
-                optimizer.state[parameter] = {
+                self.optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device, parameter.dtype)
                     for key, value in state.items()
                 }
-        return sum(parameter not in optimizer.state for parameter in parameters.values()), len(parameters)
+        return sum(parameter not in self.optimizer.state for parameter in parameters.values()), len(parameters)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save nothing: all that is drawn follows from the seed and the batch's number."""
@@ -488,17 +483,8 @@ def plan_batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Seq
             )
         logger.info("%d samples, %d tokens left out", len(samples), samples.left_out)
     if "questions" in wanted:
-        questions = QuestionReadings(
-            read_questions(config.questions, unique=False),
-            llm,
-            max_tokens=config.sample_length,
-            most_per_source=config.most_per_source,
-            raw_share=config.raw_share,
-            mixed_share=config.mixed_share,
-            focus_share=config.focus_share,
-            most_distractors=config.most_distractors,
-            seed=config.seed,
-        )
+        rows, settings = read_questions(config.questions, unique=False), {n: getattr(config, n) for n in _OF_QUESTIONS}
+        questions = QuestionReadings(rows, llm, max_tokens=config.sample_length, **settings)
     return Batches(
         wanted,
         n_batches=config.max_steps * config.accumulation_steps * config.processes,
@@ -613,27 +599,18 @@ def holds_reader_alone(folder: Path) -> bool:
 
 def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingArguments:
     arguments = TrainingArguments(
+        **{name: getattr(config, name) for name in _SAME_FOR_TRAINER},
         output_dir=config.output,
-        max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation_steps,
-        learning_rate=config.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        save_steps=config.save_steps,
         save_total_limit=2,
         eval_strategy="steps" if evaluate else "no",
-        eval_steps=config.eval_steps,
-        logging_steps=config.logging_steps,
         report_to="none",  # the callbacks write the logs
         disable_tqdm=True,
         remove_unused_columns=False,
-        seed=config.seed,
         use_cpu=llm.device.type == "cpu",
         bf16=llm.dtype == torch.bfloat16,
-        dataloader_num_workers=config.dataloader_num_workers,
         dataloader_pin_memory=llm.device.type == "cuda",
         label_names=[],
     )
@@ -653,8 +630,7 @@ def _tensorboard(output: Path) -> list[TrainerCallback]:
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
     """Return the settings of a run as JSON has them."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return values
+    return dict(json.loads(json.dumps(asdict(config))))
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,11 +24,9 @@ from torch import Tensor
 from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.errors import ConfigError
 from extemb_core.models.chunks import chunk_lengths, n_embeddings
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.llm import LLM
 from extemb_core.training.reading_loss import Losses, joined, mixed, read_states
-
-if TYPE_CHECKING:
-    from extemb_core.models.embedder import ExtensibleEmbedder
-    from extemb_core.models.llm import LLM
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,6 @@ class Layout:
     """Layout of one pass of T slots: [BOS?] [embeddings] [raw tokens of the pass's chunks].
 
     Attributes:
-        n_prefix: 1 when the LLM wants a BOS, else 0.
         n_embedded: Embeddings in the pass, chunks in order.
         raw: (start, stop) of the pass's raw tokens within the sample.
         positions: (T,) position ids.
@@ -55,7 +51,6 @@ class Layout:
         targets: (S,) places within the sample of the tokens they predict.
     """
 
-    n_prefix: int
     n_embedded: int
     raw: tuple[int, int]
     positions: Tensor
@@ -125,7 +120,6 @@ def lay_out(lengths: Sequence[int], ratio: int, run: Pass, n_prefix: int = 0) ->
     earlier = chunk_ids[None, :] < chunk_ids[:, None]
     mask = torch.where(embedded[None, :], torch.where(embedded[:, None], causal, earlier), causal & same)
     return Layout(
-        n_prefix=n_prefix,
         n_embedded=n_embedded,
         raw=(starts[run.first], starts[run.end]),
         positions=torch.tensor(positions),
@@ -194,7 +188,9 @@ def two_stream_losses(
         visible = embeddings[run.sample, ratio][: layout.n_embedded]
         inputs.append(Prompt((before, visible, sample[slice(*layout.raw)].numpy())).inputs(llm))
         padding = longest - len(layout.positions)
-        masks.append(_padded_mask(layout.mask, padding))
+        # A slot of the padding sees itself alone, so that its softmax is defined.
+        mask = torch.nn.functional.pad(layout.mask, (0, padding, 0, padding))
+        masks.append(mask | torch.eye(longest, dtype=torch.bool))
         positions.append(torch.nn.functional.pad(layout.positions, (0, padding)))
         sources.append(layout.sources + index * longest)
         targets.append(sample[layout.targets].to(device))
@@ -215,9 +211,3 @@ def two_stream_losses(
 def _embeddings_before(lengths: Sequence[int], ratio: int) -> list[int]:
     """Count the embeddings before each chunk; one entry more than there are chunks."""
     return list(accumulate((n_embeddings(length, ratio) for length in lengths), initial=0))
-
-
-def _padded_mask(mask: Tensor, padding: int) -> Tensor:
-    """Pad a (T, T) mask; a padding slot sees itself alone, so that its softmax is defined."""
-    padded = torch.nn.functional.pad(mask, (0, padding, 0, padding))
-    return padded | torch.eye(padded.shape[0], dtype=torch.bool)

@@ -54,6 +54,12 @@ def check_seed(seed: Any) -> None:
         raise ConfigError(f"seed={seed!r:.80} is more than 32 bits; pass {remedy}")
 
 
+def require_one_of(value: Any, name: str, legal: Iterable[str]) -> None:
+    """Raise `ConfigError` for a setting that is none of its legal values."""
+    if value not in (legal := tuple(legal)):
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
+
+
 def name_or_path(value: str | os.PathLike[str]) -> str:
     """Return a name, or a path as text that is taken for no name, which the hub might be asked for.
 
@@ -71,8 +77,7 @@ def name_or_path(value: str | os.PathLike[str]) -> str:
 
 def check_engine(engine: str, base_url: str | None, api_key: str | None = None) -> None:
     """Raise `ConfigError` for what is no engine, or a server that is not asked, or missing."""
-    if engine not in ENGINES:
-        raise ConfigError(f"engine={engine!r} is not one of {', '.join(ENGINES)}; pass one of them")
+    require_one_of(engine, "engine", ENGINES)
     if (engine == "vllm") != bool(base_url) or (api_key and engine != "vllm"):
         raise ConfigError(
             f"engine={engine!r} came with base_url={base_url!r}; pass engine='vllm' and the address of a server "
@@ -80,8 +85,20 @@ def check_engine(engine: str, base_url: str | None, api_key: str | None = None) 
         )
 
 
-def paths_as_text(config: Any, *names: str) -> None:
-    """Make text of the paths in a frozen dataclass, alone or in tuples; `names` are fields that may hold a name too."""
+def paths_as_text(config: Any, *names: str, files: Iterable[str] = ()) -> None:
+    """Make text of the paths in a frozen dataclass, alone or in tuples.
+
+    Args:
+        config: The dataclass.
+        *names: Fields that may hold a name too.
+        files: Fields that are tuples of files.
+
+    Raises:
+        ConfigError: One of `files` is a lone text, of which each letter would be a file.
+    """
+    for name in files:
+        if isinstance(getattr(config, name), str):
+            raise ConfigError(f"{name}={getattr(config, name)!r} is one str; pass a tuple of files")
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, os.PathLike):
