@@ -6,6 +6,7 @@ import asyncio
 import gc
 import inspect
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-from tiny import tiny_llm
+from tiny import changed, tiny_llm
 
 from extemb_core.errors import WeightsError
 
@@ -59,6 +60,13 @@ def no_loop_is_left_over(request: pytest.FixtureRequest) -> None:
     """LlamaIndex's synchronous calls take the thread's event loop, make one if need be, and close none."""
     if not inspect.iscoroutinefunction(getattr(request.node, "function", None)):
         asyncio.set_event_loop(None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_tests_share_is_left_as_it_was() -> Iterator[None]:
+    """Else one test would decide what another one sees."""
+    yield
+    assert changed() == []
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import cache
+from inspect import ismethod
 from typing import Any
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "phi")  # one of each kind, for large matrices
@@ -137,6 +138,14 @@ def tiny_llm(architecture: str = "llama", seed: int = 0, *, bos: bool = False) -
     return LLM(tiny_model(architecture, seed=seed), tokenizer, name=f"tiny-{architecture}")
 
 
+@cache
+def roomy_llm(window: int = 1024) -> Any:
+    """The same with a longer window."""
+    from extemb_core.models.llm import LLM
+
+    return LLM(tiny_model("llama", max_position_embeddings=window), tiny_tokenizer(), name="tiny")
+
+
 def entering(llm: Any, layer: int = 1, **settings: Any) -> Any:
     """An untrained embedder whose embeddings enter at a layer of the LLM."""
     from extemb_core.models.embedder import ExtensibleEmbedder
@@ -144,8 +153,9 @@ def entering(llm: Any, layer: int = 1, **settings: Any) -> Any:
     return ExtensibleEmbedder.untrained(llm, layer, **({"chunk_size": 16, "ratios": (1, 2, 4, 8)} | settings))
 
 
+@cache
 def tool_llm() -> Any:
-    """A tiny LLM whose chat template has a place for tools."""
+    """A tiny LLM whose chat template has a place for tools, shared as well."""
     from extemb_core.models.llm import LLM
 
     tokenizer = deepcopy(tiny_tokenizer())
@@ -175,6 +185,31 @@ def save_tiny(folder: Any) -> None:
     tiny_model("llama").save_pretrained(folder / "llm")
     tiny_tokenizer().save_pretrained(folder / "llm")
     random_embedder(tiny_llm()).save_pretrained(folder / "embedder")
+
+
+_shared: dict[Any, Any] = {}  # embedders by what they were made of, each with what it was
+
+
+def shared_embedder(llm: Any, layer: int = 0) -> Any:
+    """`random_embedder`, or `entering` at a layer, made once for each LLM: shared too (nothing may change it)."""
+    if (llm, layer) not in _shared:
+        made = entering(llm, layer) if layer else random_embedder(llm)
+        _shared[llm, layer] = made, _state(made)
+    return _shared[llm, layer][0]
+
+
+def changed() -> list[Any]:
+    """List the shared embedders that a test has changed, or whose LLM it has."""
+    return [made for made, before in _shared.values() if _state(made) != before]
+
+
+def _state(embedder: Any) -> Any:
+    """What tells that an embedder or its LLM was trained, moved, set otherwise, or left with a hook or a patch."""
+    models = (embedder, embedder.llm.model)
+    methods = [name for model in models for name, value in vars(model).items() if ismethod(value)]
+    tensors = [(tensor.data_ptr(), tensor._version) for model in models for tensor in model.state_dict().values()]
+    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for model in models for part in model.modules()]
+    return methods, tensors, hooks, [(model.training, model.config.to_dict()) for model in models]
 
 
 class Named:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import SENTENCES, entering, random_embedder, tiny_llm
+from tiny import SENTENCES, shared_embedder, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
@@ -14,7 +14,7 @@ from extemb_core.models.llm import LLM
 @pytest.fixture(params=[0, 1], ids=["entry 0", "entry 1"])
 def lm(request):
     llm = tiny_llm()
-    return ExtensibleLM(llm, entering(llm) if request.param else random_embedder(llm))
+    return ExtensibleLM(llm, shared_embedder(llm, request.param))
 
 
 def send(session, text):
