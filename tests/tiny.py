@@ -188,28 +188,41 @@ def save_tiny(folder: Any) -> None:
 
 
 _shared: dict[Any, Any] = {}  # embedders by what they were made of, each with what it was
+_used: set[Any] = set()  # those that were asked for since anybody looked whether they are what they were
+_SAVED = ("architectures", "dtype")  # which a config does not say until it is saved
 
 
-def shared_embedder(llm: Any, layer: int = 0) -> Any:
+def shared_embedder(llm: Any, layer: int = 0, **settings: Any) -> Any:
     """`random_embedder`, or `entering` at a layer, made once for each LLM: shared too (nothing may change it)."""
-    if (llm, layer) not in _shared:
-        made = entering(llm, layer) if layer else random_embedder(llm)
-        _shared[llm, layer] = made, _state(made)
-    return _shared[llm, layer][0]
+    key = (llm, layer, *sorted(settings.items()))
+    if key not in _shared:
+        made = entering(llm, layer, **settings) if layer else random_embedder(llm, **settings)
+        _shared[key] = made, _state(made)
+    _used.add(key)
+    return _shared[key][0]
 
 
-def changed() -> list[Any]:
-    """List the shared embedders that a test has changed, or whose LLM it has."""
-    return [made for made, before in _shared.values() if _state(made) != before]
+def changed() -> list[str]:
+    """Name the shared embedders that were changed since the last look, or whose LLM was, and share them no more."""
+    found = [key for key in _used if _state(_shared[key][0]) != _shared[key][1]]
+    for key in found:
+        del _shared[key]
+    _used.clear()
+    return [f"{llm.name}, layer {layer}" for llm, layer, *_ in found]
 
 
 def _state(embedder: Any) -> Any:
     """What tells that an embedder or its LLM was trained, moved, set otherwise, or left with a hook or a patch."""
     models = (embedder, embedder.llm.model)
-    methods = [name for model in models for name, value in vars(model).items() if ismethod(value)]
-    tensors = [(tensor.data_ptr(), tensor._version) for model in models for tensor in model.state_dict().values()]
-    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for model in models for part in model.modules()]
-    return methods, tensors, hooks, [(model.training, model.config.to_dict()) for model in models]
+    parts = [part for model in models for part in model.modules()]
+    hooks = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
+    return (
+        [(tensor.data_ptr(), tensor._version) for model in models for tensor in model.state_dict().values()],
+        [hook for hook in hooks if not hook.__module__.startswith("transformers.")],  # which leaves its own
+        [name for model in models for name, value in vars(model).items() if ismethod(value)],
+        [{name: value for name, value in model.config.to_dict().items() if name not in _SAVED} for model in models],
+        [model.training for model in models],
+    )
 
 
 class Named:

@@ -16,7 +16,7 @@ from llama_index.llms.extemb import ExtensibleLLM
 @pytest.fixture
 def lm():
     llm = roomy_llm(2048)
-    return ExtensibleLM(llm, shared_embedder(llm))
+    return ExtensibleLM(llm, shared_embedder(llm, chunk_size=64))
 
 
 @pytest.fixture
