@@ -7,6 +7,7 @@ import gc
 import inspect
 import os
 from collections.abc import Iterator
+from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 from tiny import changed, tiny_llm
+from typer.main import get_command
 
 from extemb_core.errors import WeightsError
 
@@ -67,6 +69,14 @@ def what_tests_share_is_left_as_it_was() -> Iterator[None]:
     """Else one test would decide what another one sees."""
     yield
     assert changed() == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_command_line_is_built_once() -> Iterator[None]:
+    """By typer's runner, which else builds all of its commands anew for each call."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("typer.testing._get_command", cache(get_command))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def misused(*args: str | Path, stdin: str | None = None) -> str:
 # -- what it looks like ---------------------------------------------------------------------------------------
 
 
+@cache
 def commands() -> dict[str, Any]:
     """Every command that does something, by the words that call it."""
     group: Any = typer.main.get_command(app)
