@@ -147,7 +147,7 @@ def test_a_turn_that_fails_does_not_join_the_conversation(lm, monkeypatch, writt
 @pytest.mark.parametrize("piece_chars", [8192, 512])
 def test_a_message_longer_than_the_window_that_fails_leaves_the_conversation_as_it_was(lm, monkeypatch, piece_chars):
     monkeypatch.setattr("extemb_core.context.conversation._PIECE_CHARS", piece_chars)
-    session, message = lm.session(window=200), " ".join(f"word {number} and" for number in range(120))
+    session, message = lm.session(window=200), " ".join(f"word {number} and" for number in range(60))
 
     def shown():
         return session.positions, session.condensed_tokens, session.dropped_tokens
