@@ -6,8 +6,9 @@ import asyncio
 import gc
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -80,16 +81,42 @@ def the_command_line_is_built_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def real_llm() -> LLM:
-    """The default model, loaded once (nothing may change it); where it is missing, continuous integration must fail."""
+def load_once() -> Callable[..., LLM]:
+    """`LLM.from_pretrained` on a CPU, whose models are shared between tests (nothing may change them)."""
     from extemb_core.models.llm import LLM
 
+    load = LLM.from_pretrained
+
+    @cache
+    def loaded(name: str, dtype: str) -> LLM:
+        return load(name, device="cpu", dtype=dtype)
+
+    return lambda name, *, device="auto", dtype="auto": loaded(str(name), "float32" if dtype == "auto" else str(dtype))
+
+
+@pytest.fixture
+def real_weights_once(load_once: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever loads an LLM gets the one that an earlier test got: for tests of what is done with it."""
+    monkeypatch.setattr("extemb_core.models.llm.LLM.from_pretrained", load_once)
+
+
+@pytest.fixture(scope="session")
+def real_llm(load_once: Callable[..., LLM]) -> LLM:
+    """The default model; where it is missing, continuous integration must fail."""
     try:
-        return LLM.from_pretrained("smollm2-135m-instruct", device="cpu")
+        return load_once("smollm2-135m-instruct")
     except WeightsError as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def shorter_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder whose CONTRIBUTING.md is the beginning of ours: the README's example reads the whole of it."""
+    whole = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (tmp_path / "CONTRIBUTING.md").write_text(whole[:4800], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ class TestTiny(WithoutTools):
 
 @pytest.mark.real_model
 @pytest.mark.slow
+@pytest.mark.usefixtures("real_weights_once")
 class TestReal(WithoutTools):
     @property
     def chat_model_class(self):
@@ -75,7 +76,7 @@ class TestReal(WithoutTools):
 
     @property
     def chat_model_params(self):
-        return {"model": "smollm2-135m-instruct", "max_tokens": 6}
+        return {"model": "smollm2-135m-instruct", "max_tokens": 3}
 
     @property
     def supports_model_override(self):
