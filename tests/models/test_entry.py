@@ -20,8 +20,8 @@ from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, SharedParam
 from extemb_core.models.generation import Generated, Sampling
 from extemb_core.models.llm import LLM
 
-GREEDY = Sampling(max_new_tokens=8)
-DRAWN = Sampling(max_new_tokens=8, temperature=1.0, seed=1)  # whose tokens vary more than a random LLM's likeliest do
+GREEDY = Sampling(max_new_tokens=6)
+DRAWN = Sampling(max_new_tokens=6, temperature=1.0, seed=1)  # whose tokens vary more than a random LLM's likeliest do
 LAYERS = (1, 2)  # of the three that tiny LLMs have
 DOCUMENT = SENTENCES[:170]
 QUESTION = " What did the keeper count?"
@@ -142,11 +142,11 @@ def mixed_prompts(llm, layer=1):
 @pytest.mark.parametrize(
     ("family", "sampling"),
     [
-        *((family, Sampling(max_new_tokens=8, temperature=1.5, seed=3, repetition_penalty=1.5)) for family in FAMILIES),
+        *((family, Sampling(max_new_tokens=6, temperature=1.5, seed=3, repetition_penalty=1.5)) for family in FAMILIES),
         ("llama", GREEDY),
         ("gemma3", GREEDY),
-        ("llama", Sampling(max_new_tokens=8, repetition_penalty=1.5)),
-        ("llama", Sampling(max_new_tokens=8, temperature=1.5, seed=3, top_k=50, stop=("e", "the"))),
+        ("llama", Sampling(max_new_tokens=6, repetition_penalty=1.5)),
+        ("llama", Sampling(max_new_tokens=6, temperature=1.5, seed=3, top_k=50, stop=("e", "the"))),
     ],
 )
 def test_a_batch_of_text_and_compressed_text_is_answered_as_each_alone(family, sampling):
@@ -284,7 +284,7 @@ def test_every_way_of_generating_gives_the_same_tokens(family, run):
     prompts = prompts[: 1 if run == "prompt lookup" else None]
     expected = [llm.generate([each], GREEDY)[0].token_ids for each in prompts]
     model, inputs = llm.batch_inputs(prompts)
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": llm.stop_token_ids, "pad_token_id": 2,
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": llm.stop_token_ids, "pad_token_id": 2,
                 "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
     usual = model.generate(**inputs, **settings)
     calls = []
@@ -314,7 +314,7 @@ def test_a_pipeline_takes_a_reading_model_as_the_llm_itself(family, monkeypatch)
     llm = tiny_llm(family)
     settings = {"tokenizer": llm.tokenizer, "device": "cpu"}
     plain, reading = (pipeline("text-generation", each, **settings) for each in (llm.model, llm.reading_model(1)))
-    kept = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    kept = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
     chat = [{"role": "user", "content": QUESTION}]
     for given in (DOCUMENT, chat, [DOCUMENT, QUESTION]):
         assert reading(given, **kept) == plain(given, **kept)
@@ -356,7 +356,7 @@ def test_beams_and_several_answers_are_those_of_the_text(llm):
     model, inputs = llm.batch_inputs(
         [prompt_of(llm, part(shared_embedder(llm, 1, chunk_size=128), DOCUMENT, 1), QUESTION)]
     )
-    settings = {"max_new_tokens": 8, "num_beams": 4, "num_return_sequences": 3, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 6, "num_beams": 4, "num_return_sequences": 3, "do_sample": False, "pad_token_id": 0}
     made = model.generate(**inputs, **settings)
     plain = llm.model.generate(torch.tensor([text]), attention_mask=inputs["attention_mask"], **settings)
     assert made.shape[0] == 3
