@@ -32,7 +32,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The report without its provenance."""
     quick = options.quick
     rounds = 2 if quick else options.rounds
-    sizes = (20_000, 200_000) if quick else (1_000_000, 10_000_000)
+    sizes = (20_000, 60_000) if quick else (1_000_000, 10_000_000)
     embedder = str(resolve_embedder(options.embedder, options.llm))
     text = sample_text(1_000_000)
     loaded: list[ExtensibleLM] = []

@@ -49,16 +49,16 @@ class OwnStates:
 @contextmanager
 def lm_over(llm: Any, folder: Path | None) -> Iterator[Any]:
     """An `ExtensibleLM` whose embeddings enter above layer 0, kept in memory or exactly in a folder."""
-    from tiny import entering
+    from tiny import shared_embedder
 
     from extemb_core import EmbeddingStore, ExtensibleLM
     from extemb_core.store.base import MemoryStore
 
     if folder is None:
-        yield ExtensibleLM(llm, entering(llm), MemoryStore())
+        yield ExtensibleLM(llm, shared_embedder(llm, 1), MemoryStore())
         return
     with EmbeddingStore.open(folder, dtype="float32") as store:
-        yield ExtensibleLM(llm, entering(llm), store)
+        yield ExtensibleLM(llm, shared_embedder(llm, 1), store)
 
 
 def untrained(llm: Any, **settings: Any) -> Any:

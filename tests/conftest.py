@@ -6,6 +6,9 @@ import asyncio
 import gc
 import inspect
 import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-from tiny import tiny_llm
+from tiny import changed, tiny_llm
+from typer.main import get_command
 
 from extemb_core.errors import WeightsError
 
@@ -61,17 +65,58 @@ def no_loop_is_left_over(request: pytest.FixtureRequest) -> None:
         asyncio.set_event_loop(None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def what_tests_share_is_left_as_it_was() -> Iterator[None]:
+    """Else one test would decide what another one sees."""
+    yield
+    assert changed() == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_command_line_is_built_once() -> Iterator[None]:
+    """By typer's runner, which else builds all of its commands anew for each call."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("typer.testing._get_command", cache(get_command))
+        yield
+
+
 @pytest.fixture(scope="session")
-def real_llm() -> LLM:
-    """The default model, loaded once (nothing may change it); where it is missing, continuous integration must fail."""
+def load_once() -> Callable[..., LLM]:
+    """`LLM.from_pretrained` on a CPU, whose models are shared between tests (nothing may change them)."""
     from extemb_core.models.llm import LLM
 
+    load = LLM.from_pretrained
+
+    @cache
+    def loaded(name: str, dtype: str) -> LLM:
+        return load(name, device="cpu", dtype=dtype)
+
+    return lambda name, *, device="auto", dtype="auto": loaded(str(name), "float32" if dtype == "auto" else str(dtype))
+
+
+@pytest.fixture
+def real_weights_once(load_once: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever loads an LLM gets the one that an earlier test got: for tests of what is done with it."""
+    monkeypatch.setattr("extemb_core.models.llm.LLM.from_pretrained", load_once)
+
+
+@pytest.fixture(scope="session")
+def real_llm(load_once: Callable[..., LLM]) -> LLM:
+    """The default model; where it is missing, continuous integration must fail."""
     try:
-        return LLM.from_pretrained("smollm2-135m-instruct", device="cpu")
+        return load_once("smollm2-135m-instruct")
     except WeightsError as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def shorter_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder whose CONTRIBUTING.md is the beginning of ours: the README's example reads the whole of it."""
+    whole = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (tmp_path / "CONTRIBUTING.md").write_text(whole[:4800], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

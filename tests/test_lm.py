@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 from retrieval_encoder import by_words
-from tiny import SENTENCES, Named, entering, random_embedder, save_tiny, tiny_llm, tiny_model, tiny_tokenizer
+from tiny import (
+    SENTENCES,
+    Named,
+    random_embedder,
+    roomy_llm,
+    save_tiny,
+    shared_embedder,
+    tiny_llm,
+    tiny_model,
+    tiny_tokenizer,
+)
 from typer.testing import CliRunner
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM, Library
@@ -44,14 +54,14 @@ LONG = SENTENCES[:150]
 @pytest.fixture(params=[0, 1], ids=["entry 0", "entry 1"])
 def lm(request):
     llm = tiny_llm()
-    return ExtensibleLM(llm, entering(llm) if request.param else random_embedder(llm))
+    return ExtensibleLM(llm, shared_embedder(llm, request.param))
 
 
 @pytest.fixture
 def lm_at_0():
     """For what there is at entry layer 0 alone."""
     llm = tiny_llm()
-    return ExtensibleLM(llm, random_embedder(llm))
+    return ExtensibleLM(llm, shared_embedder(llm))
 
 
 @pytest.mark.parametrize("path", [str, Path, Named])
@@ -290,7 +300,7 @@ def test_a_store_on_disk_answers_in_another_process_without_the_embedder(lm_at_0
     with EmbeddingStore.open(tmp_path / "docs.extemb") as store:
         first = ExtensibleLM(lm.llm, lm.embedder, store).ask("What?", documents, ratio=4, max_new_tokens=8)
     assert [entry.cached for entry in first.context] == [False, False]
-    monkeypatch.setattr(lm.embedder, "compress_ids", lambda *args, **kwargs: pytest.fail("compressed again"))
+    monkeypatch.setattr(type(lm.embedder), "compress_ids", lambda *args, **kwargs: pytest.fail("compressed again"))
     with EmbeddingStore.open(tmp_path / "docs.extemb", "r") as store:
         again = ExtensibleLM(lm.llm, lm.embedder, store).ask("What?", documents, ratio=4, max_new_tokens=8)
         coarser = ExtensibleLM(lm.llm, lm.embedder, store).ask("What?", documents, ratio=8, max_new_tokens=8)
@@ -334,8 +344,8 @@ def test_a_budget_is_a_cap_whatever_is_asked(lm_in_a_wide_window, way):
 
 @pytest.fixture
 def lm_in_a_wide_window():
-    llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="tiny")
-    return ExtensibleLM(llm, random_embedder(llm))
+    llm = roomy_llm()
+    return ExtensibleLM(llm, shared_embedder(llm))
 
 
 def test_the_budget_that_there_was_is_told(lm):

@@ -27,15 +27,15 @@ def test_the_example_prints_what_the_readme_shows(monkeypatch):
 
 
 @pytest.mark.real_model
+@pytest.mark.usefixtures("real_weights_once", "shorter_guide")
 @pytest.mark.parametrize(
     ("name", "needs", "words"),
     [("langchain", "langchain_core", "Python"), ("llamaindex", "llama_index.core", "the elements of")],
 )
-def test_the_first_lines_of_a_guide_run(name, needs, words, monkeypatch, capsys):
+def test_the_first_lines_of_a_guide_run(name, needs, words, capsys):
     pytest.importorskip(needs)
     guide = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     found = re.search(r"<!-- example -->\n```python\n(.*?)```", guide, re.DOTALL)
-    monkeypatch.chdir(ROOT)
     exec(compile(found[1], f"{name}.md", "exec"), {})
     answer, positions = capsys.readouterr().out.strip().splitlines()
     assert words in answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import cache
+from inspect import ismethod
 from typing import Any
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "phi")  # one of each kind, for large matrices
@@ -137,6 +138,14 @@ def tiny_llm(architecture: str = "llama", seed: int = 0, *, bos: bool = False) -
     return LLM(tiny_model(architecture, seed=seed), tokenizer, name=f"tiny-{architecture}")
 
 
+@cache
+def roomy_llm(window: int = 1024) -> Any:
+    """The same with a longer window."""
+    from extemb_core.models.llm import LLM
+
+    return LLM(tiny_model("llama", max_position_embeddings=window), tiny_tokenizer(), name="tiny")
+
+
 def entering(llm: Any, layer: int = 1, **settings: Any) -> Any:
     """An untrained embedder whose embeddings enter at a layer of the LLM."""
     from extemb_core.models.embedder import ExtensibleEmbedder
@@ -144,8 +153,9 @@ def entering(llm: Any, layer: int = 1, **settings: Any) -> Any:
     return ExtensibleEmbedder.untrained(llm, layer, **({"chunk_size": 16, "ratios": (1, 2, 4, 8)} | settings))
 
 
+@cache
 def tool_llm() -> Any:
-    """A tiny LLM whose chat template has a place for tools."""
+    """A tiny LLM whose chat template has a place for tools, shared as well."""
     from extemb_core.models.llm import LLM
 
     tokenizer = deepcopy(tiny_tokenizer())
@@ -175,6 +185,44 @@ def save_tiny(folder: Any) -> None:
     tiny_model("llama").save_pretrained(folder / "llm")
     tiny_tokenizer().save_pretrained(folder / "llm")
     random_embedder(tiny_llm()).save_pretrained(folder / "embedder")
+
+
+_shared: dict[Any, Any] = {}  # embedders by what they were made of, each with what it was
+_used: set[Any] = set()  # those that were asked for since anybody looked whether they are what they were
+_SAVED = ("architectures", "dtype")  # which a config does not say until it is saved
+
+
+def shared_embedder(llm: Any, layer: int = 0, **settings: Any) -> Any:
+    """`random_embedder`, or `entering` at a layer, made once for each LLM: shared too (nothing may change it)."""
+    key = (llm, layer, *sorted(settings.items()))
+    if key not in _shared:
+        made = entering(llm, layer, **settings) if layer else random_embedder(llm, **settings)
+        _shared[key] = made, _state(made)
+    _used.add(key)
+    return _shared[key][0]
+
+
+def changed() -> list[str]:
+    """Name the shared embedders that were changed since the last look, or whose LLM was, and share them no more."""
+    found = [key for key in _used if _state(_shared[key][0]) != _shared[key][1]]
+    for key in found:
+        del _shared[key]
+    _used.clear()
+    return [f"{llm.name}, layer {layer}" for llm, layer, *_ in found]
+
+
+def _state(embedder: Any) -> Any:
+    """What tells that an embedder or its LLM was trained, moved, set otherwise, or left with a hook or a patch."""
+    models = (embedder, embedder.llm.model)
+    parts = [part for model in models for part in model.modules()]
+    hooks = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
+    return (
+        [(tensor.data_ptr(), tensor._version) for model in models for tensor in model.state_dict().values()],
+        [hook for hook in hooks if not hook.__module__.startswith("transformers.")],  # which leaves its own
+        [name for model in models for name, value in vars(model).items() if ismethod(value)],
+        [{name: value for name, value in model.config.to_dict().items() if name not in _SAVED} for model in models],
+        [model.training for model in models],
+    )
 
 
 class Named:

@@ -297,8 +297,8 @@ def test_a_command_that_fails_is_an_error():
 
 def test_memory_probe_accounts_for_what_it_returns(folders):
     memory = script("memory")
-    found = memory.probe(str(folders / "tiny-llm"), None, 30_000)
-    assert found["bytes"] == 30_000
+    found = memory.probe(str(folders / "tiny-llm"), None, 10_000)
+    assert found["bytes"] == 10_000
     assert found["embeddings_mib"] * memory.MIB == pytest.approx(found["tokens"] / 2 * 64 * 4, rel=0.01)
     assert found["beyond_embeddings_mib"] == pytest.approx(found["peak_mib"] - found["embeddings_mib"])
     assert found["peak_mib"] >= found["before_mib"] - 1  # Linux counts pages for each processor, and adds them up later
@@ -306,7 +306,7 @@ def test_memory_probe_accounts_for_what_it_returns(folders):
 
 def test_the_llm_itself_is_probed_with_an_embedder_of_any_entry_layer(models):
     memory = script("memory")
-    found = memory.probe(models[1], models[3], 30_000)
+    found = memory.probe(models[1], models[3], 10_000)
     assert found["llm"] == "the LLM itself"
     assert found["embeddings_mib"] * memory.MIB > 0.99 * found["tokens"] / 2 * 32 * 4
 

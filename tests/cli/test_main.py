@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
-from processes import PATIENCE, Process
+from processes import Process
 from safetensors import safe_open
 from tiny import SENTENCES, random_embedder, save_tiny, tiny_llm
 from typer.testing import CliRunner
@@ -111,6 +112,7 @@ def misused(*args: str | Path, stdin: str | None = None) -> str:
 # -- what it looks like ---------------------------------------------------------------------------------------
 
 
+@cache
 def commands() -> dict[str, Any]:
     """Every command that does something, by the words that call it."""
     group: Any = typer.main.get_command(app)
@@ -1282,22 +1284,22 @@ def test_ctrl_c_in_training_says_how_to_go_on(models: Models, tmp_path: Path) ->
     assert "Traceback" not in stderr
 
 
+WITHOUT_A_READER = "import os; reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); "
+
+
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
 def test_a_reader_that_leaves_is_no_error(models: Models) -> None:
-    command = [sys.executable, "-c", MAIN, "chat", "--max-new-tokens", "2", "--json", *models.options]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdout.close()
-    process.stdin.write("hello\n" * 3)
-    process.stdin.close()
-    assert process.stderr is not None
-    said = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=PATIENCE) == ExitCode.CLOSED_PIPE
-    assert said == ""
+    said = "import io, sys; sys.stdin = io.TextIOWrapper(io.BytesIO(b'hello\\n' * 3)); "
+    process = Process(WITHOUT_A_READER + said + MAIN, "chat", "--max-new-tokens", "2", "--json", *models.options)
+    _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (ExitCode.CLOSED_PIPE, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+def test_a_reader_that_has_left_is_no_error_at_the_end_of_an_interpreter_either() -> None:
+    command = [sys.executable, "-c", WITHOUT_A_READER + MAIN, "weights", "list", "--json"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (ExitCode.CLOSED_PIPE, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from tiny import SENTENCES, entering, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
+from tiny import SENTENCES, roomy_llm, shared_embedder, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
 from extemb_core.context.builder import parts_of
@@ -25,7 +25,7 @@ DOCUMENTS = [Document(SENTENCES, title="Notes"), Document(SENTENCES[40:300]), Do
 @pytest.fixture
 def lm():
     llm = tiny_llm()
-    return ExtensibleLM(llm, entering(llm))
+    return ExtensibleLM(llm, shared_embedder(llm, 1))
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_plain_prompt_is_tokenised_once(lm, tokenised):
 )
 def test_what_a_store_has_and_the_embedder_cannot_have_made_is_refused(layer, change):
     llm = tiny_llm()
-    lm = ExtensibleLM(llm, entering(llm) if layer else random_embedder(llm), MemoryStore())
+    lm = ExtensibleLM(llm, shared_embedder(llm, layer), MemoryStore())
     text = lm.embedder.compress(SENTENCES, ratio=4)
     lm.store.put(text)
     assert lm.ask(QUESTION, SENTENCES, ratio=4, max_new_tokens=1).context[0].cached
@@ -115,8 +115,8 @@ WIRES = Document(SENTENCES[72:] + " Copper wires again.", metadata={"source": "w
 
 @pytest.fixture
 def roomy():
-    llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="roomy")
-    return ExtensibleLM(llm, entering(llm))
+    llm = roomy_llm()
+    return ExtensibleLM(llm, shared_embedder(llm, 1))
 
 
 def with_spans(roomy, *documents, budget=80, question=QUESTION, **settings):
@@ -226,6 +226,6 @@ def test_spans_stand_on_the_grid_of_a_limit_and_need_an_entry_layer(roomy):
     n_tokens = len(roomy.builder.token_ids(SHIPS.text))
     limited = replace(carried, finest=8, spans=((0, 8, 8), (8, n_tokens, "dropped")))
     assert roomy.positions_of([limited]) == 1
-    plain = ExtensibleLM(roomy.llm, random_embedder(roomy.llm))
+    plain = ExtensibleLM(roomy.llm, shared_embedder(roomy.llm))
     with pytest.raises(StoreCorruptError, match="make the ref again"):
         plain.positions_of([replace(limited, finest=None)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import SENTENCES, entering, random_embedder, tiny_llm
+from tiny import SENTENCES, shared_embedder, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
@@ -14,7 +14,7 @@ from extemb_core.models.llm import LLM
 @pytest.fixture(params=[0, 1], ids=["entry 0", "entry 1"])
 def lm(request):
     llm = tiny_llm()
-    return ExtensibleLM(llm, entering(llm) if request.param else random_embedder(llm))
+    return ExtensibleLM(llm, shared_embedder(llm, request.param))
 
 
 def send(session, text):
@@ -147,7 +147,7 @@ def test_a_turn_that_fails_does_not_join_the_conversation(lm, monkeypatch, writt
 @pytest.mark.parametrize("piece_chars", [8192, 512])
 def test_a_message_longer_than_the_window_that_fails_leaves_the_conversation_as_it_was(lm, monkeypatch, piece_chars):
     monkeypatch.setattr("extemb_core.context.conversation._PIECE_CHARS", piece_chars)
-    session, message = lm.session(window=200), " ".join(f"word {number} and" for number in range(120))
+    session, message = lm.session(window=200), " ".join(f"word {number} and" for number in range(60))
 
     def shown():
         return session.positions, session.condensed_tokens, session.dropped_tokens

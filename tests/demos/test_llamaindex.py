@@ -21,7 +21,7 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "demos" / "llamaindex.ipynb"
 
 def test_the_notebook_runs_from_its_first_cell_to_its_last(monkeypatch, capsys):
     llm = LLM(tiny_model("llama", max_position_embeddings=8192), tiny_tokenizer(), name="tiny")
-    lm = ExtensibleLM(llm, random_embedder(llm))
+    lm = ExtensibleLM(llm, random_embedder(llm, chunk_size=128))
     monkeypatch.setattr("extemb_core.frameworks.settings.share", lambda *args, **settings: lm)
     monkeypatch.setattr("llama_index.llms.extemb.base.window_of", lambda name: lm.llm.context_window)
     monkeypatch.setattr("extemb_core.library.encoders._default", lambda: CallableEncoder(by_words))

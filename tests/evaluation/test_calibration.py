@@ -182,6 +182,7 @@ def test_a_stopped_call_goes_on_and_a_finished_one_measures_nothing_again(llm, c
         return measured(self, group)
 
     measured, stop = CalibrationExperiment.measure, True
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # four plots that nobody looks at
     monkeypatch.setattr(CalibrationExperiment, "measure", measure)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

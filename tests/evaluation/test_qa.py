@@ -16,7 +16,7 @@ from extemb_core.models import generation
 from extemb_core.models.llm import LLM
 from extemb_core.questions import templates
 
-NEW_TOKENS = 8
+NEW_TOKENS = 6
 PLACES = ("harbour", "bridge", "mill", "tower", "market")
 
 

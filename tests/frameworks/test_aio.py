@@ -7,7 +7,7 @@ import threading
 
 import pytest
 from passes import PATIENCE, passes_of
-from tiny import SENTENCES, random_embedder, tiny_llm
+from tiny import SENTENCES, shared_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.errors import ConfigError
@@ -17,7 +17,7 @@ from extemb_core.frameworks.aio import AsyncAnswerStream, in_thread, until_cance
 @pytest.fixture
 def lm():
     llm = tiny_llm()
-    return ExtensibleLM(llm, random_embedder(llm))
+    return ExtensibleLM(llm, shared_embedder(llm))
 
 
 async def test_work_is_done_in_a_thread_and_its_errors_arrive():

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import MagicMock
 
 import pytest
-from tiny import SENTENCES, random_embedder, tiny_llm
+from tiny import SENTENCES, shared_embedder, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError
@@ -21,7 +21,7 @@ QUESTIONS = [f"What is {number} plus {number}?" for number in range(8)]
 @pytest.fixture
 def lm():
     llm = tiny_llm()
-    return ExtensibleLM(llm, random_embedder(llm))
+    return ExtensibleLM(llm, shared_embedder(llm))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from tiny import SENTENCES, entering, random_embedder, tiny_llm
+from tiny import SENTENCES, shared_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.documents import text_ref
@@ -22,7 +22,7 @@ TEXTS = [f"{at}. {SENTENCES[at : at + 60 + 7 * at]}" for at in range(24)]
 
 @pytest.fixture(params=[0, 1], ids=["entry 0", "entry 1"])
 def embedder(request):
-    return entering(tiny_llm()) if request.param else random_embedder(tiny_llm())
+    return shared_embedder(tiny_llm(), request.param)
 
 
 def pairs(embedder, texts=TEXTS):

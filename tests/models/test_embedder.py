@@ -16,7 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES, FAMILIES, entering, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
+from tiny import (
+    ARCHITECTURES,
+    FAMILIES,
+    entering,
+    random_embedder,
+    shared_embedder,
+    tiny_llm,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 from extemb_core.errors import (
     ConfigError,
@@ -165,14 +174,14 @@ def test_two_threads_compress_and_generate_at_once(llm):
 @pytest.mark.parametrize("n_tokens", [0, 1, 2, 15, 16, 17, 33, 47])
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_count_of_embeddings(llm, n_tokens, ratio):
-    (made,) = random_embedder(llm).compress_ids([llm.encode(TEXT)[:n_tokens]], ratio=ratio)
+    (made,) = shared_embedder(llm).compress_ids([llm.encode(TEXT)[:n_tokens]], ratio=ratio)
     assert len(made) == positions(n_tokens, ratio)
     assert made.n_tokens == n_tokens
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_a_changed_token_changes_its_own_embedding_and_none_before_or_in_other_chunks(llm, ratio):
-    embedder = random_embedder(llm)
+    embedder = shared_embedder(llm)
     ids = llm.encode(TEXT)[:41]  # chunks of 16, 16 and 9
     (before,) = embedder.compress_ids([ids], ratio=ratio, batch_size=3)
     for token in range(len(ids)):
@@ -187,11 +196,11 @@ def test_a_changed_token_changes_its_own_embedding_and_none_before_or_in_other_c
 
 
 def test_empty_and_blank_texts_are_a_no_op_and_a_short_one(llm):
-    empty, blank, one = random_embedder(llm).compress(["", "   \n", "a"], ratio=8)
+    empty, blank, one = shared_embedder(llm).compress(["", "   \n", "a"], ratio=8)
     assert empty.embeddings.shape == (0, llm.hidden_size)
     assert len(blank) == len(one) == 1
     assert len(empty.at_ratio(8)) == 0
-    assert random_embedder(llm).compress([]) == []
+    assert shared_embedder(llm).compress([]) == []
 
 
 # -- contract 3: nested -------------------------------------------------------------------------------------------
@@ -262,7 +271,7 @@ def test_bos_stands_before_every_chunk(llm, monkeypatch):
 @pytest.fixture
 def saved(llm, tmp_path):
     folder = tmp_path / "embedder"
-    random_embedder(llm).save_pretrained(folder)
+    shared_embedder(llm).save_pretrained(folder)
     return folder
 
 
@@ -545,7 +554,7 @@ def test_coarser_equals_compressed_again_above_layer_0(nesting, length, which, s
 @pytest.mark.parametrize("ratio", [1, 2, 8])
 def test_the_anchor_of_a_group_is_its_last_token(llm, n_tokens, ratio):
     ids = llm.encode(TEXT)[:n_tokens]
-    (made,) = entering(llm).compress_ids([ids], ratio=ratio)
+    (made,) = shared_embedder(llm, 1).compress_ids([ids], ratio=ratio)
     ends = [min(end, 16) - 1 + start for start in range(0, n_tokens, 16)
             for end in range(ratio, min(16, n_tokens - start) + ratio, ratio)]  # fmt: skip
     ends = [min(end, n_tokens - 1) for end in ends]
@@ -556,7 +565,7 @@ def test_the_anchor_of_a_group_is_its_last_token(llm, n_tokens, ratio):
 
 @pytest.mark.parametrize("ratio", [1, 2, 8])
 def test_a_changed_token_changes_no_state_before_its_group_or_in_other_chunks(llm, ratio):
-    embedder = entering(llm)
+    embedder = shared_embedder(llm, 1)
     ids = llm.encode(TEXT)[:41]  # chunks of 16, 16 and 9
     (before,) = embedder.compress_ids([ids], ratio=ratio, batch_size=3)
     for token in range(0, len(ids), 3):

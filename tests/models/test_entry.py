@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, SENTENCES, bos_tokenizer, entering, tiny_llm, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, SENTENCES, bos_tokenizer, entering, shared_embedder, tiny_llm, tiny_model, tiny_tokenizer
 from torch import nn
 
 from extemb_core.context.assembly import Prompt, assemble_chat, assemble_text
@@ -20,8 +20,8 @@ from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, SharedParam
 from extemb_core.models.generation import Generated, Sampling
 from extemb_core.models.llm import LLM
 
-GREEDY = Sampling(max_new_tokens=8)
-DRAWN = Sampling(max_new_tokens=8, temperature=1.0, seed=1)  # whose tokens vary more than a random LLM's likeliest do
+GREEDY = Sampling(max_new_tokens=6)
+DRAWN = Sampling(max_new_tokens=6, temperature=1.0, seed=1)  # whose tokens vary more than a random LLM's likeliest do
 LAYERS = (1, 2)  # of the three that tiny LLMs have
 DOCUMENT = SENTENCES[:170]
 QUESTION = " What did the keeper count?"
@@ -65,7 +65,7 @@ def by_hook(llm, prompt):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_ratio_1_a_document_that_opens_the_prompt_is_read_as_its_text(family, bos, layer):
     llm = tiny_llm(family, bos=bos)
-    embedder = entering(llm, layer, chunk_size=128)
+    embedder = shared_embedder(llm, layer, chunk_size=128)
     assert (embedder.config.bos_token_id is not None) == bos
     text = [*([llm.bos_token_id] if bos else []), *llm.encode(DOCUMENT), *llm.encode(QUESTION)]
     prompt = prompt_of(llm, part(embedder, DOCUMENT, 1), QUESTION)
@@ -88,7 +88,7 @@ def test_at_ratio_1_a_document_that_opens_the_prompt_is_read_as_its_text(family,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_replace_those_of_their_anchors_and_nothing_else(family, layer):
     llm = tiny_llm(family)
-    embedder = entering(llm, layer)
+    embedder = shared_embedder(llm, layer)
     two, four, eight = (part(embedder, DOCUMENT, ratio) for ratio in (2, 4, 8))
     prompts = [
         prompt_of(llm, two, QUESTION),
@@ -107,14 +107,14 @@ def test_states_replace_those_of_their_anchors_and_nothing_else(family, layer):
 
 
 def test_a_state_in_the_wrong_place_would_be_seen(llm):
-    prompt = prompt_of(llm, part(entering(llm, chunk_size=128), DOCUMENT, 1), QUESTION)
+    prompt = prompt_of(llm, part(shared_embedder(llm, 1, chunk_size=128), DOCUMENT, 1), QUESTION)
     moved = replace(prompt, states=prompt.states.roll(1, 0))
     assert (logits_of(llm, [prompt]) - logits_of(llm, [moved])).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("targets", [[], [7], [7, 9, 11]])
 def test_score_of_any_number_of_tokens(llm, targets):
-    prompt = prompt_of(llm, part(entering(llm), DOCUMENT, 4), QUESTION)
+    prompt = prompt_of(llm, part(shared_embedder(llm, 1), DOCUMENT, 4), QUESTION)
     logits = by_hook(llm, llm.continued(prompt, targets))[len(prompt) - 1 : len(prompt) - 1 + len(targets)]
     expected = logits.log_softmax(-1)[range(len(targets)), targets]
     torch.testing.assert_close(llm.score(prompt, targets), expected, atol=1e-4, rtol=0)
@@ -128,7 +128,7 @@ def test_score_of_any_number_of_tokens(llm, targets):
 
 
 def mixed_prompts(llm, layer=1):
-    embedder = entering(llm, layer)
+    embedder = shared_embedder(llm, layer)
     return [
         prompt_of(llm, part(embedder, DOCUMENT, 2), QUESTION),
         llm.encode(QUESTION).tolist(),
@@ -142,11 +142,11 @@ def mixed_prompts(llm, layer=1):
 @pytest.mark.parametrize(
     ("family", "sampling"),
     [
-        *((family, Sampling(max_new_tokens=8, temperature=1.5, seed=3, repetition_penalty=1.5)) for family in FAMILIES),
+        *((family, Sampling(max_new_tokens=6, temperature=1.5, seed=3, repetition_penalty=1.5)) for family in FAMILIES),
         ("llama", GREEDY),
         ("gemma3", GREEDY),
-        ("llama", Sampling(max_new_tokens=8, repetition_penalty=1.5)),
-        ("llama", Sampling(max_new_tokens=8, temperature=1.5, seed=3, top_k=50, stop=("e", "the"))),
+        ("llama", Sampling(max_new_tokens=6, repetition_penalty=1.5)),
+        ("llama", Sampling(max_new_tokens=6, temperature=1.5, seed=3, top_k=50, stop=("e", "the"))),
     ],
 )
 def test_a_batch_of_text_and_compressed_text_is_answered_as_each_alone(family, sampling):
@@ -253,7 +253,7 @@ def test_parts_are_cut_and_joined():
 
 @pytest.mark.parametrize("anchor", [1, 2, -1, 400, 2**31 - 1])  # <|im_start|>, <|im_end|>, and none of the 400
 def test_an_anchor_that_no_text_becomes_is_refused(llm, anchor):
-    found = part(entering(llm), DOCUMENT, 4)
+    found = part(shared_embedder(llm, 1), DOCUMENT, 4)
     anchors = found.anchors.copy()
     anchors[3] = anchor
     prompt = assemble_chat(llm, [{"role": "user", "content": [replace(found, anchors=anchors), QUESTION]}])
@@ -278,13 +278,13 @@ RUNS = {
 @pytest.mark.filterwarnings("ignore:.*`prefill_chunk_size`.*")
 def test_every_way_of_generating_gives_the_same_tokens(family, run):
     llm = tiny_llm(family)
-    embedder = entering(llm)
+    embedder = shared_embedder(llm, 1)
     prompt = prompt_of(llm, "See: ", part(embedder, DOCUMENT, 2), QUESTION)
     prompts = [prompt, prompt_of(llm, part(embedder, DOCUMENT, 8)), ids_of(prompt)]
     prompts = prompts[: 1 if run == "prompt lookup" else None]
     expected = [llm.generate([each], GREEDY)[0].token_ids for each in prompts]
     model, inputs = llm.batch_inputs(prompts)
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": llm.stop_token_ids, "pad_token_id": 2,
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": llm.stop_token_ids, "pad_token_id": 2,
                 "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
     usual = model.generate(**inputs, **settings)
     calls = []
@@ -314,7 +314,7 @@ def test_a_pipeline_takes_a_reading_model_as_the_llm_itself(family, monkeypatch)
     llm = tiny_llm(family)
     settings = {"tokenizer": llm.tokenizer, "device": "cpu"}
     plain, reading = (pipeline("text-generation", each, **settings) for each in (llm.model, llm.reading_model(1)))
-    kept = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    kept = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
     chat = [{"role": "user", "content": QUESTION}]
     for given in (DOCUMENT, chat, [DOCUMENT, QUESTION]):
         assert reading(given, **kept) == plain(given, **kept)
@@ -353,8 +353,10 @@ def test_eager_attention_reads_the_same(family):
 
 def test_beams_and_several_answers_are_those_of_the_text(llm):
     text = [*llm.encode(DOCUMENT), *llm.encode(QUESTION)]
-    model, inputs = llm.batch_inputs([prompt_of(llm, part(entering(llm, chunk_size=128), DOCUMENT, 1), QUESTION)])
-    settings = {"max_new_tokens": 8, "num_beams": 4, "num_return_sequences": 3, "do_sample": False, "pad_token_id": 0}
+    model, inputs = llm.batch_inputs(
+        [prompt_of(llm, part(shared_embedder(llm, 1, chunk_size=128), DOCUMENT, 1), QUESTION)]
+    )
+    settings = {"max_new_tokens": 6, "num_beams": 4, "num_return_sequences": 3, "do_sample": False, "pad_token_id": 0}
     made = model.generate(**inputs, **settings)
     plain = llm.model.generate(torch.tensor([text]), attention_mask=inputs["attention_mask"], **settings)
     assert made.shape[0] == 3
@@ -362,7 +364,7 @@ def test_beams_and_several_answers_are_those_of_the_text(llm):
 
 
 def test_a_penalty_counts_the_answer_and_no_anchor(llm):
-    document = part(entering(llm), DOCUMENT, 2)
+    document = part(shared_embedder(llm, 1), DOCUMENT, 2)
     prompt = prompt_of(llm, document, QUESTION)
     (first,) = llm.generate([prompt], Sampling(max_new_tokens=1))[0].token_ids
     anchors = document.anchors.copy()
@@ -377,7 +379,7 @@ def test_a_penalty_counts_the_answer_and_no_anchor(llm):
 
 
 def test_hidden_states_are_counted_as_in_the_llm(llm):
-    prompt = prompt_of(llm, part(entering(llm, chunk_size=128), DOCUMENT, 1), QUESTION)
+    prompt = prompt_of(llm, part(shared_embedder(llm, 1, chunk_size=128), DOCUMENT, 1), QUESTION)
     model = llm.reading_model(1)
     with torch.no_grad():
         made = model(

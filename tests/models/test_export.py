@@ -97,6 +97,7 @@ def test_an_empty_folder_is_filled_and_everybody_reads_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.real_model
+@pytest.mark.usefixtures("real_weights_once")
 def test_the_default_model_with_its_reader_merged_in(tmp_path: Path) -> None:
     from extemb_core import ExtensibleLM
 

@@ -21,7 +21,7 @@ from extemb_core.models.generation import Generated, Sampling, StreamedRow, _Dec
 from extemb_core.models.llm import LLM, choose_device, choose_dtype, quiet_transformers
 
 LONG_PROMPT = "In 1987 the bridge was closed for repairs; it opened again 3 years later."
-GREEDY = Sampling(max_new_tokens=12)
+GREEDY = Sampling(max_new_tokens=8)
 
 
 def worker_threads():
@@ -159,7 +159,7 @@ def test_text_from_two_threads_while_a_third_decodes(llm):
 def plain_generate(llm, ids, **options):
     out = llm.model.generate(
         input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
-        max_new_tokens=12, eos_token_id=llm.stop_token_ids, pad_token_id=2, **options,
+        max_new_tokens=8, eos_token_id=llm.stop_token_ids, pad_token_id=2, **options,
     )[0, len(ids):].tolist()  # fmt: skip
     return out[: out.index(2)] if 2 in out else out
 
@@ -179,7 +179,7 @@ def test_generation_is_that_of_plain_transformers(architecture):
 def test_generation_in_a_padded_batch_is_that_of_each_alone(architecture, penalty):
     llm = tiny_llm(architecture)
     prompts = [llm.encode(text).tolist() for text in (LONG_PROMPT, "Rivers", "x", "def area(width")]
-    sampling = Sampling(max_new_tokens=12, repetition_penalty=penalty)
+    sampling = Sampling(max_new_tokens=8, repetition_penalty=penalty)
     for inputs in (prompts, [llm.embed(ids) for ids in prompts], [llm.embed(prompts[0]), *prompts[1:]]):
         assert llm.generate(inputs, sampling) == [llm.generate([each], sampling)[0] for each in inputs]
 
@@ -190,7 +190,7 @@ def test_a_shared_prefix_is_read_once_and_changes_no_answer(architecture, penalt
     llm = LLM(tiny_model(architecture, max_position_embeddings=512), tiny_tokenizer())
     text = llm.encode(LONG_PROMPT * 6).tolist()[:130]
     prompts = [text + llm.encode(end).tolist() for end in ("Rivers", "x", "def area(width: float")] + [text]
-    sampling = Sampling(max_new_tokens=12, repetition_penalty=penalty)
+    sampling = Sampling(max_new_tokens=8, repetition_penalty=penalty)
     alone = [llm.generate([each], sampling)[0] for each in prompts]
     read = []
     hook = llm.model.register_forward_pre_hook(
@@ -260,7 +260,7 @@ def test_the_penalty_is_that_of_transformers(penalty):
     llm = tiny_llm()
     for text in (LONG_PROMPT, "x"):
         ids = llm.encode(text).tolist()
-        sampling = Sampling(max_new_tokens=12, repetition_penalty=penalty)
+        sampling = Sampling(max_new_tokens=8, repetition_penalty=penalty)
         assert llm.generate([ids], sampling)[0].token_ids == plain_generate(llm, ids, repetition_penalty=penalty)
     scores = torch.tensor([[2.0, -2.0, 0.5, -0.5]])
     own = generation._Penalty(2.0, [[0, 1]], 3)

@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.real_model
+@pytest.mark.usefixtures("real_weights_once", "shorter_guide")
 @pytest.mark.allow_hosts(["127.0.0.1"])
-def test_the_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_example_runs(tmp_path, capsys):
     guide = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
     found = re.search(r"<!-- example -->\n```python\n(.*?)```", guide, re.DOTALL)
-    monkeypatch.chdir(ROOT)
     with served(ExtensibleLM.from_pretrained(), tmp_path, name="smollm2-135m-joint") as server:
         variables = {}
         exec(compile(found[1].replace("http://127.0.0.1:8000", server.url), "server.md", "exec"), variables)

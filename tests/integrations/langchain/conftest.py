@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from langchain_core.documents import Document
-from tiny import SENTENCES, random_embedder, tiny_llm
+from tiny import SENTENCES, shared_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
 from langchain_extemb import ChatExtensible
@@ -13,7 +13,7 @@ from langchain_extemb import ChatExtensible
 @pytest.fixture
 def lm():
     llm = tiny_llm()
-    return ExtensibleLM(llm, random_embedder(llm))
+    return ExtensibleLM(llm, shared_embedder(llm))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from langchain_core.documents import Document
 from langchain_tests.integration_tests import ChatModelIntegrationTests, RetrieversIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 from retrieval_encoder import by_words
-from tiny import random_embedder, save_tiny, tiny_llm
+from tiny import save_tiny, shared_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM, Library
 from langchain_extemb import ChatExtensible, ExtensibleRetriever
@@ -68,6 +68,7 @@ class TestTiny(WithoutTools):
 
 @pytest.mark.real_model
 @pytest.mark.slow
+@pytest.mark.usefixtures("real_weights_once")
 class TestReal(WithoutTools):
     @property
     def chat_model_class(self):
@@ -75,7 +76,7 @@ class TestReal(WithoutTools):
 
     @property
     def chat_model_params(self):
-        return {"model": "smollm2-135m-instruct", "max_tokens": 6}
+        return {"model": "smollm2-135m-instruct", "max_tokens": 3}
 
     @property
     def supports_model_override(self):
@@ -90,7 +91,7 @@ class TestRetriever(RetrieversIntegrationTests):
     @pytest.fixture(autouse=True)
     def _library(self, tmp_path):
         llm = tiny_llm()
-        lm = ExtensibleLM(llm, random_embedder(llm))
+        lm = ExtensibleLM(llm, shared_embedder(llm))
         with Library(tmp_path / "lib", lm, encoder=by_words, passage_tokens=40, ratio=2) as library:
             library.add([Document(f"The mill number {at} was built in 18{at:02d}.", metadata={"source": str(at)})
                          for at in range(10)])  # fmt: skip

@@ -12,7 +12,7 @@ from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
-from tiny import random_embedder, tiny_llm, tool_llm
+from tiny import shared_embedder, tiny_llm, tool_llm
 
 from extemb_core import ExtensibleLM, Library
 from extemb_core.errors import ConfigError
@@ -37,7 +37,7 @@ def add(a: int, b: int) -> int:
 @pytest.fixture
 def lm():
     llm = tool_llm()
-    return ExtensibleLM(llm, random_embedder(llm))
+    return ExtensibleLM(llm, shared_embedder(llm))
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ CALLS = {
 def test_what_is_no_tool_or_no_setting_is_one_sentence(call, settings, said):
     llm = tiny_llm()
     with pytest.raises(ConfigError, match=said):
-        call(ChatExtensible.from_lm(ExtensibleLM(llm, random_embedder(llm))), settings)
+        call(ChatExtensible.from_lm(ExtensibleLM(llm, shared_embedder(llm))), settings)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -205,7 +205,7 @@ def test_tools_are_counted(lm, says):
 
 def test_an_llm_without_a_place_for_tools_says_so():
     llm = tiny_llm()
-    chat = ChatExtensible.from_lm(ExtensibleLM(llm, random_embedder(llm)))
+    chat = ChatExtensible.from_lm(ExtensibleLM(llm, shared_embedder(llm)))
     with pytest.raises(ConfigError, match="has no place for tools"):
         chat.bind_tools([add]).invoke("Add.")
 

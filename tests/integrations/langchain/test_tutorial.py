@@ -17,7 +17,7 @@ from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 from retrieval_encoder import by_words
-from tiny import SENTENCES, random_embedder, tool_llm
+from tiny import SENTENCES, shared_embedder, tool_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.models.llm import LLM
@@ -59,7 +59,7 @@ def model(monkeypatch):
 
     monkeypatch.setattr(LLM, "stream", stream)
     llm = tool_llm()
-    lm = ExtensibleLM(llm, random_embedder(llm))
+    lm = ExtensibleLM(llm, shared_embedder(llm))
     monkeypatch.setattr("extemb_core.frameworks.settings.share", lambda *args, **settings: lm)
     return ChatExtensible.from_model_id("tiny", ratio=4), words
 

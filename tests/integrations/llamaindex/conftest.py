@@ -7,17 +7,16 @@ import pytest
 pytest.importorskip("llama_index.core")
 
 from llama_index.core.schema import NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
-from tiny import SENTENCES, random_embedder, tiny_model, tiny_tokenizer
+from tiny import SENTENCES, roomy_llm, shared_embedder
 
 from extemb_core import ExtensibleLM
-from extemb_core.models.llm import LLM
 from llama_index.llms.extemb import ExtensibleLLM
 
 
 @pytest.fixture
 def lm():
-    llm = LLM(tiny_model("llama", max_position_embeddings=2048), tiny_tokenizer(), name="tiny")
-    return ExtensibleLM(llm, random_embedder(llm))
+    llm = roomy_llm(2048)
+    return ExtensibleLM(llm, shared_embedder(llm, chunk_size=64))
 
 
 @pytest.fixture

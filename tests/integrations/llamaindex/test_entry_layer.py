@@ -10,12 +10,11 @@ from llama_index.core import Settings, SummaryIndex
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
-from tiny import SENTENCES, random_embedder, save_tiny, tiny_model, tiny_tokenizer
+from tiny import SENTENCES, roomy_llm, save_tiny, shared_embedder
 
 from extemb_core import ExtensibleLM
 from extemb_core.errors import ConfigError, StoreCorruptError
 from extemb_core.models.entry import AnchoredPrompt
-from extemb_core.models.llm import LLM
 from llama_index.llms.extemb import ExtensibleLLM, ExtensibleLLMError, extensible_prompt_helper
 from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor, ExtensibleNode, ExtensibleTransform
 
@@ -24,7 +23,7 @@ TEXT = SENTENCES[:300]
 
 @pytest.fixture(params=["memory", "disk"])
 def lm(request, tmp_path):
-    llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="tiny")
+    llm = roomy_llm()
     with lm_over(llm, tmp_path / "docs.extemb" if request.param == "disk" else None) as opened:
         yield opened
 
@@ -343,7 +342,7 @@ def test_mixed_nodes_in_a_chat_past_the_window(lm, nodes, budget, as_before):
 
 
 def test_refs_with_spans_on_disk_are_read_by_a_later_process_and_others_are_refused(tmp_path, nodes):
-    llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="tiny")
+    llm = roomy_llm()
     with lm_over(llm, tmp_path / "s") as lm:
         made = asked(lm, nodes, budget=200)
         prompt = " ".join(found.get_content(MetadataMode.LLM) for found in made)
@@ -374,8 +373,8 @@ def test_a_plan_that_cannot_be_is_an_error_when_the_postprocessor_is_made(settin
 
 
 def test_a_plan_by_sentences_needs_an_entry_layer(nodes):
-    llm = LLM(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), name="tiny")
-    lm = ExtensibleLM(llm, random_embedder(llm))
+    llm = roomy_llm()
+    lm = ExtensibleLM(llm, shared_embedder(llm))
     with pytest.raises(ConfigError, match="plan='focus' needs an embedder that enters above layer 0"):
         asked(lm, nodes, plan="focus")
     assert {found.node.extemb_ratio for found in asked(lm, nodes, budget=200)} <= {*lm.embedder.config.ratios, "raw"}

@@ -29,6 +29,7 @@ class ByWords(BaseEmbedding):
 
 
 @pytest.mark.real_model
+@pytest.mark.usefixtures("real_weights_once")
 async def test_an_index_of_a_few_hundred_nodes(tmp_path, monkeypatch):
     documents = [Document(text=topics[name], metadata={"file_name": name}) for name in sorted(topics)[:50]]
     splitter = SentenceSplitter(chunk_size=128, chunk_overlap=0)
