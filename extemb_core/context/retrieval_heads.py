@@ -27,7 +27,7 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredPrompt, reading_model
 from extemb_core.models.llm import LLM
-from extemb_core.models.stoppable import StoppableCache
+from extemb_core.models.stoppable import CACHE, StoppableCache
 from extemb_core.utils.progress import is_stopped
 
 Heads = Sequence[Sequence[int]]
@@ -162,8 +162,7 @@ class RetrievalHeads:
         shown: dict[int, Tensor] = {layer: prompt.ids for layer, _ in self.heads}
         token = _shown.set(shown)
         try:
-            model.base_model(**{name: row[None, read:] for name, row in rows.items()}, past_key_values=cache,
-                             use_cache=True)  # fmt: skip
+            model.base_model(**{name: row[None, read:] for name, row in rows.items()}, **{CACHE: cache}, use_cache=True)
         finally:
             _shown.reset(token)
         if len(prompt) <= _KEPT_POSITIONS:

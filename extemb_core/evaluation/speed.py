@@ -39,6 +39,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from extemb_core.context.assembly import Prompt, Segment, assemble_chat
 from extemb_core.evaluation.baselines import Ids
@@ -49,6 +50,7 @@ from extemb_core.evaluation.settings import SpeedConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import PromptInputs
 from extemb_core.models.llm import LLM
+from extemb_core.models.stoppable import CACHE
 from extemb_core.utils.jsonl import evenly
 
 BEFORE = "Read the text.\n\nText:\n"
@@ -169,13 +171,14 @@ def greedy(llm: LLM, prompt: PromptInputs, count: int) -> tuple[list[int], list[
     """
     model, rows = llm.rows_of([prompt])
     inputs: dict[str, Any] = {name: row[None] for name, (row,) in rows.items()}
+    cache = DynamicCache(config=llm.model.config)
     ids: list[int] = []
     times: list[float] = []
     for _ in range(count):
-        output = model(**inputs, use_cache=True, logits_to_keep=1)
+        output = model(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         ids.append(int(output.logits[0, -1].argmax()))  # waits for the device
         times.append(time.perf_counter())
-        inputs = {"input_ids": torch.tensor([[ids[-1]]], device=llm.device), "past_key_values": output.past_key_values}
+        inputs = {"input_ids": torch.tensor([[ids[-1]]], device=llm.device)}
     return ids, times
 
 

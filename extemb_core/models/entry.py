@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.downscaling import DOWNSCALINGS
+from extemb_core.models.stoppable import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -261,7 +262,7 @@ class _ReadingModel:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         if entry_states is None or entry_mask is None:
             return inputs
-        past = kwargs.get("past_key_values", kwargs.get("cache"))  # by its other name from transformers 5.24 on
+        past = kwargs.get(CACHE)
         start = 0 if past is None else int(past.get_seq_length())
         length = inputs["input_ids"].shape[1]
         states, mask = entry_states[:, start : start + length], entry_mask[:, start : start + length]

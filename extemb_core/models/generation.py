@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, TokenIds
+from extemb_core.models.stoppable import CACHE
 from extemb_core.utils.validation import check_sampling
 
 if TYPE_CHECKING:
@@ -147,21 +148,21 @@ def score_at_once(
     # Rows end together: each prompt, then its target but for the last token, then what nobody looks at.
     follow = [[*map(int, target), *[0] * (n - len(target))][:-1] for target in targets]
     model, inputs = llm.batch_inputs([llm.continued(p, ids) for p, ids in zip(prompts, follow, strict=True)], own=n)
-    mask, cache = inputs.pop("attention_mask"), inputs.pop("past_key_values", DynamicCache(config=llm.model.config))
+    mask, cache = inputs.pop("attention_mask"), inputs.pop(CACHE, DynamicCache(config=llm.model.config))
     read, end = cache.get_seq_length(), mask.shape[1] - n + 1
     with torch.no_grad():
         outputs = model.base_model(
             **{name: rows[:, read:] for name, rows in inputs.items()},
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, read:],
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         states = outputs.last_hidden_state[:, -n:]
         log_probs = [llm.log_probs_of(*one) for one in zip(states, targets, strict=True)]
     cache.crop(-n)  # the last position of the prompts is read again: from it the first new token comes
     inputs = {name: rows[:, :end] for name, rows in inputs.items()}
-    return model, inputs | {"attention_mask": mask[:, :end], "past_key_values": cache}, log_probs
+    return model, inputs | {"attention_mask": mask[:, :end], CACHE: cache}, log_probs
 
 
 def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated | None = None) -> Iterator[str]:

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from extemb_core.models.entry import TokenIds
 from extemb_core.models.llm import LLM
+from extemb_core.models.stoppable import CACHE
 
 
 class Prefix:
@@ -49,6 +50,6 @@ class Prefix:
     @torch.no_grad()
     def _run(self, ids: TokenIds) -> Tensor:
         outputs = self._llm.model.base_model(
-            inputs_embeds=self._llm.embed(ids)[None], past_key_values=self._cache, use_cache=True
+            inputs_embeds=self._llm.embed(ids)[None], **{CACHE: self._cache}, use_cache=True
         )
         return torch.as_tensor(outputs.last_hidden_state)[0]

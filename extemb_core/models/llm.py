@@ -26,7 +26,7 @@ from extemb_core.models import generation
 from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, TokenIds, reading_model
 from extemb_core.models.reader_lora import merge_reader
-from extemb_core.models.stoppable import StoppableCache
+from extemb_core.models.stoppable import CACHE, StoppableCache
 from extemb_core.models.tokenization import TextEncoder
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import name_or_path, require_one_of
@@ -304,9 +304,9 @@ class LLM(TextEncoder):
         if shared:
             start = {name: inputs[name][:1, :shared] for name in named}
             with torch.no_grad():
-                model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(**start, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             cache.batch_repeat_interleave(len(lengths))
-        return model, inputs | {"past_key_values": cache}
+        return model, inputs | {CACHE: cache}
 
     def shares_prefix(self, prompts: Sequence[PromptInputs]) -> bool:
         """Tell whether prompts begin alike for so long that reading it once is worth a batch of their own."""

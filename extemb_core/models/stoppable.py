@@ -7,7 +7,10 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, __version__
+
+CACHE = "cache" if tuple(map(int, __version__.split(".")[:2])) >= (5, 24) else "past_key_values"
+"""What transformers calls the cache among the arguments of a model."""
 
 
 class StoppableCache(DynamicCache):

@@ -19,6 +19,7 @@ from extemb_core.errors import ConfigError, DocumentError, WeightsCorruptError, 
 from extemb_core.models import generation, tokenization
 from extemb_core.models.generation import Generated, Sampling, StreamedRow, _DecodedText
 from extemb_core.models.llm import LLM, choose_device, choose_dtype, quiet_transformers
+from extemb_core.models.stoppable import CACHE
 
 LONG_PROMPT = "In 1987 the bridge was closed for repairs; it opened again 3 years later."
 GREEDY = Sampling(max_new_tokens=8)
@@ -250,9 +251,9 @@ def test_what_is_answered_and_scored_is_read_once(llm):
 def test_a_prefix_too_short_to_gain_by_is_read_with_the_rest():
     llm = LLM(tiny_model("llama"), tiny_tokenizer())
     text = llm.encode(LONG_PROMPT).tolist()[:20]
-    assert "past_key_values" not in llm.batch_inputs([[*text, 3], [*text, 4]])[1]
-    assert "past_key_values" not in llm.batch_inputs([[3, *text * 8], [4, *text * 8]])[1]
-    assert "past_key_values" in llm.batch_inputs([[*text, 3 + at] for at in range(8)])[1]
+    assert CACHE not in llm.batch_inputs([[*text, 3], [*text, 4]])[1]
+    assert CACHE not in llm.batch_inputs([[3, *text * 8], [4, *text * 8]])[1]
+    assert CACHE in llm.batch_inputs([[*text, 3 + at] for at in range(8)])[1]
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
