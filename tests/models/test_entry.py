@@ -681,8 +681,8 @@ def test_layers_that_take_no_further_arguments_are_refused():
 
     class Narrow(type(model.model.layers[2])):
         def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
-                    position_embeddings=None):  # fmt: skip
-            return super().forward(hidden_states, attention_mask, position_ids, past_key_values, use_cache,
+                    position_embeddings=None, cache=None):  # fmt: skip
+            return super().forward(hidden_states, attention_mask, position_ids, past_key_values or cache, use_cache,
                                    position_embeddings=position_embeddings)  # fmt: skip
 
     model.model.layers[2].__class__ = Narrow
