@@ -13,7 +13,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from extemb_core.context.allocation import allocate
-from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, count_fidelities, fidelity_of
+from extemb_core.context.planning import (
+    DocumentPlan,
+    Fidelity,
+    Plan,
+    Span,
+    check_budget,
+    count_fidelities,
+    fidelity_of,
+    tokens_per_position,
+)
 from extemb_core.context.scoring import SentenceScorer, bm25_scores, ranking, ranks, words_added
 from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
@@ -202,7 +211,7 @@ def plan_focus(
         in_full = _in_full(scores, lengths, budget)
         alike = not select and added > table.alike_above
         many = in_full >= _MANY and not alike and all(document.limit is None for document in documents)
-        per_position: Array = np.array([_tokens_per_position(fidelity) for fidelity in fidelities])
+        per_position: Array = np.array([tokens_per_position(fidelity) for fidelity in fidelities])
         if select or many:  # by rank alone, whatever a sentence's length
             of_each = np.full((len(scores), len(fidelities)), np.inf)
             of_each[:, 0], of_each[:, -1] = (len(scores) - ranks(scores)) * lengths, 0
@@ -248,10 +257,6 @@ def _note(scores: Array, added: float, table: SentenceLosses, *, alike: bool, in
     then = ", so that all is read alike" if alike else ""
     note = f"the question asks for {where}: its second sentence adds {added:.0%} of what is rare in it{then}"
     return f"{note}; {in_full} sentences fit in full, so that none is compressed beside them" if in_full else note
-
-
-def _tokens_per_position(fidelity: Fidelity) -> float:
-    return float(fidelity) if isinstance(fidelity, int) else 1.0 if fidelity == "raw" else math.inf
 
 
 def _document_plan(index: int, document: SplitDocument, fidelities: Sequence[Fidelity], chosen: Array) -> DocumentPlan:

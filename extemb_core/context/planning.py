@@ -307,7 +307,7 @@ def check_budget(budget: Any) -> int:
 def _span_rows(plan: DocumentPlan) -> list[tuple[str, str, str, str, str]]:
     """Describe a document's spans in its order, at most so many: those that are read in most detail."""
     spans = list(zip(plan.spans, plan.excerpts or [""] * len(plan.spans), strict=True))
-    ranked = sorted(range(len(spans)), key=lambda at: _coarseness(spans[at][0].fidelity))
+    ranked = sorted(range(len(spans)), key=lambda at: tokens_per_position(spans[at][0].fidelity))
     rows = []
     for span, text in (spans[at] for at in sorted(ranked[:_MAX_EXPLAINED_SPANS])):
         numbers = str(span.stop - span.start), _name(span.fidelity), str(span.positions(plan.chunk_size))
@@ -325,15 +325,16 @@ def count_fidelities(fidelities: Iterable[Fidelity]) -> str:
     >>> count_fidelities(["dropped", 8, "raw", 8])
     '1 raw, 2 at ratio 8, 1 dropped'
     """
-    counts = sorted(Counter(fidelities).items(), key=lambda item: _coarseness(item[0]))
+    counts = sorted(Counter(fidelities).items(), key=lambda item: tokens_per_position(item[0]))
     return ", ".join(
         f"{count} at ratio {fidelity}" if isinstance(fidelity, int) else f"{count} {fidelity}"
         for fidelity, count in counts
     )
 
 
-def _coarseness(fidelity: Fidelity) -> float:
-    return fidelity if isinstance(fidelity, int) else 1 if fidelity == "raw" else math.inf
+def tokens_per_position(fidelity: Fidelity) -> float:
+    """Count the tokens that one position stands for; infinite for what is dropped."""
+    return float(fidelity) if isinstance(fidelity, int) else 1.0 if fidelity == "raw" else math.inf
 
 
 def _name(fidelity: Fidelity) -> str:

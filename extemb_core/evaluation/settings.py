@@ -73,6 +73,8 @@ class PerplexityConfig(CommonConfig):
         require_counts(self, "contexts", "target", "windows")
         require_some(self, contexts="at least one length", data="held-out documents")
         whole_number(self.sinks, "sinks", 0)
+        if self.window is not None:
+            whole_number(self.window, "window", remedy="positions, or None")
         if self.target < 2:
             raise ConfigError(f"target={self.target}: the first target token is not scored; pass at least 2")
 

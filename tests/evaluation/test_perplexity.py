@@ -231,6 +231,13 @@ def test_settings_that_cannot_be(make, llm):
         make(window=20)
     with pytest.raises(ConfigError, match="larger than the 256"):
         make(window=257)
-    for name, value in [("target", 1), ("contexts", ()), ("contexts", (8, 8)), ("windows", 0), ("ratios", (0,))]:
+    for name, value in [
+        ("target", 1),
+        ("contexts", ()),
+        ("contexts", (8, 8)),
+        ("windows", 0),
+        ("window", 0),
+        ("ratios", (0,)),
+    ]:
         with pytest.raises(ConfigError, match=name):
             make(**{name: value})
