@@ -43,8 +43,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ratios = [2] if options.quick else options.ratios
     sets = {}
     for file in options.data:
-        by_text = {question.document: question for question in read_questions([file])}
-        questions = evenly(list(by_text.values()), 1 + (1 if options.quick else options.limit))
+        drawn = evenly(read_questions([file]), 1 + (1 if options.quick else options.limit))
+        questions = list({question.document: question for question in drawn}.values())
         start = time.perf_counter()
         sets[file.name.split(".")[0]] = timed(lm, questions, ratios)
         ending.note(f"{file.name}: {time.perf_counter() - start:.0f} s")
@@ -64,7 +64,7 @@ def timed(lm: ExtensibleLM, questions: Sequence[Question], ratios: Sequence[int]
     asked = ways(lm, ratios)
     samples: list[dict[str, Any]] = []
     for number, question in enumerate(questions):
-        lm.compress([Document(question.context)], ratio=min(ratios), show_progress=False)
+        lm.compress([Document(question.context)], show_progress=False)
         seconds, positions = {}, {}
         for name in list(asked) if number % 2 else list(asked)[::-1]:
             ready = asked[name](question)
@@ -136,7 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--data", nargs="+", type=Path, required=True, metavar="FILE", help="questions, as extemb eval qa takes"
     )
-    made.add_argument("--limit", type=int, default=8, help="questions of each file, evenly spaced")
+    made.add_argument(
+        "--limit",
+        type=int,
+        default=8,
+        help="questions of each file, evenly spaced; of those about one text one is asked",
+    )
     made.add_argument("--ratios", nargs="+", type=int, default=[2, 4, 8, 16], help="of the ways that have one")
     made.add_argument("--dtype", default="auto", help="of the LLM")
     return made
