@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,23 +46,29 @@ class Record:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def owner_of(authorization: str | None, keys: Sequence[str]) -> str:
-    """Return the name of a key's workspace. Keys are compared as hashes.
+class Keys:
+    """The API keys, of which hashes alone are kept and compared."""
 
-    Raises:
-        ApiError: It is missing, or none of the keys.
-    """
-    if not keys:
-        return NO_KEY
-    scheme, _, key = (authorization or "").partition(" ")
-    given = _hash(key.strip())
-    matches = [hmac.compare_digest(given, _hash(known)) for known in keys]  # all of them, whichever it is
-    if scheme.lower() != "bearer" or not any(matches):
-        raise ApiError(
-            401, "the API key is missing or wrong; send it as: Authorization: Bearer KEY",
-            headers={"WWW-Authenticate": "Bearer"},
-        )  # fmt: skip
-    return given.hex()[:32]
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._hashes = [_hash(key) for key in keys]
+
+    def owner_of(self, authorization: str | None) -> str:
+        """Return the name of a key's workspace.
+
+        Raises:
+            ApiError: It is missing, or none of the keys.
+        """
+        if not self._hashes:
+            return NO_KEY
+        scheme, _, key = (authorization or "").partition(" ")
+        given = _hash(key.strip())
+        matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all of them, whichever it is
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(
+                401, "the API key is missing or wrong; send it as: Authorization: Bearer KEY",
+                headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
+        return given.hex()[:32]
 
 
 class Guard:
@@ -72,6 +78,7 @@ class Guard:
         self._app = app
         self._settings = settings
         self._metrics = metrics
+        self._keys = Keys(settings.keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on with its whole body."""
@@ -120,7 +127,7 @@ class Guard:
         if not self._is_known(host := headers.get("host", "")):
             raise ApiError(400, f"{host!r:.80} is not this server; ask it as localhost, or start it with a key")
         if path not in OPEN_PATHS and not path.startswith(f"{PAGE}/"):
-            record.owner = owner_of(headers.get("authorization"), self._settings.keys)
+            record.owner = self._keys.owner_of(headers.get("authorization"))
 
     def _is_own_page(self, headers: Headers) -> bool:
         """Tell whether a WebSocket was opened by the page of this server: a browser opens them for any site."""

@@ -28,7 +28,7 @@ from extemb_core.errors import DocumentError, ExtembError
 from extemb_core.loaders import SUPPORTED_SUFFIXES, read_document
 from extemb_core.models.llm import LLM
 from extemb_core.serving.errors import ApiError
-from extemb_core.serving.guard import NO_KEY, PAGE, owner_of
+from extemb_core.serving.guard import NO_KEY, PAGE, Keys
 from extemb_core.serving.requests import StoredDocument
 from extemb_core.serving.service import Service
 from extemb_core.serving.workspace import Workspace
@@ -161,7 +161,7 @@ class _Visit:
 
             def enter() -> None:
                 try:
-                    owner = owner_of(f"Bearer {key.value}", self._service.settings.keys)
+                    owner = Keys(self._service.settings.keys).owner_of(f"Bearer {key.value}")
                 except ApiError as error:
                     key.props["error"], key.props["error-message"] = True, str(error)
                     key.update()
