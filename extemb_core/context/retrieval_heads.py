@@ -37,7 +37,7 @@ _LOOK_RATIO = 8
 _LOOKS = 2  # how much looks count beside words: found on training questions (docs/experiments.md)
 _SHOWING = "extemb_showing"  # transformers' name for attention that shows itself
 _shown: ContextVar[dict[int, Tensor]] = ContextVar("shown")
-"""Layer -> the attention of the last position that it read, of the layers that are named."""
+"""Layer -> the attention of the last position that it read."""
 _KEPT_POSITIONS = 2048  # of the last documents looked at: the next question is often about the same ones
 
 
@@ -159,7 +159,7 @@ class RetrievalHeads:
             for layer, (keys, values) in enumerate(kept[1]):
                 cache.update(keys[:, :, :read], values[:, :, :read], layer)
         rows = {"input_ids": prompt.ids, "entry_states": prompt.states, "entry_mask": prompt.mask}
-        shown: dict[int, Tensor] = {layer: prompt.ids for layer, _ in self.heads}
+        shown: dict[int, Tensor] = {}
         token = _shown.set(shown)
         try:
             model.base_model(**{name: row[None, read:] for name, row in rows.items()}, **{CACHE: cache}, use_cache=True)
@@ -178,12 +178,10 @@ def _attend_and_show(
 
     query (1, H, T, D), key and value (1, G, S, D), mask (1, 1, T, S) or None; -> (1, T, H, D).
     """
-    shown = _shown.get()
-    if module.layer_idx in shown:
-        groups, last = key[0], query[0, :, -1]
-        scores = torch.einsum("ghd,gsd->ghs", last.view(len(groups), -1, last.shape[-1]), groups).flatten(0, 1)
-        scale = others.get("scaling") or last.shape[-1] ** -0.5
-        shown[module.layer_idx] = (scores.float() * scale).softmax(-1)
+    groups, last = key[0], query[0, :, -1]
+    scores = torch.einsum("ghd,gsd->ghs", last.view(len(groups), -1, last.shape[-1]), groups).flatten(0, 1)
+    scale = others.get("scaling") or last.shape[-1] ** -0.5
+    _shown.get()[module.layer_idx] = (scores.float() * scale).softmax(-1)
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     return output, None
 
