@@ -150,8 +150,8 @@ class ExtensibleLM:
             ratio: "auto", "raw", or a trained ratio for all documents.
             plan: "focus", what says most about the question in full and, beside few sentences, the rest compressed (see
                 `plan_focus`); "even", each document at one ratio (see `plan_context`); "select", what says most about
-                the question and nothing else. "focus" when not given, where ratio is "auto" and the embedder enters
-                above layer 0.
+                the question and nothing else. When not given, where ratio is "auto" and the embedder enters above layer
+                0: "focus", or "select" with an untrained embedder (see `mode_of`).
             **sampling: The fields of `Sampling`: max_new_tokens, temperature, top_p, top_k, stop, seed, ...
 
         Returns:

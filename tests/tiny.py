@@ -147,10 +147,12 @@ def roomy_llm(window: int = 1024) -> Any:
 
 
 def entering(llm: Any, layer: int = 1, **settings: Any) -> Any:
-    """An untrained embedder whose embeddings enter at a layer of the LLM."""
+    """An embedder that enters at a layer of the LLM: as it is, but planned like one that was trained."""
+    from extemb_core.context.focus import shipped_losses
     from extemb_core.models.embedder import ExtensibleEmbedder
 
-    return ExtensibleEmbedder.untrained(llm, layer, **({"chunk_size": 16, "ratios": (1, 2, 4, 8)} | settings))
+    chosen = {"chunk_size": 16, "ratios": (1, 2, 4, 8), "sentence_losses": shipped_losses()} | settings
+    return ExtensibleEmbedder.untrained(llm, layer, **chosen)
 
 
 @cache

@@ -48,7 +48,7 @@ class AskOptions(options.ModelOptions):
     documents: tuple[str, ...] = ()
     ratio: str = field(default="auto", metadata={"metavar": "auto|raw|N"})
     plan: str | None = field(
-        default=None, metadata={"metavar": "focus|select|even", "default": "focus where --ratio is auto"}
+        default=None, metadata={"metavar": "focus|select|even", "default": "what suits the embedder and --ratio"}
     )
     budget: int | None = None
     store: str | None = field(default=None, metadata={"default": "in memory"})

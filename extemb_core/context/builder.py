@@ -87,6 +87,8 @@ class ContextBuilder:
         self.store = store
         self.scorer = scorer
         self._heads = heads_of(llm, embedder)
+        fitted = embedder.config.sentence_losses
+        self._losses = {by_heads: sentence_losses(fitted, by_heads=by_heads) for by_heads in (False, True)}
         self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
         self._sentences = lru_cache(_KEPT_TEXTS)(lambda text: split_into_sentences(text, self._tokens(text)[1]))
 
@@ -176,7 +178,7 @@ class ContextBuilder:
         Args:
             documents, room, ratio, n_headed: See `read`.
             question: What is asked about them.
-            plan: "focus", "select" or "even"; None for the first of these that can be (see `mode_of`).
+            plan: "focus", "select" or "even"; None for what suits the embedder and the question (see `mode_of`).
             overhead: Positions that each takes besides its content; those of its heading when not given.
             fetched: What was compressed already; what is compressed to look at it is added.
 
@@ -191,7 +193,9 @@ class ContextBuilder:
         if overhead is None:
             # What follows a separator begins a line: white space before text is other tokens than white space alone.
             overhead = [self.positions_of(after + heading) for heading, after in _around(documents, n_headed)]
-        mode = mode_of(plan, ratio, question, config.entry_layer)
+        mode = mode_of(plan, ratio, question, config)
+        if plan is None and mode == "select" and any(map(_finest_of, documents)):
+            mode = "focus"  # what may not stand in full would be dropped unread
         fetched = fetched or _Fetched(self.store)
         before = {
             at: self._planned_before(at, document, positions)
@@ -276,7 +280,7 @@ class ContextBuilder:
             looking = self._heads.scorer(
                 split, room, config.ratios, lambda: self._fetched_for(documents, split, fetched)
             )
-        scorer, losses = self.scorer or looking or bm25_scores, sentence_losses(by_heads=looking is not None)
+        scorer, losses = self.scorer or looking or bm25_scores, self._losses[looking is not None]
         plan = plan_focus(question, split, room, ratios=ratios, select=mode == "select", scorer=scorer, losses=losses)
         by = f"; ranked by where {self.llm.name} looks, and by words" if looking is not None else ""
         return replace(plan, note=plan.note and plan.note + by)

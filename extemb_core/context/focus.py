@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -26,6 +27,7 @@ from extemb_core.context.planning import (
 from extemb_core.context.scoring import SentenceScorer, bm25_scores, ranking, ranks, words_added
 from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
+from extemb_core.models.config import ExtensibleEmbedderConfig
 
 _LEAST_LOSS = 1e-6  # per token
 _SCATTERED = 0.2  # what the second sentence adds; above it the answer is in more places than a ranking by words finds
@@ -73,12 +75,38 @@ class SentenceLosses:
 
 
 @cache
-def sentence_losses(*, by_heads: bool = False) -> SentenceLosses:
-    """Load the losses that ship: for sentences ranked by words alone, or by retrieval heads too."""
+def shipped_losses() -> dict[str, Any]:
+    """Load the table that was fitted for the shipped LLM, for `sentence_losses`."""
     text = (resources.files("extemb_core") / "pretrained" / "focus.json").read_text(encoding="utf-8")
     values: dict[str, Any] = json.loads(text)
-    losses, alike_above = np.array(values["losses"]), math.inf if by_heads else _SCATTERED
-    return SentenceLosses(tuple(values["ranks"]), tuple(values["trust"]), losses, alike_above)
+    return values
+
+
+def sentence_losses(fitted: Any = None, *, by_heads: bool = False) -> SentenceLosses:
+    """Read what sentences cost that are not read in full.
+
+    Args:
+        fitted: The `summary` of a record of `extemb eval plan`; what was fitted for the shipped LLM when not given.
+        by_heads: For sentences that are ranked by retrieval heads too, and not by words alone.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    values = shipped_losses() if fitted is None else fitted
+    try:
+        ranks, trust = tuple(values["ranks"]), tuple(values["trust"])
+        losses = np.array(values["losses"], dtype=float)
+        legal = losses.shape == (len(trust) + 1, len(ranks) + 2, len(FIDELITIES)) and np.isfinite(losses).all()
+        legal &= (losses >= 0).all() and tuple(values["fidelities"]) == FIDELITIES
+        legal &= all((np.diff(np.array(borders, dtype=float)) > 0).all() for borders in (ranks, trust))
+    except (KeyError, TypeError, ValueError):
+        legal = False
+    if not legal:
+        raise ConfigError(
+            f"sentence_losses={reprlib.repr(values)} is no table of losses by trust, rank and fidelity; pass the "
+            "summary of a record of `extemb eval plan`, or leave it out"
+        )
+    return SentenceLosses(ranks, trust, losses, math.inf if by_heads else _SCATTERED)
 
 
 def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> float:
@@ -89,15 +117,20 @@ def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> f
     return words_added(question, sentences, *order[:2].tolist())
 
 
-def mode_of(plan: str | None, ratio: str | int, question: str, entry_layer: int) -> Mode:
-    """Return how documents are planned: as asked, or "focus" where there is a question and nothing against it.
+def mode_of(plan: str | None, ratio: str | int, question: str, config: ExtensibleEmbedderConfig) -> Mode:
+    """Return how documents are planned: as asked, or for the question where there is one and nothing against it.
+
+    What is compressed by an untrained embedder answers worse than the same positions of chosen sentences
+    (docs/experiments.md). So without a plan or a table of its own it has "select", and every other one "focus".
 
     Raises:
         ConfigError: The plan is unknown, comes with a ratio, or needs states that enter above layer 0.
     """
     if (mode := check_plan(plan, ratio)) is None:
-        return "focus" if ratio == "auto" and question.strip() and entry_layer else "even"
-    if mode != "even" and not entry_layer:
+        if ratio != "auto" or not question.strip() or not config.entry_layer:
+            return "even"
+        return "select" if config.untrained and config.sentence_losses is None else "focus"
+    if mode != "even" and not config.entry_layer:
         raise ConfigError(f"plan={mode!r} needs an embedder that enters above layer 0; pass plan='even' or another one")
     return mode
 

@@ -194,7 +194,7 @@ class GenerationSettings(ModelSettings):
     """Positions of the window that documents may take at most; all that is free when not given, or where it is less."""
     plan: str | None = None
     """"focus", what says most about the question in full and, beside few sentences, the rest compressed; "even", each
-    document at one ratio; "select", what says most and nothing else. "focus" when not given, where that can be (see
+    document at one ratio; "select", what says most and nothing else. When not given, what suits the embedder (see
     `ExtensibleLM.ask`); plain prompts, in which nothing is asked, have "even" alone."""
     max_tokens: int = 256
     """Longest answer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
@@ -45,6 +45,8 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         token_weights_digest: sha256 of the table of counted weights, where there is one.
         retrieval_heads: Above entry layer 0, layer and number of the LLM's attention heads that look at what answers a
             question (see `context/retrieval_heads.py`); plans go by them. None where they were not looked for.
+        sentence_losses: What it costs an answer when a sentence is read in less detail, as the `summary` of
+            `extemb eval plan` has it; plans weigh with it. None for what was fitted for the shipped LLM.
         hidden_size: Width of the LLM's input embeddings, D.
         llm_name: What the LLM was called when the embedder was made; only for messages and defaults.
         llm_layers_type: The LLM's `model_type`; an embedder is not moved between architectures.
@@ -73,6 +75,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         token_weighting: str = "rank",
         token_weights_digest: str = "",
         retrieval_heads: Sequence[Sequence[int]] = (),
+        sentence_losses: Mapping[str, Any] | None = None,
         hidden_size: int = 0,
         llm_name: str = "",
         llm_layers_type: str = "",
@@ -139,12 +142,18 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         self.token_weighting = token_weighting
         self.token_weights_digest = token_weights_digest
         self.retrieval_heads = _checked_heads(retrieval_heads, entry_layer)
+        self.sentence_losses = sentence_losses
         self.hidden_size = hidden_size
         self.llm_name = llm_name
         self.llm_layers_type = llm_layers_type
         self.tokenizer_digest = tokenizer_digest
         super().__init__(**kwargs)
         self.bos_token_id = bos_token_id
+
+    @property
+    def untrained(self) -> bool:
+        """Nothing was learned: the embedder is the LLM's own first layers as they are."""
+        return self.adaptation == self.connector == "none"
 
     def finest(self, ratio: int | None = None) -> int:
         """Return `ratio`, which must be one that may be asked for; the one that is kept when not given.

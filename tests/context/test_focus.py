@@ -20,10 +20,14 @@ from extemb_core.context.focus import (
 )
 from extemb_core.context.scoring import bm25_scores, words_added
 from extemb_core.context.spans import split_into_sentences
-from extemb_core.documents import Document
+from extemb_core.documents import Document, ReferencedDocument
 from extemb_core.errors import BudgetError, ConfigError
+from extemb_core.models.config import ExtensibleEmbedderConfig
 
 RATIOS = (2, 4, 8, 16, 32)
+ABOVE = {"entry_layer": 1, "adaptation": "none"}
+AT_INPUT, TRAINED = ExtensibleEmbedderConfig(), ExtensibleEmbedderConfig(entry_layer=1)
+UNTRAINED = ExtensibleEmbedderConfig(**ABOVE)
 QUESTION = "Why was the bridge closed in 1987?"
 BRIDGE = "In 1987 the bridge was closed for repairs"
 
@@ -221,6 +225,45 @@ def test_what_was_fitted_says_that_less_detail_costs_more():
     assert table.losses.shape == (len(table.trust) + 1, len(table.ranks) + 2, len(FIDELITIES))
 
 
+FITTED = {
+    "fidelities": list(FIDELITIES),
+    "ranks": [1],
+    "trust": [],
+    "losses": np.linspace(np.full(len(FIDELITIES), 3.0), np.zeros(len(FIDELITIES)), 3)[None].tolist(),
+}
+
+
+def test_an_embedder_that_names_a_table_of_its_own_is_planned_by_it(tmp_path):
+    """The shipped one has what falls with less detail; in this one detail costs nothing, so that all is compressed."""
+    llm = tiny_llm("llama")
+    embedder, shipped = entering(llm, sentence_losses=FITTED), entering(llm)
+    embedder.save_pretrained(tmp_path)
+    loaded = type(embedder).from_pretrained(tmp_path, llm=llm)
+    assert loaded.config.sentence_losses == FITTED
+    assert loaded.fingerprint == shipped.fingerprint
+    own, of_shipped = (
+        ExtensibleLM(llm, one).plan(QUESTION, [SENTENCES], budget=60, plan="focus", max_new_tokens=4)
+        for one in (loaded, shipped)
+    )
+    assert own.documents[0].spans != of_shipped.documents[0].spans
+    assert "dropped" not in {span.fidelity for span in own.documents[0].spans}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [], {"ranks": [1]}, FITTED | {"fidelities": ["raw"]}, FITTED | {"ranks": [2, 1]}, FITTED | {"trust": ["much"]},
+        FITTED | {"losses": FITTED["losses"][0]}, FITTED | {"losses": "none"},
+        FITTED | {"losses": (-np.array(FITTED["losses"])).tolist()},
+        FITTED | {"losses": (np.array(FITTED["losses"]) + np.inf).tolist()},
+    ],
+)  # fmt: skip
+def test_a_table_that_is_none_is_refused(values):
+    llm = tiny_llm("llama")
+    with pytest.raises(ConfigError, match="sentence_losses=.* pass the summary of a record of `extemb eval plan`"):
+        ExtensibleLM(llm, entering(llm, sentence_losses=values))
+
+
 def test_losses_go_by_rank_and_below_the_ranks_by_length():
     losses = np.arange(6.0).reshape(2, 3, 1) * np.ones(len(FIDELITIES))
     table = SentenceLosses((1,), (0.5,), losses)
@@ -231,10 +274,10 @@ def test_losses_go_by_rank_and_below_the_ranks_by_length():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("best", "auto", "q", 1), "plan='best' is none of focus, select, even"),
-        (("focus", 8, "q", 1), "came with ratio=8"),
-        (("select", "raw", "q", 1), "came with ratio='raw'"),
-        (("focus", "auto", "q", 0), "enters above layer 0"),
+        (("best", "auto", "q", TRAINED), "plan='best' is none of focus, select, even"),
+        (("focus", 8, "q", TRAINED), "came with ratio=8"),
+        (("select", "raw", "q", TRAINED), "came with ratio='raw'"),
+        (("focus", "auto", "q", AT_INPUT), "enters above layer 0"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(arguments, message):
@@ -253,16 +296,34 @@ def test_a_plain_prompt_has_no_question_to_plan_for(lm, plan):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((None, "auto", "q", 1), "focus"),
-        ((None, "auto", " ", 1), "even"),
-        ((None, "auto", "q", 0), "even"),
-        ((None, 8, "q", 1), "even"),
-        (("even", 8, "q", 0), "even"),
-        (("select", "auto", "q", 1), "select"),
+        ((None, "auto", "q", TRAINED), "focus"),
+        ((None, "auto", " ", TRAINED), "even"),
+        ((None, "auto", "q", AT_INPUT), "even"),
+        ((None, 8, "q", TRAINED), "even"),
+        (("even", 8, "q", AT_INPUT), "even"),
+        (("select", "auto", "q", TRAINED), "select"),
+        ((None, "auto", "q", UNTRAINED), "select"),
+        ((None, "auto", " ", UNTRAINED), "even"),
+        (("focus", "auto", "q", UNTRAINED), "focus"),
+        ((None, "auto", "q", ExtensibleEmbedderConfig(**ABOVE, sentence_losses=FITTED)), "focus"),
+        ((None, "auto", "q", ExtensibleEmbedderConfig(**ABOVE, connector="linear")), "focus"),
     ],
 )
-def test_without_a_plan_the_question_decides(arguments, expected):
+def test_without_a_plan_the_question_and_the_embedder_decide(arguments, expected):
     assert mode_of(*arguments) == expected
+
+
+def test_nothing_is_dropped_unread_because_it_may_not_stand_in_full():
+    """An untrained embedder has chosen sentences where no plan is asked for; a ref that is all there is has none."""
+    llm = tiny_llm("llama")
+    lm = ExtensibleLM(llm, entering(llm, sentence_losses=None))
+    text = Document(SENTENCES * 2)
+    ref = ReferencedDocument(SENTENCES * 2, finest=4)
+    spans = {span.fidelity for span in lm.plan(QUESTION, [text], budget=60, max_new_tokens=4).documents[0].spans}
+    assert spans == {"raw", "dropped"}
+    for documents in ([ref], [text, ref]):
+        planned = lm.plan(QUESTION, documents, budget=200, max_new_tokens=4).documents[-1]
+        assert planned.fidelity != "dropped"
 
 
 def test_a_negative_budget_is_refused():

@@ -13,7 +13,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from extemb_core.context.focus import Mode, mode_of
+from extemb_core.context.focus import Mode, check_plan, mode_of
 from extemb_core.context.planning import Plan, plan_context
 from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import until_cancelled
@@ -83,8 +83,8 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
     plan: str | None = None
     """"focus": what says most about the query stays text, the rest is compressed where that is little, or dropped;
     "even": each node at one ratio, by its rank; "select": what says most about the query, and nothing else. When not
-    given, that of the LLM, or else "focus" where there is a query, `ratio` is "auto", `top_raw` is 0 and the embedder
-    enters above layer 0. Without a query "even"."""
+    given, that of the LLM, or else "focus" ("select" with an untrained embedder) where there is a query, `ratio` is
+    "auto", `top_raw` is 0 and the embedder enters above layer 0. Without a query "even"."""
     min_tokens: int = Field(default=64, ge=0)
     """Nodes of at most so many tokens stay text in an even plan, as far as the budget allows."""
     top_raw: int = Field(default=0, ge=0)
@@ -92,7 +92,7 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
 
     @model_validator(mode="after")
     def _one_way_to_plan(self) -> Self:
-        mode = mode_of(self.plan, self.ratio, "", 1)
+        mode = check_plan(self.plan, self.ratio) or "even"
         if self.top_raw and mode != "even":
             raise ConfigError(
                 f"top_raw={self.top_raw} came with plan={mode!r}, which goes by sentences; leave one of them out"
@@ -170,7 +170,7 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
         plan = self.plan
         if plan is None and self.ratio == "auto":
             plan = "even" if self.top_raw else getattr(self.llm, "plan", None)
-        mode = mode_of(plan, self.ratio, query, lm.embedder.config.entry_layer)
+        mode = mode_of(plan, self.ratio, query, lm.embedder.config)
         return mode if query.strip() else "even"
 
     def _plan(self, lm: ExtensibleLM, nodes: list[NodeWithScore], documents: dict[int, Document], query: str) -> Plan:
