@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Annotated, Any, ClassVar
 
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from pydantic import BeforeValidator, ConfigDict, PrivateAttr, field_validator
+from typing_extensions import Self
 
 from extemb_core.frameworks.settings import StrictSettings, folder_as_text
 from extemb_core.library import N_PASSAGES
 from extemb_core.library.library import Library
 from extemb_core.utils.validation import unknown_setting, whole_number
+
+_opening = threading.Lock()  # not of an object, which is copied and pickled
 
 
 class ExtensibleRetriever(StrictSettings, BaseRetriever):
@@ -22,7 +26,7 @@ class ExtensibleRetriever(StrictSettings, BaseRetriever):
     In a prompt it stands for nothing: that is `extemb_ref`, of an `ExtensibleCompressor`.
     """
 
-    _SHARED: ClassVar[tuple[str, ...]] = ("library", "_opened")
+    _SHARED: ClassVar[tuple[str, ...]] = ("library",)
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -42,9 +46,27 @@ class ExtensibleRetriever(StrictSettings, BaseRetriever):
 
     def close(self) -> None:
         """Close a library that was opened by its folder; the next question opens it again."""
-        if self._opened is not None and self._opened is not self.library:
-            self._opened.close()
-        self._opened = None
+        with _opening:
+            opened, self._opened = self._opened, None
+        if opened is not None and opened is not self.library:
+            opened.close()
+
+    def _open(self) -> Library:
+        """Return the library, which is opened once, whatever number of threads ask first."""
+        with _opening:
+            if self._opened is None:
+                library = self.library
+                self._opened = library if isinstance(library, Library) else Library(library, mode="r")
+            return self._opened
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        memo = {} if memo is None else memo
+        memo[id(self._opened)] = self._opened
+        return super().__deepcopy__(memo)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        return {**state, "__pydantic_private__": {"_opened": None}}  # another process opens it by its folder
 
     def _get_relevant_documents(
         self,
@@ -57,9 +79,7 @@ class ExtensibleRetriever(StrictSettings, BaseRetriever):
     ) -> list[Document]:
         for name, value in others.items():
             raise unknown_setting(name, value, ("k", "hybrid"))
-        if self._opened is None:
-            library = self.library
-            self._opened = library if isinstance(library, Library) else Library(library, mode="r")
+        library = self._open()
         return [
             Document(
                 page_content=passage.text,
@@ -73,7 +93,7 @@ class ExtensibleRetriever(StrictSettings, BaseRetriever):
                     "ref": passage.ref,
                 },
             )
-            for passage in self._opened.search(
+            for passage in library.search(
                 query, self.k if k is None else k, hybrid=self.hybrid if hybrid is None else hybrid
             )
         ]

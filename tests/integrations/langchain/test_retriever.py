@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from tiny import SENTENCES, Named, save_tiny
 from extemb_core import ExtensibleLM, Library
 from extemb_core.errors import ConfigError
 from extemb_core.library.encoders import CallableEncoder
+from extemb_core.store import lmdb_env
 from langchain_extemb import ChatExtensible, ExtensibleRetriever
 
 QUESTION = "How many ships were counted?"
@@ -75,6 +79,33 @@ def test_a_call_may_search_by_vectors_alone(folder, monkeypatch):
     retriever.invoke(QUESTION)
     retriever.invoke(QUESTION, k=1, hybrid=False)
     assert asked == [(3, True), (1, False)]
+    retriever.close()
+
+
+def test_threads_that_ask_first_open_one_library_and_closing_leaves_none_open(folder, monkeypatch):
+    whole, opened, met = Library.__init__, [], threading.Barrier(2)
+
+    def opening(self, *args, **settings):
+        opened.append(self)
+        with suppress(threading.BrokenBarrierError):
+            met.wait(0.5)  # for a thread that opens it too
+        whole(self, *args, **settings)
+
+    monkeypatch.setattr(Library, "__init__", opening)
+    retriever = ExtensibleRetriever(library=folder / "docs.extemb", k=1)
+    assert len(retriever.batch([QUESTION] * 4)) == 4
+    retriever.close()
+    assert len(opened) == 1
+    assert str(folder / "docs.extemb") not in lmdb_env._shared
+
+
+def test_a_retriever_by_folder_is_pickled_also_after_it_was_asked(folder):
+    retriever = ExtensibleRetriever(library=folder / "docs.extemb", k=1)
+    found = retriever.invoke(QUESTION)
+    again = pickle.loads(pickle.dumps(retriever))
+    assert deepcopy(retriever).invoke(QUESTION) == again.invoke(QUESTION) == found
+    again.close()
+    assert retriever.invoke(QUESTION) == found  # its own is open
     retriever.close()
 
 
