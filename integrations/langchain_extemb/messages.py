@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.documents import Document as LangChainDocument
@@ -22,6 +23,7 @@ from langchain_core.messages import (
 from extemb_core.context.tools import CLOSE, OPEN
 from extemb_core.documents import TEXT_KEYS, Document, several, without_lone_surrogates
 from extemb_core.errors import DocumentError
+from extemb_core.utils.files import parse_json
 
 if TYPE_CHECKING:
     from extemb_core.frameworks.refs import Refs
@@ -59,13 +61,22 @@ def to_messages(messages: Iterable[BaseMessage], refs: Refs) -> list[dict[str, A
         converted.append({"role": _role(message), "content": content})
         if isinstance(message, AIMessage):
             for invalid in message.invalid_tool_calls:  # what was written, as it was written
-                content.append(f"\n{OPEN}\n{' '.join(filter(None, (invalid['name'], invalid['args'])))}\n{CLOSE}")
+                written = filter(None, (invalid["name"], _as_written(invalid["args"])))
+                content.append(f"\n{OPEN}\n{' '.join(written)}\n{CLOSE}")
         if isinstance(message, AIMessage) and message.tool_calls:
             converted[-1]["tool_calls"] = [
                 {"type": "function", "function": {"name": call["name"], "arguments": call["args"]}}
                 for call in message.tool_calls
             ]
     return converted
+
+
+def _as_written(arguments: str | None) -> str | None:
+    """Return what an LLM wrote in the place of a call, which a stream of ours hands over as a JSON string."""
+    with suppress(ValueError):
+        whole = parse_json(arguments or "")
+        return whole if isinstance(whole, str) else arguments
+    return arguments
 
 
 def to_documents(documents: Any) -> list[Document]:

@@ -89,6 +89,19 @@ def test_a_chosen_tool_is_begun_and_what_is_no_call_is_told(lm, says):
             chat.bind_tools([add], tool_choice=wrong)
 
 
+def test_a_call_that_is_cut_off_is_read_as_it_was_written_however_it_came(lm, says):
+    words, prompts = says
+    chat = ChatExtensible.from_lm(lm).bind_tools([add])
+    cut = '{"name": "add", "arguments": {"a": 2, "b'
+    words += [f"<tool_call>\n{cut}"] * 2 + ["No."] * 2
+    whole, (streamed,) = chat.invoke("What is 2 and 3?"), chat.stream("What is 2 and 3?")
+    assert len(whole.invalid_tool_calls) == len(streamed.invalid_tool_calls) == 1
+    for message in (whole, streamed):
+        chat.invoke([HumanMessage("What is 2 and 3?"), message, HumanMessage("Try again.")])
+    assert f"<tool_call>\n{cut}\n</tool_call>" in prompts[2]
+    assert prompts[2] == prompts[3]
+
+
 @pytest.mark.parametrize(
     ("choice", "begun"),
     [
