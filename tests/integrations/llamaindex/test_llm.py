@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 from llama_index.core import SummaryIndex
@@ -26,6 +27,7 @@ from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import NodeWithScore, TextNode
 from passes import passes_of
+from pydantic import BaseModel
 from tiny import SENTENCES, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core import EmbeddingStore, ExtensibleLM
@@ -168,13 +170,35 @@ def test_other_blocks_and_roles(llm, lm):
     assert llm.chat(messages).message.content == lm.chat(ours, max_new_tokens=4).text
 
 
-@pytest.mark.skipif(not hasattr(types, "ToolCallBlock"), reason="LlamaIndex 0.13 has none")
+class Call(BaseModel):
+    """A call as the client of another LLM has it."""
+
+    id: str = "1"
+    function: dict[str, Any]
+
+
+def calling(form, arguments):
+    """A turn of the assistant that is a call."""
+    function = {"name": "weather", "arguments": arguments}
+    if form == "block":
+        if not hasattr(types, "ToolCallBlock"):
+            pytest.skip("LlamaIndex 0.13 has none")
+        call = types.ToolCallBlock(tool_name="weather", tool_kwargs=arguments)
+        return ChatMessage(blocks=[call], role=MessageRole.ASSISTANT)
+    kept = {
+        "mapping": {"id": "1", "type": "function", "function": function},
+        "object": Call(function=function),
+        "input": {"id": "1", "name": "weather", "input": arguments},
+    }[form]
+    return ChatMessage("", role=MessageRole.ASSISTANT, additional_kwargs={"tool_calls": [kept]})
+
+
+@pytest.mark.parametrize("form", ["block", "mapping", "object", "input"])
 @pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'])
-def test_calls_in_a_history_are_read(llm, lm, arguments):
-    call = types.ToolCallBlock(tool_name="weather", tool_kwargs=arguments)
+def test_calls_in_a_history_are_read(llm, lm, form, arguments):
     talk = [
         ChatMessage("What?"),
-        ChatMessage(blocks=[call], role=MessageRole.ASSISTANT),
+        calling(form, arguments),
         ChatMessage("rain", role=MessageRole.TOOL),
         ChatMessage("Where?"),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import (
@@ -14,6 +14,7 @@ from llama_index.core.base.llms.types import (
     MessageRole,
     TextBlock,
 )
+from pydantic import BaseModel
 
 from extemb_core.documents import Document, without_lone_surrogates
 from extemb_core.errors import DocumentError
@@ -45,13 +46,27 @@ def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, A
             "role": (role := _ROLES.get(message.role, message.role.value)),
             "content": [part for block in message.blocks for part in _parts(block, refs, lenient=role == "assistant")],
             "tool_calls": [
-                {"type": "function", "function": {"name": block.tool_name, "arguments": block.tool_kwargs}}
-                for block in message.blocks
-                if block.block_type == "tool_call"
+                {"type": "function", "function": {"name": name, "arguments": arguments}}
+                for name, arguments in _calls(message)
             ],
         }
         for message in messages
     ]
+
+
+def _calls(message: ChatMessage) -> list[tuple[str, Any]]:
+    """Return name and arguments of each call: of blocks, or as LlamaIndex 0.13 and some of its LLMs keep calls."""
+    calls = [(block.tool_name, block.tool_kwargs) for block in message.blocks if block.block_type == "tool_call"]
+    if calls:
+        return calls
+    for call in message.additional_kwargs.get("tool_calls") or ():
+        fields = call.model_dump() if isinstance(call, BaseModel) else call
+        function = fields.get("function", fields) if isinstance(fields, Mapping) else {}
+        if isinstance(function, Mapping) and "name" in function:  # of OpenAI, or of Anthropic, which says "input"
+            calls.append((str(function["name"]), function.get("arguments", function.get("input", {}))))
+        else:
+            logger.debug("a call of type %s in the assistant's turn is left out", type(call).__name__)
+    return calls
 
 
 def _parts(block: Any, refs: Refs, *, lenient: bool) -> list[str | Document]:
