@@ -28,7 +28,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import NodeWithScore, TextNode
 from passes import passes_of
 from pydantic import BaseModel
-from tiny import SENTENCES, random_embedder, tiny_model, tiny_tokenizer
+from tiny import SENTENCES, random_embedder, save_tiny, tiny_model, tiny_tokenizer
 
 from extemb_core import EmbeddingStore, ExtensibleLM
 from extemb_core.errors import ConfigError, ExtembError
@@ -233,6 +233,21 @@ def test_a_wrong_setting_is_an_error_and_no_empty_answer(lm, mode, wrong):
     for ask in (engine.query, lambda question: asyncio.run(engine.aquery(question))):
         with pytest.raises(ExtensibleLLMError):
             ask("When?")
+
+
+@pytest.mark.parametrize("form", ["complete", "stream_complete", "stream_chat", "astream_chat"])
+async def test_a_model_that_cannot_be_loaded_is_the_same_error_in_every_form(form, tmp_path):
+    save_tiny(tmp_path)
+    tiny_model("llama", seed=3).save_pretrained(tmp_path / "llm")  # whose embedder is another's
+    llm = ExtensibleLLM(model=tmp_path / "llm", embedder=tmp_path / "embedder")
+
+    async def answer():
+        if form == "astream_chat":
+            return [piece async for piece in await llm.astream_chat([ChatMessage(QUESTION)])]
+        return list(getattr(llm, form)(QUESTION if "complete" in form else [ChatMessage(QUESTION)]))
+
+    with pytest.raises(ExtensibleLLMError, match="load it with its own LLM"):
+        await answer()
 
 
 def test_a_prompt_larger_than_the_window_is_an_error_and_no_empty_answer(lm):

@@ -188,7 +188,9 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
     def _opened(
         self, prompt: str | Sequence[ChatMessage], settings: dict[str, Any], formatted: bool = False
     ) -> AnswerStream:
-        return AnswerStream(self._lm_of(settings).llm, *self._prepare(prompt, settings, formatted))
+        prepared = self._prepare(prompt, settings, formatted)
+        with _not_as_value_error():
+            return AnswerStream(self._lm_of(settings).llm, *prepared)
 
     def _as_chat(self, answer: Answer, settings: dict[str, Any], delta: str | None = None) -> ChatResponse:
         return ChatResponse(
