@@ -507,6 +507,21 @@ def test_ingestion_compresses_each_text_once(lm, tmp_path, monkeypatch, nodes):
     json.dumps(transform.to_dict())
 
 
+def test_a_pipelines_cache_leaves_no_store_empty(lm, tmp_path, nodes):
+    texts = [found.node for found in nodes[:2]]
+    cache = None
+    for name in ("one", "two"):
+        with EmbeddingStore.open(tmp_path / name) as store:
+            stored = ExtensibleLLM.from_lm(ExtensibleLM(lm.llm, lm.embedder, store))
+            transform = ExtensibleTransform(llm=stored, ratio=4, show_progress=False)
+            pipeline = IngestionPipeline(transformations=[transform], **({"cache": cache} if cache else {}))
+            for _ in range(2):
+                pipeline.run(nodes=texts)
+            assert len(store) == 2
+            cache = pipeline.cache
+            assert ExtensibleTransform.from_dict(transform.to_dict()).ratio == 4
+
+
 async def test_an_event_loop_goes_on_while_nodes_are_taken_in(llm, nodes, monkeypatch):
     started, goes_on = threading.Event(), threading.Event()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode, TransformComponent
+from typing_extensions import Self
 
 from extemb_core.frameworks.aio import until_cancelled
 from llama_index.postprocessor.extemb.base import CompressionSettings
@@ -26,6 +28,25 @@ class ExtensibleTransform(CompressionSettings, TransformComponent):
     @classmethod
     def class_name(cls) -> str:
         return "ExtensibleTransform"
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Describe it, and what it fills: to a pipeline's cache the same nodes for another store are other work."""
+        return {**super().to_dict(**kwargs), "fills": self._fills()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """Make one of what `to_dict` gave."""
+        return super().from_dict({name: value for name, value in data.items() if name != "fills"}, **kwargs)
+
+    def _fills(self) -> str:
+        """Name the embedder and the store; one in memory is that of this process alone. Nothing is loaded for it."""
+        owner = self if self.llm is None else self.llm
+        lm = getattr(owner, "loaded_lm", None)
+        names = [getattr(owner, name, None) for name in ("model", "embedder")]
+        store = getattr(owner, "store", None) if lm is None else lm.store
+        folder = getattr(getattr(store, "environment", None), "folder", store)
+        where = folder if isinstance(folder, str | os.PathLike) else f"{os.getpid()}/{id(store)}"
+        return f"{names if lm is None else lm.embedder.fingerprint} in {where}"
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         if self.ratio != "raw":
