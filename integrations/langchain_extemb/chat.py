@@ -20,6 +20,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools, tool_name
+from extemb_core.documents import several
 from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
 from extemb_core.weights.resolve import window_of
@@ -92,7 +93,8 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Name the settings of a call in a cache; documents and tools whole, whatever their own class shows of them."""
         if (documents := kwargs.get("documents")) is not None:
-            kwargs["documents"] = to_documents(documents)
+            # Texts as they are: one that is the name of a file is warned of where it is read.
+            kwargs["documents"] = [one if isinstance(one, str) else to_documents([one]) for one in several(documents)]
         if kwargs.get("tools"):
             kwargs["tools"] = _formatted(kwargs["tools"])
         return super()._get_llm_string(stop, **kwargs)

@@ -762,5 +762,11 @@ def test_the_cache_tells_documents_apart_that_look_alike(kind, lm, documents):
         assert answer.response_metadata["extemb"]["documents"][0]["id"] == text_ref(one.page_content)
 
 
+def test_a_text_that_is_the_name_of_a_file_is_warned_of_once_with_a_cache_too(lm, caplog):
+    cached = ChatExtensible.from_lm(lm, max_tokens=2, cache=InMemoryCache())
+    assert cached.invoke("How many?", documents=[__file__]).content
+    assert caplog.text.count("is the name of a file") == 1
+
+
 def text_of(answers):
     return [getattr(answer, "content", answer) for answer in answers]
