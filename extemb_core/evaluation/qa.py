@@ -4,7 +4,7 @@ Every arm fills the same prompt, through the LLM's own chat template, with anoth
 Where the whole text does not fit the window, "full" has its first tokens, and the sample says "cut".
 
 With `passages` above 1 the text is that many passages: the question's own and others of the same files; the rank of
-the question's own goes round, so that every rank has its share of the questions.
+the question's own goes round those that are put, so that every rank has its share, whatever the limit.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class QaExperiment(Experiment):
         self.metrics = [*(self.template["metrics"] if config.generate else ()), "loss"]
         if config.one_per_text:
             questions = draw_one_per_text(questions, config.seed)
-        self._ranks = {question.id: at % config.passages for at, question in enumerate(questions)}
         self._questions = {question.id: question for question in evenly(questions, config.limit)}
+        self._ranks = {name: at % config.passages for at, name in enumerate(self._questions)}
         self._sampling = Sampling(max_new_tokens=self.template["max_new_tokens"])
         self._forms = Forms(
             llm, embedder, self._texts, separator=self.template["separator"], ratios=config.ratios,

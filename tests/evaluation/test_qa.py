@@ -250,6 +250,11 @@ def test_the_own_passage_has_every_rank_and_parts_stay_apart(make, llm):
     assert summary["by_rank"]["0"]["full"]["n"] == 4
 
 
+def test_every_rank_has_its_share_of_the_questions_under_a_limit(make):
+    experiment = make(passages=3, limit=4)  # every third question of ten
+    assert sorted(experiment._ranks[name] for name in experiment._questions) == [0, 0, 1, 2]
+
+
 def embedder_of(experiment, passage):
     return experiment.embedder.compress(experiment._texts[passage], ratio=4).embeddings
 
