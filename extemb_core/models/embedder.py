@@ -384,7 +384,8 @@ class ExtensibleEmbedder(PreTrainedModel):
     def fingerprint(self) -> str:
         """sha256 (32 hex digits) of what the embeddings depend on: own tensors, LLM probe, config, tokenizer.
 
-        Tensors are rounded to bfloat16 first, so that the same weights have one fingerprint in every dtype.
+        Tensors are rounded to bfloat16 first, so that the same weights have one fingerprint in every dtype. A reader's
+        adapters are added in the dtype that it is loaded in, which gives other weights, and another fingerprint.
         """
         own = self.trainable_state_dict()
         version = _version_of(own)
