@@ -20,6 +20,7 @@ from typing import Any
 import ending
 
 from extemb_core.context import scoring
+from extemb_core.context.assembly import DOCUMENT_SEPARATOR, document_heading
 from extemb_core.documents import Document
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.baselines import head
@@ -28,8 +29,6 @@ from extemb_core.lm import ExtensibleLM
 from extemb_core.questions import Question, read_questions
 from extemb_core.utils.jsonl import evenly
 from extemb_core.weights.resolve import resolve_embedder
-
-_HEADING = 16  # positions at most that the prompt says beside a document
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,8 +84,9 @@ def ways(lm: ExtensibleLM, ratios: Sequence[int]) -> dict[str, Callable[[Questio
     """List the ways of reading a text, named as the arms of `extemb eval qa`: each makes ready to ask a question.
 
     Each way has an `ExtensibleLM` of its own over the same store, so that what one of them found in a text is not known
-    to another.
+    to another. A budget counts a document's heading, which stands before it in the other ways too.
     """
+    heading = lm.positions_of([DOCUMENT_SEPARATOR + document_heading(0)])
 
     def way(ratio: int | None, how: Callable[[int], dict[str, Any]], cut: bool = False, scorer: Any = None) -> Any:
         own = ExtensibleLM(lm.llm, lm.embedder, lm.store, scorer=scorer)
@@ -104,10 +104,10 @@ def ways(lm: ExtensibleLM, ratios: Sequence[int]) -> dict[str, Callable[[Questio
         made |= {
             f"truncated/{ratio}": way(ratio, lambda n: {"ratio": "raw"}, cut=True),
             f"chosen/{ratio}": way(
-                ratio, lambda n: {"budget": n + _HEADING, "plan": "select"}, scorer=scoring.bm25_scores
+                ratio, lambda n: {"budget": n + heading, "plan": "select"}, scorer=scoring.bm25_scores
             ),
             f"extensible/{ratio}": way(ratio, lambda n, ratio=ratio: {"ratio": ratio}),
-            f"focus/{ratio}": way(ratio, lambda n: {"budget": n + _HEADING, "plan": "focus"}),
+            f"focus/{ratio}": way(ratio, lambda n: {"budget": n + heading, "plan": "focus"}),
         }
     return made
 

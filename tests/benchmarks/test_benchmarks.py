@@ -412,6 +412,9 @@ def test_each_way_of_reading_a_text_is_timed_beside_all_of_it(models, questions,
         positions = sample["positions"]
         assert max(positions, key=positions.get) == "full"
         assert all(positions[f"{way}/4"] < positions[f"{way}/2"] for way in ("truncated", "extensible", "focus"))
+        assert all(
+            positions[f"{way}/{k}"] <= positions[f"extensible/{k}"] for way in ("chosen", "focus") for k in (2, 4)
+        )
         assert min(sample["seconds"].values()) > 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(ways)
 
