@@ -75,7 +75,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ConfigError | DocumentError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, RequestValidationError):
-        return _of_validation(error.errors()[0])
+        return _of_validation(error)
     if isinstance(error, HTTPException):  # of routes and methods that there are not
         return ApiError(error.status_code, f"{error.detail}; docs/server.md lists what there is", headers=error.headers)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -83,9 +83,29 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed; its log has the reason under the x-request-id of this answer")
 
 
-def _of_validation(first: Mapping[str, Any]) -> ApiError:
+def _place_of(error: Mapping[str, Any], body: Any) -> list[str]:
+    """Return where in a request an error is, without the variants of unions that pydantic names as well."""
+    start, *parts = error["loc"]
+    if start != "body":
+        return [str(part) for part in parts]
+    place = []
+    for at, part in enumerate(parts, 1):
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+            body = body[part]
+        elif error["type"] != "missing" or at < len(parts):
+            continue
+        place.append(str(part))
+    return place
+
+
+def _of_validation(error: RequestValidationError) -> ApiError:
     """Say which field is wrong, and never what stands in it: a text may be a document's."""
-    place = [str(part) for part in first["loc"] if part != "body"]
+    first = error.errors()[0]
+    place = _place_of(first, error.body)
+    for other in error.errors()[1:]:  # the variant of a union that is wrong farthest inside was meant
+        inside = _place_of(other, error.body)
+        if len(inside) > len(place) and inside[: len(place)] == place:
+            first, place = other, inside
     param = ".".join(place) or None
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no valid JSON ({first['ctx']['error']}); send a JSON object")

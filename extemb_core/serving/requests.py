@@ -39,11 +39,11 @@ class StoredDocument(Strict):
 
 
 def _kind_of(document: Any) -> str:
-    return "ref" if isinstance(document, dict) and "ref" in document else "text"
+    return "with ref" if isinstance(document, dict) and "ref" in document else "with text"
 
 
 AnyDocument = Annotated[
-    Annotated[TextDocument, Tag("text")] | Annotated[StoredDocument, Tag("ref")], Discriminator(_kind_of)
+    Annotated[TextDocument, Tag("with text")] | Annotated[StoredDocument, Tag("with ref")], Discriminator(_kind_of)
 ]
 
 
