@@ -219,10 +219,13 @@ class Session:
             raise ConfigError("the message is empty; say something")
         start = time.perf_counter()
         settings = Sampling(**sampling)
-        *pieces, text = pieces_of(text, _PIECE_CHARS)
-        long = "".join(pieces)  # a message of many windows is streamed text but for its end
-        question = _Turn("user", text)
         with self._lock:
+            room = self._free(settings.max_new_tokens) - self._read.positions
+            # What the window does not hold, be it of many windows, is streamed text but for its end.
+            whole = len(text) <= _PIECE_CHARS or len(self._llm.encode(text)) <= room
+            *pieces, text = [text] if whole else pieces_of(text, _PIECE_CHARS)
+            long = "".join(pieces)
+            question = _Turn("user", text)
             before, draft = self._timeline, self._draft()
             draft._take_in(long)
             draft._make_room([question], settings.max_new_tokens)

@@ -34,6 +34,20 @@ def test_a_short_conversation_is_a_plain_chat(lm):
     assert session.condensed_tokens == 0
 
 
+def test_a_long_message_stays_whole_and_in_its_place_where_the_window_holds_it(lm, monkeypatch):
+    monkeypatch.setattr("extemb_core.context.conversation._PIECE_CHARS", 40)
+    session, text = lm.session(), f"Say this again: {SENTENCES[:150]}"
+    first, second = send(session, "Hello."), send(session, text)
+    messages = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": text},
+    ]
+    expected = lm.chat(messages, max_new_tokens=6)
+    assert (second.text, second.prompt_positions) == (expected.text, expected.prompt_positions)
+    assert session.condensed_tokens == 0
+
+
 def test_six_windows_of_turns_never_overflow(lm):
     session = lm.session(window=200)
     said = 0
