@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,20 @@ def test_the_budget_holds(lm):
         answer = ask(lm, QUESTION, [SENTENCES, SENTENCES[:300], "Short."], budget=budget)
         assert answer.prompt_positions - bare <= budget
         assert len(answer.context) == 3
+
+
+def test_a_document_full_of_control_tokens_takes_the_positions_that_were_planned():
+    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["sea"]})  # with the space before it one token of text
+    llm = LLM(tiny_model("llama", vocab_size=len(tokenizer)), tokenizer, name="tiny-sea")
+    lm = ExtensibleLM(llm, random_embedder(llm))
+    text = "to the sea " * 10
+    assert len(llm.encode("the sea")) < len(llm.encode("the ")) + len(llm.encode("sea"))
+    bare = ask(lm, QUESTION).prompt_positions
+    joined = ask(lm, QUESTION, [text, text], ratio="raw")
+    inside = lm.chat([{"role": "user", "content": [Document(text), QUESTION]}], ratio="raw", max_new_tokens=2)
+    for answer in (joined, inside):
+        assert answer.prompt_positions - bare == sum(entry.positions for entry in answer.context)
 
 
 def test_documents_reach_the_llm(lm):

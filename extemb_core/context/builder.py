@@ -333,7 +333,11 @@ class ContextBuilder:
             documents, planned_all.documents, ratios, around, strict=True
         ):
             if planned.fidelity == "raw":
-                parts.append([heading + document.text + separator])
+                if self._has_control_tokens(document.text):  # as which it would be cut, into more tokens than planned
+                    ids = self.token_ids(document.text)
+                    parts.append([heading, ids, separator] if heading else [ids])
+                else:
+                    parts.append([heading + document.text + separator])
             elif planned.fidelity == "dropped":
                 parts.append([])
             else:
@@ -395,6 +399,9 @@ class ContextBuilder:
             )
 
     # -- sizes ------------------------------------------------------------------------------------------------
+
+    def _has_control_tokens(self, text: str) -> bool:
+        return any(token in text for token in self.llm.control_tokens)
 
     def token_ids(self, text: str) -> np.ndarray[Any, Any]:
         """Encode a document's text, (T,); the ids of recent ones are remembered."""
