@@ -231,7 +231,7 @@ def plan_focus(
     ends, note = np.cumsum(counts)[:-1], ""
     chosen = np.full(sum(counts), len(fidelities) - 1)
     full = sum(document.n_tokens + document.overhead for document in documents if document.n_tokens)
-    if full > budget or any(document.limit is not None for document in documents):
+    if full > budget or (full and any(document.limit is not None for document in documents)):
         texts = [text for document in documents for text in document.sentences.texts]
         lengths = np.concatenate([np.diff(document.sentences.borders) for document in documents])
         scores = np.asarray(scorer(question, texts), dtype=float)

@@ -15,7 +15,7 @@ from extemb_core.context.assembly import assemble_chat
 from extemb_core.context.focus import SplitDocument
 from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of, of_sentences
 from extemb_core.context.spans import Sentences, split_into_sentences
-from extemb_core.documents import Document
+from extemb_core.documents import Document, ReferencedDocument
 from extemb_core.errors import ConfigError
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.entry import reading_model
@@ -242,6 +242,11 @@ def test_nothing_is_looked_at_where_all_fits_or_nothing_would(llm, embedder, loo
     assert calls == []
     lm.ask(QUESTION, [document, Document(" ")], budget=n // 4, max_new_tokens=1)
     assert len(calls) == 1
+
+
+def test_an_empty_document_with_a_finest_ratio_is_nothing_to_look_at(llm, embedder):
+    (plan,) = ExtensibleLM(llm, embedder).plan(QUESTION, [ReferencedDocument("", finest=4)]).documents
+    assert (plan.fidelity, plan.reason) == ("dropped", "empty")
 
 
 def test_no_more_is_looked_at_than_half_the_window_holds(llm, embedder, looked):
