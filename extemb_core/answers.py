@@ -194,6 +194,7 @@ class AnswerStream(Iterator[str]):
         self._pieces = llm.stream(prepared.prompt.inputs(llm), sampling, self._generated)
         self._first_token: float | None = None
         self._answer: Answer | None = None
+        self._closed = False
         self._on_answer = on_answer
 
     @property
@@ -208,6 +209,9 @@ class AnswerStream(Iterator[str]):
         return self._answer
 
     def __next__(self) -> str:
+        if self._closed:
+            self.close()
+            raise StopIteration
         try:
             piece = next(self._pieces)
         except StopIteration:
@@ -227,8 +231,17 @@ class AnswerStream(Iterator[str]):
         return self.answer
 
     def close(self) -> None:
-        """Stop the LLM; the answer is what was written so far."""
-        self._pieces.close()  # type: ignore[attr-defined]
+        """Stop the LLM; the answer is what was written so far.
+
+        While another thread waits for the next piece, the stream ends there once that has come.
+        """
+        self._closed = True
+        try:
+            self._pieces.close()  # type: ignore[attr-defined]
+        except ValueError:
+            if not getattr(self._pieces, "gi_running", False):
+                raise
+            return
         if self._answer is None and not self._generated.text:
             self._generated.finish_reason = "cancelled"
         self._settle()

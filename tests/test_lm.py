@@ -206,6 +206,27 @@ def test_a_closed_stream_keeps_what_was_written(lm):
     assert stream.answer.new_tokens < 200
 
 
+def test_a_stream_may_be_closed_by_another_thread_while_it_is_read(lm):
+    stream = lm.stream(QUESTION, max_new_tokens=200)
+    generate, closed = stream._pieces, []
+
+    def pieces():  # what another thread does while the next piece is awaited
+        try:
+            for piece in generate:
+                if not closed:
+                    closed.append(threading.Thread(target=stream.close))
+                    closed[0].start()
+                    closed[0].join()
+                yield piece
+        finally:
+            generate.close()
+
+    stream._pieces = pieces()
+    (piece,) = list(stream)
+    assert (stream.answer.text, stream.answer.finish_reason) == (piece, "cancelled")
+    assert stream.answer.new_tokens < 200
+
+
 def test_documents_join_the_last_user_turn(lm):
     messages = [
         {"role": "system", "content": "Be brief."},
