@@ -232,13 +232,17 @@ class ContextBuilder:
                 "text; make the ref again, with the same lm or the same model and store"
             )
         content = sum(span.positions(config.chunk_size) for span in spans)
+        split = SplitDocument(self._sentences(document.text), grid, config.chunk_size)
+        fidelity = fidelity_of(spans)
         return DocumentPlan(
             index=index,
             n_tokens=n_tokens,
-            fidelity=fidelity_of(spans),
+            fidelity=fidelity,
             positions=content + overhead if content else 0,
             reason="as planned before",
             spans=spans,
+            chunk_size=config.chunk_size,
+            excerpts=tuple(map(split.excerpt, spans)) if fidelity == "mixed" else (),
         )
 
     def _coarsest(self, document: Document, overhead: int) -> int:

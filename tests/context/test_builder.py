@@ -160,6 +160,16 @@ def test_documents_that_carry_spans_are_read_as_these_say_whatever_is_asked(room
     assert [(entry.fidelity, entry.reason) for entry in continued] == [("mixed", "as planned before")] * 2
 
 
+def test_what_was_planned_before_is_explained_as_the_plan_that_it_came_from(roomy):
+    carried = with_spans(roomy, SHIPS, WIRES)
+    spans, again = (
+        [row for row in roomy.plan(QUESTION, documents, budget=80).explain().split("\n") if not row[:6].strip()]
+        for documents in ([SHIPS, WIRES], carried)
+    )
+    assert len(spans) > 2
+    assert again == spans
+
+
 def test_documents_without_spans_have_what_those_with_spans_leave(roomy):
     (carried,) = with_spans(roomy, SHIPS, budget=40)
     other = Document("Nine ships. " * 20)
