@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import Dtype, check_dtype, ref_bytes
 from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shards import (
+    COMPRESSED,
+    EXPORTED,
+    LEFT,
     MANIFEST,
     SUFFIX,
     Shard,
@@ -196,7 +200,7 @@ def receipts(output: str | os.PathLike[str]) -> list[Shard]:
     """List the whole shards in a folder, by their receipts. Others are what a lost worker left."""
     location = StorageLocation(output)
     sizes = location.sizes()
-    names = [name for name in sorted(sizes) if name.startswith("shard-") and name.endswith(_RECEIPT)]
+    names = [name for name in sorted(sizes) if re.fullmatch(COMPRESSED, name) and name.endswith(_RECEIPT)]
     shards = [_parsed(location, name, text, sizes.get) for name, text in location.read_texts(names).items()]
     return [shard for shard in shards if shard is not None]
 
@@ -227,7 +231,7 @@ def check_output(output: str | os.PathLike[str]) -> list[Shard]:
         StoreError: It holds something else, which `seal` must not touch.
     """
     location = StorageLocation(output)
-    names, shards = require_only_shards(location), receipts(output)
+    names, shards = require_only_shards(location, EXPORTED, COMPRESSED), receipts(output)
     of_runs = {shard.file for shard in shards}
     if MANIFEST in names and any(shard.file not in of_runs for shard in read_manifest(location, verify=False)):
         raise StoreError(f"{location} holds the export of a store; pass another folder")
@@ -261,7 +265,7 @@ def seal(output: str | os.PathLike[str]) -> list[Shard]:
     write_manifest(location, shards)
     whole = {name for shard in shards for name in (shard.file, shard.file.removesuffix(SUFFIX) + _RECEIPT)}
     for name in location.names():
-        if name.startswith(("shard-", ".shard-")) and name not in whole:
+        if re.fullmatch(f"{COMPRESSED}|{LEFT}", name) and name not in whole:
             location.remove(name)
     return shards
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -36,6 +37,9 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "extemb-shards", 2
 _READ = (1, 2)  # version 1 knew no entry layer above 0
 SUFFIX = ".safetensors"
+# Names in a folder of shards: of an export, of `scale.worker`, and of writes that were killed.
+EXPORTED, COMPRESSED = r"shard-\d{5,}\.safetensors", r"shard-[0-9a-f]{32}\.(safetensors|json)"
+LEFT = r"\.(shard-|manifest\.json\.).*\.tmp"
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _OPENED_AT_ONCE = 16
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -259,15 +263,20 @@ def read_manifest(folder: str | os.PathLike[str] | StorageLocation, *, verify: b
     return shards
 
 
-def require_only_shards(folder: str | os.PathLike[str] | StorageLocation) -> list[str]:
+def require_only_shards(folder: str | os.PathLike[str] | StorageLocation, *kinds: str) -> list[str]:
     """List the files in a folder of shards, whole ones and leftovers of writes that were killed.
+
+    Args:
+        folder: A path, or a URL that fsspec knows.
+        *kinds: Of names that may be there, `EXPORTED` or `COMPRESSED`: what others call shard-00000.parquet is theirs.
 
     Raises:
         StoreError: There is something else, which is not ours to remove.
     """
     location = StorageLocation.of(folder)
     names = location.names()
-    foreign = [name for name in names if not name.startswith(("shard-", ".shard-", MANIFEST, f".{MANIFEST}."))]
+    ours = re.compile("|".join((re.escape(MANIFEST), LEFT, *kinds)))
+    foreign = [name for name in names if not ours.fullmatch(name)]
     if foreign:
         raise StoreFormatError(f"{location} holds {foreign[0]!r}, which is not a shard; pass a new folder")
     return names

@@ -11,7 +11,9 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import EmbeddingFormat
 from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shards import (
+    EXPORTED,
     MANIFEST,
+    SUFFIX,
     Shard,
     ShardReader,
     read_manifest,
@@ -49,9 +51,12 @@ def export_store(
     """
     whole_number(shard_bytes, "shard_bytes", remedy=f"e.g. {SHARD_BYTES}")
     location = StorageLocation(folder)
-    names = require_only_shards(location)
+    names = require_only_shards(location, EXPORTED)
     if MANIFEST in names:
         raise StoreError(f"{location} holds an export already; pass another folder")
+    for name in names:
+        if name.endswith(SUFFIX):
+            ShardReader(location, name)  # refuses what only has the name of a shard
     for leftover in names:  # of an export that was interrupted
         location.remove(leftover)
     shards: list[Shard] = []

@@ -155,11 +155,24 @@ def test_a_library_finds_its_passages_in_what_workers_compressed(any_models, out
 def test_sealing_removes_what_lost_workers_left(models, out):
     CompressWorker(out, **models)({"text": TEXTS})
     (shard,) = receipts(out)
-    (out / "shard-00.safetensors").write_bytes((out / shard.file).read_bytes())  # no receipt
+    (out / f"shard-{'0' * 32}.safetensors").write_bytes((out / shard.file).read_bytes())  # no receipt
     (out / ".shard-01.safetensors.17.tmp").write_bytes(b"half")
     check_output(out)
     assert seal(out) == [shard]
     assert sorted(os.listdir(out)) == sorted(["manifest.json", shard.file, shard.file.replace(".safetensors", ".json")])
+
+
+@pytest.mark.parametrize(
+    "name", ["shard-00000.parquet", "shard-00000.jsonl", "shard-00000.json", "shard-0.safetensors"]
+)
+def test_a_corpus_in_files_that_are_called_shards_is_not_removed(models, out, name):
+    out.mkdir()
+    (out / name).write_text("words")
+    with pytest.raises(StoreError, match=f"holds '{name}', which is not a shard"):
+        finished(out)
+    CompressWorker(out, **models)({"text": TEXTS})
+    seal(out)
+    assert (out / name).read_text() == "words"
 
 
 def test_a_folder_of_something_else_is_not_touched(models, out, tmp_path):

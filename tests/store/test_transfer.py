@@ -158,6 +158,24 @@ def test_an_interrupted_export_is_begun_again_and_other_files_are_not_touched(st
         export_store(store, tmp_path / "new", shard_bytes=0)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"shard-00000.{suffix}" for suffix in ("parquet", "json", "safetensors")),  # of another program
+        f"shard-{'0a' * 16}.safetensors",  # of a corpus that is being compressed
+        "shard-notes.txt",
+        ".shard-notes.txt",
+        "manifest.json.bak",
+    ],
+)
+def test_a_file_of_others_that_is_named_like_a_shard_is_not_removed(store, tmp_path, name):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / name).write_text("words")
+    with pytest.raises(StoreError):
+        export_store(store, tmp_path / "corpus")
+    assert [(file.name, file.read_text()) for file in (tmp_path / "corpus").iterdir()] == [(name, "words")]
+
+
 def test_a_damaged_or_hostile_folder_is_refused_before_anything_is_put(store, tmp_path):
     out = tmp_path / "out"
     export_store(store, out, shard_bytes=20_000)
