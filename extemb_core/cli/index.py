@@ -59,7 +59,8 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
             lm, names = given.load(dtype=given.llm_dtype), ("encoder", "ratio", "passage_tokens", "dtype")
             with Library(library, lm, **{name: getattr(given, name) for name in names}) as opened:
                 added = opened.add(documents)
-                sources = (record["source"] for record in opened.documents())
+                # A file's document says so itself: what Python named by a title never was a file.
+                sources = (record["source"] for record in opened.documents() if "source" in record["metadata"])
                 gone = _gone_from(paths, sources, near)
                 if given.prune:
                     opened.remove(gone)
@@ -83,9 +84,21 @@ def _gone_from(paths: Iterable[Path], sources: Iterable[str], near: Path) -> lis
         for source in sources
         if (file := near / source).suffix.lower() in SUPPORTED_SUFFIXES  # else a folder did not bring it
         and any(file.resolve().is_relative_to(folder) for folder in folders)
-        and not os.path.lexists(file)
+        and "://" not in source  # a page of the web, which Python brought
+        and _is_gone(file)
         and not re.search(r"\\x[0-9a-f]{2}", source)  # a name that is not UTF-8, and written down as UTF-8
     ]
+
+
+def _is_gone(file: Path) -> bool:
+    """Tell whether there is no such file; what cannot be looked at, for want of permission or a disk, may be there."""
+    try:
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 @app.command()

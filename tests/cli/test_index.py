@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,43 @@ def test_what_another_folder_or_python_brought_is_not_gone(run: Any, tmp_path: P
     assert _gone_from([tmp_path / "a"], sources, tmp_path) == sources[:1]
     assert _gone_from([tmp_path / "a" / "gone.txt"], sources, tmp_path) == []
     assert _gone_from([tmp_path / "a"], ["a/gone.txt"], tmp_path) == ["a/gone.txt"]  # as a library there names it
+    assert _gone_from([tmp_path], ["https://example.com/page.html"], tmp_path) == []
+
+
+def test_what_cannot_be_looked_at_is_not_gone(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes, library = tmp_path / "notes", tmp_path / "lib"
+    (notes / "shut").mkdir(parents=True)
+    for name in ("plan.txt", "shut/bridge.txt"):
+        (notes / name).write_text(f"The mill was built in 1820, says {name}.")
+    command = ("index", "add", library, "--documents", notes, "--prune", "--json")
+    run(*command, with_models=True)
+    scandir, lstat = os.scandir, os.lstat
+
+    def shut(call: Any) -> Any:
+        def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if "shut" in str(path).removeprefix(str(notes)) and (call is scandir or str(path).endswith("bridge.txt")):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *args, **kwargs)
+
+        return refuse
+
+    with monkeypatch.context() as patched:  # as chmod 000 does, but to the owner of all files, who may run the tests
+        patched.setattr(os, "scandir", shut(scandir))
+        patched.setattr(os, "lstat", shut(lstat))
+        result = run(*command, with_models=True)
+    assert (result.exit_code, json.loads(result.stdout)["gone"]) == (3, [])
+    assert "shut cannot be listed (Permission denied)" in result.stderr
+    assert len(json.loads(run("index", "stats", library, "--json").stdout)["documents"]) == 2
+    (notes / "shut" / "bridge.txt").unlink()
+    assert json.loads(run(*command, with_models=True).stdout)["gone"] == ["notes/shut/bridge.txt"]
+
+
+def test_what_python_named_by_a_title_is_not_gone(run: Any, tmp_path: Path) -> None:
+    from extemb_core import Document, ExtensibleLM, Library
+
+    (home := tmp_path / "home").mkdir()
+    (home / "plan.txt").write_text("The mill was built in 1820.")
+    with Library(home / "lib", ExtensibleLM.from_pretrained(tmp_path / "llm", tmp_path / "embedder")) as library:
+        library.add(Document("The bridge was closed in 1987.", title="bridge.txt"))
+    added = run("index", "add", home / "lib", "--documents", home, "--prune", "--json", with_models=True)
+    assert (json.loads(added.stdout)["added"], json.loads(added.stdout)["gone"]) == (1, [])
