@@ -106,7 +106,8 @@ def _is_gone(file: Path) -> bool:
 def refresh(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) -> None:
     """Compress anew, from the texts in a library, the documents that another embedder compressed.
 
-    Every few thousand tokens what is done is on disk: after Ctrl-C the same command goes on.
+    Those too whose embeddings are lost or damaged. Every few thousand tokens what is done is on disk: after Ctrl-C the
+    same command goes on.
     """
     given = options.StoringOptions(**settings)
     with output.library_output():

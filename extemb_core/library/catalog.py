@@ -220,6 +220,13 @@ class Catalogue:
             return str(error)
         return None
 
+    def refs(self, transaction: Any, source: str) -> list[str]:
+        """List the refs of a document's passages, as far as they are here."""
+        record = self.record(transaction, source)
+        numbers = range(*record["passages"]) if record is not None else ()
+        rows = (self._environment.get(transaction, "passages", _ID.pack(number)) for number in numbers)
+        return [ref_of(_PASSAGE.unpack(data)[1]) for data in rows if data is not None]
+
     def problems(self) -> Iterator[str]:
         """Yield what `problem` says of every document; no transaction stays open while the caller works."""
         for _, value in self._environment.items("documents"):

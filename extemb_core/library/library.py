@@ -215,8 +215,9 @@ class Library:
     def refresh(self, *, show_progress: bool | None = None) -> Added:
         """Compress again the documents that another embedder compressed, from the texts that are here; see `n_stale`.
 
-        Those that were compressed more coarsely than `ratio` too. What the other embedder made of them goes. Every few
-        thousand tokens what is done is on disk: after Ctrl-C, or worse, the same call goes on.
+        Those that were compressed more coarsely than `ratio` too, and those whose embeddings are lost or not what was
+        written, for which all of them are read. What the other embedder made of them goes. Every few thousand tokens
+        what is done is on disk: after Ctrl-C, or worse, the same call goes on.
 
         Args:
             show_progress: Show a bar; None shows it on a terminal.
@@ -225,6 +226,10 @@ class Library:
             ConfigError: The library has no `lm`.
             StoreError: The library is read-only, or the disk refuses.
         """
+        self._need_lm()
+        self.store.require_writable()
+        if damaged := [ref for ref, _, _ in self.store.verify().damaged]:
+            self.store.remove(damaged)
         return self._compress_changed("refresh", self._stored_documents(), len(self), show_progress)
 
     def remove(self, sources: str | Iterable[str]) -> int:
@@ -360,7 +365,7 @@ class Library:
             for document in documents:
                 known = self._read(self._catalogue.record, document.source)
                 same = known is not None and is_of(known, document, fingerprint, finest)
-                if same and self._read(self._catalogue.problem, document.source) is None:
+                if same and self._is_whole(document.source, fingerprint, finest):
                     counts["unchanged"] += 1
                     advance(1)
                     continue
@@ -373,6 +378,12 @@ class Library:
                 self._write(lm, batch, counts)
                 advance(len(batch))
         return Added(**counts, seconds=time.perf_counter() - start)
+
+    def _is_whole(self, source: str, fingerprint: str, ratio: int) -> bool:
+        """Tell whether a document is what was written, and its embeddings are here; these are not read."""
+        if self._read(self._catalogue.problem, source) is not None:
+            return False
+        return not self.store.missing(self._read(self._catalogue.refs, source), fingerprint, ratio)
 
     def _write(self, lm: ExtensibleLM, batch: Sequence[Split], counts: Counter[str]) -> None:
         """Compress the passages of some documents, then write the documents in one transaction."""

@@ -237,6 +237,28 @@ def test_a_passage_that_two_documents_share_survives_the_refresh_of_one(opened, 
         assert library.store.verify().clean
 
 
+def test_embeddings_that_are_damaged_or_lost_are_made_anew(opened, lm, tmp_path, monkeypatch):
+    with opened() as library:
+        library.add([document(place) for place in PLACES])
+        _, block = next(library.store.environment.items("blocks"))
+    data = (tmp_path / "lib" / "data.mdb").read_bytes()
+    at = data.index(block[:32]) + 8
+    (tmp_path / "lib" / "data.mdb").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    made = counting(lm, monkeypatch)
+    with opened() as library:
+        (damaged,) = library.verify().damaged
+        assert library.refresh().updated == 1
+        assert library.verify().clean
+        assert len(made) == 1
+        assert library.refresh().unchanged == len(PLACES)
+        library.store.remove([damaged[0]])
+        assert library.add([document(place) for place in PLACES]).updated == 1  # lost ones are seen without reading any
+        assert len(made) == 2
+        assert library.store.verify().n_documents == library.store.stats().n_documents
+    with opened(mode="r") as library, pytest.raises(StoreError, match="was opened to read"):
+        library.refresh()
+
+
 def test_of_two_documents_of_one_source_the_last_counts(opened, lm):
     with opened() as library:
         library.add([document("mill"), document("mill", year=1900)])
