@@ -11,7 +11,7 @@ from typing import Any
 from extemb_core.cli import options
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.output import library_output, print_note
-from extemb_core.errors import optional_import
+from extemb_core.errors import ConfigError, optional_import
 from extemb_core.serving.settings import ServerSettings
 
 _KEYS = "EXTEMB_API_KEYS"
@@ -44,8 +44,16 @@ def serve(**settings: Any) -> None:
     are at work.
     """
     file = settings.get("api_keys")
-    words = os.environ.get(_KEYS, "").split(",") if file is None else Path(file).read_text("utf-8").splitlines()
-    given = ServeOptions(**settings, keys=tuple(word.strip() for word in words if word.strip()))
+    try:
+        words = os.environ.get(_KEYS, "").split(",") if file is None else Path(file).read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file} is no text of API keys ({error}); pass a file in UTF-8 with a key on a line"
+        ) from error
+    keys = tuple(word.strip() for word in words if word.strip())
+    if file is not None and not keys:  # would be open to all who reach it
+        raise ConfigError(f"{file} holds no API key; put one on a line, or leave out --api-keys to ask for none")
+    given = ServeOptions(**settings, keys=keys)
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         optional_import(module, "server", "extemb serve", package=module.replace("_", "-"))
     with library_output():
