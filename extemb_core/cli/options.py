@@ -24,7 +24,7 @@ STDIN = "-"
 DEFAULT_LLM = "smollm2-135m-joint"  # lm.DEFAULT_LLM, whose module is too heavy to import for --help
 SHIPPED = "the one shipped for the LLM"
 _MAX_NAMES = 8  # of what is passed over, in one line
-_NAMES_OF_FILES = ("DIR", "FILE", "PATH")
+_NAMES_OF_FILES = ("DIR", "FILE", "PATH", "FILE...")
 KEPT_RATIO = "what the embedder keeps: 2, or its finest"
 
 UsageError: Any = typer.BadParameter.__base__  # where it is defined differs between versions of typer
@@ -56,7 +56,9 @@ class SeveralValues(typer.core.TyperCommand):
         repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
         rest = list(super().parse_args(ctx, _repeat(args, repeatable)))
         for param in self.params:
-            if param.metavar in _NAMES_OF_FILES and ctx.params.get(param.name) == "":  # Path's current folder
+            names = ctx.params.get(param.name)
+            names = names if isinstance(names, list | tuple) else [names]
+            if param.metavar in _NAMES_OF_FILES and "" in names:  # Path's current folder
                 raise typer.BadParameter("an empty name is not a file or folder.", param_hint=f"'{param.opts[0]}'")
         return rest
 
@@ -213,8 +215,6 @@ def load_documents(paths: Sequence[str], skipped: Skipped, *, stdin: bool = True
     if paths.count(STDIN) > (1 if stdin else 0):
         why = "stdin can be read once." if stdin else "stdin is where the messages come from; name a file."
         raise typer.BadParameter(why)
-    if "" in paths:  # which Path would take for the current folder
-        raise typer.BadParameter("an empty name is not a file.")
     documents: list[Document] = []
     for path in paths:
         documents += [_read_stdin()] if path == STDIN else read_documents(Path(path), skipped=skipped)

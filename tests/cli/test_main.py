@@ -754,7 +754,9 @@ def test_a_files_name_forges_no_line(capsys: pytest.CaptureFixture[str], tmp_pat
         ("compress", "a.txt", "--output", ""), ("compress", "a.txt", "--output="), ("ask", "q", "--store", ""),
         ("ask", "q", "--library", ""), ("index", "add", "", "--documents", "a.txt"), ("store", "stats", ""),
         ("store", "export", "s", "--output", ""), ("calibrate", "--llm", "l", "--output", ""),
-        ("eval", "needle", "--json", ""),
+        ("eval", "needle", "--json", ""), ("index", "add", "lib", "--documents", ""), ("compress", "", "--output", "o"),
+        ("index", "add", "lib", "--documents", "a.txt", ""), ("scale", "compress", "--input", "", "--output", "o"),
+        ("train", "--llm", "l", "--output", "o", "--data", ""),
     ],
 )  # fmt: skip
 def test_an_empty_name_is_not_the_current_folder(command: tuple[str, ...]) -> None:
