@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -70,6 +71,8 @@ def extemb(
 def main() -> None:
     """Run `extemb` as a process of its own, whose logging and warnings are set up here."""
     _set_up_logging("--debug" in sys.argv[1:] or output.debugging())
+    if isinstance(sys.stdout, TextIOWrapper) and not output.writes_unicode():
+        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks, as stderr writes it
     try:
         app(prog_name="extemb")
     except KeyboardInterrupt:

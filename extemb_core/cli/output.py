@@ -107,10 +107,15 @@ def explain_interrupt(explain: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(f"interrupted; {explain()}") from None
 
 
+def writes_unicode() -> bool:
+    """Tell whether stdout can write all characters, which a pipe on Windows cannot."""
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
 def print_json(value: Any) -> None:
     """Print an object, or a dataclass as one, on one line of stdout."""
     fields = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    line = json.dumps(fields, ensure_ascii=False)  # escapes what is below the space
+    line = json.dumps(fields, ensure_ascii=not writes_unicode())  # escapes what is below the space
     typer.echo(_ESCAPED_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], line))
 
 
@@ -166,7 +171,9 @@ def print_table(
     console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = _LOG_COLUMNS
-    console.print(table)
+    with console.capture() as captured:  # printing itself, it would end the program where a pipe has no reader
+        console.print(table)
+    typer.echo(captured.get(), nl=False, err=stderr)
 
 
 def _format_cell(value: object) -> str:

@@ -1286,6 +1286,19 @@ def test_ctrl_c_in_training_says_how_to_go_on(models: Models, tmp_path: Path) ->
     assert "Traceback" not in stderr
 
 
+def test_what_the_encoding_of_stdout_lacks_is_escaped() -> None:
+    name = "\N{CJK UNIFIED IDEOGRAPH-4E2D} é \N{ROCKET}"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}  # as it is in a pipe on Windows
+    command = [sys.executable, "-c", MAIN, "weights", "verify", name, "--json"]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (ExitCode.SETTINGS, b"")
+    assert repr(name) in json.loads(done.stdout)["error"]["message"]
+    code = f"import sys; from extemb_core.cli import output; output.print_line({name!r}); output.print_piece({name!r})"
+    script = f"import extemb_core.cli.main as main; main.app = lambda prog_name: exec({code!r}); main.main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, env=environment, check=True)
+    assert done.stdout.decode("cp1252").split() == ["\\u4e2d", "é", "\\U0001f680"] * 2
+
+
 WITHOUT_A_READER = "import os; reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); "
 
 
@@ -1298,8 +1311,9 @@ def test_a_reader_that_leaves_is_no_error(models: Models) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
-def test_a_reader_that_has_left_is_no_error_at_the_end_of_an_interpreter_either() -> None:
-    command = [sys.executable, "-c", WITHOUT_A_READER + MAIN, "weights", "list", "--json"]
+@pytest.mark.parametrize("as_json", [(), ("--json",)])
+def test_a_reader_that_has_left_is_no_error_at_the_end_of_an_interpreter_either(as_json: tuple[str, ...]) -> None:
+    command = [sys.executable, "-c", WITHOUT_A_READER + MAIN, "weights", "list", *as_json]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (ExitCode.CLOSED_PIPE, "")
 
