@@ -96,7 +96,7 @@ def compress_corpus(
     """
     whole_number(rows_per_batch, "rows_per_batch")
     whole_number(workers, "workers")
-    kind, files = _inputs([inputs] if isinstance(inputs, str | os.PathLike) else list(inputs))
+    kind, files = _inputs([inputs] if isinstance(inputs, str | os.PathLike) else list(inputs), output)
     done = finished(output)
     with _cluster(ray_address) as data:
         from ray.exceptions import OutOfMemoryError, RayActorError
@@ -168,15 +168,19 @@ def _error_of(text: str) -> ExtembError:
     return kind.__new__(kind, message)  # without what its own __init__ asks for
 
 
-def _inputs(inputs: Sequence[str | os.PathLike[str]]) -> tuple[tuple[str, ...], list[str]]:
-    """List the files to read, after their kind; a URL is taken as it is."""
+def _inputs(
+    inputs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
+) -> tuple[tuple[str, ...], list[str]]:
+    """List the files to read, after their kind; a URL is taken as it is, and what is in the output is none of them."""
     files: list[str] = []
+    made = None if is_url(output) else Path(output).resolve()
     for one in inputs:
         path = Path(one)
         if is_url(one):
             files.append(str(one))
         elif path.is_dir():
-            files += [str(file) for file in sorted(path.rglob("*")) if file.name.endswith((*PARQUET, *ROWS))]
+            found = [file for file in sorted(path.rglob("*")) if file.name.endswith((*PARQUET, *ROWS))]
+            files += [str(file) for file in found if made is None or not file.resolve().is_relative_to(made)]
         elif path.is_file():
             files.append(str(path.resolve()))
         else:

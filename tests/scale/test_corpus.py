@@ -152,14 +152,21 @@ def test_inputs_are_of_one_kind(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "d.json").touch()
-    assert _inputs([tmp_path / "rows", tmp_path / "a.jsonl"]) == (
+    assert _inputs([tmp_path / "rows", tmp_path / "a.jsonl"], "out") == (
         ROWS, [str(tmp_path / "rows" / "d.json"), str(tmp_path / "a.jsonl")])  # fmt: skip
-    assert _inputs(["s3://bucket/a.parquet"]) == (PARQUET, ["s3://bucket/a.parquet"])
+    assert _inputs(["s3://bucket/a.parquet"], "s3://bucket/out") == (PARQUET, ["s3://bucket/a.parquet"])
     for wrong in ([], [tmp_path], [tmp_path / "notes.txt"], [tmp_path / "a.jsonl", tmp_path / "c.parquet"]):
         with pytest.raises(ConfigError, match="pass one kind at a time"):
-            _inputs(wrong)
+            _inputs(wrong, "out")
     with pytest.raises(DocumentNotFoundError, match="does not exist; pass files or folders"):
-        _inputs([tmp_path / "none.jsonl"])
+        _inputs([tmp_path / "none.jsonl"], "out")
+
+
+def test_what_was_made_in_the_folder_that_is_read_is_no_input(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("a.jsonl", "out/manifest.json", f"out/shard-{'0a' * 16}.json"):
+        (tmp_path / name).touch()
+    assert _inputs([tmp_path], tmp_path / "out") == (ROWS, [str(tmp_path / "a.jsonl")])
 
 
 @pytest.mark.parametrize("setting", ["rows_per_batch", "workers"])

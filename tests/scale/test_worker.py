@@ -194,6 +194,13 @@ def test_a_folder_of_something_else_is_not_touched(models, out, tmp_path):
         check_output(out)
 
 
+def test_a_folder_may_have_a_name_with_the_signs_of_a_pattern(models, tmp_path):
+    for where in (tmp_path / "run[1]*", f"memory://{tmp_path.name}/run[1]"):
+        CompressWorker(where, **models)({"text": TEXTS})
+        assert [shard.n_documents for shard in seal(where)] == [12]
+        assert sum(map(len, finished(where).values())) == 12
+
+
 def test_workers_write_behind_a_url_too(models, tmp_path):
     where = f"memory://{tmp_path.name}/out"
     CompressWorker(where, **models)({"text": TEXTS})
