@@ -221,8 +221,13 @@ def _terminal_reader() -> Callable[[], str | None]:
 
     def read() -> str | None:
         try:
-            while not (message := input("> ").strip()):
-                pass
+            message = ""
+            while not message:
+                if sys.stdout.isatty():
+                    message = input("> ").strip()
+                else:  # input() would write its prompt into the answers
+                    typer.echo("> ", nl=False, err=True)
+                    message = input().strip()
         except (EOFError, KeyboardInterrupt):
             output.print_note("")
             return None

@@ -1299,6 +1299,21 @@ def test_what_the_encoding_of_stdout_lacks_is_escaped() -> None:
     assert done.stdout.decode("cp1252").split() == ["\\u4e2d", "é", "\\U0001f680"] * 2
 
 
+def test_a_prompt_is_no_part_of_answers_that_go_to_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = iter(["  ", "hello"])
+    prompts = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": (prompts.append(prompt), next(said))[1])
+    assert asking._terminal_reader()() == "hello"
+    assert prompts == ["", ""]
+    assert capsys.readouterr() == ("", "> > ")
+    said = iter(["hello"])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert asking._terminal_reader()() == "hello"
+    assert prompts[-1] == "> "
+
+
 WITHOUT_A_READER = "import os; reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); "
 
 
