@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -26,10 +27,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.utils.data import DataLoader
 
 from benchmarks.ending import run as run_script
-from extemb_core.errors import ConfigError, TrainingError
+from extemb_core.errors import ConfigError, ExtembError, TrainingError
 from extemb_core.models.llm import LLM, choose_device
 from extemb_core.training.attention import training_attention
 from extemb_core.training.batches import Collator
@@ -70,9 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     mine = [number for number, count in enumerate(options.processes) for _ in range(count)]
     Path(configs[0].output).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-            _train, (configs, mine, options.minutes, options.decay, folder), nprocs=len(mine)
-        )
+        try:
+            torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+                _told, (configs, mine, options.minutes, options.decay, folder), nprocs=len(mine)
+            )
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            # The first that failed: the others may have lost it in the midst of a step.
+            told = min(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns, default=None)
+            if told is None:
+                raise
+            raise pickle.loads(told.read_bytes()) from error
     print(configs[0].output)
 
 
@@ -83,6 +92,15 @@ def _config(file: Path) -> TrainingConfig:
         return TrainingConfig(**settings)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} does not hold a training's settings ({error}); mend it") from error
+
+
+def _told(rank: int, *settings: Any) -> None:
+    """Train as one of the processes, and leave an error of ours where the first process finds it."""
+    try:
+        _train(rank, *settings)
+    except ExtembError as error:
+        (Path(settings[-1]) / f"error-{rank}").write_bytes(pickle.dumps(error))
+        raise
 
 
 def _train(

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import SENTENCES, save_tiny
 
+from benchmarks.ending import run as run_script
 from benchmarks.offline_training.one_device import main
-from extemb_core.errors import ConfigError
+from extemb_core.errors import ConfigError, WeightsNotFoundError
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.trainer import train
 
@@ -63,6 +64,18 @@ def test_some_processes_read_longer_texts(config, tmp_path):
     assert {"loss_recall", "loss_recall_2", "loss_ratio_2_2"} <= rows[0].keys()
     assert "loss_ratio_4_2" not in {name for row in rows for name in row}
     assert rows[0]["loss"] == pytest.approx((rows[0]["loss_recall"] + rows[0]["loss_recall_2"]) / 2, abs=1e-4)
+
+
+@pytest.mark.cluster
+def test_what_a_process_cannot_do_is_the_error_of_all(config, tmp_path, monkeypatch, capsys):
+    file = settings_file(replace(config, llm=str(tmp_path / "none")), tmp_path)
+    with pytest.raises(WeightsNotFoundError, match="none does not exist"):
+        main([file, "--processes", "2"])
+    monkeypatch.setattr("sys.argv", ["one_device", file, "--processes", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        run_script(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
 
 
 def test_what_is_trained_is_the_same_in_all_processes(config, tmp_path):
