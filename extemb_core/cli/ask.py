@@ -53,7 +53,7 @@ class AskOptions(options.ModelOptions):
     budget: int | None = None
     store: str | None = field(default=None, metadata={"default": "in memory"})
     library: str | None = None
-    k: int = N_PASSAGES
+    k: int | None = field(default=None, metadata={"default": str(N_PASSAGES)})
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int | None = field(default=None, metadata={"default": "another each time"})
@@ -109,6 +109,8 @@ def ask(
     question, paths = _question_and_paths(question, list(given.documents))
     if given.library is not None and (paths or given.store is not None):
         raise typer.BadParameter("a library has its own documents and store; leave out --documents and --store")
+    if given.library is None and given.k is not None:
+        raise typer.BadParameter("--k counts passages of a library; add --library, or leave it out")
     answering: dict[str, Any] = {"budget": given.budget, "ratio": given.parsed_ratio(), **given.sampling()}
     answering["plan"] = check_plan(given.plan, answering["ratio"])
     with ExitStack() as exit_stack:
@@ -121,7 +123,7 @@ def ask(
                 from extemb_core.library.library import Library
 
                 library = exit_stack.enter_context(Library(given.library, lm, mode="r"))
-                stream = library.stream(question, k=given.k, **answering)
+                stream = library.stream(question, k=N_PASSAGES if given.k is None else given.k, **answering)
         if as_json:
             with output.library_output():
                 answer = stream.finish()

@@ -326,7 +326,8 @@ def is_of(record: Mapping[str, Any], document: Document, fingerprint: str, ratio
 
 def _described(document: Document) -> dict[str, Any]:
     try:
-        metadata = json.loads(json.dumps(dict(document.metadata), default=str))  # what JSON cannot hold, as text
+        # What JSON cannot hold, NaN too, as text.
+        metadata = json.loads(json.dumps(dict(document.metadata), default=str), parse_constant=str)
     except (TypeError, ValueError, RecursionError):  # keys that it cannot hold, and what holds itself
         metadata = {str(name): str(value) for name, value in document.metadata.items()}
     return {

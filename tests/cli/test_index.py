@@ -112,6 +112,9 @@ def test_what_does_not_go_together(run: Any, tmp_path: Path) -> None:
     result = run("ask", "What?", "--library", tmp_path, "--store", tmp_path)
     assert result.exit_code == 2
     assert "a library has its own documents and store" in result.output
+    result = run("ask", "What?", "--documents", tmp_path, "--k", "3")
+    assert result.exit_code == 2
+    assert "--k counts passages of a library" in result.output
     for command in (["search", tmp_path / "none", "a"], ["remove", tmp_path / "none", "a"]):
         assert run("index", *command).exit_code == 3
     assert not (tmp_path / "none").exists()

@@ -467,6 +467,7 @@ def test_metadata_that_json_cannot_hold(opened, metadata):
         assert library.add([mill]).added == 1
         assert library.add([mill]).unchanged == 1
         assert library.text(mill.source) == mill.text
+        json.dumps([*library.documents()], allow_nan=False)
 
 
 def test_another_process_sees_what_this_one_adds(opened):
