@@ -27,12 +27,13 @@ _LOSS_DIFFERENCES = "The same in nats per token of the reference answer (below 0
 def compared(records: Sequence[tuple[Path, Record]]) -> dict[str, Record]:
     """Choose the records that compare plans for the question with other ways, by the name of their set.
 
-    Where several are of one set, the name says which record it is, too.
+    Where several are of one set, the name says which record it is, too. An untrained embedder is no part of the glance.
     """
     chosen = [
         (Path(record["data"][0]["file"]).name.split(".")[0], path.stem, record)
         for path, record in records
         if record["kind"] == "qa" and record["data"] and record["summary"].get("focus_minus")
+        if record["config"]["embedder"] != "untrained"
     ]
     names = [name for name, _, _ in chosen]
     ordered = sorted(chosen, key=lambda entry: entry[:2])

@@ -80,9 +80,12 @@ def test_equal_ways_are_both_best():
     assert row["`focus`"] == row["`lingua`"] == "**38.0%**"
 
 
-def test_records_of_one_set_are_told_apart_and_those_without_plans_left_out():
+def test_records_of_one_set_are_told_apart_and_those_without_plans_or_training_left_out():
     records = [(Path(f"{name}.json"), with_focus(qa_record())) for name in ("b", "a")]
     records += [(Path("c.json"), with_focus(qa_record(), data="dev_other.jsonl.zst")), (Path("d.json"), qa_record())]
+    untrained = with_focus(qa_record())
+    untrained["config"]["embedder"] = "untrained"
+    records.append((Path("e.json"), untrained))
     assert list(overview.compared(records)) == ["dev_other", "dev_squad (a)", "dev_squad (b)"]
 
 
