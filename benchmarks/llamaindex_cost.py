@@ -72,7 +72,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         lm = ExtensibleLM(loaded.llm, loaded.embedder, store)
         lm.llm.text_config.max_position_embeddings = WINDOW  # the same for both sides
         llm = ExtensibleLLM.from_lm(lm, max_tokens=2 if options.quick else NEW_TOKENS)
-        post = ExtensibleEmbeddingPostprocessor(llm=llm)
+        # What embeddings cost, also where an untrained embedder would have none.
+        plan = "focus" if lm.embedder.config.entry_layer else None
+        post = ExtensibleEmbeddingPostprocessor(llm=llm, plan=plan)
         post.postprocess_nodes(nodes)  # warms the store
         sections: dict[str, Callable[[], dict[str, Any]]] = {
             "calls": lambda: calls(llm, post, nodes),

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessException
 from torch.utils.data import DataLoader
 
 from benchmarks.ending import run as run_script
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
                 _told, (configs, mine, options.minutes, options.decay, folder), nprocs=len(mine)
             )
-        except (ProcessExitedException, ProcessRaisedException) as error:
+        except ProcessException as error:
             # The first that failed: the others may have lost it in the midst of a step.
             told = min(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns, default=None)
             if told is None:

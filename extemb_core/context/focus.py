@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -27,7 +27,9 @@ from extemb_core.context.planning import (
 from extemb_core.context.scoring import SentenceScorer, bm25_scores, ranking, ranks, words_added
 from extemb_core.context.spans import Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
-from extemb_core.models.config import ExtensibleEmbedderConfig
+
+if TYPE_CHECKING:  # it loads transformers, and settings are checked without
+    from extemb_core.models.config import ExtensibleEmbedderConfig
 
 _LEAST_LOSS = 1e-6  # per token
 _SCATTERED = 0.2  # what the second sentence adds; above it the answer is in more places than a ranking by words finds

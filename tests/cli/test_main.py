@@ -389,7 +389,8 @@ def test_a_document_is_planned_for_the_question(models: Models, novel: Path, pla
         assert (entry["fidelity"], kinds) == (8, set())
         return
     assert entry["fidelity"] == "mixed"
-    assert kinds == {"raw", "dropped"} if plan == "select" else any(isinstance(kind, int) for kind in kinds)
+    # Without a plan an untrained embedder has chosen sentences.
+    assert any(isinstance(kind, int) for kind in kinds) if plan == "focus" else kinds == {"raw", "dropped"}
     assert entry["spans"][-1]["stop"] == len(SENTENCES * 3)
 
 
