@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -194,7 +195,8 @@ class AnswerStream(Iterator[str]):
         self._pieces = llm.stream(prepared.prompt.inputs(llm), sampling, self._generated)
         self._first_token: float | None = None
         self._answer: Answer | None = None
-        self._closed = False
+        self._closed = threading.Event()
+        self._reading = threading.Lock()  # one thread at a time reads, or ends
         self._on_answer = on_answer
 
     @property
@@ -209,20 +211,23 @@ class AnswerStream(Iterator[str]):
         return self._answer
 
     def __next__(self) -> str:
-        if self._closed:
-            self.close()
-            raise StopIteration
-        try:
-            piece = next(self._pieces)
-        except StopIteration:
-            self._settle()
-            raise
-        except BaseException:
-            self._on_answer = None  # what failed is no answer
-            raise
-        if self._first_token is None:
-            self._first_token = time.perf_counter() - self._prepared.start
-        return piece
+        with self._reading:
+            if self._closed.is_set():
+                self._end()
+                raise StopIteration
+            try:
+                piece = next(self._pieces)
+            except StopIteration:
+                self._settle()
+                raise
+            except BaseException:
+                self._on_answer = None  # what failed is no answer
+                raise
+            if self._first_token is None:
+                self._first_token = time.perf_counter() - self._prepared.start
+            if self._closed.is_set():  # meanwhile, by another thread
+                self._end()
+            return piece
 
     def finish(self) -> Answer:
         """Read what is left and return the answer."""
@@ -235,13 +240,15 @@ class AnswerStream(Iterator[str]):
 
         While another thread waits for the next piece, the stream ends there once that has come.
         """
-        self._closed = True
-        try:
-            self._pieces.close()  # type: ignore[attr-defined]
-        except ValueError:
-            if not getattr(self._pieces, "gi_running", False):
-                raise
-            return
+        self._closed.set()
+        if self._reading.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._reading.release()
+
+    def _end(self) -> None:
+        self._pieces.close()  # type: ignore[attr-defined]
         if self._answer is None and not self._generated.text:
             self._generated.finish_reason = "cancelled"
         self._settle()

@@ -227,6 +227,45 @@ def test_a_stream_may_be_closed_by_another_thread_while_it_is_read(lm):
     assert stream.answer.new_tokens < 200
 
 
+@pytest.mark.parametrize("at", ["closing", "settling"])
+def test_a_stream_that_is_being_closed_may_be_read(lm, monkeypatch, at):
+    """The reader waits for the end: it neither fails nor ends the stream once more, which a session would hear of."""
+    session, begun, goes_on = lm.session(), threading.Event(), threading.Event()
+    stream = session.stream(QUESTION, max_new_tokens=50)
+    next(stream)
+    generate, settle = stream._pieces, stream._settle
+
+    def wait():
+        if not begun.is_set():
+            begun.set()
+            assert goes_on.wait(10)
+
+    def pieces():
+        try:
+            yield from generate
+        finally:
+            wait()
+
+    def settled():
+        wait()
+        settle()
+
+    if at == "closing":
+        stream._pieces = pieces()
+        next(stream)
+    else:
+        monkeypatch.setattr(stream, "_settle", settled)
+    with ThreadPoolExecutor(2) as pool:
+        closing = pool.submit(stream.close)
+        assert begun.wait(10)
+        reading = pool.submit(list, stream)
+        with pytest.raises(TimeoutError):
+            reading.result(0.2)
+        goes_on.set()
+        assert (closing.result(10), reading.result(10)) == (None, [])
+    assert [turn.text for turn in session._timeline] == [QUESTION, stream.answer.text]
+
+
 def test_documents_join_the_last_user_turn(lm):
     messages = [
         {"role": "system", "content": "Be brief."},
