@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -220,10 +221,8 @@ class Session:
         start = time.perf_counter()
         settings = Sampling(**sampling)
         with self._lock:
-            room = self._free(settings.max_new_tokens) - self._read.positions
             # What the window does not hold, be it of many windows, is streamed text but for its end.
-            whole = len(text) <= _PIECE_CHARS or len(self._llm.encode(text)) <= room
-            *pieces, text = [text] if whole else pieces_of(text, _PIECE_CHARS)
+            *pieces, text = [text] if self._holds(text, settings.max_new_tokens) else pieces_of(text, _PIECE_CHARS)
             long = "".join(pieces)
             question = _Turn("user", text)
             before, draft = self._timeline, self._draft()
@@ -243,6 +242,14 @@ class Session:
                 self._adopt(joined)
 
         return AnswerStream(self._llm, prepared, settings, take_in)
+
+    def _holds(self, text: str, new_tokens: int) -> bool:
+        """Tell whether a message is short or fits beside an answer; no more of it is encoded than tells that."""
+        if len(text) <= _PIECE_CHARS:
+            return True
+        sizes = (len(self._llm.encode(piece)) for piece in pieces_of(text, _PIECE_CHARS))
+        room = self._free(new_tokens) - self._read.positions
+        return all(size <= room for size in accumulate(sizes))
 
     # -- documents --------------------------------------------------------------------------------------------
 

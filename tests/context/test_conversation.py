@@ -48,6 +48,15 @@ def test_a_long_message_stays_whole_and_in_its_place_where_the_window_holds_it(l
     assert session.condensed_tokens == 0
 
 
+def test_no_more_of_a_message_is_encoded_at_once_than_tells_that_it_is_too_long(lm, monkeypatch):
+    monkeypatch.setattr("extemb_core.context.conversation._PIECE_CHARS", 80)
+    session, sizes, encode = lm.session(), [], lm.llm.encode
+    monkeypatch.setattr(lm.llm, "encode", lambda text: (sizes.append(len(text)), encode(text))[1])
+    assert not session._holds(SENTENCES * 50, 4)
+    assert max(sizes) <= 80
+    assert sum(sizes) < len(SENTENCES) * 10
+
+
 def test_six_windows_of_turns_never_overflow(lm):
     session = lm.session(window=200)
     said = 0
