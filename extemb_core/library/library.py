@@ -30,7 +30,7 @@ from extemb_core.library.vector_index import VectorIndex, choose_factory
 from extemb_core.loaders import Skipped, read_documents
 from extemb_core.models.bulk import compress_in_batches, default_batch_size
 from extemb_core.store.format import Dtype, ref_of
-from extemb_core.store.maintenance import Verified
+from extemb_core.store.maintenance import LOST, Verified
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.batches import batches
 from extemb_core.utils.progress import progress
@@ -228,8 +228,11 @@ class Library:
         """
         self._need_lm()
         self.store.require_writable()
-        if damaged := [ref for ref, _, _ in self.store.verify().damaged]:
-            self.store.remove(damaged)
+        damaged: dict[str, list[str]] = {}
+        for ref, fingerprint, _ in self.store.verify().damaged:
+            damaged.setdefault(fingerprint, []).append(ref)
+        for fingerprint, refs in damaged.items():  # what other embedders made of the same texts stays
+            self.store.remove(refs, None if fingerprint == LOST else fingerprint)
         return self._compress_changed("refresh", self._stored_documents(), len(self), show_progress)
 
     def remove(self, sources: str | Iterable[str]) -> int:

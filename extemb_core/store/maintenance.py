@@ -13,6 +13,7 @@ from extemb_core.store.blocks import BLOCK_BYTES, Blocks
 from extemb_core.store.format import COUNT, NUMBER, Entry, ref_of
 from extemb_core.store.lmdb_env import DATA_FILE
 
+LOST = "?"  # in the place of a fingerprint that is lost
 _SMALL_BLOCK_BYTES = BLOCK_BYTES // 4
 
 
@@ -88,7 +89,7 @@ def verify(blocks: Blocks) -> Verified:
     with blocks.environment.read() as transaction:
         held: Counter[int] = Counter()  # bytes of documents in each block
         for data, value in blocks.environment.rows(transaction, "entries"):
-            key, entry, name = bytes(data), Entry.unpack(value), "?"
+            key, entry, name = bytes(data), Entry.unpack(value), LOST
             held[entry.block] += blocks.size(transaction, key, entry)
             try:
                 name = blocks.kind(transaction, key, entry).fingerprint

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from extemb_core.errors import ConfigError, DocumentError, ExtembError, Mismatch
 from extemb_core.library.bm25 import WordIndex
 from extemb_core.library.library import INDEX_FILE, WORDS_FILE, Library
 from extemb_core.library.vector_index import VectorIndex
+from extemb_core.store.maintenance import Verified
 
 pytest.importorskip("faiss")
 PLACES = ("harbour", "bridge", "mill", "tower", "market", "station")
@@ -255,6 +257,11 @@ def test_embeddings_that_are_damaged_or_lost_are_made_anew(opened, lm, tmp_path,
         assert library.add([document(place) for place in PLACES]).updated == 1  # lost ones are seen without reading any
         assert len(made) == 2
         assert library.store.verify().n_documents == library.store.stats().n_documents
+        ref, other = damaged[0], "0" * 32
+        library.store.put(replace(library.store.finest(ref, lm.embedder.fingerprint), fingerprint=other))
+        monkeypatch.setattr(library.store, "verify", lambda: Verified(n_documents=0, damaged=((ref, other, "lost"),)))
+        assert library.refresh().updated == 0  # what this embedder made of the same passage is whole
+        assert set(library.store.stats().by_fingerprint) == {lm.embedder.fingerprint}
     with opened(mode="r") as library, pytest.raises(StoreError, match="was opened to read"):
         library.refresh()
 
