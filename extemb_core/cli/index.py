@@ -83,9 +83,9 @@ def _gone_from(paths: Iterable[Path], sources: Iterable[str], near: Path) -> lis
         source
         for source in sources
         if (file := near / source).suffix.lower() in SUPPORTED_SUFFIXES  # else a folder did not bring it
-        and any(file.resolve().is_relative_to(folder) for folder in folders)
         and "://" not in source  # a page of the web, which Python brought
         and _is_gone(file)
+        and any(file.resolve().is_relative_to(folder) for folder in folders)
         and not re.search(r"\\x[0-9a-f]{2}", source)  # a name that is not UTF-8, and written down as UTF-8
     ]
 

@@ -177,7 +177,7 @@ def test_what_another_folder_or_python_brought_is_not_gone(run: Any, tmp_path: P
     assert _gone_from([tmp_path / "a"], sources, tmp_path) == sources[:1]
     assert _gone_from([tmp_path / "a" / "gone.txt"], sources, tmp_path) == []
     assert _gone_from([tmp_path / "a"], ["a/gone.txt"], tmp_path) == ["a/gone.txt"]  # as a library there names it
-    assert _gone_from([tmp_path], ["https://example.com/page.html"], tmp_path) == []
+    assert _gone_from([tmp_path], ["https://example.com/page.html", "a\0b.txt", "a" * 5000 + ".txt"], tmp_path) == []
 
 
 def test_what_cannot_be_looked_at_is_not_gone(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
