@@ -59,14 +59,21 @@ class ExtensibleRetriever(StrictSettings, BaseRetriever):
                 self._opened = library if isinstance(library, Library) else Library(library, mode="r")
             return self._opened
 
+    # A copy, or another process, opens a folder by itself: each may close what it opened.
+
+    def __copy__(self) -> Self:
+        copied = super().__copy__()
+        copied._opened = None
+        return copied
+
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         memo = {} if memo is None else memo
-        memo[id(self._opened)] = self._opened
+        memo[id(self._opened)] = None
         return super().__deepcopy__(memo)
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        return {**state, "__pydantic_private__": {"_opened": None}}  # another process opens it by its folder
+        return {**state, "__pydantic_private__": {**state["__pydantic_private__"], "_opened": None}}
 
     def _get_relevant_documents(
         self,

@@ -102,10 +102,10 @@ def test_threads_that_ask_first_open_one_library_and_closing_leaves_none_open(fo
 def test_a_retriever_by_folder_is_pickled_also_after_it_was_asked(folder):
     retriever = ExtensibleRetriever(library=folder / "docs.extemb", k=1)
     found = retriever.invoke(QUESTION)
-    again = pickle.loads(pickle.dumps(retriever))
-    assert deepcopy(retriever).invoke(QUESTION) == again.invoke(QUESTION) == found
-    again.close()
-    assert retriever.invoke(QUESTION) == found  # its own is open
+    for other in (pickle.loads(pickle.dumps(retriever)), deepcopy(retriever), retriever.model_copy()):
+        assert other.invoke(QUESTION) == found
+        other.close()
+        assert retriever.invoke(QUESTION) == found  # its own is open
     retriever.close()
 
 
