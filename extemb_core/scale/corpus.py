@@ -96,8 +96,8 @@ def compress_corpus(
     """
     whole_number(rows_per_batch, "rows_per_batch")
     whole_number(workers, "workers")
+    done = finished(output)  # first: a folder with the inputs in it is none to write to, and says so
     kind, files = _inputs([inputs] if isinstance(inputs, str | os.PathLike) else list(inputs), output)
-    done = finished(output)
     with _cluster(ray_address) as data:
         from ray.exceptions import OutOfMemoryError, RayActorError
 
