@@ -232,8 +232,11 @@ class ContextBuilder:
                 "text; make the ref again, with the same lm or the same model and store"
             )
         content = sum(span.positions(config.chunk_size) for span in spans)
-        split = SplitDocument(self._sentences(document.text), grid, config.chunk_size)
         fidelity = fidelity_of(spans)
+        excerpts: tuple[str, ...] = ()
+        if fidelity == "mixed":
+            split = SplitDocument(self._sentences(document.text), grid, config.chunk_size)
+            excerpts = tuple(map(split.excerpt, spans))
         return DocumentPlan(
             index=index,
             n_tokens=n_tokens,
@@ -242,7 +245,7 @@ class ContextBuilder:
             reason="as planned before",
             spans=spans,
             chunk_size=config.chunk_size,
-            excerpts=tuple(map(split.excerpt, spans)) if fidelity == "mixed" else (),
+            excerpts=excerpts,
         )
 
     def _coarsest(self, document: Document, overhead: int) -> int:
