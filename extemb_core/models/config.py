@@ -47,6 +47,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
             question (see `context/retrieval_heads.py`); plans go by them. None where they were not looked for.
         sentence_losses: What it costs an answer when a sentence is read in less detail, as the `summary` of
             `extemb eval plan` has it; plans weigh with it. None for what was fitted for the shipped LLM.
+        has_reader: An LLM was trained beside it to read what it makes, though it has learned nothing itself.
         hidden_size: Width of the LLM's input embeddings, D.
         llm_name: What the LLM was called when the embedder was made; only for messages and defaults.
         llm_layers_type: The LLM's `model_type`; an embedder is not moved between architectures.
@@ -76,6 +77,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         token_weights_digest: str = "",
         retrieval_heads: Sequence[Sequence[int]] = (),
         sentence_losses: Mapping[str, Any] | None = None,
+        has_reader: bool = False,
         hidden_size: int = 0,
         llm_name: str = "",
         llm_layers_type: str = "",
@@ -143,6 +145,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         self.token_weights_digest = token_weights_digest
         self.retrieval_heads = _checked_heads(retrieval_heads, entry_layer)
         self.sentence_losses = sentence_losses
+        self.has_reader = has_reader
         self.hidden_size = hidden_size
         self.llm_name = llm_name
         self.llm_layers_type = llm_layers_type
@@ -152,8 +155,8 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
 
     @property
     def untrained(self) -> bool:
-        """Nothing was learned: the embedder is the LLM's own first layers as they are."""
-        return self.adaptation == self.connector == "none"
+        """Nothing was learned: the embedder is the LLM's own first layers as they are, which no LLM learned to read."""
+        return self.adaptation == self.connector == "none" and not self.has_reader
 
     def finest(self, ratio: int | None = None) -> int:
         """Return `ratio`, which must be one that may be asked for; the one that is kept when not given.

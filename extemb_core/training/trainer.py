@@ -556,7 +556,7 @@ def starting_point(config: TrainingConfig, llm: LLM) -> TrainableModel:
         embedder.trainable_to(torch.float32)  # in bfloat16 a small update would round to none
         layer = embedder.config.entry_layer
     elif layer:  # a reader of what the LLM's first layers give as they are
-        settings = {**config.embedder, "adaptation": "none"}
+        settings = {**config.embedder, "adaptation": "none", "has_reader": True}
         embedder = ExtensibleEmbedder.from_llm(llm, token_counts=_token_counts(config, llm), **settings)
     for name in ("mixed_share", "focus_share"):
         if getattr(config, name) and not layer:

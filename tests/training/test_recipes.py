@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import SENTENCES, tiny_model, tiny_tokenizer
 
+from extemb_core.context.focus import mode_of
 from extemb_core.errors import ConfigError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
@@ -201,6 +202,7 @@ def test_a_recipe_above_entry_layer_0_trains_what_it_says(folder, settings, name
     embedder = ExtensibleEmbedder.from_pretrained(folder / "run", llm=llm)
     assert embedder.config.entry_layer == 2
     assert embedder.config.adaptation == ("none" if name == "reader" else "lora")
+    assert mode_of(None, "auto", "Why?", embedder.config) == "focus"  # whoever learned
     text = "When was the mill built? " * 8
     torch.testing.assert_close(
         embedder.compress(text, ratio=4).embeddings, trained.embedder.compress(text, ratio=4).embeddings
