@@ -39,6 +39,7 @@ In 1987 the bridge was closed for repairs; it opened again 3 years later.
 def area(width: float, height: float) -> float: return width * height
 Please answer in one short sentence. The user asked: what is 7 + 5?
 Rivers carry sand to the sea, and the sea carries it back to the beach."""
+LONG_PROMPT = "In 1987 the bridge was closed for repairs; it opened again 3 years later."
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
