@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 from tiny import SENTENCES, entering, save_tiny, tiny_llm
 
 from extemb_core import ExtensibleLM
-from extemb_core.context.focus import (
-    FIDELITIES,
-    SentenceLosses,
-    SplitDocument,
-    added_by_second,
-    mode_of,
-    plan_focus,
-    sentence_losses,
-)
-from extemb_core.context.scoring import bm25_scores, words_added
+from extemb_core.context.focus import FIDELITIES, SentenceLosses, SplitDocument, mode_of, plan_focus, sentence_losses
+from extemb_core.context.scoring import bm25_scores
 from extemb_core.context.spans import split_into_sentences
 from extemb_core.documents import Document, ReferencedDocument
 from extemb_core.errors import BudgetError, ConfigError
@@ -200,22 +192,6 @@ def test_a_question_about_many_places_has_all_read_alike_beside_many_sentences_t
     assert "all is read alike" in made.note
     assert "sentences fit" not in made.note
     assert "dropped" not in {span.fidelity for span in made.documents[0].spans}
-
-
-def test_what_a_second_sentence_adds_tells_one_place_from_several():
-    sentences = ["The bridge was closed in 1987.", "The fog came in.", "The bridge closed."]
-    assert words_added("The bridge, closed by fog?", sentences, 0, 2) == 0
-    assert words_added("The bridge, closed by fog?", sentences, 0, 1) > words_added(
-        "The bridge by fog?", sentences, 2, 0
-    )
-    assert words_added("fog", sentences, 0, 1) == 1
-    assert words_added("?", sentences, 0, 1) == 0
-    scores = np.array(bm25_scores("bridge closed by fog", sentences))
-    assert added_by_second("bridge closed by fog", sentences, scores) == words_added(
-        "bridge closed by fog", sentences, *np.argsort(-scores, kind="stable")[:2].tolist()
-    )
-    assert added_by_second("fog", ["The fog came in."], np.array([1.0])) == 0
-    assert added_by_second("fog", sentences, np.array([0.0, 2.0, 0.0])) == 0
 
 
 def test_what_was_fitted_says_that_less_detail_costs_more():
