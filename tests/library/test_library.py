@@ -16,36 +16,17 @@ import pytest
 import torch
 from anchored import untrained
 from retrieval_encoder import by_words
-from tiny import random_embedder, tiny_llm
+from shelved import PLACES, document
+from tiny import random_embedder
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
-from extemb_core.errors import ConfigError, DocumentError, ExtembError, MismatchError, StoreCorruptError, StoreError
+from extemb_core.errors import ConfigError, DocumentError, MismatchError, StoreError
 from extemb_core.library.bm25 import WordIndex
 from extemb_core.library.library import INDEX_FILE, WORDS_FILE, Library
 from extemb_core.library.vector_index import VectorIndex
 from extemb_core.store.maintenance import Verified
 
 pytest.importorskip("faiss")
-PLACES = ("harbour", "bridge", "mill", "tower", "market", "station")
-
-
-def document(place, year=1820, **metadata):
-    text = f"The {place} was built in {year}. " + "It rained on the hills and the river rose. " * 3
-    return Document(text, title=place.title(), metadata={"source": f"{place}.txt", **metadata})
-
-
-@pytest.fixture(scope="module")
-def lm():
-    llm = tiny_llm()
-    return ExtensibleLM(llm, random_embedder(llm))
-
-
-@pytest.fixture
-def opened(lm, tmp_path):
-    def make(**settings):
-        return Library(tmp_path / "lib", lm, **({"encoder": by_words, "passage_tokens": 40, "ratio": 2} | settings))
-
-    return make
 
 
 def counting(lm, monkeypatch):
@@ -465,18 +446,6 @@ def test_an_encoder_is_not_asked_about_nothing(opened):
         assert library.search("mill", k=1)[0].source == "mill.txt"
 
 
-@pytest.mark.parametrize(
-    "metadata", [{("a", 1): 2}, {"source": "a\udc80"}, {"of": {("a", 1): 2}}, {"nan": float("nan")}]
-)
-def test_metadata_that_json_cannot_hold(opened, metadata):
-    mill = Document("The mill was built in 1820.", title="Mill", metadata=metadata)
-    with opened() as library:
-        assert library.add([mill]).added == 1
-        assert library.add([mill]).unchanged == 1
-        assert library.text(mill.source) == mill.text
-        json.dumps([*library.documents()], allow_nan=False)
-
-
 def test_another_process_sees_what_this_one_adds(opened):
     with opened() as library, opened() as other:
         library.add([document("mill")])
@@ -508,65 +477,6 @@ def test_a_library_stays_with_its_encoder_and_needs_an_lm_to_add(opened, tmp_pat
                 call()
     with pytest.raises(ConfigError, match="passage_tokens=0"):
         opened(passage_tokens=0)
-
-
-def damage(path, name, at, row=0):
-    """Flip a bit of a row of a database."""
-    with EmbeddingStore.open(path) as store:
-
-        def work(transaction):
-            key, value = [*store.environment.rows(transaction, name)][row]
-            data = bytearray(value)
-            data[at % len(data)] ^= 1 << at % 7
-            transaction.put(bytes(key), bytes(data), db=store.environment.database(name))
-
-        store.write(work)
-
-
-def test_a_changed_text_is_never_quoted_and_the_original_brings_it_back(opened):
-    mill = Document("The fee is 1000 euros, says the contract.", metadata={"source": "fee.txt"})
-    with opened() as library:
-        library.add([mill, document("bridge")])
-        assert library.verify().clean
-        row = [record["source"] for record in library.documents()].index("fee.txt")
-        damage(library.path, "texts", 12, row)
-        for read in (lambda: library.search("fee"), lambda: library.text("fee.txt"), lambda: library.ask("fee?")):
-            with pytest.raises(StoreCorruptError, match=r"'fee.txt' is not what was written; add the document again"):
-                read()
-        assert library.store.verify().clean  # the embeddings are
-        assert [("'fee.txt'" in problem) for problem in library.verify().problems] == [True]
-        added = library.add([mill, document("bridge")])
-        assert (added.updated, added.unchanged) == (1, 1)
-        assert library.search("fee", k=1)[0].text == mill.text
-        assert library.verify().clean
-        damage(library.path, "texts", 12, row)
-        assert library.remove("fee.txt") == 1
-        assert library.verify().clean
-
-
-@pytest.mark.parametrize("name", ["documents", "texts", "passages", "settings", "entries", "kinds", "blocks"])
-def test_what_a_library_gives_back_is_what_was_put_there_or_an_error(opened, tmp_path, name):
-    def read(library):
-        passages = library.search("mill", k=9)
-        found = {(passage.source, passage.title, passage.start, passage.text) for passage in passages}
-        records = list(library.documents())
-        return found, records, library.text("mill.txt"), library.ask("mill?", ratio=2, max_new_tokens=4).text
-
-    with opened() as library:
-        library.add([document("mill")])
-        wanted = read(library)
-    refused = 0
-    for at in range(0, 160, 7):
-        damage(tmp_path / "lib", name, at)
-        try:
-            with opened(mode="r") as library:
-                assert read(library) == wanted
-        except ExtembError:
-            refused += 1
-        damage(tmp_path / "lib", name, at)  # the bit is back
-    with opened() as library:
-        assert read(library) == wanted
-    assert refused
 
 
 def test_an_empty_library_and_an_empty_document(opened):
