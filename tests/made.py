@@ -60,3 +60,12 @@ def anchored(name, *, n_tokens=50, ratio=4, width=24, fingerprint=FINGERPRINT, c
         norms=groups.norms,
         weights=groups.weights,
     )
+
+
+def same(one, other):
+    assert torch.equal(one.embeddings, other.embeddings)
+    assert one.entry_layer == other.entry_layer
+    if one.entry_layer:
+        assert np.array_equal(one.anchors, other.anchors)
+        for name in ("mean_norms", "norms", "weights"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
