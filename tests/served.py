@@ -13,9 +13,11 @@ from typing import Any
 
 import httpx
 import openai
+import pytest
 from passes import PATIENCE
 from processes import Process
 from retrieval_encoder import by_words
+from tiny import SENTENCES
 
 from extemb_core.serving.process import make_server
 from extemb_core.serving.settings import ServerSettings
@@ -23,6 +25,9 @@ from extemb_core.serving.settings import ServerSettings
 MODEL = "tiny"
 _MAIN = "import sys; from extemb_core.cli.main import main; sys.argv[0] = 'extemb'; main()"
 KEYS = ("first-key-0123456789", "second-key-0123456789")
+QUESTION = "When was the bridge closed?"
+ASKED = [{"role": "user", "content": QUESTION}]
+DOCUMENT = {"title": "Ships", "text": SENTENCES, "id": "ships.txt"}
 
 
 @dataclass
@@ -115,3 +120,20 @@ def serve(*options: Any, env: Mapping[str, str] | None = None) -> tuple[Process,
 
     process.wait_for(lambda: "listening at" in said())
     return process, said().partition("listening at ")[2].split()[0]
+
+
+def ask(client, documents=(), stream=False, messages=ASKED, **settings):
+    own = {name: settings.pop(name) for name in ("budget", "ratio", "plan", "k") if name in settings}
+    return client.chat.completions.create(
+        model=MODEL, messages=messages, stream=stream, extra_body={"documents": list(documents), **own}, **settings
+    )
+
+
+def refused(error, call, *args, **settings):
+    with pytest.raises(error) as raised:
+        call(*args, **settings)
+    body = raised.value.response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert raised.value.response.headers["x-request-id"]
+    return raised.value

@@ -1,58 +1,22 @@
-"""The official client against a real server: answers, streams, documents, and who may read them."""
+"""The official client against a real server: answers, streams, text that is data, and who is answered."""
 
 from __future__ import annotations
 
-import json
-
 import openai
 import pytest
-from served import KEYS, MODEL, served
-from tiny import SENTENCES, entering, tiny_model, tiny_tokenizer
+from served import ASKED, DOCUMENT, KEYS, MODEL, QUESTION, ask, refused, served
+from tiny import SENTENCES
 
-from extemb_core import Document, EmbeddingStore, ExtensibleLM
-from extemb_core.models.llm import LLM
+from extemb_core import Document
 
 pytest.importorskip("faiss")
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
-
-QUESTION = "When was the bridge closed?"
-ASKED = [{"role": "user", "content": QUESTION}]
-DOCUMENT = {"title": "Ships", "text": SENTENCES, "id": "ships.txt"}
-
-
-@pytest.fixture(scope="module")
-def lm():
-    llm = LLM(tiny_model("llama", max_position_embeddings=2048), tiny_tokenizer(), name="tiny-llama")
-    return ExtensibleLM(llm, entering(llm))
 
 
 @pytest.fixture(scope="module")
 def server(lm, tmp_path_factory):
     with served(lm, tmp_path_factory.mktemp("open")) as one:
         yield one
-
-
-@pytest.fixture(scope="module")
-def guarded(lm, tmp_path_factory):
-    with served(lm, tmp_path_factory.mktemp("guarded"), keys=KEYS) as one:
-        yield one
-
-
-def ask(client, documents=(), stream=False, messages=ASKED, **settings):
-    own = {name: settings.pop(name) for name in ("budget", "ratio", "plan", "k") if name in settings}
-    return client.chat.completions.create(
-        model=MODEL, messages=messages, stream=stream, extra_body={"documents": list(documents), **own}, **settings
-    )
-
-
-def refused(error, call, *args, **settings):
-    with pytest.raises(error) as raised:
-        call(*args, **settings)
-    body = raised.value.response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert raised.value.response.headers["x-request-id"]
-    return raised.value
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -186,85 +150,7 @@ def test_what_looks_like_a_command_is_text_in_any_field(server, lm, odd):
     assert ask(client, [{"ref": odd}]).model_extra["extemb"]["context"][0]["source"] == odd
 
 
-# -- documents --------------------------------------------------------------------------------------------------------
-
-
-def test_documents_are_added_listed_read_found_and_deleted(guarded, lm):
-    client = guarded.http(KEYS[0])
-    texts = [f"The {place} was built in {year}. " * 4 for place, year in (("mill", 1820), ("tower", 1750))]
-    added = client.post(
-        "/v1/documents", json={"documents": [{"text": texts[0], "id": "mill", "title": "Mill"}, {"text": texts[1]}]}
-    )
-    assert added.status_code == 200
-    mill, tower = added.json()["data"]
-    ref = Document(texts[1]).ref
-    assert (mill["id"], mill["title"], mill["characters"]) == ("mill", "Mill", len(texts[0]))
-    assert (tower["id"], tower["ref"]) == (ref, ref)
-    assert {one["id"] for one in client.get("/v1/documents").json()["data"]} == {"mill", ref}
-    asking = guarded.openai(KEYS[0])
-    for name in ("mill", mill["ref"]):
-        made = ask(asking, [{"ref": name}], ratio=4)
-        (entry,) = made.model_extra["extemb"]["context"]
-        assert (entry["source"], entry["cached"], entry["fidelity"]) == ("mill", True, 4)
-        assert (
-            made.choices[0].message.content
-            == lm.ask(QUESTION, [Document(texts[0], title="Mill")], ratio=4, max_new_tokens=8).text
-        )
-    found = ask(asking, messages=[{"role": "user", "content": "When was the tower built?"}], k=1)
-    assert found.model_extra["extemb"]["context"][0]["source"].startswith(f"{ref}:0-")
-    assert client.delete("/v1/documents/mill").json() == {"id": "mill", "object": "document", "deleted": True}
-    assert client.delete("/v1/documents/mill").status_code == 404
-    assert refused(openai.NotFoundError, ask, asking, [{"ref": "mill"}]).code == "document_not_found"
-    assert [one["id"] for one in client.get("/v1/documents").json()["data"]] == [ref]
-
-
-def test_a_document_of_the_same_id_takes_the_place_of_the_other(guarded):
-    client = guarded.http(KEYS[0])
-    for text in ("It was open. " * 20, "It was closed. " * 20):
-        client.post("/v1/documents", json={"documents": [{"text": text, "id": "notice"}]})
-    assert [one["characters"] for one in client.get("/v1/documents").json()["data"] if one["id"] == "notice"] == [300]
-    library = guarded.service.workspace(next(iter(guarded.service._workspaces)))._library
-    assert Document("It was open. " * 20).ref not in {ref for ref, _ in library.store.items()}
-    assert Document("It was closed. " * 20).ref in {ref for ref, _ in library.store.items()}
-    client.delete("/v1/documents/notice")
-    assert Document("It was closed. " * 20).ref not in {ref for ref, _ in library.store.items()}
-
-
-def test_one_keys_documents_are_nothing_to_another(guarded):
-    first, second = guarded.http(KEYS[0]), guarded.http(KEYS[1])
-    text = "The safe opens with 4711. " * 8
-    (record,) = first.post("/v1/documents", json={"documents": [{"text": text, "id": "secret"}]}).json()["data"]
-    assert ask(guarded.openai(KEYS[0]), [{"ref": "secret"}], ratio=4).model_extra["extemb"]["context"][0]["cached"]
-    assert second.get("/v1/documents").json()["data"] == []
-    asking = guarded.openai(KEYS[1])
-    for name in ("secret", record["ref"]):
-        refused(openai.NotFoundError, ask, asking, [{"ref": name}])
-        assert second.delete(f"/v1/documents/{name}").status_code == 404
-    assert ask(asking, k=8).model_extra["extemb"]["context"] == []
-    told = ask(asking, [{"text": text}], ratio=4).model_extra["extemb"]["context"]
-    assert not told[0]["cached"]  # nor is told that another has it
-    assert ask(asking, [{"text": text}], ratio=4).model_extra["extemb"]["context"][0]["cached"]
-    assert first.get("/v1/documents").json()["data"] != []
-
-
-def test_what_comes_with_a_question_is_not_written_to_disk(guarded):
-    text = "Said in passing, and never to be kept. " * 6
-    ask(guarded.openai(KEYS[0]), [{"text": text}], ratio=4)
-    for workspace in guarded.service._workspaces.values():
-        assert Document(text).ref not in {ref for ref, _ in workspace._library.store.items()}
-    assert guarded.http(KEYS[0]).get("/v1/documents").status_code == 200
-
-
-def test_what_the_server_was_started_with_is_read_and_not_added_to(lm, tmp_path):
-    stored, other = "The harbour was built in 1790. " * 8, "The market was built in 1801. " * 8
-    with EmbeddingStore.open(tmp_path / "store") as store:
-        warm = ExtensibleLM(lm.llm, lm.embedder, store)
-        warm.compress(stored)
-        with served(warm, tmp_path / "data", keys=KEYS) as one:
-            for key in KEYS:
-                made = ask(one.openai(key), [{"text": stored}, {"text": other}], ratio=4)
-                assert [entry["cached"] for entry in made.model_extra["extemb"]["context"]] == [True, False]
-        assert [ref for ref, _ in store.items()] == [Document(stored).ref]
+# -- conversations ----------------------------------------------------------------------------------------------------
 
 
 def test_turns_that_the_window_does_not_hold_are_compressed(server):
@@ -272,18 +158,6 @@ def test_turns_that_the_window_does_not_hold_are_compressed(server):
     made = ask(server.openai(), messages=[*turn * 8, {"role": "user", "content": "Why?"}], max_tokens=2)
     assert made.usage.prompt_tokens <= 2048 < made.usage.document_tokens
     assert made.model_extra["extemb"]["context"][-1]["source"] == "turn 1, user"
-
-
-def test_documents_outlive_the_server(lm, tmp_path):
-    for count in (0, 1):
-        with served(lm, tmp_path, keys=KEYS) as one:
-            client = one.http(KEYS[0])
-            assert len(client.get("/v1/documents").json()["data"]) == count
-            client.post("/v1/documents", json={"documents": [DOCUMENT]})
-            assert ask(one.openai(KEYS[0]), [{"ref": "ships.txt"}], ratio=4).model_extra["extemb"]["context"][0][
-                "cached"
-            ]
-    assert KEYS[0] not in json.dumps([str(path) for path in tmp_path.rglob("*")])
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
