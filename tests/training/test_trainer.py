@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes import Process
 from safetensors.torch import load_file
-from tiny import SENTENCES, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
+from tiny import random_embedder, tiny_llm
 
 from extemb_core.context.assembly import assemble_text
 from extemb_core.errors import ConfigError, DocumentError, MismatchError, TrainingError, WeightsError
@@ -27,29 +27,6 @@ from extemb_core.training.config import OBJECTIVES, TrainingConfig
 from extemb_core.training.objectives import QuestionReadings
 from extemb_core.training.trainer import RunTrainer, TrainableModel, last_checkpoint, plan_batches, train
 from extemb_core.training.two_stream import two_stream_losses
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A saved tiny LLM and text to train on."""
-    folder = tmp_path_factory.mktemp("train")
-    tiny_model("llama").save_pretrained(folder / "llm")
-    tiny_tokenizer().save_pretrained(folder / "llm")
-    lines = SENTENCES.splitlines()
-    rows = [json.dumps({"text": " ".join(lines[at % 6 :] + lines[: at % 6] * (at + 1))}) for at in range(12)]
-    (folder / "data.jsonl").write_text("\n".join(rows))
-    (folder / "held_out.txt").write_text(SENTENCES)
-    return folder
-
-
-@pytest.fixture
-def config(folder, tmp_path):
-    return TrainingConfig(
-        llm=str(folder / "llm"), data=(str(folder / "data.jsonl"),), output=str(tmp_path / "run"),
-        embedder={"num_layers": 2, "chunk_size": 16, "ratios": (2, 4)}, sample_length=48, batch_size=2,
-        total_tokens=6 * 96, warmup_steps=0, learning_rate=5e-3, connector_lr_factor=2.0, save_steps=3, eval_steps=3,
-        logging_steps=1, eval_samples=2, device="cpu",
-    )  # fmt: skip
 
 
 def log_of(config):
@@ -252,20 +229,6 @@ def test_what_cannot_be_trained_on(config, folder, tmp_path):
         train(replace(config, ratios=(2, 8)))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("data", ()), ("data", "one.txt"), ("eval_data", "one.txt"), ("batch_size", 0), ("sample_length", 4.5),
-        ("chunk_sizes", (0,)), ("ratios", ("2",)), ("warmup_steps", -1), ("learning_rate", 0), ("learning_rate", 3),
-        ("connector_lr_factor", 0), ("max_grad_norm", -1), ("max_minutes", 0), ("seed", -1), ("weight_decay", -0.1),
-        ("dtype", "int8"),
-    ],
-)  # fmt: skip
-def test_an_illegal_setting_is_named(config, name, value):
-    with pytest.raises(ConfigError, match=name):
-        replace(config, **{name: value})
-
-
 def small_trainer(config, embedder, **changes):
     from transformers import PrinterCallback
 
@@ -417,21 +380,6 @@ def test_with_several_processes_each_takes_its_own_gpu(config, monkeypatch):
 # -- other objectives, and readers --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def asked(config, folder, tmp_path):
-    """A run on questions, with an LLM whose window holds them."""
-    tiny_model("llama", max_position_embeddings=1024).save_pretrained(tmp_path / "llm")
-    tiny_tokenizer().save_pretrained(tmp_path / "llm")
-    rows = [
-        {"id": f"made:{at}", "context": f"The {place} was built in 18{at}0.",
-         "question": f"When was the {place} built?", "answers": [f"18{at}0"]}
-        for at, place in enumerate(("harbour", "bridge", "mill", "tower", "market"))
-    ]  # fmt: skip
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return replace(config, llm=str(tmp_path / "llm"), data=(), questions=(str(tmp_path / "questions.jsonl"),),
-                   objectives={"questions": 1}, eval_data=())  # fmt: skip
-
-
 def reader_tensors(config):
     return load_file(Path(config.output) / "reader" / "adapter_model.safetensors")
 
@@ -545,25 +493,6 @@ def test_the_connector_can_be_trained_alone(config):
                if "lora_A" not in name and not torch.equal(tensor, untrained[name].cpu())}  # fmt: skip
     assert changed
     assert all("connector" in name for name in changed)
-
-
-def test_settings_of_objectives_that_do_not_go_together(asked):
-    for change, message in (
-        ({"objectives": {"twostream": 1}}, "'twostream' is not one of two_stream, reconstruction, recall, questions"),
-        ({"objectives": {}}, "shares are at least 0 and not all 0"),
-        ({"objectives": {"two_stream": 1}}, "data is empty"),
-        ({"questions": ()}, "questions is empty"),
-        ({"distillation": 1.5}, "distillation=1.5 is not between 0 and 1"),
-        ({"raw_share": -0.1}, "raw_share=-0.1 is not between 0 and 1"),
-        ({"trained": "all"}, "trained='all' is not one of embedder, connector, reader, both"),
-        (
-            {"trained": "reader", "data": ("a.txt",), "objectives": {"two_stream": 1}},
-            "a reader of text learns from questions",
-        ),
-        ({"trained": "reader", "eval_data": ("a.txt",)}, "eval_data is text for an embedder's loss"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            replace(asked, **change)
 
 
 def test_what_a_run_says_of_its_questions_reaches_them(asked, monkeypatch):
