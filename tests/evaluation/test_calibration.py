@@ -8,12 +8,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from anchored import scores_of
 from processes import Process
-from tiny import SENTENCES, tiny_llm, tiny_model, tiny_tokenizer
+from tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 from extemb_core.errors import ConfigError, DocumentError, RatioError
 from extemb_core.evaluation import calibration, calibration_samples
@@ -24,7 +22,6 @@ from extemb_core.evaluation.calibration import (
     candidate_layers,
     count_tokens,
 )
-from extemb_core.evaluation.calibration_samples import Answers, Continuations, arm_losses
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
@@ -37,24 +34,6 @@ def llm():
     """Four layers, and a window that holds a sample."""
     model = tiny_model("llama", max_position_embeddings=1024, num_hidden_layers=4)
     return LLM(model, tiny_tokenizer(), name="tiny")
-
-
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text("\n".join(f"{at}. {SENTENCES}" for at in range(30)))
-    return file
-
-
-@pytest.fixture
-def questions(tmp_path):
-    file = tmp_path / "questions.jsonl"
-    rows = [
-        {"id": f"q:{at}", "context": f"Ship {at} is {c}. " * 3, "question": "Which colour?", "answers": [c]}
-        for at, c in enumerate(("red", "blue", "green"))
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 @pytest.fixture
@@ -72,38 +51,6 @@ def test_candidates_are_spread_over_the_depth(llm):
     assert candidate_layers(tiny_llm()) == (1, 2)
     with pytest.raises(ConfigError, match="single layer"):
         candidate_layers(LLM(tiny_model("llama", num_hidden_layers=1), tiny_tokenizer(), name="flat"))
-
-
-def test_continuations_are_scored_after_each_form_of_their_context(llm, text):
-    ids = llm.encode(text.read_text())
-    task = Continuations(llm, [text.read_text()], (1, 2, 4), limit=2)
-    reading = task.reading(task.names[1])
-    start = int(task.names[1].split(":")[1])
-    assert (reading.text == ids[start - 512 : start]).all()
-    assert list(reading.controls) == ["none", "truncated/2", "truncated/4", "full"]
-    embedder = ExtensibleEmbedder.untrained(llm, 2)
-    (losses,) = arm_losses(llm, [reading], {"2": embedder}, (1, 2, 4))
-    following = ids[start : start + 128]
-    for arm, context in (("none", ids[:0]), ("truncated/4", ids[start - 128 : start]), ("full", reading.text)):
-        expected = -np.mean(scores_of(llm, [context, following[:1]], following[1:]))
-        assert losses[arm] == pytest.approx(expected, abs=1e-4)
-    assert losses["2/1"] == pytest.approx(losses["full"], abs=1e-4)  # one chunk that opens the prompt
-    assert losses["2/4"] != pytest.approx(losses["full"], abs=1e-4)
-
-
-def test_answers_are_measured_as_eval_qa_does(llm, questions):
-    from extemb_core.evaluation.qa import QaConfig, QaExperiment
-
-    embedder = ExtensibleEmbedder.untrained(llm, 2)
-    task = Answers(llm, [str(questions)], (2, 4))
-    ours = dict(
-        zip(task.names, arm_losses(llm, list(map(task.reading, task.names)), {"2": embedder}, (2, 4)), strict=True)
-    )
-    settings = QaConfig(llm="tiny", data=(str(questions),), ratios=(2, 4), controls=("truncated",), generate=False)
-    experiment = QaExperiment(settings, llm, embedder)
-    for sample in experiment.measure([name for group in experiment.groups() for name in group]):
-        for arm, measured in sample["arms"].items():
-            assert ours[sample["id"]][arm.replace("extensible", "2")] == pytest.approx(measured["loss"], abs=1e-4), arm
 
 
 def test_samples_do_not_depend_on_those_beside_them(llm, config):
