@@ -220,10 +220,9 @@ class Catalogue:
             return str(error)
         return None
 
-    def refs(self, transaction: Any, source: str) -> list[str]:
+    def refs(self, transaction: Any, record: Mapping[str, Any]) -> list[str]:
         """List the refs of a document's passages, as far as they are here."""
-        record = self.record(transaction, source)
-        numbers = range(*record["passages"]) if record is not None else ()
+        numbers = range(*record["passages"])
         rows = (self._environment.get(transaction, "passages", _ID.pack(number)) for number in numbers)
         return [ref_of(_PASSAGE.unpack(data)[1]) for data in rows if data is not None]
 

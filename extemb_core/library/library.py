@@ -367,8 +367,7 @@ class Library:
         def changed() -> Iterator[Split]:
             for document in documents:
                 known = self._read(self._catalogue.record, document.source)
-                same = known is not None and is_of(known, document, fingerprint, finest)
-                if same and self._is_whole(document.source, fingerprint, finest):
+                if known and is_of(known, document, fingerprint, finest) and self._is_whole(known, finest):
                     counts["unchanged"] += 1
                     advance(1)
                     continue
@@ -382,11 +381,11 @@ class Library:
                 advance(len(batch))
         return Added(**counts, seconds=time.perf_counter() - start)
 
-    def _is_whole(self, source: str, fingerprint: str, ratio: int) -> bool:
+    def _is_whole(self, record: Mapping[str, Any], ratio: int) -> bool:
         """Tell whether a document is what was written, and its embeddings are here; these are not read."""
-        if self._read(self._catalogue.problem, source) is not None:
+        if self._read(self._catalogue.problem, record["source"]) is not None:
             return False
-        return not self.store.missing(self._read(self._catalogue.refs, source), fingerprint, ratio)
+        return not self.store.missing(self._read(self._catalogue.refs, record), record["fingerprint"], ratio)
 
     def _write(self, lm: ExtensibleLM, batch: Sequence[Split], counts: Counter[str]) -> None:
         """Compress the passages of some documents, then write the documents in one transaction."""
