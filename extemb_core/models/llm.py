@@ -160,23 +160,9 @@ class LLM(TextEncoder):
 
     # -- running it -------------------------------------------------------------------------------------------
 
-    def hidden(self, inputs_embeds: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Compute the last hidden states, gradients allowed.
-
-        Args:
-            inputs_embeds: (B, T, D).
-            mask: (B, T) with 0 for padding, or (B, 1, T, T) boolean with True where a query may look.
-            positions: (B, T); contiguous from 0 when not given.
-        """
-        return self._run(self.model, {"inputs_embeds": inputs_embeds.to(self.dtype)}, mask, positions)
-
-    def _run(
-        self, model: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor | None, positions: Tensor | None
-    ) -> Tensor:
-        if mask is not None and mask.ndim == 4:  # as numbers, which every attention implementation reads
-            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-        outputs = model.base_model(**inputs, attention_mask=mask, position_ids=positions, use_cache=False)
-        return torch.as_tensor(outputs.last_hidden_state)
+    def hidden(self, inputs_embeds: Tensor) -> Tensor:
+        """Compute the last hidden states, gradients allowed. inputs_embeds: (B, T, D) -> (B, T, D)."""
+        return self.hidden_of(list(inputs_embeds))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute next-token logits of hidden states, (..., D) -> (..., V)."""
@@ -190,10 +176,22 @@ class LLM(TextEncoder):
     def hidden_of(
         self, prompts: Sequence[PromptInputs], *, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Return `hidden` of prompts, padded on the right: (B, T, D)."""
+        """Compute the last hidden states of prompts, padded on the right, gradients allowed.
+
+        Args:
+            prompts: (T, D) embeddings, ids, or ids with states.
+            mask: (B, 1, T, T), True where a query may look; causal when not given.
+            positions: (B, T); contiguous from 0 when not given.
+
+        Returns:
+            (B, T, D).
+        """
         model, rows = self.rows_of(prompts)
         inputs = {name: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True) for name, tensors in rows.items()}
-        return self._run(model, inputs, mask, positions)
+        if mask is not None:  # as numbers, which every attention implementation reads
+            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
+        outputs = model.base_model(**inputs, attention_mask=mask, position_ids=positions, use_cache=False)
+        return torch.as_tensor(outputs.last_hidden_state)
 
     @torch.no_grad()
     def log_probs(
