@@ -29,15 +29,17 @@ from extemb_core.context.assembly import Prompt, Segment, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
 from extemb_core.evaluation.baselines import Ids, head
 from extemb_core.evaluation.forms import arm_name, arm_names, compress_at_ratios
-from extemb_core.evaluation.runs import Experiment, Sample, batches_by_length, groups_of
+from extemb_core.evaluation.runs import Experiment, Sample, groups_of
 from extemb_core.evaluation.scoring import contained
 from extemb_core.evaluation.settings import TASKS, NeedleConfig
 from extemb_core.evaluation.statistics import differences, mean_with_interval, paired
+from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.chunks import compressed_positions
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.training.data import read_texts
+from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.jsonl import evenly
 
 PROMPTS: Mapping[str, Mapping[str, str]] = {
@@ -114,7 +116,7 @@ class NeedleExperiment(Experiment):
             prompts = {arm: self.prompt(haystack, form) for arm, form in forms.items()}
             lengths = {arm: len(prompt) for arm, prompt in prompts.items()}
             arms: dict[str, dict[str, Any]] = {arm: {"positions": len(form)} for arm, form in forms.items()}
-            for batch in batches_by_length(lengths, batch_size=self.config.batch_size):
+            for batch in padded_batches(lengths, POSITIONS_AT_ONCE, self.config.batch_size):
                 generated = self.llm.generate([prompts[arm].inputs(self.llm) for arm in batch], self._sampling)
                 for arm, prediction in zip(batch, (answer.text.strip() for answer in generated), strict=True):
                     correct = bool(contained(prediction, [haystack.answer]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +18,8 @@ from typing import Any, ClassVar
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
 from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.evaluation.settings import CommonConfig
-from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.files import atomic_write_text, parse_json, sha256_of
 from extemb_core.utils.journal import Journal, require_same_run, to_json
 from extemb_core.utils.progress import progress
@@ -84,16 +82,6 @@ class Experiment:
 def groups_of(names: Sequence[str], size: int) -> list[list[str]]:
     """Split names into groups of `size`, in their order; the last may be smaller."""
     return [list(names[at : at + size]) for at in range(0, len(names), size)]
-
-
-def batches_by_length(lengths: Mapping[str, int], batch_size: int | None = None) -> Iterator[list[str]]:
-    """Yield names in batches, shortest first, such that a padded batch stays small; a long one is alone.
-
-    Args:
-        lengths: Name -> positions of its longest prompt.
-        batch_size: Maximum number of names in a batch; None for no limit.
-    """
-    return padded_batches(lengths, POSITIONS_AT_ONCE, batch_size)
 
 
 def run(

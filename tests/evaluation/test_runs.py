@@ -10,7 +10,7 @@ from anchored import untrained
 from tiny import tiny_llm
 
 from extemb_core.errors import ConfigError, DocumentError
-from extemb_core.evaluation.runs import RECORD_VERSION, Experiment, batches_by_length, groups_of, read_record, run
+from extemb_core.evaluation.runs import RECORD_VERSION, Experiment, groups_of, read_record, run
 from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.utils import journal
 
@@ -214,17 +214,9 @@ def test_a_record_says_what_kind_of_embedder_was_measured(config, out):
     assert run(MeasuredSquares(config, tiny_llm(), None), out.with_name("controls.json"))["embedder"] is None
 
 
-# -- groups and batches ---------------------------------------------------------------------------------------
+# -- groups ---------------------------------------------------------------------------------------------------
 
 
 def test_groups_keep_the_order_and_the_last_may_be_smaller():
     assert groups_of(["a", "b", "c"], 2) == [["a", "b"], ["c"]]
     assert groups_of([], 2) == []
-
-
-def test_short_prompts_are_read_together_and_long_ones_apart():
-    lengths = {"none": 50, "truncated/32": 82, "full": 1074, "truncated/4": 306, "extensible/4": 306}
-    four = [["none", "truncated/32", "truncated/4", "extensible/4"], ["full"]]
-    assert list(batches_by_length(lengths, batch_size=8)) == list(batches_by_length(lengths)) == four
-    assert list(batches_by_length(lengths, batch_size=2)) == [four[0][:2], four[0][2:], ["full"]]
-    assert list(batches_by_length({"a": 9000, "b": 3000})) == [["b"], ["a"]]
