@@ -126,7 +126,7 @@ def keys_in(blocks: Blocks, numbers: set[int]) -> dict[int, list[bytes]]:
     return keys
 
 
-def move(blocks: Blocks, transaction: Any, keys: Mapping[int, Sequence[bytes]]) -> None:
+def move(blocks: Blocks, keys: Mapping[int, Sequence[bytes]], transaction: Any) -> None:
     """Rewrite documents together, given by block: those that are still there."""
     rows = ((key, blocks.environment.get(transaction, "entries", key)) for key in chain(*keys.values()))
     there = ((key, Entry.unpack(value)) for key, value in rows if value is not None)

@@ -6,8 +6,9 @@ It is an LMDB, so that a process killed at any moment loses nothing that was ack
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -178,7 +179,7 @@ class EmbeddingStore:
         chosen = sparse(self._blocks)
         keys = keys_in(self._blocks, {number for number, _ in chosen})
         for group in batches(chosen, itemgetter(1), _WRITE_BYTES):
-            self._move({number for number, _ in group}, keys)
+            self.write(partial(move, self._blocks, {number: keys[number] for number, _ in group}))
         return before.block_bytes - self.stats().block_bytes
 
     def write(self, work: Callable[[Any], T]) -> T:
@@ -190,8 +191,3 @@ class EmbeddingStore:
         """Raise `StoreError` if it was opened to read, before long work that would end in that error."""
         if self.readonly:
             raise StoreError(f"{self.path} was opened to read; open it with mode='a' to write")
-
-    def _move(self, numbers: set[int], keys: Mapping[int, Sequence[bytes]] | None = None) -> None:
-        of_all = keys_in(self._blocks, numbers) if keys is None else keys
-        of_these = {number: of_all[number] for number in numbers}
-        self.write(lambda transaction: move(self._blocks, transaction, of_these))

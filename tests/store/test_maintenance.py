@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from made import compressed
 
-from extemb_core.store.maintenance import keys_in
+from extemb_core.store.maintenance import keys_in, move
 
 
 def test_collecting_reads_the_list_of_documents_no_more_often_for_more_blocks(store, monkeypatch):
@@ -31,6 +33,6 @@ def test_what_is_removed_while_blocks_are_collected_stays_removed(store):
     store.put(*texts)
     keys = keys_in(store._blocks, {0})
     store.remove([texts[0].ref])
-    store._move({0}, keys)
+    store.write(partial(move, store._blocks, keys))
     assert sorted(ref for ref, _ in store.items()) == sorted(text.ref for text in texts[1:])
     assert store.verify().clean

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import threading
+from functools import partial
 
 import lmdb
 import numpy as np
@@ -15,6 +16,7 @@ from made import FINGERPRINT, VERSION_1_FINGERPRINT, anchored, compressed, versi
 
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.store.base import missing_from
+from extemb_core.store.maintenance import keys_in, move
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import import_shards
 
@@ -272,7 +274,7 @@ def test_a_flipped_bit_is_an_error_and_the_others_are_read(tmp_path):
         assert [(ref, name) for ref, name, _ in found.damaged] == [(broken.ref, FINGERPRINT)]
         assert not found.clean
         with pytest.raises(StoreCorruptError):  # it is not sealed with a new checksum
-            store._move({0})
+            store.write(partial(move, store._blocks, keys_in(store._blocks, {0})))
         store.remove([broken.ref])
         store.put(broken)
         assert store.verify().clean
