@@ -6,6 +6,7 @@ those whose greatest attention, at the position from which an answer comes, is m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import cached_property
@@ -59,9 +60,7 @@ class RetrievalHeads:
         self.llm = llm
         self.entry_layer = entry_layer
         config = llm.text_config
-        every = [
-            (layer, head) for layer in range(config.num_hidden_layers) for head in range(config.num_attention_heads)
-        ]
+        every = itertools.product(range(config.num_hidden_layers), range(config.num_attention_heads))
         self.heads = [(layer, head) for layer, head in (every if heads is None else heads)]
         self._kept: tuple[AnchoredPrompt, list[tuple[Tensor, Tensor]]] | None = None
 
