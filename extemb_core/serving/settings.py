@@ -62,16 +62,11 @@ class ServerSettings:
                     f"an API key of {len(key)} characters is not 16 to 512 visible ASCII characters without spaces; "
                     "make one with: openssl rand -hex 32"
                 )
-        if not self.keys and not self.is_loopback:
+        if not self.keys and not is_loopback(self.host):
             raise ConfigError(
                 f"host={self.host!r} is open to other machines, and there is no API key; set EXTEMB_API_KEYS or pass "
                 "--api-keys FILE, or listen at 127.0.0.1"
             )
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine reaches the server."""
-        return is_loopback(self.host)
 
 
 def is_loopback(host: str) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from served import KEYS
 
 from extemb_core.errors import ConfigError
-from extemb_core.serving.settings import ServerSettings
+from extemb_core.serving.settings import ServerSettings, is_loopback
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.1.7", "my.example", "localhost.example"])
@@ -18,7 +18,7 @@ def test_where_others_can_reach_it_there_is_a_key(host):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])
 def test_loopback_needs_none(host):
-    assert ServerSettings(host=host).is_loopback
+    assert is_loopback(ServerSettings(host=host).host)
 
 
 @pytest.mark.parametrize("key", ["short", "with spaces in it all over", "ä" * 20, "a" * 513, "a" * 20 + "\n"])
