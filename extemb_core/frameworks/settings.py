@@ -41,10 +41,6 @@ def _checked_ratio(ratio: Any) -> Any:
     return whole_number(number, "ratio", remedy="'auto', 'raw' or one of the embedder's ratios", error=RatioError)
 
 
-def _checked_budget(budget: Any) -> int | None:
-    return None if budget is None else check_budget(budget)
-
-
 def folder_as_text(store: Any) -> Any:
     return os.fspath(store) if isinstance(store, os.PathLike) else store
 
@@ -53,7 +49,7 @@ def folder_as_text(store: Any) -> Any:
 NameOrPath = Annotated[str, BeforeValidator(name_or_path)]
 Folder = Annotated[Any, BeforeValidator(folder_as_text)]
 Ratio = Annotated[str | int, BeforeValidator(_checked_ratio)]
-Budget = Annotated[int | None, BeforeValidator(_checked_budget)]
+Budget = Annotated[int, BeforeValidator(check_budget)] | None
 
 
 class StrictSettings(pydantic.BaseModel):
