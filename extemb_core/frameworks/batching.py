@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,10 +18,6 @@ from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import whole_number
 
 _GATHER_SECONDS = 0.2  # at most, for the requests that were announced
-
-
-class _NobodyWaitsError(Exception):
-    """All requests of a batch are cancelled."""
 
 
 @dataclass(eq=False)
@@ -164,10 +160,10 @@ def _together(llm: LLM, batch: list[_Request]) -> None:
 
     def stop_if_nobody_waits() -> None:
         if all(request.cancelled.is_set() for request in live):
-            raise _NobodyWaitsError
+            raise CancelledError("nobody waits for any of the batch")
 
     generated = {}
-    with suppress(_NobodyWaitsError):
+    with suppress(CancelledError):
         outputs = llm.generate(
             [request.prepared.prompt.inputs(llm) for request in live], batch[0].sampling, stop_if_nobody_waits
         )
