@@ -111,7 +111,6 @@ def render_chat(
     llm: LLM,
     messages: Sequence[Mapping[str, Any]],
     *,
-    add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] = (),
     assistant_prefix: str = "",
 ) -> ChatPrompt:
@@ -122,9 +121,8 @@ def render_chat(
         messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids, embeddings (see `Prompt`)
             and `Slot`s. An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}], which
             are text where the template has no place for them.
-        add_generation_prompt: End with the opening of the assistant's turn.
         tools: Functions in OpenAI's form, for templates that have a place for them.
-        assistant_prefix: What the assistant's turn begins with.
+        assistant_prefix: What the assistant's turn, whose opening is the end of the prompt, begins with.
 
     Raises:
         ConfigError: A message is not of that form, or the template refuses or drops it.
@@ -147,7 +145,7 @@ def render_chat(
     ]
     n_required = len(placeholders.parts)
     plain = [{**message, **placeholders.mark_within(others)} for message, others in zip(plain, fields, strict=True)]
-    rendered = _render(llm, plain, add_generation_prompt, placeholders.mark_within(list(tools)))
+    rendered = _render(llm, plain, placeholders.mark_within(list(tools)))
     numbers = set(map(int, rendered.split(placeholders.fence)[1::2]))
     if any(len(placeholders.parts[number]) for number in range(n_required) if number not in numbers):
         raise ConfigError(
@@ -266,7 +264,7 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
-def _render(llm: LLM, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: list[Any]) -> str:
+def _render(llm: LLM, messages: list[dict[str, Any]], tools: list[Any]) -> str:
     if not llm.tokenizer.chat_template:  # a base model: the contents alone
         bos = str(llm.tokenizer.decode([llm.bos_token_id])) if llm.bos_token_id is not None else ""
         return bos + "".join(f"{message['content']}\n\n" for message in messages)
@@ -274,7 +272,7 @@ def _render(llm: LLM, messages: list[dict[str, Any]], add_generation_prompt: boo
 
     try:
         rendered = llm.tokenizer.apply_chat_template(
-            messages, tools=tools or None, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tools=tools or None, tokenize=False, add_generation_prompt=True
         )
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template of {llm.name} refuses these messages: {error}") from error

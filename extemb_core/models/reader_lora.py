@@ -61,10 +61,10 @@ def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
     return config
 
 
-def save_reader(llm: LLM, config: LoraConfig, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_reader(llm: LLM, config: LoraConfig, folder: Path) -> None:
     """Write the folder of the reader that `add_reader` began."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in reader_adapters(llm).items()}
+    tensors = {name: p.detach().float().cpu().contiguous() for name, p in reader_adapters(llm).items()}
     save_file(tensors, folder / TENSORS)
     config.save_pretrained(str(folder))
     (folder / TENSORS).chmod((folder / SETTINGS).stat().st_mode)
