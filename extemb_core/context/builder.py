@@ -15,7 +15,7 @@ from extemb_core.context import assembly
 from extemb_core.context.assembly import ChatPrompt, Part
 from extemb_core.context.focus import Mode, SplitDocument, mode_of, plan_focus, sentence_losses
 from extemb_core.context.messages import Messages, inline_documents, question_in, with_slots
-from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, fidelity_of, plan_context
+from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, plan_context, plan_of_spans
 from extemb_core.context.retrieval_heads import heads_of
 from extemb_core.context.scoring import SentenceScorer, bm25_scores
 from extemb_core.context.spans import cover, split_into_sentences
@@ -231,22 +231,11 @@ class ContextBuilder:
                 f"the spans that a ref of {document.source} carries are none that this embedder can have made of its "
                 "text; make the ref again, with the same lm or the same model and store"
             )
-        content = sum(span.positions(config.chunk_size) for span in spans)
-        fidelity = fidelity_of(spans)
-        excerpts: tuple[str, ...] = ()
-        if fidelity == "mixed":
-            split = SplitDocument(self._sentences(document.text), grid, config.chunk_size)
-            excerpts = tuple(map(split.excerpt, spans))
-        return DocumentPlan(
-            index=index,
-            n_tokens=n_tokens,
-            fidelity=fidelity,
-            positions=content + overhead if content else 0,
-            reason="as planned before",
-            spans=spans,
-            chunk_size=config.chunk_size,
-            excerpts=excerpts,
-        )
+
+        def excerpt(span: Span) -> str:
+            return self._sentences(document.text).excerpt(span)
+
+        return plan_of_spans(index, spans, "as planned before", excerpt, overhead, config.chunk_size)
 
     def _coarsest(self, document: Document, overhead: int) -> int:
         """Count the fewest positions that a plan by itself reads all of a document in."""

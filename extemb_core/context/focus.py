@@ -18,10 +18,10 @@ from extemb_core.context.planning import (
     DocumentPlan,
     Fidelity,
     Plan,
-    Span,
     check_budget,
     count_fidelities,
     fidelity_of,
+    plan_of_spans,
     tokens_per_position,
 )
 from extemb_core.context.scoring import SentenceScorer, bm25_scores, ranking, ranks, words_added
@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # it loads transformers, and settings are checked without
 _LEAST_LOSS = 1e-6  # per token
 _SCATTERED = 0.2  # what the second sentence adds; above it the answer is in more places than a ranking by words finds
 _MANY = 6  # sentences in full; beside so many, what is compressed distracts more than it tells (docs/experiments.md)
-_EXCERPT_CHARS = 200  # more than is shown, as some may be white space
 
 Mode = Literal["focus", "select", "even"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -186,11 +185,6 @@ class SplitDocument:
     def grid(self) -> GroupGrid:
         return GroupGrid(self.sentences, self.finest, self.chunk_size)
 
-    def excerpt(self, span: Span) -> str:
-        """Return the first characters of a span."""
-        start, stop = map(self.sentences.character, (span.start, span.stop))
-        return self.sentences.text[start : min(stop, start + _EXCERPT_CHARS)]
-
     def positions(self, fidelities: Sequence[Fidelity], chosen: Array) -> int:
         """Count the positions that the document takes when its sentences are read so."""
         content = sum(span.positions(self.chunk_size) for span in self.grid.spans(fidelities, chosen))
@@ -300,13 +294,4 @@ def _document_plan(index: int, document: SplitDocument, fidelities: Sequence[Fid
     reason = f"of {len(chosen)} sentences: " + count_fidelities(fidelities[at] for at in chosen)
     if fidelity != "mixed":
         reason = {"raw": "fits raw", "dropped": "no room" if spans else "empty"}.get(str(fidelity), reason)
-    return DocumentPlan(
-        index=index,
-        n_tokens=document.n_tokens,
-        fidelity=fidelity,
-        positions=document.positions(fidelities, chosen) if spans else 0,
-        reason=reason,
-        spans=tuple(spans),
-        chunk_size=document.chunk_size,
-        excerpts=tuple(map(document.excerpt, spans)) if fidelity == "mixed" else (),
-    )
+    return plan_of_spans(index, spans, reason, document.sentences.excerpt, document.overhead, document.chunk_size)

@@ -74,6 +74,30 @@ class DocumentPlan:
     excerpts: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
+def plan_of_spans(
+    index: int, spans: Sequence[Span], reason: str, excerpt: Callable[[Span], str], overhead: int, chunk_size: int
+) -> DocumentPlan:
+    """Plan a document by its spans.
+
+    Args:
+        index, reason, chunk_size: See `DocumentPlan`.
+        spans: All of its tokens, in order.
+        excerpt: Returns the first characters of a span; called where the document is "mixed".
+        overhead: Positions that it costs besides its content, where any of it is read.
+    """
+    fidelity, content = fidelity_of(spans), sum(span.positions(chunk_size) for span in spans)
+    return DocumentPlan(
+        index=index,
+        n_tokens=spans[-1].stop if spans else 0,
+        fidelity=fidelity,
+        positions=content + overhead if content else 0,
+        reason=reason,
+        spans=tuple(spans),
+        chunk_size=chunk_size,
+        excerpts=tuple(map(excerpt, spans)) if fidelity == "mixed" else (),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The fidelity of every document, in the order given; `positions` never exceeds `budget`.

@@ -15,6 +15,7 @@ from extemb_core.context.planning import Fidelity, Span
 
 MAX_SENTENCE_TOKENS = 64  # what has no full stop for longer, such as code and tables, is cut at lines, then anywhere
 
+_EXCERPT_CHARS = 200  # more than is shown, as some may be white space
 # sentencex takes the space between an initial and its full stop for one byte, and panics at others ("J\u00a0. Ito").
 _PLAIN_SPACES = {point: " " for point in range(128, 0x3001) if chr(point).isspace()}
 
@@ -47,6 +48,11 @@ class Sentences:
     def character(self, token: int) -> int:
         """Return where in the document a token begins; of the number of tokens, where the last one ends."""
         return int(self.ends[token - 1]) if token else 0
+
+    def excerpt(self, span: Span) -> str:
+        """Return the first characters of a span."""
+        start, stop = map(self.character, (span.start, span.stop))
+        return self.text[start : min(stop, start + _EXCERPT_CHARS)]
 
 
 def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTENCE_TOKENS) -> Sentences:
