@@ -86,7 +86,7 @@ class ContextBuilder:
         self.embedder = embedder
         self.store = store
         self.scorer = scorer
-        self._heads = heads_of(llm, embedder)
+        self._heads = heads_of(llm, embedder) if scorer is None else None
         fitted = embedder.config.sentence_losses
         self._losses = {by_heads: sentence_losses(fitted, by_heads=by_heads) for by_heads in (False, True)}
         self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
@@ -271,11 +271,9 @@ class ContextBuilder:
             for document, positions, limit in zip(documents, overhead, map(_finest_of, documents), strict=True)
         ]
         ratios = [value for value in config.ratios if value >= config.kept_ratio]
-        looking = None
-        if self._heads is not None and self.scorer is None:
-            looking = self._heads.scorer(
-                split, room, config.ratios, lambda: self._fetched_for(documents, split, fetched)
-            )
+        looking = self._heads and self._heads.scorer(
+            split, room, config.ratios, lambda: self._fetched_for(documents, split, fetched)
+        )
         scorer, losses = self.scorer or looking or bm25_scores, self._losses[looking is not None]
         plan = plan_focus(question, split, room, ratios=ratios, select=mode == "select", scorer=scorer, losses=losses)
         by = f"; ranked by where {self.llm.name} looks, and by words" if looking is not None else ""

@@ -213,9 +213,7 @@ class Forms:
         ]
         ratios = [ratio for ratio in config.ratios if ratio >= finest]
         room = budget + len(separator)
-        looking = None
-        if self._heads is not None:
-            looking = self._heads.scorer(documents, room, config.ratios, lambda: self._recent_texts)
+        looking = self._heads and self._heads.scorer(documents, room, config.ratios, lambda: self._recent_texts)
         scorer, losses = looking or bm25_scores, sentence_losses(config.sentence_losses, by_heads=looking is not None)
         plans = plan_focus(question, documents, room, ratios=ratios, scorer=scorer, losses=losses).documents
         ids = [self._ids[name] for name in passages]

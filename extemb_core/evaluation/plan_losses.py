@@ -120,9 +120,8 @@ class PlanExperiment(DrawnQuestions):
 
     def _scores(self, question: str, document: SplitDocument, compressed: Compressed) -> Array:
         """Rank as plans do: by retrieval heads too, where the embedder names any."""
-        ratios, scorer = self.config.ratios, None
-        if self._heads is not None:
-            scorer = self._heads.scorer([document], document.n_tokens, ratios, lambda: [compressed])
+        ratios = self.config.ratios
+        scorer = self._heads and self._heads.scorer([document], document.n_tokens, ratios, lambda: [compressed])
         return np.array((scorer or bm25_scores)(question, document.sentences.texts))
 
     def _drawn(self, scores: Array, number: int, draw: np.random.Generator) -> Array:
