@@ -327,7 +327,8 @@ class ContextBuilder:
             documents, planned_all.documents, ratios, around, strict=True
         ):
             if planned.fidelity == "raw":
-                if self._has_control_tokens(document.text):  # as which it would be cut, into more tokens than planned
+                # Put there as text it would be cut at them, into more tokens than planned.
+                if any(token in document.text for token in self.llm.control_tokens):
                     ids = self.token_ids(document.text)
                     parts.append([heading, ids, separator] if heading else [ids])
                 else:
@@ -393,9 +394,6 @@ class ContextBuilder:
             )
 
     # -- sizes ------------------------------------------------------------------------------------------------
-
-    def _has_control_tokens(self, text: str) -> bool:
-        return any(token in text for token in self.llm.control_tokens)
 
     def token_ids(self, text: str) -> np.ndarray[Any, Any]:
         """Encode a document's text, (T,); the ids of recent ones are remembered."""
