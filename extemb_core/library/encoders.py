@@ -146,9 +146,7 @@ def as_encoder(encoder: TextEncoder | str | os.PathLike[str] | Callable[[list[st
     )
 
 
-@cache
-def _default() -> StaticEncoder:
-    return StaticEncoder()
+_default = cache(StaticEncoder)
 
 
 def _checked(part: Part) -> Path:
