@@ -119,13 +119,10 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
             )
         else:
             residual_window = whole_number(8 if residual_window is None else residual_window, "residual_window")
-        for name, value, choices in (
-            ("adaptation", adaptation, get_args(Adaptation)),
-            ("downscaling", downscaling, DOWNSCALINGS),
-            ("connector", connector, CONNECTORS),
-            ("token_weighting", token_weighting, TOKEN_WEIGHTINGS),
-        ):
-            require_one_of(value, name, choices)
+        require_one_of(adaptation, "adaptation", get_args(Adaptation))
+        require_one_of(downscaling, "downscaling", DOWNSCALINGS)
+        require_one_of(connector, "connector", CONNECTORS)
+        require_one_of(token_weighting, "token_weighting", TOKEN_WEIGHTINGS)
         self.num_layers = whole_number(num_layers, "num_layers")
         self.adaptation = adaptation
         self.downscaling = downscaling
