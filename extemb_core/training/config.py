@@ -148,15 +148,13 @@ class TrainingConfig:
         if self.decay_steps is not None:
             whole_number(self.decay_steps, "decay_steps", 0, remedy="steps, or None")
         require_one_of(self.trained, "trained", TRAINED)
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"dtype={self.dtype!r} is not auto, float32 or bfloat16; pass one of them")
+        require_one_of(self.dtype, "dtype", ("auto", "float32", "bfloat16"))
         if not (0 < self.learning_rate < 1):
             raise ConfigError(f"learning_rate={self.learning_rate} is not between 0 and 1; pass e.g. 3e-4")
 
     def _check_objectives(self) -> None:
-        unknown = next((name for name in self.objectives if name not in OBJECTIVES), None)
-        if unknown is not None:
-            raise ConfigError(f"objectives: {unknown!r} is not one of {', '.join(OBJECTIVES)}; pass some of them")
+        for name in self.objectives:
+            require_one_of(name, "objectives", OBJECTIVES)
         shares = list(self.objectives.values())
         if not shares or min(shares) < 0 or sum(shares) <= 0:
             raise ConfigError(f"objectives={dict(self.objectives)!r}: shares are at least 0 and not all 0; pass e.g. 1")
