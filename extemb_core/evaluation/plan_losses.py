@@ -45,9 +45,15 @@ _TURNS = 60
 
 
 class DrawnQuestions(Experiment):
-    """Draws questions at random, `limit` at most, as many of each source (the id up to its colon) as there are."""
+    """Draws questions at random, `limit` at most, as many of each source (the id up to its colon) as there are.
 
-    def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder) -> None:
+    Raises:
+        ConfigError: The embedder enters at layer 0.
+    """
+
+    def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
+        if embedder is None or not embedder.config.entry_layer:
+            raise ConfigError("a plan of spans needs an embedder that enters above layer 0; pass one with --embedder")
         super().__init__(config, llm, embedder)
         self._embedder = embedder
         self._rows = read_questions(config.data, unique=False)
@@ -72,10 +78,8 @@ class PlanExperiment(DrawnQuestions):
     kind: ClassVar[str] = "plan"
 
     def __init__(self, config: PlanConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
-        if embedder is None or not embedder.config.entry_layer:
-            raise ConfigError("a plan of spans needs an embedder that enters above layer 0; pass one with --embedder")
         super().__init__(config, llm, embedder)
-        self._heads = heads_of(llm, embedder)
+        self._heads = heads_of(llm, self._embedder)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
         for name in group:

@@ -37,12 +37,10 @@ class HeadsExperiment(DrawnQuestions):
     kind: ClassVar[str] = "heads"
 
     def __init__(self, config: HeadsConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
-        if embedder is None or not embedder.config.entry_layer:
-            raise ConfigError("heads are found for an embedder that enters above layer 0; pass one with --embedder")
+        super().__init__(config, llm, embedder)
         if llm.has_sliding_window:
             raise ConfigError(f"{llm.name} has layers that see only a window of its text; plans go by words with it")
-        super().__init__(config, llm, embedder)
-        self._heads = RetrievalHeads(llm, embedder.config.entry_layer)
+        self._heads = RetrievalHeads(llm, self._embedder.config.entry_layer)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
         for name in group:
