@@ -15,7 +15,7 @@ class Prefix:
     """Tokens that the LLM keeps in its cache, beginning with its BOS where it has one.
 
     Args:
-        llm: Reads.
+        llm: Reads; what was read cannot be taken back where a cache of a sliding window has let go of tokens.
 
     Attributes:
         last: (D,) hidden state of the last token read, which predicts the next; None before there is one.
@@ -27,11 +27,6 @@ class Prefix:
         self.last: Tensor | None = None
         if llm.bos_token_id is not None:
             self.read([llm.bos_token_id])
-
-    @staticmethod
-    def suits(llm: LLM) -> bool:
-        """Tell whether what was read can be taken back: not where a cache of a sliding window has let go of tokens."""
-        return not llm.has_sliding_window
 
     def __len__(self) -> int:
         return int(self._cache.get_seq_length())

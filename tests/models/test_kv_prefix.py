@@ -43,5 +43,5 @@ def test_it_begins_with_the_bos():
 
 
 def test_a_sliding_window_does_not_suit():
-    assert Prefix.suits(tiny_llm("llama"))
-    assert not Prefix.suits(tiny_llm("gemma2"))
+    assert not tiny_llm("llama").has_sliding_window
+    assert tiny_llm("gemma2").has_sliding_window
