@@ -22,7 +22,7 @@ Arms = Mapping[str, Mapping[str, Any]]
 
 def bootstrap_interval(
     values: Values, groups: Values, seed: int = 0, weights: Values | None = None
-) -> tuple[float, float] | None:
+) -> list[float] | None:
     """Compute the 95% interval of the mean by resampling whole groups.
 
     Args:
@@ -50,11 +50,7 @@ def mean_with_interval(values: Values, groups: Values, seed: int = 0, weights: V
     """
     _require_values(values)
     interval = bootstrap_interval(values, groups, seed, weights)
-    return {
-        "mean": float(np.average(values, weights=weights)),
-        "interval": list(interval) if interval is not None else None,
-        "n": len(values),
-    }
+    return {"mean": float(np.average(values, weights=weights)), "interval": interval, "n": len(values)}
 
 
 def paired(rows: Sequence[Arms], groups: Values, field: str, *arms: str) -> tuple[list[Values], Values]:
@@ -108,7 +104,7 @@ def share(numerator: Values, denominator: Values, groups: Values, seed: int = 0)
         return {"mean": part / whole, "interval": None}
     parts, wholes = resampled
     positive = wholes > 0  # all but fewer than 2.5%, or it had been refused; the others have no share
-    return {"mean": part / whole, "interval": list(_quantiles(parts[positive] / wholes[positive]))}
+    return {"mean": part / whole, "interval": _quantiles(parts[positive] / wholes[positive])}
 
 
 def _resampled_sums(columns: list[Values], groups: Values, seed: int) -> list[Values] | None:
@@ -127,9 +123,8 @@ def _resampled_sums(columns: list[Values], groups: Values, seed: int) -> list[Va
     return [np.concatenate(column) for column in zip(*blocks, strict=True)]
 
 
-def _quantiles(values: Values) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+def _quantiles(values: Values) -> list[float]:
+    return list(np.quantile(values, [0.025, 0.975]).tolist())
 
 
 def _require_values(values: Values) -> None:
