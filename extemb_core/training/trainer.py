@@ -469,9 +469,8 @@ def plan_batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Seq
         short = _short_chunks(config, chunk_sizes)
         shortest = max(short) + 1
         for size in short:  # that the longest sample fits the window is known now, not at some step
-            plan_passes(
-                chunk_lengths(config.sample_length, size), finest, llm.context_window, 0, llm.bos_token_id is not None
-            )
+            lengths = chunk_lengths(config.sample_length, size)
+            plan_passes(lengths, finest, llm.context_window, int(llm.bos_token_id is not None))
     else:
         shortest = min(config.spans)
     if wanted.keys() - {"questions"}:

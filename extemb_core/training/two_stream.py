@@ -33,7 +33,6 @@ from extemb_core.training.reading_loss import Losses, joined, mixed, read_states
 class Pass:
     """One LLM pass: raw chunks `first` up to and without `end`, after the embeddings of chunks before `end - 1`."""
 
-    sample: int
     first: int
     end: int
 
@@ -59,14 +58,13 @@ class Layout:
     targets: Tensor
 
 
-def plan_passes(lengths: Sequence[int], ratio: int, window: int, sample: int = 0, n_prefix: int = 0) -> list[Pass]:
+def plan_passes(lengths: Sequence[int], ratio: int, window: int, n_prefix: int = 0) -> list[Pass]:
     """Pack a sample's chunks into as few passes as the window allows.
 
     Args:
         lengths: Tokens of each chunk.
         ratio: Tokens per embedding.
         window: Positions per pass.
-        sample: Copied into each pass.
         n_prefix: Slots before the embeddings.
 
     Raises:
@@ -85,7 +83,7 @@ def plan_passes(lengths: Sequence[int], ratio: int, window: int, sample: int = 0
                 f"a chunk of {lengths[first]} tokens after {before[first]} embeddings does not fit {window} positions; "
                 "use shorter samples or a coarser ratio"
             )
-        passes.append(Pass(sample, first, end))
+        passes.append(Pass(first, end))
         first = end
     return passes
 
@@ -169,32 +167,32 @@ def two_stream_losses(
     bos = llm.bos_token_id
     n_prefix = int(bos is not None)
     embeddings: dict[tuple[int, int], Segment] = {}
-    runs: list[tuple[int, Pass]] = []  # with their ratios
+    runs: list[tuple[int, int, Pass]] = []  # with their samples and ratios
     row = 0
     for index, (parts, wanted) in enumerate(zip(lengths, ratios, strict=True)):
         for ratio in wanted:
             chunks = [embedder.read_out(outputs, row + i, chunk_size, ratio) for i in range(len(parts) - 1)]
             embeddings[index, ratio] = joined(llm, chunks)
-            runs += [(ratio, run) for run in plan_passes(parts, ratio, window, index, n_prefix)]
+            runs += [(index, ratio, run) for run in plan_passes(parts, ratio, window, n_prefix)]
         row += len(parts) - 1
 
     # Stream 2: passes of all samples, padded on the right to one length.
-    layouts = [lay_out(lengths[run.sample], ratio, run, n_prefix) for ratio, run in runs]
+    layouts = [lay_out(lengths[index], ratio, run, n_prefix) for index, ratio, run in runs]
     longest = max(len(layout.positions) for layout in layouts)
     inputs, masks, positions, sources, targets, owners = [], [], [], [], [], []
-    for index, ((ratio, run), layout) in enumerate(zip(runs, layouts, strict=True)):
-        sample = samples[run.sample]
+    for number, ((index, ratio, _), layout) in enumerate(zip(runs, layouts, strict=True)):
+        sample = samples[index]
         before = np.array([bos] * n_prefix, dtype=np.int64)
-        visible = embeddings[run.sample, ratio][: layout.n_embedded]
+        visible = embeddings[index, ratio][: layout.n_embedded]
         inputs.append(Prompt((before, visible, sample[slice(*layout.raw)].numpy())).inputs(llm))
         padding = longest - len(layout.positions)
         # A slot of the padding sees itself alone, so that its softmax is defined.
         mask = torch.nn.functional.pad(layout.mask, (0, padding, 0, padding))
         masks.append(mask | torch.eye(longest, dtype=torch.bool))
         positions.append(torch.nn.functional.pad(layout.positions, (0, padding)))
-        sources.append(layout.sources + index * longest)
+        sources.append(layout.sources + number * longest)
         targets.append(sample[layout.targets].to(device))
-        owners.append((run.sample, layout.targets))
+        owners.append((index, layout.targets))
     hidden = llm.hidden_of(
         inputs, mask=torch.stack(masks)[:, None].to(device), positions=torch.stack(positions).to(device)
     )
@@ -204,7 +202,7 @@ def two_stream_losses(
         whole = [[*([bos] * n_prefix), *sample.tolist()] for sample in samples]
         # A token is predicted at the place before it, and a BOS moves all places by one.
         teacher = read_states(llm, whole, [(index, at + n_prefix - 1) for index, at in owners])
-    scored_rows = [(ratio, len(ids)) for (ratio, _), ids in zip(runs, targets, strict=True)]
+    scored_rows = [(ratio, len(ids)) for (_, ratio, _), ids in zip(runs, targets, strict=True)]
     return Losses(mixed(llm, scored, torch.cat(targets), teacher, distillation), scored_rows)
 
 
