@@ -7,6 +7,7 @@ alone, so that a resumed run, and each of several processes, trains on what one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from extemb_core.training.objectives import QuestionReadings, recall, reconstruc
 from extemb_core.training.reading_loss import Reading
 
 
+@dataclass(eq=False, repr=False)
 class Batches:
     """Map-style dataset in training order: `batch_size` consecutive items are one batch.
 
-    Args:
-        objectives: Share of the batches of each.
+    Attributes:
+        shares: Share of the batches of each objective.
         n_batches: Of the whole run, over all processes.
         batch_size: Samples of a batch.
         seed: Of all that is drawn.
@@ -30,67 +32,61 @@ class Batches:
         samples: Text, for every objective but "questions".
         questions: For "questions".
         spans: Tokens of the longest span to reconstruct, at the start and at the end of the run.
+        objectives: That of each batch.
     """
 
-    def __init__(
-        self,
-        objectives: Mapping[str, float],
-        *,
-        n_batches: int,
-        batch_size: int,
-        seed: int,
-        llm: LLM,
-        samples: Samples | None = None,
-        questions: QuestionReadings | None = None,
-        spans: tuple[int, int] = (32, 256),
-    ) -> None:
-        names = sorted(objectives)
-        shares = np.array([objectives[name] for name in names], dtype=float)
-        drawn = np.random.default_rng([seed, 0]).choice(len(names), size=n_batches, p=shares / shares.sum())
+    shares: Mapping[str, float]
+    _: KW_ONLY
+    n_batches: int
+    batch_size: int
+    seed: int
+    llm: LLM
+    samples: Samples | None = None
+    questions: QuestionReadings | None = None
+    spans: tuple[int, int] = (32, 256)
+
+    def __post_init__(self) -> None:
+        names = sorted(self.shares)
+        shares = np.array([self.shares[name] for name in names], dtype=float)
+        drawn = np.random.default_rng([self.seed, 0]).choice(len(names), size=self.n_batches, p=shares / shares.sum())
         self.objectives = [names[int(at)] for at in drawn]
-        self._before = np.zeros(n_batches, dtype=np.int64)  # batches of the same objective before each
+        self._before = np.zeros(self.n_batches, dtype=np.int64)  # batches of the same objective before each
         for which in range(len(names)):
             self._before[drawn == which] = np.arange((drawn == which).sum())
-        self._size = batch_size
-        self._seed = seed
-        self._llm = llm
-        self._samples = samples
-        self._questions = questions
-        self._spans = spans
 
     def __len__(self) -> int:
-        return len(self.objectives) * self._size
+        return len(self.objectives) * self.batch_size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        batch, row = divmod(index, self._size)
+        batch, row = divmod(index, self.batch_size)
         objective = self.objectives[batch]
-        number = int(self._before[batch]) * self._size + row  # among the samples of this objective
+        number = int(self._before[batch]) * self.batch_size + row  # among the samples of this objective
         item: dict[str, Any] = {"objective": objective, "index": index}
         if objective == "questions":
-            assert self._questions is not None
-            return item | {"readings": [self._questions.reading(number)]}
+            assert self.questions is not None
+            return item | {"readings": [self.questions.reading(number)]}
         ids = self._text(number)
         if objective == "two_stream":
             return item | {"sample": torch.from_numpy(ids)}
-        draw = np.random.default_rng([self._seed, 2, index])
+        draw = np.random.default_rng([self.seed, 2, index])
         return item | {
-            "readings": [recall(self._llm, ids, draw)] if objective == "recall" else self._spans_of(ids, batch, draw)
+            "readings": [recall(self.llm, ids, draw)] if objective == "recall" else self._spans_of(ids, batch, draw)
         }
 
     def _text(self, number: int) -> np.ndarray[Any, Any]:
         """Return sample `number` of an endless stream; each round over the samples is another order."""
-        assert self._samples is not None
-        rounds, at = divmod(number, len(self._samples))
-        return self._samples[int(shuffled(len(self._samples), self._seed, 1, rounds)[at])]["input_ids"]  # type: ignore[no-any-return]
+        assert self.samples is not None
+        rounds, at = divmod(number, len(self.samples))
+        return self.samples[int(shuffled(len(self.samples), self.seed, 1, rounds)[at])]["input_ids"]  # type: ignore[no-any-return]
 
     def _spans_of(self, ids: np.ndarray[Any, Any], batch: int, draw: np.random.Generator) -> list[Reading]:
         """Cut spans side by side, from anywhere in the sample: a span is read twice, so they take half its length."""
-        first, last = self._spans
+        first, last = self.spans
         longest = round(first + (last - first) * batch / max(1, len(self.objectives) - 1))
         length = min(int(draw.integers(min(first, longest), longest + 1)), len(ids))
         count = max(1, len(ids) // (2 * length))
         start = int(draw.integers(len(ids) - count * length + 1))
-        return [reconstruction(self._llm, ids[at : at + length]) for at in range(start, start + count * length, length)]
+        return [reconstruction(self.llm, ids[at : at + length]) for at in range(start, start + count * length, length)]
 
 
 class Collator:
