@@ -151,16 +151,14 @@ class RunTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        connector_lr_factor: float,
-        decay_steps: int | None = None,
+        config: TrainingConfig,
         optimizer_from: Path | None = None,
         eval_collators: dict[str, Any],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._optimizer_from = optimizer_from
-        self._decay_steps = decay_steps
-        self._connector_lr_factor = connector_lr_factor
+        self._config = config
         self._eval_collators = eval_collators
         self.model_accepts_loss_kwargs = False  # the loss is a mean; accumulation averages it
         self._parts: dict[str, list[Tensor]] = {}  # losses of each objective and each ratio since the last log
@@ -194,7 +192,7 @@ class RunTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warm up, stay, and fall to 0 over the last steps."""
         if self.lr_scheduler is None:
-            steps: dict[str, Any] = {"warmup_steps": self.args.warmup_steps, "decay_steps": self._decay_steps}
+            steps: dict[str, Any] = {"warmup_steps": self.args.warmup_steps, "decay_steps": self._config.decay_steps}
             rate = partial(learning_rate_factor, last=num_training_steps, **steps)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
             self._created_lr_scheduler = True
@@ -204,7 +202,7 @@ class RunTrainer(Trainer):
         if self.optimizer is None:
             named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             self.optimizer = make_optimizer(
-                named, self.args.learning_rate, self._connector_lr_factor, self.args.weight_decay
+                named, self.args.learning_rate, self._config.connector_lr_factor, self.args.weight_decay
             )
             if self._optimizer_from is not None:
                 fresh, whole = self._take_optimizer(self._optimizer_from)
@@ -402,8 +400,7 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
             eval_dataset=held_out,
             data_collator=Collator(ratios, chunk_sizes, config.seed, config.ratios_per_sample),
             callbacks=[_RunCallback(config, advance), *_tensorboard(output)],
-            connector_lr_factor=config.connector_lr_factor,
-            decay_steps=config.decay_steps,
+            config=config,
             optimizer_from=before,
             eval_collators={f"ratio_{r}": Collator([r], [longest], 0) for r in ratios},
         )

@@ -237,8 +237,7 @@ def small_trainer(config, embedder, **changes):
     made = RunTrainer(
         model=TrainableModel(embedder.llm, embedder),
         args=trainer_module._arguments(config, embedder.llm, evaluate=False),
-        train_dataset=items, data_collator=Collator([4], [16], 0), connector_lr_factor=config.connector_lr_factor,
-        eval_collators={},
+        train_dataset=items, data_collator=Collator([4], [16], 0), config=config, eval_collators={},
     )  # fmt: skip
     made.remove_callback(PrinterCallback)
     return made
