@@ -380,7 +380,7 @@ class ExtensibleLM:
         """
         messages, joined = as_messages(question), as_documents(documents)
         ranked = [*joined, *inline_documents(messages)]
-        n_bare = len(self.builder.render(messages).fill({}))
+        n_bare = self.builder.render(messages, joined).n_around
         room = self.builder.room(n_bare, max_new_tokens, budget, ranked)
         return self.builder.plan(ranked, room, ratio, n_headed=len(joined), question=question_in(messages), plan=plan)
 
@@ -399,7 +399,7 @@ class ExtensibleLM:
         One that the window does not hold is counted too, with no position left for its documents.
         """
         messages, joined = as_messages(question), as_documents(documents)
-        n_bare = len(self.builder.render(messages, tools=tools).fill({}))
+        n_bare = self.builder.render(messages, joined, tools=tools).n_around
         room = capped(budget, max(0, self.llm.context_window - n_bare))
         ranked = [*joined, *inline_documents(messages)]
         planned = self.builder.plan(

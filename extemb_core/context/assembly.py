@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ Segment = np.ndarray[Any, Any] | Tensor | AnchoredStates
 Part = str | Segment
 
 DOCUMENT_SEPARATOR = "\n\n"  # after each document of a message
+_CUT = np.empty(0, dtype=np.int32)  # no position, but text on its two sides is encoded apart
 # Private-use characters fence a placeholder's number; the first that no text contains is taken.
 _FENCES = [chr(point) for point in range(0xF0000, 0xF0100)]
 
@@ -159,9 +160,27 @@ class ChatPrompt:
     """Messages that went through a chat template once, with slots for documents that are filled as often as wanted."""
 
     def __init__(self, llm: LLM, placeholders: _Placeholders, rendered: str) -> None:
+        self._llm = llm
         self._encode = cache(llm.encode_template)  # each of the template's pieces once
         self._placeholders = placeholders
         self._rendered = rendered
+
+    @cached_property
+    def n_around(self) -> int:
+        """Positions of all that stands around the slots, cut into tokens there as embeddings in them would cut it."""
+        slots = [part for part in self._placeholders.parts if isinstance(part, Slot) and len(part)]
+        return len(self.fill({slot.number: [_CUT] for slot in slots}))
+
+    def fill_within(self, contents: Mapping[int, Sequence[Part]], room: int) -> Prompt:
+        """Fill slots as `fill`, in `room` positions: text that makes more tokens beside other text is cut from it."""
+        prompt = self.fill(contents)
+        if len(prompt) <= self.n_around + room:
+            return prompt
+        cut = {
+            number: [_CUT, *(self._llm.encode(part) if isinstance(part, str) else part for part in parts)]
+            for number, parts in contents.items()
+        }
+        return min(prompt, self.fill(cut), key=len)
 
     def fill(self, contents: Mapping[int, Sequence[Part]]) -> Prompt:
         """Put each slot's content, by its number, in its place; a slot without one is empty."""

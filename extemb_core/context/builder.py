@@ -121,9 +121,10 @@ class ContextBuilder:
         if rendered is None:
             rendered = self.render(messages, documents, **template)
         ranked = [*documents, *inline_documents(messages)]
-        room = self.room(len(rendered.fill({})), max_new_tokens, budget, ranked)
+        room = self.room(rendered.n_around, max_new_tokens, budget, ranked)
         read = self.read(ranked, room, ratio, n_headed=len(documents), question=question_in(messages), plan=plan)
-        return PreparedPrompt(rendered.fill(dict(enumerate(read.parts))), read.context, read.seconds, start, room)
+        prompt = rendered.fill_within(dict(enumerate(read.parts)), room)
+        return PreparedPrompt(prompt, read.context, read.seconds, start, room)
 
     def text(
         self,

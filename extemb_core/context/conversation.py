@@ -84,7 +84,7 @@ class Condenser:
         rendered = builder.render(messages, documents, **template)
         ranked = [*documents, *inline_documents(messages)]
         settings: dict[str, Any] = {"n_headed": len(documents), "question": question_in(messages), "plan": plan}
-        n_bare, condensed = len(rendered.fill({})), None
+        n_bare, condensed = rendered.n_around, None
         if n_bare > room - cap:  # else they fit, whatever the documents take
             left = room - builder.plan(ranked, cap, ratio, **settings).positions
             condensed = None if n_bare <= left else self._condensed(messages, left, template)
@@ -99,15 +99,16 @@ class Condenser:
         turns = [at for at, document in enumerate(ranked) if isinstance(document, CompressedTurn)]
         others = [at for at, document in enumerate(ranked) if not isinstance(document, CompressedTurn)]
         uncondensed = [ranked[at] for at in others]
-        n_bare = len(rendered.fill({}))
+        n_bare = rendered.n_around
         room = builder.room(n_bare, max_new_tokens, cap, uncondensed)
         read = builder.read(uncondensed, room, ratio, **settings)
         # Turns take what documents leave; the newest is the best of them.
-        left = builder.llm.context_window - n_bare - max_new_tokens - read.positions
+        free = builder.llm.context_window - n_bare - max_new_tokens
+        left = free - read.positions
         earlier = builder.read([ranked[at] for at in reversed(turns)], left, "auto", n_headed=0, store=self.turns)
         contents = dict(zip([*others, *reversed(turns)], [*read.parts, *earlier.parts], strict=True))
         context, seconds = read.context + earlier.context, read.seconds + earlier.seconds
-        return PreparedPrompt(rendered.fill(contents), context, seconds, start, room)
+        return PreparedPrompt(rendered.fill_within(contents, free), context, seconds, start, room)
 
     def _condensed(self, messages: Messages, left: int, template: dict[str, Any]) -> Messages | None:
         """Make the older turns documents before the first that stays; None where there are none.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
-from tiny import SENTENCES, roomy_llm, shared_embedder, tiny_llm
+from tiny import SENTENCES, entering, roomy_llm, shared_embedder, tiny_llm, tiny_model, tiny_tokenizer
+from tokenizers import trainers
 
 from extemb_core import Document, ExtensibleLM
+from extemb_core.context.assembly import assemble_chat
 from extemb_core.context.builder import parts_of
 from extemb_core.context.planning import Span
 from extemb_core.documents import ReferencedDocument
@@ -25,6 +28,12 @@ DOCUMENTS = [Document(SENTENCES, title="Notes"), Document(SENTENCES[40:300]), Do
 @pytest.fixture
 def lm():
     llm = tiny_llm()
+    return ExtensibleLM(llm, shared_embedder(llm, 1))
+
+
+@pytest.fixture
+def roomy():
+    llm = roomy_llm()
     return ExtensibleLM(llm, shared_embedder(llm, 1))
 
 
@@ -107,16 +116,38 @@ def test_only_a_stream_runs_the_llm_in_a_thread_of_its_own(lm, monkeypatch, verb
     assert [thread is threading.current_thread() for thread in threads] == [verb != "stream"]
 
 
+# -- documents beside text --------------------------------------------------------------------------------------------
+
+
+def test_text_around_documents_is_counted_as_they_cut_it(roomy):
+    assert len(roomy.llm.encode("the fog")) < len(roomy.llm.encode("the ")) + len(roomy.llm.encode("fog"))
+    content = [part for start in range(20) for part in (Document(SENTENCES[start:]), "the ", Document("fog"))]
+    messages = [{"role": "user", "content": content}, {"role": "user", "content": QUESTION}]
+    prepared, _ = roomy.prepare(messages, ratio=4, max_new_tokens=4)
+    assert len(prepared.prompt) == roomy.positions(messages, ratio=4, budget=prepared.budget)
+    assert len(prepared.prompt) + 4 <= roomy.llm.context_window
+
+
+@pytest.mark.parametrize("condense", [False, True])
+def test_text_that_is_more_tokens_beside_other_text_keeps_to_its_budget(condense):
+    tokenizer = deepcopy(tiny_tokenizer())
+    trainer = trainers.BpeTrainer(special_tokens=list(tokenizer.added_tokens_encoder), show_progress=False)
+    tokenizer.backend_tokenizer.train_from_iterator([*SENTENCES.splitlines(), *["\n\n"] * 9], trainer)
+    llm = LLM(tiny_model("llama", vocab_size=len(tokenizer)), tokenizer, name="tiny-lines")
+    lm = ExtensibleLM(llm, entering(llm))
+    document = Document("ships\n\n")
+    assert len(llm.encode("ships\n\nships\n\n")) > 2 * len(llm.encode("ships\n\n"))
+    messages = [{"role": "user", "content": [*[document] * 5, QUESTION]}]
+    bare = len(assemble_chat(llm, [{"role": "user", "content": QUESTION}]))
+    for budget in range(5 * len(llm.encode("ships\n\n")) + 1):
+        prepared, _ = lm.prepare(messages, budget=budget, max_new_tokens=4, condense=condense)
+        assert len(prepared.prompt) - bare <= sum(entry.positions for entry in prepared.context) <= budget
+
+
 # -- documents that were planned before -------------------------------------------------------------------------------
 
 SHIPS = Document(SENTENCES, title="Ships", metadata={"source": "ships.txt"})
 WIRES = Document(SENTENCES[72:] + " Copper wires again.", metadata={"source": "wires.txt"})
-
-
-@pytest.fixture
-def roomy():
-    llm = roomy_llm()
-    return ExtensibleLM(llm, shared_embedder(llm, 1))
 
 
 def with_spans(roomy, *documents, budget=80, question=QUESTION, **settings):
