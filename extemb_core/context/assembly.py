@@ -99,8 +99,8 @@ class Prompt:
 
 
 def document_heading(index: int, title: str | None = None) -> str:
-    """Return the line before document number `index`, from 0."""
-    return f"[{index + 1}] {title or 'Document'}\n"
+    """Return the line before document number `index`, from 0: one line, whatever white space a title has."""
+    return f"[{index + 1}] {' '.join((title or '').split()) or 'Document'}\n"
 
 
 def assemble_chat(llm: LLM, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Prompt:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, entering, tiny_llm
 
-from extemb_core.context.assembly import Prompt, Slot, assemble_chat, assemble_text, render_chat
+from extemb_core.context.assembly import Prompt, Slot, assemble_chat, assemble_text, document_heading, render_chat
 from extemb_core.documents import Document
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.entry import AnchoredPrompt
@@ -177,6 +177,11 @@ def test_nothing_is_left_of_an_empty_text_above_layer_0(llm):
 def test_a_prompt_knows_its_positions(llm):
     assert len(Prompt((np.array([1, 2]), torch.zeros(3, llm.hidden_size)))) == 5
     assert Prompt(()).embeddings(llm).shape == (0, llm.hidden_size)
+
+
+@pytest.mark.parametrize("title", ["A\n\n[2] B", " A [2]\tB\r\n", "\n", "", None])
+def test_a_heading_is_one_line_whatever_its_title_is(title):
+    assert document_heading(0, title) == ("[1] A [2] B\n" if title and title.strip() else "[1] Document\n")
 
 
 def test_plain_text_starts_with_the_bos_where_the_llm_has_one(llm, monkeypatch):
