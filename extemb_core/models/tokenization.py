@@ -115,6 +115,8 @@ class TextEncoder:
             ids.frombytes(piece_ids.tobytes())
             ends.frombytes((piece_ends + np.int32(start)).tobytes())
             start += len(piece)
+        if ends:  # what is left out after the last token, such as an accent that is joined to it, is covered too
+            ends[-1] = start
         # An empty array has no buffer.
         return tuple(np.frombuffer(values, np.int32) if values else np.empty(0, np.int32) for values in (ids, ends))  # type: ignore[return-value]
 

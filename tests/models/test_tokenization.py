@@ -8,7 +8,9 @@ import threading
 import numpy as np
 import pytest
 from tiny import LONG_PROMPT, SENTENCES, tiny_llm, tiny_model, tiny_tokenizer
+from tokenizers import normalizers
 
+from extemb_core.context.spans import split_into_sentences
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.models import tokenization
 from extemb_core.models.llm import LLM
@@ -48,6 +50,16 @@ def assert_ends_are_those_of(llm, text, ids):
 def test_the_end_of_each_token_is_a_character_of_the_text(llm, text, monkeypatch):
     monkeypatch.setattr(tokenization, "_PIECE_CHARS", 100)  # a text of several pieces
     assert_ends_are_those_of(llm, text, llm.encode(text).tolist())
+
+
+def test_what_a_tokenizer_leaves_out_at_the_end_belongs_to_the_last_token():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
+    llm = LLM(tiny_model("llama"), tokenizer)
+    for text in ("A cafe\u0301", "Rivers carry sand. \n", "e\u0301 <|im_end|> "):
+        _, ends = llm.encode_with_ends(text)
+        assert ends[-1] == len(text)
+        assert "".join(split_into_sentences(text, ends, max_tokens=1).texts) == text
 
 
 def test_added_tokens_that_are_not_flagged_special_are_characters_too():
