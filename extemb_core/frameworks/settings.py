@@ -269,6 +269,7 @@ class GenerationSettings(ModelSettings):
     def _identifying_params(self) -> dict[str, Any]:
         """Collect all that an answer depends on, besides the messages."""
         settings = {name: getattr(self, name) for name in ("model", "embedder", "dtype", *_OF_ANSWER, "stop")}
+        settings["own_stop"] = self.stop  # over "stop" LangChain puts that of a call, which is most often None
         with suppress(Exception):  # of a model that cannot be loaded, which the call will meet, if it is the call's
             settings |= {"embedder": self.lm.embedder.fingerprint, "dtype": str(self.lm.llm.dtype)}
         return settings

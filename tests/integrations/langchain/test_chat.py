@@ -392,6 +392,14 @@ def test_answers_at_two_ratios_or_of_two_documents_share_no_cache_entry(lm, docu
     assert len(set(calls)) == 5
 
 
+@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
+def test_answers_of_models_that_end_at_other_texts_share_no_cache_entry(kind, lm):
+    cache = InMemoryCache()
+    (whole,) = text_of([kind.from_lm(lm, max_tokens=8, cache=cache).invoke("How many?")])
+    ended = kind.from_lm(lm, max_tokens=8, cache=cache, stop=whole[1:3])
+    assert text_of([ended.invoke("How many?"), ended.bind(stop=[]).invoke("How many?")]) == [whole[0], whole]
+
+
 def test_no_weights_are_loaded_before_they_are_needed(monkeypatch):
     loaded = []
     monkeypatch.setattr("extemb_core.frameworks.settings.share", lambda *args, **kwargs: loaded.append(args))
