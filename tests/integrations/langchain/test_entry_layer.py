@@ -16,7 +16,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from retrieval_encoder import by_words
 from tiny import SENTENCES, save_tiny, tiny_llm
 
-from extemb_core import Library
+from extemb_core import ExtensibleLM, Library
 from extemb_core.errors import ConfigError
 from extemb_core.models.entry import AnchoredPrompt
 from langchain_extemb import ChatExtensible, ExtensibleCompressor, ExtensibleLLM, ExtensibleRetriever
@@ -90,6 +90,20 @@ def test_answers_of_two_plans_share_no_cache_entry(lm):
     told = [fates(chat.invoke("Which bridge?", documents=[Document(SENTENCES)], **call))[0][0]
             for call in ({}, {"plan": "select"}) for chat in chats for _ in range(2)]  # fmt: skip
     assert [kind == "mixed" for kind in told] == [True, True, False, False, True, True, True, True]
+
+
+def test_answers_by_two_scorers_share_no_cache_entry(lm):
+    cache, told = InMemoryCache(), []
+    for best in (0, -1):
+
+        def scorer(question, sentences, best=best):
+            return [float(sentence == sentences[best]) for sentence in sentences]
+
+        scored = ExtensibleLM(lm.llm, lm.embedder, scorer=scorer)
+        chat = ChatExtensible.from_lm(scored, budget=60, max_tokens=2, cache=cache, plan="select")
+        (document,) = chat.invoke("Which?", documents=[SENTENCES]).response_metadata["extemb"]["documents"]
+        told.append([(span["start"], span["fidelity"]) for span in document["spans"]])
+    assert told[0] != told[1]
 
 
 async def test_a_checkpointer_keeps_what_became_of_a_mixed_document(lm):
