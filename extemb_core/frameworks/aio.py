@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
 from typing import Any, TypeVar
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.utils.progress import stopped_by
 
 MAX_CONCURRENCY = 32
-_pool = ThreadPoolExecutor(MAX_CONCURRENCY, thread_name_prefix="extemb")  # of all models: none of them blocks a loop
 
 T = TypeVar("T")
 
 
+@cache
+def _pool_of(_process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process, for all models: none of them blocks a loop. A fork has none of its parent's."""
+    return ThreadPoolExecutor(MAX_CONCURRENCY, thread_name_prefix="extemb")
+
+
+def _submit(work: Callable[..., T], *args: Any) -> Future[T]:
+    return _pool_of(os.getpid()).submit(work, *args)
+
+
 async def in_thread(work: Callable[..., T], *args: Any) -> T:
     """Run work in a thread and await it; it goes on to its end even if nobody waits any more."""
-    return await asyncio.wrap_future(_pool.submit(work, *args))
+    return await asyncio.wrap_future(_submit(work, *args))
 
 
 async def until_cancelled(work: Callable[[threading.Event], T]) -> T:
@@ -43,7 +54,7 @@ class AsyncAnswerStream:
 
     def __init__(self, opened: Callable[[], AnswerStream]) -> None:
         self._left = threading.Event()
-        self._opening = _pool.submit(_stoppable, self._left, opened)
+        self._opening: Future[AnswerStream] = _submit(_stoppable, self._left, opened)
         self._working: Future[Any] = self._opening
 
     async def __aenter__(self) -> AsyncAnswerStream:
@@ -51,12 +62,12 @@ class AsyncAnswerStream:
 
     async def __aexit__(self, *exc: object) -> None:
         self._left.set()
-        _pool.submit(_close, self._opening, self._working)
+        _submit(_close, self._opening, self._working)
 
     async def __aiter__(self) -> AsyncIterator[str]:
         stream = await asyncio.wrap_future(self._opening)
         while True:
-            self._working = _pool.submit(next, stream, None)
+            self._working = _submit(next, stream, None)
             piece = await asyncio.wrap_future(self._working)
             if piece is None:
                 return

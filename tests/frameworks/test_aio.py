@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 
 import pytest
@@ -24,6 +26,21 @@ async def test_work_is_done_in_a_thread_and_its_errors_arrive():
     assert await in_thread(lambda one, two: (one + two, threading.current_thread().name[:6]), 1, 2) == (3, "extemb")
     with pytest.raises(ConfigError, match="no"):
         await until_cancelled(lambda event: (_ for _ in ()).throw(ConfigError("no")))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own():
+    assert asyncio.run(in_thread(os.getpid)) == os.getpid()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            signal.alarm(PATIENCE)  # kills it
+            code = int(asyncio.run(in_thread(os.getpid)) != os.getpid())
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 async def test_work_is_told_when_whoever_waits_is_cancelled():
