@@ -97,6 +97,18 @@ class LoadedInThread(GenerationSettings):
         async for chunk in super().astream(*args, **kwargs):  # type: ignore[misc]
             yield chunk
 
+    def astream_events(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell of the events of an answer; see LangChain."""
+        told = super().astream_events  # type: ignore[misc]
+        if kwargs.get("version") != "v3":  # all others go through `astream`
+            return told(*args, **kwargs)
+
+        async def loaded() -> Any:
+            await self._load()
+            return await told(*args, **kwargs)
+
+        return loaded()
+
     async def _load(self) -> None:
         with suppress(Exception):  # which the call will meet, where callbacks are told
             await in_thread(lambda: self.lm)

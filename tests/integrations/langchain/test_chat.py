@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -647,8 +648,11 @@ def test_a_model_that_cannot_be_loaded_fails_in_each_call(kind):
     assert "no/such/folder/ does not exist" in str(failed[0])
 
 
-@pytest.mark.parametrize("kind", [ChatExtensible, ExtensibleLLM])
-@pytest.mark.parametrize("call", ["ainvoke", "astream", "abatch"])
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [*product([ChatExtensible, ExtensibleLLM], ["ainvoke", "astream", "abatch"]), (ChatExtensible, "astream_events")],
+)
+@pytest.mark.filterwarnings("ignore:.*_v3. is in beta")
 def test_weights_are_not_loaded_on_the_event_loop(kind, call, lm, monkeypatch):
     threads = []
 
@@ -664,6 +668,8 @@ def test_weights_are_not_loaded_on_the_event_loop(kind, call, lm, monkeypatch):
         if call == "astream":
             async for _ in model.astream("Hello"):
                 pass
+        elif call == "astream_events":
+            assert (await (await model.astream_events("Hello", version="v3"))).content
         else:
             await getattr(model, call)("Hello" if call == "ainvoke" else ["Hello"])
         return loop
