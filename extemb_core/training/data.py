@@ -76,7 +76,7 @@ class TokenFile:
         for file in files:
             if not file.is_file():
                 raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
-            digest.update(sha256_of(file).encode())
+            digest.update(f"{sha256_of(file)} {is_jsonl(file)}".encode())  # rows, or one document: its name tells
         folder = cache / f"tokens-{digest.hexdigest()[:16]}"
         if not folder.is_dir():
             with caching.locked(folder):

@@ -117,6 +117,12 @@ def test_the_second_time_it_is_only_opened(tmp_path, monkeypatch):
         TokenFile.build([file], llm, tmp_path)
 
 
+def test_a_file_under_another_name_is_read_as_that_name_says(tmp_path):
+    file = write(tmp_path, "a.txt", jsonl(TEXTS))
+    assert len(TokenFile.build([file], tiny_llm(), tmp_path)) == 1
+    assert len(TokenFile.build([file.rename(tmp_path / "a.jsonl")], tiny_llm(), tmp_path)) == len(TEXTS)
+
+
 @pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
 def test_ids_take_no_more_bytes_than_the_vocabulary_needs(tmp_path, monkeypatch, size, dtype):
     class Big:
