@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -315,21 +315,25 @@ def learning_rate_factor(step: float, *, last: float, warmup_steps: float, decay
 class _RunCallback(TrainerCallback):
     """Marks whole checkpoints, writes the log as JSON Lines, moves the progress bar, and stops in time."""
 
-    def __init__(self, config: TrainingConfig, advance: Callable[[int], None]) -> None:
+    def __init__(self, config: TrainingConfig, advance: Callable[[int], None], lag: int = 0) -> None:
         self._config = config
         self._advance = advance
+        self._lag = lag  # tokens by which the steps of earlier settings were larger than today's
         self._start = self._saved = time.monotonic()
         self._logged: tuple[float, int] | None = None  # when, and at which step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            row = {"step": state.global_step, "tokens": state.global_step * self._config.tokens_per_step, **logs}
+            row = {"step": state.global_step, "tokens": self._tokens(state.global_step), **logs}
             now = time.perf_counter()
             if self._logged is not None and state.global_step > self._logged[1]:
                 tokens = (state.global_step - self._logged[1]) * self._config.tokens_per_step
                 row["tokens_per_second"] = round(tokens / (now - self._logged[0]), 1)
             self._logged = now, state.global_step
             _append_log(self._config, row)
+
+    def _tokens(self, step: int) -> int:
+        return step * self._config.tokens_per_step + self._lag
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(state.global_step)
@@ -353,7 +357,8 @@ class _RunCallback(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for file in filter(Path.is_file, folder.rglob("*")):
                 fsync(file)
-            mark = {"step": state.global_step, "config": _settings(self._config)}
+            step = state.global_step
+            mark = {"step": step, "tokens": self._tokens(step), "config": _settings(self._config)}
             atomic_write_text(folder / COMPLETE, json.dumps(mark, indent=2))
 
 
@@ -382,24 +387,29 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
             return model
         settings = model.embedder.config if model.embedder is not None else ExtensibleEmbedderConfig(ratios=(1,))
         ratios, chunk_sizes = drawn_from(config, settings)
-        batches = plan_batches(config, llm, min(ratios), chunk_sizes)
+        # Steps are counted on from the checkpoint's, which may have been of another size.
+        lag = 0
+        if checkpoint is not None:
+            lag = _tokens_of(checkpoint, config) - _step_of(checkpoint) * config.tokens_per_step
+        counted = replace(config, total_tokens=config.total_tokens - lag)
+        batches = plan_batches(counted, llm, min(ratios), chunk_sizes)
         held_out = _held_out(config, llm)
     if checkpoint is None and is_first_process():  # not before it is known that this run can begin
         for mark in output.glob(f"checkpoint-*/{COMPLETE}"):
             mark.unlink()
     longest = max(_short_chunks(config, chunk_sizes)) if held_out is not None else 0
-    logger.info("%d steps of %d tokens at most", config.max_steps, config.tokens_per_step)
+    logger.info("%d steps of %d tokens at most", counted.max_steps, config.tokens_per_step)
     before = None  # the checkpoint that holds the optimiser's state of the run that this one goes on from
     if checkpoint is None and config.start_from is not None:
         before = last_checkpoint(Path(config.start_from))
-    with progress("train", config.max_steps) as advance:
+    with progress("train", counted.max_steps) as advance:
         trainer = RunTrainer(
             model=model,
-            args=_arguments(config, llm, evaluate=held_out is not None),
+            args=_arguments(counted, llm, evaluate=held_out is not None),
             train_dataset=batches,
             eval_dataset=held_out,
             data_collator=Collator(ratios, chunk_sizes, config.seed, config.ratios_per_sample),
-            callbacks=[_RunCallback(config, advance), *_tensorboard(output)],
+            callbacks=[_RunCallback(config, advance, lag), *_tensorboard(output)],
             config=config,
             optimizer_from=before,
             eval_collators={f"ratio_{r}": Collator([r], [longest], 0) for r in ratios},
@@ -445,9 +455,9 @@ def is_first_process() -> bool:
 
 
 def is_finished(config: TrainingConfig) -> bool:
-    """Tell whether the run's last checkpoint is that of its last step."""
+    """Tell whether the run's last checkpoint has seen all of its tokens."""
     checkpoint = _last_checkpoint(config)
-    return checkpoint is not None and _step_of(checkpoint) >= config.max_steps
+    return checkpoint is not None and _tokens_of(checkpoint, config) >= config.total_tokens
 
 
 def drawn_from(config: TrainingConfig, settings: ExtensibleEmbedderConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -631,6 +641,16 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _tokens_of(checkpoint: Path, config: TrainingConfig) -> int:
+    """Read how many tokens a checkpoint has seen; earlier versions did not say, and had steps of one size."""
+    mark = parse_json((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    if "tokens" in mark:
+        return int(mark["tokens"])
+    sizes = ("batch_size", "accumulation_steps", "sample_length")
+    before = {name: value for name, value in _config_of(checkpoint).items() if name in sizes}
+    return _step_of(checkpoint) * replace(config, **before).tokens_per_step
 
 
 def last_checkpoint(output: Path) -> Path | None:

@@ -201,6 +201,17 @@ def test_a_run_goes_on_with_other_settings_and_the_log_says_so(config):
     assert rows[-1]["step"] > step
 
 
+def test_a_run_that_goes_on_with_other_batches_trains_on_as_many_tokens_as_it_was_told(config):
+    train(replace(config, total_tokens=3 * 96))
+    for changes, last in (({"total_tokens": 600, "batch_size": 4}, (5, 288 + 2 * 192)),
+                          ({"total_tokens": 700, "batch_size": 1}, (6, 672 + 48)),
+                          ({"total_tokens": 720, "sample_length": 40}, (6, 720)),
+                          ({"total_tokens": 721, "accumulation_steps": 2}, (7, 720 + 192))):  # fmt: skip
+        train(replace(config, **changes))
+        row = log_of(config)[-1]
+        assert (row["step"], row["tokens"]) == last
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     real = trainer_module.two_stream_losses
     calls = []
