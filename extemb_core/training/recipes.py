@@ -146,14 +146,14 @@ def train_recipe(
     configs = stage_configs(recipe, output, total_tokens, **settings)
     start = time.monotonic()
     trained = None
-    for config in configs:
+    for number, config in enumerate(configs, start=1):
         if resume and config is not configs[-1] and is_finished(config):
             continue
         if config.max_minutes is not None:
             left = config.max_minutes - (time.monotonic() - start) / 60
             config = replace(config, max_minutes=max(left, 1e-6))  # a step at least, however little is left
-        trained = train(config, resume=resume)
-        resume = False  # what a later stage has made from an earlier state of this one is out of date
+        # What later stages have made from an earlier state of this one is out of date.
+        trained = train(config, resume=resume, outdated=[Path(later.output) for later in configs[number:]])
         if not is_finished(config):
             logger.warning("%s is not finished; the same call goes on", config.output)
             return None

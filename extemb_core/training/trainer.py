@@ -315,9 +315,12 @@ def learning_rate_factor(step: float, *, last: float, warmup_steps: float, decay
 class _RunCallback(TrainerCallback):
     """Marks whole checkpoints, writes the log as JSON Lines, moves the progress bar, and stops in time."""
 
-    def __init__(self, config: TrainingConfig, advance: Callable[[int], None], lag: int = 0) -> None:
+    def __init__(
+        self, config: TrainingConfig, advance: Callable[[int], None], lag: int, outdated: Sequence[Path]
+    ) -> None:
         self._config = config
         self._advance = advance
+        self._outdated = outdated
         self._lag = lag  # tokens by which the steps of earlier settings were larger than today's
         self._start = self._saved = time.monotonic()
         self._logged: tuple[float, int] | None = None  # when, and at which step
@@ -357,18 +360,20 @@ class _RunCallback(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for file in filter(Path.is_file, folder.rglob("*")):
                 fsync(file)
+            _discard_checkpoints(*self._outdated)
             step = state.global_step
             mark = {"step": step, "tokens": self._tokens(step), "config": _settings(self._config)}
             atomic_write_text(folder / COMPLETE, json.dumps(mark, indent=2))
 
 
-def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
+def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Path] = ()) -> TrainableModel:
     """Train an embedder, or a reader, or both, and leave them in `config.output` (a reader in `reader/` there).
 
     Args:
         config: The run.
         resume: Go on from the last whole checkpoint in `config.output`, if there is one of this run. Without it, those
             that are there count no longer.
+        outdated: Folders of runs that go on from this one. With a new checkpoint here, those there count no longer.
 
     Raises:
         ConfigError: The settings do not go together.
@@ -395,8 +400,7 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
         batches = plan_batches(counted, llm, min(ratios), chunk_sizes)
         held_out = _held_out(config, llm)
     if checkpoint is None and is_first_process():  # not before it is known that this run can begin
-        for mark in output.glob(f"checkpoint-*/{COMPLETE}"):
-            mark.unlink()
+        _discard_checkpoints(output)
     longest = max(_short_chunks(config, chunk_sizes)) if held_out is not None else 0
     logger.info("%d steps of %d tokens at most", counted.max_steps, config.tokens_per_step)
     before = None  # the checkpoint that holds the optimiser's state of the run that this one goes on from
@@ -409,7 +413,7 @@ def train(config: TrainingConfig, *, resume: bool = True) -> TrainableModel:
             train_dataset=batches,
             eval_dataset=held_out,
             data_collator=Collator(ratios, chunk_sizes, config.seed, config.ratios_per_sample),
-            callbacks=[_RunCallback(config, advance, lag), *_tensorboard(output)],
+            callbacks=[_RunCallback(config, advance, lag, outdated), *_tensorboard(output)],
             config=config,
             optimizer_from=before,
             eval_collators={f"ratio_{r}": Collator([r], [longest], 0) for r in ratios},
@@ -442,6 +446,13 @@ def _tidy_after_failure(*folders: Path) -> Iterator[None]:
                 if all(file.suffix == ".lock" for file in folder.iterdir()):
                     shutil.rmtree(folder)
         raise
+
+
+def _discard_checkpoints(*outputs: Path) -> None:
+    """Have no run go on from what is in these folders."""
+    for output in outputs:
+        for mark in output.glob(f"checkpoint-*/{COMPLETE}"):
+            mark.unlink()
 
 
 def _append_log(config: TrainingConfig, row: dict[str, Any]) -> None:

@@ -106,6 +106,32 @@ def test_a_stage_that_is_prolonged_has_the_next_one_begin_anew(folder, settings)
         torch.testing.assert_close(prolonged[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_training_stopped_between_two_stages_has_the_next_one_begin_anew(folder, settings, monkeypatch, resume):
+    recipe, settings = read_recipe(folder / "own.yaml"), settings | {"decay_steps": 0}
+    train_recipe(recipe, folder / "run", 6 * 96, **settings)
+    ran = []
+    real = recipes_module.train
+
+    def stopped(config, **options):
+        if ran:
+            raise KeyboardInterrupt
+        ran.append(real(config, **options))
+
+    settings |= {"learning_rate": 2e-2, "logging_steps": 1}
+    total = 9 * 96 if resume else 6 * 96
+    with monkeypatch.context() as patched:
+        patched.setattr(recipes_module, "train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train_recipe(recipe, folder / "run", total, resume=resume, **settings)
+    last = Path(stage_configs(recipe, folder / "run", total, **settings)[-1].output)
+    (last / "log.jsonl").unlink()
+    train_recipe(recipe, folder / "run", total, **settings)
+    rows = [json.loads(line) for line in (last / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["step"] == 1
+    assert not any("changed" in row for row in rows)
+
+
 def test_the_readers_recipe_leaves_an_llm(folder, settings):
     tiny_model("llama", max_position_embeddings=1024, num_hidden_layers=9).save_pretrained(folder / "llm")
     row = {
