@@ -88,9 +88,9 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _decoded(data: bytes, file: Path, line: int) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")  # a file may begin with a byte order mark
     except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
+        line += error.object.count(b"\n", 0, error.start)
         raise DocumentError(f"{file}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
 
 

@@ -46,6 +46,15 @@ def test_another_text_file_is_one_document(tmp_path, name):
     assert list(read_texts(write(tmp_path, name, SENTENCES.encode()))) == [SENTENCES]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.txt", "a.txt.zst"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, name):
+    data = jsonl(["first", "\ufeffsecond"]) if "jsonl" in name else b"first"
+    texts = list(read_texts(write(tmp_path, name, b"\xef\xbb\xbf" + data)))
+    assert texts == (["first", "\ufeffsecond"] if "jsonl" in name else ["first"])
+    with pytest.raises(DocumentError, match="line 2: not UTF-8"):
+        list(read_texts(write(tmp_path, name, b'\xef\xbb\xbf{"text": "a"}\n\xff')))
+
+
 def test_a_row_larger_than_a_block_and_several_frames(tmp_path):
     texts = ["word " * 100_000, "x", "é" * 70_000]
     file = tmp_path / "a.jsonl.zst"
