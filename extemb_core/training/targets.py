@@ -7,6 +7,7 @@ PISCO and CompLLM). Where its own answer does not agree with a reference, the re
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -89,8 +90,7 @@ def make_targets(
 
 
 def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> list[dict[str, Any]]:
-    prompts: dict[int, PromptInputs] = {}
-    longest = 0
+    prompts: dict[int, dict[int, PromptInputs]] = defaultdict(dict)  # by how long an answer may be
     for at, question in enumerate(questions):
         template = templates()[template_for(question.answers)]
         ids = llm.encode(question.context)
@@ -98,10 +98,11 @@ def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> 
         prompt = assemble_chat(llm, [{"role": "user", "content": content}])
         new = template["max_new_tokens"]
         if len(ids) <= max_document_tokens and len(prompt) + new <= llm.context_window:
-            prompts[at] = prompt.inputs(llm)
-            longest = max(longest, new)
-    generated = llm.generate(list(prompts.values()), Sampling(max_new_tokens=max(1, longest)))
-    answers = dict(zip(prompts, (answer.text.strip() for answer in generated), strict=True))
+            prompts[new][at] = prompt.inputs(llm)
+    answers: dict[int, str] = {}
+    for new, alike in prompts.items():
+        generated = llm.generate(list(alike.values()), Sampling(max_new_tokens=new))
+        answers |= zip(alike, (answer.text.strip() for answer in generated), strict=True)
     rows = []
     for at, question in enumerate(questions):
         agrees = at in answers and f1(answers[at], question.answers) >= _AGREEMENT

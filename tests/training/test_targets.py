@@ -10,7 +10,7 @@ from tiny import tiny_model, tiny_tokenizer
 from extemb_core.errors import ConfigError
 from extemb_core.models.generation import Generated
 from extemb_core.models.llm import LLM
-from extemb_core.questions import read_questions
+from extemb_core.questions import read_questions, templates
 from extemb_core.training import targets as targets_module
 from extemb_core.training.targets import TargetCounts, make_targets
 
@@ -50,6 +50,22 @@ def test_the_own_answer_is_the_target_where_it_agrees(llm, questions, tmp_path):
     assert len(llm.asked) == 2
     assert "The mill was built in 1820." in llm.asked[0]
     assert not out.with_name("targets.jsonl.partial").exists()
+
+
+def test_an_answer_is_as_long_as_its_own_prompt_allows_whatever_stands_beside_it(llm, tmp_path, monkeypatch):
+    context = "The mill was built in 1820."
+    rows = [{"id": answer[:3], "context": context, "question": "When?", "answers": [answer]}
+            for answer in ("1820", "yes", " ".join(["long"] * 20))]  # fmt: skip
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    longest = []
+
+    def generate(prompts, sampling):
+        longest.extend([sampling.max_new_tokens] * len(prompts))
+        return [Generated(text=f"of {sampling.max_new_tokens}", token_ids=[1], finish_reason="stop") for _ in prompts]
+
+    monkeypatch.setattr(llm, "generate", generate)
+    make_targets(llm, [tmp_path / "questions.jsonl"], tmp_path / "targets.jsonl")
+    assert longest == [templates()[name]["max_new_tokens"] for name in ("short", "yes_no", "long")]
 
 
 def test_a_stopped_run_goes_on(llm, questions, tmp_path, monkeypatch):
