@@ -121,12 +121,19 @@ class QaExperiment(Experiment):
             yield {
                 "id": question.id,
                 "document": question.document,
-                "rank": self._ranks[question.id] if self.config.passages > 1 else None,
+                "rank": self._rank(question.id),
                 "question": question.question,
                 "answers": list(question.answers),
                 "answer_tokens": len(reference),
                 "arms": arms,
             }
+
+    def is_current(self, sample: Sample) -> bool:
+        return sample["id"] in self._ranks and sample["rank"] == self._rank(sample["id"])
+
+    def _rank(self, name: str) -> int | None:
+        """Return the rank of a question's own passage, which goes by the limit; None where there is no other."""
+        return self._ranks[name] if self.config.passages > 1 else None
 
     def _batches(self, inputs: Mapping[_Key, PromptInputs], texts: Sequence[tuple[str, ...]]) -> Iterator[list[_Key]]:
         """Group prompts by arm and question to be read in one pass each.

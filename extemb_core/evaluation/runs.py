@@ -74,6 +74,10 @@ class Experiment:
         """Measure a group, or what a stopped run left of it; yields samples with their "id"."""
         raise NotImplementedError
 
+    def is_current(self, sample: Sample) -> bool:
+        """Tell whether a finished sample is what would be measured now, whatever limit it was measured under."""
+        return True
+
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Make the tables, a pure function of the samples."""
         raise NotImplementedError
@@ -112,6 +116,7 @@ def run(
         raise ConfigError("no sample fits these settings; pass longer documents or other lengths")
     out.parent.mkdir(parents=True, exist_ok=True)
     finished = FinishedSamples(out, identity, resume=resume)
+    finished.by_id = {name: sample for name, sample in finished.by_id.items() if experiment.is_current(sample)}
     origin = provenance(command)
     with closing(finished.journal) as journal, progress(experiment.kind, len(ids), show_progress) as advance:
         advance(sum(name in finished.by_id for name in ids))

@@ -12,6 +12,7 @@ from tiny import RawEmbedder, entering, random_embedder, tiny_model, tiny_tokeni
 
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.evaluation.qa import QaConfig, QaExperiment
+from extemb_core.evaluation.runs import run
 from extemb_core.models import generation
 from extemb_core.models.llm import LLM
 from extemb_core.questions import templates
@@ -253,6 +254,18 @@ def test_the_own_passage_has_every_rank_and_parts_stay_apart(make, llm):
 def test_every_rank_has_its_share_of_the_questions_under_a_limit(make):
     experiment = make(passages=3, limit=4)  # every third question of ten
     assert sorted(experiment._ranks[name] for name in experiment._questions) == [0, 0, 1, 2]
+
+
+def test_a_higher_limit_ends_in_the_record_of_one_run(make, tmp_path):
+    settings = {"passages": 3, "generate": False, "controls": ()}
+    run(make(limit=4, **settings), tmp_path / "parts.json")
+    parts = run(make(**settings), tmp_path / "parts.json")
+    once = run(make(**settings), tmp_path / "once.json")
+    assert [sample["rank"] for sample in parts["samples"]] == [sample["rank"] for sample in once["samples"]]
+    assert parts["summary"]["by_rank"].keys() == {"0", "1", "2"}
+    for rank, arms in once["summary"]["by_rank"].items():
+        for arm, values in arms.items():
+            assert parts["summary"]["by_rank"][rank][arm] == pytest.approx(values, abs=1e-5)
 
 
 def embedder_of(experiment, passage):

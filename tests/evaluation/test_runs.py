@@ -25,6 +25,7 @@ class Squares:
     stop_at: str = ""
     asked: list[str] = field(default_factory=list)
     kind = "squares"
+    is_current = Experiment.is_current
 
     def groups(self):
         ids = [str(number) for number in range(self.config.limit or 6)]
