@@ -246,29 +246,32 @@ VALUES = {
 }
 
 
+@pytest.fixture(scope="module")
+def paper(llm):
+    return ExtensibleEmbedder.from_pretrained(resolve_embedder(PAPER, llm.name), llm=llm)
+
+
 @pytest.mark.parametrize("ratio", VALUES)
-def test_the_shipped_embedder_makes_what_it_always_made(llm, ratio):
-    embedder = ExtensibleEmbedder.from_pretrained(resolve_embedder(PAPER, llm.name), llm=llm)
-    assert embedder.fingerprint == VERSION_1_FINGERPRINT
-    made = embedder.compress(TEXT, ratio=ratio)
+def test_the_shipped_embedder_makes_what_it_always_made(paper, ratio):
+    assert paper.fingerprint == VERSION_1_FINGERPRINT
+    made = paper.compress(TEXT, ratio=ratio)
     assert made.embeddings.shape == ({2: 511, 8: 128}[ratio], 576)
     assert (made.entry_layer, made.anchors) == (0, None)
     chosen = made.embeddings[[0, 7, -1]][:, [0, 100, 575]].flatten()
     torch.testing.assert_close(chosen, torch.tensor(VALUES[ratio]), atol=1e-5, rtol=0)
 
 
-def test_a_library_of_version_1_answers_and_is_brought_up_to_date(llm, tmp_path, caplog):
+def test_a_library_of_version_1_answers_and_is_brought_up_to_date(llm, paper, untrained, tmp_path, caplog):
     pytest.importorskip("faiss")
     folder = version_1(tmp_path) / "library"
     if installed_file(WORDLLAMA) is None:
         pytest.skip("needs the wordllama wheel")
-    paper = ExtensibleLM(llm, ExtensibleEmbedder.from_pretrained(resolve_embedder(PAPER, llm.name), llm=llm))
     question = {"question": "When was the lamp of the lighthouse lit?", "k": 1, "max_new_tokens": 4}
-    with Library(folder, paper, mode="r", ratio=8) as library:
+    with Library(folder, ExtensibleLM(llm, paper), mode="r", ratio=8) as library:
         assert (len(library), library.n_stale, library.embedders) == (2, 0, {VERSION_1_FINGERPRINT: 2})
         entry = library.ask(**question, ratio=8).context[0]
         assert (entry.source, entry.cached) == ("varn.txt:0-113", True)
-    with Library(folder, ExtensibleLM(llm, ExtensibleEmbedder.untrained(llm))) as library:
+    with Library(folder, ExtensibleLM(llm, untrained)) as library:
         assert library.n_stale == 2
         assert not library.ask(**question, ratio=2).context[0].cached
         assert "2 of 2 documents" in caplog.text
