@@ -28,6 +28,9 @@ from extemb_core.errors import WeightsError
 if TYPE_CHECKING:  # the process that hands out the tests needs no torch
     from extemb_core.models.llm import LLM
 
+# Most of what uses `processes.py`.
+FORKING = ("tests/benchmarks/", "tests/cli/", "tests/training/", "tests/weights/")
+
 gc.disable()  # until all is imported: see `pytest_collection_finish`
 gc.set_threshold(10_000)  # new objects: a pass of a tiny model makes hundreds, and next to no garbage
 
@@ -37,11 +40,13 @@ hypothesis.settings.load_profile("extemb")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes minutes of several processes, unless `-m` names it."""
+    """Leave out what takes minutes of several processes, unless `-m` names it; start processes first."""
     unnamed = {name for name in ("browser", "cluster", "soak") if name not in config.option.markexpr}
     left_out = {item for item in items if unnamed & {mark.name for mark in item.iter_markers()}}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+    # What starts processes comes first, and so to one worker: the server that forks them takes seconds to start.
+    items.sort(key=lambda item: (not item.nodeid.startswith(FORKING), item.path))
 
 
 def pytest_collection_finish() -> None:
