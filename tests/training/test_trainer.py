@@ -411,7 +411,7 @@ def test_objectives_can_be_mixed(asked, config):
 
 @pytest.mark.parametrize("trained", ["reader", "both"])
 def test_a_reader_learns_and_becomes_an_llm_of_its_own(asked, trained):
-    run = replace(asked, trained=trained, total_tokens=40 * 96, logging_steps=10)
+    run = replace(asked, trained=trained, total_tokens=40 * 96, logging_steps=10, save_steps=40)
     model = train(run)
     found = list(losses(run).values())
     assert found[-1] < found[0] - 0.5
@@ -537,10 +537,11 @@ def read_through(llm, embedder):
 
 @pytest.mark.parametrize("trained", ["both", "reader", "embedder"])
 def test_what_was_trained_above_layer_0_is_loaded_by_name(entering, trained):
-    run = replace(entering, trained=trained, total_tokens=40 * 96, logging_steps=10)
+    steps = 8 if trained == "embedder" else 40  # a random LLM reads nothing however it is told
+    run = replace(entering, trained=trained, total_tokens=steps * 96, logging_steps=steps // 4, save_steps=steps)
     model = train(run)
     found = list(losses(run).values())
-    assert trained == "embedder" or found[-1] < found[0] - 0.1  # a random LLM reads nothing however it is told
+    assert trained == "embedder" or found[-1] < found[0] - 0.1
     base = LLM.from_pretrained(run.llm)
     llm = LLM.from_pretrained(Path(run.output) / "reader") if trained != "embedder" else base
     embedder = ExtensibleEmbedder.from_pretrained(run.output, llm=llm)
