@@ -385,7 +385,7 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
     with _tidy_after_failure(output, config.token_cache):
         output.mkdir(parents=True, exist_ok=True)
         llm = LLM.from_pretrained(config.llm, device=_device(config), dtype=config.dtype)
-        model = starting_point(config, llm)
+        model = starting_point(config, llm, checkpoint)
         if checkpoint is not None and is_finished(config):
             model.load(checkpoint)  # finished before; the Trainer would take one more step
             model.save(output)
@@ -552,8 +552,11 @@ def _device(config: TrainingConfig) -> str:
     return f"cuda:{rank}"
 
 
-def starting_point(config: TrainingConfig, llm: LLM) -> TrainableModel:
-    """Make what a run trains, as it is before the first step."""
+def starting_point(config: TrainingConfig, llm: LLM, checkpoint: Path | None = None) -> TrainableModel:
+    """Make what a run trains, as it is before the first step.
+
+    With a checkpoint, an embedder that weighs tokens by counts has its weights: the text may be another one by now.
+    """
     embedder: ExtensibleEmbedder | None = None
     reader: LoraConfig | None = None
     layer = int(config.embedder.get("entry_layer", 0))
@@ -567,14 +570,14 @@ def starting_point(config: TrainingConfig, llm: LLM) -> TrainableModel:
                 f"llm={f'{config.start_from}/{READER}'!r} for an embedder that is trained for it"
             )
         if before is None or reader_alone:
-            embedder = ExtensibleEmbedder.from_llm(llm, token_counts=_token_counts(config, llm), **config.embedder)
+            embedder = _new_embedder(config, llm, checkpoint, config.embedder)
         else:
             embedder = ExtensibleEmbedder.from_pretrained(before, llm=llm, adapt=True)
         embedder.trainable_to(torch.float32)  # in bfloat16 a small update would round to none
         layer = embedder.config.entry_layer
     elif layer:  # a reader of what the LLM's first layers give as they are
         settings = {**config.embedder, "adaptation": "none", "has_reader": True}
-        embedder = ExtensibleEmbedder.from_llm(llm, token_counts=_token_counts(config, llm), **settings)
+        embedder = _new_embedder(config, llm, checkpoint, settings)
     for name in ("mixed_share", "focus_share"):
         if getattr(config, name) and not layer:
             raise ConfigError(
@@ -593,10 +596,18 @@ def starting_point(config: TrainingConfig, llm: LLM) -> TrainableModel:
     return TrainableModel(llm, embedder, reader, config.distillation)
 
 
-def _token_counts(config: TrainingConfig, llm: LLM) -> Tensor | None:
-    """Count how often each token occurs in the training text, if the embedder weighs them by that."""
-    if config.embedder.get("token_weighting") != "frequency":
-        return None
+def _new_embedder(
+    config: TrainingConfig, llm: LLM, checkpoint: Path | None, settings: Mapping[str, Any]
+) -> ExtensibleEmbedder:
+    if settings.get("token_weighting") != "frequency":
+        return ExtensibleEmbedder.from_llm(llm, **settings)
+    if checkpoint is not None:
+        return ExtensibleEmbedder.from_pretrained(checkpoint, llm=llm)
+    return ExtensibleEmbedder.from_llm(llm, token_counts=_token_counts(config, llm), **settings)
+
+
+def _token_counts(config: TrainingConfig, llm: LLM) -> Tensor:
+    """Count how often each token occurs in the training text."""
     if not config.data:
         raise ConfigError("token_weighting='frequency' counts tokens in data, and data is empty; pass text files")
     tokens = _token_file(config, llm, config.data).tokens

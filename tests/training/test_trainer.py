@@ -576,6 +576,16 @@ def test_a_run_above_layer_0_goes_on_where_it_was_killed(entering, tmp_path):
     assert losses(whole) != pytest.approx(losses(entering), abs=1e-5)  # whose rate fell
 
 
+@pytest.mark.parametrize("trained", ["embedder", "reader"])
+def test_tokens_weigh_as_they_did_when_a_run_goes_on_with_other_text(entering, folder, trained):
+    run = replace(entering, trained=trained)
+    first = train(replace(run, total_tokens=run.tokens_per_step))
+    further = train(replace(run, total_tokens=2 * run.tokens_per_step, data=(str(folder / "held_out.txt"),)))
+    assert log_of(run)[-1]["step"] == 2
+    assert torch.equal(further.embedder.token_weights, first.embedder.token_weights)
+    assert further.embedder.config.token_weights_digest == first.embedder.config.token_weights_digest
+
+
 def test_the_optimiser_is_kept_by_the_names_in_the_files(entering, monkeypatch, caplog):
     """So that another version of the code, with other modules around the tensors, goes on as well."""
     half = replace(entering, total_tokens=entering.total_tokens // 2, decay_steps=0)
