@@ -339,6 +339,7 @@ class _RunCallback(TrainerCallback):
         return step * self._config.tokens_per_step + self._lag
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # the Trainer goes on with the intervals of the checkpoint
         self._advance(state.global_step)
         self._logged = time.perf_counter(), state.global_step
 

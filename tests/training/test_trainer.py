@@ -201,6 +201,17 @@ def test_a_run_goes_on_with_other_settings_and_the_log_says_so(config):
     assert rows[-1]["step"] > step
 
 
+def test_a_run_goes_on_with_the_intervals_that_it_is_given(config, folder):
+    run = replace(config, eval_data=(str(folder / "held_out.txt"),), save_steps=2, eval_steps=2)
+    train(replace(run, total_tokens=2 * 96))
+    train(replace(run, total_tokens=9 * 96, save_steps=4, eval_steps=3, logging_steps=5))
+    rows = log_of(run)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 3, 6, 9]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 5]
+    steps = {json.loads(mark.read_text())["step"] for mark in Path(run.output).glob("checkpoint-*/complete.json")}
+    assert steps == {8, 9}
+
+
 def test_a_run_that_goes_on_with_other_batches_trains_on_as_many_tokens_as_it_was_told(config):
     train(replace(config, total_tokens=3 * 96))
     for changes, last in (({"total_tokens": 600, "batch_size": 4}, (5, 288 + 2 * 192)),
