@@ -402,6 +402,10 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
         held_out = _held_out(config, llm)
     if checkpoint is None and is_first_process():  # not before it is known that this run can begin
         _discard_checkpoints(output)
+    elif is_first_process():  # what a kill left of one counts for nothing, but would push a whole one out
+        for folder in output.glob("checkpoint-*[0-9]"):
+            if not (folder / COMPLETE).is_file():
+                shutil.rmtree(folder)
     longest = max(_short_chunks(config, chunk_sizes)) if held_out is not None else 0
     logger.info("%d steps of %d tokens at most", counted.max_steps, config.tokens_per_step)
     before = None  # the checkpoint that holds the optimiser's state of the run that this one goes on from

@@ -157,6 +157,24 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, tmp_path):
     assert losses(killed) == pytest.approx(losses(config), abs=1e-5)
 
 
+def test_a_run_killed_twice_while_it_saves_goes_on_from_its_last_whole_checkpoint(config, monkeypatch):
+    real = trainer_module._RunCallback.on_save
+    for killed_at, run in ((6, config), (5, replace(config, save_steps=5))):
+
+        def on_save(self, args, state, control, killed_at=killed_at, **kwargs):
+            if state.global_step == killed_at:
+                raise KeyboardInterrupt
+            real(self, args, state, control, **kwargs)
+
+        monkeypatch.setattr(trainer_module._RunCallback, "on_save", on_save)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+        for folder in Path(config.output).glob("checkpoint-*"):
+            hours = int(folder.name.split("-")[1])  # else all are of one second, and go by their numbers
+            os.utime(folder, (3600 * hours, 3600 * hours))
+        assert last_checkpoint(Path(config.output)).name == "checkpoint-3"
+
+
 def test_checkpoints_of_another_run_are_refused(config):
     train(replace(config, total_tokens=96))
     with pytest.raises(TrainingError, match="another embedder"):
