@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pydantic
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, Field, PlainSerializer, SecretStr, ValidationError
 from typing_extensions import Self
 
 from extemb_core.answers import Answer
@@ -50,6 +50,8 @@ NameOrPath = Annotated[str, BeforeValidator(name_or_path)]
 Folder = Annotated[Any, BeforeValidator(folder_as_text)]
 Ratio = Annotated[str | int, BeforeValidator(_checked_ratio)]
 Budget = Annotated[int, BeforeValidator(check_budget)] | None
+# Left out of what is saved: LlamaIndex makes JSON of it, and asterisks would be taken for a key where it is read again.
+ApiKey = Annotated[SecretStr | None, PlainSerializer(lambda _: None)]
 
 
 class StrictSettings(pydantic.BaseModel):
@@ -119,7 +121,7 @@ class ModelSettings(StrictSettings):
     """What writes the answers: "transformers", in this process, or "vllm", a server (docs/vllm.md)."""
     base_url: str | None = None
     """Of the vLLM server's API, such as "http://localhost:8000/v1"."""
-    api_key: SecretStr | None = None
+    api_key: ApiKey = None
     """Of the vLLM server, if it has one."""
     loaded_lm: Any = Field(default=None, exclude=True, repr=False)
     """The `ExtensibleLM` of `from_lm`: a field, so that frameworks that make an object anew from its fields keep it."""

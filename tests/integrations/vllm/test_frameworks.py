@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from extemb_core.frameworks import shared
 from extemb_core.models.vllm_client import VllmLLM
 from langchain_extemb import ChatExtensible, ExtensibleCompressor, ExtensibleLLM
 from llama_index.llms.extemb import ExtensibleLLM as LlamaIndexLLM
+from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor, ExtensibleTransform
 
 QUESTION, DOCUMENT = "What did the keeper count?", SENTENCES[:170]
 SETTINGS: dict[str, Any] = {"ratio": 4, "max_tokens": 6, "temperature": 1.0, "seed": 1}
@@ -74,3 +76,17 @@ def test_a_server_is_named_with_its_engine_and_its_key_is_not_shown(kind: Any, c
     llm = kind(engine="vllm", base_url=URL, api_key="hidden-key")
     assert "hidden-key" not in repr(llm) + str(llm.model_dump())
     assert pickle.loads(pickle.dumps(llm)).api_key.get_secret_value() == "hidden-key"
+
+
+@pytest.mark.parametrize("kind", [LlamaIndexLLM, ExtensibleEmbeddingPostprocessor, ExtensibleTransform])
+def test_what_llamaindex_saves_as_json_has_all_but_the_key(kind: Any) -> None:
+    made = kind(engine="vllm", base_url=URL, api_key="hidden-key", ratio=4)
+    saved = made.to_json()
+    assert "hidden-key" not in saved
+    assert (
+        json.loads(saved)
+        == json.loads(json.dumps(made.to_dict()))
+        == kind(engine="vllm", base_url=URL, ratio=4).to_dict()
+    )
+    again = kind.from_json(saved)
+    assert (again.base_url, again.ratio, again.api_key) == (URL, 4, None)
