@@ -91,6 +91,12 @@ class StrictSettings(pydantic.BaseModel):
         return super().__getstate__()
 
 
+def token_usage(*answers: Answer) -> dict[str, int]:
+    """Count the positions of the window that were really used, of all answers together."""
+    read, written = sum(one.prompt_positions for one in answers), sum(one.new_tokens for one in answers)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
 def _as_own(error: ValidationError) -> ExtembError:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")

@@ -11,8 +11,9 @@ from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from typing_extensions import Self
 
-from extemb_core.answers import AnswerStream
+from extemb_core.answers import Answer, AnswerStream
 from extemb_core.frameworks.aio import until_cancelled
+from extemb_core.frameworks.settings import token_usage
 from langchain_extemb.loading import LoadedInThread
 from langchain_extemb.messages import to_documents
 
@@ -69,11 +70,10 @@ class ExtensibleLLM(LoadedInThread, BaseLLM):
         lm = self._lm_of(kwargs)
         documents, settings = to_documents(kwargs.get("documents")), self._call_settings(stop, kwargs)
         prepared = [lm.prepare_text(lm.refs.find(prompt), documents, **settings) for prompt in prompts]
+        answers = lm.batcher.answer_all(prepared, cancelled)
         return LLMResult(
-            generations=[
-                [Generation(text=answer.text, generation_info=self._response_metadata(answer, kwargs))]
-                for answer in lm.batcher.answer_all(prepared, cancelled)
-            ]
+            generations=[[Generation(text=one.text, generation_info=self._info(one, kwargs))] for one in answers],
+            llm_output={"token_usage": token_usage(*answers), "model_name": self._model_of(kwargs)},
         )
 
     def _stream(
@@ -93,4 +93,7 @@ class ExtensibleLLM(LoadedInThread, BaseLLM):
                 if run_manager:
                     run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
-        yield GenerationChunk(text="", generation_info=self._response_metadata(stream.answer, kwargs))
+        yield GenerationChunk(text="", generation_info=self._info(stream.answer, kwargs))
+
+    def _info(self, answer: Answer, settings: dict[str, Any]) -> dict[str, Any]:
+        return {**self._response_metadata(answer, settings), "token_usage": token_usage(answer)}

@@ -27,7 +27,7 @@ from pydantic import ValidationInfo, field_validator
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt
 from extemb_core.errors import ConfigError, ExtembError
 from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
-from extemb_core.frameworks.settings import GenerationSettings
+from extemb_core.frameworks.settings import GenerationSettings, token_usage
 from extemb_core.weights.resolve import window_of
 from llama_index.llms.extemb.messages import to_messages
 
@@ -194,16 +194,19 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     def _as_chat(self, answer: Answer, settings: dict[str, Any], delta: str | None = None) -> ChatResponse:
         return ChatResponse(
-            message=_reply(answer.text), delta=delta, raw=self._raw(answer, settings), additional_kwargs=_usage(answer)
+            message=_reply(answer.text),
+            delta=delta,
+            raw=self._raw(answer, settings),
+            additional_kwargs=token_usage(answer),
         )
 
     def _as_completion(self, answer: Answer, settings: dict[str, Any], delta: str | None = None) -> CompletionResponse:
         return CompletionResponse(
-            text=answer.text, delta=delta, raw=self._raw(answer, settings), additional_kwargs=_usage(answer)
+            text=answer.text, delta=delta, raw=self._raw(answer, settings), additional_kwargs=token_usage(answer)
         )
 
     def _raw(self, answer: Answer, settings: dict[str, Any]) -> dict[str, Any]:
-        return {**self._response_metadata(answer, settings), "usage": _usage(answer)}
+        return {**self._response_metadata(answer, settings), "usage": token_usage(answer)}
 
 
 @contextmanager
@@ -216,9 +219,3 @@ def _not_as_value_error() -> Iterator[None]:
 
 def _reply(text: str) -> ChatMessage:
     return ChatMessage(text, role=MessageRole.ASSISTANT)
-
-
-def _usage(answer: Answer) -> dict[str, int]:
-    """Return the positions of the window that were really used."""
-    read, written = answer.prompt_positions, answer.new_tokens
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
