@@ -399,13 +399,13 @@ class ExtensibleLM:
         One that the window does not hold is counted too, with no position left for its documents.
         """
         messages, joined = as_messages(question), as_documents(documents)
-        n_bare = self.builder.render(messages, joined, tools=tools).n_around
-        room = capped(budget, max(0, self.llm.context_window - n_bare))
+        rendered = self.builder.render(messages, joined, tools=tools)
+        room = capped(budget, max(0, self.llm.context_window - rendered.n_around))
         ranked = [*joined, *inline_documents(messages)]
         planned = self.builder.plan(
             ranked, room, ratio, n_headed=len(joined), question=question_in(messages), plan=plan
         )
-        return n_bare + planned.positions
+        return self.builder.length(rendered, ranked, planned, room, n_headed=len(joined))
 
     def positions_of(self, parts: Iterable[str | Document]) -> int:
         """Count the positions of a piece of a prompt: see `ContextBuilder.positions_of`."""

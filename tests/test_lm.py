@@ -503,6 +503,14 @@ def test_positions_are_counted_without_compressing(lm, monkeypatch):
     assert lm.positions("When?") == answers[1].prompt_positions
 
 
+def test_documents_that_are_read_as_text_are_counted_as_they_are_cut_beside_other_text(lm):
+    messages = [{"role": "user", "content": ["Read ", Document(LONG[:90]), " and the rest. When?"]}]
+    for settings in ({}, {"budget": 40}, {"ratio": 4}, {"ratio": "raw"}):
+        for documents in ([], [LONG[:60], LONG[:90]]):
+            answer = lm.chat(messages, documents, max_new_tokens=2, **settings)
+            assert lm.positions(messages, documents, **settings) == answer.prompt_positions
+
+
 # -- conversations longer than the window -----------------------------------------------------------------------
 
 

@@ -328,12 +328,7 @@ class ContextBuilder:
             documents, planned_all.documents, ratios, around, strict=True
         ):
             if planned.fidelity == "raw":
-                # Put there as text it would be cut at them, into more tokens than planned.
-                if any(token in document.text for token in self.llm.control_tokens):
-                    ids = self.token_ids(document.text)
-                    parts.append([heading, ids, separator] if heading else [ids])
-                else:
-                    parts.append([heading + document.text + separator])
+                parts.append(self._as_text(document, heading, separator))
             elif planned.fidelity == "dropped":
                 parts.append([])
             else:
@@ -354,6 +349,14 @@ class ContextBuilder:
                 )
             )
         return ReadDocuments(parts, tuple(context), time.perf_counter() - start)
+
+    def _as_text(self, document: Document, heading: str, separator: str) -> list[Part]:
+        """List what stands in a prompt for a document that is read as text."""
+        # Put there as text it would be cut at them, into more tokens than planned.
+        if any(token in document.text for token in self.llm.control_tokens):
+            ids = self.token_ids(document.text)
+            return [heading, ids, separator] if heading else [ids]
+        return [heading + document.text + separator]
 
     def _described(self, document: Document, spans: Sequence[Span]) -> tuple[ContextSpan, ...]:
         character, size = self._sentences(document.text).character, self.embedder.config.chunk_size
@@ -420,6 +423,21 @@ class ContextBuilder:
                 "session of ExtensibleLM"
             )
         return room
+
+    def length(
+        self, rendered: ChatPrompt, documents: Sequence[Document], planned: Plan, room: int, *, n_headed: int
+    ) -> int:
+        """Count the positions of the prompt that `chat` would build as planned: text is cut as it is there."""
+        contents: dict[int, list[Part]] = {}
+        for document, one, (heading, separator) in zip(
+            documents, planned.documents, _around(documents, n_headed), strict=True
+        ):
+            if one.fidelity == "raw":
+                contents[one.index] = self._as_text(document, heading, separator)
+            elif one.fidelity != "dropped":
+                content = np.zeros(one.positions - self.positions_of(separator + heading), np.int32)
+                contents[one.index] = [heading, content, separator]
+        return len(rendered.fill_within(contents, room))
 
     def positions_of(self, part: str | Document) -> int:
         """Count the positions of a text, or of a document at its finest ratio or as it was planned before."""
