@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, answer_now, to_answer
+from extemb_core.context.assembly import assemble_text
 from extemb_core.context.builder import ContextBuilder, capped
 from extemb_core.context.conversation import Condenser, Session
 from extemb_core.context.focus import check_plan
@@ -393,19 +394,34 @@ class ExtensibleLM:
         ratio: str | int = "auto",
         plan: str | None = None,
         tools: Sequence[Tool] = (),
+        max_new_tokens: int = 0,
     ) -> int:
         """Count the positions that a prompt takes, its documents and tools included, planned as `plan` does.
 
-        One that the window does not hold is counted too, with no position left for its documents.
+        One that the window does not hold beside its answer is counted too, with no position left for its documents.
         """
         messages, joined = as_messages(question), as_documents(documents)
         rendered = self.builder.render(messages, joined, tools=tools)
-        room = capped(budget, max(0, self.llm.context_window - rendered.n_around))
+        room = capped(budget, max(0, self.llm.context_window - rendered.n_around - max_new_tokens))
         ranked = [*joined, *inline_documents(messages)]
         planned = self.builder.plan(
             ranked, room, ratio, n_headed=len(joined), question=question_in(messages), plan=plan
         )
         return self.builder.length(rendered, ranked, planned, room, n_headed=len(joined))
+
+    def text_positions(
+        self,
+        prompt: Sequence[str | Document],
+        *,
+        budget: int | None = None,
+        ratio: str | int = "auto",
+        max_new_tokens: int = 0,
+    ) -> int:
+        """Count the positions that a plain prompt takes, with those that documents in it have, as `positions` does."""
+        n_bare = len(assemble_text(self.llm, [part for part in prompt if isinstance(part, str)]))
+        room = capped(budget, max(0, self.llm.context_window - n_bare - max_new_tokens))
+        documents = [part for part in prompt if isinstance(part, Document)]
+        return n_bare + self.builder.plan(documents, room, ratio, n_headed=0).positions
 
     def positions_of(self, parts: Iterable[str | Document]) -> int:
         """Count the positions of a piece of a prompt: see `ContextBuilder.positions_of`."""

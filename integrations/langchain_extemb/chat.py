@@ -20,7 +20,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools, tool_name
-from extemb_core.documents import several
+from extemb_core.documents import Document, several
 from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
 from extemb_core.weights.resolve import window_of
@@ -187,11 +187,17 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
         if not messages:
             return 0
         lm, formatted = self.lm, _formatted(tools)
-        return lm.positions(
-            to_messages(messages, lm.refs), budget=self.budget, ratio=self.ratio, plan=self.plan, tools=formatted
-        )
+        return self._positions(lm, to_messages(messages, lm.refs), formatted)
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def _positions(self, lm: ExtensibleLM, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> int:
+        settings = {"budget": self.budget, "ratio": self.ratio, "plan": self.plan, "max_new_tokens": self.max_tokens}
+        return lm.positions(messages, tools=tools, **settings)  # type: ignore[arg-type]
+
+    def _positions_of_documents(self, lm: ExtensibleLM, parts: list[str | Document]) -> int:
+        messages = [{"role": "user", "content": parts}]
+        return self._positions(lm, messages) - lm.builder.render(messages).n_around
 
     def _answer(
         self,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseLLM
+from langchain_core.messages import BaseMessage, get_buffer_string
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from typing_extensions import Self
 
 from extemb_core.answers import Answer, AnswerStream
+from extemb_core.documents import Document
 from extemb_core.frameworks.aio import until_cancelled
 from extemb_core.frameworks.settings import token_usage
 from langchain_extemb.loading import LoadedInThread
 from langchain_extemb.messages import to_documents
+
+if TYPE_CHECKING:
+    from extemb_core.lm import ExtensibleLM
 
 _OF_LANGCHAIN = {"prompts", "stop", "callbacks", "tags", "metadata", "run_name", "run_id"}  # of `generate` itself
 
@@ -41,6 +46,16 @@ class ExtensibleLLM(LoadedInThread, BaseLLM):
     async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
         """Continue several prompts; see LangChain."""
         return await super(ExtensibleLLM, self._uncached(kwargs)).agenerate(*args, **kwargs)
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """Count the tokens of messages, joined as a call joins them, as `get_num_tokens` does."""
+        ignored = super().get_num_tokens_from_messages([], tools)  # warns of tools
+        return ignored + self.get_num_tokens(get_buffer_string(messages))
+
+    def _positions_of_documents(self, lm: ExtensibleLM, parts: list[str | Document]) -> int:
+        texts = [part for part in parts if isinstance(part, str)]
+        settings = {"budget": self.budget, "ratio": self.ratio, "max_new_tokens": self.max_tokens}
+        return lm.text_positions(parts, **settings) - lm.text_positions(texts)  # type: ignore[arg-type]
 
     def _uncached(self, settings: dict[str, Any]) -> Self:
         """Return this model, or one that uses no cache where a call has settings of its own."""

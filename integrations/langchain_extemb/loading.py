@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 
-from extemb_core.documents import several
+from extemb_core.documents import Document, several
 from extemb_core.frameworks.aio import MAX_CONCURRENCY, in_thread
 from extemb_core.frameworks.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from extemb_core.lm import ExtensibleLM
 
 
 class LoadedInThread(GenerationSettings):
@@ -108,6 +111,19 @@ class LoadedInThread(GenerationSettings):
             return await told(*args, **kwargs)
 
         return loaded()
+
+    def get_num_tokens(self, text: str) -> int:
+        """Count a text's tokens, and of documents behind refs in it the positions that a call would read them in."""
+        lm = self.lm
+        parts = lm.refs.find(text)
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(parts):
+            return len(self.get_token_ids(text))
+        return sum(len(self.get_token_ids(part)) for part in texts) + self._positions_of_documents(lm, parts)
+
+    def _positions_of_documents(self, lm: ExtensibleLM, parts: list[str | Document]) -> int:
+        """Count the positions of the documents of a prompt."""
+        raise NotImplementedError
 
     async def _load(self) -> None:
         with suppress(Exception):  # which the call will meet, where callbacks are told

@@ -477,6 +477,20 @@ def test_positions_are_counted_as_they_are_used(chat, documents):
     assert chat.get_num_tokens("one two") == len(tiny_llm().encode("one two"))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"ratio": 4}, {"ratio": 8}, {"budget": 40}, {"ratio": "raw"}, {}, {"max_tokens": 150}]
+)
+def test_refs_are_counted_as_the_positions_that_a_call_reads_them_in(lm, documents, settings, monkeypatch):
+    refs = [one.metadata["extemb_ref"] for one in ExtensibleCompressor.from_lm(lm).compress_documents(documents, "")]
+    chat = ChatExtensible.from_lm(lm, **{"max_tokens": 4, **settings})
+    texts = [f"Read {refs[0]} and {refs[1]} for me.", refs[0], "How many?"]
+    used = [chat.invoke(text).usage_metadata["input_tokens"] for text in texts]
+    monkeypatch.setattr(type(lm.embedder), "compress_ids", lambda *args, **kwargs: pytest.fail("compressed"))
+    template = used[-1] - len(lm.llm.encode(texts[-1]))
+    assert [chat.get_num_tokens(text) + template for text in texts] == used
+    assert [chat.get_num_tokens_from_messages([HumanMessage(text)]) for text in texts] == used
+
+
 def test_the_profile_says_what_is_known_before_weights_are_loaded(chat, lm):
     from tiny import tool_llm
 

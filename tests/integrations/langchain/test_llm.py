@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import HumanMessage, SystemMessage, get_buffer_string
+from tiny import shared_embedder, tiny_llm
 
-from langchain_extemb import ExtensibleLLM
+from extemb_core import ExtensibleLM
+from langchain_extemb import ExtensibleCompressor, ExtensibleLLM
 
 PROMPTS = ["One ship", "Two", "How many ships are there?"]
 
@@ -61,3 +64,26 @@ def test_answers_of_a_cache_tell_what_they_took_and_are_not_counted_again(lm):
     assert cached.llm_output == {}
     assert cached.generations == mixed.generations
     assert cached.generations[0][0].generation_info["token_usage"] == first.llm_output["token_usage"]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"ratio": 4}, {"ratio": 8}, {"budget": 60}, {"ratio": "raw"}, {}, {"max_tokens": 150}]
+)
+def test_refs_are_counted_as_the_positions_that_a_call_reads_them_in(documents, settings, bos, monkeypatch):
+    """The token that begins a prompt is not of its text."""
+    llm = tiny_llm(bos=bos)
+    lm = ExtensibleLM(llm, shared_embedder(llm))
+    refs = [
+        found.metadata["extemb_ref"] for found in ExtensibleCompressor.from_lm(lm).compress_documents(documents, "")
+    ]
+    model = ExtensibleLLM.from_lm(lm, **{"max_tokens": 3, **settings})
+    texts = [f"Read {refs[0]}\nand {refs[1]}: how many?", refs[0], "How many?"]
+    talk = [SystemMessage(f"Read {refs[0]}."), HumanMessage("Yes?"), HumanMessage(f"{refs[1]} How many?")]
+    used = [
+        model.generate([text]).llm_output["token_usage"]["prompt_tokens"] for text in [*texts, get_buffer_string(talk)]
+    ]
+    monkeypatch.setattr(type(lm.embedder), "compress_ids", lambda *args, **kwargs: pytest.fail("compressed"))
+    assert [model.get_num_tokens(text) + bos for text in texts] == used[:-1]
+    assert model.get_num_tokens_from_messages(talk) + bos == used[-1]
+    assert model.get_num_tokens_from_messages([]) == 0
