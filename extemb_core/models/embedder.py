@@ -57,6 +57,7 @@ from extemb_core.models.entry import (
 from extemb_core.models.llm import LLM, first_line, quiet_transformers
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
+from extemb_core.utils.files import disk_errors
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import name_or_path, whole_number
 from extemb_core.weights.resolve import UNTRAINED
@@ -374,10 +375,10 @@ class ExtensibleEmbedder(PreTrainedModel):
         if self.config.token_weighting == "frequency":
             tensors["token_weights"] = self.token_weights.half()
         kwargs["state_dict"] = {name: t.contiguous().cpu() for name, t in tensors.items()}
-        with quiet_transformers():
-            super().save_pretrained(save_directory, **kwargs)
-        # safetensors leaves its file readable by its owner alone; config.json has the mode that files have here.
         folder = Path(save_directory)
+        with quiet_transformers(), disk_errors(folder):
+            super().save_pretrained(folder, **kwargs)
+        # safetensors leaves its file readable by its owner alone; config.json has the mode that files have here.
         (folder / _TENSORS).chmod((folder / _SETTINGS).stat().st_mode)
 
     @property

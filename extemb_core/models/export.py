@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.files import atomic_write_text, parse_json
+from extemb_core.utils.files import atomic_write_text, disk_errors, parse_json
 
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
@@ -46,7 +46,7 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name[:60]}.", dir=target.parent) as temporary:
         made = Path(temporary)
-        with quiet_transformers():
+        with quiet_transformers(), disk_errors(target):
             llm.model.save_pretrained(made)
             llm.tokenizer.save_pretrained(made)
         if not llm.tokenizer.chat_template:

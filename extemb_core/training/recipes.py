@@ -20,7 +20,14 @@ import yaml
 
 from extemb_core.errors import ConfigError
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.trainer import TrainableModel, holds_reader_alone, is_finished, is_first_process, train
+from extemb_core.training.trainer import (
+    TrainableModel,
+    goes_on_with_room,
+    holds_reader_alone,
+    is_finished,
+    is_first_process,
+    train,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +165,8 @@ def train_recipe(
             logger.warning("%s is not finished; the same call goes on", config.output)
             return None
     if trained is not None and is_first_process():
-        trained.save(Path(output))
+        with goes_on_with_room():
+            trained.save(Path(output))
     return trained
 
 

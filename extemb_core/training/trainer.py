@@ -6,6 +6,7 @@ rates, and checkpoints that hold what is trained alone and count as whole only o
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import logging
@@ -41,7 +42,7 @@ from extemb_core.training.data import Samples, TokenFile
 from extemb_core.training.objectives import QuestionReadings
 from extemb_core.training.reading_loss import Reading, reading_losses
 from extemb_core.training.two_stream import plan_passes, two_stream_losses
-from extemb_core.utils.files import atomic_write_text, fsync, parse_json
+from extemb_core.utils.files import atomic_write_text, disk_errors, fsync, parse_json
 from extemb_core.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,9 @@ class RunTrainer(Trainer):
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
         if self.args.should_save and state:
-            save_file(state, Path(output_dir) / OPTIMIZER)
+            file = Path(output_dir) / OPTIMIZER
+            with disk_errors(file):
+                save_file(state, file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Go on with the optimiser's state and the schedule."""
@@ -367,6 +370,19 @@ class _RunCallback(TrainerCallback):
             atomic_write_text(folder / COMPLETE, json.dumps(mark, indent=2))
 
 
+@contextmanager
+def goes_on_with_room() -> Iterator[None]:
+    """Say of a full disk that the run goes on once there is room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        what = f"{error.filename} could not be written ({error.strerror})" if error.filename else error.strerror
+        raise TrainingError(f"{what}; make room, and the same run goes on from its last whole checkpoint") from error
+
+
+@goes_on_with_room()
 def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Path] = ()) -> TrainableModel:
     """Train an embedder, or a reader, or both, and leave them in `config.output` (a reader in `reader/` there).
 
@@ -378,8 +394,8 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
 
     Raises:
         ConfigError: The settings do not go together.
-        TrainingError: The loss is not finite, there is nothing to train on, or the checkpoints in the output folder
-            belong to another run.
+        TrainingError: The loss is not finite, there is nothing to train on, the checkpoints in the output folder
+            belong to another run, or the disk is full.
     """
     checkpoint = _last_checkpoint(config) if resume else None
     output = Path(config.output)

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
+
 _BLOCK_BYTES = 1 << 20
 _LEFT_SECONDS = 3600
+_REFUSED = re.compile(r"I/O error: (.*) \(os error (\d+)\)")  # by the disk, as safetensors says it
 _NAME_CHARS = 60  # of a file's name in that of its temporary one: 255 bytes is the most that there may be
 
 
@@ -53,9 +57,24 @@ def atomic_write(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Have the error of a disk that refuses what is written, safetensors' own too, be an `OSError` that names it."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (refused := _REFUSED.search(str(error))) is None:
+            raise
+        raise OSError(int(refused[2]), refused[1], str(path)) from error
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def atomic_write_text(file: Path, text: str) -> None:
     """Write a text file that is whole or not there."""
-    with atomic_write(file) as temporary:
+    with atomic_write(file) as temporary, disk_errors(file):
         temporary.write_text(text, encoding="utf-8")
 
 

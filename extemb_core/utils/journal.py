@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import ConfigError, DocumentError
-from extemb_core.utils.files import parse_json
+from extemb_core.utils.files import disk_errors, parse_json
 
 to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False)
 
@@ -49,12 +49,16 @@ class Journal:
         self._stream = file.open("a", buffering=1, encoding="utf-8")  # flushed with every line
         os.truncate(file, len(whole))
         if not lines:
-            self._stream.write(to_json({"identity": identity}) + "\n")
+            self._write({"identity": identity})
 
     def add(self, row: dict[str, Any]) -> None:
         """Write down a finished row."""
         self.rows.append(row)
-        self._stream.write(to_json(row) + "\n")
+        self._write(row)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        with disk_errors(self.file):
+            self._stream.write(to_json(row) + "\n")
 
     def sync(self) -> None:
         """Wait until everything added is on disk."""

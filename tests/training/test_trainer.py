@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Process
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import random_embedder, tiny_llm
 
@@ -173,6 +174,24 @@ def test_a_run_killed_twice_while_it_saves_goes_on_from_its_last_whole_checkpoin
             hours = int(folder.name.split("-")[1])  # else all are of one second, and go by their numbers
             os.utime(folder, (3600 * hours, 3600 * hours))
         assert last_checkpoint(Path(config.output)).name == "checkpoint-3"
+
+
+def test_a_run_that_finds_the_disk_full_says_so_and_goes_on_when_there_is_room(config, monkeypatch):
+    optimizer = trainer_module.save_file
+
+    def full(tensors, file):
+        if "checkpoint-6" in str(file):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        optimizer(tensors, file)
+
+    monkeypatch.setattr(trainer_module, "save_file", full)
+    said = r"checkpoint-6/optimizer.safetensors could not be written \(No space left on device\); make room, and "
+    with pytest.raises(TrainingError, match=said):
+        train(config)
+    assert last_checkpoint(Path(config.output)).name == "checkpoint-3"
+    monkeypatch.undo()
+    train(config)
+    assert [row["step"] for row in log_of(config) if "loss" in row] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
 
 
 def test_checkpoints_of_another_run_are_refused(config):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import signal
 
+import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
-from extemb_core.utils.files import atomic_write, atomic_write_text, parse_json, sha256_of_stream
+from extemb_core.utils.files import atomic_write, atomic_write_text, disk_errors, parse_json, sha256_of_stream
 
 
 @pytest.mark.parametrize("text", ["{", "", "[" * 99_999, '{"a":' * 99_999, b"\xff"])
@@ -47,6 +52,31 @@ def test_what_killed_processes_left_is_removed_when_it_is_old(tmp_path):
         os.utime(file, (0, 0))
     atomic_write_text(tmp_path / "a[1]", "one")
     assert sorted(os.listdir(tmp_path)) == [".a[1].78.tmp", ".ab.77.tmp", "a[1]"]
+
+
+def safetensors(file):
+    with disk_errors(file):
+        save_file({"x": np.zeros(999)}, file)
+
+
+@pytest.mark.parametrize("write", [safetensors, lambda file: atomic_write_text(file, "x" * 999)])
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path, write):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError, match="File too large") as caught:
+            write(tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "x"))
+
+
+def test_what_safetensors_says_of_anything_else_stays(tmp_path):
+    with pytest.raises(SafetensorError, match="header"), disk_errors(tmp_path / "x"):
+        raise SafetensorError("Error while deserializing header: header too small")
 
 
 def test_the_hash_of_a_stream_is_of_what_is_left_of_it():
