@@ -21,7 +21,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from extemb_core.errors import ConfigError, ExtembError, MismatchError, WeightsCorruptError, WeightsError
+from extemb_core.errors import (
+    ConfigError,
+    ExtembError,
+    MismatchError,
+    WeightsCorruptError,
+    WeightsError,
+    WeightsNotFoundError,
+)
 from extemb_core.models import generation
 from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs, TokenIds, reading_model
@@ -93,6 +100,11 @@ class LLM(TextEncoder):
             except SafetensorError as error:
                 raise WeightsCorruptError(f"{name}: a file is damaged ({first_line(error)}); get it again") from error
             except Exception as error:  # a config or tokenizer that is none makes it raise nearly anything
+                if isinstance(error, OSError) and isinstance(source, str):
+                    raise WeightsNotFoundError(
+                        f"{name} cannot be had from the hub ({first_line(error)}); check the name and the network, or "
+                        "pass a folder"
+                    ) from error
                 raise WeightsError(f"{name}: transformers fails ({first_line(error)}); pass a causal LM") from error
         model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would make them up at random

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LONG_PROMPT, tiny_llm, tiny_model, tiny_tokenizer
 from transformers.utils import logging as hf_logging
 
-from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsError
+from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsError, WeightsNotFoundError
 from extemb_core.models.llm import LLM, choose_device, choose_dtype, quiet_transformers
 from extemb_core.models.stoppable import CACHE
 
@@ -119,6 +119,13 @@ def test_a_config_that_is_no_plain_models_is_one_sentence(saved, setting, messag
     (saved / "config.json").write_text(json.dumps(settings))
     with pytest.raises(WeightsError, match=message):
         LLM.from_pretrained(saved, device="cpu")
+
+
+def test_a_hub_that_cannot_be_reached_is_no_fault_of_the_model(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = r"nobody/nothing-here cannot be had from the hub \(.*\); check the name and the network, or pass a folder"
+    with pytest.raises(WeightsNotFoundError, match=said):
+        LLM.from_pretrained("nobody/nothing-here", device="cpu")
 
 
 def test_device_and_dtype_are_checked():
