@@ -748,7 +748,7 @@ def _probe(llm: LLM, count: int) -> Tensor:
 
 def _local_folder(name: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
     text = name_or_path(name)
-    if (folder := Path(text).expanduser()).is_dir():
+    if (folder := Path(os.path.expanduser(text))).is_dir():
         return folder
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise WeightsNotFoundError(f"{text} is not a folder; pass an embedder's folder or a hub id like owner/name")

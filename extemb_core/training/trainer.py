@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -33,6 +33,7 @@ from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import reading_model
 from extemb_core.models.llm import LLM, choose_device
+from extemb_core.models.lora import read_tensors
 from extemb_core.models.reader_lora import add_reader, load_reader, reader_adapters, save_reader
 from extemb_core.questions import read_questions
 from extemb_core.training.attention import training_attention
@@ -275,7 +276,7 @@ class RunTrainer(Trainer):
         """
         file = checkpoint / OPTIMIZER
         saved: dict[str, dict[str, Tensor]] = {}
-        for key, value in (load_file(file) if file.is_file() else {}).items():
+        for key, value in (read_tensors(file) if file.is_file() else {}).items():
             name, _, what = key.rpartition("/")
             saved.setdefault(name, {})[what] = value
         parameters = self.model.trainable()

@@ -23,7 +23,7 @@ MANIFEST = "extemb-weights.json"
 def cache_root() -> Path:
     """Return the folder for everything this library stores: ``EXTEMB_HOME``, or the platform's cache folder."""
     if home := os.environ.get("EXTEMB_HOME"):
-        return Path(home).expanduser()
+        return Path(os.path.expanduser(home))
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("extemb", appauthor=False))

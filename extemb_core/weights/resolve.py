@@ -241,7 +241,7 @@ def _local_path(name: str | os.PathLike[str]) -> Path | None:
     text = name_or_path(name)
     if not text.strip():
         raise ConfigError(f"{text!r} is not a model; pass a folder, a Hugging Face id or one of {list(KNOWN_MODELS)}")
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # as it is where there is no such user
     if os.path.exists(path):  # False for a name that is too long to be one
         return path
     must_be_a_path = isinstance(name, os.PathLike) or path.is_absolute() or text[0] in ".~" or "\\" in text

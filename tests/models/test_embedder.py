@@ -314,8 +314,9 @@ def test_missing_files_and_the_pickle_beside_is_not_read(llm, saved):
     (saved / "config.json").unlink()
     with pytest.raises(WeightsNotFoundError, match=r"config\.json does not exist"):
         ExtensibleEmbedder.from_pretrained(saved, llm=llm)
-    with pytest.raises(WeightsNotFoundError, match="not a folder"):
-        ExtensibleEmbedder.from_pretrained(saved / "nowhere", llm=llm)
+    for nowhere in (saved / "nowhere", "~no-such-user/nowhere"):
+        with pytest.raises(WeightsNotFoundError, match="not a folder"):
+            ExtensibleEmbedder.from_pretrained(nowhere, llm=llm)
 
 
 @pytest.mark.parametrize("change", ["rename", "reshape", "drop", "add", "no probe"])

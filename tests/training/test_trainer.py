@@ -19,7 +19,14 @@ from safetensors.torch import load_file
 from tiny import random_embedder, tiny_llm
 
 from extemb_core.context.assembly import assemble_text
-from extemb_core.errors import ConfigError, DocumentError, MismatchError, TrainingError, WeightsError
+from extemb_core.errors import (
+    ConfigError,
+    DocumentError,
+    MismatchError,
+    TrainingError,
+    WeightsCorruptError,
+    WeightsError,
+)
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training import trainer as trainer_module
@@ -667,6 +674,14 @@ def test_a_lost_optimiser_begins_anew_and_says_so(entering, caplog):
         file.unlink()
     train(entering)
     assert "the optimiser begins anew for" in caplog.text
+
+
+def test_a_damaged_optimiser_is_told(entering):
+    train(replace(entering, total_tokens=entering.total_tokens // 2))
+    for file in Path(entering.output).rglob("optimizer.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(WeightsCorruptError, match=r"optimizer\.safetensors is not a whole safetensors file"):
+        train(entering)
 
 
 def test_what_needs_an_entry_layer_above_0(asked, entering):

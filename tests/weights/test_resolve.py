@@ -83,7 +83,9 @@ def test_a_name_that_is_nothing_lists_the_known_ones(site: Path, name: str) -> N
         weights.get(name)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "a/b/c", "nowhere/", Path("nowhere")])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere", "~/nowhere", "~no-such-user/nowhere", "a/b/c", "nowhere/", Path("nowhere")]
+)
 def test_a_path_that_does_not_exist_is_not_taken_for_an_id(site: Path, name: str | Path) -> None:
     with pytest.raises(WeightsNotFoundError, match="does not exist"):
         weights.resolve_llm(name)
