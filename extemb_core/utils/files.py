@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
-
 _BLOCK_BYTES = 1 << 20
 _LEFT_SECONDS = 3600
 _REFUSED = re.compile(r"I/O error: (.*) \(os error (\d+)\)")  # by the disk, as safetensors says it
@@ -62,14 +60,14 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Have the error of a disk that refuses what is written, safetensors' own too, be an `OSError` that names it."""
     try:
         yield
-    except SafetensorError as error:
-        if (refused := _REFUSED.search(str(error))) is None:
-            raise
-        raise OSError(int(refused[2]), refused[1], str(path)) from error
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+    except Exception as error:  # safetensors' own, which this module does without
+        if (refused := _REFUSED.search(str(error))) is None:
+            raise
+        raise OSError(int(refused[2]), refused[1], str(path)) from error
 
 
 def atomic_write_text(file: Path, text: str) -> None:
