@@ -6,7 +6,7 @@ import asyncio
 import gc
 import inspect
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -39,15 +39,6 @@ hypothesis.settings.register_profile("extemb", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("extemb")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, Any]:
-    """Let the second worker begin at the other end: each of the two then finds half of the modules compiled."""
-    report = yield
-    if isinstance(collector, pytest.Directory) and os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
-        report.result.reverse()
-    return report
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what takes minutes of several processes, unless `-m` names it; start processes first."""
     unnamed = {name for name in ("browser", "cluster", "soak") if name not in config.option.markexpr}
@@ -55,8 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
     # What starts processes comes first, and so to one worker: the server that forks them takes seconds to start.
-    # By path, so that all workers have the same order.
-    items.sort(key=lambda item: (not item.nodeid.startswith(FORKING), item.path))
+    items.sort(key=lambda item: not item.nodeid.startswith(FORKING))
 
 
 def pytest_collection_finish() -> None:
