@@ -108,7 +108,8 @@ class Condenser:
         earlier = builder.read([ranked[at] for at in reversed(turns)], left, "auto", n_headed=0, store=self.turns)
         contents = dict(zip([*others, *reversed(turns)], [*read.parts, *earlier.parts], strict=True))
         context, seconds = read.context + earlier.context, read.seconds + earlier.seconds
-        return PreparedPrompt(rendered.fill_within(contents, free), context, seconds, start, room)
+        prompt = rendered.fill_within(contents, min(room + earlier.positions, free))
+        return PreparedPrompt(prompt, context, seconds, start, room)
 
     def _condensed(self, messages: Messages, left: int, template: dict[str, Any]) -> Messages | None:
         """Make the older turns documents before the first that stays; None where there are none.

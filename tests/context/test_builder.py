@@ -128,8 +128,8 @@ def test_text_around_documents_is_counted_as_they_cut_it(roomy):
     assert len(prepared.prompt) + 4 <= roomy.llm.context_window
 
 
-@pytest.mark.parametrize("condense", [False, True])
-def test_text_that_is_more_tokens_beside_other_text_keeps_to_its_budget(condense):
+@pytest.mark.parametrize(("condense", "n_earlier"), [(False, 0), (True, 0), (True, 3)])
+def test_text_that_is_more_tokens_beside_other_text_keeps_to_its_budget(condense, n_earlier):
     tokenizer = deepcopy(tiny_tokenizer())
     trainer = trainers.BpeTrainer(special_tokens=list(tokenizer.added_tokens_encoder), show_progress=False)
     tokenizer.backend_tokenizer.train_from_iterator([*SENTENCES.splitlines(), *["\n\n"] * 9], trainer)
@@ -137,11 +137,17 @@ def test_text_that_is_more_tokens_beside_other_text_keeps_to_its_budget(condense
     lm = ExtensibleLM(llm, entering(llm))
     document = Document("ships\n\n")
     assert len(llm.encode("ships\n\nships\n\n")) > 2 * len(llm.encode("ships\n\n"))
-    messages = [{"role": "user", "content": [*[document] * 5, QUESTION]}]
-    bare = len(assemble_chat(llm, [{"role": "user", "content": QUESTION}]))
+    earlier = [{"role": role, "content": SENTENCES[:300]} for role in ("user", "assistant")] * n_earlier
+    messages = [*earlier, {"role": "user", "content": [*[document] * 5, QUESTION]}]
+    without, _ = lm.prepare(messages, budget=0, max_new_tokens=4, condense=condense)
+    bare = len(without.prompt) - sum(entry.positions for entry in without.context)
+    assert n_earlier or bare == len(assemble_chat(llm, [{"role": "user", "content": QUESTION}]))
     for budget in range(5 * len(llm.encode("ships\n\n")) + 1):
         prepared, _ = lm.prepare(messages, budget=budget, max_new_tokens=4, condense=condense)
-        assert len(prepared.prompt) - bare <= sum(entry.positions for entry in prepared.context) <= budget
+        documents = sum(entry.positions for entry in prepared.context[:5])
+        turns = sum(entry.positions for entry in prepared.context[5:])
+        assert len(prepared.prompt) - bare - turns <= documents <= budget
+        assert bool(turns) == bool(n_earlier)
 
 
 # -- documents that were planned before -------------------------------------------------------------------------------
