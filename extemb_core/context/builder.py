@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -86,6 +87,7 @@ class ContextBuilder:
         self.embedder = embedder
         self.store = store
         self.scorer = scorer
+        self.scorer_id = None if scorer is None else uuid4().hex  # its address may be another's when it is gone
         self._heads = heads_of(llm, embedder) if scorer is None else None
         fitted = embedder.config.sentence_losses
         self._losses = {by_heads: sentence_losses(fitted, by_heads=by_heads) for by_heads in (False, True)}

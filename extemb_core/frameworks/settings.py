@@ -280,8 +280,7 @@ class GenerationSettings(ModelSettings):
         settings["own_stop"] = self.stop  # over "stop" LangChain puts that of a call, which is most often None
         with suppress(Exception):  # of a model that cannot be loaded, which the call will meet, if it is the call's
             settings |= {"embedder": self.lm.embedder.fingerprint, "dtype": str(self.lm.llm.dtype)}
-            if (scorer := self.lm.builder.scorer) is not None:  # with its address: nothing else tells it apart
-                settings["scorer"] = object.__repr__(scorer)
+            settings["scorer"] = self.lm.builder.scorer_id
         return settings
 
     def get_token_ids(self, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -104,6 +105,17 @@ def test_answers_by_two_scorers_share_no_cache_entry(lm):
         (document,) = chat.invoke("Which?", documents=[SENTENCES]).response_metadata["extemb"]["documents"]
         told.append([(span["start"], span["fidelity"]) for span in document["spans"]])
     assert told[0] != told[1]
+
+
+def test_a_scorer_shares_no_cache_entry_with_one_that_is_gone(lm):
+    def key():
+        scored = ExtensibleLM(lm.llm, lm.embedder, scorer=lambda question, sentences: [0.0] * len(sentences))
+        keys = {ChatExtensible.from_lm(scored)._get_llm_string() for _ in range(2)}
+        assert len(keys) == 1
+        return keys.pop()
+
+    seen = [(key(), gc.collect())[0] for _ in range(6)]  # collected, as the next may stand where it stood
+    assert len(set(seen)) == 6
 
 
 async def test_a_checkpointer_keeps_what_became_of_a_mixed_document(lm):
