@@ -121,7 +121,7 @@ def test_only_a_stream_runs_the_llm_in_a_thread_of_its_own(lm, monkeypatch, verb
 
 def test_text_around_documents_is_counted_as_they_cut_it(roomy):
     assert len(roomy.llm.encode("the fog")) < len(roomy.llm.encode("the ")) + len(roomy.llm.encode("fog"))
-    content = [part for start in range(20) for part in (Document(SENTENCES[start:]), "the ", Document("fog"))]
+    content = [part for start in range(30) for part in (Document(SENTENCES[start:]), "the ", Document("fog"))]
     messages = [{"role": "user", "content": content}, {"role": "user", "content": QUESTION}]
     prepared, _ = roomy.prepare(messages, ratio=4, max_new_tokens=4)
     assert len(prepared.prompt) == roomy.positions(messages, ratio=4, budget=prepared.budget)
