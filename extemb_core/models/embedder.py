@@ -54,7 +54,7 @@ from extemb_core.models.entry import (
     final_norm,
     shared_parameters,
 )
-from extemb_core.models.llm import LLM, first_line, quiet_transformers
+from extemb_core.models.llm import LLM, first_line, not_from_hub, quiet_transformers
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
 from extemb_core.utils.files import disk_errors
@@ -757,6 +757,4 @@ def _local_folder(name: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
     try:
         return Path(snapshot_download(text, allow_patterns=[_SETTINGS, _TENSORS], **hub))
     except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsNotFoundError(
-            f"{text} cannot be had from the hub ({first_line(error)}); check the name and the network, or pass a folder"
-        ) from error
+        raise not_from_hub(text, error) from error

@@ -101,10 +101,7 @@ class LLM(TextEncoder):
                 raise WeightsCorruptError(f"{name}: a file is damaged ({first_line(error)}); get it again") from error
             except Exception as error:  # a config or tokenizer that is none makes it raise nearly anything
                 if isinstance(error, OSError) and isinstance(source, str):
-                    raise WeightsNotFoundError(
-                        f"{name} cannot be had from the hub ({first_line(error)}); check the name and the network, or "
-                        "pass a folder"
-                    ) from error
+                    raise not_from_hub(name, error) from error
                 raise WeightsError(f"{name}: transformers fails ({first_line(error)}); pass a causal LM") from error
         model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would make them up at random
@@ -379,6 +376,13 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     names |= {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     require_one_of(dtype, "dtype", names)
     return names[dtype]
+
+
+def not_from_hub(name: str, error: BaseException) -> WeightsNotFoundError:
+    """Make the error for what the hub does not give."""
+    return WeightsNotFoundError(
+        f"{name} cannot be had from the hub ({first_line(error)}); check the name and the network, or pass a folder"
+    )
 
 
 def first_line(error: BaseException) -> str:
