@@ -22,7 +22,7 @@ from extemb_core.errors import ConfigError
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.trainer import (
     TrainableModel,
-    goes_on_with_room,
+    full_disk_error,
     holds_reader_alone,
     is_finished,
     is_first_process,
@@ -165,7 +165,7 @@ def train_recipe(
             logger.warning("%s is not finished; the same call goes on", config.output)
             return None
     if trained is not None and is_first_process():
-        with goes_on_with_room():
+        with full_disk_error():
             trained.save(Path(output))
     return trained
 

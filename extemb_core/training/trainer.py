@@ -372,7 +372,7 @@ class _RunCallback(TrainerCallback):
 
 
 @contextmanager
-def goes_on_with_room() -> Iterator[None]:
+def full_disk_error() -> Iterator[None]:
     """Say of a full disk that the run goes on once there is room."""
     try:
         yield
@@ -383,7 +383,7 @@ def goes_on_with_room() -> Iterator[None]:
         raise TrainingError(f"{what}; make room, and the same run goes on from its last whole checkpoint") from error
 
 
-@goes_on_with_room()
+@full_disk_error()
 def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Path] = ()) -> TrainableModel:
     """Train an embedder, or a reader, or both, and leave them in `config.output` (a reader in `reader/` there).
 
