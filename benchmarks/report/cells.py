@@ -25,6 +25,21 @@ def bullets(lines: Iterable[str]) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 
+def trainings(records: Mapping[str, Scored]) -> str:
+    """Say which records are of which training, where those of one embedder are of several; nothing otherwise."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, record in records.items():
+        of_name = found.setdefault(str(record["config"]["embedder"]), {})
+        of_name.setdefault(str(record["fingerprint"])[:8], []).append(name)
+    return "".join(
+        f"\n{code(embedder)} was trained on between these records; by its fingerprint, "
+        + "; ".join(f"{code(fingerprint)}: {', '.join(names)}" for fingerprint, names in parts.items())
+        + ".\n"
+        for embedder, parts in found.items()
+        if len(parts) > 1
+    )
+
+
 def escaped(text: str) -> str:
     """Escape a text of a record: Markdown that shows it and nothing else, in a table too."""
     # An underscore inside a word means nothing, and is left for those who read the page as text.

@@ -51,7 +51,7 @@ def sections(records: Sequence[tuple[Path, Record]]) -> list[str]:
         if (score := main_score(record["summary"]))
     ]
     losses = [(name, record, "loss") for name, record in sets.items() if "loss" in record["summary"]["metrics"]]
-    parts = ["## At a glance\n", _INTRODUCTION]
+    parts = ["## At a glance\n", _INTRODUCTION + cells.trainings(sets)]
     if scores:
         parts += ["Scores:\n", _table(scores), _DIFFERENCES, _differences(scores)]
     if losses:

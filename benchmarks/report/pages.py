@@ -93,13 +93,14 @@ def _of_one(file: Path, ratios: Sequence[str]) -> str:
 
 def _of_several(files: Sequence[Path], ratio: str) -> str:
     """Write a row for each set of questions, a column for each way of reading: the score and the loss; best in bold."""
-    rows = []
+    rows, records = [], {}
     for file in files:
         arms, score = _arms(file, [ratio])
         ways = {way: arms[f"{way}/{ratio}"] for way in _WAYS if f"{way}/{ratio}" in arms}
         shown = {way: _means(arm, score) for way, arm in ways.items()}
         marked = cells.best_marked(shown, {way: arm[score]["mean"] for way, arm in ways.items()})
         name = file.stem.removeprefix("qa_").removesuffix("_focus")
+        records[name] = read_record(file)
         rows.append(
             [
                 f"{name} ({metric_name(score)}, n {arms['full']['n']})",
@@ -109,7 +110,7 @@ def _of_several(files: Sequence[Path], ratio: str) -> str:
                 _means(arms["none"], score),
             ]
         )
-    return cells.table(["questions", "positions", *_SHORT], rows)
+    return cells.table(["questions", "positions", *_SHORT], rows) + cells.trainings(records)
 
 
 def _arms(file: Path, ratios: Sequence[str]) -> tuple[dict[str, Any], str]:

@@ -53,6 +53,13 @@ def test_each_set_has_a_row_for_each_ratio_with_the_best_way_marked():
         assert (row["`none`"], row["`full`"], row["`chosen`"]) == ("8.0%", "52.0%", "–")  # noqa: RUF001
 
 
+def test_records_of_several_trainings_of_an_embedder_are_told_apart():
+    records = [(Path(f"{name}.json"), with_focus(qa_record(), data=f"{name}.jsonl")) for name in ("a", "b")]
+    assert "was trained on between" not in markdown(records, {})
+    records[1][1]["fingerprint"] = "0123456789abcdef"
+    assert f"by its fingerprint, `{records[0][1]['fingerprint'][:8]}`: a; `01234567`: b." in markdown(records, {})
+
+
 def test_differences_are_paired_and_bold_where_their_interval_excludes_0():
     page = markdown([(Path("qa.json"), with_focus(qa_record()))], {})
     rows = rows_after(page, overview._DIFFERENCES.strip())

@@ -54,6 +54,15 @@ def test_a_glance_has_a_row_for_each_record_with_the_best_way_marked(records):
     assert all(marked in row and row.count("**") % 2 == 0 for row in rows)
 
 
+def test_a_glance_says_which_records_are_of_which_training_of_an_embedder(records):
+    assert "trained" not in filled(SEVERAL.format(""), records)
+    write(records, "qa_b.json", with_losses() | {"fingerprint": "0123456789abcdef"})
+    *_, line, end = filled(SEVERAL.format(""), records).splitlines()
+    name, first = qa_record()["config"]["embedder"], qa_record()["fingerprint"][:8]
+    assert end == "<!-- end of table -->"
+    assert line == f"`{name}` was trained on between these records; by its fingerprint, `{first}`: a; `01234567`: b."
+
+
 @pytest.mark.parametrize(
     ("page", "message"),
     [
