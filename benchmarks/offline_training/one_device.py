@@ -6,8 +6,9 @@
 `settings.json` holds the fields of `TrainingConfig`. Each process takes batches of its own, and all take one step by
 the mean of their gradients, as several GPUs would. Some may read otherwise than others, longer texts for one: each
 file of settings has processes of its own, and may differ from the first in what is read, not in what is trained.
-Nothing is resumed: what was trained is left in `output` when the steps or the minutes are over, and the rate falls to
-0 over the last part of whichever ends first. The log is `log.jsonl` there; losses of further files have their number.
+Nothing is resumed: what was trained is left in `output` every `save_steps`, and when the steps or the minutes are over;
+the rate falls to 0 over the last part of whichever ends first. The log is `log.jsonl` there; losses of further files
+have their number.
 """
 
 from __future__ import annotations
@@ -168,6 +169,8 @@ def _train(
             log.add({"loss": output["loss"]} | {_loss(part, number): loss for part, loss in parts.items()})
             if (step + 1) % config.logging_steps == 0:
                 log.write(step + 1, optimizer.param_groups[0]["lr"])
+            if rank == 0 and (step + 1) % config.save_steps == 0:
+                model.save(Path(config.output))
     if rank == 0:
         model.train(False)
         model.save(Path(config.output))

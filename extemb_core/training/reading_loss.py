@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from extemb_core.context.assembly import Prompt, Segment
 from extemb_core.errors import ConfigError
@@ -25,6 +26,7 @@ from extemb_core.models.llm import LLM
 # than the processor takes to launch it.
 _MIN_FILLED = 0.8
 _MIN_POSITIONS = {"cpu": 1024, "cuda": 32768}
+_MOST_SCORED = 4096  # places whose logits are held at once: 0.8 GB a copy with 49,152 tokens, and there are several
 
 Ids = np.ndarray[Any, Any]
 
@@ -234,7 +236,18 @@ def groups_of_like_length(lengths: Sequence[int], min_positions: int) -> list[li
 
 
 def mixed(llm: LLM, scored: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:
-    """Mix losses with divergences. scored, teacher: (S, D) hidden states; targets: (S,) ids -> (S,)."""
+    """Mix losses with divergences. scored, teacher: (S, D) hidden states; targets: (S,) ids -> (S,).
+
+    The logits of many places are computed part by part, and again for the gradient.
+    """
+    if len(scored) <= _MOST_SCORED:
+        return _mixed(llm, scored, targets, teacher, distillation)
+    teachers = repeat(None) if teacher is None else teacher.split(_MOST_SCORED)
+    parts = zip(scored.split(_MOST_SCORED), targets.split(_MOST_SCORED), teachers, strict=False)
+    return torch.cat([checkpoint(_mixed, llm, *part, distillation, use_reentrant=False) for part in parts])
+
+
+def _mixed(llm: LLM, scored: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:
     logits = llm.logits(scored).float()
     loss = torch.nn.functional.cross_entropy(logits, targets.long(), reduction="none")
     if teacher is None:

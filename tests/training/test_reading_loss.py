@@ -86,6 +86,21 @@ def test_distillation_is_the_divergence_from_the_llm_that_reads_the_text(llm):
     assert half.item() == pytest.approx((pure.item() + mean_loss(students).item()) / 2, abs=1e-4)
 
 
+@pytest.mark.parametrize("distillation", [0.0, 0.5])
+def test_logits_of_many_places_are_never_held_at_once_and_losses_and_gradients_stay(monkeypatch, distillation):
+    llm, embedder = entering()
+    readings = readings_of(llm)
+    settings = {"embedder": embedder, "ratios": [[2]] * 2, "chunk_size": CHUNK, "distillation": distillation}
+    whole = reading_losses(llm, readings, **settings)
+    sizes, logits = [], llm.logits
+    monkeypatch.setattr("extemb_core.training.reading_loss._MOST_SCORED", 5)
+    monkeypatch.setattr(llm, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
+    parted = reading_losses(llm, readings, **settings)
+    torch.testing.assert_close(parted.values, whole.values)
+    assert_same_gradients(embedder, parted.mean(), whole.mean())
+    assert max(sizes) == 5 < len(whole.values)
+
+
 def test_what_is_read_as_text_alone_counts_for_no_ratio(llm):
     embedder = random_embedder(llm)
     (ids,) = samples_of([9], len(llm.tokenizer))

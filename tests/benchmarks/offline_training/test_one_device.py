@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from tiny import SENTENCES, save_tiny
 
 from benchmarks.ending import run as run_script
+from benchmarks.offline_training import one_device
 from benchmarks.offline_training.one_device import main
-from extemb_core.errors import ConfigError, WeightsNotFoundError
+from extemb_core.errors import ConfigError, TrainingError, WeightsNotFoundError
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.trainer import train
+from extemb_core.training.trainer import TrainableModel, train
 
 
 @pytest.fixture
@@ -52,6 +53,19 @@ def test_two_processes_take_the_steps_of_one_that_accumulates_two_batches(config
         assert row["tokens"] == other["tokens"]
         assert row["learning_rate"] == pytest.approx(other["learning_rate"])
         assert row["loss_recall"] == pytest.approx(other["loss_recall"], abs=1e-3)
+
+
+def test_a_training_that_fails_leaves_what_was_saved_last(config, tmp_path, monkeypatch):
+    norms = iter([torch.ones(()), torch.ones(()), torch.tensor(float("nan"))])
+    monkeypatch.setattr(one_device, "_average_gradients", lambda *_: next(norms))
+    monkeypatch.setattr(TrainableModel, "save", lambda _, folder: saved.append(folder))
+    saved = []
+    try:
+        with pytest.raises(TrainingError, match="gradients became nan at step 2"):
+            one_device._train(0, [replace(config, save_steps=2, total_tokens=4 * 64)], [0], None, 0.4, str(tmp_path))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert saved == [tmp_path / "together"]
 
 
 @pytest.mark.cluster
