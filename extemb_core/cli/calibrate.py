@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.config_options import options_from
+from extemb_core.cli.memory import keep_freed_memory
 from extemb_core.cli.options import JsonOption, LlmOption, ResumeOption, option
 from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note, print_table
 from extemb_core.evaluation.settings import CalibrationConfig

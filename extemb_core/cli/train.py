@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from extemb_core.cli.allocation import keep_freed_memory
 from extemb_core.cli.config_options import options_from
+from extemb_core.cli.memory import keep_freed_memory
 from extemb_core.cli.options import CommandGroup, DefaultCommand, JsonOption, ModelOptions, ResumeOption, option
 from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note
 from extemb_core.training.config import TrainingConfig

@@ -19,7 +19,7 @@ from torch import Tensor
 from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.models.chunks import chunk_lengths, embeddings_of, n_embeddings
 from extemb_core.models.downscaling import coarsen
-from extemb_core.models.entry import AnchoredStates
+from extemb_core.models.entry import AnchoredStates, anchor_positions
 from extemb_core.models.pooling import Groups, pool_groups
 from extemb_core.utils.files import atomic_write, parse_json
 
@@ -166,6 +166,7 @@ class Compressed:
         per_chunk = n_embeddings(self.chunk_size, self.ratio)
         assert self.anchors is not None
         rows: list[np.ndarray[Any, Any]] = []
+        anchored: list[np.ndarray[Any, Any]] = []
         lengths: list[int] = []
         counts: list[int] = []
         for start, stop, ratio in spans:
@@ -175,6 +176,7 @@ class Compressed:
                 begin = max(start - first, 0) // self.ratio
                 count = n_embeddings(min(stop - first, self.chunk_size), self.ratio) - begin
                 rows.append(np.arange(count) + chunk * per_chunk + begin)
+                anchored.append(rows[-1][anchor_positions(count, times).numpy()])
                 lengths += chunk_lengths(count, times)
             counts.append(len(lengths) - before)
         chosen = np.concatenate(rows)
@@ -182,8 +184,8 @@ class Compressed:
         states, mean_norms, weights, norms = (column[torch.from_numpy(chosen)] for column in columns)
         # A state is its group's mean, rescaled.
         means = states * torch.where(norms > 0, mean_norms / norms, 0)[:, None]
-        ends = np.cumsum(lengths) - 1
-        return pool_groups(Groups(means, weights, norms), torch.tensor(lengths)), self.anchors[chosen[ends]], counts
+        groups = pool_groups(Groups(means, weights, norms), torch.tensor(lengths))
+        return groups, self.anchors[np.concatenate(anchored)], counts
 
     def save(self, file: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the text's embeddings into a safetensors file, exactly and whole or not at all.

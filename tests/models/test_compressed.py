@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,6 +144,13 @@ def test_the_last_token_of_each_group_is_its_anchor_tails_and_single_tokens_too(
     torch.testing.assert_close(whole.at_ratio(2).embeddings[-1], whole.embeddings[-1])  # a group of one token
     one = anchored(1)
     torch.testing.assert_close(one.at_ratio(8).embeddings, one.embeddings)
+
+
+def test_which_token_of_a_group_is_its_anchor_is_said_in_one_place(monkeypatch):
+    first = {"strided": SimpleNamespace(select=lambda length, ratio: torch.arange(0, length, ratio))}
+    monkeypatch.setattr("extemb_core.models.entry.DOWNSCALINGS", first)
+    assert anchored(19).at_ratio(4).anchors.tolist() == [0, 4, 8, 12, 16]
+    assert [part.anchors.tolist() for part in anchored(19).parts([(2, 8, 4), (8, 19, 8)])] == [[2, 6], [8, 16]]
 
 
 def test_a_huge_state_costs_no_other_chunk_or_group_its_digits():

@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import sys
-from extemb_core.cli.allocation import keep_freed_memory
+from extemb_core.cli.memory import keep_freed_memory
 
 def resident():
     with open("/proc/self/statm") as file:
