@@ -17,9 +17,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.models.anchors import anchor_positions
 from extemb_core.models.chunks import chunk_lengths, embeddings_of, n_embeddings
 from extemb_core.models.downscaling import coarsen
-from extemb_core.models.entry import AnchoredStates, anchor_positions
+from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.pooling import Groups, pool_groups
 from extemb_core.utils.files import atomic_write, parse_json
 

@@ -39,21 +39,14 @@ from extemb_core.errors import (
     WeightsCorruptError,
     WeightsNotFoundError,
 )
+from extemb_core.models.anchors import ANCHOR, anchor_positions
 from extemb_core.models.bulk import default_batch_size
 from extemb_core.models.chunks import chunk_lengths, n_embeddings
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_embeddings, trailing_means
 from extemb_core.models.downscaling import DOWNSCALINGS
-from extemb_core.models.entry import (
-    ANCHOR,
-    AnchoredPrompt,
-    AnchoredStates,
-    anchor_positions,
-    decoder_layers,
-    final_norm,
-    shared_parameters,
-)
+from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, final_norm, shared_parameters
 from extemb_core.models.llm import LLM, first_line, not_from_hub, quiet_transformers
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights

@@ -24,23 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from extemb_core.errors import ConfigError, MismatchError
-from extemb_core.models.downscaling import DOWNSCALINGS
 from extemb_core.models.stoppable import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ANCHOR = "last"  # which of a group's tokens `anchor_positions` chooses: part of an embedder's fingerprint
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
-
-
-def anchor_positions(length: int, ratio: int) -> Tensor:
-    """Choose the token of each group that stands in the prompt: its last. Nested, as the groups are.
-
-    Returns:
-        (ceil(length / ratio),) positions, ascending.
-    """
-    return DOWNSCALINGS["strided"].select(length, ratio)
 
 
 @dataclass(frozen=True, eq=False)

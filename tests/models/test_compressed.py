@@ -148,7 +148,7 @@ def test_the_last_token_of_each_group_is_its_anchor_tails_and_single_tokens_too(
 
 def test_which_token_of_a_group_is_its_anchor_is_said_in_one_place(monkeypatch):
     first = {"strided": SimpleNamespace(select=lambda length, ratio: torch.arange(0, length, ratio))}
-    monkeypatch.setattr("extemb_core.models.entry.DOWNSCALINGS", first)
+    monkeypatch.setattr("extemb_core.models.anchors.DOWNSCALINGS", first)
     assert anchored(19).at_ratio(4).anchors.tolist() == [0, 4, 8, 12, 16]
     assert [part.anchors.tolist() for part in anchored(19).parts([(2, 8, 4), (8, 19, 8)])] == [[2, 6], [8, 16]]
 
