@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -420,7 +421,7 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
     if checkpoint is None and is_first_process():  # not before it is known that this run can begin
         _discard_checkpoints(output)
     elif is_first_process():  # what a kill left of one counts for nothing, but would push a whole one out
-        for folder in output.glob("checkpoint-*[0-9]"):
+        for folder in _checkpoints(output):
             if not (folder / COMPLETE).is_file():
                 shutil.rmtree(folder)
     longest = max(_short_chunks(config, chunk_sizes)) if held_out is not None else 0
@@ -473,8 +474,8 @@ def _tidy_after_failure(*folders: Path) -> Iterator[None]:
 def _discard_checkpoints(*outputs: Path) -> None:
     """Have no run go on from what is in these folders."""
     for output in outputs:
-        for mark in output.glob(f"checkpoint-*/{COMPLETE}"):
-            mark.unlink()
+        for folder in _checkpoints(output):
+            (folder / COMPLETE).unlink(missing_ok=True)
 
 
 def _append_log(config: TrainingConfig, row: dict[str, Any]) -> None:
@@ -683,6 +684,11 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(asdict(config))))
 
 
+def _checkpoints(output: Path) -> list[Path]:
+    """List a run's checkpoints, whole or not; a folder of another name, a copy that was put aside, is none."""
+    return [folder for folder in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", folder.name)]
+
+
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
@@ -699,7 +705,7 @@ def _tokens_of(checkpoint: Path, config: TrainingConfig) -> int:
 
 def last_checkpoint(output: Path) -> Path | None:
     """Find the last whole checkpoint in a run's folder, of whatever run."""
-    whole = [folder for folder in output.glob("checkpoint-*") if (folder / COMPLETE).is_file()]
+    whole = [folder for folder in _checkpoints(output) if (folder / COMPLETE).is_file()]
     return max(whole, key=_step_of, default=None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,24 @@ def test_a_run_that_cannot_begin_takes_no_checkpoint_from_the_last(config):
     with pytest.raises(DocumentError):
         train(replace(config, data=("gone.jsonl",)), resume=False)
     assert last_checkpoint(Path(config.output)).name == "checkpoint-3"
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_copies_of_checkpoints_under_other_names_are_left_as_they_are(config, resume):
+    train(replace(config, total_tokens=3 * 96))
+    output = Path(config.output)
+    shutil.copytree(output / "checkpoint-3", output / "checkpoint-3-best")
+    (output / "checkpoint-of-run2").mkdir()
+    (output / "checkpoint-of-run2" / "notes.txt").write_text("mine")
+    copied = {
+        file: file.read_bytes()
+        for name in ("checkpoint-3-best", "checkpoint-of-run2")
+        for file in (output / name).iterdir()
+    }
+    assert last_checkpoint(output).name == "checkpoint-3"
+    train(config, resume=resume)
+    assert last_checkpoint(output).name == "checkpoint-6"
+    assert copied == {file: file.read_bytes() for file in copied}
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])
