@@ -30,7 +30,7 @@ def test_the_example_prints_what_the_readme_shows(monkeypatch):
 @pytest.mark.usefixtures("real_weights_once", "shorter_guide")
 @pytest.mark.parametrize(
     ("name", "needs", "words"),
-    [("langchain", "langchain_core", "Python"), ("llamaindex", "llama_index.core", "the elements of")],
+    [("langchain", "langchain_core", "Python"), ("llamaindex", "llama_index.core", "elements of")],
 )
 def test_the_first_lines_of_a_guide_run(name, needs, words, capsys):
     pytest.importorskip(needs)
