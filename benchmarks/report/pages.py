@@ -78,7 +78,8 @@ def filled(page: str, root: Path = Path()) -> str:
 
 def _of_one(file: Path, ratios: Sequence[str]) -> str:
     """Write a row for each way of reading, a column for each ratio: the score with its interval, and the loss."""
-    arms, score = _arms(file, ratios)
+    record, score = _answers(file, ratios)
+    arms = record["summary"]["arms"]
     heads = [f"ratio {ratio}, {cells.positions(arms[f'extensible/{ratio}'])} positions" for ratio in ratios]
     rows = [
         [name, *(_cell(arms[f"{way}/{ratio}"], score) for ratio in ratios)]
@@ -95,12 +96,13 @@ def _of_several(files: Sequence[Path], ratio: str) -> str:
     """Write a row for each set of questions, a column for each way of reading: the score and the loss; best in bold."""
     rows, records = [], {}
     for file in files:
-        arms, score = _arms(file, [ratio])
+        record, score = _answers(file, [ratio])
+        arms = record["summary"]["arms"]
         ways = {way: arms[f"{way}/{ratio}"] for way in _WAYS if f"{way}/{ratio}" in arms}
         shown = {way: _means(arm, score) for way, arm in ways.items()}
         marked = cells.best_marked(shown, {way: arm[score]["mean"] for way, arm in ways.items()})
         name = file.stem.removeprefix("qa_").removesuffix("_focus")
-        records[name] = read_record(file)
+        records[name] = record
         rows.append(
             [
                 f"{name} ({metric_name(score)}, n {arms['full']['n']})",
@@ -113,15 +115,15 @@ def _of_several(files: Sequence[Path], ratio: str) -> str:
     return cells.table(["questions", "positions", *_SHORT], rows) + cells.trainings(records)
 
 
-def _arms(file: Path, ratios: Sequence[str]) -> tuple[dict[str, Any], str]:
+def _answers(file: Path, ratios: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Read a record of answers at these ratios, and name its main score."""
     record = read_record(file)
     if record["kind"] != "qa" or (score := main_score(record["summary"])) is None:
         raise ConfigError(f"{file} has no scores of answers; name a record of extemb eval qa")
-    arms = record["summary"]["arms"]
     for ratio in ratios:
-        if f"extensible/{ratio}" not in arms:
+        if f"extensible/{ratio}" not in record["summary"]["arms"]:
             raise ConfigError(f"{file} has nothing at ratio {ratio}; name another ratio or record")
-    return arms, score
+    return record, score
 
 
 def _cell(arm: dict[str, Any], score: str) -> str:
