@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ class Compressed:
         assert self.anchors is not None
         rows: list[np.ndarray[Any, Any]] = []
         anchored: list[np.ndarray[Any, Any]] = []
+        places = cache(anchor_positions)  # most chunks, and many spans, are of the same length
         lengths: list[int] = []
         counts: list[int] = []
         for start, stop, ratio in spans:
@@ -177,7 +179,7 @@ class Compressed:
                 begin = max(start - first, 0) // self.ratio
                 count = n_embeddings(min(stop - first, self.chunk_size), self.ratio) - begin
                 rows.append(np.arange(count) + chunk * per_chunk + begin)
-                anchored.append(rows[-1][anchor_positions(count, times).numpy()])
+                anchored.append(rows[-1][places(count, times).numpy()])
                 lengths += chunk_lengths(count, times)
             counts.append(len(lengths) - before)
         chosen = np.concatenate(rows)
