@@ -106,15 +106,19 @@ class QaExperiment(Experiment):
             for at, (question, form) in enumerate(zip(questions, forms, strict=True))
             for arm, parts in form.items()
         }
-        for batch in self._batches(inputs, [tuple(self.passages(question)) for question in questions]):
+        same = _of_same_text(inputs)
+        first = {key: inputs[key] for key in same}
+        for batch in self._batches(first, [tuple(self.passages(question)) for question in questions]):
             answers, scores = self._answers([inputs[key] for key in batch], [references[at] for _, at in batch])
-            for (arm, at), answer, log_probs in zip(batch, answers, scores, strict=True):
-                found = tables[at][arm]
+            for key, answer, log_probs in zip(batch, answers, scores, strict=True):
+                found: dict[str, Any] = {}
                 if answer is not None:
                     found["prediction"] = answer
                     for name in self.template["metrics"]:
-                        found[name] = round(METRICS[name](answer, questions[at].answers), 4)
+                        found[name] = round(METRICS[name](answer, questions[key[1]].answers), 4)
                 found["loss"] = round(-float(log_probs.mean()), 6)
+                for arm, at in same[key]:
+                    tables[at][arm] |= found
         for question, reference, arms in zip(questions, references, tables, strict=True):
             if arms["full"]["positions"] < sum(map(len, self._forms.tokens(self.passages(question)))):
                 arms["full"]["cut"] = True
@@ -248,6 +252,14 @@ class QaExperiment(Experiment):
                 for arm in names
             }
         return summary
+
+
+def _of_same_text(inputs: Mapping[_Key, PromptInputs]) -> dict[_Key, list[_Key]]:
+    """Group the prompts of a question that are the same text, as chosen sentences at ratio 1 are all of it."""
+    groups: dict[Any, list[_Key]] = {}
+    for key, prompt in inputs.items():
+        groups.setdefault((key[1], tuple(prompt)) if isinstance(prompt, list) else key, []).append(key)
+    return {keys[0]: keys for keys in groups.values()}
 
 
 def draw_one_per_text(questions: Sequence[Question], seed: int) -> list[Question]:

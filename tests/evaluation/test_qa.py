@@ -115,6 +115,21 @@ def test_questions_about_long_texts_are_answered_in_small_passes_as_in_one(make,
         assert any(shared)  # the two questions about a text
 
 
+def test_prompts_of_a_question_that_are_the_same_text_are_read_once(make, llm, monkeypatch):
+    whole, read = generation.score_at_once, []
+
+    def score_at_once(llm, prompts, targets):
+        read.extend(tuple(prompt) for prompt in prompts if isinstance(prompt, list))
+        return whole(llm, prompts, targets)
+
+    monkeypatch.setattr(generation, "score_at_once", score_at_once)
+    for sample in measured(make(entering(llm), ratios=(1,))):
+        arms = sample["arms"]
+        assert arms["truncated/1"] == arms["lingua/1"] == arms["chosen/1"] == arms["full"]
+        assert arms["extensible/1"] != arms["full"]
+    assert len(read) == 2 * len(rows())  # nothing, and all of the text
+
+
 def test_questions_in_one_group_are_measured_as_each_alone(make, llm):
     together, alone = make(entering(llm), batch_size=8), make(entering(llm), batch_size=1)
     for sample, other in zip(measured(together), measured(alone), strict=True):
