@@ -17,7 +17,7 @@ from extemb_core.context.assembly import ChatPrompt, Part
 from extemb_core.context.focus import Mode, SplitDocument, mode_of, plan_focus, sentence_losses
 from extemb_core.context.messages import Messages, inline_documents, question_in, with_slots
 from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, plan_context, plan_of_spans
-from extemb_core.context.retrieval_heads import heads_of
+from extemb_core.context.retrieval_heads import heads_of, max_sentence_tokens
 from extemb_core.context.scoring import SentenceScorer, bm25_scores
 from extemb_core.context.spans import cover, split_into_sentences
 from extemb_core.documents import Document, ReferencedDocument
@@ -92,7 +92,10 @@ class ContextBuilder:
         fitted = embedder.config.sentence_losses
         self._losses = {by_heads: sentence_losses(fitted, by_heads=by_heads) for by_heads in (False, True)}
         self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
-        self._sentences = lru_cache(_KEPT_TEXTS)(lambda text: split_into_sentences(text, self._tokens(text)[1]))
+        longest = max_sentence_tokens(self._heads)
+        self._sentences = lru_cache(_KEPT_TEXTS)(
+            lambda text: split_into_sentences(text, self._tokens(text)[1], max_tokens=longest)
+        )
 
     # -- whole prompts ----------------------------------------------------------------------------------------
 

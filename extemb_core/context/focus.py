@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # it loads transformers, and settings are checked without
 _LEAST_LOSS = 1e-6  # per token
 _SCATTERED = 0.2  # what the second sentence adds; above it the answer is in more places than a ranking by words finds
 _MANY = 6  # sentences in full; beside so many, what is compressed distracts more than it tells (docs/experiments.md)
+_MANY_PARTS = 9  # the same, of sentences as short as heads have them
 
 Mode = Literal["focus", "select", "even"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -55,12 +56,14 @@ class SentenceLosses:
         trust: Borders between levels of trust in the ranking: what the second sentence adds (see `words_added`).
         losses: (levels, classes, F) for each of `FIDELITIES`; of the last two classes per hundred of their own tokens.
         alike_above: What the second sentence adds; above it every token counts alike (docs/experiments.md).
+        many: Sentences; where so many fit in full, none is compressed beside them.
     """
 
     ranks: tuple[int, ...]
     trust: tuple[float, ...]
     losses: Array
     alike_above: float = math.inf
+    many: int = _MANY
 
     def classes(self, scores: Array, lengths: Array) -> tuple[Array, Array]:
         """Return (U,) class of each of U sentences, and what the losses of that class are multiplied by for it."""
@@ -88,7 +91,7 @@ def sentence_losses(fitted: Any = None, *, by_heads: bool = False) -> SentenceLo
 
     Args:
         fitted: The `summary` of a record of `extemb eval plan`; what was fitted for the shipped LLM when not given.
-        by_heads: For sentences that are ranked by retrieval heads too, and not by words alone.
+        by_heads: For parts of sentences, ranked by retrieval heads too, and not sentences ranked by words alone.
 
     Raises:
         ConfigError: It is none.
@@ -107,7 +110,9 @@ def sentence_losses(fitted: Any = None, *, by_heads: bool = False) -> SentenceLo
             f"sentence_losses={reprlib.repr(values)} is no table of losses by trust, rank and fidelity; pass the "
             "summary of a record of `extemb eval plan`, or leave it out"
         )
-    return SentenceLosses(ranks, trust, losses, math.inf if by_heads else _SCATTERED)
+    if by_heads:
+        return SentenceLosses(ranks, trust, losses, many=_MANY_PARTS)
+    return SentenceLosses(ranks, trust, losses, alike_above=_SCATTERED)
 
 
 def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> float:
@@ -239,7 +244,7 @@ def plan_focus(
         added = added_by_second(question, texts, scores)
         in_full = _in_full(scores, lengths, budget)
         alike = not select and added > table.alike_above
-        many = in_full >= _MANY and not alike and all(document.limit is None for document in documents)
+        many = in_full >= table.many and not alike and all(document.limit is None for document in documents)
         per_position: Array = np.array([tokens_per_position(fidelity) for fidelity in fidelities])
         if select or many:  # by rank alone, whatever a sentence's length
             of_each = np.full((len(scores), len(fidelities)), np.inf)

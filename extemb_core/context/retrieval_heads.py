@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from extemb_core.context.assembly import DOCUMENT_SEPARATOR, Part, assemble_chat
 from extemb_core.context.focus import SplitDocument
 from extemb_core.context.scoring import SentenceScorer, bm25_scores
-from extemb_core.context.spans import Array, Sentences
+from extemb_core.context.spans import MAX_SENTENCE_TOKENS, Array, Sentences
 from extemb_core.models.chunks import chunk_lengths, compressed_positions
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -35,6 +35,7 @@ Heads = Sequence[Sequence[int]]
 """Layer and number of each of some attention heads, from 0."""
 
 _LOOK_RATIO = 8
+_MAX_PART_TOKENS = 32  # of a sentence (docs/experiments.md)
 _LOOKS = 2  # how much looks count beside words: found on training questions (docs/experiments.md)
 _SHOWING = "extemb_showing"  # transformers' name for attention that shows itself
 _shown: ContextVar[dict[int, Tensor]] = ContextVar("shown")
@@ -192,6 +193,11 @@ def heads_of(llm: LLM, embedder: ExtensibleEmbedder) -> RetrievalHeads | None:
     if not heads or not there or llm.has_sliding_window or type(llm) is not LLM:  # a server's layers are not here
         return None
     return RetrievalHeads(llm, embedder.config.entry_layer, heads)
+
+
+def max_sentence_tokens(heads: RetrievalHeads | None) -> int:
+    """Return how long a sentence is in a plan at most: heads tell parts of one apart, which words alone do not."""
+    return MAX_SENTENCE_TOKENS if heads is None else _MAX_PART_TOKENS
 
 
 def _share(scores: Array) -> Array:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +15,16 @@ import sentencex
 
 from extemb_core.context.planning import Fidelity, Span
 
-MAX_SENTENCE_TOKENS = 64  # what has no full stop for longer, such as code and tables, is cut at lines, then anywhere
+MAX_SENTENCE_TOKENS = 64  # what has no full stop for longer, such as code and tables, is cut
 
+_PART_ENDS = [  # where a sentence is cut, best first
+    re.compile(ending)
+    for ending in (
+        r"(?=\n)",  # a line
+        r"[,;:)\]\u2013\u2014\u060c\u061b](?=\s)|[\u3001\uff0c\uff1b\uff1a\uff09\u300d\u300f]",  # a clause
+        r"\S(?=\s)",  # a word
+    )
+]
 _EXCERPT_CHARS = 200  # more than is shown, as some may be white space
 # sentencex takes the space between an initial and its full stop for one byte, and panics at others ("J\u00a0. Ito").
 _PLAIN_SPACES = {point: " " for point in range(128, 0x3001) if chr(point).isspace()}
@@ -63,19 +73,33 @@ def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTEN
     Args:
         text: A document.
         ends: (T,) character at which each of its tokens ends, ascending.
-        max_tokens: Longer sentences are cut: after lines, as far as there are any, else after so many tokens.
+        max_tokens: Longer sentences are cut into parts of about one length: after lines, as far as there are any where
+            such a part ends, else after clauses, else between words, else anywhere.
     """
     stops = _sentence_stops(text.translate(_PLAIN_SPACES))[:-1]
     borders = np.unique([0, *np.searchsorted(ends, stops, "right"), len(ends)])
-    lines = np.unique(np.searchsorted(ends, [at for at, char in enumerate(text) if char == "\n"], "right"))
+    places = [
+        np.unique(np.searchsorted(ends, [found.end() for found in ending.finditer(text)], "right"))
+        for ending in _PART_ENDS
+    ]
     cuts: list[int] = []
-    for start, stop in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+    for start, stop in itertools.pairwise(borders.tolist()):
         cuts.append(start)
         while stop - start > max_tokens:
-            within = lines[np.searchsorted(lines, start, "right") : np.searchsorted(lines, start + max_tokens, "right")]
-            start = int(within[-1]) if len(within) else start + max_tokens
+            start = _cut(start, stop, max_tokens, places)
             cuts.append(start)
     return Sentences(np.array([*cuts, len(ends)]), text, ends)
+
+
+def _cut(start: int, stop: int, max_tokens: int, places: Sequence[Array]) -> int:
+    """Return where the first of the fewest parts, of about one length, of a sentence that is too long ends."""
+    ideal = start + (stop - start) / math.ceil((stop - start) / max_tokens)
+    first, last = max(start + 1, ideal - max_tokens / 3), min(start + max_tokens, ideal + max_tokens / 3)
+    for borders in places:
+        near = borders[np.searchsorted(borders, first) : np.searchsorted(borders, last, "right")]
+        if len(near):
+            return int(near[np.abs(near - ideal).argmin()])
+    return int(ideal)
 
 
 def _sentence_stops(text: str) -> list[int]:

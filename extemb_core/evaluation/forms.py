@@ -30,7 +30,7 @@ from torch import Tensor
 from extemb_core.context.assembly import Part
 from extemb_core.context.builder import parts_of
 from extemb_core.context.focus import SplitDocument, plan_focus, sentence_losses
-from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of
+from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of, max_sentence_tokens
 from extemb_core.context.scoring import bm25_scores
 from extemb_core.context.spans import Sentences, split_into_sentences
 from extemb_core.errors import ConfigError
@@ -206,8 +206,9 @@ class Forms:
         finest = config.kept_ratio
         for name in passages:
             if name not in self._sentences:
-                text = self.texts[name]
-                self._sentences[name] = split_into_sentences(text, self.llm.encode_with_ends(text)[1])
+                text, longest = self.texts[name], max_sentence_tokens(self._heads)
+                ends = self.llm.encode_with_ends(text)[1]
+                self._sentences[name] = split_into_sentences(text, ends, max_tokens=longest)
         documents = [
             SplitDocument(self._sentences[name], finest, config.chunk_size, len(separator)) for name in passages
         ]

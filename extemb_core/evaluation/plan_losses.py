@@ -21,7 +21,7 @@ import numpy as np
 from extemb_core.context.assembly import Part, assemble_chat
 from extemb_core.context.builder import parts_of
 from extemb_core.context.focus import FIDELITIES, SentenceLosses, SplitDocument, added_by_second
-from extemb_core.context.retrieval_heads import heads_of
+from extemb_core.context.retrieval_heads import heads_of, max_sentence_tokens
 from extemb_core.context.scoring import bm25_scores, ranks
 from extemb_core.context.spans import Array, split_into_sentences
 from extemb_core.errors import ConfigError
@@ -94,7 +94,8 @@ class PlanExperiment(DrawnQuestions):
         """Score the answer under plans drawn for the text; without a plan where it is too short or too long."""
         llm, size = self.llm, self._embedder.config.chunk_size
         ids, ends = llm.encode_with_ends(text)
-        document = SplitDocument(split_into_sentences(text, ends), self._embedder.config.kept_ratio, size)
+        sentences = split_into_sentences(text, ends, max_tokens=max_sentence_tokens(self._heads))
+        document = SplitDocument(sentences, self._embedder.config.kept_ratio, size)
         texts = document.sentences.texts
         if len(texts) < _MIN_SENTENCES:
             return {"plans": []}

@@ -65,17 +65,17 @@ def test_selecting_reads_sentences_in_full_or_not_at_all_by_their_rank_alone():
     assert any(BRIDGE in text for text in raw_texts(document, plan))
 
 
-@pytest.mark.parametrize("in_full", [5, 6])
-def test_beside_many_sentences_in_full_none_is_compressed(in_full):
+@pytest.mark.parametrize(("in_full", "many", "by_heads"), [(5, 6, False), (6, 6, False), (8, 9, True), (9, 9, True)])
+def test_beside_many_sentences_in_full_none_is_compressed(in_full, many, by_heads):
     """Of sentences of one length, all of which have a word of the question."""
     document = split(" ".join(f"The bridge was closed in {year}." for year in range(1900, 1930)))
     length = int(np.diff(document.sentences.borders).max())
     budget = in_full * length + length // 2
-    made = planned(QUESTION, [document], budget)
-    assert {isinstance(span.fidelity, int) for span in made.documents[0].spans} == {False, in_full < 6}
-    assert ("sentences fit in full" in made.note) == (in_full >= 6)
+    made = planned(QUESTION, [document], budget, losses=sentence_losses(by_heads=by_heads))
+    assert {isinstance(span.fidelity, int) for span in made.documents[0].spans} == {False, in_full < many}
+    assert ("sentences fit in full" in made.note) == (in_full >= many)
     (selected,) = planned(QUESTION, [document], budget, select=True).documents
-    assert (made.documents[0].spans == selected.spans) == (in_full >= 6)
+    assert (made.documents[0].spans == selected.spans) == (in_full >= many)
 
 
 def test_sentences_that_have_nothing_to_do_with_the_question_are_not_many():

@@ -14,6 +14,7 @@ from extemb_core import ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.context.focus import SplitDocument
 from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of, of_sentences
+from extemb_core.context.scoring import bm25_scores
 from extemb_core.context.spans import Sentences, split_into_sentences
 from extemb_core.documents import Document, ReferencedDocument
 from extemb_core.errors import ConfigError
@@ -215,6 +216,27 @@ def test_what_is_looked_at_is_read_in_full(llm, embedder, looked):
         middle = document.text[int(share * len(document.text)) :].split()[2]
         assert middle in raw
     assert len(calls) == 3
+
+
+def test_heads_look_at_parts_of_a_long_sentence_and_words_at_all_of_it(llm, embedder, looked, monkeypatch):
+    """The words of a question stand in another part than its answer."""
+    lengths, whole = [], RetrievalHeads.scores
+
+    def scores(self, question, sentences, *others):
+        lengths.append([len(llm.encode(sentence)) for sentence in sentences])
+        return whole(self, question, sentences, *others)
+
+    def scorer(question, sentences):
+        lengths.append([len(llm.encode(sentence)) for sentence in sentences])
+        return bm25_scores(question, sentences)
+
+    monkeypatch.setattr(RetrievalHeads, "scores", scores)
+    text = "The harbour has " + ", ".join(f"a crane that lifts {at} tons" for at in range(40, 43)) + ". "
+    for lm in (ExtensibleLM(llm, embedder), ExtensibleLM(llm, embedder, scorer=scorer)):
+        lm.ask("How many tons does the last crane lift?", [Document(text * 9)], budget=100, max_new_tokens=1)
+    by_heads, by_words = lengths
+    assert max(by_heads) <= 32 < max(by_words) <= 64
+    assert len(by_words) == 9 < len(by_heads)
 
 
 def test_words_and_looks_count_alike(llm, embedder, looked):

@@ -51,6 +51,21 @@ def test_a_splitter_that_panics_leaves_the_lines(monkeypatch):
     assert len(split(rows)) > 1
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the mill that stood there, of stone and wood", ["the mill that stood there,", " of stone and wood"]),
+        ("the mill that stood there of stone and wood", ["the mill that stood", " there of stone and wood"]),
+        ("over 10,000 men\nstood there, of old", ["over 10,000 men", "\nstood there, of old"]),
+        ("磨坊在河边、用石头建成", ["磨坊在河边、", "用石头建成"]),
+    ],
+)
+def test_a_long_sentence_is_cut_near_its_middle_after_a_line_a_clause_or_a_word(text, expected):
+    n_tokens = len(tiny_llm("llama").encode(text))
+    assert split(text).texts == [text]
+    assert split(text, max_tokens=n_tokens * 2 // 3).texts == expected
+
+
 def test_what_has_no_full_stop_is_cut_after_lines_and_else_after_so_many_tokens():
     rows = "".join(f"| {number} | {number * 7} |\n" for number in range(40))
     table = split(rows, max_tokens=32)
