@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from anchored import LAYER, OwnStates, untrained
-from tiny import random_embedder, tiny_llm
+from tiny import entering, random_embedder, tiny_llm, tool_llm
 
+from extemb_core.context.retrieval_heads import RetrievalHeads
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.baselines import choose_sentences
 from extemb_core.evaluation.forms import CONTROLS, Forms, controls_for
@@ -144,3 +145,18 @@ def test_states_of_the_llm_itself_are_what_the_perfect_embedder_hands_over():
     assert part.anchors.tolist() == ids.tolist()
     hidden = tiny_llm().model.base_model(torch.as_tensor(ids[None].astype(np.int64)), output_hidden_states=True)
     torch.testing.assert_close(part.states, hidden.hidden_states[LAYER][0])
+
+
+def test_a_plan_is_of_parts_of_sentences_where_heads_look(monkeypatch):
+    llm, seen, whole = tool_llm(), [], RetrievalHeads.scores
+
+    def scores(self, question, sentences, *others):
+        seen.extend(len(llm.encode(sentence)) for sentence in sentences)
+        return whole(self, question, sentences, *others)
+
+    monkeypatch.setattr(RetrievalHeads, "scores", scores)
+    embedder = entering(llm, ratios=(1, 2, 4, 8, 16), chunk_size=32, retrieval_heads=[[1, 0]])
+    text = "The harbour has " + ", ".join(f"a crane that lifts {at} tons" for at in range(40, 43)) + ". "
+    Forms(llm, embedder, {"a": text * 9}, "\n\n", (4,), ("focus",), 0).of(["a"], "the last crane?")
+    assert len(seen) > 9
+    assert max(seen) <= 32 < len(llm.encode(text))

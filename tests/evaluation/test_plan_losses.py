@@ -113,7 +113,7 @@ def test_the_table_that_ships_is_that_of_its_record():
     assert fit([sample for sample in record["samples"] if sample["plans"]])["lost"] == record["summary"]["lost"]
 
 
-def test_sentences_are_ranked_by_heads_where_the_embedder_names_any(questions, tmp_path, monkeypatch):
+def test_sentences_are_ranked_and_cut_by_heads_where_the_embedder_names_any(questions, tmp_path, monkeypatch):
     def look(self, question, parts):
         shares = np.zeros((len(self.heads), len(parts[0])))
         shares[:, -1] = 1
@@ -129,3 +129,4 @@ def test_sentences_are_ranked_by_heads_where_the_embedder_names_any(questions, t
     for one, other in zip(by_words["samples"], by_heads["samples"], strict=True):
         assert other["scores"][-1] >= max(other["scores"]) - 1 > one["scores"][-1] - 1
         assert other["scores"] != one["scores"]
+        assert max(other["n_tokens"]) <= 32 < max(one["n_tokens"])
