@@ -29,8 +29,8 @@ from extemb_core.context.assembly import Prompt, Segment, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
 from extemb_core.evaluation.baselines import Ids, head
 from extemb_core.evaluation.forms import arm_name, arm_names, compress_at_ratios
+from extemb_core.evaluation.metrics import contained
 from extemb_core.evaluation.runs import Experiment, Sample, groups_of
-from extemb_core.evaluation.scoring import contained
 from extemb_core.evaluation.settings import TASKS, NeedleConfig
 from extemb_core.evaluation.statistics import differences, mean_with_interval, paired
 from extemb_core.models.bulk import POSITIONS_AT_ONCE

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from extemb_core.context.assembly import Part, Prompt, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError
-from extemb_core.evaluation import scoring
 from extemb_core.evaluation.baselines import Ids, head
 from extemb_core.evaluation.forms import Forms, arm_name, arm_names, controls_for
+from extemb_core.evaluation.metrics import METRICS
 from extemb_core.evaluation.runs import Experiment, Sample, groups_of
 from extemb_core.evaluation.settings import CONTROLS, QaConfig
 from extemb_core.evaluation.statistics import mean_with_interval, share
@@ -33,7 +33,6 @@ from extemb_core.questions import Question, read_questions, template_for, templa
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.jsonl import evenly
 
-METRICS = {"em": scoring.exact_match, "f1": scoring.f1, "contained": scoring.contained, "rouge_l": scoring.rouge_l}
 _ARMS = (
     "none",
     "random",

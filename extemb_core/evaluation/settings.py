@@ -86,7 +86,7 @@ class QaConfig(CommonConfig):
     Attributes:
         data: Questions: .jsonl[.zst] with id, context, question, answers.
         passages: Passages per question: its own and others.
-        template: auto (by the reference answers), short, yes_no or long. They are in `templates.json`.
+        template: auto (by the reference answers), short, yes_no or long. They are in `question_templates.json`.
         controls: Besides none and full: truncated, chosen, lingua, random, wrong; above entry layer 0 focus, anchors
             and random_states too. None measures all that can be made.
         generate: Let the LLM answer, or measure the loss of the right answers alone, which is quicker.

@@ -1,7 +1,8 @@
 """Make readings to train on: a text to give back from its embeddings, and questions about documents.
 
 Both are made on demand from an index, with nothing drawn but from the seed and that index, so that a resumed run
-trains on what an uninterrupted one would have.
+trains on what an uninterrupted one would have. The objective that reads plain text is in `two_stream`; the loss of
+these is in `reading_loss`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import ConfigError
-from extemb_core.evaluation.scoring import f1
+from extemb_core.evaluation.metrics import f1
 from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extemb_core.errors import ConfigError
-from extemb_core.evaluation.scoring import contained, exact_match, f1, normalise_answer, rouge_l
+from extemb_core.evaluation.metrics import contained, exact_match, f1, normalise_answer, rouge_l
 
 PIECES = ["the", "A", "an", "cat", "Cat!", "the cat", "grey", "42", "é", "É", "€", "$", "...", "\n", ""]
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=6).map(" ".join) | st.text(max_size=12)

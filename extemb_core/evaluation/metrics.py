@@ -57,6 +57,10 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     return _best(_ordered_overlap, prediction, answers, lambda text: _WORD.findall(text.lower()))
 
 
+METRICS = {"em": exact_match, "f1": f1, "contained": contained, "rouge_l": rouge_l}
+"""Metrics by their names in `question_templates.json` and in a record."""
+
+
 def _best(
     score: Callable[[Tokens, Tokens], float], prediction: str, answers: Sequence[str], split: Callable[[str], Tokens]
 ) -> float:
