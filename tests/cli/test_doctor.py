@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -123,6 +124,24 @@ def test_an_illegal_instruction_kills_the_probe_alone(monkeypatch: pytest.Monkey
     (check,) = doctor._check_bfloat16()
     assert check.state == "note"
     assert "SIGILL" in check.value
+    assert "float32" in check.remedy
+
+
+SLOWER_IN_BFLOAT16 = """
+import time, torch
+forward = torch.nn.Linear.forward
+def slept(layer, rows):
+    time.sleep(0.06 if rows.dtype == torch.bfloat16 else 0.03)
+    return forward(layer, rows)
+torch.nn.Linear.forward = slept
+"""
+
+
+def test_bfloat16_that_is_slower_than_float32_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_BFLOAT16_PROBE", SLOWER_IN_BFLOAT16 + doctor._BFLOAT16_PROBE)
+    (check,) = doctor._check_bfloat16()
+    assert check.state == "note"
+    assert re.search(r"takes \d+\.\d times as long as in float32", check.value)
     assert "float32" in check.remedy
 
 
