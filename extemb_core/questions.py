@@ -76,9 +76,8 @@ def _question(row: dict[str, Any], where: str) -> Question:
 @cache
 def templates() -> Mapping[str, Mapping[str, Any]]:
     """Read the prompts that questions are evaluated with, by name."""
-    return dict(
-        json.loads(resources.files("extemb_core").joinpath("question_templates.json").read_text(encoding="utf-8"))
-    )
+    file = resources.files("extemb_core") / "question_templates.json"
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def template_for(answers: Sequence[str]) -> str:
