@@ -30,6 +30,7 @@ def record(kind: str, summary: dict[str, Any], n: int, data: str, **settings: An
             "data": [data] if data else [],
             "ratios": list(RATIOS),
             "seed": 3,
+            "dtype": "auto",
             **settings,
         },
         "data": [{"file": data, "sha256": "c470b046" * 8}] if data else [],

@@ -26,17 +26,19 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def trainings(records: Mapping[str, Scored]) -> str:
-    """Say which records are of which training, where those of one embedder are of several; nothing otherwise."""
-    found: dict[str, dict[str, list[str]]] = {}
+    """Say which records are of which weights, where those of one embedder are of several; nothing otherwise."""
+    found: dict[str, dict[tuple[str, str], list[str]]] = {}
     for name, record in records.items():
-        of_name = found.setdefault(str(record["config"]["embedder"]), {})
-        of_name.setdefault(str(record["fingerprint"])[:8], []).append(name)
+        weights = str(record["fingerprint"])[:8], str(record["config"]["dtype"])
+        found.setdefault(str(record["config"]["embedder"]), {}).setdefault(weights, []).append(name)
     return "".join(
-        f"\n{code(embedder)} was trained on between these records; by its fingerprint, "
-        + "; ".join(f"{code(fingerprint)}: {', '.join(names)}" for fingerprint, names in parts.items())
+        f"\n{code(embedder)} was trained on between these records, or loaded in another dtype; by its fingerprint, "
+        + "; ".join(
+            f"{code(fingerprint)} in {code(dtype)}: {', '.join(of)}" for (fingerprint, dtype), of in parts.items()
+        )
         + ".\n"
         for embedder, parts in found.items()
-        if len(parts) > 1
+        if len({fingerprint for fingerprint, _ in parts}) > 1
     )
 
 

@@ -56,11 +56,14 @@ def test_a_glance_has_a_row_for_each_record_with_the_best_way_marked(records):
 
 def test_a_glance_says_which_records_are_of_which_training_of_an_embedder(records):
     assert "trained" not in filled(SEVERAL.format(""), records)
-    write(records, "qa_b.json", with_losses() | {"fingerprint": "0123456789abcdef"})
+    other = with_losses() | {"fingerprint": "0123456789abcdef"}
+    other["config"]["dtype"] = "bfloat16"
+    write(records, "qa_b.json", other)
     *_, line, end = filled(SEVERAL.format(""), records).splitlines()
     name, first = qa_record()["config"]["embedder"], qa_record()["fingerprint"][:8]
     assert end == "<!-- end of table -->"
-    assert line == f"`{name}` was trained on between these records; by its fingerprint, `{first}`: a; `01234567`: b."
+    said = f"`{name}` was trained on between these records, or loaded in another dtype; by its fingerprint, "
+    assert line == f"{said}`{first}` in `{qa_record()['config']['dtype']}`: a; `01234567` in `bfloat16`: b."
 
 
 @pytest.mark.parametrize(
