@@ -114,7 +114,9 @@ class _Visit:
             ui.label(self._service.model).classes("text-caption")
             ui.space()
             _icon("contrast", "Dark or light", lambda: dark.set_value(not dark.value), "white")
-        with ui.left_drawer(bordered=True).props("width=340 breakpoint=700") as self._drawer:
+        # Without a value the server would ask the browser for one, and log an error where that takes over a second.
+        drawer = ui.left_drawer(value=False, bordered=True)
+        with drawer.props("width=340 breakpoint=700 show-if-above") as self._drawer:
             self._documents_panel()
         self._hint = ui.label(_HINT).classes("hint q-pa-md")
         self._conversation = ui.column().classes("full-width q-pa-md q-gutter-md").props("role=log aria-live=polite")

@@ -220,3 +220,11 @@ def test_a_narrow_screen_shows_the_conversation_first(url, opened):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_label("Show or hide the documents").click()
     page.get_by_text("Positions for documents").wait_for()
+
+
+def test_a_wide_screen_shows_the_documents_until_they_are_hidden(url, opened):
+    page = opened(url)
+    panel = page.get_by_text("Positions for documents")
+    for state in ("visible", "hidden", "visible"):
+        panel.wait_for(state=state)
+        page.get_by_label("Show or hide the documents").click()
