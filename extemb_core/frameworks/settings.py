@@ -45,9 +45,15 @@ def folder_as_text(store: Any) -> Any:
     return os.fspath(store) if isinstance(store, os.PathLike) else store
 
 
+def _saved_store(store: Any) -> str | None:
+    """Return the folder of a store that is open; of one in memory nothing is saved."""
+    path = getattr(store, "path", store)
+    return os.fspath(path) if isinstance(path, str | os.PathLike) else None
+
+
 # Paths become text here: a framework makes JSON, cache keys and names of models of its objects.
 NameOrPath = Annotated[str, BeforeValidator(name_or_path)]
-Folder = Annotated[Any, BeforeValidator(folder_as_text)]
+Folder = Annotated[Any, BeforeValidator(folder_as_text), PlainSerializer(_saved_store)]
 Ratio = Annotated[str | int, BeforeValidator(_checked_ratio)]
 Budget = Annotated[int, BeforeValidator(check_budget)] | None
 # Left out of what is saved: LlamaIndex makes JSON of it, and asterisks would be taken for a key where it is read again.

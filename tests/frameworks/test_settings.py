@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from copy import copy, deepcopy
 from pathlib import Path
@@ -14,6 +15,7 @@ from extemb_core import ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError, RatioError, StoreError
 from extemb_core.models.generation import Sampling
 from extemb_core.store.base import MemoryStore
+from extemb_core.store.store import EmbeddingStore
 
 pytest.importorskip("pydantic")
 pytest.importorskip("langchain_core")
@@ -248,6 +250,15 @@ def test_a_loaded_model_stays_the_model_of_what_is_made_of_the_fields(kind, lm):
     assert again.ratio == 8
     assert "loaded_lm" not in made.model_dump()
     assert "loaded_lm" not in repr(made)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])
+def test_of_a_store_its_folder_is_saved(kind, tmp_path):
+    with EmbeddingStore.open(tmp_path / "docs.extemb") as store:
+        saved = kind(store=store).model_dump_json()
+        assert json.loads(saved)["store"] == str(tmp_path / "docs.extemb")
+        assert json.dumps(kind(store=store).model_dump()) == json.dumps(json.loads(saved))
+    assert json.loads(kind(store=MemoryStore()).model_dump_json())["store"] is None
 
 
 @pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])
