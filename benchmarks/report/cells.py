@@ -29,7 +29,7 @@ def trainings(records: Mapping[str, Scored]) -> str:
     """Say which records are of which weights, where those of one embedder are of several; nothing otherwise."""
     found: dict[str, dict[tuple[str, str], list[str]]] = {}
     for name, record in records.items():
-        weights = str(record["fingerprint"])[:8], str(record["config"]["dtype"])
+        weights = str(record["fingerprint"])[:8], _dtype(record)
         found.setdefault(str(record["config"]["embedder"]), {}).setdefault(weights, []).append(name)
     return "".join(
         f"\n{code(embedder)} was trained on between these records, or loaded in another dtype; by its fingerprint, "
@@ -40,6 +40,13 @@ def trainings(records: Mapping[str, Scored]) -> str:
         for embedder, parts in found.items()
         if len({fingerprint for fingerprint, _ in parts}) > 1
     )
+
+
+def _dtype(record: Scored) -> str:
+    """Return what the weights were loaded in; "auto" is float32 on a CPU."""
+    config, accelerator = record["config"], record["provenance"]["hardware"]["accelerator"]
+    on_cpu = accelerator is None or config.get("device") == "cpu"
+    return "float32" if config["dtype"] == "auto" and on_cpu else str(config["dtype"])
 
 
 def escaped(text: str) -> str:
