@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from extemb_core.context.messages import Messages, inline_documents, question_in
 from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, plan_context, plan_of_spans
 from extemb_core.context.retrieval_heads import heads_of, max_sentence_tokens
 from extemb_core.context.scoring import SentenceScorer, bm25_scores
-from extemb_core.context.spans import cover, split_into_sentences
+from extemb_core.context.spans import MAX_SENTENCE_TOKENS, cover, split_into_sentences
 from extemb_core.documents import Document, ReferencedDocument
 from extemb_core.errors import BudgetError, StoreCorruptError
 from extemb_core.models.bulk import compress_in_batches
@@ -90,11 +91,15 @@ class ContextBuilder:
         self.scorer_id = None if scorer is None else uuid4().hex  # its address may be another's when it is gone
         self._heads = heads_of(llm, embedder) if scorer is None else None
         fitted = embedder.config.sentence_losses
-        self._losses = {by_heads: sentence_losses(fitted, by_heads=by_heads) for by_heads in (False, True)}
+        self._losses = {
+            (by_heads, parts): sentence_losses(fitted, by_heads=by_heads, parts=parts)
+            for by_heads, parts in itertools.product((False, True), repeat=2)
+        }
         self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
-        longest = max_sentence_tokens(self._heads)
         self._sentences = lru_cache(_KEPT_TEXTS)(
-            lambda text: split_into_sentences(text, self._tokens(text)[1], max_tokens=longest)
+            lambda text, longest=MAX_SENTENCE_TOKENS: split_into_sentences(
+                text, self._tokens(text)[1], max_tokens=longest
+            )
         )
 
     # -- whole prompts ----------------------------------------------------------------------------------------
@@ -272,15 +277,19 @@ class ContextBuilder:
                 overhead=overhead,
                 finest=[_finest_of(document) for document in documents],
             )
+        longest = max_sentence_tokens(self._heads, sum(map(self.n_tokens, documents)))
         split = [
-            SplitDocument(self._sentences(document.text), self._grid_of(document), config.chunk_size, positions, limit)
+            SplitDocument(
+                self._sentences(document.text, longest), self._grid_of(document), config.chunk_size, positions, limit
+            )
             for document, positions, limit in zip(documents, overhead, map(_finest_of, documents), strict=True)
         ]
         ratios = [value for value in config.ratios if value >= config.kept_ratio]
         looking = self._heads and self._heads.scorer(
             split, room, config.ratios, lambda: self._fetched_for(documents, split, fetched)
         )
-        scorer, losses = self.scorer or looking or bm25_scores, self._losses[looking is not None]
+        scorer = self.scorer or looking or bm25_scores
+        losses = self._losses[looking is not None, longest < MAX_SENTENCE_TOKENS]
         plan = plan_focus(question, split, room, ratios=ratios, select=mode == "select", scorer=scorer, losses=losses)
         by = f"; ranked by where {self.llm.name} looks, and by words" if looking is not None else ""
         return replace(plan, note=plan.note and plan.note + by)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # it loads transformers, and settings are checked without
 _LEAST_LOSS = 1e-6  # per token
 _SCATTERED = 0.2  # what the second sentence adds; above it the answer is in more places than a ranking by words finds
 _MANY = 6  # sentences in full; beside so many, what is compressed distracts more than it tells (docs/experiments.md)
-_MANY_PARTS = 9  # the same, of sentences as short as heads have them
+_MANY_PARTS = 9  # the same, of parts of sentences
 
 Mode = Literal["focus", "select", "even"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -86,12 +86,13 @@ def shipped_losses() -> dict[str, Any]:
     return values
 
 
-def sentence_losses(fitted: Any = None, *, by_heads: bool = False) -> SentenceLosses:
+def sentence_losses(fitted: Any = None, *, by_heads: bool = False, parts: bool = False) -> SentenceLosses:
     """Read what sentences cost that are not read in full.
 
     Args:
         fitted: The `summary` of a record of `extemb eval plan`; what was fitted for the shipped LLM when not given.
-        by_heads: For parts of sentences, ranked by retrieval heads too, and not sentences ranked by words alone.
+        by_heads: For what is ranked by retrieval heads too, and not by words alone.
+        parts: For parts of sentences, and not whole ones.
 
     Raises:
         ConfigError: It is none.
@@ -110,9 +111,8 @@ def sentence_losses(fitted: Any = None, *, by_heads: bool = False) -> SentenceLo
             f"sentence_losses={reprlib.repr(values)} is no table of losses by trust, rank and fidelity; pass the "
             "summary of a record of `extemb eval plan`, or leave it out"
         )
-    if by_heads:
-        return SentenceLosses(ranks, trust, losses, many=_MANY_PARTS)
-    return SentenceLosses(ranks, trust, losses, alike_above=_SCATTERED)
+    alike_above = math.inf if by_heads else _SCATTERED
+    return SentenceLosses(ranks, trust, losses, alike_above, _MANY_PARTS if parts else _MANY)
 
 
 def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> float:

@@ -36,6 +36,7 @@ Heads = Sequence[Sequence[int]]
 
 _LOOK_RATIO = 8
 _MAX_PART_TOKENS = 32  # of a sentence (docs/experiments.md)
+_FEW_TOKENS = 512  # of all texts: as many as the longest that parts were found better for, and a chunk
 _LOOKS = 2  # how much looks count beside words: found on training questions (docs/experiments.md)
 _SHOWING = "extemb_showing"  # transformers' name for attention that shows itself
 _shown: ContextVar[dict[int, Tensor]] = ContextVar("shown")
@@ -195,9 +196,12 @@ def heads_of(llm: LLM, embedder: ExtensibleEmbedder) -> RetrievalHeads | None:
     return RetrievalHeads(llm, embedder.config.entry_layer, heads)
 
 
-def max_sentence_tokens(heads: RetrievalHeads | None) -> int:
-    """Return how long a sentence is in a plan at most: heads tell parts of one apart, which words alone do not."""
-    return MAX_SENTENCE_TOKENS if heads is None else _MAX_PART_TOKENS
+def max_sentence_tokens(heads: RetrievalHeads | None, n_tokens: int) -> int:
+    """Return how long a sentence is at most in a plan of texts of so many tokens together.
+
+    Heads tell parts of one sentence apart where there are few, which words alone do not (docs/experiments.md).
+    """
+    return MAX_SENTENCE_TOKENS if heads is None or n_tokens > _FEW_TOKENS else _MAX_PART_TOKENS
 
 
 def _share(scores: Array) -> Array:

@@ -32,7 +32,7 @@ from extemb_core.context.builder import parts_of
 from extemb_core.context.focus import SplitDocument, plan_focus, sentence_losses
 from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of, max_sentence_tokens
 from extemb_core.context.scoring import bm25_scores
-from extemb_core.context.spans import Sentences, split_into_sentences
+from extemb_core.context.spans import MAX_SENTENCE_TOKENS, Sentences, split_into_sentences
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation import baselines
 from extemb_core.evaluation.baselines import Ids
@@ -126,7 +126,7 @@ class Forms:
     controls: Sequence[str]
     seed: int
     _ids: dict[str, Ids] = field(init=False, default_factory=dict)
-    _sentences: dict[str, Sentences] = field(init=False, default_factory=dict)
+    _sentences: dict[tuple[str, int], Sentences] = field(init=False, default_factory=dict)
     _recent: list[str] = field(init=False, default_factory=list)
     _recent_forms: dict[str, list[Part]] = field(init=False, default_factory=dict)
     _recent_texts: list[Compressed] = field(init=False, default_factory=list)
@@ -204,20 +204,25 @@ class Forms:
         assert self.embedder is not None
         config, separator = self.embedder.config, self.llm.encode(self.separator)
         finest = config.kept_ratio
+        ids = [self._ids[name] for name in passages]
+        longest = max_sentence_tokens(self._heads, sum(map(len, ids)))
         for name in passages:
-            if name not in self._sentences:
-                text, longest = self.texts[name], max_sentence_tokens(self._heads)
+            if (name, longest) not in self._sentences:
+                text = self.texts[name]
                 ends = self.llm.encode_with_ends(text)[1]
-                self._sentences[name] = split_into_sentences(text, ends, max_tokens=longest)
+                self._sentences[name, longest] = split_into_sentences(text, ends, max_tokens=longest)
         documents = [
-            SplitDocument(self._sentences[name], finest, config.chunk_size, len(separator)) for name in passages
+            SplitDocument(self._sentences[name, longest], finest, config.chunk_size, len(separator))
+            for name in passages
         ]
         ratios = [ratio for ratio in config.ratios if ratio >= finest]
         room = budget + len(separator)
         looking = self._heads and self._heads.scorer(documents, room, config.ratios, lambda: self._recent_texts)
-        scorer, losses = looking or bm25_scores, sentence_losses(config.sentence_losses, by_heads=looking is not None)
+        scorer, losses = (
+            looking or bm25_scores,
+            sentence_losses(config.sentence_losses, by_heads=looking is not None, parts=longest < MAX_SENTENCE_TOKENS),
+        )
         plans = plan_focus(question, documents, room, ratios=ratios, scorer=scorer, losses=losses).documents
-        ids = [self._ids[name] for name in passages]
         parts = [
             parts_of(plan.spans, tokens, text)
             for plan, tokens, text in zip(plans, ids, self._recent_texts, strict=True)

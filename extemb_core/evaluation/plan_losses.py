@@ -94,7 +94,7 @@ class PlanExperiment(DrawnQuestions):
         """Score the answer under plans drawn for the text; without a plan where it is too short or too long."""
         llm, size = self.llm, self._embedder.config.chunk_size
         ids, ends = llm.encode_with_ends(text)
-        sentences = split_into_sentences(text, ends, max_tokens=max_sentence_tokens(self._heads))
+        sentences = split_into_sentences(text, ends, max_tokens=max_sentence_tokens(self._heads, len(ids)))
         document = SplitDocument(sentences, self._embedder.config.kept_ratio, size)
         texts = document.sentences.texts
         if len(texts) < _MIN_SENTENCES:

@@ -65,13 +65,14 @@ def test_selecting_reads_sentences_in_full_or_not_at_all_by_their_rank_alone():
     assert any(BRIDGE in text for text in raw_texts(document, plan))
 
 
-@pytest.mark.parametrize(("in_full", "many", "by_heads"), [(5, 6, False), (6, 6, False), (8, 9, True), (9, 9, True)])
-def test_beside_many_sentences_in_full_none_is_compressed(in_full, many, by_heads):
+@pytest.mark.parametrize("by_heads", [False, True])
+@pytest.mark.parametrize(("in_full", "many", "parts"), [(5, 6, False), (6, 6, False), (8, 9, True), (9, 9, True)])
+def test_beside_many_sentences_in_full_none_is_compressed(in_full, many, parts, by_heads):
     """Of sentences of one length, all of which have a word of the question."""
     document = split(" ".join(f"The bridge was closed in {year}." for year in range(1900, 1930)))
     length = int(np.diff(document.sentences.borders).max())
     budget = in_full * length + length // 2
-    made = planned(QUESTION, [document], budget, losses=sentence_losses(by_heads=by_heads))
+    made = planned(QUESTION, [document], budget, losses=sentence_losses(by_heads=by_heads, parts=parts))
     assert {isinstance(span.fidelity, int) for span in made.documents[0].spans} == {False, in_full < many}
     assert ("sentences fit in full" in made.note) == (in_full >= many)
     (selected,) = planned(QUESTION, [document], budget, select=True).documents

@@ -218,8 +218,11 @@ def test_what_is_looked_at_is_read_in_full(llm, embedder, looked):
     assert len(calls) == 3
 
 
-def test_heads_look_at_parts_of_a_long_sentence_and_words_at_all_of_it(llm, embedder, looked, monkeypatch):
-    """The words of a question stand in another part than its answer."""
+@pytest.mark.parametrize(("times", "in_parts"), [([8], True), ([9], False), ([4, 5], False)])
+def test_heads_look_at_parts_of_long_sentences_in_few_texts_and_words_at_whole_ones(
+    times, in_parts, llm, embedder, looked, monkeypatch
+):
+    """The words of a question stand in another part than its answer; 512 tokens together are few."""
     lengths, whole = [], RetrievalHeads.scores
 
     def scores(self, question, sentences, *others):
@@ -232,11 +235,14 @@ def test_heads_look_at_parts_of_a_long_sentence_and_words_at_all_of_it(llm, embe
 
     monkeypatch.setattr(RetrievalHeads, "scores", scores)
     text = "The harbour has " + ", ".join(f"a crane that lifts {at} tons" for at in range(40, 43)) + ". "
+    documents = [Document((text * count).strip()) for count in times]
     for lm in (ExtensibleLM(llm, embedder), ExtensibleLM(llm, embedder, scorer=scorer)):
-        lm.ask("How many tons does the last crane lift?", [Document((text * 9).strip())], budget=100, max_new_tokens=1)
+        lm.ask("How many tons does the last crane lift?", documents, budget=100, max_new_tokens=1)
     by_heads, by_words = lengths
-    assert max(by_heads) <= 32 < max(by_words) <= 64
-    assert len(by_words) == 9 < len(by_heads)
+    assert (sum(by_words) <= 512) == in_parts
+    assert 32 < max(by_words) <= 64
+    assert len(by_words) == sum(times)
+    assert (by_heads != by_words) == in_parts == (max(by_heads) <= 32)
 
 
 def test_words_and_looks_count_alike(llm, embedder, looked):

@@ -147,7 +147,8 @@ def test_states_of_the_llm_itself_are_what_the_perfect_embedder_hands_over():
     torch.testing.assert_close(part.states, hidden.hidden_states[LAYER][0])
 
 
-def test_a_plan_is_of_parts_of_sentences_where_heads_look(monkeypatch):
+@pytest.mark.parametrize(("passages", "in_parts"), [("a", True), ("ab", False)])
+def test_a_plan_is_of_parts_of_sentences_where_heads_look_at_few_texts(passages, in_parts, monkeypatch):
     llm, seen, whole = tool_llm(), [], RetrievalHeads.scores
 
     def scores(self, question, sentences, *others):
@@ -157,6 +158,7 @@ def test_a_plan_is_of_parts_of_sentences_where_heads_look(monkeypatch):
     monkeypatch.setattr(RetrievalHeads, "scores", scores)
     embedder = entering(llm, ratios=(1, 2, 4, 8, 16), chunk_size=32, retrieval_heads=[[1, 0]])
     text = "The harbour has " + ", ".join(f"a crane that lifts {at} tons" for at in range(40, 43)) + ". "
-    Forms(llm, embedder, {"a": text * 9}, "\n\n", (4,), ("focus",), 0).of(["a"], "the last crane?")
-    assert len(seen) > 9
-    assert max(seen) <= 32 < len(llm.encode(text))
+    Forms(llm, embedder, {"a": text * 7, "b": text * 7}, "\n\n", (4,), ("focus",), 0).of(passages, "the last crane?")
+    assert (sum(seen) <= 512) == in_parts
+    assert (max(seen) <= 32) == in_parts
+    assert 32 < len(llm.encode(text))
