@@ -36,7 +36,7 @@ Heads = Sequence[Sequence[int]]
 
 _LOOK_RATIO = 8
 _MAX_PART_TOKENS = 32  # of a sentence (docs/experiments.md)
-_FEW_TOKENS = 512  # of all texts: as many as the longest that parts were found better for, and a chunk
+_FEW_TOKENS = 768  # of all texts: above what parts are as good for, below what they are worse for (docs/experiments.md)
 _LOOKS = 2  # how much looks count beside words: found on training questions (docs/experiments.md)
 _SHOWING = "extemb_showing"  # transformers' name for attention that shows itself
 _shown: ContextVar[dict[int, Tensor]] = ContextVar("shown")

@@ -218,11 +218,11 @@ def test_what_is_looked_at_is_read_in_full(llm, embedder, looked):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize(("times", "in_parts"), [([8], True), ([9], False), ([4, 5], False)])
+@pytest.mark.parametrize(("times", "in_parts"), [([12], True), ([14], False), ([6, 8], False)])
 def test_heads_look_at_parts_of_long_sentences_in_few_texts_and_words_at_whole_ones(
     times, in_parts, llm, embedder, looked, monkeypatch
 ):
-    """The words of a question stand in another part than its answer; 512 tokens together are few."""
+    """The words of a question stand in another part than its answer; 768 tokens together are few."""
     lengths, whole = [], RetrievalHeads.scores
 
     def scores(self, question, sentences, *others):
@@ -239,7 +239,7 @@ def test_heads_look_at_parts_of_long_sentences_in_few_texts_and_words_at_whole_o
     for lm in (ExtensibleLM(llm, embedder), ExtensibleLM(llm, embedder, scorer=scorer)):
         lm.ask("How many tons does the last crane lift?", documents, budget=100, max_new_tokens=1)
     by_heads, by_words = lengths
-    assert (sum(by_words) <= 512) == in_parts
+    assert (sum(by_words) <= 768) == in_parts
     assert 32 < max(by_words) <= 64
     assert len(by_words) == sum(times)
     assert (by_heads != by_words) == in_parts == (max(by_heads) <= 32)

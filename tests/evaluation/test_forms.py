@@ -159,6 +159,6 @@ def test_a_plan_is_of_parts_of_sentences_where_heads_look_at_few_texts(passages,
     embedder = entering(llm, ratios=(1, 2, 4, 8, 16), chunk_size=32, retrieval_heads=[[1, 0]])
     text = "The harbour has " + ", ".join(f"a crane that lifts {at} tons" for at in range(40, 43)) + ". "
     Forms(llm, embedder, {"a": text * 7, "b": text * 7}, "\n\n", (4,), ("focus",), 0).of(passages, "the last crane?")
-    assert (sum(seen) <= 512) == in_parts
+    assert (sum(seen) <= 768) == in_parts
     assert (max(seen) <= 32) == in_parts
-    assert 32 < len(llm.encode(text))
+    assert len(llm.encode(text)) > 32
