@@ -97,9 +97,7 @@ class ContextBuilder:
         }
         self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
         self._sentences = lru_cache(_KEPT_TEXTS)(
-            lambda text, longest=MAX_SENTENCE_TOKENS: split_into_sentences(
-                text, self._tokens(text)[1], max_tokens=longest
-            )
+            lambda text, longest: split_into_sentences(text, self._tokens(text)[1], max_tokens=longest)
         )
 
     # -- whole prompts ----------------------------------------------------------------------------------------
@@ -244,7 +242,7 @@ class ContextBuilder:
             )
 
         def excerpt(span: Span) -> str:
-            return self._sentences(document.text).excerpt(span)
+            return self._sentences(document.text, MAX_SENTENCE_TOKENS).excerpt(span)
 
         return plan_of_spans(index, spans, "as planned before", excerpt, overhead, config.chunk_size)
 
@@ -373,7 +371,8 @@ class ContextBuilder:
         return [heading + document.text + separator]
 
     def _described(self, document: Document, spans: Sequence[Span]) -> tuple[ContextSpan, ...]:
-        character, size = self._sentences(document.text).character, self.embedder.config.chunk_size
+        character = self._sentences(document.text, MAX_SENTENCE_TOKENS).character
+        size = self.embedder.config.chunk_size
         return tuple(
             ContextSpan(character(span.start), character(span.stop), span.fidelity, span.positions(size))
             for span in spans

@@ -218,10 +218,10 @@ class Forms:
         ratios = [ratio for ratio in config.ratios if ratio >= finest]
         room = budget + len(separator)
         looking = self._heads and self._heads.scorer(documents, room, config.ratios, lambda: self._recent_texts)
-        scorer, losses = (
-            looking or bm25_scores,
-            sentence_losses(config.sentence_losses, by_heads=looking is not None, parts=longest < MAX_SENTENCE_TOKENS),
+        losses = sentence_losses(
+            config.sentence_losses, by_heads=looking is not None, parts=longest < MAX_SENTENCE_TOKENS
         )
+        scorer = looking or bm25_scores
         plans = plan_focus(question, documents, room, ratios=ratios, scorer=scorer, losses=losses).documents
         parts = [
             parts_of(plan.spans, tokens, text)

@@ -362,7 +362,7 @@ def test_the_question_before_the_last_one_counts_too(lm):
 def test_a_plan_explains_what_becomes_of_each_span(lm):
     plan = lm.plan(QUESTION, [SENTENCES * 2], budget=60, max_new_tokens=4)
     (document,) = plan.documents
-    borders = lm.builder._sentences(SENTENCES * 2).character
+    borders = lm.builder._sentences(SENTENCES * 2, 64).character
     for span, excerpt in zip(document.spans, document.excerpts, strict=True):
         assert excerpt == (SENTENCES * 2)[borders(span.start) : borders(span.stop)][:200]
     rows = plan.explain().split("\n")[2:-2]
