@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -91,10 +90,7 @@ class ContextBuilder:
         self.scorer_id = None if scorer is None else uuid4().hex  # its address may be another's when it is gone
         self._heads = heads_of(llm, embedder) if scorer is None else None
         fitted = embedder.config.sentence_losses
-        self._losses = {
-            (by_heads, parts): sentence_losses(fitted, by_heads=by_heads, parts=parts)
-            for by_heads, parts in itertools.product((False, True), repeat=2)
-        }
+        self._losses = {by_heads: sentence_losses(fitted, by_heads=by_heads) for by_heads in (False, True)}
         self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
         self._sentences = lru_cache(_KEPT_TEXTS)(
             lambda text, longest: split_into_sentences(text, self._tokens(text)[1], max_tokens=longest)
@@ -286,8 +282,7 @@ class ContextBuilder:
         looking = self._heads and self._heads.scorer(
             split, room, config.ratios, lambda: self._fetched_for(documents, split, fetched)
         )
-        scorer = self.scorer or looking or bm25_scores
-        losses = self._losses[looking is not None, longest < MAX_SENTENCE_TOKENS]
+        scorer, losses = self.scorer or looking or bm25_scores, self._losses[looking is not None]
         plan = plan_focus(question, split, room, ratios=ratios, select=mode == "select", scorer=scorer, losses=losses)
         by = f"; ranked by where {self.llm.name} looks, and by words" if looking is not None else ""
         return replace(plan, note=plan.note and plan.note + by)

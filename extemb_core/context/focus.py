@@ -25,7 +25,7 @@ from extemb_core.context.planning import (
     tokens_per_position,
 )
 from extemb_core.context.scoring import SentenceScorer, bm25_scores, ranking, ranks, words_added
-from extemb_core.context.spans import Array, GroupGrid, Sentences
+from extemb_core.context.spans import MAX_SENTENCE_TOKENS, Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
 
 if TYPE_CHECKING:  # it loads transformers, and settings are checked without
@@ -56,14 +56,12 @@ class SentenceLosses:
         trust: Borders between levels of trust in the ranking: what the second sentence adds (see `words_added`).
         losses: (levels, classes, F) for each of `FIDELITIES`; of the last two classes per hundred of their own tokens.
         alike_above: What the second sentence adds; above it every token counts alike (docs/experiments.md).
-        many: Sentences; where so many fit in full, none is compressed beside them.
     """
 
     ranks: tuple[int, ...]
     trust: tuple[float, ...]
     losses: Array
     alike_above: float = math.inf
-    many: int = _MANY
 
     def classes(self, scores: Array, lengths: Array) -> tuple[Array, Array]:
         """Return (U,) class of each of U sentences, and what the losses of that class are multiplied by for it."""
@@ -86,13 +84,12 @@ def shipped_losses() -> dict[str, Any]:
     return values
 
 
-def sentence_losses(fitted: Any = None, *, by_heads: bool = False, parts: bool = False) -> SentenceLosses:
+def sentence_losses(fitted: Any = None, *, by_heads: bool = False) -> SentenceLosses:
     """Read what sentences cost that are not read in full.
 
     Args:
         fitted: The `summary` of a record of `extemb eval plan`; what was fitted for the shipped LLM when not given.
         by_heads: For what is ranked by retrieval heads too, and not by words alone.
-        parts: For parts of sentences, and not whole ones.
 
     Raises:
         ConfigError: It is none.
@@ -111,8 +108,7 @@ def sentence_losses(fitted: Any = None, *, by_heads: bool = False, parts: bool =
             f"sentence_losses={reprlib.repr(values)} is no table of losses by trust, rank and fidelity; pass the "
             "summary of a record of `extemb eval plan`, or leave it out"
         )
-    alike_above = math.inf if by_heads else _SCATTERED
-    return SentenceLosses(ranks, trust, losses, alike_above, _MANY_PARTS if parts else _MANY)
+    return SentenceLosses(ranks, trust, losses, math.inf if by_heads else _SCATTERED)
 
 
 def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> float:
@@ -244,7 +240,9 @@ def plan_focus(
         added = added_by_second(question, texts, scores)
         in_full = _in_full(scores, lengths, budget)
         alike = not select and added > table.alike_above
-        many = in_full >= table.many and not alike and all(document.limit is None for document in documents)
+        in_parts = all(document.sentences.max_tokens < MAX_SENTENCE_TOKENS for document in documents)
+        many = in_full >= (_MANY_PARTS if in_parts else _MANY)
+        many &= not alike and all(document.limit is None for document in documents)
         per_position: Array = np.array([tokens_per_position(fidelity) for fidelity in fidelities])
         if select or many:  # by rank alone, whatever a sentence's length
             of_each = np.full((len(scores), len(fidelities)), np.inf)

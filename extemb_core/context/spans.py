@@ -40,11 +40,13 @@ class Sentences:
         borders: (U + 1,) token at which each begins, and the number of tokens.
         text: The document.
         ends: (T,) character at which each of its tokens ends.
+        max_tokens: Longer sentences were cut.
     """
 
     borders: Array
     text: str
     ends: Array
+    max_tokens: int = MAX_SENTENCE_TOKENS
 
     def __len__(self) -> int:
         return len(self.borders) - 1
@@ -88,7 +90,7 @@ def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTEN
         while stop - start > max_tokens:
             start = _cut(start, stop, max_tokens, places)
             cuts.append(start)
-    return Sentences(np.array([*cuts, len(ends)]), text, ends)
+    return Sentences(np.array([*cuts, len(ends)]), text, ends, max_tokens)
 
 
 def _cut(start: int, stop: int, max_tokens: int, places: Sequence[Array]) -> int:

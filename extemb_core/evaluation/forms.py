@@ -32,7 +32,7 @@ from extemb_core.context.builder import parts_of
 from extemb_core.context.focus import SplitDocument, plan_focus, sentence_losses
 from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of, max_sentence_tokens
 from extemb_core.context.scoring import bm25_scores
-from extemb_core.context.spans import MAX_SENTENCE_TOKENS, Sentences, split_into_sentences
+from extemb_core.context.spans import Sentences, split_into_sentences
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation import baselines
 from extemb_core.evaluation.baselines import Ids
@@ -218,10 +218,7 @@ class Forms:
         ratios = [ratio for ratio in config.ratios if ratio >= finest]
         room = budget + len(separator)
         looking = self._heads and self._heads.scorer(documents, room, config.ratios, lambda: self._recent_texts)
-        losses = sentence_losses(
-            config.sentence_losses, by_heads=looking is not None, parts=longest < MAX_SENTENCE_TOKENS
-        )
-        scorer = looking or bm25_scores
+        scorer, losses = looking or bm25_scores, sentence_losses(config.sentence_losses, by_heads=looking is not None)
         plans = plan_focus(question, documents, room, ratios=ratios, scorer=scorer, losses=losses).documents
         parts = [
             parts_of(plan.spans, tokens, text)

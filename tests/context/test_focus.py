@@ -24,8 +24,8 @@ QUESTION = "Why was the bridge closed in 1987?"
 BRIDGE = "In 1987 the bridge was closed for repairs"
 
 
-def split(text, *, overhead=0, limit=None, chunk_size=64):
-    sentences = split_into_sentences(text, tiny_llm("llama").encode_with_ends(text)[1])
+def split(text, *, overhead=0, limit=None, chunk_size=64, max_tokens=64):
+    sentences = split_into_sentences(text, tiny_llm("llama").encode_with_ends(text)[1], max_tokens=max_tokens)
     return SplitDocument(sentences, max(2, limit or 1), chunk_size, overhead, limit)
 
 
@@ -66,13 +66,14 @@ def test_selecting_reads_sentences_in_full_or_not_at_all_by_their_rank_alone():
 
 
 @pytest.mark.parametrize("by_heads", [False, True])
-@pytest.mark.parametrize(("in_full", "many", "parts"), [(5, 6, False), (6, 6, False), (8, 9, True), (9, 9, True)])
-def test_beside_many_sentences_in_full_none_is_compressed(in_full, many, parts, by_heads):
-    """Of sentences of one length, all of which have a word of the question."""
-    document = split(" ".join(f"The bridge was closed in {year}." for year in range(1900, 1930)))
+@pytest.mark.parametrize(("in_full", "many", "max_tokens"), [(5, 6, 64), (6, 6, 64), (8, 9, 32), (9, 9, 32)])
+def test_beside_many_sentences_in_full_none_is_compressed(in_full, many, max_tokens, by_heads):
+    """Of sentences of one length, all of which have a word of the question; nine are many where they are cut short."""
+    text = " ".join(f"The bridge was closed in {year}." for year in range(1900, 1930))
+    document = split(text, max_tokens=max_tokens)
     length = int(np.diff(document.sentences.borders).max())
     budget = in_full * length + length // 2
-    made = planned(QUESTION, [document], budget, losses=sentence_losses(by_heads=by_heads, parts=parts))
+    made = planned(QUESTION, [document], budget, losses=sentence_losses(by_heads=by_heads))
     assert {isinstance(span.fidelity, int) for span in made.documents[0].spans} == {False, in_full < many}
     assert ("sentences fit in full" in made.note) == (in_full >= many)
     (selected,) = planned(QUESTION, [document], budget, select=True).documents
