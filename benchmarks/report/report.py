@@ -167,20 +167,27 @@ def _origin_table(path: Path, record: Record) -> str:
     if record["fingerprint"] is not None:
         embedder = f"{code(str(config['embedder']))}, fingerprint {code(record['fingerprint'][:8])}"
         embedder += _embedder(record["embedder"] or {})  # 0.1.0 did not write it down
-    git = origin["git"]
-    revision = code(git["revision"][:8]) if git.get("revision") else "unknown revision"
-    revision += " with uncommitted changes" if git.get("dirty") else ""
     rows = [
         ["LLM", code(config["llm"])],
         ["embedder", embedder],
         ["data", ", ".join(map(code, _data_names(record))) or "made by the command"],
         ["n, seed", f"{record['n']:,}, {config['seed']}"],
         ["hardware", escaped(_hardware(origin["hardware"]))],
-        ["date, revision", f"{escaped(origin['date'])}, {revision}"],
+        ["date, revision", _when(origin)],
         ["command", code(origin["command"])],
+        *(
+            [f"{escaped(arm)} measured anew", f"{_when(origin)}, {code(origin['command'])}"]
+            for arm, origin in record.get("remeasured", {}).items()
+        ),
         ["record", code(path.name)],
     ]
     return table(["run", ""], rows, right=False)
+
+
+def _when(origin: Record) -> str:
+    git = origin["git"]
+    revision = code(git["revision"][:8]) if git.get("revision") else "unknown revision"
+    return f"{escaped(origin['date'])}, {revision}" + (" with uncommitted changes" if git.get("dirty") else "")
 
 
 def _embedder(settings: Record) -> str:

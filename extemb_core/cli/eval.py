@@ -73,7 +73,7 @@ def ppl() -> Experiment:
 
 @_measurement(
     kinds.QaConfig, "data", "ratios", "passages", "template", "controls", "generate", "one_per_text", "batch_size",
-    data=..., controls="all that can be made",
+    "remeasure", data=..., controls="all that can be made", remeasure="no arm",
 )  # fmt: skip
 def qa() -> Experiment:
     """Measure answers to questions about texts, and the loss of the right answers, beside every control."""

@@ -32,6 +32,7 @@ from extemb_core.models.llm import LLM, MIN_FULL
 from extemb_core.questions import Question, read_questions, template_for, templates
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.jsonl import evenly
+from extemb_core.utils.validation import require_one_of
 
 _ARMS = (
     "none",
@@ -55,7 +56,8 @@ class QaExperiment(Experiment):
     """Puts questions. Without an embedder only "none", "full", "truncated", "chosen" and "lingua" are measured.
 
     Raises:
-        ConfigError: There are too few texts, or a control is asked for that the embedder does not allow.
+        ConfigError: There are too few texts, or a control is asked for that the embedder does not allow, or an arm is
+            to be measured anew that is not measured.
     """
 
     kind: ClassVar[str] = "qa"
@@ -63,6 +65,10 @@ class QaExperiment(Experiment):
     def __init__(self, config: QaConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
         super().__init__(config, llm, embedder)
         self.config = replace(config, controls=controls_for(embedder, config.controls))
+        self.remeasure = config.remeasure or ()
+        arms = ["none", "full", *(self.config.controls or ()), *(["extensible"] if embedder else [])]
+        for arm in self.remeasure:
+            require_one_of(arm, "remeasure", arms)
         questions = read_questions(config.data)
         self._texts = {question.document: question.context for question in questions}
         if len(self._texts) < max(2, config.passages):
@@ -81,7 +87,8 @@ class QaExperiment(Experiment):
         self._sampling = Sampling(max_new_tokens=self.template["max_new_tokens"])
         self._forms = Forms(
             llm, embedder, self._texts, separator=self.template["separator"], ratios=config.ratios,
-            controls=self.config.controls or (), seed=config.seed,
+            controls=[name for name in self.config.controls or () if name in (self.remeasure or CONTROLS)],
+            seed=config.seed,
         )  # fmt: skip
 
     def questions(self) -> list[Question]:
@@ -119,8 +126,9 @@ class QaExperiment(Experiment):
                 for arm, at in same[key]:
                     tables[at][arm] |= found
         for question, reference, arms in zip(questions, references, tables, strict=True):
-            if arms["full"]["positions"] < sum(map(len, self._forms.tokens(self.passages(question)))):
-                arms["full"]["cut"] = True
+            full = arms.get("full")
+            if full and full["positions"] < sum(map(len, self._forms.tokens(self.passages(question)))):
+                full["cut"] = True
             yield {
                 "id": question.id,
                 "document": question.document,
@@ -179,7 +187,7 @@ class QaExperiment(Experiment):
                 "pass coarser --ratios, or drop its row"
             )
         forms["full"] = [head(np.concatenate(self._forms.tokens(passages)), room)]
-        return forms
+        return {arm: parts for arm, parts in forms.items() if arm.split("/")[0] in (self.remeasure or _ARMS)}
 
     def reference(self, question: Question) -> Ids:
         """Encode the first reference answer and what ends the assistant's turn: the tokens that training scores."""

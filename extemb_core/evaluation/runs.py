@@ -2,6 +2,8 @@
 
 A run that is stopped goes on where it was: each finished sample is a line of `OUT.partial`, on disk before the next
 group begins, and is not measured again. The record keeps every sample, so that any table can be recomputed.
+
+Some arms of a finished record can be measured anew, where what changed touches no others: see `Experiment.remeasure`.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ class Experiment:
     Attributes:
         kind: "ppl", "qa", "needle", "speed", "plan", "heads" or "calibration".
         config: A frozen dataclass of JSON-able settings, `data` (paths) and `limit` among them.
+        remeasure: Kinds of arms that are measured anew in a finished record, whose other arms stay; () for all arms.
     """
 
     kind: ClassVar[str]
     config: Any
+    remeasure: Sequence[str] = ()
 
     def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
         self.config = config
@@ -71,7 +75,10 @@ class Experiment:
         raise NotImplementedError
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
-        """Measure a group, or what a stopped run left of it; yields samples with their "id"."""
+        """Measure a group, or what a stopped run left of it; yields samples with their "id".
+
+        With `remeasure` a sample's "arms" are those alone.
+        """
         raise NotImplementedError
 
     def is_current(self, sample: Sample) -> bool:
@@ -106,8 +113,10 @@ def run(
         show_progress: Show a bar; None shows it on a terminal.
 
     Raises:
-        ConfigError: There is nothing to measure, or `out` holds a run with other settings.
+        ConfigError: There is nothing to measure, or `out` holds a run with other settings, or, where arms are to be
+            measured anew, not the same samples.
         DocumentError: `out` is not such a record.
+        DocumentNotFoundError: Arms are to be measured anew, and `out` does not exist.
     """
     out, identity = Path(out), _identity(experiment)
     groups = experiment.groups()
@@ -115,8 +124,7 @@ def run(
     if not ids:
         raise ConfigError("no sample fits these settings; pass longer documents or other lengths")
     out.parent.mkdir(parents=True, exist_ok=True)
-    finished = FinishedSamples(out, identity, resume=resume)
-    finished.by_id = {name: sample for name, sample in finished.by_id.items() if experiment.is_current(sample)}
+    finished = FinishedSamples(out, identity, experiment, ids, resume=resume)
     origin = provenance(command)
     with closing(finished.journal) as journal, progress(experiment.kind, len(ids), show_progress) as advance:
         advance(sum(name in finished.by_id for name in ids))
@@ -126,13 +134,13 @@ def run(
                     finished.add(sample)
                     advance(1)
                 journal.sync()
-    samples = [finished.by_id[name] for name in ids]
+    samples = [finished.whole(name) for name in ids]
     record = {
         "version": RECORD_VERSION,
         **identity,
         "config": identity["config"] | {name: getattr(experiment.config, name) for name in _FREE},
         "embedder": experiment.embedder_settings,
-        "provenance": origin,
+        **finished.origins(origin),
         "parts": finished.parts,
         "n": len(samples),
         "seconds": round(finished.seconds, 1),
@@ -147,28 +155,50 @@ def run(
 class FinishedSamples:
     """Finished samples of one run, by id, and the time that they took: of its record, and of its journal.
 
+    Where arms are measured anew, samples of the record are not finished, and those of the journal have no other arms.
+
     Raises:
         ConfigError: They are of another run.
         DocumentError: The journal or the record is damaged.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool = True) -> None:
+    def __init__(
+        self,
+        out: Path,
+        identity: dict[str, Any],
+        experiment: Experiment,
+        ids: Sequence[str],
+        *,
+        resume: bool = True,
+    ) -> None:
         file = out.with_name(out.name + ".partial")
+        self.remeasure = remeasure = experiment.remeasure
         self.by_id: dict[str, Sample] = {}
         self.seconds = 0.0
         self.parts = 1
+        self._record: dict[str, Any] = {}
+        self._earlier: dict[str, Sample] = {}
         if not resume:
             file.unlink(missing_ok=True)
-        elif out.is_file():  # a finished run may go on too: with a higher limit
-            record = read_record(out)
-            require_same_run(record, identity, out, _REMEDY)
+        if remeasure or (resume and out.is_file()):  # a finished run may go on too: with a higher limit
+            self._record = read_record(out)
+            require_same_run(self._record, identity, out, _REMEDY)
             with _undamaged(out):
-                self.by_id = {sample["id"]: sample for sample in record["samples"]}
-                self.seconds, self.parts = record["seconds"] + 0.0, record["parts"] + 1
+                samples = filter(experiment.is_current, self._record["samples"])
+                self._earlier = {sample["id"]: sample for sample in samples}
+                self.seconds, self.parts = self._record["seconds"] + 0.0, self._record["parts"] + 1
+        if not remeasure:
+            self.by_id |= self._earlier
+        elif self._earlier.keys() != set(ids):
+            raise ConfigError(
+                f"{out} holds {len(self._earlier)} samples and these settings ask for {len(ids)}, not the same ones; "
+                f"pass the record's own --limit to measure {', '.join(remeasure)} anew in it"
+            )
         self.parts += file.is_file()
-        self.journal = Journal(file, identity, _REMEDY)
+        self.journal = Journal(file, identity | {"remeasure": list(remeasure) or None}, _REMEDY)
         with _undamaged(file):
-            self.by_id |= {row["sample"]["id"]: row["sample"] for row in self.journal.rows}
+            samples = filter(experiment.is_current, (row["sample"] for row in self.journal.rows))
+            self.by_id |= {sample["id"]: sample for sample in samples}
             self.seconds += sum(row["seconds"] for row in self.journal.rows)
         self._last = time.perf_counter()
 
@@ -179,6 +209,19 @@ class FinishedSamples:
         self.seconds += seconds
         self.by_id[sample["id"]] = sample
         self.journal.add({"sample": sample, "seconds": round(seconds, 3)})
+
+    def whole(self, name: str) -> Sample:
+        """Return a finished sample with all its arms."""
+        sample = self.by_id[name]
+        if not self.remeasure:
+            return sample
+        return self._earlier[name] | {"arms": self._earlier[name]["arms"] | sample["arms"]}
+
+    def origins(self, origin: dict[str, Any]) -> dict[str, Any]:
+        """Say where the samples come from, `origin` being of this run, and where arms that were measured anew do."""
+        anew = self._record.get("remeasured", {}) | dict.fromkeys(self.remeasure, origin)
+        first = self._record["provenance"] if self.remeasure else origin
+        return {"provenance": first} | ({"remeasured": anew} if anew else {})
 
 
 @contextmanager
@@ -228,7 +271,7 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
     config["embedder"] = short_name(config["embedder"]) if config["embedder"] else None
     return {
         "kind": experiment.kind,
-        "config": {name: value for name, value in config.items() if name not in _FREE},
+        "config": {name: value for name, value in config.items() if name not in (*_FREE, "remeasure")},
         "data": [{"file": Path(file).name, "sha256": sha256_of(_existing(file))} for file in experiment.config.data],
         "fingerprint": experiment.fingerprint,
     }

@@ -91,6 +91,8 @@ class QaConfig(CommonConfig):
             and random_states too. None measures all that can be made.
         generate: Let the LLM answer, or measure the loss of the right answers alone, which is quicker.
         one_per_text: Ask one question about each text, drawn by the seed.
+        remeasure: Measure these arms anew in a finished record and leave its others: controls, or extensible. For a
+            change that touches no others, as one of what plans go by. None measures all of what is not measured yet.
     """
 
     passages: int = 1
@@ -98,6 +100,7 @@ class QaConfig(CommonConfig):
     controls: tuple[str, ...] | None = None
     generate: bool = True
     one_per_text: bool = False
+    remeasure: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +111,8 @@ class QaConfig(CommonConfig):
         require_one_of(self.template, "template", ("auto", *templates()))
         for control in self.controls or ():
             require_one_of(control, "controls", CONTROLS)
+        for arm in self.remeasure or ():
+            require_one_of(arm, "remeasure", ("extensible", *CONTROLS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -284,6 +284,24 @@ def test_a_higher_limit_ends_in_the_record_of_one_run(make, tmp_path):
             assert parts["summary"]["by_rank"][rank][arm] == pytest.approx(values, abs=1e-5)
 
 
+def test_arms_that_are_measured_anew_alone_are_as_among_all(make, llm, monkeypatch):
+    embedder = untrained(llm)
+    whole = measured(make(embedder))
+    alone = make(embedder, remeasure=("focus", "extensible"))
+    monkeypatch.setattr("extemb_core.evaluation.baselines.select_tokens", None)  # nothing else is made
+    for before, now in zip(whole, measured(alone), strict=True):
+        assert now["arms"].keys() == {"extensible/4", "focus/4"}
+        for arm, values in now["arms"].items():
+            assert values == alike(before["arms"][arm])
+
+
+def test_an_arm_that_is_not_measured_is_not_measured_anew(make, llm):
+    with pytest.raises(ConfigError, match="remeasure='focus'"):
+        make(untrained(llm), controls=("chosen",), remeasure=("focus",))
+    with pytest.raises(ConfigError, match="remeasure='extensible'"):
+        make(remeasure=("extensible",))
+
+
 def embedder_of(experiment, passage):
     return experiment.embedder.compress(experiment._texts[passage], ratio=4).embeddings
 
@@ -408,7 +426,14 @@ def test_the_record_says_which_controls_were_measured(make, llm):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("template", "verse"), ("controls", ("none", "magic")), ("passages", 0), ("data", ())]
+    ("name", "value"),
+    [
+        ("template", "verse"),
+        ("controls", ("none", "magic")),
+        ("remeasure", ("focus", "magic")),
+        ("passages", 0),
+        ("data", ()),
+    ],
 )
 def test_settings_that_cannot_be(name, value):
     with pytest.raises(ConfigError, match=name):

@@ -9,7 +9,7 @@ import pytest
 from anchored import untrained
 from tiny import tiny_llm
 
-from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
 from extemb_core.evaluation.runs import RECORD_VERSION, Experiment, groups_of, read_record, run
 from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.utils import journal
@@ -25,6 +25,7 @@ class Squares:
     stop_at: str = ""
     asked: list[str] = field(default_factory=list)
     kind = "squares"
+    remeasure = ()
     is_current = Experiment.is_current
 
     def groups(self):
@@ -40,6 +41,23 @@ class Squares:
 
     def summarise(self, samples):
         return {"sum": sum(sample["square"] for sample in samples)}
+
+
+@dataclass
+class Powers(Squares):
+    """Measures two arms of each number, by a rule that changes."""
+
+    rule: str = "old"
+    remeasure: tuple[str, ...] = ()
+
+    def measure(self, group):
+        for sample in super().measure(group):
+            arms = {"square/2": {"is": sample["square"], "rule": self.rule}, "none": {"is": 0, "rule": self.rule}}
+            kept = {arm: value for arm, value in arms.items() if arm.split("/")[0] in (self.remeasure or arm)}
+            yield {"id": sample["id"], "arms": kept}
+
+    def summarise(self, samples):
+        return {arm: {sample["arms"][arm]["rule"] for sample in samples}.pop() for arm in ("square/2", "none")}
 
 
 class MeasuredSquares(Experiment):
@@ -119,6 +137,51 @@ def test_a_finished_run_is_not_measured_again_and_a_higher_limit_measures_the_re
     anew = Squares(config)
     run(anew, out, resume=False)
     assert len(anew.asked) == 6
+
+
+def test_an_arm_is_measured_anew_in_a_record_whose_others_stay(config, out):
+    run(Powers(config), out, command=["first"])
+    first = out.read_bytes()
+    stopped = Powers(config, rule="new", remeasure=("square",), stop_at="3")
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, out, command=["second"])
+    assert out.read_bytes() == first
+    with pytest.raises(ConfigError, match="another remeasure"):  # half a sample is none of an ordinary run's
+        run(Powers(config), out)
+    with pytest.raises(ConfigError, match="another remeasure"):
+        run(Powers(config, remeasure=("none",)), out)
+    again = Powers(config, rule="new", remeasure=("square",))
+    record = run(again, out, command=["third"])
+    assert again.asked == ["3", "4", "5"]
+    assert read_record(out) == json.loads(json.dumps(record))
+    assert record["summary"] == {"square/2": "new", "none": "old"}
+    assert record["samples"][3] == {
+        "id": "3",
+        "arms": {"square/2": {"is": 9, "rule": "new"}, "none": {"is": 0, "rule": "old"}},
+    }
+    assert (record["n"], record["parts"]) == (6, 3)
+    assert record["provenance"]["command"] == "first"
+    assert {arm: origin["command"] for arm, origin in record["remeasured"].items()} == {"square": "third"}
+    assert not partial(out).exists()
+    more = run(Powers(replace(config, limit=8)), out)
+    assert more["remeasured"].keys() == {"square"}
+    assert "remeasured" not in run(Powers(config), out, resume=False)
+
+
+def test_an_arm_is_measured_anew_only_in_the_record_of_the_same_samples(config, out):
+    new = Powers(config, remeasure=("square",))
+    with pytest.raises(DocumentNotFoundError):
+        run(new, out)
+    run(Powers(replace(config, limit=4)), out)
+    before = out.read_bytes()
+    with pytest.raises(
+        ConfigError, match="holds 4 samples and these settings ask for 6.*own --limit to measure square anew"
+    ):
+        run(new, out)
+    with pytest.raises(ConfigError, match="another fingerprint"):
+        run(replace(new, fingerprint="f2"), out)
+    assert out.read_bytes() == before
+    assert new.asked == []
 
 
 @pytest.mark.parametrize("finished", [True, False])

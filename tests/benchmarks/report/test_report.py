@@ -390,6 +390,12 @@ def test_what_was_run_stands_above_its_tables():
         "command": record["provenance"]["command"],
         "record": "ppl_135m.json",
     }
+    assert "remeasured" not in record
+    later = record["provenance"] | {"date": "2026-11-28", "git": {"revision": None, "dirty": None}, "command": "again"}
+    record["remeasured"] = {"focus": later}
+    run = table(page(record), "### ")
+    assert run["focus measured anew"][""] == "2026-11-28, unknown revision, again"
+    assert run["date, revision"][""].startswith("2026-11-24")
     record["provenance"]["hardware"] = {"cpu": "A", "accelerator": "NVIDIA H200"}
     record["provenance"]["git"] = {"revision": None, "dirty": None}
     record["data"] = [{"file": "/home/me/a.jsonl"}, {"file": "b.jsonl"}]
