@@ -96,6 +96,7 @@ class _Visit:
         self._workspace: Workspace
         self._drawer: ui.left_drawer
         self._tokens: dict[str, int] = {}  # of each document
+        self._reading: list[str] = []  # documents of this tab that are not there yet
         self._counted: dict[str, int] = {}  # of each text, by its ref
         self._positions: dict[str, int] = {}  # what it took in the last answer
         self._free = 0  # positions that documents might take in the last answer
@@ -189,7 +190,14 @@ class _Visit:
                         ui.item_label(f"{n_tokens:,} tokens{taken}").props("caption")
                     with ui.item_section().props("side"):
                         _icon("delete", f"Remove {name}", partial(self._remove, name))
-            if not self._tokens:
+            for name in self._reading:
+                with ui.item():
+                    with ui.item_section():
+                        ui.item_label(strip_control_chars(name)).props("lines=2")
+                        ui.item_label("being read").props("caption")
+                    with ui.item_section().props("side"):
+                        ui.spinner()
+            if not self._tokens and not self._reading:
                 ui.item_label("None yet").props("caption")
 
     # -- documents --------------------------------------------------------------------------------------------
@@ -225,14 +233,17 @@ class _Visit:
                     raise DocumentError(f"{file.name} holds no text to ask about; pass another file")
             self._workspace.add([replace(read, metadata={**read.metadata, "source": file.name})])
 
+        self._reading.append(name)
+        self._show_documents()
         try:
             await self._change(add)
+            await self._refresh()
         except (ExtembError, ApiError, OSError) as error:
             ui.notify(str(error), type="negative", multi_line=True, timeout=0, close_button="Close")
-            return
         finally:
+            self._reading.remove(name)
+            self._show_documents()
             event.sender.reset()
-        await self._refresh()
 
     async def _remove(self, name: str) -> None:
         with suppress(ApiError):  # another tab has removed it
@@ -270,7 +281,9 @@ class _Visit:
         if not question or self._task is not None or self._owner is None:
             return
         if not self._tokens:
-            ui.notify("Add a document first: it is what the answer is made from", type="warning")
+            still = f"Ask when it has been read: {', '.join(self._reading)}"
+            first = "Add a document first: it is what the answer is made from"
+            ui.notify(still if self._reading else first, type="warning")
             return
         self._question.set_value("")
         self._task = asyncio.create_task(self._answer(question))
@@ -280,6 +293,7 @@ class _Visit:
         self._stop.set_visibility(True)
         messages = [*self._messages, {"role": "user", "content": question}]
         ways = list(_WAYS) if self._compare.value else ["compressed"]
+        unread = ", ".join(self._reading)
         try:
             self._hint.set_visibility(False)
             with self._conversation:
@@ -300,6 +314,8 @@ class _Visit:
                 finally:
                     waiting.delete()
                 with column:
+                    if unread:
+                        ui.label(f"Not asked about, still being read: {unread}").classes("text-caption")
                     await self._tell(answer, documents, question)
                 if way == "compressed":
                     self._free = answer.budget or 0

@@ -189,6 +189,27 @@ def test_a_question_without_a_document_stays_where_it_is(model, tmp_path, opened
         assert not page.get_by_text("Drop in documents").is_visible()
 
 
+def test_a_document_that_is_still_being_read_is_said_to_be(model, tmp_path, opened):
+    long = {"name": "long.txt", "mimeType": "text/plain", "buffer": (SENTENCES * 4000)[:900_000].encode()}
+    with running(model, tmp_path) as url:
+        page = opened(url)
+        page.set_input_files("input[type=file]", long)
+        page.get_by_text("being read").wait_for()
+        page.get_by_label("Question").fill(QUESTION)
+        page.keyboard.press("Enter")
+        page.get_by_text("Ask when it has been read: long.txt").wait_for()
+        page.get_by_label("Remove long.txt").wait_for()
+        assert not page.get_by_text("being read").count()
+        drop(page, "ships.txt", SENTENCES)
+        page.set_input_files("input[type=file]", long | {"name": "longer.txt"})
+        page.get_by_text("being read").wait_for()
+        ask(page, QUESTION)
+        page.get_by_text("Not asked about, still being read: longer.txt").wait_for()
+        page.get_by_label("Remove longer.txt").wait_for()
+        ask(page, QUESTION, 2)
+        assert page.get_by_text("Not asked about").count() == 1
+
+
 def test_a_long_question_leaves_its_button_in_sight(url, opened):
     page = opened(url)
     page.get_by_label("Question").fill("Why? " * 4000)
