@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 _OF_ANSWER = ("ratio", "plan", "budget", *_SAMPLED)
-_OF_MODEL = ("model", "embedder", "store", "device", "dtype", "engine", "base_url", "api_key")
+OF_MODEL = ("model", "embedder", "store", "device", "dtype", "engine", "base_url", "api_key")
 _PER_CALL = {"model", "embedder", "documents", *_OF_ANSWER}
 
 
@@ -181,7 +181,7 @@ class ModelSettings(StrictSettings):
         if self.api_key and self.engine == "transformers":  # which LangChain's users may pass to any model
             logger.warning("api_key= makes no difference to a %s without engine='vllm'", type(self).__name__)
         if (field := self._model_elsewhere()) is not None:
-            for name in _OF_MODEL:
+            for name in OF_MODEL:
                 value, legal = getattr(self, name), [type(self).model_fields[name].default]
                 if name == "model" and field == "loaded_lm":
                     legal.append(self.loaded_lm.llm.name)

@@ -471,6 +471,18 @@ def test_processed_nodes_are_kept_as_json(llm, nodes, tmp_path):
     json.dumps(ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4).to_dict())
 
 
+@pytest.mark.parametrize("kind", [ExtensibleEmbeddingPostprocessor, ExtensibleTransform])
+def test_what_was_saved_beside_an_llm_has_its_model_and_store(kind, lm, tmp_path):
+    settings = {"embedder": "mine", "store": tmp_path / "docs", "device": "cpu", "dtype": "bfloat16"}
+    llm = ExtensibleLLM.from_model_id("another", **settings)
+    saved = json.loads(kind(llm=llm, ratio=4, batch_size=2).to_json())
+    again = kind.from_dict(saved)
+    assert (again.model, again.ratio, again.batch_size) == ("another", 4, 2)
+    for name, value in settings.items():
+        assert getattr(again, name) == (str(value) if name == "store" else value)
+    assert kind.from_dict(kind(llm=ExtensibleLLM.from_lm(lm)).to_dict()).model == lm.llm.name
+
+
 async def test_16_queries_at_once(llm, nodes):
     def engine(found):
         return RetrieverQueryEngine.from_args(

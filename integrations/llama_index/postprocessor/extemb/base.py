@@ -17,7 +17,7 @@ from extemb_core.context.focus import Mode, check_plan, mode_of
 from extemb_core.context.planning import Plan, plan_context
 from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import until_cancelled
-from extemb_core.frameworks.settings import Budget, ModelSettings
+from extemb_core.frameworks.settings import OF_MODEL, Budget, ModelSettings
 from extemb_core.models.chunks import compressed_positions
 from llama_index.postprocessor.extemb.node import extensible, heading_of, text_of, to_document
 
@@ -52,6 +52,13 @@ class CompressionSettings(ModelSettings):
         if self.llm is not None:
             self.llm.__getstate__()  # LlamaIndex would leave out one that cannot be pickled
         return super().__getstate__()
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Describe it, with the model and the store of its LLM: `from_dict` makes one that has the same."""
+        data: dict[str, Any] = super().to_dict(**kwargs)  # type: ignore[misc]
+        if isinstance(self.llm, ModelSettings):
+            data |= self.llm.model_dump(include=set(OF_MODEL))
+        return data
 
     @property
     def lm(self) -> ExtensibleLM:
