@@ -41,6 +41,15 @@ def without_lone_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def valid_texts(value: Any) -> Any:
+    """Return a value with `without_lone_surrogates` of each text in its lists and mappings."""
+    if isinstance(value, str):
+        return without_lone_surrogates(value)
+    if isinstance(value, Mapping):
+        return {valid_texts(key): valid_texts(item) for key, item in value.items()}
+    return [valid_texts(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def refuse_lone_surrogates(text: str, name: str = "text") -> None:
     """Raise `DocumentError` for a text that no tokenizer can read; `name` is what the error calls it."""
     if lone := LONE_SURROGATE.search(text):

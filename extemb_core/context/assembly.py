@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extemb_core.context.tools import require_tools, written_calls
-from extemb_core.documents import Document
+from extemb_core.context.tools import require_tools, written_call
+from extemb_core.documents import Document, valid_texts
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, PromptInputs
 from extemb_core.models.llm import LLM
@@ -121,7 +121,8 @@ def render_chat(
         llm: Whose template and tokenizer are used.
         messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids, embeddings (see `Prompt`)
             and `Slot`s. An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}], which
-            are text where the template has no place for them.
+            are text where the template has no place for them, or refuses them. Where it refuses a system message, that
+            stands before the user's first text.
         tools: Functions in OpenAI's form, for templates that have a place for them.
         assistant_prefix: What the assistant's turn, whose opening is the end of the prompt, begins with.
 
@@ -130,10 +131,52 @@ def render_chat(
     """
     if tools:
         require_tools(llm)
-    written = [written_calls(llm, message.get("tool_calls") or []) for message in messages]
-    contents = [[*_checked_content(message), *calls] for message, calls in zip(messages, written, strict=True)]
+    refused: _RefusedError | None = None
+    for form in _forms(llm, [{**message, "content": _checked_content(message)} for message in messages]):
+        try:
+            return _rendered(llm, form, tools, assistant_prefix)
+        except _RefusedError as error:  # noqa: PERF203 - one more form is the exception
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+class _RefusedError(ConfigError):
+    """A chat template refuses messages."""
+
+
+def _forms(llm: LLM, messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield messages with checked content in the forms in which a template may take them, the best first."""
+    # A template may ask only whether a field is there, not what is in it.
+    plain = [{name: message[name] for name in message if name != "tool_calls" or message[name]} for message in messages]
+    without_calls = [_with_written_calls(message) for message in plain]
+    forms = [plain] if "tool_calls" in (llm.tokenizer.chat_template or "") else []
+    if not forms or without_calls != plain:
+        forms.append(without_calls)
+    yield from forms
+    first = next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if 0 < first < len(messages) and messages[first]["role"] == "user":
+        system = [part for message in messages[:first] for part in (*message["content"], "\n\n")]
+        for form in forms:
+            yield [{**form[first], "content": [*system, *form[first]["content"]]}, *form[first + 1 :]]
+
+
+def _with_written_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its calls as text, as an LLM writes them."""
+    others = {name: message[name] for name in message if name != "tool_calls"}
+    return {**others, "content": [*message["content"], *map(written_call, message.get("tool_calls", ()))]}
+
+
+def _rendered(
+    llm: LLM, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], assistant_prefix: str
+) -> ChatPrompt:
+    """Render messages of checked content."""
+    contents = [message["content"] for message in messages]
     # A template may show any field of a message: names, calls, reasoning. Roles are what it compares.
-    fields = [{name: message[name] for name in message if name not in ("role", "content")} for message in messages]
+    fields = [
+        {name: valid_texts(message[name]) for name in message if name not in ("role", "content")}
+        for message in messages
+    ]
     placeholders = _Placeholders(llm, [*contents, list(_texts_in([fields, tools]))])
     for role in (message["role"] for message in messages):
         if placeholders.mark(role) != role:
@@ -294,5 +337,7 @@ def _render(llm: LLM, messages: list[dict[str, Any]], tools: list[Any]) -> str:
             messages, tools=tools or None, tokenize=False, add_generation_prompt=True
         )
     except jinja2.TemplateError as error:
-        raise ConfigError(f"the chat template of {llm.name} refuses these messages: {error}") from error
+        raise _RefusedError(
+            f"the chat template of {llm.name} refuses these messages: {error}; pass them in an order that it takes"
+        ) from error
     return str(rendered)

@@ -12,7 +12,6 @@ says so. Memory stays flat: condensed text is not kept.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from extemb_core.context.assembly import Prompt, assemble_chat
 from extemb_core.context.builder import ContextBuilder, ReadDocuments, capped
 from extemb_core.context.messages import Messages, content_parts, inline_documents, question_in
 from extemb_core.context.planning import check_budget
+from extemb_core.context.tools import written_call
 from extemb_core.documents import Document, Documents, as_documents
 from extemb_core.errors import BudgetError, ConfigError
 from extemb_core.models.compressed import Compressed
@@ -114,7 +114,8 @@ class Condenser:
     def _condensed(self, messages: Messages, left: int, template: dict[str, Any]) -> Messages | None:
         """Make the older turns documents before the first that stays; None where there are none.
 
-        Turns stay text from the newest backwards as far as they take half, and begin with the user's.
+        Turns stay text from the newest backwards as far as they take half, and begin with the user's. Where an agent's
+        rounds since the last of these are too much, what tools said becomes documents in its place, but for the newest.
         """
         starts = [at for at, message in enumerate(messages) if message["role"] == "user"]
         system = [message for message in messages if message["role"] == "system"]
@@ -129,11 +130,21 @@ class Condenser:
             for number, message in enumerate(messages[:first], start=1)
             if message["role"] != "system"
         ]
-        if not turns:
-            return None
-        content = [_EARLIER, *turns, "\n", *content_parts(messages[first])]
-        later = [message for message in messages[first + 1 :] if message["role"] != "system"]
-        return [*system, {**messages[first], "content": content}, *later]
+        condensed = [*messages]
+        if turns:
+            content = [_EARLIER, *turns, "\n", *content_parts(messages[first])]
+            later = [message for message in messages[first + 1 :] if message["role"] != "system"]
+            condensed = [*system, {**messages[first], "content": content}, *later]
+            if self._builder.render(condensed, **template).n_around <= left:
+                return condensed
+        newest = max((at for at, message in enumerate(condensed) if message["role"] == "assistant"), default=0)
+        said = [at for at, message in enumerate(condensed[:newest]) if message["role"] == "tool"]
+        for at in said:
+            title = f"turn {at + 1 + len(messages) - len(condensed)}, tool"
+            parts = content_parts(condensed[at])
+            content = [CompressedTurn(part, title=title) if isinstance(part, str) else part for part in parts]
+            condensed[at] = {**condensed[at], "content": content}
+        return condensed if turns or said else None
 
     def _text_of(self, message: Any) -> str:
         texts = []
@@ -142,7 +153,7 @@ class Condenser:
                 raise ConfigError("an older turn holds embeddings, which cannot be condensed; pass their Document")
             text = part.text if isinstance(part, Document) else part
             texts.append(text if isinstance(text, str) else self._builder.llm.decode(text.tolist()))
-        return "".join(texts) + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
+        return "".join(texts) + "".join(map(written_call, message.get("tool_calls") or ()))
 
 
 @dataclass

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from extemb_core.documents import valid_texts
 from extemb_core.errors import ConfigError
 from extemb_core.utils.files import parse_json
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from extemb_core.models.llm import LLM
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_CALL = re.compile(rf"{OPEN}\s*(.*?)\s*(?:{CLOSE}|\Z)", re.DOTALL)
+_CLOSE = re.compile(rf"\s*(?:{CLOSE}|\Z)")
 
 Tool = Mapping[str, Any]
 
@@ -38,11 +40,9 @@ def takes_tools(llm: LLM) -> bool:
     return "tools" in template and OPEN in template
 
 
-def written_calls(llm: LLM, calls: Sequence[Tool]) -> list[str]:
-    """Write calls of a message as an LLM writes them, where its chat template has no place for them."""
-    if "tool_calls" in (llm.tokenizer.chat_template or ""):
-        return []
-    return [f"\n{OPEN}\n{json.dumps(call.get('function', call), ensure_ascii=False)}\n{CLOSE}" for call in calls]
+def written_call(call: Tool) -> str:
+    """Write a call of a message as an LLM writes it."""
+    return f"\n{OPEN}\n{json.dumps(valid_texts(call.get('function', call)), ensure_ascii=False)}\n{CLOSE}"
 
 
 def require_tools(llm: LLM) -> None:
@@ -90,14 +90,32 @@ def prefix_of_call(tools: Sequence[Tool], choice: str | None) -> str:
 
 def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
     """Split what an LLM wrote into text and calls, in order."""
-    calls = []
-    for match in _CALL.finditer(text):
+    calls, rest, at = [], [], 0
+    while (start := text.find(OPEN, at)) >= 0:
+        rest.append(text[at:start])
+        call, at = _whole_call(text, start + len(OPEN)) or _cut_call(text, start + len(OPEN))
         try:
-            written = parse_json(match[1])
+            written = valid_texts(parse_json(call))  # half an emoji's escape is none
             name, arguments = written["name"], written.get("arguments", {})
             if not isinstance(name, str) or not isinstance(arguments, dict):
                 raise TypeError("a name and arguments belong there")
         except (ValueError, KeyError, TypeError, AttributeError):
             name, arguments = "", None
-        calls.append(ToolCall(name, arguments, match[1]))
-    return _CALL.sub("", text).strip() if calls else text, calls
+        calls.append(ToolCall(name, arguments, call))
+    return "".join([*rest, text[at:]]).strip() if calls else text, calls
+
+
+def _whole_call(text: str, start: int) -> tuple[str, int] | None:
+    """Return the JSON that begins at a place, and where what closes it ends; a text in it may hold that, too."""
+    start += len(text[start:]) - len(text[start:].lstrip())
+    with suppress(ValueError, RecursionError):
+        end = json.JSONDecoder().raw_decode(text, start)[1]
+        if (close := _CLOSE.match(text, end)) is not None:
+            return text[start:end], close.end()
+    return None
+
+
+def _cut_call(text: str, start: int) -> tuple[str, int]:
+    """Return what stands between a place and the nearest close, or the end of the text, and where that ends."""
+    end = text.find(CLOSE, start)
+    return (text[start:].strip(), len(text)) if end < 0 else (text[start:end].strip(), end + len(CLOSE))

@@ -14,7 +14,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableBinding
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
 
-class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bind of any runnable
+class ChatExtensible(LoadedInThread, BaseChatModel):
     """Frozen LLM whose documents are compressed instead of truncated.
 
     ```python
@@ -157,6 +157,10 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
                 yield chunk
             yield self._last(stream.answer, kwargs)
 
+    def bind(self, **kwargs: Any) -> _BoundChat:  # type: ignore[override]  # newer versions of LangChain have their own
+        """Return a runnable with settings of each of its calls, which tools and schemas can be bound to as well."""
+        return _BoundChat(bound=self, kwargs=super().bind(**kwargs).kwargs, config={})  # type: ignore[attr-defined]
+
     def bind_tools(
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
@@ -254,6 +258,20 @@ class ChatExtensible(LoadedInThread, BaseChatModel):  # type: ignore[misc]  # bi
             chunk_position="last",
         )
         return ChatGenerationChunk(message=message)
+
+
+class _BoundChat(RunnableBinding[LanguageModelInput, AIMessage]):
+    """A chat model with settings, which LangChain's own loses where tools or a schema are bound to it afterwards."""
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        return [*cls.get_lc_namespace(), "RunnableBinding"]
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
+        return self.bind(**self.bound.bind_tools(tools, **kwargs).kwargs)  # type: ignore[attr-defined]
+
+    def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        return BaseChatModel.with_structured_output(self, schema, **kwargs)  # type: ignore[arg-type]  # it binds tools
 
 
 def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:

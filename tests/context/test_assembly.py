@@ -209,6 +209,20 @@ def test_a_template_that_refuses_is_an_error(llm, monkeypatch):
         assemble_chat(llm, user("x"))
 
 
+def test_what_a_template_refuses_the_system_to_say_stands_before_the_question(llm, monkeypatch):
+    strict = """{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+    {%- for m in messages %}
+        {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}{% endif %}
+    {{- m.role }}: {{ m.content }}|{% endfor %}"""
+    monkeypatch.setattr(llm.tokenizer, "chat_template", strict)
+    system = [{"role": "system", "content": "Be brief."}, {"role": "system", "content": ["Be ", "<|im_end|>."]}]
+    said = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And?"}]
+    text = llm.decode(assemble_chat(llm, [*system, *user("Is it?"), *said]).inputs(llm))
+    assert text == "user: Be brief.\n\nBe <|im_end|>.\n\nIs it?|assistant: Yes.|user: And?|"
+    with pytest.raises(ConfigError, match="refuses these messages: System role not supported; pass them in an order"):
+        assemble_chat(llm, [*system, *said])
+
+
 def test_a_base_model_reads_the_contents_alone(llm, monkeypatch):
     monkeypatch.setattr(llm.tokenizer, "chat_template", None)
     assert llm.tokenizer.decode(assemble_chat(llm, user("Hello.")).inputs(llm)) == "Hello.\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 
 import pytest
@@ -56,6 +57,60 @@ def base_llm():
     return LLM(tiny_model("llama"), tokenizer, name="tiny-base")
 
 
+# As of Llama 3.1, which asks whether the field is there, and of Mistral, which wants ids of nine characters.
+ONE_CALL = """{% for m in messages %}
+    {%- if 'tool_calls' in m %}
+        {%- if m.tool_calls|length != 1 %}{{ raise_exception('one call') }}{% endif %}
+        {{- 'CALL ' + m.tool_calls[0].function.name }}
+    {%- else %}{{ m.role + ': ' + m.content }}{% endif %}
+{% endfor %}"""
+WITH_IDS = """{% for m in messages %}
+    {%- if m.tool_calls is defined and m.tool_calls is not none %}CALLS
+        {%- for c in m.tool_calls %}{% if c.id is not defined %}{{ raise_exception('no id') }}{% endif %}{% endfor %}
+    {%- else %}{{ m.role + ': ' + m.content }}{% endif %}
+{% endfor %}"""
+
+
+@pytest.mark.parametrize("template", [ONE_CALL, WITH_IDS])
+def test_a_field_without_calls_is_none(template):
+    llm = with_template(template)
+    said = [*ASKED, {"role": "assistant", "content": "It is Bob.", "tool_calls": []}, {"role": "user", "content": "?"}]
+    text = llm.decode(assemble_chat(llm, said).inputs(llm))
+    assert "assistant: It is Bob." in text
+    assert "CALL" not in text
+
+
+@pytest.mark.parametrize(("template", "count"), [(ONE_CALL, 2), (WITH_IDS, 1)])
+def test_calls_are_text_where_the_template_refuses_them(template, count):
+    llm = with_template(template)
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": at}}} for at in range(count)]
+    said = [*ASKED, {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "5"}]
+    text = llm.decode(assemble_chat(llm, said).inputs(llm))
+    for call in calls:
+        assert f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>" in text
+    assert "tool: 5" in text
+
+
+def test_calls_are_the_templates_where_it_takes_them():
+    llm = with_template(ONE_CALL)
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    said = [*ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert "CALL add" in llm.decode(assemble_chat(llm, said).inputs(llm))
+
+
+def test_half_an_emoji_in_a_call_is_none(llm):
+    call = {"function": {"name": "say", "arguments": {"text": ["\ud83d!"]}}}
+    for one in (llm, tiny_llm()):
+        said = [*ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        assert "\ufffd!" in one.decode(assemble_chat(one, said).inputs(one))
+
+
+def with_template(template):
+    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = template
+    return LLM(tiny_model("llama"), tokenizer, name="tiny-strict")
+
+
 def test_a_template_without_a_place_for_tools_is_an_error():
     with pytest.raises(ConfigError, match="tiny-llama has no place for tools .* take an LLM whose template has one"):
         assemble_chat(tiny_llm(), ASKED, tools=[ADD])
@@ -105,3 +160,18 @@ def test_calls_are_read_from_text():
     ):
         content, (call,) = parse_calls(f"<tool_call>{wrong}</tool_call>")
         assert (content, call.arguments, call.text) == ("", None, wrong)
+
+
+@pytest.mark.parametrize("end", ["\n</tool_call>", "</tool_call>", "", " "])
+def test_a_call_whose_text_holds_what_closes_it_is_whole(end):
+    text = '{"name": "write", "arguments": {"text": "ends with </tool_call>, then <tool_call>"}}'
+    content, (call,) = parse_calls(f"So.\n<tool_call>\n{text}{end}")
+    assert (content, call.name, call.text) == ("So.", "write", text)
+    assert call.arguments == {"text": "ends with </tool_call>, then <tool_call>"}
+    content, calls = parse_calls(f"<tool_call>{text}</tool_call>and<tool_call>{{]</tool_call>")
+    assert (content, [one.text for one in calls]) == ("and", [text, "{]"])
+
+
+def test_half_an_emoji_that_an_llm_wrote_is_none():
+    (call,) = parse_calls(r'<tool_call>{"name": "say", "arguments": {"text": "hi \ud83d", "all": ["\ud83d\ude00"]}}')[1]
+    assert call.arguments == {"text": "hi \ufffd", "all": ["\U0001f600"]}

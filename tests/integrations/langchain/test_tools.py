@@ -143,6 +143,60 @@ def test_tools_of_a_call_are_those_of_bind_tools(lm, says, given):
     assert len(prompts) == 3
 
 
+BOUND = {
+    "tools": lambda bound: bound.bind_tools([Mill]).invoke("q"),
+    "tools after others": lambda bound: bound.with_config(tags=["a"]).bind(seed=3).bind_tools([Mill]).invoke("q"),
+    "schema": lambda bound: bound.with_structured_output(Mill, include_raw=True).invoke("q")["raw"],
+    "agent": lambda bound: create_agent(bound, [add]).invoke({"messages": [("user", "q")]})["messages"][-1],
+}
+
+
+@pytest.mark.parametrize("use", BOUND.values(), ids=BOUND)
+def test_what_was_bound_before_tools_stays_bound(lm, says, use):
+    words, prompts = says
+    words.append("Done.")
+    bound = ChatExtensible.from_lm(lm, max_tokens=4).bind(documents=["The mill was built in 1805."])
+    (entry,) = use(bound).response_metadata["extemb"]["documents"]
+    assert entry["fidelity"] == "raw"
+    assert "The mill was built in 1805." in prompts[0]
+
+
+def test_settings_of_the_tools_go_before_those_that_were_bound(lm):
+    chat = ChatExtensible.from_lm(lm).bind(tools=[Mill], seed=3, max_tokens=9)
+    bound = chat.bind_tools([add], tool_choice="add", seed=4)
+    assert [one["function"]["name"] for one in bound.kwargs["tools"]] == ["add"]
+    assert (bound.kwargs["seed"], bound.kwargs["max_tokens"]) == (4, 9)
+    assert chat.lc_id()[-1] == "RunnableBinding"
+
+
+def test_an_agent_goes_on_past_the_window(lm, says):
+    words, prompts = says
+
+    @tool
+    def log(day: int) -> str:
+        """Read the log of a day."""
+        return f"Day {day}. " + "The keeper counted ships. " * 60
+
+    chat = ChatExtensible.from_lm(lm, max_tokens=8)
+    words += [call("log", day=day) for day in range(8)] + ["Done."]
+    *_, last, said = create_agent(chat, [log]).invoke({"messages": [("user", "How many ships?")]})["messages"]
+    assert said.content == "Done."
+    assert lm.llm.context_window < sum(len(lm.llm.encode(log.invoke({"day": day}))) for day in range(8))
+    assert last.content.startswith("Day 7.")
+    condensed = {one["source"]: one["fidelity"] for one in said.response_metadata["extemb"]["documents"]}
+    assert len(condensed) == 7  # the newest is text
+    assert set(condensed.values()) - {"raw"}
+    assert len(prompts[-1]) <= lm.llm.context_window - 8
+
+
+def test_half_an_emoji_in_a_call_does_not_end_an_agent(lm, says):
+    words, _ = says
+    words += ['<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "\\ud83d"}}\n</tool_call>', "Done."]
+    asked = {"messages": [("user", "Add.")]}
+    *_, said = create_agent(ChatExtensible.from_lm(lm, max_tokens=4), [add]).invoke(asked)["messages"]
+    assert said.content == "Done."
+
+
 CALLS = {
     "invoke": lambda model, settings: model.invoke("Add.", **settings),
     "stream": lambda model, settings: list(model.stream("Add.", **settings)),

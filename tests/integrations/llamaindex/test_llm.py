@@ -34,6 +34,7 @@ from extemb_core import EmbeddingStore, ExtensibleLM
 from extemb_core.errors import ConfigError, ExtembError
 from extemb_core.models.llm import LLM
 from llama_index.llms.extemb import ExtensibleLLM, ExtensibleLLMError
+from llama_index.llms.extemb.messages import to_messages
 
 QUESTION = "How many ships?"
 
@@ -168,6 +169,22 @@ def test_other_blocks_and_roles(llm, lm):
         {"role": "user", "content": "Why?"},
     ]
     assert llm.chat(messages).message.content == lm.chat(ours, max_new_tokens=4).text
+
+
+@pytest.mark.parametrize("kind", ["citable", "document"])
+def test_a_title_that_is_no_unicode_is_one_with_a_mark(llm, kind):
+    block = {
+        "citable": lambda: CitableBlock(title="caf\udce9", source="s", content=[TextBlock(text="A text.")]),
+        "document": lambda: DocumentBlock(
+            title="caf\udce9", data=base64.b64encode(b"A text."), document_mimetype="text/plain"
+        ),
+    }[kind]()
+    assert llm.chat([ChatMessage(blocks=[block, TextBlock(text="?")])]).raw["extemb"]["documents"]
+
+
+def test_a_turn_without_calls_has_no_field_for_them(lm):
+    (said,) = to_messages([ChatMessage("It is Bob.", role=MessageRole.ASSISTANT)], lm.refs)
+    assert said == {"role": "assistant", "content": ["It is Bob."]}
 
 
 class Call(BaseModel):

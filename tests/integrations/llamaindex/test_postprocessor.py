@@ -471,6 +471,12 @@ def test_processed_nodes_are_kept_as_json(llm, nodes, tmp_path):
     json.dumps(ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4).to_dict())
 
 
+def test_names_of_files_that_are_no_unicode_are_metadata_as_others(llm):
+    node = NodeWithScore(node=TextNode(text=LONG * 2, metadata={"file_path": "/docs/caf\udce9.txt"}))
+    (made,) = ExtensibleEmbeddingPostprocessor(llm=llm, ratio=4).postprocess_nodes([node], query_str="ships?")
+    assert llm.complete(made.node.get_content(MetadataMode.LLM)).raw["extemb"]["documents"]
+
+
 @pytest.mark.parametrize("kind", [ExtensibleEmbeddingPostprocessor, ExtensibleTransform])
 def test_what_was_saved_beside_an_llm_has_its_model_and_store(kind, lm, tmp_path):
     settings = {"embedder": "mine", "store": tmp_path / "docs", "device": "cpu", "dtype": "bfloat16"}

@@ -35,23 +35,22 @@ _SILENT = {"cache", "thinking", "tool_call"}  # by name: not all versions have t
 
 
 def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, Any]]:
-    """Return messages with "role", "content", a list of texts and documents, and "tool_calls".
+    """Return messages with "role", "content", a list of texts and documents, and "tool_calls" where there are any.
 
     Raises:
         DocumentError: A block of another than the assistant holds what is no text, or a ref's document is not kept any
             more.
     """
-    return [
-        {
-            "role": (role := _ROLES.get(message.role, message.role.value)),
-            "content": [part for block in message.blocks for part in _parts(block, refs, lenient=role == "assistant")],
-            "tool_calls": [
-                {"type": "function", "function": {"name": name, "arguments": arguments}}
-                for name, arguments in _calls(message)
-            ],
-        }
-        for message in messages
-    ]
+    converted: list[dict[str, Any]] = []
+    for message in messages:
+        role = _ROLES.get(message.role, message.role.value)
+        content = [part for block in message.blocks for part in _parts(block, refs, lenient=role == "assistant")]
+        converted.append({"role": role, "content": content})
+        if calls := _calls(message):
+            converted[-1]["tool_calls"] = [
+                {"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls
+            ]
+    return converted
 
 
 def _calls(message: ChatMessage) -> list[tuple[str, Any]]:
@@ -76,15 +75,19 @@ def _parts(block: Any, refs: Refs, *, lenient: bool) -> list[str | Document]:
         return []
     if isinstance(block, CitableBlock):
         texts = [_text_of(one) for one in block.content]
-        return [Document("\n".join(texts), title=block.title, metadata={"source": block.source})]
+        return [_document("\n".join(texts), block.title, block.source)]
     if isinstance(block, CitationBlock):
         return [_text_of(block.cited_content)]
     if isinstance(block, DocumentBlock):
-        return [Document(_text_of(block), title=block.title, metadata={"source": str(block.path or block.title)})]
+        return [_document(_text_of(block), block.title, str(block.path or block.title))]
     if lenient:  # a picture that another model made
         logger.debug("a %s in the assistant's turn is left out", type(block).__name__)
         return []
     raise _no_text(block)
+
+
+def _document(text: str, title: str | None, source: str | None) -> Document:
+    return Document(text, title=title and without_lone_surrogates(title), metadata={"source": source})
 
 
 def _text_of(block: Any) -> str:

@@ -82,7 +82,7 @@ def heading_of(node: BaseNode) -> str:
     """Return the metadata that an LLM is shown around the node's text; empty if there is none."""
     metadata = node.get_metadata_str(mode=MetadataMode.LLM).strip()
     template = getattr(node, "text_template", DEFAULT_TEXT_NODE_TMPL)
-    return str(template.format(content="", metadata_str=metadata)) if metadata else ""
+    return without_lone_surrogates(template.format(content="", metadata_str=metadata)) if metadata else ""
 
 
 def to_document(node: BaseNode, text: str) -> Document:
