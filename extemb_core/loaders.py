@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import accumulate
@@ -70,9 +70,20 @@ _BLOCK_TAGS = _words(
     """
 )
 _CELL_TAGS = frozenset({"td", "th"})
-_UNSEEN_STYLE = re.compile(
-    r"(display\s*:\s*none|visibility\s*:\s*(hidden|collapse)|(opacity|font-size)\s*:\s*0(\.0+)?[a-z%]*\s*(;|!|$))", re.I
-)
+# Tags whose end may be left out, and the children that then stand for it: the parser puts these inside.
+_CLOSED_BY = {
+    "li": _words("li"),
+    "p": _BLOCK_TAGS - {"br", "body", "html", "legend", "option", "summary", "tr"},
+    "option": _words("option optgroup"),
+    "tr": _words("tr tbody tfoot"),
+    **dict.fromkeys(_words("dt dd"), _words("dt dd")),
+    **dict.fromkeys(_CELL_TAGS, _words("td th tr tbody tfoot")),
+    **dict.fromkeys(_words("rp rt"), _words("rp rt")),
+}
+_UNSEEN_STYLE = re.compile(r"(display\s*:\s*none|opacity\s*:\s*0(\.0+)?%?\s*(;|!|$))", re.I)
+# What is inside may be seen again.
+_FONT_SIZE = re.compile(r"font-size\s*:\s*(?P<zero>0(?:\.0+)?[a-z%]*\s*(?:;|!|$))?(?P<relative>[\d.]+(?:em|%))?", re.I)
+_VISIBILITY = re.compile(r"visibility\s*:\s*(?P<hidden>hidden|collapse)?", re.I)
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 
 
@@ -283,20 +294,31 @@ def _visible_text(root: Tag) -> str:
         if joined.strip():
             lines.append(joined)
 
-    stack: list[tuple[Any, bool]] = [(root, False)]  # a stack, not recursion: pages nest deeper than Python does
+    # A stack, not recursion: pages nest deeper than Python does. With each node, whether it closes, has no size, and is
+    # invisible.
+    stack: list[tuple[Any, bool, bool, bool]] = [(root, False, False, False)]
     while stack:
-        node, closes = stack.pop()
+        node, closes, tiny, invisible = stack.pop()
         if isinstance(node, Tag):
-            if node.name in _UNSEEN_TAGS or _is_hidden(node):
+            style = _COMMENT.sub("", str(node.get("style", "")))
+            if not closes and (node.name in _UNSEEN_TAGS or _is_hidden(node, style)):
+                stack += [(child, False, tiny, invisible) for child in reversed(_after_missing_end(node))]
                 continue
             if node.name in _BLOCK_TAGS:
                 end_line()
-            elif closes and node.name in _CELL_TAGS:
+            elif node.name in _CELL_TAGS and (closes or (node.parent is not None and node.parent.name in _CELL_TAGS)):
                 line.append("\t")
             if node.name == "pre":
                 pre_depth += -1 if closes else 1
             if not closes:
-                stack += [(node, True), *((child, False) for child in reversed(node.contents))]
+                for size in _FONT_SIZE.finditer(style):
+                    tiny = size["zero"] is not None or (tiny and size["relative"] is not None)
+                for visibility in _VISIBILITY.finditer(style):
+                    invisible = visibility["hidden"] is not None
+                children = ((child, False, tiny, invisible) for child in reversed(node.contents))
+                stack += [(node, True, tiny, invisible), *children]
+        elif tiny or invisible:
+            continue
         elif isinstance(node, NavigableString) and not isinstance(node, PreformattedString):
             if not pre_depth:
                 line.append(re.sub(r"\s+", " ", node))
@@ -310,9 +332,21 @@ def _visible_text(root: Tag) -> str:
     return "\n".join(lines).strip("\n")
 
 
-def _is_hidden(tag: Tag) -> bool:
+def _is_hidden(tag: Tag, style: str) -> bool:
     unopened = tag.name == "dialog" and "open" not in tag.attrs
-    return unopened or "hidden" in tag.attrs or bool(_UNSEEN_STYLE.search(_COMMENT.sub("", str(tag.get("style", "")))))
+    return unopened or "hidden" in tag.attrs or bool(_UNSEEN_STYLE.search(style))
+
+
+def _after_missing_end(tag: Tag) -> list[Any]:
+    """List what stands behind the end of a tag that the page left out, which the parser takes for a part of it."""
+    names: frozenset[str] = _CLOSED_BY.get(tag.name, frozenset())
+    inside: Any = tag
+    while inside is not None and inside.name in _CLOSED_BY:
+        tags = [(at, child) for at, child in enumerate(inside.contents) if getattr(child, "name", None) is not None]
+        if (first := next((at for at, child in tags if child.name in names), None)) is not None:
+            return list(inside.contents[first:])
+        inside = tags[-1][1] if tags else None  # where its end is left out as well, it has the rest
+    return []
 
 
 class _Losses(logging.Handler):
@@ -336,7 +370,8 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
     losses = _Losses()
     logging.getLogger("pypdf").addHandler(losses)
     try:
-        read = [page.extract_text().strip() for page in pypdf.PdfReader(BytesIO(data)).pages]
+        pages = pypdf.PdfReader(BytesIO(data)).pages
+        read = ["\n".join([page.extract_text(), *_form_values(page)]).strip() for page in pages]
     except pypdf.errors.FileNotDecryptedError as exc:
         raise DocumentError(f"{path} is encrypted and cannot be read; save a copy without a password") from exc
     except pypdf.errors.DependencyError as exc:
@@ -348,13 +383,30 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
         logging.getLogger("pypdf").removeHandler(losses)
     if losses.messages:
         logger.warning("%s: some of its text may be missing: %s", path, "; ".join(losses.messages))
-    pages = [without_lone_surrogates(page) for page in read]
-    without = [number for number, page in enumerate(pages, start=1) if not page]
-    if len(without) == len(pages):
-        raise DocumentError(f"{path} holds no text on its {len(pages)} pages (a scan?); run OCR first, e.g. ocrmypdf")
-    starts = accumulate((len(page) + len(_PAGE_BREAK) if page else 0 for page in pages[:-1]), initial=0)
-    about: dict[str, Any] = {"pages": len(pages), "page_starts": list(starts)}
+    texts = [without_lone_surrogates(page) for page in read]
+    without = [number for number, page in enumerate(texts, start=1) if not page]
+    if len(without) == len(texts):
+        raise DocumentError(f"{path} holds no text on its {len(texts)} pages (a scan?); run OCR first, e.g. ocrmypdf")
+    starts = accumulate((len(page) + len(_PAGE_BREAK) if page else 0 for page in texts[:-1]), initial=0)
+    about: dict[str, Any] = {"pages": len(texts), "page_starts": list(starts)}
     if without:
         about["pages_without_text"] = without
-        logger.warning("%s: no text on %d of %d pages: %s", path, len(without), len(pages), without)
-    return _PAGE_BREAK.join(page for page in pages if page), about
+        logger.warning("%s: no text on %d of %d pages: %s", path, len(without), len(texts), without)
+    return _PAGE_BREAK.join(page for page in texts if page), about
+
+
+def _form_values(page: Any) -> Iterator[str]:
+    """Yield what was filled into a page's form, "name: value" each; a box that is not ticked has none."""
+    for annotation in page.get("/Annots") or ():
+        widget = annotation.get_object()
+        if widget.get("/Subtype") != "/Widget":
+            continue
+        # One of several of a field has the rest of what is known in its parent.
+        parent = widget["/Parent"].get_object() if "/Parent" in widget else {}
+        name, kind, value = (widget.get(key, parent.get(key)) for key in ("/T", "/FT", "/V"))
+        if kind == "/Btn":
+            value = widget.get("/AS", value)
+            value = "" if value == "/Off" else str(value or "").lstrip("/")
+        values = value if isinstance(value, list) else [value]
+        if filled := ", ".join(str(one) for one in values if one is not None and str(one).strip()):
+            yield f"{name}: {filled}"

@@ -227,6 +227,43 @@ def test_html_of_another_style_is_read(tmp_path: Path, style: str) -> None:
     assert read_document(write(tmp_path / "a.html", f'<p style="{style}" aria-hidden="true">seen')).text == "seen"
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ('<td style="font-size:0px;padding:1px"><div style="font-size:13px">4711</div> gap</td>', "4711"),
+        ('<div style="font-size:0">gap<b style="font-size: medium">seen</b></div>', "seen"),
+        ('<div style="font-size:0"><b style="font-size:2em">gap</b><i style="font-size:80%">gap</i></div>', ""),
+        ('<div style="font-size:0"><b style="font-size:2rem">seen</b></div>', "seen"),
+        ('<div style="font-size:12px;font-size:0 !important">gap</div>', ""),
+        ('<p style="visibility:hidden">gap<span style="visibility:visible">seen</span></p>', "seen"),
+        ('<p style="visibility:hidden">gap<span style="color:red">gap</span></p>after', "after"),
+        ('<p style="display:none">gap<span style="display:inline">gap</span></p>after', "after"),
+    ],
+)
+def test_html_is_seen_again_inside_what_has_no_size_or_is_invisible(tmp_path: Path, page: str, text: str) -> None:
+    assert read_document(write(tmp_path / "a.html", page)).text == text
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<table><tr><td>Name<td>Age<tr><td>Bob<td>30</table>", "Name\tAge\nBob\t30"),
+        ("<table><tr><th>Name</th><td></td><td>Age</td></tr></table>", "Name\t\tAge"),
+        ("<table><tr><td>a<table><tr><td>b<td>c</table><td>d</table>", "a\nb\tc\n\td"),
+        ("<ul><li hidden><p>two<li>three</ul>", "three"),
+        ("<ul><li>one<li hidden>two<li>three<li>four</ul>", "one\nthree\nfour"),
+        ("<ul><li hidden>two<ul><li>inside</ul><li>three</ul>", "three"),
+        ("<select><option hidden>Choose<option>Alpha<option>Beta</select>", "Alpha\nBeta"),
+        ("<p hidden>one<p>two<p>three", "two\nthree"),
+        ("<dl><dt hidden>a<dd>b<dt>c<dd>d</dl>", "b\nc\nd"),
+        ("<table><tr hidden><td>a<tr><td>b</table>", "b"),
+        ("<ruby>\u6f22<rp>(<rt>kan<rp>)</ruby>\u5b57", "\u6f22kan\u5b57"),
+    ],
+)
+def test_html_whose_end_tags_are_left_out_is_read_as_if_they_stood(tmp_path: Path, page: str, text: str) -> None:
+    assert read_document(write(tmp_path / "a.html", page)).text == text
+
+
 def test_html_nested_deeper_than_the_stack(tmp_path: Path) -> None:
     depth = 3 * sys.getrecursionlimit()
     page = "<div>" * depth + "deep" + "</div>" * depth
@@ -252,6 +289,17 @@ def test_pdf_pages_are_joined_by_blank_lines(tmp_path: Path) -> None:
     assert document.text == "First page.\n\nSecond page."
     assert document.title == "a.pdf"
     assert document.metadata["pages"] == 2
+
+
+def test_what_was_filled_into_a_pdf_form_is_read(tmp_path: Path) -> None:
+    fields: list[list[dict[str, str]]] = [
+        [{"/T": "Tenant", "/FT": "/Tx", "/V": "Jane Doe"}, {"/T": "Empty", "/FT": "/Tx"}],
+        [{"/T": "Pets", "/FT": "/Btn", "/V": "/Yes", "/AS": "/Yes"}, {"/T": "Car", "/FT": "/Btn", "/AS": "/Off"}],
+    ]
+    document = read_document(write_pdf(tmp_path / "a.pdf", ["Name:", ""], fields=fields))
+    assert document.text == "Name:\nTenant: Jane Doe\n\nPets: Yes"
+    assert document.page_of(document.text.index("Yes")) == 2
+    assert "pages_without_text" not in document.metadata
 
 
 def test_the_page_of_each_word_of_a_pdf_is_known(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from extemb_core.cli import options
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.output import library_output, print_note
-from extemb_core.errors import ConfigError, optional_import
+from extemb_core.errors import ConfigError, DocumentError, optional_import
 from extemb_core.serving.settings import ServerSettings
 
 _KEYS = "EXTEMB_API_KEYS"
@@ -49,6 +49,10 @@ def serve(**settings: Any) -> None:
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file} is no text of API keys ({error}); pass a file in UTF-8 with a key on a line"
+        ) from error
+    except OSError as error:
+        raise DocumentError(
+            f"{file} cannot be read ({error.strerror}); pass a file with an API key on a line"
         ) from error
     keys = tuple(word.strip() for word in words if word.strip())
     if file is not None and not keys:  # would be open to all who reach it

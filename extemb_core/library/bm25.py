@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import unicodedata
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ MAX_REMOVED = 0.2  # of an index, before it is made anew
 
 _K1, _B = 1.5, 0.75
 _REMOVED = -1  # stands for the id of a passage that was removed
-_VERSION = "1"  # of the file, and of how words are told from each other
+_VERSION = "2"  # of the file, and of how words are told from each other
 
 
 class WordIndex:
@@ -147,8 +148,6 @@ class WordIndex:
         )
         if len(index._ids) != len(index._lengths) or (tensors["rows"] >= len(index._ids)).any():
             raise ValueError("rows of passages that are not there")
-        if "kept" in tensors:  # the rows not removed, in files from when ids did not say it
-            index._ids[np.delete(np.arange(len(index._ids)), tensors["kept"])] = _REMOVED
         start = 0
         for word, end in zip(tensors["words"].tobytes().decode().split("\n"), tensors["ends"].tolist(), strict=False):
             rows, counts = (array("I", tensors[name][start:end].tobytes()) for name in ("rows", "counts"))
@@ -160,7 +159,9 @@ class WordIndex:
 
     def _words(self, texts: Sequence[str]) -> list[list[str]]:
         settings = {"token_pattern": _WORD, "stopwords": "en", "return_ids": False, "show_progress": False}
-        return [list(words) for words in bm25s.tokenize(list(texts), **settings)]
+        # Ligatures, accents apart from their letters and hyphens that may be shown make no other word.
+        plain = [unicodedata.normalize("NFKC", text).replace("\xad", "") for text in texts]
+        return [list(words) for words in bm25s.tokenize(plain, **settings)]
 
 
 def _checksum_of(tensors: Mapping[str, np.ndarray[Any, Any]]) -> str:

@@ -29,7 +29,7 @@ from extemb_core.library.passages import split_passages
 from extemb_core.library.vector_index import VectorIndex, choose_factory
 from extemb_core.loaders import Skipped, read_documents
 from extemb_core.models.bulk import compress_in_batches, default_batch_size
-from extemb_core.store.format import Dtype, ref_of
+from extemb_core.store.format import Dtype, ref_bytes, ref_of
 from extemb_core.store.maintenance import LOST, Verified
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.batches import batches
@@ -280,9 +280,24 @@ class Library:
         return Document(text, title=record["title"], metadata=record["metadata"])
 
     def verify(self) -> Verified:
-        """Read every document with its passages and embeddings, and compare them with their checksums."""
+        """Read every document with its passages and embeddings, and compare them with their checksums.
+
+        Embeddings that are not there are a problem, too.
+        """
         found = self.store.verify()
-        return replace(found, problems=(*found.problems, *self._catalogue.problems()))
+        lost = [
+            f"{source}: the embeddings of {len(missing)} passages are lost; compress them anew with: extemb "
+            f"index refresh {self.path}"
+            for source in [record["source"] for record in self._catalogue.records()]
+            if (record := self._read(self._catalogue.record, source)) and (missing := self._missing(record))
+        ]
+        return replace(found, problems=(*found.problems, *self._catalogue.problems(), *lost))
+
+    def drop_embeddings(self, refs: Iterable[str]) -> None:
+        """Drop the embeddings of texts, but for those that are a passage of a document."""
+        with self.store.environment.read() as transaction:
+            orphans = {ref for ref in refs if self._catalogue.is_orphan(transaction, ref_bytes(ref))}
+        self.store.remove(orphans)
 
     # -- questions --------------------------------------------------------------------------------------------
 
@@ -385,7 +400,12 @@ class Library:
         """Tell whether a document is what was written, and its embeddings are here; these are not read."""
         if self._read(self._catalogue.problem, record["source"]) is not None:
             return False
-        return not self.store.missing(self._read(self._catalogue.refs, record), record["fingerprint"], ratio)
+        return not self._missing(record, ratio)
+
+    def _missing(self, record: Mapping[str, Any], ratio: int | None = None) -> list[str]:
+        """List the passages of a document whose embeddings are not here at a ratio, or that which it was added at."""
+        refs = self._read(self._catalogue.refs, record)
+        return self.store.missing(refs, record["fingerprint"], ratio or record["ratio"])
 
     def _write(self, lm: ExtensibleLM, batch: Sequence[Split], counts: Counter[str]) -> None:
         """Compress the passages of some documents, then write the documents in one transaction."""

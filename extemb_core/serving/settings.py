@@ -10,6 +10,7 @@ from extemb_core.errors import ConfigError
 from extemb_core.utils.validation import whole_number
 
 _KEY = re.compile(r"[\x21-\x7e]{16,512}")
+_LAST_PORT = 65_535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class ServerSettings:
             value = getattr(self, setting.name)
             if isinstance(setting.default, int):
                 whole_number(value, setting.name, 0 if setting.name in ("port", "memory_mib") else 1)
+        if self.port > _LAST_PORT:
+            raise ConfigError(f"port={self.port} is none; pass 0 to {_LAST_PORT}, 0 for any that is free")
         for key in self.keys:
             if not _KEY.fullmatch(key):
                 raise ConfigError(

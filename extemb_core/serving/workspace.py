@@ -111,7 +111,7 @@ class Workspace:
 
     def _forget(self, refs: set[str], records: Any) -> None:
         """Drop the embeddings of whole texts that no document has any more."""
-        self._library.store.remove(refs - {record["ref"] for record in records})
+        self._library.drop_embeddings(refs - {record["ref"] for record in records})
 
 
 class _Layers:

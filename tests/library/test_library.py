@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -235,6 +236,8 @@ def test_embeddings_that_are_damaged_or_lost_are_made_anew(opened, lm, tmp_path,
         assert len(made) == 1
         assert library.refresh().unchanged == len(PLACES)
         library.store.remove([damaged[0]])
+        (lost,) = library.verify().problems
+        assert re.match(r"\S+: the embeddings of 1 passages are lost; .* index refresh ", lost)
         assert library.add([document(place) for place in PLACES]).updated == 1  # lost ones are seen without reading any
         assert len(made) == 2
         assert library.store.verify().n_documents == library.store.stats().n_documents

@@ -34,3 +34,9 @@ def test_limits_are_positive_numbers(name, value):
     with pytest.raises(ConfigError, match=f"{name}={value!r} is not a whole number of at least 1"):
         ServerSettings(**{name: value})
     assert ServerSettings(port=0, memory_mib=0).port == 0
+
+
+def test_a_port_is_one_that_there_is():
+    assert ServerSettings(port=65_535).port == 65_535
+    with pytest.raises(ConfigError, match="port=65536 is none; pass 0 to 65535"):
+        ServerSettings(port=65_536)

@@ -6,9 +6,12 @@ import json
 
 import openai
 import pytest
+from retrieval_encoder import by_words
 from served import DOCUMENT, KEYS, QUESTION, ask, refused, served
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
+from extemb_core.serving.requests import TextDocument
+from extemb_core.serving.workspace import Workspace
 
 pytest.importorskip("faiss")
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
@@ -53,6 +56,18 @@ def test_a_document_of_the_same_id_takes_the_place_of_the_other(guarded):
     assert Document("It was closed. " * 20).ref in {ref for ref, _ in library.store.items()}
     client.delete("/v1/documents/notice")
     assert Document("It was closed. " * 20).ref not in {ref for ref, _ in library.store.items()}
+
+
+def test_a_passage_stays_that_was_a_document_of_its_own(lm, tmp_path):
+    workspace = Workspace(tmp_path / "w", lm, encoder=by_words, memory_bytes=1, max_documents=9)
+    workspace.add([TextDocument(text="The mill was built in 1820. " * 60, id="long")])
+    passage = workspace.search("mill", 1)[0].text
+    for _ in range(2):
+        workspace.add([TextDocument(text=passage, id="short")])
+    workspace.add([TextDocument(text="Another text.", id="short")])
+    workspace.remove("short")
+    assert workspace._library.verify().clean
+    workspace.close()
 
 
 def test_one_keys_documents_are_nothing_to_another(guarded):
