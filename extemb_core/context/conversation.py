@@ -142,7 +142,7 @@ class Condenser:
         for at in said:
             title = f"turn {at + 1 + len(messages) - len(condensed)}, tool"
             parts = content_parts(condensed[at])
-            content = [CompressedTurn(part, title=title) if isinstance(part, str) else part for part in parts]
+            content = [CompressedTurn(part, title=title) if isinstance(part, str) and part else part for part in parts]
             condensed[at] = {**condensed[at], "content": content}
         return condensed if turns or said else None
 
