@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import CommandGroup, JsonOption, option
 from extemb_core.cli.store import print_verified
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
-from extemb_core.loaders import SUPPORTED_SUFFIXES
+from extemb_core.loaders import HTML_SUFFIXES, SUPPORTED_SUFFIXES
 
 app = CommandGroup(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
 
@@ -59,8 +59,7 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
             lm, names = given.load(dtype=given.llm_dtype), ("encoder", "ratio", "passage_tokens", "dtype")
             with Library(library, lm, **{name: getattr(given, name) for name in names}) as opened:
                 added = opened.add(documents)
-                # A file's document says so itself: what Python named by a title never was a file.
-                sources = (record["source"] for record in opened.documents() if "source" in record["metadata"])
+                sources = (record["source"] for record in opened.documents() if _was_read(record))
                 gone = _gone_from(paths, sources, near)
                 if given.prune:
                     opened.remove(gone)
@@ -74,6 +73,14 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
         )
         value = asdict(added) | {"gone": gone, "not_read": [str(error) for error in skipped.unreadable]}
         output.print_result(value, message, as_json=as_json)
+
+
+def _was_read(record: Mapping[str, Any]) -> bool:
+    """Tell whether a document has the source and title that files give: what Python or a client named never was one."""
+    if "source" not in record["metadata"] or record["title"] is None:
+        return False
+    file = Path(record["source"])
+    return bool(record["title"] == file.name or file.suffix.lower() in HTML_SUFFIXES)
 
 
 def _gone_from(paths: Iterable[Path], sources: Iterable[str], near: Path) -> list[str]:

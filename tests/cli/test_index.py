@@ -208,12 +208,16 @@ def test_what_cannot_be_looked_at_is_not_gone(run: Any, tmp_path: Path, monkeypa
     assert json.loads(run(*command, with_models=True).stdout)["gone"] == ["notes/shut/bridge.txt"]
 
 
-def test_what_python_named_by_a_title_is_not_gone(run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "named", [{"title": "bridge.txt"}, {"metadata": {"source": "bridge.txt"}},
+              {"title": "A bridge", "metadata": {"source": "bridge.md"}}, {"metadata": {"source": "bridge.html"}}],
+)  # fmt: skip
+def test_what_python_named_is_not_gone(run: Any, tmp_path: Path, named: dict[str, Any]) -> None:
     from extemb_core import Document, ExtensibleLM, Library
 
     (home := tmp_path / "home").mkdir()
     (home / "plan.txt").write_text("The mill was built in 1820.")
     with Library(home / "lib", ExtensibleLM.from_pretrained(tmp_path / "llm", tmp_path / "embedder")) as library:
-        library.add(Document("The bridge was closed in 1987.", title="bridge.txt"))
+        library.add(Document("The bridge was closed in 1987.", **named))
     added = run("index", "add", home / "lib", "--documents", home, "--prune", "--json", with_models=True)
     assert (json.loads(added.stdout)["added"], json.loads(added.stdout)["gone"]) == (1, [])
