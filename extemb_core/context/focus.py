@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # it loads transformers, and settings are checked without
 _LEAST_LOSS = 1e-6  # per token
 _SCATTERED = 0.2  # what the second sentence adds; above it the answer is in more places than a ranking by words finds
 _MANY = 6  # sentences in full; beside so many, what is compressed distracts more than it tells (docs/experiments.md)
+_MANY_BY_HEADS = 3  # the same, of those that heads rank
 _MANY_PARTS = 9  # the same, of parts of sentences
 
 Mode = Literal["focus", "select", "even"]
@@ -56,12 +57,14 @@ class SentenceLosses:
         trust: Borders between levels of trust in the ranking: what the second sentence adds (see `words_added`).
         losses: (levels, classes, F) for each of `FIDELITIES`; of the last two classes per hundred of their own tokens.
         alike_above: What the second sentence adds; above it every token counts alike (docs/experiments.md).
+        many: Whole sentences in full beside which nothing is compressed.
     """
 
     ranks: tuple[int, ...]
     trust: tuple[float, ...]
     losses: Array
     alike_above: float = math.inf
+    many: int = _MANY
 
     def classes(self, scores: Array, lengths: Array) -> tuple[Array, Array]:
         """Return (U,) class of each of U sentences, and what the losses of that class are multiplied by for it."""
@@ -108,7 +111,8 @@ def sentence_losses(fitted: Any = None, *, by_heads: bool = False) -> SentenceLo
             f"sentence_losses={reprlib.repr(values)} is no table of losses by trust, rank and fidelity; pass the "
             "summary of a record of `extemb eval plan`, or leave it out"
         )
-    return SentenceLosses(ranks, trust, losses, math.inf if by_heads else _SCATTERED)
+    of_ranking = (math.inf, _MANY_BY_HEADS) if by_heads else (_SCATTERED, _MANY)
+    return SentenceLosses(ranks, trust, losses, *of_ranking)
 
 
 def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> float:
@@ -241,7 +245,7 @@ def plan_focus(
         in_full = _in_full(scores, lengths, budget)
         alike = not select and added > table.alike_above
         in_parts = all(document.sentences.max_tokens < MAX_SENTENCE_TOKENS for document in documents)
-        many = in_full >= (_MANY_PARTS if in_parts else _MANY)
+        many = in_full >= (_MANY_PARTS if in_parts else table.many)
         many &= not alike and all(document.limit is None for document in documents)
         per_position: Array = np.array([tokens_per_position(fidelity) for fidelity in fidelities])
         if select or many:  # by rank alone, whatever a sentence's length

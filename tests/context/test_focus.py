@@ -65,10 +65,11 @@ def test_selecting_reads_sentences_in_full_or_not_at_all_by_their_rank_alone():
     assert any(BRIDGE in text for text in raw_texts(document, plan))
 
 
-@pytest.mark.parametrize("by_heads", [False, True])
-@pytest.mark.parametrize(("in_full", "many", "max_tokens"), [(5, 6, 64), (6, 6, 64), (8, 9, 32), (9, 9, 32)])
-def test_beside_many_sentences_in_full_none_is_compressed(in_full, many, max_tokens, by_heads):
+@pytest.mark.parametrize("below", [0, 1])
+@pytest.mark.parametrize(("many", "max_tokens", "by_heads"), [(6, 64, False), (3, 64, True), (9, 32, True)])
+def test_beside_many_sentences_in_full_none_is_compressed(many, max_tokens, by_heads, below):
     """Of sentences of one length, all of which have a word of the question; nine are many where they are cut short."""
+    in_full = many - below
     text = " ".join(f"The bridge was closed in {year}." for year in range(1900, 1930))
     document = split(text, max_tokens=max_tokens)
     length = int(np.diff(document.sentences.borders).max())
