@@ -370,8 +370,10 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
     losses = _Losses()
     logging.getLogger("pypdf").addHandler(losses)
     try:
-        pages = pypdf.PdfReader(BytesIO(data)).pages
-        read = ["\n".join([page.extract_text(), *_form_values(page)]).strip() for page in pages]
+        read = [
+            "\n".join([page.extract_text(), *_form_values(page)]).strip()
+            for page in pypdf.PdfReader(BytesIO(data)).pages
+        ]
     except pypdf.errors.FileNotDecryptedError as exc:
         raise DocumentError(f"{path} is encrypted and cannot be read; save a copy without a password") from exc
     except pypdf.errors.DependencyError as exc:
@@ -383,16 +385,16 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
         logging.getLogger("pypdf").removeHandler(losses)
     if losses.messages:
         logger.warning("%s: some of its text may be missing: %s", path, "; ".join(losses.messages))
-    texts = [without_lone_surrogates(page) for page in read]
-    without = [number for number, page in enumerate(texts, start=1) if not page]
-    if len(without) == len(texts):
-        raise DocumentError(f"{path} holds no text on its {len(texts)} pages (a scan?); run OCR first, e.g. ocrmypdf")
-    starts = accumulate((len(page) + len(_PAGE_BREAK) if page else 0 for page in texts[:-1]), initial=0)
-    about: dict[str, Any] = {"pages": len(texts), "page_starts": list(starts)}
+    pages = [without_lone_surrogates(page) for page in read]
+    without = [number for number, page in enumerate(pages, start=1) if not page]
+    if len(without) == len(pages):
+        raise DocumentError(f"{path} holds no text on its {len(pages)} pages (a scan?); run OCR first, e.g. ocrmypdf")
+    starts = accumulate((len(page) + len(_PAGE_BREAK) if page else 0 for page in pages[:-1]), initial=0)
+    about: dict[str, Any] = {"pages": len(pages), "page_starts": list(starts)}
     if without:
         about["pages_without_text"] = without
-        logger.warning("%s: no text on %d of %d pages: %s", path, len(without), len(texts), without)
-    return _PAGE_BREAK.join(page for page in texts if page), about
+        logger.warning("%s: no text on %d of %d pages: %s", path, len(without), len(pages), without)
+    return _PAGE_BREAK.join(page for page in pages if page), about
 
 
 def _form_values(page: Any) -> Iterator[str]:

@@ -149,10 +149,9 @@ def _forms(llm: LLM, messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dic
     """Yield messages with checked content in the forms in which a template may take them, the best first."""
     # A template may ask only whether a field is there, not what is in it.
     plain = [{name: message[name] for name in message if name != "tool_calls" or message[name]} for message in messages]
-    without_calls = [_with_written_calls(message) for message in plain]
     forms = [plain] if "tool_calls" in (llm.tokenizer.chat_template or "") else []
-    if not forms or without_calls != plain:
-        forms.append(without_calls)
+    if not forms or any("tool_calls" in message for message in plain):
+        forms.append([_with_written_calls(message) for message in plain])
     yield from forms
     first = next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
     if 0 < first < len(messages) and messages[first]["role"] == "user":
