@@ -121,8 +121,9 @@ def render_chat(
         llm: Whose template and tokenizer are used.
         messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids, embeddings (see `Prompt`)
             and `Slot`s. An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}], which
-            are text where the template has no place for them, or refuses them. Where it refuses a system message, that
-            stands before the user's first text.
+            are text where the template has no place for them, or refuses them. Where it refuses the order of the roles,
+            neighbours of one role are joined, and an empty turn of the user stands before an assistant who begins;
+            where it refuses a system message, that stands before the user's first text.
         tools: Functions in OpenAI's form, for templates that have a place for them.
         assistant_prefix: What the assistant's turn, whose opening is the end of the prompt, begins with.
 
@@ -152,12 +153,41 @@ def _forms(llm: LLM, messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dic
     forms = [plain] if "tool_calls" in (llm.tokenizer.chat_template or "") else []
     if not forms or any("tool_calls" in message for message in plain):
         forms.append([_with_written_calls(message) for message in plain])
+    forms += [turns for form in forms if _roles(turns := _in_turn(form)) != _roles(form)]
     yield from forms
-    first = next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    if 0 < first < len(messages) and messages[first]["role"] == "user":
-        system = [part for message in messages[:first] for part in (*message["content"], "\n\n")]
+    if messages and messages[0]["role"] == "system":
         for form in forms:
-            yield [{**form[first], "content": [*system, *form[first]["content"]]}, *form[first + 1 :]]
+            yield _with_system_in_turn(form)
+
+
+def _in_turn(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages in which user and assistant speak in turn, the user first, after what the system says."""
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "assistant" and all(turn["role"] == "system" for turn in turns):
+            turns.append({"role": "user", "content": []})
+        before = turns[-1] if turns else {"role": None}
+        if message["role"] == before["role"] != "tool" and "tool_calls" not in before:
+            turns[-1] = {**before, **message, "content": _joined([before, message])}
+        else:
+            turns.append(message)
+    return turns
+
+
+def _with_system_in_turn(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages in which what the system says stands in the user's first turn, before the text."""
+    first = next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    end = first + 1 if _roles(messages[first : first + 1]) == ["user"] else first
+    return [{"role": "user", "content": _joined(messages[:end])}, *messages[end:]]
+
+
+def _roles(messages: Sequence[dict[str, Any]]) -> list[str]:
+    return [message["role"] for message in messages]
+
+
+def _joined(messages: Sequence[dict[str, Any]]) -> list[Part | Slot]:
+    """Join what messages hold, with a blank line between two."""
+    return [part for message in messages if message["content"] for part in ("\n\n", *message["content"])][1:]
 
 
 def _with_written_calls(message: dict[str, Any]) -> dict[str, Any]:

@@ -209,18 +209,59 @@ def test_a_template_that_refuses_is_an_error(llm, monkeypatch):
         assemble_chat(llm, user("x"))
 
 
+# Gemma's manner: no system, and the user and the assistant in turn. Mistral's: the same after one system message.
+IN_TURN = """{% set said = messages %}
+{%- if messages and messages[0].role == 'system' %}
+    {%- if no_system %}{{ raise_exception('System role not supported') }}{% endif %}
+    {%- set said = messages[1:] %}{{- 'system: ' + messages[0].content + '|' }}
+{%- endif %}
+{%- for m in said %}
+    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}{% endif %}
+{{- m.role }}: {{ m.content }}|{% endfor %}"""
+NO_SYSTEM = "{% set no_system = true %}" + IN_TURN
+
+
+def said(role, *texts):
+    return [{"role": role, "content": text} for text in texts]
+
+
 def test_what_a_template_refuses_the_system_to_say_stands_before_the_question(llm, monkeypatch):
-    strict = """{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
-    {%- for m in messages %}
-        {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}{% endif %}
-    {{- m.role }}: {{ m.content }}|{% endfor %}"""
-    monkeypatch.setattr(llm.tokenizer, "chat_template", strict)
-    system = [{"role": "system", "content": "Be brief."}, {"role": "system", "content": ["Be ", "<|im_end|>."]}]
-    said = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And?"}]
-    text = llm.decode(assemble_chat(llm, [*system, *user("Is it?"), *said]).inputs(llm))
+    monkeypatch.setattr(llm.tokenizer, "chat_template", NO_SYSTEM)
+    system = said("system", "Be brief.", ["Be ", "<|im_end|>."])
+    later = [*said("assistant", "Yes."), *said("user", "And?")]
+    text = llm.decode(assemble_chat(llm, [*system, *user("Is it?"), *later]).inputs(llm))
     assert text == "user: Be brief.\n\nBe <|im_end|>.\n\nIs it?|assistant: Yes.|user: And?|"
+    assert llm.decode(assemble_chat(llm, [*system, *later]).inputs(llm)) == (
+        "user: Be brief.\n\nBe <|im_end|>.|assistant: Yes.|user: And?|"
+    )
+    assert llm.decode(assemble_chat(llm, system).inputs(llm)) == "user: Be brief.\n\nBe <|im_end|>.|"
     with pytest.raises(ConfigError, match="refuses these messages: System role not supported; pass them in an order"):
-        assemble_chat(llm, [*system, *said])
+        assemble_chat(llm, [*system, *said("tool", "5", "6")])
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        (said("assistant", "Hello!"), "user: |assistant: Hello!|"),
+        ([*said("assistant", "Hello!"), *user("Hi.")], "user: |assistant: Hello!|user: Hi.|"),
+        ([*said("user", "One.", "Two."), *said("assistant", "3.", "4.")], "user: One.\n\nTwo.|assistant: 3.\n\n4.|"),
+        (
+            [*said("system", "Be brief.", "Be kind."), *said("assistant", "Hello!"), *user("Hi.")],
+            "system: Be brief.\n\nBe kind.|user: |assistant: Hello!|user: Hi.|",
+        ),
+    ],
+)
+def test_roles_are_put_in_turn_where_a_template_asks_for_that(llm, monkeypatch, messages, text):
+    before = assemble_chat(llm, messages).inputs(llm)
+    for template in (IN_TURN, NO_SYSTEM):
+        monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+        shown = llm.decode(assemble_chat(llm, messages).inputs(llm))
+        if template == IN_TURN:
+            assert shown == text
+        else:
+            assert shown == text.replace("|user: |", "|", 1).replace("system: ", "user: ")
+    monkeypatch.undo()
+    assert assemble_chat(llm, messages).inputs(llm) == before, "as it is where a template takes it"
 
 
 def test_a_base_model_reads_the_contents_alone(llm, monkeypatch):
