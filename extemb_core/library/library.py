@@ -295,9 +295,8 @@ class Library:
 
     def drop_embeddings(self, refs: Iterable[str]) -> None:
         """Drop the embeddings of texts, but for those that are a passage of a document."""
-        with self.store.environment.read() as transaction:
-            orphans = {ref for ref in refs if self._catalogue.is_orphan(transaction, ref_bytes(ref))}
-        self.store.remove(orphans)
+        passages = [(ref_bytes(ref), "") for ref in refs]
+        self.store.write(lambda transaction: self._drop_orphans(transaction, passages))
 
     # -- questions --------------------------------------------------------------------------------------------
 
@@ -417,20 +416,29 @@ class Library:
         finest, fingerprint = lm.embedder.config.finest(self.ratio), lm.embedder.fingerprint
         refs = [text_ref(text) for text in texts]
         wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
-        missing = [(ref, wanted[ref]) for ref in self.store.missing(wanted, fingerprint, finest)]
-        for part in batches(missing, lambda text: len(text[1]), _batch_tokens(lm)):  # of a document that is longer
-            for compressed in compress_in_batches(lm.embedder, part, ratio=finest, show_progress=False):
-                self.store.put(*compressed)
-                counts["compressed_tokens"] += sum(text.n_tokens for text in compressed)
 
-        def work(transaction: Any) -> None:
-            before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, encoder)
-            self._drop_orphans(transaction, before, fingerprint)
+        def work(transaction: Any) -> list[str]:
+            """Write the documents if all embeddings are here, and else list those that another process dropped."""
+            missing = self.store.missing_within(transaction, wanted, fingerprint, finest)
+            if not missing:
+                before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, encoder)
+                self._drop_orphans(transaction, before, fingerprint)
+            return missing
 
-        self.store.write(work)
+        self._compress(lm, {ref: wanted[ref] for ref in self.store.missing(wanted, fingerprint, finest)}, counts)
+        while missing := self.store.write(work):
+            self._compress(lm, {ref: wanted[ref] for ref in missing}, counts)
         counts["n_passages"] += len(texts)
         counts["n_tokens"] += sum(len(wanted[ref]) for ref in refs)
         self._changed(len(texts))
+
+    def _compress(self, lm: ExtensibleLM, texts: Mapping[str, Any], counts: Counter[str]) -> None:
+        """Compress texts, token ids by ref, and keep them a batch at a time: one document may be longer than that."""
+        finest = lm.embedder.config.finest(self.ratio)
+        for part in batches(texts.items(), lambda text: len(text[1]), _batch_tokens(lm)):
+            for compressed in compress_in_batches(lm.embedder, part, ratio=finest, show_progress=False):
+                self.store.put(*compressed)
+                counts["compressed_tokens"] += sum(text.n_tokens for text in compressed)
 
     def _drop_orphans(
         self, transaction: Any, passages: Iterable[tuple[bytes, str]], fingerprint: str | None = None

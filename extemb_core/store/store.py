@@ -103,7 +103,11 @@ class EmbeddingStore:
     def missing(self, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
         """List those of some documents that are not here at `ratio`; no embeddings are read."""
         with self.environment.read() as transaction:
-            return [ref for ref in refs if not self._blocks.holds(transaction, key_of(ref, fingerprint), ratio)]
+            return self.missing_within(transaction, refs, fingerprint, ratio)
+
+    def missing_within(self, transaction: Any, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
+        """Call `missing` within a transaction, such as that of a `write` which counts on what is here."""
+        return [ref for ref in refs if not self._blocks.holds(transaction, key_of(ref, fingerprint), ratio)]
 
     def finest(self, ref: str, fingerprint: str) -> Compressed | None:
         """Return the text at the stored ratio, or None if it is not here."""

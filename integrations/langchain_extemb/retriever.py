@@ -22,8 +22,9 @@ _opening = threading.Lock()  # not of an object, which is copied and pickled
 class ExtensibleRetriever(StrictSettings, BaseRetriever):
     """Finds passages in a `Library`, by vectors and by words.
 
-    Metadata of each: source, title, start and end (characters of the document), score, and ref, which names the text.
-    In a prompt it stands for nothing: that is `extemb_ref`, of an `ExtensibleCompressor`.
+    Metadata of each: source, title, start and end (characters of the document), and ref, which names the text. In a
+    prompt it stands for nothing: that is `extemb_ref`, of an `ExtensibleCompressor`. A passage is the same document
+    whatever is asked, so that retrievers of several questions find each once; `Library.search` gives scores.
     """
 
     _SHARED: ClassVar[tuple[str, ...]] = ("library",)
@@ -96,7 +97,6 @@ class ExtensibleRetriever(StrictSettings, BaseRetriever):
                     "title": passage.title,
                     "start": passage.start,
                     "end": passage.end,
-                    "score": passage.score,
                     "ref": passage.ref,
                 },
             )

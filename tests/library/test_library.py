@@ -457,6 +457,23 @@ def test_another_process_sees_what_this_one_adds(opened):
         assert other.search("bridge", k=1)[0].source == "bridge.txt"
 
 
+def test_embeddings_that_another_process_drops_before_they_are_used_are_made_again(opened, monkeypatch):
+    mill = document("mill")
+    with opened() as library, opened() as other:
+        library.add([mill])
+        write = library.store.write
+
+        def late(work):
+            other.remove("mill.txt")
+            return write(work)
+
+        monkeypatch.setattr(library.store, "write", late)
+        added = library.add([Document(mill.text, title="copy.txt")])
+        assert added.compressed_tokens > 0
+        assert [record["source"] for record in library.documents()] == ["copy.txt"]
+        assert library.verify().clean
+
+
 def test_a_library_stays_with_its_encoder_and_needs_an_lm_to_add(opened, tmp_path):
     with opened() as library:
         library.add([document("mill")])

@@ -466,6 +466,17 @@ def test_a_conversation_that_is_too_long_is_counted_so_that_it_can_be_trimmed(ch
         assert trimmed[-1] == last
 
 
+def test_turns_are_counted_and_read_by_a_template_that_asks_for_them_in_turn(lm, monkeypatch):
+    strict = """{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+    {{- raise_exception('in turn') }}{% endif %}{{ m.content }}|{% endfor %}"""
+    monkeypatch.setattr(lm.llm.tokenizer, "chat_template", strict)
+    chat = ChatExtensible.from_lm(lm, max_tokens=2)
+    talk = [AIMessage("Hello! How can I help?"), HumanMessage("One."), HumanMessage("Two.")]
+    assert [chat.get_num_tokens_from_messages(talk[at : at + 1]) > 0 for at in range(3)] == [True] * 3
+    assert trim_messages(talk, max_tokens=200, token_counter=chat) == talk
+    assert chat.invoke(talk).usage_metadata["input_tokens"] == chat.get_num_tokens_from_messages(talk)
+
+
 def test_tokens_are_counted_as_the_caller_says(lm):
     assert ChatExtensible.from_lm(lm, custom_get_token_ids=lambda text: [7]).get_num_tokens("How many ships?") == 1
 

@@ -50,6 +50,15 @@ def test_a_library_and_a_model_with_it_as_store_may_be_opened_in_any_order(folde
         chat.close()
 
 
+def test_a_passage_is_the_same_document_for_every_question(folder):
+    # What asks several questions at once (MultiQueryRetriever) drops documents that are equal to another.
+    retriever = ExtensibleRetriever(library=folder / "docs.extemb", k=1)
+    one, other = (retriever.invoke(question)[0] for question in (QUESTION, "Where do rivers carry sand?"))
+    retriever.close()
+    assert one == other
+    assert set(one.metadata) == {"source", "title", "start", "end", "ref"}
+
+
 @pytest.mark.parametrize("path", [Path, Named])
 def test_a_librarys_path_may_be_of_any_class(folder, path):
     retriever = ExtensibleRetriever(library=path(folder / "docs.extemb"), k=1)
