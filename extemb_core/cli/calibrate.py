@@ -12,7 +12,7 @@ import typer
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.memory import keep_freed_memory
 from extemb_core.cli.options import JsonOption, LlmOption, ResumeOption, option
-from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note, print_table
+from extemb_core.cli.output import explain_interrupt, goes_on_from, library_output, print_json, print_note, print_table
 from extemb_core.evaluation.settings import CalibrationConfig
 
 
@@ -39,7 +39,7 @@ def calibrate(
         from extemb_core.evaluation.calibration import calibrate as find_layer
 
         config = CalibrationConfig(llm=llm, **settings)
-        with explain_interrupt(lambda: f"the same command goes on from {output}"):
+        with explain_interrupt(lambda: goes_on_from(output, resume=resume)):
             calibration = find_layer(config, Path(output), command=["extemb", *sys.argv[1:]], resume=resume)
     record = calibration.record
     if as_json:

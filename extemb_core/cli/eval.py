@@ -12,7 +12,7 @@ import typer
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.memory import keep_freed_memory
 from extemb_core.cli.options import DEFAULT_LLM, SHIPPED, CommandGroup, LlmOption, ResumeOption, option
-from extemb_core.cli.output import explain_interrupt, library_output, print_note
+from extemb_core.cli.output import explain_interrupt, goes_on_from, library_output, print_note
 from extemb_core.evaluation import settings as kinds
 
 app = CommandGroup(no_args_is_help=True, help="Measure what the embeddings are worth, against every control.")
@@ -48,7 +48,7 @@ def _measurement(
                 model = LLM.from_pretrained(config.llm, device=config.device, dtype=config.dtype)
                 measured = ExtensibleEmbedder.from_pretrained(folder, llm=model) if folder else None
                 experiment = import_experiment()(config, model, measured)
-                with explain_interrupt(lambda: f"the same command goes on from {out}.partial"):
+                with explain_interrupt(lambda: goes_on_from(f"{out}.partial", resume=resume)):
                     record = run(experiment, Path(out), command=["extemb", *sys.argv[1:]], resume=resume)
             typer.echo(out)
             print_note(f'{record["n"]} samples in {record["seconds"]:.0f} s; the tables are its "summary"')

@@ -98,6 +98,11 @@ def library_output() -> redirect_stdout[TextIO]:
     return redirect_stdout(sys.stderr)
 
 
+def goes_on_from(where: object, *, resume: bool) -> str:
+    """Say how a command that was stopped is gone on with."""
+    return f"the same command{'' if resume else ' without --no-resume'} goes on from {where}"
+
+
 @contextmanager
 def explain_interrupt(explain: Callable[[], str]) -> Iterator[None]:
     """Say what an interrupted command has done, or how to go on from there."""

@@ -15,7 +15,7 @@ import typer
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.memory import keep_freed_memory
 from extemb_core.cli.options import CommandGroup, DefaultCommand, JsonOption, ModelOptions, ResumeOption, option
-from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note
+from extemb_core.cli.output import explain_interrupt, goes_on_from, library_output, print_json, print_note
 from extemb_core.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def train(
     keep_freed_memory()
     output, total_tokens = given.pop("output"), given.pop("total_tokens", settings["total_tokens"])
     start = time.perf_counter()
-    with library_output(), explain_interrupt(lambda: _how_to_resume(Path(output))):
+    with library_output(), explain_interrupt(lambda: _how_to_resume(Path(output), resume)):
         trained = _train(recipe, output, total_tokens, resume, given | {"embedder": embedder})
     from extemb_core.training.trainer import is_first_process
 
@@ -174,10 +174,10 @@ def _train(
     return train_once(TrainingConfig(output=output, total_tokens=total_tokens, **given), resume=resume)
 
 
-def _how_to_resume(output: Path) -> str:
+def _how_to_resume(output: Path, resume: bool) -> str:
     """Say where the last whole checkpoint is."""
     checkpoints = list(output.rglob("checkpoint-*/complete.json"))
     if not checkpoints:
         return "there is no checkpoint yet, so the same command starts anew"
     last = max(checkpoints, key=lambda file: file.stat().st_mtime_ns).parent
-    return f"the last checkpoint is {last}, and the same command goes on from it"
+    return f"the last checkpoint is {last}, and {goes_on_from('it', resume=resume)}"

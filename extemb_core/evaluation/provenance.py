@@ -12,6 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
+from torch import nn
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
@@ -22,8 +26,6 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
     Args:
         command: The words of the command line; of paths outside the repository only the file's name is kept.
     """
-    import torch
-
     return {
         "command": shlex.join(_without_folders(word) for word in command),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -59,6 +61,16 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def weights_digest(model: nn.Module) -> str:
+    """Hash what a model consists of (128 bits, hex), rounded to bfloat16: the same in every dtype."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        rounded = tensor.detach().to("cpu", torch.bfloat16) if tensor.is_floating_point() else tensor.detach().cpu()
+        digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def short_name(name: str) -> str:
     """Return a model's name without the folders that lead to it."""
     return Path(name).resolve().name if Path(name).exists() else name
@@ -73,6 +85,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _without_folders(word: str) -> str:
+    word = os.fsencode(word).decode(errors="backslashreplace")  # a name may be no UTF-8, which a record is
     option, equals, value = word.rpartition("=")
     if os.sep not in value:
         return word

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
-from extemb_core.evaluation.provenance import provenance, short_name
+from extemb_core.evaluation.provenance import provenance, short_name, weights_digest
 from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
@@ -42,12 +42,15 @@ class Experiment:
 
     Attributes:
         kind: "ppl", "qa", "needle", "speed", "plan", "heads" or "calibration".
+        hardware: What the samples depend on of the machine, JSON-able, for the parts of one run to be alike in; None
+            where it is nothing.
         config: A frozen dataclass of JSON-able settings, `data` (paths) and `limit` among them.
         remeasure: Kinds of arms that are measured anew in a finished record, whose other arms stay; () for all arms.
     """
 
     kind: ClassVar[str]
     config: Any
+    hardware: dict[str, Any] | None = None
     remeasure: Sequence[str] = ()
 
     def __init__(self, config: CommonConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
@@ -62,6 +65,11 @@ class Experiment:
     def fingerprint(self) -> str | None:
         """Return the embedder's fingerprint; None when only the controls are measured."""
         return self.embedder.fingerprint if self.embedder is not None else None
+
+    @property
+    def llm_digest(self) -> str:
+        """Return what tells the LLM from another of the same name."""
+        return weights_digest(self.llm.model)
 
     @property
     def embedder_settings(self) -> dict[str, Any] | None:
@@ -113,8 +121,9 @@ def run(
         show_progress: Show a bar; None shows it on a terminal.
 
     Raises:
-        ConfigError: There is nothing to measure, or `out` holds a run with other settings, or, where arms are to be
-            measured anew, not the same samples.
+        ConfigError: There is nothing to measure, or `out` is a folder, holds a run with other settings or more finished
+            samples than are asked for, or is being written by another process, or, where arms are to be measured anew,
+            does not hold the same samples; or a loss is not finite.
         DocumentError: `out` is not such a record.
         DocumentNotFoundError: Arms are to be measured anew, and `out` does not exist.
     """
@@ -123,6 +132,8 @@ def run(
     ids = [name for group in groups for name in group]
     if not ids:
         raise ConfigError("no sample fits these settings; pass longer documents or other lengths")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder, and a record is a file; pass a file's name, such as {out / 'a.json'}")
     out.parent.mkdir(parents=True, exist_ok=True)
     finished = FinishedSamples(out, identity, experiment, ids, resume=resume)
     origin = provenance(command)
@@ -148,7 +159,7 @@ def run(
         "samples": samples,
     }
     write_record(record, out)
-    journal.file.unlink()
+    journal.file.unlink(missing_ok=True)
     return record
 
 
@@ -175,18 +186,19 @@ class FinishedSamples:
         self.remeasure = remeasure = experiment.remeasure
         self.by_id: dict[str, Sample] = {}
         self.seconds = 0.0
-        self.parts = 1
+        self._n_parts = 0  # before this one
         self._record: dict[str, Any] = {}
         self._earlier: dict[str, Sample] = {}
         if not resume:
             file.unlink(missing_ok=True)
-        if remeasure or (resume and out.is_file()):  # a finished run may go on too: with a higher limit
+        anew = not resume or Journal.identity_in(file).get("anew")  # what --no-resume began does without the record
+        if remeasure or (not anew and out.is_file()):  # a finished run may go on too: with a higher limit
             self._record = read_record(out)
             require_same_run(self._record, identity, out, _REMEDY)
             with _undamaged(out):
                 samples = filter(experiment.is_current, self._record["samples"])
                 self._earlier = {sample["id"]: sample for sample in samples}
-                self.seconds, self.parts = self._record["seconds"] + 0.0, self._record["parts"] + 1
+                self.seconds, self._n_parts = self._record["seconds"] + 0.0, self._record["parts"] + 0
         if not remeasure:
             self.by_id |= self._earlier
         elif self._earlier.keys() != set(ids):
@@ -194,21 +206,44 @@ class FinishedSamples:
                 f"{out} holds {len(self._earlier)} samples and these settings ask for {len(ids)}, not the same ones; "
                 f"pass the record's own --limit to measure {', '.join(remeasure)} anew in it"
             )
-        self.parts += file.is_file()
-        self.journal = Journal(file, identity | {"remeasure": list(remeasure) or None}, _REMEDY)
+        self._n_parts += file.is_file()
+        self._is_new = file.is_file()  # what is not in the record
+        marks = {"remeasure": list(remeasure) or None} | ({"anew": True} if anew else {})
+        self.journal = Journal(file, identity | marks, _REMEDY)
         with _undamaged(file):
             samples = filter(experiment.is_current, (row["sample"] for row in self.journal.rows))
             self.by_id |= {sample["id"]: sample for sample in samples}
             self.seconds += sum(row["seconds"] for row in self.journal.rows)
+        if self.by_id.keys() - set(ids) and len(ids) <= len(self.by_id):
+            self.journal.close()
+            if not self.journal.rows:
+                file.unlink()
+            raise ConfigError(
+                f"{out} has {len(self.by_id)} finished samples and these settings ask for {len(ids)}, which would drop "
+                f"some of them; pass a higher --limit, {_REMEDY}"
+            )
+        self._has_added = False
         self._last = time.perf_counter()
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the samples were measured."""
+        return max(1, self._n_parts + self._has_added)
 
     def add(self, sample: Sample) -> None:
         """Write down a finished sample, and the time since the last."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        try:
+            self.journal.add({"sample": sample, "seconds": round(seconds, 3)})
+        except ValueError as error:
+            raise ConfigError(
+                f"the sample {sample['id']!r} has a number that is not finite ({error}); the LLM's values overflow: "
+                "load it in another dtype, with --dtype float32"
+            ) from error
         self.seconds += seconds
         self.by_id[sample["id"]] = sample
-        self.journal.add({"sample": sample, "seconds": round(seconds, 3)})
+        self._has_added = True
 
     def whole(self, name: str) -> Sample:
         """Return a finished sample with all its arms."""
@@ -220,7 +255,8 @@ class FinishedSamples:
     def origins(self, origin: dict[str, Any]) -> dict[str, Any]:
         """Say where the samples come from, `origin` being of this run, and where arms that were measured anew do."""
         anew = self._record.get("remeasured", {}) | dict.fromkeys(self.remeasure, origin)
-        first = self._record["provenance"] if self.remeasure else origin
+        stays = self.remeasure or (self._record and not self._is_new and not self._has_added)
+        first = self._record["provenance"] if stays else origin
         return {"provenance": first} | ({"remeasured": anew} if anew else {})
 
 
@@ -274,6 +310,8 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
         "config": {name: value for name, value in config.items() if name not in (*_FREE, "remeasure")},
         "data": [{"file": Path(file).name, "sha256": sha256_of(_existing(file))} for file in experiment.config.data],
         "fingerprint": experiment.fingerprint,
+        "llm_digest": experiment.llm_digest,
+        "hardware": experiment.hardware,
     }
 
 

@@ -45,6 +45,7 @@ from extemb_core.context.assembly import Prompt, Segment, assemble_chat
 from extemb_core.evaluation.baselines import Ids
 from extemb_core.evaluation.forms import compress_at_ratios
 from extemb_core.evaluation.needle import filler, positions_at, read_filler
+from extemb_core.evaluation.provenance import cpu_name
 from extemb_core.evaluation.runs import Experiment, Sample, groups_of
 from extemb_core.evaluation.settings import SpeedConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
@@ -76,6 +77,8 @@ class SpeedExperiment(Experiment):
 
     def __init__(self, config: SpeedConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
         super().__init__(config, llm, embedder)
+        accelerator = torch.cuda.get_device_name(llm.device) if llm.device.type == "cuda" else None
+        self.hardware = {"cpu": cpu_name(), "device": llm.device.type, "accelerator": accelerator}
         longest = max(config.tokens)
         draw = np.random.default_rng(config.seed)
         self._ids = filler(llm, max(longest, _FIRST_TOKENS), draw, read_filler(llm, config.data))[0]

@@ -17,6 +17,7 @@ from typing import Any
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.metrics import f1
+from extemb_core.evaluation.provenance import weights_digest
 from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
@@ -61,7 +62,7 @@ def make_targets(
         show_progress: Show a bar; None shows it on a terminal.
 
     Raises:
-        ConfigError: The partial file is of another run.
+        ConfigError: The partial file is of another run, or another process writes it.
         DocumentError: A row is not a question.
     """
     out = Path(output)
@@ -73,6 +74,7 @@ def make_targets(
         "questions": [sha256_of(Path(file)) for file in files],
         "limit": limit,
         "max_document_tokens": max_document_tokens,
+        "llm_digest": weights_digest(llm.model),
     }
     journal = Journal(out.with_name(out.name + ".partial"), identity, "remove it, or pass another output")
     with closing(journal), progress("targets", len(questions), show_progress) as advance:
@@ -84,7 +86,7 @@ def make_targets(
             journal.sync()
             advance(len(batch))
     atomic_write_text(out, "".join(to_json(row) + "\n" for row in journal.rows))
-    journal.file.unlink()
+    journal.file.unlink(missing_ok=True)
     kinds = [row["target"] for row in journal.rows]
     return TargetCounts(len(journal.rows), kinds.count("own"), kinds.count("too long"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.utils.files import disk_errors, parse_json
 
 to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+_LATER = ("llm_digest", "hardware")  # what earlier versions did not write down of an identity
 
 
 class Journal:
@@ -27,7 +29,7 @@ class Journal:
         rows: All finished rows.
 
     Raises:
-        ConfigError: The file is of a run with another identity.
+        ConfigError: The file is of a run with another identity, or another process writes it.
         DocumentError: The file is damaged.
     """
 
@@ -47,14 +49,26 @@ class Journal:
             raise DocumentError(f"{file} is damaged ({error}); remove it to begin anew") from error
         file.parent.mkdir(parents=True, exist_ok=True)
         self._stream = file.open("a", buffering=1, encoding="utf-8")  # flushed with every line
+        if not _lock(self._stream.fileno()):
+            self._stream.close()
+            raise ConfigError(f"{file} is being written by another run; wait for that, or pass another output")
         os.truncate(file, len(whole))
         if not lines:
             self._write({"identity": identity})
 
+    @staticmethod
+    def identity_in(file: Path) -> dict[str, Any]:
+        """Read the identity in a journal's first line; {} where there is no such file, or no whole line of it."""
+        try:
+            with file.open("rb") as stream:
+                return dict(parse_json(stream.readline())["identity"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return {}
+
     def add(self, row: dict[str, Any]) -> None:
-        """Write down a finished row."""
-        self.rows.append(row)
+        """Write down a finished row. Raises `ValueError` for what JSON cannot hold."""
         self._write(row)
+        self.rows.append(row)
 
     def _write(self, row: Mapping[str, Any]) -> None:
         with disk_errors(self.file):
@@ -70,15 +84,30 @@ class Journal:
         self._stream.close()
 
 
+def _lock(handle: int) -> bool:
+    """Lock an open file until it is closed, where the system has such locks; False if another has."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # a file system may have none
+    return True
+
+
 def require_same_run(known: Mapping[str, Any], identity: Mapping[str, Any], file: Path, remedy: str) -> None:
     """Raise `ConfigError` unless a file holds this run and no other.
 
     Args:
-        known: The identity of the file's run; what it does not name counts as None.
+        known: The identity of the file's run; what it does not name counts as None, or was not known to its version.
         identity: That of this run.
         file, remedy: For the message.
     """
     for name, now in identity.items():
+        if name in _LATER and name not in known:
+            continue
         before = known.get(name)
         if isinstance(now, Mapping) and isinstance(before, Mapping):
             require_same_run(before, now, file, remedy)

@@ -10,7 +10,7 @@ from anchored import untrained
 from tiny import tiny_llm
 
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
-from extemb_core.evaluation.runs import RECORD_VERSION, Experiment, groups_of, read_record, run
+from extemb_core.evaluation.runs import RECORD_VERSION, Experiment, groups_of, read_record, run, write_record
 from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.utils import journal
 
@@ -21,6 +21,8 @@ class Squares:
 
     config: CommonConfig
     fingerprint: str | None = "f1"
+    llm_digest: str | None = "l1"
+    hardware: dict | None = None
     embedder_settings: dict | None = None
     stop_at: str = ""
     asked: list[str] = field(default_factory=list)
@@ -128,12 +130,17 @@ def test_half_a_line_of_a_killed_process_is_measured_again(config, out):
 
 def test_a_finished_run_is_not_measured_again_and_a_higher_limit_measures_the_rest(config, out):
     run(Squares(replace(config, limit=4)), out)
+    before = read_record(out)
+    before["provenance"]["date"] = "2020-01-01"
+    write_record(before, out)
     again = Squares(replace(config, limit=4, batch_size=1))
-    assert run(again, out)["parts"] == 2
+    record = run(again, out, command=["later"])
     assert again.asked == []
+    assert (record["parts"], record["provenance"]) == (1, before["provenance"]), "nothing was measured now"
     more = Squares(config)
     assert run(more, out)["n"] == 6
     assert more.asked == ["4", "5"]
+    assert read_record(out)["parts"] == 2
     anew = Squares(config)
     run(anew, out, resume=False)
     assert len(anew.asked) == 6
@@ -197,6 +204,71 @@ def test_a_run_with_other_settings_is_refused_by_name(config, out, finished):
     with pytest.raises(ConfigError, match="another fingerprint"):
         run(Squares(config, fingerprint="f2"), out)
     assert (out if finished else partial(out)).read_bytes() == before
+
+
+def test_another_llm_of_the_same_name_or_another_machine_where_that_counts_is_another_run(config, out):
+    run(Squares(config, hardware={"cpu": "a"}), out)
+    for other, said in (({"llm_digest": "l2"}, "another llm_digest"), ({"hardware": {"cpu": "b"}}, "another cpu")):
+        with pytest.raises(ConfigError, match=said):
+            run(Squares(config, **({"hardware": {"cpu": "a"}} | other)), out)
+    record = read_record(out)
+    write_record({name: record[name] for name in record if name not in ("llm_digest", "hardware")}, out)
+    assert run(Squares(config), out)["n"] == 6, "a record of an earlier version did not say it"
+
+
+def test_finished_samples_are_not_dropped_by_a_lower_limit(config, out):
+    with pytest.raises(KeyboardInterrupt):
+        run(Squares(config, stop_at="5"), out)
+    before = partial(out).read_bytes()
+    with pytest.raises(ConfigError, match=r"has 5 finished samples and these settings ask for 2.*higher --limit"):
+        run(Squares(replace(config, limit=2)), out)
+    assert partial(out).read_bytes() == before
+    run(Squares(config), out)
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match="has 6 finished samples"):
+        run(Squares(replace(config, limit=4)), out)
+    assert out.read_bytes() == before
+    assert not partial(out).exists()
+    assert run(Squares(replace(config, limit=4)), out, resume=False)["n"] == 4
+
+
+def test_what_was_begun_anew_goes_on_without_the_samples_of_the_record(config, out):
+    run(Powers(config), out)
+    with pytest.raises(KeyboardInterrupt):
+        run(Powers(config, rule="new", stop_at="3"), out, resume=False)
+    again = Powers(config, rule="new")
+    record = run(again, out)
+    assert again.asked == ["3", "4", "5"]
+    assert record["summary"] == {"square/2": "new", "none": "new"}
+    assert record["parts"] == 2
+
+
+def test_one_run_at_a_time_writes_a_record(config, out):
+    class Meanwhile(Squares):
+        def measure(self, group):
+            with pytest.raises(ConfigError, match="is being written by another run"):
+                run(Squares(config), out)
+            yield from super().measure(group)
+
+    assert run(Meanwhile(config), out)["n"] == 6
+
+
+def test_what_cannot_become_a_record_is_told_before_or_with_the_sample(config, out):
+    out.mkdir(parents=True)
+    untouched = Squares(config)
+    with pytest.raises(ConfigError, match=r"squares.json is a folder, .* pass a file's name"):
+        run(untouched, out)
+    assert untouched.asked == []
+    out.rmdir()
+
+    class Overflowing(Squares):
+        def measure(self, group):
+            yield from ({**sample, "loss": float("nan")} for sample in super().measure(group))
+
+    with pytest.raises(ConfigError, match="the sample '0' has a number that is not finite .*--dtype float32"):
+        run(Overflowing(config), out)
+    record = run(Squares(config), out, command=["extemb", "--json", "r\udcff.json"])
+    assert record["provenance"]["command"] == "extemb --json 'r\\xff.json'"
 
 
 def test_changed_data_is_another_run(config, out):

@@ -22,7 +22,9 @@ def test_rows_are_there_when_a_run_goes_on(tmp_path):
     file = tmp_path / "new" / "rows.partial"
     journal = Journal(file, RUN, "remove it")
     journal.add({"n": 1, "text": "é\u2028"})
-    assert kept(file) == [{"n": 1, "text": "é\u2028"}]  # also while it is open
+    assert json.loads(file.read_bytes().splitlines()[1]) == {"n": 1, "text": "é\u2028"}  # also while it is open
+    with pytest.raises(ConfigError, match="is being written by another run; wait for that"):
+        kept(file)
     journal.add({"n": 2})
     journal.close()
     assert [row["n"] for row in kept(file)] == [1, 2]
