@@ -333,6 +333,8 @@ class ExtensibleLM:
         for (see `positions_at_once`); an answer does not depend on its batch. In `seconds`, "first_token" is the
         time of the whole batch: nothing is streamed.
         """
+        if isinstance(questions, str):
+            raise ConfigError(f"questions={questions!r:.80} is one text; pass a list of questions")
         of_question = [()] * len(questions) if documents is None else list(documents)
         if len(of_question) != len(questions):
             raise ConfigError(f"{len(questions)} questions came with {len(of_question)} document lists; pass one each")

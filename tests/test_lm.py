@@ -831,3 +831,26 @@ def test_a_loop_of_ones_own_reads_what_is_asked(lm, ratio):
         logits = model(**inputs).logits[0, -1]
     assert int(logits.argmax()) == int(new[0])
     assert (model is lm.llm.model) == (ratio == "raw" or not lm.embedder.config.entry_layer)
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ({"role": "user", "content": "hi"}, "is no list of messages"),
+        (5, "is no list of messages"),
+        (["hi"], "a message is 'hi'; pass mappings"),
+        ([("user", "hi")], "a message is .'user', 'hi'.; pass mappings"),
+        ((), "there are no messages"),
+    ],
+)
+def test_what_is_no_message_is_told(lm, messages, said):
+    for call in (lm.chat, lm.positions, lambda given: lm.ask_batch([given])):
+        with pytest.raises(ConfigError, match=said):
+            call(messages)
+
+
+def test_messages_may_come_one_by_one_and_questions_are_a_list(lm):
+    messages = [{"role": "user", "content": "How many ships?"}]
+    assert lm.chat(iter(messages), max_new_tokens=4).text == lm.chat(messages, max_new_tokens=4).text
+    with pytest.raises(ConfigError, match="questions='What.' is one text; pass a list of questions"):
+        lm.ask_batch("What?")

@@ -46,6 +46,13 @@ class ReadDocuments:
     context: tuple[ContextEntry, ...]
     seconds: float
 
+    def cached(self) -> ReadDocuments:
+        """Return the same, read once more: what was compressed is there already."""
+        fidelities = [{entry.fidelity, *(span.fidelity for span in entry.spans)} for entry in self.context]
+        compressed = [any(isinstance(fidelity, int) for fidelity in of_entry) for of_entry in fidelities]
+        context = tuple(replace(one, cached=there) for one, there in zip(self.context, compressed, strict=True))
+        return replace(self, context=context)
+
     @property
     def positions(self) -> int:
         """Positions that all documents take together."""

@@ -37,6 +37,7 @@ from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.models.tokenization import pieces_of
 from extemb_core.store.base import MemoryStore
+from extemb_core.utils.validation import whole_number
 
 _EARLIER = "Earlier in this conversation:\n"
 _PIECE_CHARS = 8192  # long texts are taken in piece by piece
@@ -190,7 +191,7 @@ class Session:
         budget: int | None = None,
     ) -> None:
         llm = builder.llm
-        if window is not None and not 1 <= window <= llm.context_window:
+        if window is not None and whole_number(window, "window", remedy="e.g. 2048") > llm.context_window:
             raise ConfigError(f"window={window} is not between 1 and the {llm.context_window} positions of {llm.name}")
         self._builder = builder
         self._llm = llm
@@ -199,8 +200,8 @@ class Session:
         self._read = ReadDocuments((), (), 0.0)
         self._compress_seconds = 0.0
         self._ratio = ratio
-        self._budget = self._window // 2 if budget is None else check_budget(budget)
-        self._budget = max(0, min(self._budget, self._free(0)))
+        self._asked = self._window // 2 if budget is None else check_budget(budget)
+        self._budget = max(0, min(self._asked, self._free(0)))
         self._read_documents()
         self._condensed: list[Compressed] = []
         self._timeline: list[_Turn] = []
@@ -244,6 +245,7 @@ class Session:
             prompt = draft._prompt([question])
         prepared = PreparedPrompt(prompt, draft._read.context, draft._compress_seconds, start, draft._budget)
         draft._compress_seconds = 0.0  # the documents are read once, and the next answer says so
+        draft._read = draft._read.cached()
 
         def take_in(answer: Answer) -> None:
             with self._lock:
@@ -315,9 +317,9 @@ class Session:
                 f"an answer of up to {new_tokens} leaves a message no room in the session's window of {self._window}; "
                 "lower max_new_tokens"
             )
-        self._budget = min(self._budget, free)
-        if self._read.positions > self._budget:
-            self._read_documents()  # coarser
+        before, self._budget = self._budget, min(self._asked if coming else self._budget, free)
+        if self._read.positions > self._budget or before < self._budget:
+            self._read_documents()  # coarser, or finer when a long answer is over
         while len(self._prompt(coming)) > room:
             if self._timeline or any(len(turn.text) > 1 for turn in coming):
                 self._condense_oldest(coming)

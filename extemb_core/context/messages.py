@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from extemb_core.context.assembly import Slot
@@ -18,15 +18,23 @@ def as_messages(question: str | Messages) -> Messages:
     """Make messages of a question.
 
     Raises:
-        ConfigError: There is nothing in it.
+        ConfigError: There is nothing in it, or what is no message.
     """
     if isinstance(question, str):
         if not question.strip():
             raise ConfigError("the question is empty; ask something")
         return [{"role": "user", "content": question}]
-    if not question:
+    if isinstance(question, Mapping) or not isinstance(question, Iterable):
+        raise ConfigError(f"{question!r:.80} is no list of messages; pass a question, or messages in a list")
+    messages = list(question)
+    if not messages:
         raise ConfigError("there are no messages; pass at least one of role user")
-    return question
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise ConfigError(
+                f"a message is {message!r:.80}; pass mappings, such as {{'role': 'user', 'content': 'Why?'}}"
+            )
+    return messages
 
 
 def content_parts(message: Mapping[str, Any]) -> list[Any]:

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -197,7 +198,7 @@ def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated
                 yield piece
         if piece := text.finish():
             yield piece
-    except GeneratorExit:
+    except BaseException:
         text.cancel()
         raise
     finally:
@@ -292,11 +293,13 @@ def _run(
     else:
         each = [_processors(one, [ids], prompt_length) for one, ids in zip(samplings, said, strict=True)]
         processors = LogitsProcessorList([_RowByRow(each)])
+    model = copy(model)  # the LLM's own stays as it is
+    model.generation_config = GenerationConfig()  # transformers takes from there what the other leaves open
     with torch.no_grad():
         output: Tensor = model.generate(
             **inputs,
             generation_config=config,
-            logits_processor=processors,  # given whole: a model's own defaults add nothing
+            logits_processor=processors,
             stopping_criteria=StoppingCriteriaList(criteria),
             streamer=streamer,
         )
@@ -334,6 +337,10 @@ def _finish(llm: LLM, ids: list[int], sampling: Sampling) -> Generated:
     """Make the result of new token ids, up to the first stop token."""
     end = next((at for at, index in enumerate(ids) if index in llm.stop_token_ids), None)
     text, stopped = _visible(llm.decode(ids[:end]), sampling, final=True)
+    if stopped and not llm.stop_token_ids:  # nothing tells where a row ended that others of its batch outlived
+        decoded = _DecodedText(llm)
+        ends = (at for at, index in enumerate(ids, 1) if _visible(decoded.add(index), sampling, final=False)[1])
+        end = next(ends, end)
     return Generated(text=text, token_ids=ids[:end], finish_reason="stop" if stopped or end is not None else "length")
 
 
@@ -414,8 +421,8 @@ class _TokenRelay:
 
     def put(self, tokens: Tensor) -> None:
         """Take from transformers first the prompt's ids (none here to relay), then each new token."""
-        if tokens.ndim == 1 and tokens.numel() == 1:
-            self.tokens.put(int(tokens))
+        for token in tokens.tolist() if tokens.ndim == 1 else ():
+            self.tokens.put(token)
 
     def end(self) -> None:
         """Take from transformers that there are no more."""

@@ -214,6 +214,9 @@ def test_bad_input(lm):
         lm.session(window=0)
     with pytest.raises(ConfigError, match="window=9999"):
         lm.session(window=9999)
+    for window in ("100", 100.5):
+        with pytest.raises(ConfigError, match=f"window={window!r} is not a whole number"):
+            lm.session(window=window)
     with pytest.raises(ConfigError, match="message is empty"):
         lm.session().send(" ")
     with pytest.raises(BudgetError, match="an answer of up to 110 leaves a message no room"):
@@ -233,3 +236,20 @@ def test_a_budget_larger_than_the_room_is_what_the_room_is(lm):
         assert answer.prompt_positions <= 160 - new_tokens
     assert longer.context[0].positions < first.context[0].positions
     assert longer.context[0].fidelity != "dropped"
+
+
+def test_documents_come_back_when_a_long_answer_is_over(lm):
+    session = lm.session([Document(SENTENCES, title="notes")], window=200, budget=60)
+    first = session.send("Hi.", max_new_tokens=4)
+    longer = session.send("Hi.", max_new_tokens=140)
+    after = session.send("Hi.", max_new_tokens=4)
+    assert longer.budget < first.budget == after.budget == 60
+    assert longer.context[0].positions < first.context[0].positions == after.context[0].positions
+
+
+def test_embeddings_that_a_session_made_are_there_at_the_next_answer(lm):
+    session = lm.session([Document(SENTENCES, title="notes"), "Short."], window=200, budget=80)
+    first, second = (session.send("Hi.", max_new_tokens=4) for _ in range(2))
+    assert [(entry.fidelity == "raw", entry.cached) for entry in first.context] == [(False, False), (True, False)]
+    assert [entry.cached for entry in second.context] == [True, False]
+    assert second.seconds["compress"] == 0

@@ -146,6 +146,62 @@ def test_the_models_own_sampling_defaults_do_not_leak_in():
     assert llm.generate([ids], GREEDY) == expected == llm.generate([ids], GREEDY)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1}, {"return_dict_in_generate": True}, {"stop_strings": ["a"]},
+        {"prompt_lookup_num_tokens": 3}, {"suppress_tokens": list(range(50, 300))}, {"max_time": 0.0},
+        {"num_return_sequences": 2}, {"min_length": 200}, {"forced_eos_token_id": 5}, {"guidance_scale": 3.0},
+        {"bad_words_ids": [[index] for index in range(50, 300)]}, {"num_beams": 2},
+    ],
+)  # fmt: skip
+def test_no_other_default_of_the_model_leaks_in(settings):
+    llm = LLM(tiny_model("llama"), tiny_tokenizer())
+    ids = llm.encode(LONG_PROMPT).tolist()
+    expected = llm.generate([ids], GREEDY)
+    configured = llm.model.generation_config
+    for name, value in settings.items():  # as a file has them: transformers checks only what goes together
+        setattr(configured, name, value)
+    before = configured.to_dict()
+    assert llm.generate([ids], GREEDY) == expected
+    assert "".join(llm.stream(ids, GREEDY)) == expected[0].text
+    assert llm.model.generation_config is configured
+    assert configured.to_dict() == before
+
+
+def test_an_answer_that_fails_or_is_interrupted_is_what_was_shown(llm, monkeypatch):
+    ids, forward, calls = llm.encode(LONG_PROMPT).tolist(), llm.model.forward, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 6:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(llm.model, "forward", failing)
+    result, shown = Generated(), []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        shown.extend(llm.stream(ids, Sampling(max_new_tokens=30), result))
+    monkeypatch.undo()
+    assert (len(result.token_ids), result.finish_reason) == (6, "cancelled")
+    pieces, result = llm.stream(ids, Sampling(max_new_tokens=30), Generated()), Generated()
+    pieces = llm.stream(ids, Sampling(max_new_tokens=30), result)
+    first = next(pieces)
+    with pytest.raises(KeyboardInterrupt):
+        pieces.throw(KeyboardInterrupt())
+    assert (result.text, result.finish_reason) == (first, "cancelled")
+
+
+def test_the_tokens_of_an_answer_end_with_its_stop_string_in_a_batch_too(monkeypatch):
+    llm = LLM(tiny_model("llama"), tiny_tokenizer())
+    monkeypatch.setitem(llm.__dict__, "stop_token_ids", [])
+    prompts = [llm.encode(text).tolist() for text in (LONG_PROMPT, "Rivers carry", "12", "sea")]
+    sampling = Sampling(max_new_tokens=24, stop=tuple("aeost"))
+    alone = [llm.generate([ids], sampling)[0] for ids in prompts]
+    assert len({len(one.token_ids) for one in alone}) > 1
+    assert llm.generate(prompts, sampling) == alone
+
+
 def test_an_empty_prompt_is_refused(llm):
     for empty in ([], torch.empty(0, llm.hidden_size)):
         with pytest.raises(ConfigError, match="0 positions"):
