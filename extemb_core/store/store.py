@@ -16,7 +16,17 @@ from typing import Any, Literal, TypeVar
 from extemb_core.errors import ConfigError, MismatchError, StoreError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.blocks import Blocks
-from extemb_core.store.format import Dtype, check_description, check_dtype, describe, encode, key_of, prepare, ref_of
+from extemb_core.store.format import (
+    DTYPES,
+    Dtype,
+    check_description,
+    check_dtype,
+    describe,
+    encode,
+    key_of,
+    prepare,
+    ref_of,
+)
 from extemb_core.store.lmdb_env import Environment, open_environment
 from extemb_core.store.maintenance import StoreStats, Verified, keys_in, move, sparse, stats_of, verify
 from extemb_core.utils.batches import batches
@@ -116,8 +126,13 @@ class EmbeddingStore:
 
     def items(self) -> Iterator[tuple[str, str]]:
         """Yield (ref, fingerprint) of every document, as of now."""
-        for key, _, kind in self._blocks.entries():
-            yield ref_of(key), kind.fingerprint
+        for ref, fingerprint, _ in self.entries():
+            yield ref, fingerprint
+
+    def entries(self) -> Iterator[tuple[str, str, Dtype]]:
+        """Yield (ref, fingerprint, dtype on disk) of every document, as of now."""
+        for key, entry, kind in self._blocks.entries():
+            yield ref_of(key), kind.fingerprint, DTYPES[entry.dtype]
 
     def __contains__(self, item: tuple[str, str]) -> bool:
         with self.environment.read() as transaction:
@@ -137,16 +152,20 @@ class EmbeddingStore:
 
     # -- writing ----------------------------------------------------------------------------------------------
 
-    def put(self, *texts: Compressed) -> None:
+    def put(self, *texts: Compressed, dtype: Dtype | None = None) -> None:
         """Keep texts, except those here at a ratio at least as fine; all are on disk when this returns.
+
+        Args:
+            *texts: To keep.
+            dtype: To keep them in; the store's own when not given.
 
         Raises:
             StoreError: The store is read-only, or the disk refuses; then none of them was kept.
-            MismatchError: One of them enters above layer 0, and the store is of int8; none of them was kept.
+            MismatchError: One of them enters above layer 0, and the dtype is int8; none of them was kept.
         """
         finest_last = sorted(texts, key=attrgetter("ratio"), reverse=True)
         finest = {key_of(text.ref, text.fingerprint): text for text in finest_last}
-        coded = [(key, text, *encode(text, self.dtype)) for key, text in finest.items()]
+        coded = [(key, text, *encode(text, dtype or self.dtype)) for key, text in finest.items()]
         if coded:
             self.write(lambda transaction: self._blocks.put(transaction, coded))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 
 from extemb_core.errors import StoreError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.format import EmbeddingFormat
+from extemb_core.store.format import Dtype, EmbeddingFormat
 from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shards import (
     EXPORTED,
@@ -27,6 +28,7 @@ from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
 SHARD_BYTES = 256 * 2**20
+_VALUE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "int8": 1}
 _PUT_BYTES = 32 * 2**20  # of one transaction
 
 
@@ -37,7 +39,7 @@ def export_store(
     shard_bytes: int = SHARD_BYTES,
     show_progress: bool | None = None,
 ) -> list[Shard]:
-    """Write every document of a store into shards and a manifest.
+    """Write every document of a store, in the dtype that it is kept in, into shards and a manifest.
 
     Args:
         store: Is read while others may write; documents that come meanwhile may be among them or not.
@@ -61,16 +63,17 @@ def export_store(
         location.remove(leftover)
     shards: list[Shard] = []
     with progress("export", len(store), show_progress) as advance:
-        for texts in _groups(store, shard_bytes):
-            shards.append(write_shard(location, f"shard-{len(shards):05d}", texts, store.dtype))
+        for dtype, texts in _groups(store, shard_bytes):
+            shards.append(write_shard(location, f"shard-{len(shards):05d}", texts, dtype))
             advance(len(texts))
     write_manifest(location, shards)
     return shards
 
 
 def import_shards(store: EmbeddingStore, folder: str | os.PathLike[str], *, show_progress: bool | None = None) -> int:
-    """Put the documents of a folder of shards into a store. Those that are there at a ratio as fine stay as they are.
+    """Put the documents of a folder of shards into a store, in the shards' dtypes: nothing is rounded once more.
 
+    Those that are there at a ratio as fine stay as they are.
     Every file is compared with the manifest before the first document is put; a call that was interrupted is repeated.
 
     Args:
@@ -90,19 +93,23 @@ def import_shards(store: EmbeddingStore, folder: str | os.PathLike[str], *, show
     count = 0
     with progress("import", len(shards), show_progress) as advance:
         for shard in shards:
-            texts = ShardReader(location, shard.file).texts()
-            for group in batches(texts, lambda text: text.embeddings.numel() * 4, _PUT_BYTES):
-                store.put(*group)
+            reader = ShardReader(location, shard.file)
+            for group in batches(reader.texts(), lambda text: text.embeddings.numel() * 4, _PUT_BYTES):
+                store.put(*group, dtype=reader.dtype)
                 count += len(group)
             advance(1)
     return count
 
 
-def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[list[Compressed]]:
-    """Group the documents of one embedder, about `shard_bytes` of embeddings together."""
-    value_bytes = 1 if store.dtype == "int8" else 2
-    for fingerprint in sorted(store.stats().by_fingerprint):
-        texts = (store.finest(ref, fingerprint) for ref, embedder in store.items() if embedder == fingerprint)
+def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[tuple[Dtype, list[Compressed]]]:
+    """Group the documents of one embedder and dtype, about `shard_bytes` of embeddings together."""
+    for fingerprint, dtype in sorted({(fingerprint, dtype) for _, fingerprint, dtype in store.entries()}):
+        texts = (store.finest(ref, fingerprint) for ref, *kind in store.entries() if kind == [fingerprint, dtype])
         present = (text for text in texts if text is not None)  # the others were removed meanwhile
         for _, alike in groupby(present, EmbeddingFormat.of):  # a fingerprint leaves some settings out
-            yield from batches(alike, lambda text: text.embeddings.numel() * value_bytes, shard_bytes)
+            size = partial(_n_bytes, dtype)
+            yield from ((dtype, group) for group in batches(alike, size, shard_bytes))
+
+
+def _n_bytes(dtype: Dtype, text: Compressed) -> int:
+    return text.embeddings.numel() * _VALUE_BYTES[dtype]

@@ -44,6 +44,25 @@ def test_an_export_imported_is_the_same_store(store, tmp_path, shard_bytes):
         assert copy.stats().live_bytes == store.stats().live_bytes
 
 
+def test_what_is_kept_in_any_dtype_is_exported_and_imported_as_it_is(tmp_path):
+    kinds = {"float32": anchored, "int8": compressed, "float16": anchored}
+    with EmbeddingStore.open(tmp_path / "store") as store:
+        for at, (dtype, make) in enumerate(kinds.items()):
+            store.put(make(at, n_tokens=300), dtype=dtype)
+        store.put(replace(compressed(7), embeddings=compressed(7).embeddings * 1e6))  # beyond float16
+        kept = {ref: (dtype, store.finest(ref, fingerprint)) for ref, fingerprint, dtype in store.entries()}
+        size = store.stats().live_bytes
+        assert sorted(dtype for dtype, _ in kept.values()) == ["float16", "float32", "float32", "int8"]
+    with EmbeddingStore.open(tmp_path / "store", "r") as store:
+        export_store(store, tmp_path / "out")
+    with EmbeddingStore.open(tmp_path / "copy") as copy:
+        import_shards(copy, tmp_path / "out")
+        assert copy.stats().live_bytes == size
+        for ref, fingerprint, dtype in copy.entries():
+            assert dtype == kept[ref][0]
+            same(copy.finest(ref, fingerprint), kept[ref][1])
+
+
 def test_an_export_may_be_read_by_all_whom_the_umask_lets(store, tmp_path):
     before = os.umask(0o022)
     try:
