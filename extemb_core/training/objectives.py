@@ -249,7 +249,8 @@ class QuestionReadings:
     def _further(self, question: Question, document: Ids, draw: np.random.Generator) -> list[tuple[str, str]]:
         """Draw more questions about a document, as far as it holds their answers: with their answers."""
         siblings = [other for other in self._by_document[question.document] if other is not question]
-        text = self.llm.decode(document.tolist()) if len(question.context) > self._most_chars else question.context
+        cut = len(question.context) > self._most_chars or len(document) >= self.max_tokens
+        text = self.llm.decode(document.tolist()) if cut else question.context
         chosen = [siblings[int(at)] for at in draw.permutation(len(siblings))[: self.most_further]]
         return [
             (other.question, other.answers[0].strip())
@@ -265,12 +266,13 @@ class QuestionReadings:
 
     def _own_document(self, question: Question, answer: str, draw: np.random.Generator) -> Ids:
         """Encode the question's document; of a long one a part with the answer somewhere in it."""
-        text, end = question.context, 0
+        text = question.context
+        end = text.find(answer) + len(answer) if answer in text else 0
         if len(text) > self._most_chars:
-            at = text.find(answer)
-            start = int(draw.integers(max(0, at + len(answer) - self._most_chars), at + 1))
-            start = text.rfind(" ", 0, start + 1) + 1
-            text, end = text[start : start + self._most_chars], at + len(answer) - start
+            start = int(draw.integers(max(0, end - self._most_chars), end - len(answer) + 1))
+            word = text.rfind(" ", 0, start + 1) + 1
+            start = word if end <= word + self._most_chars else start
+            text, end = text[start : start + self._most_chars], end - start
         ids = self.llm.encode(text)
         cut = max(0, len(self.llm.encode(text[:end])) - self.max_tokens) if len(ids) > self.max_tokens else 0
         return ids[cut : cut + self.max_tokens]

@@ -140,6 +140,30 @@ def test_a_stream_of_readings_goes_through_all_questions_in_turn(llm):
     assert rounds[0] != rounds[1] or rounds[1] != rounds[2]
 
 
+@pytest.mark.parametrize("n_characters", [150, 2000])  # more tokens than are taken, in few characters and in many
+def test_of_a_text_without_spaces_a_part_with_the_answer_is_kept(llm, n_characters):
+    draw = np.random.default_rng(0)
+    rows = []
+    for at in range(12):
+        text = "".join(chr(0x4E00 + int(one)) for one in draw.integers(0, 2000, n_characters))
+        where, answer = int(draw.integers(n_characters)), f"#{at:02}#"
+        rows.append(Question(str(at), text[:where] + answer + text[where:], "When?", (answer,)))
+    made = QuestionReadings(rows, llm, max_tokens=96, missing_share=0)
+    for row in rows:
+        for seed in range(4):
+            document = made._own_document(row, row.answers[0], np.random.default_rng(seed))
+            assert len(document) <= 96
+            assert row.answers[0] in llm.decode(document.tolist())
+
+
+def test_a_further_question_is_asked_only_where_its_answer_is_left(llm):
+    text = "".join(chr(0x4E00 + at) for at in range(100))
+    rows = [Question(str(at), f"#a#{text}#b#", "Which?", (answer,)) for at, answer in enumerate(("#a#", "#b#"))]
+    made = QuestionReadings(rows, llm, max_tokens=96, missing_share=0, most_further=1)
+    document = made._own_document(rows[0], "#a#", np.random.default_rng(0))
+    assert made._further(rows[0], document, np.random.default_rng(0)) == []
+
+
 def test_further_questions_about_the_document_are_further_turns(llm):
     context = "The mill was built in 1820 by nine masons. " + "It rained. " * 20
     facts = [("When was it built?", "1820"), ("By how many masons?", "nine"), ("What was the weather?", "rain")]
