@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +142,7 @@ def train(
     output, total_tokens = given.pop("output"), given.pop("total_tokens", settings["total_tokens"])
     start = time.perf_counter()
     with library_output(), explain_interrupt(lambda: _how_to_resume(Path(output), resume)):
-        trained = _train(recipe, output, total_tokens, resume, given | {"embedder": embedder})
+        trained, finished = _train(recipe, output, total_tokens, resume, given | {"embedder": embedder})
     from extemb_core.training.trainer import is_first_process
 
     if not is_first_process():
@@ -149,29 +150,36 @@ def train(
     seconds = time.perf_counter() - start
     if as_json:
         fingerprint = trained.embedder.fingerprint if trained and trained.embedder else None
-        print_json({"output": output, "fingerprint": fingerprint, "seconds": round(seconds, 1)})
+        value = {"output": output, "fingerprint": fingerprint, "finished": finished}
+        print_json(value | {"seconds": round(seconds, 1)})
         return
     typer.echo(output)
+    if not finished:
+        print_note(f"the time is up before all {total_tokens:,} tokens are seen; the same command goes on")
     if trained is None:
-        print_note("the time is up before the last stage is finished; the same command goes on")
-    elif trained.embedder is None:
-        print_note(f"trained in {seconds:.0f} s; it is an LLM now: --llm {output}/reader")
+        return
+    if trained.embedder is None:
+        print_note(f"trained in {seconds:.0f} s; it is an LLM now: --llm {shlex.quote(f'{output}/reader')}")
     else:
         reader = f"{output}/reader" if trained.reader is not None else given["llm"]
         print_note(f"trained in {seconds:.0f} s; try it:")
-        print_note(f'extemb ask "..." --documents FILE --llm {reader} --embedder {output}')
+        print_note(f'extemb ask "..." --documents FILE --llm {shlex.quote(reader)} --embedder {shlex.quote(output)}')
 
 
 def _train(
     recipe: str | None, output: str, total_tokens: int, resume: bool, given: dict[str, Any]
-) -> TrainableModel | None:
+) -> tuple[TrainableModel | None, bool]:
+    """Return what was trained so far, and whether it is finished; None before the last stage of a recipe is."""
     if recipe is not None:
         from extemb_core.training.recipes import read_recipe, train_recipe
 
-        return train_recipe(read_recipe(recipe), output, total_tokens, resume=resume, **given)
-    from extemb_core.training.trainer import train as train_once
+        trained = train_recipe(read_recipe(recipe), output, total_tokens, resume=resume, **given)
+        return trained, trained is not None
+    from extemb_core.training import trainer
 
-    return train_once(TrainingConfig(output=output, total_tokens=total_tokens, **given), resume=resume)
+    config = TrainingConfig(output=output, total_tokens=total_tokens, **given)
+    trained = trainer.train(config, resume=resume)
+    return trained, config.max_minutes is None or trainer.is_finished(config)
 
 
 def _how_to_resume(output: Path, resume: bool) -> str:

@@ -418,13 +418,13 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
         counted = replace(config, total_tokens=config.total_tokens - lag)
         batches = plan_batches(counted, llm, min(ratios), chunk_sizes)
         held_out = _held_out(config, llm)
+        longest = max(_short_chunks(config, chunk_sizes)) if held_out is not None else 0
     if checkpoint is None and is_first_process():  # not before it is known that this run can begin
         _discard_checkpoints(output)
     elif is_first_process():  # what a kill left of one counts for nothing, but would push a whole one out
         for folder in _checkpoints(output):
             if not (folder / COMPLETE).is_file():
                 shutil.rmtree(folder)
-    longest = max(_short_chunks(config, chunk_sizes)) if held_out is not None else 0
     logger.info("%d steps of %d tokens at most", counted.max_steps, config.tokens_per_step)
     before = None  # the checkpoint that holds the optimiser's state of the run that this one goes on from
     if checkpoint is None and config.start_from is not None:
@@ -729,11 +729,27 @@ def _last_checkpoint(config: TrainingConfig) -> Path | None:
 def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tuple[Any, Any]]:
     """Compare the settings with those that a checkpoint was made with: changed name -> (then, now).
 
-    One that the checkpoint's version did not know was its default.
+    One that the checkpoint's version did not know was its default. A folder is the same however its path is typed, and
+    a stage of a recipe goes on from the one beside it wherever the recipe's folder was moved.
     """
     defaults = _settings(TrainingConfig(llm="", data=("",), output=""))
     before = defaults | {"data": [], "llm": ""} | _config_of(checkpoint)
-    return {name: (before[name], now) for name, now in _settings(config).items() if before[name] != now}
+    changed = {name: (before[name], now) for name, now in _settings(config).items() if before[name] != now}
+    for name in changed.keys() & {"llm", "start_from", "output"}:
+        if None not in changed[name] and _same_place(*changed[name], before["output"], config.output):
+            del changed[name]
+    return changed
+
+
+def _same_place(then: str, now: str, output_then: str, output_now: str) -> bool:
+    """Tell whether two paths are one, or lead to one place beside a run's folder before and after that was moved."""
+    one, other, beside_then, beside_now = (
+        Path(os.path.abspath(path)) for path in (then, now, Path(output_then).parent, Path(output_now).parent)
+    )
+    if one == other:
+        return True
+    inside = one.is_relative_to(beside_then) and other.is_relative_to(beside_now)
+    return inside and one.relative_to(beside_then) == other.relative_to(beside_now)
 
 
 def _config_of(checkpoint: Path) -> dict[str, Any]:

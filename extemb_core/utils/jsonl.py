@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from extemb_core.errors import DocumentError, DocumentNotFoundError, optional_im
 from extemb_core.utils.files import parse_json
 
 _BLOCK_BYTES = 1 << 16
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Item = TypeVar("Item")
 
@@ -26,18 +29,26 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read the rows of a .jsonl or .jsonl.zst file with their line numbers, from 1; empty lines are passed over.
 
     Raises:
-        DocumentError: A line is not a JSON object in UTF-8, or the compressed data is damaged.
+        DocumentError: A line is not a JSON object in UTF-8, or holds half of a character, or the compressed data is
+            damaged.
     """
     for number, line in enumerate(_lines(_blocks_of(file)), 1):
-        if not line.strip():
+        if not (text := _decoded(line, file, number)).strip():
             continue
-        text = _decoded(line, file, number)
         try:
             row = parse_json(text)
         except ValueError as error:
             raise DocumentError(f"{file}, line {number}: not JSON ({error}); mend or drop the row") from error
         if not isinstance(row, dict):
             raise DocumentError(f"{file}, line {number}: a JSON {type(row).__name__}, not an object; mend the row")
+        if _SURROGATE.search(text):  # as an escape: UTF-8 has none
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise DocumentError(
+                    f"{file}, line {number}: {error.object[error.start]!r} is half of a character, as a text has that "
+                    "was cut within an emoji; mend or drop the row"
+                ) from error
         yield number, row
 
 

@@ -63,7 +63,8 @@ def test_train_passes_its_options_on(models: Models, novel: Path, monkeypatch: p
     options = ["--eval-data", str(novel), str(novel), "--max-minutes", "1.5", "--no-resume", "--learning-rate", "1e-3"]
     result = run(*command, *options, "--json")
     assert result.exit_code == 0, result.output
-    assert set(json.loads(result.stdout)) == {"output", "fingerprint", "seconds"}
+    assert set(json.loads(result.stdout)) == {"output", "fingerprint", "finished", "seconds"}
+    assert not json.loads(result.stdout)["finished"]  # there is no checkpoint with all tokens
     config, resume = seen[0]
     assert not resume
     assert dict(config.embedder) == {"num_layers": 1, "lora_rank": 2, "chunk_size": 32, "ratios": (2, 4)}
@@ -95,6 +96,13 @@ def test_train_ends_with_how_to_use_what_was_trained(
     embedder = random_embedder(tiny_llm()) if kind != "reader" else None
     made = trainer.TrainableModel(tiny_llm(), embedder, LoraConfig() if kind != "embedder" else None)
     monkeypatch.setattr(trainer, "train", lambda config, *, resume: made)
+    monkeypatch.setattr(trainer, "is_finished", lambda config: config.max_minutes > 1)
+    early = run(*train_options(models, novel, Path("out")), "--max-minutes", "0.5").stderr
+    assert "the time is up before all 1,500,000 tokens are seen; the same command goes on" in early
+    spaced = run(*train_options(models, novel, Path("my out")), "--max-minutes", "2").stderr
+    assert "the time is up" not in spaced
+    assert ("'my out/reader'" in spaced) == (kind != "embedder")
+    assert ("--embedder 'my out'" in spaced) == (kind != "reader")
     said = run(*train_options(models, novel, Path("out"))).stderr
     expected = {
         "embedder": f"--llm {models.llm} --embedder out\n",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 from extemb_core.context.focus import mode_of
-from extemb_core.errors import ConfigError
+from extemb_core.errors import ConfigError, TrainingError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training import recipes as recipes_module
@@ -130,6 +130,22 @@ def test_a_training_stopped_between_two_stages_has_the_next_one_begin_anew(folde
     rows = [json.loads(line) for line in (last / "log.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 1
     assert not any("changed" in row for row in rows)
+
+
+def test_a_recipe_goes_on_whatever_its_paths_are_typed_like_and_where_its_folder_was_moved(
+    folder, settings, monkeypatch
+):
+    recipe = read_recipe(folder / "own.yaml")
+    monkeypatch.chdir(folder)
+    train_recipe(recipe, "run", 6 * 96, **settings | {"llm": "llm"})
+    train_recipe(recipe, folder / "run", 9 * 96, **settings)
+    (folder / "run").rename(folder / "moved")
+    assert train_recipe(recipe, "./moved/", 12 * 96, **settings) is not None
+    log = [json.loads(line) for line in (folder / "moved/stages/1-warm-up/log.jsonl").read_text().splitlines()]
+    assert {name for row in log for name in row.get("changed", ())} == {"total_tokens", "cache"}
+    (folder / "llm").rename(folder / "other")
+    with pytest.raises(TrainingError, match="another llm"):
+        train_recipe(recipe, folder / "moved", 15 * 96, **settings | {"llm": str(folder / "other")})
 
 
 def test_the_readers_recipe_leaves_an_llm(folder, settings):

@@ -87,6 +87,16 @@ def test_a_run_that_cannot_begin_takes_no_checkpoint_from_the_last(config):
     train(replace(config, total_tokens=3 * 96))
     with pytest.raises(DocumentError):
         train(replace(config, data=("gone.jsonl",)), resume=False)
+    no_chunk = replace(
+        config,
+        objectives={"reconstruction": 1},
+        spans=(4, 8),
+        sample_length=16,
+        chunk_sizes=(32,),
+        eval_data=config.data,
+    )
+    with pytest.raises(ConfigError, match="sample_length=16 leaves nothing to predict"):
+        train(no_chunk, resume=False)
     assert last_checkpoint(Path(config.output)).name == "checkpoint-3"
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from extemb_core.errors import DocumentError
 from extemb_core.utils.jsonl import read_jsonl
 
 
@@ -25,3 +26,18 @@ def test_a_long_line_costs_as_much_as_its_length(tmp_path, monkeypatch):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"text": "x" * 20_000_000}) + "\n{}\n")
     assert [len(row.get("text", "")) for _, row in read_jsonl(file)] == [20_000_000, 0]
+
+
+def test_half_a_character_is_told_with_its_line_and_a_whole_one_is_read(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"a": "\\ud83d\\ude00", "b": "\\\\ud83d"}\n{"a": ["x", {"\\ud83d": 1}]}\n')
+    rows = read_jsonl(file)
+    assert next(rows) == (1, {"a": "😀", "b": "\\ud83d"})
+    with pytest.raises(DocumentError, match=r"a.jsonl, line 2: '\\ud83d' is half of a character.*drop the row"):
+        next(rows)
+
+
+def test_a_byte_order_mark_alone_is_an_empty_line(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf\r\n{"a": 1}\r\n')
+    assert list(read_jsonl(file)) == [(2, {"a": 1})]
