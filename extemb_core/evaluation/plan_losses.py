@@ -148,7 +148,11 @@ class PlanExperiment(DrawnQuestions):
 
 
 def fit(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Fit the table (see the module): JSON-able values, with the share of the cost's variance that it explains."""
+    """Fit the table (see the module): JSON-able values, with the share of the cost's variance that it explains.
+
+    Raises:
+        ConfigError: It costs nothing to read in less detail.
+    """
     added = np.array([sample["added"] for sample in samples])
     positive = added[added > 0]
     trust = (0.0, float(np.median(positive))) if len(positive) else (0.0,)
@@ -164,6 +168,11 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
             features.append(counted.reshape(-1, len(FIDELITIES)))
             nats.append(np.clip((loss - full) / sample["answer_tokens"], _MIN_LOSS, _MAX_LOSS))
             falls.append(np.exp(-full) - np.exp(-loss))
+    if min(np.mean(nats), np.mean(falls)) <= 0:
+        raise ConfigError(
+            f"reading sentences in less detail made the right answers no less likely ({np.mean(nats):+.3f} nats per "
+            "token on average), so that there is no cost to fit; pass other questions, or train the embedder first"
+        )
     x, y = np.stack(features), np.array(nats) / np.mean(nats) + np.array(falls) / np.mean(falls)
     # One weight for each level and class; for classes of lower rank, of which little is seen, one for all levels.
     levels, n_classes, _ = blank.losses.shape

@@ -258,13 +258,14 @@ def finished(output: str | os.PathLike[str]) -> dict[tuple[str, int], Refs]:
 def seal(output: str | os.PathLike[str]) -> list[Shard]:
     """Name the whole shards of a folder in its manifest, and remove what lost workers left. Returns them.
 
-    For when all workers are done.
+    For when all workers are done. What another run has finished in the meantime stays, for its own manifest.
     """
     location = StorageLocation(output)
+    names = location.names()  # before the receipts: what comes later is not lost
     shards = receipts(output)
     write_manifest(location, shards)
     whole = {name for shard in shards for name in (shard.file, shard.file.removesuffix(SUFFIX) + _RECEIPT)}
-    for name in location.names():
+    for name in names:
         if re.fullmatch(f"{COMPRESSED}|{LEFT}", name) and name not in whole:
             location.remove(name)
     return shards

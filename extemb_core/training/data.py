@@ -46,7 +46,10 @@ class TokenFile:
             offsets = np.load(folder / "offsets.npy", allow_pickle=False)
             if not offsets[-1]:
                 return cls(np.empty(0, dtype=meta["dtype"]), offsets, meta)
-            return cls(np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"), offsets, meta)
+            tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+            if len(tokens) != offsets[-1]:
+                raise ValueError(f"{len(tokens):,} tokens where {offsets[-1]:,} belong")
+            return cls(tokens, offsets, meta)
         except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             raise DocumentError(
                 f"{folder} is not a folder of tokens ({error}); pass text files, and remove it if it is in a cache"
@@ -79,7 +82,7 @@ class TokenFile:
             digest.update(f"{sha256_of(file)} {is_jsonl(file)}".encode())  # rows, or one document: its name tells
         folder = cache / f"tokens-{digest.hexdigest()[:16]}"
         if not folder.is_dir():
-            with caching.locked(folder):
+            with caching.locked(folder, "pass another --output, or cache="):
                 if not folder.is_dir():  # another process may have built it while this one waited
                     with caching.partial_folder(folder) as unfinished:
                         _tokenise(files, llm, unfinished, show_progress)

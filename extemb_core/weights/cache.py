@@ -82,17 +82,19 @@ def check_files(folder: Path, *, hashes: bool = False) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time build ``folder``; the lock is released when the process ends, however it does."""
+def locked(folder: Path, remedy: str = "set EXTEMB_HOME to a folder that can") -> Iterator[None]:
+    """Let one process at a time build ``folder``; the lock is released when the process ends, however it does.
+
+    Raises:
+        WeightsError: Its parent cannot be written to; the message ends with the remedy.
+    """
     from filelock import FileLock
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.parent / f".{folder.name}.lock").acquire()
     except OSError as error:
-        raise WeightsError(
-            f"{folder.parent} cannot be written to ({error.strerror}); set EXTEMB_HOME to a folder that can"
-        ) from error
+        raise WeightsError(f"{folder.parent} cannot be written to ({error.strerror}); {remedy}") from error
     with lock:
         yield
 

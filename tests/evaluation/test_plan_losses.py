@@ -86,6 +86,16 @@ def test_what_made_the_losses_is_found_again():
     assert table["explained"] > 0.9
 
 
+@pytest.mark.parametrize("change", [-1, 0])
+def test_what_costs_nothing_has_no_table(change):
+    samples = samples_of(np.full((3, 6), 0.1), np.linspace(1, 0, 7))
+    for sample in samples:
+        *losses, full = sample["losses"]
+        sample["losses"] = [full + change * (loss - full) for loss in losses] + [full]
+    with pytest.raises(ConfigError, match=r"made the right answers no less likely \([+-]\d"):
+        fit(samples)
+
+
 @pytest.mark.parametrize("embedder", [None, "at layer 0"])
 def test_an_embedder_that_has_no_spans_is_refused(questions, embedder):
     llm = tiny_llm("llama")
@@ -120,6 +130,7 @@ def test_sentences_are_ranked_and_cut_by_heads_where_the_embedder_names_any(ques
         return shares
 
     monkeypatch.setattr("extemb_core.context.retrieval_heads.RetrievalHeads.look", look)
+    monkeypatch.setattr("extemb_core.evaluation.plan_losses.fit", lambda samples: {})  # of an LLM of random numbers
     experiment = made(questions, limit=2, plans=1)
     by_words = run(experiment, tmp_path / "words.json", show_progress=False)
     heads = entering(experiment.llm, ratios=(1, 2, 4, 8, 16, 32), chunk_size=32, retrieval_heads=[[1, 0]])

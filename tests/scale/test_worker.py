@@ -152,6 +152,21 @@ def test_a_library_finds_its_passages_in_what_workers_compressed(any_models, out
         assert library.search("1807", 1)[0].text in TEXTS[7]
 
 
+def test_sealing_leaves_what_another_run_has_just_finished(models, out, monkeypatch):
+    whole = receipts(out) if out.is_dir() else []
+    late = [out / f"shard-{'0' * 31}1{suffix}" for suffix in (".safetensors", ".json")]
+
+    def meanwhile(output):
+        for file in late:
+            file.write_text("of another run")
+        return whole
+
+    out.mkdir(exist_ok=True)
+    monkeypatch.setattr("extemb_core.scale.worker.receipts", meanwhile)
+    seal(out)
+    assert all(file.is_file() for file in late)
+
+
 def test_sealing_removes_what_lost_workers_left(models, out):
     CompressWorker(out, **models)({"text": TEXTS})
     (shard,) = receipts(out)

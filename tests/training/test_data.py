@@ -206,10 +206,17 @@ def test_a_damaged_folder_of_tokens_is_one_sentence(tmp_path, file, content):
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     (folder / file).write_text(content)
     for files in ([folder], [texts]):
-        if file == "tokens.bin" and content:
-            continue  # bytes are bytes; training compares none
         with pytest.raises(DocumentError, match=f"{folder.name} is not a folder of tokens .*; pass text files"):
             TokenFile.build(files, llm, tmp_path / "cache")
+
+
+def test_tokens_that_were_cut_off_are_told(tmp_path):
+    texts, llm = write(tmp_path, "a.jsonl", jsonl(TEXTS[:4])), tiny_llm()
+    n_tokens = TokenFile.build([texts], llm, tmp_path / "cache").n_tokens
+    (tokens,) = (tmp_path / "cache").glob("*/tokens.bin")
+    tokens.write_bytes(tokens.read_bytes()[: n_tokens // 2 * 2])
+    with pytest.raises(DocumentError, match=f"{n_tokens // 2:,} tokens where {n_tokens:,} belong"):
+        TokenFile.build([texts], llm, tmp_path / "cache")
 
 
 # -- samples ------------------------------------------------------------------------------------------------------
