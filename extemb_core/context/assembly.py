@@ -206,7 +206,7 @@ def _rendered(
         {name: valid_texts(message[name]) for name in message if name not in ("role", "content")}
         for message in messages
     ]
-    placeholders = _Placeholders(llm, [*contents, list(_texts_in([fields, tools]))])
+    placeholders = _Placeholders(llm, [*contents, [*_texts_in([fields, tools]), assistant_prefix]])
     for role in (message["role"] for message in messages):
         if placeholders.mark(role) != role:
             raise ConfigError(

@@ -165,7 +165,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
 
     def require_ratio(self, ratio: int) -> int:
         """Return `ratio` if it may be asked for, else raise a `RatioError` that names the legal ones."""
-        if ratio not in self.ratios:
+        if isinstance(ratio, bool) or ratio not in self.ratios:
             legal = tuple(self.ratios)
             raise RatioError(
                 f"ratio={ratio} is not one of the ratios {legal} of this embedder; "

@@ -190,6 +190,11 @@ def test_plain_text_starts_with_the_bos_where_the_llm_has_one(llm, monkeypatch):
     assert assemble_text(llm, ["ab"]).inputs(llm) == [7, *llm.encode("ab").tolist()]
 
 
+def test_an_answer_may_begin_with_any_character(llm):
+    prompt = assemble_chat(llm, user("Why?"), assistant_prefix="\U000f0000 Because")
+    assert llm.decode(prompt.inputs(llm)).endswith("\U000f0000 Because")
+
+
 @pytest.mark.parametrize("message", [{"role": "user"}, {"content": "x"}, {"role": "user", "content": [3]}, {}])
 def test_a_malformed_message_is_an_error(llm, message):
     with pytest.raises(ConfigError):

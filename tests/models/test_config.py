@@ -170,3 +170,11 @@ def test_a_file_from_before_there_were_entry_layers(tmp_path):
         del values[name]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert ExtensibleEmbedderConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("ratio", [True, "2", None, 3])
+def test_a_ratio_is_a_whole_number_of_those_that_there_are(ratio):
+    config = ExtensibleEmbedderConfig(ratios=(1, 2, 4))
+    assert config.require_ratio(2) == 2
+    with pytest.raises(RatioError, match=f"ratio={ratio} is not one of the ratios"):
+        config.require_ratio(ratio)
