@@ -398,7 +398,10 @@ class _StreamedText:
         return self._send(finished.text)
 
     def cancel(self) -> None:
-        """End it with what was shown so far."""
+        """End it with what was shown so far, which may be all of it."""
+        if self.ended and _finish(self._llm, self._result.token_ids, self._sampling).text == self._sent:
+            self.finish()
+            return
         self.ended = True
         self._result.text, self._result.finish_reason = self._sent, "cancelled"
 

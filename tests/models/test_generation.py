@@ -192,6 +192,16 @@ def test_an_answer_that_fails_or_is_interrupted_is_what_was_shown(llm, monkeypat
     assert (result.text, result.finish_reason) == (first, "cancelled")
 
 
+def test_a_stream_that_is_closed_after_its_last_piece_is_complete(llm):
+    ids, result, shown = llm.encode(LONG_PROMPT).tolist(), Generated(), ""
+    (expected,) = llm.generate([ids], Sampling(max_new_tokens=12))
+    pieces = llm.stream(ids, Sampling(max_new_tokens=12), result)
+    while shown != expected.text:
+        shown += next(pieces)
+    pieces.close()
+    assert result == expected
+
+
 def test_the_tokens_of_an_answer_end_with_its_stop_string_in_a_batch_too(monkeypatch):
     llm = LLM(tiny_model("llama"), tiny_tokenizer())
     monkeypatch.setitem(llm.__dict__, "stop_token_ids", [])
