@@ -63,12 +63,14 @@ def check_description(folder: Path) -> int | None:
         The version in the description; None without a description.
     """
     file = folder / DESCRIPTION
-    if not file.is_file():
-        return None
     try:
+        if not file.is_file():
+            return None
         description = parse_json(file.read_text(encoding="utf-8"))
         name, version = description["format"], description["version"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read ({error.strerror}); check that the folder may be read") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise StoreCorruptError(f"{file} does not describe a store ({error}); restore it from a copy") from error
     if name != FORMAT or version not in _READ:
         raise StoreFormatError(

@@ -340,6 +340,20 @@ def test_a_store_of_another_version_is_not_touched(tmp_path):
             EmbeddingStore.open(tmp_path / "s", "r")
 
 
+def test_a_description_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    written(tmp_path / "s")
+
+    def refused(self, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.read_text", refused)
+    with pytest.raises(
+        StoreError, match="store.json cannot be read .Permission denied.; check that the folder"
+    ) as told:
+        EmbeddingStore.open(tmp_path / "s", "r")
+    assert not isinstance(told.value, StoreCorruptError)
+
+
 def test_a_folder_that_may_not_be_written_is_read(tmp_path):
     written(tmp_path / "s")
     (tmp_path / "s" / "lock.mdb").unlink()
