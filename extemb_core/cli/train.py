@@ -150,8 +150,7 @@ def train(
     seconds = time.perf_counter() - start
     if as_json:
         fingerprint = trained.embedder.fingerprint if trained and trained.embedder else None
-        value = {"output": output, "fingerprint": fingerprint, "finished": finished}
-        print_json(value | {"seconds": round(seconds, 1)})
+        print_json({"output": output, "fingerprint": fingerprint, "finished": finished, "seconds": round(seconds, 1)})
         return
     typer.echo(output)
     if not finished:

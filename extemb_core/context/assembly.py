@@ -153,10 +153,11 @@ def _forms(llm: LLM, messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dic
     forms = [plain] if "tool_calls" in (llm.tokenizer.chat_template or "") else []
     if not forms or any("tool_calls" in message for message in plain):
         forms.append([_with_written_calls(message) for message in plain])
-    forms += [turns for form in forms if _roles(turns := _in_turn(form)) != _roles(form)]
     yield from forms
+    in_turn = [turns for form in forms if _roles(turns := _in_turn(form)) != _roles(form)]
+    yield from in_turn
     if messages and messages[0]["role"] == "system":
-        for form in forms:
+        for form in [*forms, *in_turn]:
             yield _with_system_in_turn(form)
 
 

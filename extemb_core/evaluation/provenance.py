@@ -12,10 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-from torch import nn
-
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
@@ -26,6 +22,8 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
     Args:
         command: The words of the command line; of paths outside the repository only the file's name is kept.
     """
+    import torch
+
     return {
         "command": shlex.join(_without_folders(word) for word in command),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -59,16 +57,6 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Hash what a model consists of (128 bits, hex), rounded to bfloat16: the same in every dtype."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        rounded = tensor.detach().to("cpu", torch.bfloat16) if tensor.is_floating_point() else tensor.detach().cpu()
-        digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def short_name(name: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
-from extemb_core.evaluation.provenance import provenance, short_name, weights_digest
+from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
@@ -69,7 +69,7 @@ class Experiment:
     @property
     def llm_digest(self) -> str:
         """Return what tells the LLM from another of the same name."""
-        return weights_digest(self.llm.model)
+        return self.llm.weights_digest()
 
     @property
     def embedder_settings(self) -> dict[str, Any] | None:
@@ -207,7 +207,6 @@ class FinishedSamples:
                 f"pass the record's own --limit to measure {', '.join(remeasure)} anew in it"
             )
         self._n_parts += file.is_file()
-        self._is_new = file.is_file()  # what is not in the record
         marks = {"remeasure": list(remeasure) or None} | ({"anew": True} if anew else {})
         self.journal = Journal(file, identity | marks, _REMEDY)
         with _undamaged(file):
@@ -255,7 +254,7 @@ class FinishedSamples:
     def origins(self, origin: dict[str, Any]) -> dict[str, Any]:
         """Say where the samples come from, `origin` being of this run, and where arms that were measured anew do."""
         anew = self._record.get("remeasured", {}) | dict.fromkeys(self.remeasure, origin)
-        stays = self.remeasure or (self._record and not self._is_new and not self._has_added)
+        stays = self.remeasure or self.parts == self._record.get("parts")  # nothing has been measured since
         first = self._record["provenance"] if stays else origin
         return {"provenance": first} | ({"remeasured": anew} if anew else {})
 

@@ -418,14 +418,13 @@ class Library:
         wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
 
         def work(transaction: Any) -> list[str]:
-            """Write the documents if all embeddings are here, and else list those that another process dropped."""
+            """Write the documents if all embeddings are here, and else list those that are not, or not any more."""
             missing = self.store.missing_within(transaction, wanted, fingerprint, finest)
             if not missing:
                 before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, encoder)
                 self._drop_orphans(transaction, before, fingerprint)
             return missing
 
-        self._compress(lm, {ref: wanted[ref] for ref in self.store.missing(wanted, fingerprint, finest)}, counts)
         while missing := self.store.write(work):
             self._compress(lm, {ref: wanted[ref] for ref in missing}, counts)
         counts["n_passages"] += len(texts)

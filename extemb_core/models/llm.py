@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -126,6 +127,15 @@ class LLM(TextEncoder):
     def text_config(self) -> Any:
         """The decoder's configuration (multimodal models nest it)."""
         return self.model.config.get_text_config()
+
+    def weights_digest(self) -> str:
+        """Hash what the model consists of (128 bits, hex), rounded to bfloat16: the same in every dtype."""
+        digest = xxhash.xxh3_128()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            rounded = tensor.detach().to("cpu", torch.bfloat16) if tensor.is_floating_point() else tensor.detach().cpu()
+            digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @property
     def hidden_size(self) -> int:

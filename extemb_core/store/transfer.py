@@ -9,7 +9,7 @@ from itertools import groupby
 
 from extemb_core.errors import StoreError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.format import Dtype, EmbeddingFormat
+from extemb_core.store.format import Dtype, EmbeddingFormat, n_bytes
 from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shards import (
     EXPORTED,
@@ -28,7 +28,6 @@ from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
 SHARD_BYTES = 256 * 2**20
-_VALUE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "int8": 1}
 _PUT_BYTES = 32 * 2**20  # of one transaction
 
 
@@ -107,9 +106,10 @@ def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[tuple[Dtype, li
         texts = (store.finest(ref, fingerprint) for ref, *kind in store.entries() if kind == [fingerprint, dtype])
         present = (text for text in texts if text is not None)  # the others were removed meanwhile
         for _, alike in groupby(present, EmbeddingFormat.of):  # a fingerprint leaves some settings out
-            size = partial(_n_bytes, dtype)
+            size = partial(_size, dtype)
             yield from ((dtype, group) for group in batches(alike, size, shard_bytes))
 
 
-def _n_bytes(dtype: Dtype, text: Compressed) -> int:
-    return text.embeddings.numel() * _VALUE_BYTES[dtype]
+def _size(dtype: Dtype, text: Compressed) -> int:
+    count, width = text.embeddings.shape
+    return n_bytes(count, width, dtype, anchored=text.entry_layer > 0)

@@ -17,7 +17,6 @@ from typing import Any
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.metrics import f1
-from extemb_core.evaluation.provenance import weights_digest
 from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
@@ -74,7 +73,7 @@ def make_targets(
         "questions": [sha256_of(Path(file)) for file in files],
         "limit": limit,
         "max_document_tokens": max_document_tokens,
-        "llm_digest": weights_digest(llm.model),
+        "llm_digest": llm.weights_digest(),
     }
     journal = Journal(out.with_name(out.name + ".partial"), identity, "remove it, or pass another output")
     with closing(journal), progress("targets", len(questions), show_progress) as advance:

@@ -85,7 +85,10 @@ class Journal:
 
 
 def _lock(handle: int) -> bool:
-    """Lock an open file until it is closed, where the system has such locks; False if another has."""
+    """Lock an open file until it is closed, where the system has such locks; False if another has.
+
+    Not with filelock, which leaves a file of its own beside the one that it is for.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
