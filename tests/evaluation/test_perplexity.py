@@ -13,6 +13,7 @@ from tiny import SENTENCES, RawEmbedder, random_embedder, tiny_llm, tiny_model, 
 
 from extemb_core.context.assembly import Prompt
 from extemb_core.errors import ConfigError, RatioError
+from extemb_core.evaluation import perplexity
 from extemb_core.evaluation.perplexity import (
     PerplexityConfig,
     PerplexityExperiment,
@@ -108,6 +109,24 @@ def test_a_perfect_embedder_above_layer_0_has_the_full_texts_numbers(make, llm):
         for arms in sample["contexts"].values():
             assert arms["extensible/1"]["loss"] == pytest.approx(arms["full"]["loss"], abs=1e-5)
             assert arms["extensible/2"]["loss"] != pytest.approx(arms["full"]["loss"], abs=1e-3)
+
+
+def test_the_same_text_is_read_once_for_all_lengths_of_context(make, llm, monkeypatch):
+    read = []
+
+    def counted(llm, prompts, targets):
+        read.extend(tuple(map(int, [*prompt.inputs(llm), *own])) for prompt, own in zip(prompts, targets, strict=True))
+        return target_losses(llm, prompts, targets)
+
+    experiment = make(contexts=(16, 32, 64))  # nearest/2 of 32 are all 16, as nearest/4 of 64 are
+    losses = experiment._losses
+    apart = lambda prompts, targets, known: losses(prompts, targets, [{} for _ in prompts])  # noqa: E731
+    monkeypatch.setattr(experiment, "_losses", apart)
+    expected = measured(experiment)
+    monkeypatch.setattr(experiment, "_losses", losses)
+    monkeypatch.setattr(perplexity, "target_losses", counted)
+    assert measured(experiment) == expected
+    assert len(read) == len(set(read)) == len(expected) * 7  # none, 2, 4, 8, 16, 32 and 64 tokens
 
 
 def test_embeddings_of_another_text_are_not_those_of_the_right_one(make, llm):
