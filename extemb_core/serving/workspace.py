@@ -66,11 +66,13 @@ class Workspace:
                     400, f"{count} documents are more than the {self._max_documents} that a key may keep; delete some",
                     code="too_many_documents", param="documents",
                 )  # fmt: skip
-            self._library.add(list(added.values()), show_progress=False)
-            if self._library.lm is not None:
-                self._library.lm.compress(list(added.values()), show_progress=False)
-            records = {record["source"]: record for record in self.records()}
-            self._forget({before[source] for source in added if source in before}, records.values())
+            try:
+                self._library.add(list(added.values()), show_progress=False)
+                if self._library.lm is not None:
+                    self._library.lm.compress(list(added.values()), show_progress=False)
+            finally:  # what was replaced goes, whatever becomes of the others
+                records = {record["source"]: record for record in self.records()}
+                self._forget({before[source] for source in added if source in before}, records.values())
         return [records[source] for source in added]
 
     def remove(self, name: str) -> None:
