@@ -127,7 +127,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        if kwargs.get("tools"):
+        if _tools_of(kwargs):
             yield _as_chunk(self._generate(messages, stop, run_manager, **kwargs).generations[0].message)
             return
         with self._opened(messages, stop, kwargs) as stream:
@@ -145,7 +145,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        if kwargs.get("tools"):
+        if _tools_of(kwargs):
             result = await self._agenerate(messages, stop, run_manager, **kwargs)
             yield _as_chunk(result.generations[0].message)
             return
@@ -225,13 +225,14 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
             "question": to_messages(messages, lm.refs),
             "documents": to_documents(settings.get("documents")),
             "condense": True,
-            "tools": _formatted(settings.get("tools")) if tool_name(settings.get("tool_choice")) != "none" else (),
+            "tools": _tools_of(settings),
             "assistant_prefix": _assistant_prefix(settings),
         }
 
     def _result(self, answer: Answer, settings: dict[str, Any]) -> ChatResult:
-        called = bool(settings.get("tools"))
-        text, calls = parse_calls(_assistant_prefix(settings) + answer.text) if called else (answer.text, [])
+        text, calls = answer.text, []
+        if _tools_of(settings):
+            text, calls = parse_calls(_assistant_prefix(settings) + text)
         message = AIMessage(
             content=text,
             tool_calls=[
@@ -304,6 +305,12 @@ def _formatted(tools: Any) -> list[dict[str, Any]]:
             f"tools={tools!r:.80} are no tools that can be described to an LLM ({error}); pass a list of functions "
             "with docstrings, pydantic classes, LangChain's tools or dicts in OpenAI's form"
         ) from error
+
+
+def _tools_of(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tools that the LLM may call, in OpenAI's form."""
+    tools = _formatted(settings.get("tools"))
+    return [] if tool_name(settings.get("tool_choice")) == "none" else tools
 
 
 def _assistant_prefix(settings: Mapping[str, Any]) -> str:

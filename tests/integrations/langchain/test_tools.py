@@ -125,6 +125,19 @@ def test_a_tool_is_chosen_in_the_forms_of_other_models(lm, says, choice, begun):
         assert prompt.endswith(f'<tool_call>\n{{"name": {begun}' if begun else "assistant\n")
 
 
+@pytest.mark.parametrize("choice", ["none", {"type": "none"}])
+def test_without_a_choice_of_tools_what_looks_like_a_call_is_text(lm, says, choice):
+    words, prompts = says
+    example = f"An example: {call('add', a=1, b=2)}"
+    words += [example] * 2
+    bound = ChatExtensible.from_lm(lm).bind_tools([add], tool_choice=choice)
+    whole, streamed = bound.invoke("How are calls written?"), list(bound.stream("How are calls written?"))
+    assert (whole.content, whole.tool_calls, whole.invalid_tool_calls) == (example, [], [])
+    assert len(streamed) > 1  # in pieces
+    assert "".join(chunk.content for chunk in streamed) == example
+    assert not any("Add two numbers" in prompt for prompt in prompts)
+
+
 def product(a: int, b: int) -> int:
     """Multiply two numbers."""
     return a * b
