@@ -64,6 +64,7 @@ class ContextEntry:
         cached: Its embeddings were there already.
         reason: Why this fidelity, in a few words.
         spans: What became of each part of it, where that is not the same for all.
+        turn: It is no document, but an older turn of the conversation that the window did not hold.
     """
 
     source: str
@@ -74,6 +75,7 @@ class ContextEntry:
     cached: bool
     reason: str
     spans: tuple[ContextSpan, ...] = ()
+    turn: bool = False
 
     def highlight(self, document: Any, *, passage: tuple[int, int] = (0, 0)) -> str:
         """Return HTML of the document with its spans marked: raw, at a ratio, which is said, or dropped.
@@ -117,7 +119,7 @@ class Answer:
 
     Attributes:
         text: What the LLM wrote.
-        context: One entry per document, in the order given.
+        context: One entry per document, in the order given; then one per older turn that the window did not hold.
         seconds: "compress" (documents to embeddings), "first_token" (from the call to the first token, compressing
             included) and "total".
         prompt_positions: Positions of the whole prompt.
@@ -136,6 +138,11 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def documents(self) -> tuple[ContextEntry, ...]:
+        """What became of the documents: `context` without turns of the conversation."""
+        return tuple(entry for entry in self.context if not entry.turn)
 
     @property
     def dropped(self) -> tuple[ContextEntry, ...]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.models.tokenization import pieces_of
 from extemb_core.store.base import MemoryStore
-from extemb_core.utils.validation import whole_number
+from extemb_core.utils.validation import require_text, whole_number
 
 _EARLIER = "Earlier in this conversation:\n"
 _PIECE_CHARS = 8192  # long texts are taken in piece by piece
@@ -108,7 +108,8 @@ class Condenser:
         left = free - read.positions
         earlier = builder.read([ranked[at] for at in reversed(turns)], left, "auto", n_headed=0, store=self.turns)
         contents = dict(zip([*others, *reversed(turns)], [*read.parts, *earlier.parts], strict=True))
-        context, seconds = read.context + earlier.context, read.seconds + earlier.seconds
+        seconds = read.seconds + earlier.seconds
+        context = (*read.context, *(replace(entry, turn=True) for entry in earlier.context))
         prompt = rendered.fill_within(contents, min(room + earlier.positions, free))
         return PreparedPrompt(prompt, context, seconds, start, room)
 
@@ -127,9 +128,10 @@ class Condenser:
                 break
             first = start
         turns = [
-            CompressedTurn(f"{message['role']}: {self._text_of(message)}\n", title=f"turn {number}, {message['role']}")
+            part
             for number, message in enumerate(messages[:first], start=1)
             if message["role"] != "system"
+            for part in self._turn(message, f"turn {number}, {message['role']}")
         ]
         condensed = [*messages]
         if turns:
@@ -147,14 +149,23 @@ class Condenser:
             condensed[at] = {**condensed[at], "content": content}
         return condensed if turns or said else None
 
-    def _text_of(self, message: Any) -> str:
-        texts = []
-        for part in content_parts(message):
-            if isinstance(part, Tensor | AnchoredStates):
-                raise ConfigError("an older turn holds embeddings, which cannot be condensed; pass their Document")
-            text = part.text if isinstance(part, Document) else part
-            texts.append(text if isinstance(text, str) else self._builder.llm.decode(text.tolist()))
-        return "".join(texts) + "".join(map(written_call, message.get("tool_calls") or ()))
+    def _turn(self, message: Any, title: str) -> list[str | Document]:
+        """Make of a turn what is compressed for room; the documents in it stay documents, and are told of as such."""
+        calls = map(written_call, message.get("tool_calls") or ())
+        parts = [f"{message['role']}: ", *map(self._text_of, content_parts(message)), *calls, "\n"]
+        turn: list[str | Document] = []
+        for are_documents, run in groupby(parts, lambda part: isinstance(part, Document)):
+            if are_documents:
+                turn += run
+            else:
+                text = "".join(map(str, run))
+                turn.append(CompressedTurn(text, title=title) if text.strip() else text)
+        return turn
+
+    def _text_of(self, part: Any) -> str | Document:
+        if isinstance(part, Tensor | AnchoredStates):
+            raise ConfigError("an older turn holds embeddings, which cannot be condensed; pass their Document")
+        return part if isinstance(part, str | Document) else self._builder.llm.decode(part.tolist())
 
 
 @dataclass
@@ -216,6 +227,7 @@ class Session:
 
     def append(self, text: str) -> None:
         """Feed text that belongs to no turn: a transcript, a log, a novel, piece by piece."""
+        require_text(text, "text", may_be_empty=True)
         with self._lock:
             draft = self._draft()
             draft._take_in(text)
@@ -230,8 +242,7 @@ class Session:
 
         Where that is nothing, or the LLM fails, the message does not join it either, and may be sent again.
         """
-        if not text.strip():
-            raise ConfigError("the message is empty; say something")
+        require_text(text, "message")
         start = time.perf_counter()
         settings = Sampling(**sampling)
         with self._lock:

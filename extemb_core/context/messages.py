@@ -9,6 +9,7 @@ from typing import Any
 from extemb_core.context.assembly import Slot
 from extemb_core.documents import Document
 from extemb_core.errors import ConfigError
+from extemb_core.utils.validation import require_text
 
 Messages = Sequence[Mapping[str, Any]]
 """Each with "role" and "content": a text, or a list of texts, embeddings and `Document`s."""
@@ -21,8 +22,7 @@ def as_messages(question: str | Messages) -> Messages:
         ConfigError: There is nothing in it, or what is no message.
     """
     if isinstance(question, str):
-        if not question.strip():
-            raise ConfigError("the question is empty; ask something")
+        require_text(question, "question")
         return [{"role": "user", "content": question}]
     if isinstance(question, Mapping) or not isinstance(question, Iterable):
         raise ConfigError(f"{question!r:.80} is no list of messages; pass a question, or messages in a list")

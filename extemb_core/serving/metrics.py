@@ -31,7 +31,7 @@ class Metrics:
         self._first.observe(answer.seconds["first_token"])
         self._total.observe(answer.seconds["total"])
         self._prompt.inc(answer.prompt_positions)
-        self._document.inc(sum(entry.n_tokens for entry in answer.context))
+        self._document.inc(sum(entry.n_tokens for entry in answer.documents))
         self._completion.inc(answer.new_tokens)
 
     def text(self) -> bytes:

@@ -23,7 +23,7 @@ class Usage(BaseModel):
     def of(cls, answer: Answer) -> Usage:
         """Count what an answer took."""
         before, new = answer.prompt_positions, answer.new_tokens
-        raw = sum(entry.n_tokens for entry in answer.context)
+        raw = sum(entry.n_tokens for entry in answer.documents)
         return cls(prompt_tokens=before, completion_tokens=new, total_tokens=before + new, document_tokens=raw)
 
 

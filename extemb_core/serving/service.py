@@ -151,7 +151,7 @@ class Service:
             self.metrics.answered(answer)
             reason = answer.finish_reason
         record.fields |= Usage.of(answer).model_dump()
-        record.fields |= {"documents": len(answer.context), "finish_reason": reason, **answer.seconds}
+        record.fields |= {"documents": len(answer.documents), "finish_reason": reason, **answer.seconds}
 
     async def _events(
         self, job: Job, writer: Writer, record: Record, deadline: float, *, with_usage: bool

@@ -54,6 +54,14 @@ def check_seed(seed: Any) -> None:
         raise ConfigError(f"seed={seed!r:.80} is more than 32 bits; pass {remedy}")
 
 
+def require_text(value: Any, name: str, *, may_be_empty: bool = False) -> None:
+    """Raise `ConfigError` for what is no text, or says nothing; `name` is what the error calls it."""
+    if not isinstance(value, str):
+        raise ConfigError(f"the {name} is a {type(value).__name__}, {value!r:.80}; pass a str")
+    if not (may_be_empty or value.strip()):
+        raise ConfigError(f"the {name} is empty; say something")
+
+
 def require_one_of(value: Any, name: str, legal: Iterable[str]) -> None:
     """Raise `ConfigError` for a setting that is none of its legal values."""
     if value not in (legal := tuple(legal)):

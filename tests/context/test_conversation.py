@@ -219,6 +219,9 @@ def test_bad_input(lm):
             lm.session(window=window)
     with pytest.raises(ConfigError, match="message is empty"):
         lm.session().send(" ")
+    for call, name in ((lm.session().send, "message"), (lm.session().append, "text")):
+        with pytest.raises(ConfigError, match=f"the {name} is a NoneType, None; pass a str"):
+            call(None)
     with pytest.raises(BudgetError, match="an answer of up to 110 leaves a message no room"):
         lm.session([SENTENCES], window=120).send("Hi.", max_new_tokens=110)
     for budget in (-1, 1.5):

@@ -444,6 +444,20 @@ def test_a_conversation_of_any_length_is_answered_with_a_budget(lm, documents, t
         assert len(store) == 1
 
 
+@pytest.mark.parametrize("turns", [1, 4, 14])
+def test_a_document_of_an_older_turn_is_told_of_and_planned_however_long_the_conversation(lm, turns):
+    block = {"type": "text-plain", "text": SENTENCES, "title": "Contract", "source": "contract.pdf"}
+    talk = [HumanMessage([{"type": "text", "text": "Read this."}, block, {"type": "text", "text": "Who signed it?"}])]
+    talk += [kind("So it is. " * 8) for _ in range(turns) for kind in (AIMessage, HumanMessage)]
+    chat = ChatExtensible.from_lm(lm, max_tokens=4, ratio=4)
+    told = chat.invoke(talk).response_metadata["extemb"]["documents"]
+    assert [(one["source"], one["id"], one["turn"]) for one in told if not one["turn"]] == [
+        ("contract.pdf", text_ref(SENTENCES), False)
+    ]
+    assert all(one["source"].startswith("turn ") for one in told if one["turn"])
+    assert ("turn 1, user" in [one["source"] for one in told]) == (turns > 1)
+
+
 def test_what_was_not_read_is_warned_of(chat, documents, caplog):
     with caplog.at_level("WARNING"):
         chat.invoke("How many?", documents=documents)
