@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from extemb_core import __version__
@@ -24,6 +25,15 @@ from extemb_core.serving.workspace import Workspace
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+
+class _IdConvertor(PathConvertor):
+    """Takes the rest of a path, line breaks included."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("id", _IdConvertor())
 
 
 def create_app(
@@ -112,7 +122,7 @@ def _routes(service: Service) -> APIRouter:
         records = await service.work(request, lambda workspace: workspace.records())
         return responses.DocumentList(data=[responses.StoredRecord.of(record) for record in records])
 
-    @router.delete("/documents/{name:path}")
+    @router.delete("/documents/{name:id}")
     async def delete(request: Request, name: str) -> responses.DeletedDocument:
         """Delete a document of this key by its id."""
         await service.work(request, lambda workspace: workspace.remove(name), changes=True)

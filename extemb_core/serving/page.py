@@ -374,10 +374,10 @@ class _Visit:
 
     async def _tell(self, answer: Answer, documents: Sequence[Document], question: str) -> None:
         """Say what an answer took and quote its sources."""
-        taken = sum(entry.positions for entry in answer.context)
-        tokens = sum(entry.n_tokens for entry in answer.context)
+        taken = sum(entry.positions for entry in answer.documents)
+        tokens = sum(entry.n_tokens for entry in answer.documents)
         first = answer.seconds.get("first_token", 0)
-        read = {entry.fidelity for entry in answer.context}
+        read = {entry.fidelity for entry in answer.documents}
         how = ", all in full" if read == {"raw"} else ""
         ui.label(
             f"{tokens:,} tokens of documents in {taken:,} positions{how} · first token after {first:.2f} s"
@@ -398,9 +398,8 @@ class _Visit:
     ) -> list[tuple[ContextEntry, Document, int, int, int | None]]:
         """Find in each document that was read the sentence that has most of question and answer, and its page."""
         found: list[tuple[float, ContextEntry, Document, int, int]] = []
-        for entry in answer.context:
-            document = next((one for one in documents if one.ref == entry.ref), None)
-            if document is None or entry.fidelity == "dropped":
+        for entry, document in zip(answer.documents, documents, strict=True):
+            if entry.fidelity == "dropped":
                 continue
             sentences = split_into_sentences(document.text, self._llm.encode_with_ends(document.text)[1])
             scores = bm25_scores(f"{question} {answer.text}", sentences.texts)

@@ -126,6 +126,15 @@ def test_a_quote_of_a_pdf_names_its_page(model, tmp_path, opened, times):
         assert (":" in quote.inner_text()) == (times > 1)
 
 
+def test_each_of_two_documents_of_the_same_text_is_quoted_as_itself(url, opened):
+    page = opened(url)
+    for name in ("first.txt", "second.txt"):
+        drop(page, name, "The observatory was opened in 1911. " * 3)
+    ask(page, "When was the observatory opened?")
+    cited = page.locator(".q-item", has=page.locator(".quote", has_text="observatory")).all_inner_texts()
+    assert {text.splitlines()[-1].split(":")[0] for text in cited} == {"first.txt", "second.txt"}
+
+
 def test_every_button_says_what_it_does(url, opened):
     page = opened(url)
     drop(page, "named.txt", SENTENCES)

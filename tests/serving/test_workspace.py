@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import quote
 
 import openai
 import pytest
@@ -56,6 +57,28 @@ def test_a_document_of_the_same_id_takes_the_place_of_the_other(guarded):
     assert Document("It was closed. " * 20).ref in {ref for ref, _ in library.store.items()}
     client.delete("/v1/documents/notice")
     assert Document("It was closed. " * 20).ref not in {ref for ref, _ in library.store.items()}
+
+
+def test_nothing_stays_of_a_document_that_was_replaced_by_one_that_could_not_be_compressed(lm, tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "w", lm, encoder=by_words, memory_bytes=1, max_documents=9)
+    open_text, closed_text = ("It was open. " * 20, "It was closed. " * 20)
+    workspace.add([TextDocument(text=open_text, id="notice")])
+    monkeypatch.setattr(workspace._library.lm, "compress", lambda *args, **settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        workspace.add([TextDocument(text=closed_text, id="notice")])
+    assert [record["n_chars"] for record in workspace.records()] == [len(closed_text)]
+    assert Document(open_text).ref not in {ref for ref, _ in workspace._library.store.items()}
+    workspace.remove("notice")
+    assert not list(workspace._library.store.items())
+    workspace.close()
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "line\n", "a/b ?#%2F", "\0"])
+def test_every_document_that_can_be_added_can_be_deleted(guarded, name):
+    client = guarded.http(KEYS[0])
+    assert client.post("/v1/documents", json={"documents": [{"text": "It was open.", "id": name}]}).is_success
+    assert client.delete(f"/v1/documents/{quote(name, safe='')}").json()["id"] == name
+    assert name not in [one["id"] for one in client.get("/v1/documents").json()["data"]]
 
 
 def test_a_passage_stays_that_was_a_document_of_its_own(lm, tmp_path):
