@@ -34,7 +34,7 @@ from extemb_core.store.maintenance import LOST, Verified
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.batches import batches
 from extemb_core.utils.progress import progress
-from extemb_core.utils.validation import whole_number
+from extemb_core.utils.validation import require_text, whole_number
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
@@ -200,7 +200,7 @@ class Library:
             documents: Files and folders (`pathlib.Path`), texts, `Document`s, or what `Document.from_any` takes. A
                 document is known by its `source`: where its file is, seen from the folder that the library is in, or
                 else the absolute path; metadata["source"], or its title; without one, by its text. The last of a
-                source counts.
+                source counts, and a warning says so where texts differ.
             skipped: See `read_documents`.
             show_progress: Show a bar; None shows it on a terminal.
 
@@ -209,7 +209,14 @@ class Library:
             DocumentError: A document cannot be read.
             StoreError: The library is read-only, or the disk refuses.
         """
-        by_source = {document.source: document for document in as_documents(documents, self.path.parent, skipped)}
+        listed = list(as_documents(documents, self.path.parent, skipped))
+        by_source = {document.source: document for document in listed}
+        if other := [one.source for one in listed if one.text != by_source[one.source].text]:
+            logger.warning(
+                "%d of %d documents are not added: another after them has the same source and another text, such as "
+                "%.80r; give each a metadata['source'] of its own, or of one file's pages pass the file's Path",
+                len(other), len(listed), other[0],
+            )  # fmt: skip
         return self._compress_changed("add", by_source.values(), len(by_source), show_progress)
 
     def refresh(self, *, show_progress: bool | None = None) -> Added:
@@ -309,12 +316,11 @@ class Library:
             hybrid: By vectors and by words (BM25), fused by reciprocal rank; else by vectors alone.
 
         Raises:
-            ConfigError: The question is empty, or `k` is not positive.
+            ConfigError: The question is empty or no text, or `k` is not positive.
             DocumentError: The question is no valid Unicode.
             StoreCorruptError: A passage is not what was written.
         """
-        if not question.strip():
-            raise ConfigError("the question is empty; ask something")
+        require_text(question, "question")
         refuse_lone_surrogates(question, "question")
         whole_number(k, "k", remedy=f"e.g. {N_PASSAGES}")
         if not self._warned and (stale := self.n_stale):

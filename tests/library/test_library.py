@@ -79,6 +79,17 @@ def test_adding_again_costs_nothing_and_a_change_only_itself(opened, lm, monkeyp
         assert library.search("harbour", k=1)[0].title == "Port"
 
 
+def test_texts_of_one_source_that_take_the_place_of_each_other_are_warned_of(opened, caplog):
+    pages = [Document(f"Page {page} of the report.", metadata={"source": "report.pdf"}) for page in range(3)]
+    with opened() as library:
+        assert library.add([document("mill"), document("mill")]).added == 1  # the same text: nothing is lost
+        assert not caplog.records
+        assert library.add(pages).added == 1
+        assert library.text("report.pdf") == pages[-1].text
+    assert "2 of 3 documents are not added" in caplog.text
+    assert "'report.pdf'" in caplog.text
+
+
 def test_another_embedder_or_a_finer_ratio_compresses_anew_and_a_coarser_one_does_not(opened, lm, tmp_path):
     documents = [document(place) for place in PLACES[:2]]
     with opened(ratio=4) as library:
@@ -491,6 +502,7 @@ def test_a_library_stays_with_its_encoder_and_needs_an_lm_to_add(opened, tmp_pat
             library.add([document("tower")])
         for call, message in (
             (lambda: library.search(" "), "the question is empty"),
+            (lambda: library.search({"question": "a"}), "the question is a dict"),
             (lambda: library.search("a", k=0), "k=0 is not a whole number of at least 1"),
         ):
             with pytest.raises(ConfigError, match=message):
