@@ -24,6 +24,7 @@ _ACCEPTED = (
 
 
 _TEXT_ATTRIBUTES = ("page_content", "get_content", "text")  # of an object that is one document
+_FILE_KEYS = ("file_path", "file_name", "url")  # in LlamaIndex's metadata
 REF_PREFIX = "ext:"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which is no character
 _MAX_PATH_CHARS = 256  # of a text that may have been meant as a path
@@ -118,7 +119,8 @@ class Document:
         Taken: a str; a Document (returned as it is); a dict with its text under one of `TEXT_KEYS`, an
         optional "title" and "metadata" (other keys join the metadata); an object with `.page_content`
         (LangChain), `.get_content()` (LlamaIndex) or `.text`, with its `.metadata`. Where no title is
-        given, `metadata["title"]` is the title. If `lenient`, see `without_lone_surrogates`, which are an error else.
+        given, `metadata["title"]` is the title. A node of LlamaIndex with neither that nor a source cites the file
+        that it was made of. If `lenient`, see `without_lone_surrogates`, which are an error else.
 
         Raises:
             DocumentError: value is none of these, or its text is not a str.
@@ -152,9 +154,22 @@ class Document:
         metadata = {} if metadata is None else metadata
         if title is None and isinstance(metadata, Mapping) and isinstance(metadata.get("title"), str):
             title = metadata["title"]
+        if not title and isinstance(metadata, Mapping) and (place := _place(value, metadata)):
+            metadata = {**metadata, "source": place}
         if lenient:
             text, title = (without_lone_surrogates(p) if isinstance(p, str) else p for p in (text, title))
         return cls(text, title=title, metadata=metadata)
+
+
+def _place(value: Any, metadata: Mapping[str, Any]) -> str:
+    """Name the file, page and characters that a node of LlamaIndex was made of; "" where that is not known."""
+    keys = _FILE_KEYS if hasattr(value, "get_content") and not metadata.get("source") else ()
+    named = next((str(metadata[key]) for key in keys if metadata.get(key)), "")
+    if named and metadata.get("page_label"):
+        named += f", page {metadata['page_label']}"
+    node = getattr(value, "node", value)  # one with a score
+    start, stop = getattr(node, "start_char_idx", None), getattr(node, "end_char_idx", None)
+    return f"{named}:{start}-{stop}" if named and start is not None else named
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from llama_index.core.base.llms.types import (
     TextBlock,
 )
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.prompts import PromptTemplate
-from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.core.schema import Document, NodeWithScore, TextNode
 from passes import passes_of
 from pydantic import BaseModel
 from tiny import SENTENCES, random_embedder, save_tiny, tiny_model, tiny_tokenizer
@@ -85,6 +86,25 @@ def test_documents_in_blocks_are_read_where_they_stand(llm, lm, block, source):
     for documents in ([SENTENCES], TextNode(text=SENTENCES), NodeWithScore(node=TextNode(text=SENTENCES))):
         handed = llm.chat([ChatMessage(QUESTION)], documents=documents, ratio=4)
         assert [one["fidelity"] for one in handed.raw["extemb"]["documents"]] == [4]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "source"),
+    [
+        ({"file_path": "/docs/ships.txt", "file_name": "ships.txt"}, "/docs/ships.txt"),
+        ({"file_path": "/docs/ships.pdf", "page_label": "3"}, "/docs/ships.pdf, page 3"),
+        ({"url": "https://ships.example", "source": "ships"}, "ships"),
+        ({"file_name": "ships.txt", "title": "Ships"}, "Ships"),
+    ],
+)
+def test_nodes_cite_the_file_that_they_were_made_of(llm, metadata, source):
+    whole = Document(text=SENTENCES, metadata=metadata)
+    first, *_ = nodes = SentenceSplitter(chunk_size=100, chunk_overlap=0).get_nodes_from_documents([whole])
+    assert len(nodes) > 1
+    assert told(llm.chat([ChatMessage(QUESTION)], documents=[whole], ratio=4)) == [(source, 4)]
+    passage = source if {"source", "title"} & metadata.keys() else f"{source}:0-{len(first.text)}"
+    for node in (first, NodeWithScore(node=first, score=0.5)):
+        assert told(llm.chat([ChatMessage(QUESTION)], documents=[node]))[0][0] == passage
 
 
 def test_documents_of_files(llm, tmp_path):
