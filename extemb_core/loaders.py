@@ -80,10 +80,12 @@ _CLOSED_BY = {
     **dict.fromkeys(_CELL_TAGS, _words("td th tr tbody tfoot")),
     **dict.fromkeys(_words("rp rt"), _words("rp rt")),
 }
-_UNSEEN_STYLE = re.compile(r"(display\s*:\s*none|opacity\s*:\s*0(\.0+)?%?\s*(;|!|$))", re.I)
+_UNSEEN_STYLE = re.compile(r"(?<![\w-])(display\s*:\s*none|opacity\s*:\s*0(\.0+)?%?\s*(;|!|$))", re.I)
 # What is inside may be seen again.
-_FONT_SIZE = re.compile(r"font-size\s*:\s*(?P<zero>0(?:\.0+)?[a-z%]*\s*(?:;|!|$))?(?P<relative>[\d.]+(?:em|%))?", re.I)
-_VISIBILITY = re.compile(r"visibility\s*:\s*(?P<hidden>hidden|collapse)?", re.I)
+_FONT_SIZE = re.compile(
+    r"(?<![\w-])font-size\s*:\s*(?P<zero>0(?:\.0+)?[a-z%]*\s*(?:;|!|$))?(?P<relative>[\d.]+(?:em|%))?", re.I
+)
+_VISIBILITY = re.compile(r"(?<![\w-])visibility\s*:\s*(?P<hidden>hidden|collapse)?", re.I)
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 
 

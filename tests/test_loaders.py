@@ -222,7 +222,10 @@ def test_html_that_is_hidden_is_not_read(tmp_path: Path, hidden: str) -> None:
     assert read_document(write(tmp_path / "a.html", f"<p>before {hidden}</p><p>after</p>")).text == "before\nafter"
 
 
-@pytest.mark.parametrize("style", ["display:block", "opacity:0.5", "font-size:0.8em", "visibility:visible", "--x:none"])
+@pytest.mark.parametrize("style", [
+    "display:block", "opacity:0.5", "font-size:0.8em", "visibility:visible", "--x:none", "backface-visibility: hidden",
+    "-webkit-backface-visibility:hidden", "fill-opacity:0", "--bg-opacity: 0", "--font-size:0", "--menu-display:none",
+])  # fmt: skip
 def test_html_of_another_style_is_read(tmp_path: Path, style: str) -> None:
     assert read_document(write(tmp_path / "a.html", f'<p style="{style}" aria-hidden="true">seen')).text == "seen"
 
@@ -237,6 +240,7 @@ def test_html_of_another_style_is_read(tmp_path: Path, style: str) -> None:
         ('<div style="font-size:12px;font-size:0 !important">gap</div>', ""),
         ('<p style="visibility:hidden">gap<span style="visibility:visible">seen</span></p>', "seen"),
         ('<p style="visibility:hidden">gap<span style="color:red">gap</span></p>after', "after"),
+        ('<p style="visibility:hidden">gap<span style="content-visibility:auto">gap</span></p>after', "after"),
         ('<p style="display:none">gap<span style="display:inline">gap</span></p>after', "after"),
     ],
 )
