@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from extemb_core.utils.validation import name_or_path, whole_number
 
 PARQUET = (".parquet",)
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
+_MAX_ROW_BYTES = 2**27  # of JSON Lines; read at once, at most
 _ERROR = "error"
 _RETRIES = 4  # of a batch whose worker is lost: one that always ends its worker would be handed on for ever
 _CONTEXT = {
@@ -102,7 +104,7 @@ def compress_corpus(
         from ray.exceptions import OutOfMemoryError, RayActorError
 
         start = time.perf_counter()
-        read = data.read_parquet if kind == PARQUET else data.read_json
+        read = data.read_parquet if kind == PARQUET else partial(data.read_json, read_options=_json_options())
         # Reading takes no processor of its own: there may be as many workers as there are processors.
         results = read(files, num_cpus=0).map_batches(
             _RayWorker,
@@ -126,7 +128,7 @@ def compress_corpus(
             max_task_retries=_RETRIES,
         )
         total = Batch()
-        with progress("compress", None, show_progress) as advance, _readable(files):
+        with progress("compress", None, show_progress) as advance, _readable(files, column):
             try:
                 for row in results.iter_rows():
                     if error := row.pop(_ERROR):
@@ -195,7 +197,7 @@ def _inputs(
 
 
 @contextmanager
-def _readable(files: Sequence[str]) -> Iterator[None]:
+def _readable(files: Sequence[str], column: str) -> Iterator[None]:
     """Name the file and line that Ray could not read, where the rows are on this machine."""
     try:
         yield
@@ -204,11 +206,22 @@ def _readable(files: Sequence[str]) -> Iterator[None]:
     except ValueError as error:  # of JSON and of Arrow alike, as what a Ray task raised
         for file in map(Path, files):
             if is_jsonl(file) and file.is_file():
-                for _ in read_jsonl(file):
-                    pass
+                for number, row in read_jsonl(file):
+                    if not isinstance(value := row.get(column), str | None):
+                        raise DocumentError(
+                            f"{file}, line {number}: {column!r} is {value!r:.80}, and text in other rows, which Ray "
+                            "does not read; mend or drop it"
+                        ) from error
         why = str(getattr(error, "cause", error)).strip().splitlines()[-1:] or [type(error).__name__]
         shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
         raise DocumentError(f"the rows of {shown} cannot be read ({why[0]}); mend or drop them") from error
+
+
+def _json_options() -> Any:
+    """Return options that read rows of any size that is likely: Ray's own stop at a block's."""
+    from pyarrow.json import ReadOptions
+
+    return ReadOptions(use_threads=False, block_size=_MAX_ROW_BYTES)
 
 
 def _absolute(where: str | os.PathLike[str]) -> str:

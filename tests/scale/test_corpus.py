@@ -22,7 +22,16 @@ from extemb_core.errors import (
     StoreError,
     StoreNotFoundError,
 )
-from extemb_core.scale.corpus import PARQUET, ROWS, _error_of, _inputs, _RayWorker, _readable, compress_corpus
+from extemb_core.scale.corpus import (
+    PARQUET,
+    ROWS,
+    _error_of,
+    _inputs,
+    _json_options,
+    _RayWorker,
+    _readable,
+    compress_corpus,
+)
 from extemb_core.store.shard_store import ShardStore
 
 TEXTS = [f"The tower number {at} was built in {1700 + at}. " * (1 + at % 3) for at in range(60)]
@@ -133,7 +142,7 @@ def test_a_batch_that_always_ends_its_worker_ends_the_run(tmp_path, monkeypatch)
         (
             "rows.jsonl",
             '{"text": "a"}\n{"text": [1]}\n',
-            r"rows\.jsonl cannot be read \(what Arrow says\); mend or drop",
+            r"rows\.jsonl, line 2: 'text' is \[1\], and text in other rows, which Ray does not read; mend or drop it",
         ),
         ("rows.parquet", "PAR1 noise", r"rows\.parquet cannot be read \(what Arrow says\); mend or drop them"),
     ],
@@ -142,10 +151,16 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     failed = ValueError("\x1b[36mray::ReadJSON\x1b[39m")
     failed.cause = ValueError("Traceback ...\nwhat Arrow says")
-    with pytest.raises(DocumentError, match=message), _readable([str(tmp_path / name)]):
+    with pytest.raises(DocumentError, match=message), _readable([str(tmp_path / name)], "text"):
         raise failed
-    with pytest.raises(MissingExtraError), _readable([str(tmp_path / name)]):
+    with pytest.raises(MissingExtraError), _readable([str(tmp_path / name)], "text"):
         raise MissingExtraError("a", "b", "c")
+
+
+def test_long_rows_are_read(tmp_path):
+    reader = pytest.importorskip("pyarrow.json")
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps({"text": letter * 5_000_000}) + "\n" for letter in "ab"))
+    assert len(reader.read_json(tmp_path / "books.jsonl", read_options=_json_options())) == 2
 
 
 def test_inputs_are_of_one_kind(tmp_path):
