@@ -45,7 +45,7 @@ def serve(**settings: Any) -> None:
     """
     file = settings.get("api_keys")
     try:
-        words = os.environ.get(_KEYS, "").split(",") if file is None else Path(file).read_text("utf-8").splitlines()
+        words = os.environ.get(_KEYS, "").split(",") if file is None else Path(file).read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file} is no text of API keys ({error}); pass a file in UTF-8 with a key on a line"

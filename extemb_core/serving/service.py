@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +18,7 @@ from platformdirs import user_data_path
 from starlette.types import Receive, Scope, Send
 
 from extemb_core.answers import PreparedPrompt
-from extemb_core.errors import ExtembError
+from extemb_core.errors import ExtembError, StoreError
 from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.generation import Sampling
@@ -55,6 +56,14 @@ class Service:
         self.engine: Engine  # while the server runs
         self._encoder = encoder
         self._folder = Path(settings.data) if settings.data is not None else user_data_path("extemb") / "server"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{self._folder} cannot be made ({error.strerror}); pass another folder as --data"
+            ) from error
+        if not os.access(self._folder, os.W_OK | os.X_OK):
+            raise StoreError(f"{self._folder} may not be written to; pass another folder as --data")
         self._workspaces: dict[str, Workspace] = {}
         self._lock = threading.Lock()
         self.changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)

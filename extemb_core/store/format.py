@@ -41,6 +41,7 @@ NUMBER = struct.Struct(">Q")  # big-endian: keys in order
 _ENTRY = struct.Struct("<QQQIIIIQ")  # of `Entry`
 _SETTINGS = ("fingerprint", "chunk_size", "ratios", "downscaling", "entry_layer")  # of a text that are its embedder's
 _REF_BYTES = 16
+_UNFINISHED = re.compile(r"lock\.mdb|\.store\.json\..*\.tmp")  # all that is there where the disk was full at once
 _REF = re.compile(f"{REF_PREFIX}[0-9A-Fa-f]{{32}}")
 
 
@@ -52,7 +53,8 @@ def prepare(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{folder} cannot be created ({error.strerror}); pass a writable path") from error
-    if any(folder.iterdir()) and not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
+    others = [file for file in folder.iterdir() if not _UNFINISHED.fullmatch(file.name)]
+    if others and not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
         raise StoreFormatError(f"{folder} holds files that are not a store's; pass another folder, or an empty one")
 
 

@@ -169,7 +169,8 @@ class Environment:
 
     def _connect(self) -> None:
         file = self.folder / DATA_FILE
-        lock = not self.readonly or os.access(self.folder, os.W_OK)
+        locked = self.folder / _LOCK_FILE
+        lock = not self.readonly or os.access(locked if locked.exists() else self.folder, os.W_OK)
         options: dict[str, Any] = {"max_dbs": 16, "max_readers": _READERS, "readonly": self.readonly, "lock": lock}
 
         def opened() -> Any:

@@ -57,6 +57,8 @@ def test_what_it_cannot_be_is_one_sentence(tmp_path, monkeypatch):
     assert "keys holds no API key; put one on a line" in refused("--api-keys", tmp_path / "keys")[1]
     (tmp_path / "keys").write_bytes(b"\xff\xfe")
     assert "keys is no text of API keys" in refused("--api-keys", tmp_path / "keys")[1]
+    (tmp_path / "keys").write_text("short", encoding="utf-8-sig")  # as editors of Windows write it
+    assert "an API key of 5 characters is not" in refused("--api-keys", tmp_path / "keys")[1]
     monkeypatch.setenv("EXTEMB_API_KEYS", f"{KEYS[0]}, short")
     assert "an API key of 5 characters is not" in refused()[1]
 

@@ -11,7 +11,10 @@ from retrieval_encoder import by_words
 from served import DOCUMENT, KEYS, QUESTION, ask, refused, served
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
+from extemb_core.errors import StoreError
+from extemb_core.serving.app import create_app
 from extemb_core.serving.requests import TextDocument
+from extemb_core.serving.settings import ServerSettings
 from extemb_core.serving.workspace import Workspace
 
 pytest.importorskip("faiss")
@@ -79,6 +82,13 @@ def test_every_document_that_can_be_added_can_be_deleted(guarded, name):
     assert client.post("/v1/documents", json={"documents": [{"text": "It was open.", "id": name}]}).is_success
     assert client.delete(f"/v1/documents/{quote(name, safe='')}").json()["id"] == name
     assert name not in [one["id"] for one in client.get("/v1/documents").json()["data"]]
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_served(lm, tmp_path):
+    (tmp_path / "file").touch()
+    for data in (tmp_path / "file", tmp_path / "file" / "in it"):
+        with pytest.raises(StoreError, match=r"cannot be made \(.*\); pass another folder as --data"):
+            create_app(lm, ServerSettings(data=str(data)))
 
 
 def test_a_passage_stays_that_was_a_document_of_its_own(lm, tmp_path):

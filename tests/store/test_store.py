@@ -354,6 +354,16 @@ def test_a_description_that_may_not_be_read_is_not_called_damaged(tmp_path, monk
     assert not isinstance(told.value, StoreCorruptError)
 
 
+@pytest.mark.parametrize("left", [["lock.mdb"], [".store.json.0a.tmp"], ["lock.mdb", ".store.json.0a.tmp"]])
+def test_a_folder_with_what_a_full_disk_left_of_a_store_becomes_one(tmp_path, left):
+    (tmp_path / "s").mkdir()
+    for name in left:
+        (tmp_path / "s" / name).touch()
+    written(tmp_path / "s")
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        assert store.verify().n_documents == 40
+
+
 def test_a_folder_that_may_not_be_written_is_read(tmp_path):
     written(tmp_path / "s")
     (tmp_path / "s" / "lock.mdb").unlink()
