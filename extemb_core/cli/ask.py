@@ -294,6 +294,10 @@ def _note_cut(answer: Answer, given: AskOptions) -> None:
     """Say that an answer was cut, or documents were left out, and what would help."""
     if answer.finish_reason == "length":
         output.print_note(f"(cut at {answer.new_tokens} tokens; --max-new-tokens allows more)")
+    if given.library is not None and not answer.context:
+        output.print_note(
+            f"warning: nothing was read, for {given.library} holds no documents; add some: extemb index add"
+        )
     empty = [entry.source for entry in answer.dropped if not entry.n_tokens]
     if empty:
         output.print_note(f"warning: nothing to read, for they are empty: {', '.join(empty)}")

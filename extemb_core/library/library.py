@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from extemb_core.answers import Answer, AnswerStream
-from extemb_core.documents import Document, refuse_lone_surrogates, text_ref
+from extemb_core.documents import Document, refuse_lone_surrogates, several, text_ref
 from extemb_core.errors import ConfigError, DocumentError, ExtembError
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.library.bm25 import WordIndex, fuse
@@ -536,9 +536,7 @@ def _batch_tokens(lm: ExtensibleLM) -> int:
 
 def as_documents(documents: Any, near: Path, skipped: Skipped | None) -> Iterator[Document]:
     """Read paths, whose documents are named as `_located` has it, and take everything else as documents."""
-    if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
-        documents = [documents]
-    for item in documents:
+    for item in [documents] if isinstance(documents, os.PathLike) else several(documents):
         if isinstance(item, os.PathLike):
             yield from (_located(document, near) for document in read_documents(item, skipped=skipped))
         else:

@@ -39,6 +39,16 @@ def test_a_library_is_not_made_for_nothing(run: Any, tmp_path: Path) -> None:
     assert not library.exists()
 
 
+def test_a_library_that_holds_nothing_is_told_of(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The mill is open.")
+    library = tmp_path / "notes.extemb"
+    assert run("index", "add", library, "--documents", tmp_path / "a.txt", with_models=True).exit_code == 0
+    asking = ("ask", "Is the mill open?", "--library", library, "--max-new-tokens", "2")
+    assert "holds no documents" not in run(*asking, with_models=True).stderr
+    assert run("index", "remove", library, "a.txt").exit_code == 0
+    assert f"nothing was read, for {library} holds no documents" in run(*asking, with_models=True).stderr
+
+
 def test_a_library_from_the_command_line(run: Any, tmp_path: Path) -> None:
     notes, library = tmp_path / "notes", tmp_path / "notes.extemb"
     notes.mkdir()

@@ -79,6 +79,13 @@ def test_adding_again_costs_nothing_and_a_change_only_itself(opened, lm, monkeyp
         assert library.search("harbour", k=1)[0].title == "Port"
 
 
+def test_one_document_of_a_framework_is_one(opened):
+    kind = type("Fields", (), {"page_content": "The mill.", "__iter__": lambda self: iter([("page_content", "a")])})
+    with opened() as library:
+        assert library.add(kind()).added == 1
+        assert library.search("mill", k=1)[0].text == "The mill."
+
+
 def test_texts_of_one_source_that_take_the_place_of_each_other_are_warned_of(opened, caplog):
     pages = [Document(f"Page {page} of the report.", metadata={"source": "report.pdf"}) for page in range(3)]
     with opened() as library:
