@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object of a model's folder. Raises `WeightsCorruptError` if the file holds none."""
+    _require_readable(file)
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -64,12 +66,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _require_readable(file: Path) -> None:
+    if not os.access(file, os.R_OK):
+        raise WeightsError(f"{file} may not be read; check its permissions")
+
+
 def _check_safetensors(file: Path) -> None:
     """Check a file by its header alone, which says where the last byte of the last tensor must be."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise WeightsNotFoundError(f"{file} is named by its index and does not exist; download or save the model again")
+    _require_readable(file)
     try:
         with safe_open(file, framework="numpy"):
             pass

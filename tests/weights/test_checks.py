@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from known_models import assert_one_sentence, model_folder
@@ -38,6 +39,15 @@ def test_folders_of_another_kind_are_refused_with_the_reason(site: Path, tmp_pat
         weights.resolve_llm(empty / "config.json")
     with pytest.raises(WeightsError, match="holds an embedder"):
         weights.resolve_llm(model_folder(tmp_path / "embedder", model_type="extemb"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: Any, name: str) -> None:
+    folder, access = model_folder(tmp_path / "model"), os.access
+    monkeypatch.setattr(os, "access", lambda file, mode: Path(file).name != name and access(file, mode))
+    with pytest.raises(WeightsError, match=f"{name} may not be read; check its permissions") as told:
+        weights.resolve_llm(folder)
+    assert not isinstance(told.value, WeightsCorruptError)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "", pytest.param("[" * 9999, id="nested")])
