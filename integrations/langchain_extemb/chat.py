@@ -230,9 +230,8 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         }
 
     def _result(self, answer: Answer, settings: dict[str, Any]) -> ChatResult:
-        text, calls = answer.text, []
-        if _tools_of(settings):
-            text, calls = parse_calls(_assistant_prefix(settings) + text)
+        called = bool(_tools_of(settings))
+        text, calls = parse_calls(_assistant_prefix(settings) + answer.text) if called else (answer.text, [])
         message = AIMessage(
             content=text,
             tool_calls=[
