@@ -24,7 +24,8 @@ _ACCEPTED = (
 
 
 _TEXT_ATTRIBUTES = ("page_content", "get_content", "text")  # of an object that is one document
-_FILE_KEYS = ("file_path", "file_name", "url")  # in LlamaIndex's metadata
+FILE_KEYS = ("file_path", "file_name", "url")
+"""Where LlamaIndex's metadata names what a node was made of, in the order they are looked for."""
 REF_PREFIX = "ext:"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which is no character
 _MAX_PATH_CHARS = 256  # of a text that may have been meant as a path
@@ -163,7 +164,7 @@ class Document:
 
 def _place(value: Any, metadata: Mapping[str, Any]) -> str:
     """Name the file, page and characters that a node of LlamaIndex was made of; "" where that is not known."""
-    keys = _FILE_KEYS if hasattr(value, "get_content") and not metadata.get("source") else ()
+    keys = FILE_KEYS if hasattr(value, "get_content") and not metadata.get("source") else ()
     named = next((str(metadata[key]) for key in keys if metadata.get(key)), "")
     if named and metadata.get("page_label"):
         named += f", page {metadata['page_label']}"

@@ -24,7 +24,7 @@ from extemb_core.documents import REF_PREFIX
 from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreFormatError
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios
-from extemb_core.store.lmdb_env import DATA_FILE
+from extemb_core.store.lmdb_env import DATA_FILE, LOCK_FILE
 from extemb_core.utils.files import atomic_write_text, parse_json
 from extemb_core.utils.validation import require_one_of, whole_number
 
@@ -41,7 +41,9 @@ NUMBER = struct.Struct(">Q")  # big-endian: keys in order
 _ENTRY = struct.Struct("<QQQIIIIQ")  # of `Entry`
 _SETTINGS = ("fingerprint", "chunk_size", "ratios", "downscaling", "entry_layer")  # of a text that are its embedder's
 _REF_BYTES = 16
-_UNFINISHED = re.compile(r"lock\.mdb|\.store\.json\..*\.tmp")  # all that is there where the disk was full at once
+_UNFINISHED = re.compile(
+    rf"{re.escape(LOCK_FILE)}|\.{re.escape(DESCRIPTION)}\..*\.tmp"
+)  # all that is there where the disk was full at once
 _REF = re.compile(f"{REF_PREFIX}[0-9A-Fa-f]{{32}}")
 
 

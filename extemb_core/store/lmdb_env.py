@@ -21,7 +21,7 @@ import lmdb
 
 from extemb_core.errors import ExtembError, StoreCorruptError, StoreError, StoreNotFoundError
 
-DATA_FILE, _LOCK_FILE = "data.mdb", "lock.mdb"
+DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
 DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
              "documents", "texts", "passages", "vectors", "refs", "settings",  # of a library
              "handed")  # documents behind refs  # fmt: skip
@@ -169,7 +169,7 @@ class Environment:
 
     def _connect(self) -> None:
         file = self.folder / DATA_FILE
-        locked = self.folder / _LOCK_FILE
+        locked = self.folder / LOCK_FILE
         lock = not self.readonly or os.access(locked if locked.exists() else self.folder, os.W_OK)
         options: dict[str, Any] = {"max_dbs": 16, "max_readers": _READERS, "readonly": self.readonly, "lock": lock}
 
@@ -275,7 +275,7 @@ def open_environment(folder: Path, *, readonly: bool) -> Environment:
     with _shared_lock:
         environment = _shared.get(str(folder))
         if environment is None:
-            for file in (folder / DATA_FILE, folder / _LOCK_FILE):
+            for file in (folder / DATA_FILE, folder / LOCK_FILE):
                 if file.is_symlink():  # LMDB would write to whatever it leads to
                     raise StoreError(f"{file} is a link, and no store has one; copy the store's files themselves")
             if readonly and not (folder / DATA_FILE).is_file():

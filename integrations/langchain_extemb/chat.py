@@ -127,7 +127,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        if _tools_of(kwargs):
+        if _may_call(kwargs):
             yield _as_chunk(self._generate(messages, stop, run_manager, **kwargs).generations[0].message)
             return
         with self._opened(messages, stop, kwargs) as stream:
@@ -145,7 +145,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        if _tools_of(kwargs):
+        if _may_call(kwargs):
             result = await self._agenerate(messages, stop, run_manager, **kwargs)
             yield _as_chunk(result.generations[0].message)
             return
@@ -225,12 +225,12 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
             "question": to_messages(messages, lm.refs),
             "documents": to_documents(settings.get("documents")),
             "condense": True,
-            "tools": _tools_of(settings),
+            "tools": _formatted(settings["tools"]) if _may_call(settings) else (),
             "assistant_prefix": _assistant_prefix(settings),
         }
 
     def _result(self, answer: Answer, settings: dict[str, Any]) -> ChatResult:
-        called = bool(_tools_of(settings))
+        called = _may_call(settings)
         text, calls = parse_calls(_assistant_prefix(settings) + answer.text) if called else (answer.text, [])
         message = AIMessage(
             content=text,
@@ -306,10 +306,9 @@ def _formatted(tools: Any) -> list[dict[str, Any]]:
         ) from error
 
 
-def _tools_of(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the tools that the LLM may call, in OpenAI's form."""
-    tools = _formatted(settings.get("tools"))
-    return [] if tool_name(settings.get("tool_choice")) == "none" else tools
+def _may_call(settings: Mapping[str, Any]) -> bool:
+    """Tell whether a call has tools that the LLM may choose."""
+    return bool(settings.get("tools")) and tool_name(settings.get("tool_choice")) != "none"
 
 
 def _assistant_prefix(settings: Mapping[str, Any]) -> str:

@@ -17,9 +17,9 @@ from llama_index.core.schema import (
     TextNode,
 )
 
-from extemb_core.documents import Document, text_ref, without_lone_surrogates
+from extemb_core.documents import FILE_KEYS, Document, text_ref, without_lone_surrogates
 
-_SOURCES = ("source", "file_path", "file_name", "url", "title")
+_SOURCES = ("source", *FILE_KEYS, "title")
 
 
 class ExtensibleNode(TextNode):
