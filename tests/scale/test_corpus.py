@@ -133,6 +133,7 @@ def test_a_batch_that_always_ends_its_worker_ends_the_run(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="a batch of rows_per_batch=7 lost its worker 5 times; what was done is kept"):
         compress_corpus(tmp_path / "a.jsonl", tmp_path / "out", llm="x", rows_per_batch=7)
     assert results.call_args.kwargs["max_task_retries"] == 4
+    assert data.read_json.call_args.kwargs["read_options"].block_size == _json_options().block_size
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,9 @@ def test_a_document_of_the_same_id_takes_the_place_of_the_other(guarded):
 
 def test_nothing_stays_of_a_document_that_was_replaced_by_one_that_could_not_be_compressed(lm, tmp_path, monkeypatch):
     workspace = Workspace(tmp_path / "w", lm, encoder=by_words, memory_bytes=1, max_documents=9)
-    open_text, closed_text = ("It was open. " * 20, "It was closed. " * 20)
+    open_text, closed_text = ("It was open. " * 200, "It was closed. " * 200)  # of several passages each
     workspace.add([TextDocument(text=open_text, id="notice")])
+    assert Document(open_text).ref in {ref for ref, _ in workspace._library.store.items()}
     monkeypatch.setattr(workspace._library.lm, "compress", lambda *args, **settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         workspace.add([TextDocument(text=closed_text, id="notice")])

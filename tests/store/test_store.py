@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 from functools import partial
+from pathlib import Path
 
 import lmdb
 import numpy as np
@@ -362,6 +363,22 @@ def test_a_folder_with_what_a_full_disk_left_of_a_store_becomes_one(tmp_path, le
     written(tmp_path / "s")
     with EmbeddingStore.open(tmp_path / "s", "r") as store:
         assert store.verify().n_documents == 40
+
+
+@pytest.mark.parametrize(("forbidden", "locked"), [(None, True), ("s", True), ("lock.mdb", False)])
+def test_a_reader_is_seen_wherever_it_may_write_the_lock(tmp_path, monkeypatch, forbidden, locked):
+    written(tmp_path / "s")
+    opened, access, locks = lmdb.open, os.access, []
+
+    def noted(*args, **options):
+        locks.append(options["lock"])
+        return opened(*args, **options)
+
+    monkeypatch.setattr(lmdb, "open", noted)
+    monkeypatch.setattr(os, "access", lambda file, mode: Path(file).name != forbidden and access(file, mode))
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        assert store.verify().n_documents == 40
+    assert set(locks) == {locked}
 
 
 def test_a_folder_that_may_not_be_written_is_read(tmp_path):
