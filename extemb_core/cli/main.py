@@ -78,6 +78,8 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)
         sys.exit(ExitCode.INTERRUPTED)
+    except SystemExit as ended:  # with 1, where what click prints itself, such as help, has lost its reader
+        sys.exit(ExitCode.CLOSED_PIPE if isinstance(ended.__context__, BrokenPipeError) else ended.code)
     except OSError as error:  # of stdout itself, where not even an error in JSON can be written
         output.discard_stdout()
         output.print_error(error, as_json=False)

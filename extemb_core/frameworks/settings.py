@@ -251,8 +251,9 @@ class GenerationSettings(ModelSettings):
         unread = [entry.source for entry in answer.dropped if entry.n_tokens]
         if unread:
             logger.warning(
-                "%d of %d documents were not read, as the %s positions for them do not hold them: %s",
-                len(unread), len(answer.context), answer.budget, ", ".join(unread),
+                "%d of %d documents%s were not read, as the %s positions for them do not hold them: %s",
+                len(unread), len(answer.context), " and older turns" * any(entry.turn for entry in answer.context),
+                answer.budget, ", ".join(unread),
             )  # fmt: skip
         documents = [
             {"id": told.pop("ref"), "raw_tokens": told.pop("n_tokens"), **told, "spans": list(told["spans"])}

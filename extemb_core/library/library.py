@@ -29,7 +29,7 @@ from extemb_core.library.passages import split_passages
 from extemb_core.library.vector_index import VectorIndex, choose_factory
 from extemb_core.loaders import Skipped, read_documents
 from extemb_core.models.bulk import compress_in_batches, default_batch_size
-from extemb_core.store.format import Dtype, ref_bytes, ref_of
+from extemb_core.store.format import Dtype, check_dtype, ref_bytes, ref_of
 from extemb_core.store.maintenance import LOST, Verified
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.batches import batches
@@ -89,7 +89,7 @@ class Library:
 
     Raises:
         StoreError: The folder cannot be opened, or is something else.
-        MismatchError: It was made with another text encoder.
+        MismatchError: It was made with another text encoder, or `dtype` does not suit the embedder.
         WeightsNotFoundError, MissingExtraError: The text encoder is not installed.
     """
 
@@ -106,10 +106,13 @@ class Library:
         index: str | None = None,
     ) -> None:
         whole_number(passage_tokens, "passage_tokens", remedy=f"e.g. {PASSAGE_TOKENS}")
+        check_dtype(dtype, 0 if lm is None else lm.embedder.config.entry_layer)
         if lm is not None and ratio is not None:
             lm.embedder.config.require_ratio(ratio)
         self._requested_encoder = encoder
         self._encoder: TextEncoder | None = None
+        if encoder is not None or (lm is not None and not os.path.exists(path)):
+            self._encoder = as_encoder(encoder)  # one that is missing leaves no empty library
         self.store = EmbeddingStore.open(path, mode, dtype=dtype)
         self.lm = None if lm is None else type(lm)(lm.llm, lm.embedder, self.store)
         self.ratio = ratio

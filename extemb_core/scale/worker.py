@@ -110,12 +110,12 @@ class CompressWorker:
         from extemb_core.frameworks.shared import share
 
         self._location = StorageLocation(output)
-        self._dtype = check_dtype(dtype)
         self._passage_tokens = passage_tokens
         self._column = column
         self._batch_size = batch_size
         # Workers of one process load once.
         self._embedder = share(llm, embedder, device=device, dtype=llm_dtype).embedder
+        self._dtype = check_dtype(dtype, self._embedder.config.entry_layer)
         self._ratio = self._embedder.config.finest(ratio)
         self._done = [
             refs

@@ -245,9 +245,19 @@ def fingerprint_bytes(fingerprint: str) -> bytes:
     return xxhash.xxh3_128(fingerprint.encode()).digest()
 
 
-def check_dtype(dtype: str) -> Dtype:
-    """Return the dtype. Raises `ConfigError` if it is unknown."""
+def check_dtype(dtype: str, entry_layer: int = 0) -> Dtype:
+    """Return the dtype.
+
+    Raises:
+        ConfigError: It is unknown.
+        MismatchError: int8 above entry layer 0.
+    """
     require_one_of(dtype, "dtype", DTYPES)
+    if dtype == "int8" and entry_layer:
+        raise MismatchError(
+            f"dtype='int8' is too coarse for embeddings of entry layer {entry_layer}: a few of their dimensions are "
+            "far larger than the rest; keep them in float16"
+        )
     return cast(Dtype, dtype)
 
 
@@ -263,13 +273,9 @@ def encode(text: Compressed, dtype: Dtype) -> tuple[bytes, Dtype]:
     Raises:
         MismatchError: int8 above entry layer 0.
     """
+    check_dtype(dtype, text.entry_layer)
     if not text.entry_layer:
         return _encode_rows(text.embeddings, dtype)
-    if dtype == "int8":
-        raise MismatchError(
-            f"dtype='int8' is too coarse for embeddings of entry layer {text.entry_layer}: a few of their dimensions "
-            "are far larger than the rest; keep them in float16"
-        )
     assert text.norms is not None
     columns = [np.asarray(getattr(text, name)).astype(kind).tobytes() for name, kind in _COLUMNS.items()]
     directions = text.embeddings / torch.where(text.norms > 0, text.norms, 1)[:, None]

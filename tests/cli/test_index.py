@@ -37,6 +37,10 @@ def test_a_library_is_not_made_for_nothing(run: Any, tmp_path: Path) -> None:
     library = tmp_path / "notes.extemb"
     assert run("index", "add", library, "--documents", tmp_path / "missing.txt", with_models=True).exit_code == 3
     assert not library.exists()
+    (tmp_path / "a.txt").write_text("The mill is open.")
+    missing = run("index", "add", library, "--documents", tmp_path / "a.txt", "--encoder", tmp_path, with_models=True)
+    assert missing.exit_code in (1, 4)  # 1 without the extra
+    assert not library.exists()
 
 
 def test_a_library_that_holds_nothing_is_told_of(run: Any, tmp_path: Path) -> None:

@@ -203,9 +203,9 @@ def test_a_reader_that_leaves_is_no_error(models: Models) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
-@pytest.mark.parametrize("as_json", [(), ("--json",)])
-def test_a_reader_that_has_left_is_no_error_at_the_end_of_an_interpreter_either(as_json: tuple[str, ...]) -> None:
-    command = [sys.executable, "-c", WITHOUT_A_READER + MAIN, "weights", "list", *as_json]
+@pytest.mark.parametrize("arguments", ["weights list", "weights list --json", "--help", "ask --help", "--version"])
+def test_a_reader_that_has_left_is_no_error_at_the_end_of_an_interpreter_either(arguments: str) -> None:
+    command = [sys.executable, "-c", WITHOUT_A_READER + MAIN, *arguments.split()]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (ExitCode.CLOSED_PIPE, "")
 

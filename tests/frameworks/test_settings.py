@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from copy import copy, deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,14 @@ def test_an_answer_is_told_of_document_by_document(lm):
     assert document["spans"] == []
     assert told["finish_reason"] == "length"
     assert told["model_name"] == "tiny-llama"
+
+
+def test_older_turns_that_were_not_read_are_not_called_documents(lm, caplog):
+    answer = lm.ask("How many?", [SENTENCES], ratio=4, max_new_tokens=2)
+    unread = replace(answer.context[0], source="turn 1, user", fidelity="dropped", positions=0, turn=True)
+    with caplog.at_level("WARNING"):
+        GenerationSettings.from_lm(lm)._response_metadata(replace(answer, context=(*answer.context, unread)), {})
+    assert "1 of 2 documents and older turns were not read" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [*MODELS, *COMPRESSORS])

@@ -21,7 +21,7 @@ from shelved import PLACES, document
 from tiny import random_embedder
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
-from extemb_core.errors import ConfigError, DocumentError, MismatchError, StoreError
+from extemb_core.errors import ConfigError, DocumentError, MismatchError, StoreError, WeightsNotFoundError
 from extemb_core.library.bm25 import WordIndex
 from extemb_core.library.library import INDEX_FILE, WORDS_FILE, Library
 from extemb_core.library.vector_index import VectorIndex
@@ -118,6 +118,17 @@ def test_another_embedder_or_a_finer_ratio_compresses_anew_and_a_coarser_one_doe
 @pytest.fixture(scope="module")
 def other(lm):
     return ExtensibleLM(lm.llm, untrained(lm.llm))
+
+
+def test_settings_that_cannot_be_kept_leave_no_library(other, tmp_path, monkeypatch):
+    def missing():
+        raise WeightsNotFoundError("not installed")
+
+    monkeypatch.setattr("extemb_core.library.encoders._default", missing)
+    for settings in ({"encoder": by_words, "dtype": "int8"}, {"encoder": 5}, {}):
+        with pytest.raises((MismatchError, ConfigError, WeightsNotFoundError)):
+            Library(tmp_path / "lib", other, **settings)
+        assert not (tmp_path / "lib").exists()
 
 
 @pytest.mark.parametrize("plan", [None, "focus", "select", "even"])
