@@ -35,7 +35,8 @@ from extemb_core.evaluation.provenance import provenance
 from extemb_core.evaluation.qa import QaConfig, QaExperiment
 from extemb_core.evaluation.statistics import mean_with_interval
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.trainer import TrainableModel, train
+from extemb_core.training.trainable import TrainableModel
+from extemb_core.training.trainer import train
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from ending import run, write_json
 from extemb_core.evaluation.provenance import provenance, short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
-from extemb_core.training.trainer import TrainableModel
+from extemb_core.training.trainable import TrainableModel
 from extemb_core.weights.resolve import resolve_embedder
 
 

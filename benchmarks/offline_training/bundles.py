@@ -24,10 +24,10 @@ from benchmarks.offline_training.slices import SliceError, join_slices, parse_si
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.models.llm import LLM
 from extemb_core.questions import read_questions
+from extemb_core.training.checkpoints import COMPLETE, OPTIMIZER, is_finished, last_checkpoint
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.data import TokenFile
 from extemb_core.training.recipes import Recipe, stage_configs, train_recipe
-from extemb_core.training.trainer import COMPLETE, OPTIMIZER, is_finished, last_checkpoint
 
 _PACKAGE = Path(extemb_core.__file__).resolve().parent
 _HERE = Path(__file__).resolve().parent

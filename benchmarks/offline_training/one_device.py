@@ -35,9 +35,10 @@ from benchmarks.ending import run as run_script
 from extemb_core.errors import ConfigError, ExtembError, TrainingError
 from extemb_core.models.llm import LLM, choose_device
 from extemb_core.training.attention import training_attention
-from extemb_core.training.batches import Collator
+from extemb_core.training.batches import Collator, drawn_from, plan_batches
 from extemb_core.training.config import OBJECTIVES, TrainingConfig
-from extemb_core.training.trainer import drawn_from, learning_rate_factor, make_optimizer, plan_batches, starting_point
+from extemb_core.training.run_trainer import learning_rate_factor, make_optimizer
+from extemb_core.training.trainable import starting_point
 from extemb_core.utils.files import parse_json
 
 # What a file of settings may have otherwise than the first.

@@ -20,7 +20,7 @@ from extemb_core.cli.output import explain_interrupt, goes_on_from, library_outp
 from extemb_core.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from extemb_core.training.trainer import TrainableModel
+    from extemb_core.training.trainable import TrainableModel
 
 
 app = CommandGroup(cls=DefaultCommand, help="Train an embedder or a reader; or write answers for it to learn.")
@@ -175,10 +175,11 @@ def _train(
         trained = train_recipe(read_recipe(recipe), output, total_tokens, resume=resume, **given)
         return trained, trained is not None
     from extemb_core.training import trainer
+    from extemb_core.training.checkpoints import is_finished
 
     config = TrainingConfig(output=output, total_tokens=total_tokens, **given)
     trained = trainer.train(config, resume=resume)
-    return trained, config.max_minutes is None or trainer.is_finished(config)
+    return trained, config.max_minutes is None or is_finished(config)
 
 
 def _how_to_resume(output: Path, resume: bool) -> str:

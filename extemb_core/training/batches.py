@@ -6,17 +6,29 @@ alone, so that a resumed run, and each of several processes, trains on what one 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from extemb_core.errors import ConfigError, TrainingError
+from extemb_core.models.chunks import chunk_lengths
+from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.llm import LLM
-from extemb_core.training.data import Samples
+from extemb_core.questions import read_questions
+from extemb_core.training.config import TrainingConfig
+from extemb_core.training.data import Samples, TokenFile
 from extemb_core.training.objectives import QuestionReadings, recall, reconstruction, shuffled
 from extemb_core.training.reading_loss import Reading
+from extemb_core.training.two_stream import plan_passes
+
+logger = logging.getLogger(__name__)
+
+_OF_QUESTIONS = ("most_per_source", "raw_share", "mixed_share", "focus_share", "most_distractors", "seed")
 
 
 @dataclass(eq=False, repr=False)
@@ -118,3 +130,76 @@ class Collator:
         ratios = [sorted(map(int, draw.choice(self.ratios, count, replace=False, p=shares))) for _ in rows]
         named = {"objective": items[0]["objective"]} if "objective" in items[0] else {}
         return inputs | named | {"ratios": ratios, "chunk_size": int(draw.choice(sizes))}
+
+
+def plan_batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Sequence[int]) -> Batches:
+    """Plan what the run trains on, batch by batch."""
+    wanted = {name: share for name, share in config.objectives.items() if share}
+    samples = questions = None
+    if "two_stream" in wanted:
+        short = short_chunks(config, chunk_sizes)
+        shortest = max(short) + 1
+        for size in short:  # that the longest sample fits the window is known now, not at some step
+            lengths = chunk_lengths(config.sample_length, size)
+            plan_passes(lengths, finest, llm.context_window, int(llm.bos_token_id is not None))
+    else:
+        shortest = min(config.spans)
+    if wanted.keys() - {"questions"}:
+        tokens = token_file(config, llm, config.data)
+        samples = Samples(tokens, config.sample_length, shortest)
+        if not len(samples):
+            raise TrainingError(
+                f"none of the {len(tokens)} documents has {shortest} tokens, the shortest sample; pass longer documents"
+            )
+        logger.info("%d samples, %d tokens left out", len(samples), samples.left_out)
+    if "questions" in wanted:
+        rows, settings = read_questions(config.questions, unique=False), {n: getattr(config, n) for n in _OF_QUESTIONS}
+        questions = QuestionReadings(rows, llm, max_tokens=config.sample_length, **settings)
+    return Batches(
+        wanted,
+        n_batches=config.max_steps * config.accumulation_steps * config.processes,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        llm=llm,
+        samples=samples,
+        questions=questions,
+        spans=config.spans,
+    )
+
+
+def short_chunks(config: TrainingConfig, chunk_sizes: Sequence[int]) -> list[int]:
+    """List those that leave something of a sample to predict after a chunk: what two streams are made of."""
+    short = [size for size in chunk_sizes if size < config.sample_length]
+    if not short:
+        raise ConfigError(
+            f"sample_length={config.sample_length} leaves nothing to predict after a chunk of {min(chunk_sizes)}; "
+            f"pass at least {2 * min(chunk_sizes)}, or smaller chunk_sizes"
+        )
+    return short
+
+
+def held_out_samples(config: TrainingConfig, llm: LLM) -> Samples | None:
+    """Take the samples that the loss is measured on, all of one length; None without such text."""
+    if not config.eval_data:
+        return None
+    tokens = token_file(config, llm, config.eval_data)
+    samples = Samples(tokens, config.sample_length, config.sample_length, config.eval_samples)
+    if not len(samples):
+        raise TrainingError(
+            f"no document in eval_data has {config.sample_length} tokens, the length of a sample; "
+            "pass longer documents or a smaller sample_length"
+        )
+    return samples
+
+
+def drawn_from(config: TrainingConfig, settings: ExtensibleEmbedderConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ratios and the chunk sizes that a run draws from; `RatioError` where the embedder lacks a ratio."""
+    ratios = config.ratios or tuple(settings.ratios)
+    for ratio in ratios:
+        settings.require_ratio(ratio)
+    return ratios, config.chunk_sizes or (settings.chunk_size,)
+
+
+def token_file(config: TrainingConfig, llm: LLM, files: Sequence[str]) -> TokenFile:
+    """Tokenise a run's files, or take what was tokenised before."""
+    return TokenFile.build([Path(file) for file in files], llm, config.token_cache)

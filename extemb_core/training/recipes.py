@@ -19,15 +19,10 @@ from typing import Any
 import yaml
 
 from extemb_core.errors import ConfigError
+from extemb_core.training.checkpoints import is_finished
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.trainer import (
-    TrainableModel,
-    full_disk_error,
-    holds_reader_alone,
-    is_finished,
-    is_first_process,
-    train,
-)
+from extemb_core.training.trainable import TrainableModel, holds_reader_alone
+from extemb_core.training.trainer import full_disk_error, is_first_process, train
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from extemb_core.lm import ExtensibleLM
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.questions import templates
-from extemb_core.training.trainer import TrainableModel
+from extemb_core.training.trainable import TrainableModel
 from extemb_core.training.two_stream import two_stream_losses
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"

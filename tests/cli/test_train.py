@@ -91,12 +91,12 @@ def test_train_ends_with_how_to_use_what_was_trained(
 ) -> None:
     from peft import LoraConfig
 
-    from extemb_core.training import trainer
+    from extemb_core.training import checkpoints, trainer
 
     embedder = random_embedder(tiny_llm()) if kind != "reader" else None
     made = trainer.TrainableModel(tiny_llm(), embedder, LoraConfig() if kind != "embedder" else None)
     monkeypatch.setattr(trainer, "train", lambda config, *, resume: made)
-    monkeypatch.setattr(trainer, "is_finished", lambda config: config.max_minutes > 1)
+    monkeypatch.setattr(checkpoints, "is_finished", lambda config: config.max_minutes > 1)
     early = run(*train_options(models, novel, Path("out")), "--max-minutes", "0.5").stderr
     assert "the time is up before all 1,500,000 tokens are seen; the same command goes on" in early
     spaced = run(*train_options(models, novel, Path("my out")), "--max-minutes", "2").stderr

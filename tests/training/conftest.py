@@ -47,3 +47,13 @@ def asked(config, folder, tmp_path):
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return replace(config, llm=str(tmp_path / "llm"), data=(), questions=(str(tmp_path / "questions.jsonl"),),
                    objectives={"questions": 1}, eval_data=())  # fmt: skip
+
+
+@pytest.fixture
+def entering(asked, config):
+    return replace(
+        asked, data=config.data, trained="both", reader_rank=4, mixed_share=0.5, focus_share=0.5, ratios=(1, 2, 4, 8),
+        embedder={"entry_layer": 2, "chunk_size": 16, "ratios": (1, 2, 4, 8), "lora_rank": 4,
+                  "token_weighting": "frequency"},
+        objectives={"questions": 0.4, "recall": 0.2, "reconstruction": 0.2, "two_stream": 0.2},
+    )  # fmt: skip

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 
-from extemb_core.training.batches import Batches, Collator
-from extemb_core.training.objectives import reconstruction, shuffled
+from extemb_core.models.llm import LLM
+from extemb_core.training import batches as batches_module
+from extemb_core.training.batches import Batches, Collator, plan_batches
+from extemb_core.training.config import TrainingConfig
+from extemb_core.training.objectives import QuestionReadings, reconstruction, shuffled
 from extemb_core.training.reading_loss import Reading
 
 
@@ -147,3 +151,14 @@ def test_a_ratio_named_twice_comes_twice_as_often_and_once_a_sample():
     alone = Collator((2, 4, 4), (16,), seed=0)
     counts = [alone([{"sample": torch.arange(3), "index": at}])["ratios"][0][0] for at in range(400)].count(4)
     assert 230 < counts < 300
+
+
+def test_what_a_run_says_of_its_questions_reaches_them(asked, monkeypatch):
+    given = {}
+    monkeypatch.setattr(batches_module, "QuestionReadings", lambda *_, **settings: given.update(settings))
+    changed = {"most_per_source": 7, "raw_share": 0.11, "mixed_share": 0.12, "focus_share": 0.13, "most_distractors": 5,
+               "seed": 3}  # fmt: skip
+    plan_batches(replace(asked, **changed), LLM.from_pretrained(asked.llm), 1, (16,))
+    assert changed.items() <= given.items()
+    settings, taken = ({field.name for field in fields(kind)} for kind in (TrainingConfig, QuestionReadings))
+    assert changed.keys() == (settings & taken) - {"questions", "llm"}

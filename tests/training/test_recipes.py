@@ -15,8 +15,8 @@ from extemb_core.errors import ConfigError, TrainingError
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training import recipes as recipes_module
+from extemb_core.training.checkpoints import is_finished
 from extemb_core.training.recipes import Recipe, read_recipe, recipe_names, stage_configs, train_recipe
-from extemb_core.training.trainer import is_finished
 
 RECIPE = """
 embedder: {num_layers: 2, chunk_size: 16, ratios: [2, 4]}

@@ -14,9 +14,9 @@ from benchmarks.offline_training.bundles import pack, run, shuffled_subset
 from benchmarks.offline_training.slices import join_slices
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.models.llm import LLM
+from extemb_core.training.checkpoints import OPTIMIZER
 from extemb_core.training.data import TokenFile
 from extemb_core.training.recipes import read_recipe, train_recipe
-from extemb_core.training.trainer import OPTIMIZER
 
 RECIPE = """
 embedder: {num_layers: 1, chunk_size: 16, ratios: [2, 4]}

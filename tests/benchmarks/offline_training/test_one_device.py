@@ -15,7 +15,8 @@ from benchmarks.offline_training import one_device
 from benchmarks.offline_training.one_device import main
 from extemb_core.errors import ConfigError, TrainingError, WeightsNotFoundError
 from extemb_core.training.config import TrainingConfig
-from extemb_core.training.trainer import TrainableModel, train
+from extemb_core.training.trainable import TrainableModel
+from extemb_core.training.trainer import train
 
 
 @pytest.fixture

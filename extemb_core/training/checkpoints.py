@@ -1,0 +1,136 @@
+"""Checkpoints of a run: which are whole, what run they are of, and how far it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from extemb_core.errors import TrainingError
+from extemb_core.training.config import TrainingConfig
+from extemb_core.utils.files import atomic_write_text, fsync, parse_json
+
+COMPLETE, OPTIMIZER = "complete.json", "optimizer.safetensors"
+# What a checkpoint's tensors depend on; all else may change when a run goes on, and the log says so.
+_FIXED = ("llm", "embedder", "trained", "reader_rank", "reader_first_layer", "start_from")
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """Find the last whole checkpoint in a run's folder, of whatever run."""
+    whole = [folder for folder in checkpoints_in(output) if (folder / COMPLETE).is_file()]
+    return max(whole, key=step_of, default=None)
+
+
+def checkpoint_of(config: TrainingConfig) -> Path | None:
+    """Find the last whole checkpoint of a run; raise `TrainingError` if it is another run's."""
+    output = Path(config.output)
+    last = last_checkpoint(output)
+    if last is None:
+        return None
+    changed = changed_settings(last, config)
+    other = next((name for name in changed if name in _FIXED), None)
+    if other is not None:
+        before, now = changed[other]
+        raise TrainingError(
+            f"{output} holds checkpoints of a run with another {other} ({before!r}, now {now!r}); use another output "
+            "folder, or train without resuming"
+        )
+    return last
+
+
+def is_finished(config: TrainingConfig) -> bool:
+    """Tell whether the run's last checkpoint has seen all of its tokens."""
+    checkpoint = checkpoint_of(config)
+    return checkpoint is not None and tokens_of(checkpoint, config) >= config.total_tokens
+
+
+def checkpoints_in(output: Path) -> list[Path]:
+    """List a run's checkpoints, whole or not; a folder of another name, a copy that was put aside, is none."""
+    return [folder for folder in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", folder.name)]
+
+
+def mark_complete(folder: Path, tokens: int, config: TrainingConfig, outdated: Sequence[Path] = ()) -> None:
+    """Have a checkpoint count as whole once all of it is on disk, and those in outdated folders no longer."""
+    for file in filter(Path.is_file, folder.rglob("*")):
+        fsync(file)
+    discard_checkpoints(*outdated)
+    mark = {"step": step_of(folder), "tokens": tokens, "config": _settings(config)}
+    atomic_write_text(folder / COMPLETE, json.dumps(mark, indent=2))
+
+
+def remove_incomplete(output: Path) -> None:
+    """Remove what a kill left of checkpoints: it counts for nothing, but would push a whole one out."""
+    for folder in checkpoints_in(output):
+        if not (folder / COMPLETE).is_file():
+            shutil.rmtree(folder)
+
+
+def discard_checkpoints(*outputs: Path) -> None:
+    """Have no run go on from what is in these folders."""
+    for output in outputs:
+        for folder in checkpoints_in(output):
+            (folder / COMPLETE).unlink(missing_ok=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Read a checkpoint's step from its name."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def tokens_of(checkpoint: Path, config: TrainingConfig) -> int:
+    """Read how many tokens a checkpoint has seen; earlier versions did not say, and had steps of one size."""
+    mark = parse_json((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    if "tokens" in mark:
+        return int(mark["tokens"])
+    sizes = ("batch_size", "accumulation_steps", "sample_length")
+    before = {name: value for name, value in _config_of(checkpoint).items() if name in sizes}
+    return step_of(checkpoint) * replace(config, **before).tokens_per_step
+
+
+def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tuple[Any, Any]]:
+    """Compare the settings with those that a checkpoint was made with: changed name -> (then, now).
+
+    One that the checkpoint's version did not know was its default. A folder is the same however its path is typed, and
+    a stage of a recipe goes on from the one beside it wherever the recipe's folder was moved.
+    """
+    defaults = _settings(TrainingConfig(llm="", data=("",), output=""))
+    before = defaults | {"data": [], "llm": ""} | _config_of(checkpoint)
+    changed = {name: (before[name], now) for name, now in _settings(config).items() if before[name] != now}
+    for name in changed.keys() & {"llm", "start_from", "output"}:
+        if None not in changed[name] and _same_place(*changed[name], before["output"], config.output):
+            del changed[name]
+    return changed
+
+
+def _same_place(then: str, now: str, output_then: str, output_now: str) -> bool:
+    """Tell whether two paths are one, or lead to one place beside a run's folder before and after that was moved."""
+    one, other, beside_then, beside_now = (
+        Path(os.path.abspath(path)) for path in (then, now, Path(output_then).parent, Path(output_now).parent)
+    )
+    if one == other:
+        return True
+    inside = one.is_relative_to(beside_then) and other.is_relative_to(beside_now)
+    return inside and one.relative_to(beside_then) == other.relative_to(beside_now)
+
+
+def _settings(config: TrainingConfig) -> dict[str, Any]:
+    """Return the settings of a run as JSON has them."""
+    return dict(json.loads(json.dumps(asdict(config))))
+
+
+def _config_of(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint's settings: in its own mark, in those of the first versions in the run's file."""
+    for file in (checkpoint / COMPLETE, checkpoint.parent / "training.json"):
+        try:
+            values = parse_json(file.read_text(encoding="utf-8"))
+            config = values["config"] if file.name == COMPLETE else values
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(config, dict):
+            return config
+    raise TrainingError(f"{checkpoint} does not say what run it is of; use another output folder, or remove it")
