@@ -183,6 +183,12 @@ def random_embedder(llm: Any, *, seed: int = 1, **settings: Any) -> Any:
     return embedder
 
 
+def tuned(llm: Any, layer: int = 1, *, seed: int = 1, **settings: Any) -> Any:
+    """An embedder that enters at a layer, with own tensors that were changed as training would."""
+    chosen = {"adaptation": "lora", "chunk_size": 16, "ratios": (1, 2, 4, 8), "num_layers": layer} | settings
+    return random_embedder(llm, seed=seed, entry_layer=layer, **chosen)
+
+
 def save_tiny(folder: Any) -> None:
     """A tiny LLM in `folder`/llm and an embedder for it in `folder`/embedder."""
     tiny_model("llama").save_pretrained(folder / "llm")

@@ -23,8 +23,8 @@ from extemb_core.evaluation.calibration_rule import choose_layer
 from extemb_core.evaluation.calibration_samples import Answers, Continuations, Task, arm_losses
 from extemb_core.evaluation.runs import Experiment, Sample, groups_of, run
 from extemb_core.evaluation.settings import CalibrationConfig
-from extemb_core.models.embedder import ExtensibleEmbedder, default_entry_layer
-from extemb_core.models.entry import decoder_layers
+from extemb_core.models.embedder import ExtensibleEmbedder
+from extemb_core.models.entry import decoder_layers, default_entry_layer
 from extemb_core.models.llm import LLM
 from extemb_core.training.data import read_texts
 

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from extemb_core.errors import MismatchError
+from extemb_core.models.anchors import anchor_positions
+from extemb_core.models.chunks import n_embeddings
+from extemb_core.models.compressed import Compressed
+from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.utils.batches import batches
 from extemb_core.utils.progress import progress
+from extemb_core.utils.validation import whole_number
 
 if TYPE_CHECKING:
-    from extemb_core.models.compressed import Compressed
     from extemb_core.models.embedder import ExtensibleEmbedder
     from extemb_core.models.llm import LLM
+
+Pieces = Iterable[tuple[np.ndarray[Any, Any], int]]
+"""Of a text: (T,) ids, and what each counts for on a progress bar."""
 
 Text = tuple[str, "np.ndarray[Any, Any]"]
 """A ref, and (T,) token ids."""
 
 POSITIONS_AT_ONCE = 4096  # of prompts in one pass, padding included: bounds memory, and the padding of unlike lengths
 
+_SORT_WINDOW_BATCHES = 64
+_MEASURES = ("mean_norms", "norms", "weights")  # of each group, above entry layer 0
 _PASSES = 8  # forward passes of a batch
 _CPU_CHUNKS, _MAX_CUDA_CHUNKS = 4, 128
 _BYTES_PER_UNIT = 128  # of activations, for each token and unit of the hidden size; generous for a dense layer
@@ -79,3 +93,147 @@ def compress_in_batches(
         for batch in batches(texts, lambda text: len(text[1]), _PASSES * size * chunk_size):
             refs, ids = zip(*batch, strict=True)
             yield embedder.compress_ids(ids, refs=refs, ratio=ratio, batch_size=size, show_progress=advance)
+
+
+@torch.no_grad()
+def compress_pieces(
+    embedder: ExtensibleEmbedder,
+    texts: Sequence[Pieces],
+    refs: Sequence[str],
+    *,
+    total: int,
+    ratio: int | None,
+    batch_size: int | None,
+    show_progress: bool | Callable[[float], None] | None,
+) -> list[Compressed]:
+    """Compress texts that come as pieces of ids, for `ExtensibleEmbedder.compress`, which says what the rest is.
+
+    Args:
+        embedder: Compresses.
+        texts: The pieces of each.
+        refs: Of the texts.
+        total: What all pieces count for on the progress bar.
+        ratio, batch_size, show_progress: See there.
+    """
+    config = embedder.config
+    ratio = config.finest(ratio)
+    if batch_size is None:
+        batch_size = default_batch_size(embedder.llm, config.chunk_size)
+    whole_number(batch_size, "batch_size")
+    fields = [_fields(config) for _ in texts]
+    n_tokens = [0] * len(texts)
+    chunks = _chunks(texts, config.chunk_size, ratio, n_tokens)
+    with progress("compress", total, show_progress) as advance:
+        while window := list(islice(chunks, batch_size * _SORT_WINDOW_BATCHES)):
+            window.sort(key=lambda chunk: -len(chunk.ids))
+            for at in range(0, len(window), batch_size):
+                batch = window[at : at + batch_size]
+                _compress_batch(embedder, batch, ratio, fields)
+                advance(sum(chunk.units for chunk in batch))
+    fingerprint = embedder.fingerprint
+    return [
+        Compressed(
+            ratio=ratio,
+            n_tokens=count,
+            ref=ref,
+            fingerprint=fingerprint,
+            chunk_size=config.chunk_size,
+            ratios=tuple(config.ratios),
+            downscaling=config.downscaling,
+            entry_layer=config.entry_layer,
+            anchors=rows.pop("anchors").array() if config.entry_layer else None,
+            **{name: torch.from_numpy(tensor.array()) for name, tensor in rows.items()},
+        ).checked()
+        for rows, count, ref in zip(fields, n_tokens, refs, strict=True)
+    ]
+
+
+def _fields(config: ExtensibleEmbedderConfig) -> dict[str, _Rows]:
+    """Begin the fields of a `Compressed` that grow with its text."""
+    embeddings = {"embeddings": _Rows(config.hidden_size)}
+    if not config.entry_layer:
+        return embeddings
+    return embeddings | {name: _Rows() for name in _MEASURES} | {"anchors": _Rows(dtype=np.int32)}
+
+
+def _chunks(texts: Sequence[Pieces], size: int, ratio: int, n_tokens: list[int]) -> Iterator[_Chunk]:
+    """Yield the chunks of all texts as they are asked for; count each text's tokens in `n_tokens`."""
+    for text, pieces in enumerate(texts):
+        offset = 0
+        for ids, units in _regrouped(pieces, size):
+            yield _Chunk(text, ids, offset, units)
+            offset += n_embeddings(len(ids), ratio)
+            n_tokens[text] += len(ids)
+
+
+def _compress_batch(
+    embedder: ExtensibleEmbedder, batch: list[_Chunk], ratio: int, fields: list[dict[str, _Rows]]
+) -> None:
+    layer, llm = embedder.config.entry_layer, embedder.llm
+    padded = np.zeros((len(batch), len(batch[0].ids)), dtype=np.int64)
+    for row, chunk in enumerate(batch):
+        padded[row, : len(chunk.ids)] = chunk.ids
+    outputs = embedder(torch.from_numpy(padded))
+    for row, chunk in enumerate(batch):
+        length = len(chunk.ids)
+        values: dict[str, Any] = {}
+        if not layer:
+            values["embeddings"] = embedder.read_out(outputs, row, length, ratio)
+        else:
+            groups = embedder.pool(outputs, row, length, ratio)
+            if not torch.isfinite(groups.norms).all():
+                raise MismatchError(
+                    f"layer {layer} of {llm.name} gives states that are not finite in "
+                    f"{llm.dtype}; load the LLM in float32, or choose an earlier entry_layer"
+                )
+            measures = torch.stack([groups.means.norm(dim=-1), groups.norms, groups.weights])
+            values = dict(zip(_MEASURES, measures.cpu(), strict=True))  # one transfer from a GPU
+            values["embeddings"] = groups.states
+            values["anchors"] = chunk.ids[anchor_positions(length, ratio).numpy()]
+        for name, rows in values.items():
+            fields[chunk.text][name].write(chunk.offset, rows)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The ids of one chunk of text number `text`, whose embeddings begin at row `offset`."""
+
+    text: int
+    ids: np.ndarray[Any, Any]
+    offset: int
+    units: float  # on the progress bar
+
+
+class _Rows:
+    """A field of a text's `Compressed` while it is made, (N, ...): memory that grows in place and is handed over."""
+
+    def __init__(self, *shape: int, dtype: type = np.float32) -> None:
+        self._buffer = bytearray()
+        self._shape = shape
+        self._dtype = dtype
+
+    def write(self, offset: int, rows: Tensor | np.ndarray[Any, Any]) -> None:
+        values = rows.float().cpu().numpy() if isinstance(rows, Tensor) else rows
+        n_bytes = (offset + len(values)) * math.prod(self._shape) * np.dtype(self._dtype).itemsize
+        self._buffer.extend(bytes(max(0, n_bytes - len(self._buffer))))
+        self.array()[offset : offset + len(values)] = values
+
+    def array(self) -> np.ndarray[Any, Any]:
+        return np.frombuffer(self._buffer, dtype=self._dtype).reshape(-1, *self._shape)
+
+
+def _regrouped(pieces: Pieces, size: int) -> Iterator[tuple[np.ndarray[Any, Any], float]]:
+    """Yield pieces of ids as chunks of `size` and a tail, each with its share of what the pieces count for."""
+    held: list[np.ndarray[Any, Any]] = []
+    count, units = 0, 0.0
+    for ids, worth in pieces:
+        start = 0
+        while start < len(ids):
+            part = ids[start : start + size - count]
+            held.append(part)
+            start, count, units = start + len(part), count + len(part), units + worth * len(part) / len(ids)
+            if count == size:
+                yield np.concatenate(held), units
+                held, count, units = [], 0, 0.0
+    if held:
+        yield np.concatenate(held), units

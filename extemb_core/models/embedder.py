@@ -14,14 +14,11 @@ Token embeddings are the LLM's own, and frozen, in all of them.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -40,30 +37,22 @@ from extemb_core.errors import (
     WeightsNotFoundError,
 )
 from extemb_core.models.anchors import ANCHOR, anchor_positions
-from extemb_core.models.bulk import default_batch_size
-from extemb_core.models.chunks import chunk_lengths, n_embeddings
+from extemb_core.models.bulk import compress_pieces
+from extemb_core.models.chunks import chunk_lengths
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
 from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_embeddings, trailing_means
 from extemb_core.models.downscaling import DOWNSCALINGS
-from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, final_norm, shared_parameters
+from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, default_entry_layer
 from extemb_core.models.llm import LLM, first_line, not_from_hub, quiet_transformers
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
+from extemb_core.models.shared_layers import PROBE_TOLERANCE, first_layers, same_in_bfloat16, sample_of
 from extemb_core.utils.files import disk_errors
-from extemb_core.utils.progress import progress
-from extemb_core.utils.validation import name_or_path, whole_number
+from extemb_core.utils.validation import name_or_path
 from extemb_core.weights.resolve import UNTRAINED
 
-# The base tensors of an LLM are recognised by a sample of their values, rounded to bfloat16: the same LLM in another
-# dtype has the same. (Through float16 some round the other way. Where an embedder's file has the sample, that is known
-# from it; where there is none, an LLM whose weights are no bfloat16 values has a fingerprint of its own in float16, and
-# what was compressed in another dtype is compressed again.) A derivative differs by some percent (relative L2) and is
-# taken, but is another embedder; another model differs by about 140%. One that is the same in bfloat16 is the same.
-_PROBE_VALUES = 16
-_PROBE_TOLERANCE = 0.01
 _CHECKED_TOKENS, _EXACT_TOLERANCE = 8, 0.02
-_SORT_WINDOW_BATCHES = 64
 _SETTINGS, _TENSORS = "config.json", "model.safetensors"
 _FINGERPRINTED = (
     "num_layers", "adaptation", "downscaling", "connector", "chunk_size", "lora_rank", "llm_layers_type",
@@ -71,10 +60,6 @@ _FINGERPRINTED = (
 )  # fmt: skip
 _FINGERPRINTED_AT_0 = ("residual_window",)
 _FINGERPRINTED_ABOVE_0 = ("entry_layer", "token_weighting", "token_weights_digest", "anchor")
-_MEASURES = ("mean_norms", "norms", "weights")  # of each group, above entry layer 0
-
-Pieces = Iterable[tuple[np.ndarray[Any, Any], int]]
-"""Of a text: (T,) ids, and what each counts for on a progress bar."""
 
 
 class ChunkOutputs(NamedTuple):
@@ -92,34 +77,6 @@ class ChunkOutputs(NamedTuple):
     weights: Tensor | None = None
     residuals: Tensor | None = None
     embedded: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """The ids of one chunk of text number `text`, whose embeddings begin at row `offset`."""
-
-    text: int
-    ids: np.ndarray[Any, Any]
-    offset: int
-    units: float  # on the progress bar
-
-
-class _Rows:
-    """A field of a text's `Compressed` while it is made, (N, ...): memory that grows in place and is handed over."""
-
-    def __init__(self, *shape: int, dtype: type = np.float32) -> None:
-        self._buffer = bytearray()
-        self._shape = shape
-        self._dtype = dtype
-
-    def write(self, offset: int, rows: Tensor | np.ndarray[Any, Any]) -> None:
-        values = rows.float().cpu().numpy() if isinstance(rows, Tensor) else rows
-        n_bytes = (offset + len(values)) * math.prod(self._shape) * np.dtype(self._dtype).itemsize
-        self._buffer.extend(bytes(max(0, n_bytes - len(self._buffer))))
-        self.array()[offset : offset + len(values)] = values
-
-    def array(self) -> np.ndarray[Any, Any]:
-        return np.frombuffer(self._buffer, dtype=self._dtype).reshape(-1, *self._shape)
 
 
 class ExtensibleEmbedder(PreTrainedModel):
@@ -150,7 +107,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             if value > limit:
                 raise ConfigError(f"{name}={value} is beyond the {n_layers} layers of {llm.name}; pass at most {limit}")
         self.llm = llm
-        stack, shared = _first_layers(llm, config.num_layers, copied=config.adaptation == "full")
+        stack, shared = first_layers(llm, config.num_layers, copied=config.adaptation == "full")
         self.stack: Any = stack
         if config.adaptation == "lora":
             add_adapters(stack.layers, config.lora_rank)
@@ -160,7 +117,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             rms = float(embedding.weight.float().pow(2).mean().sqrt())
             self.connector = CONNECTORS[config.connector](config.hidden_size, rms, self._residual_window)
             self.connector.to(llm.device)
-        self.register_buffer("llm_probe", _probe(llm, config.num_layers), persistent=True)
+        self.register_buffer("llm_probe", sample_of(llm, config.num_layers), persistent=True)
         weighting = "uniform" if config.token_weighting == "frequency" else config.token_weighting  # until it is loaded
         table = token_weights(weighting, int(embedding.num_embeddings)).to(llm.device)
         self.register_buffer("token_weights", table, persistent=False)
@@ -339,10 +296,10 @@ class ExtensibleEmbedder(PreTrainedModel):
             )
         here = self.llm_probe.float().cpu()
         distance = float((here - probe).norm() / probe.norm()) if here.shape == probe.shape else float("inf")
-        if not distance <= _PROBE_TOLERANCE and not (adapt and here.shape == probe.shape):
+        if not distance <= PROBE_TOLERANCE and not (adapt and here.shape == probe.shape):
             raise MismatchError(
                 f"the embedder in {file.parent} was trained on the tensors of {self.config.llm_name!r}, and those of "
-                f"{self.llm.name!r} differ by {distance:.0%} (at most {_PROBE_TOLERANCE:.0%} is allowed); "
+                f"{self.llm.name!r} differ by {distance:.0%} (at most {PROBE_TOLERANCE:.0%} is allowed); "
                 "load it with its own LLM or train one for this LLM"
             )
         with torch.no_grad():
@@ -350,7 +307,7 @@ class ExtensibleEmbedder(PreTrainedModel):
                 parameter.copy_(tensors[name])
             if counted and table is not None:
                 self.token_weights.copy_(table)
-            if _same_in_bfloat16(here, probe, through_float16=self.llm.dtype == torch.float16):
+            if same_in_bfloat16(here, probe, through_float16=self.llm.dtype == torch.float16):
                 self.llm_probe.copy_(probe)  # as trained, so that the fingerprint does not depend on the dtype
         # Of what the file holds: float16 tensors of the LLM's dtype may round the other way to bfloat16.
         made = self.trainable_state_dict()
@@ -551,7 +508,8 @@ class ExtensibleEmbedder(PreTrainedModel):
             raise DocumentError(f"a text to compress is a {type(wrong).__name__}; pass a str or several")
         pieces = [self.llm.encode_pieces(text) for text in several]
         refs = [text_ref(text) for text in several]
-        results = self._compress(pieces, refs, ratio, batch_size, sum(map(len, several)), show_progress)
+        settings: dict[str, Any] = {"ratio": ratio, "batch_size": batch_size, "show_progress": show_progress}
+        results = compress_pieces(self, pieces, refs, total=sum(map(len, several)), **settings)
         return results[0] if isinstance(texts, str) else results
 
     def compress_ids(
@@ -569,174 +527,13 @@ class ExtensibleEmbedder(PreTrainedModel):
         """
         pieces = [[(tokens, len(tokens))] for tokens in ids]
         refs = [""] * len(ids) if refs is None else refs
-        return self._compress(pieces, refs, ratio, batch_size, sum(map(len, ids)), show_progress)
-
-    @torch.no_grad()
-    def _compress(
-        self,
-        texts: Sequence[Pieces],
-        refs: Sequence[str],
-        ratio: int | None,
-        batch_size: int | None,
-        total: int,
-        show_progress: bool | Callable[[float], None] | None,
-    ) -> list[Compressed]:
-        """Compress texts that come as pieces of ids; what a piece counts for on the bar comes with it."""
-        ratio = self.config.finest(ratio)
-        if batch_size is None:
-            batch_size = default_batch_size(self.llm, self.config.chunk_size)
-        whole_number(batch_size, "batch_size")
-        fields = [self._fields() for _ in texts]
-        n_tokens = [0] * len(texts)
-        chunks = self._chunks(texts, ratio, n_tokens)
-        with progress("compress", total, show_progress) as advance:
-            while window := list(islice(chunks, batch_size * _SORT_WINDOW_BATCHES)):
-                window.sort(key=lambda chunk: -len(chunk.ids))
-                for at in range(0, len(window), batch_size):
-                    batch = window[at : at + batch_size]
-                    self._compress_batch(batch, ratio, fields)
-                    advance(sum(chunk.units for chunk in batch))
-        fingerprint = self.fingerprint
-        return [
-            Compressed(
-                ratio=ratio,
-                n_tokens=count,
-                ref=ref,
-                fingerprint=fingerprint,
-                chunk_size=self.config.chunk_size,
-                ratios=tuple(self.config.ratios),
-                downscaling=self.config.downscaling,
-                entry_layer=self.config.entry_layer,
-                anchors=rows.pop("anchors").array() if self.config.entry_layer else None,
-                **{name: torch.from_numpy(tensor.array()) for name, tensor in rows.items()},
-            ).checked()
-            for rows, count, ref in zip(fields, n_tokens, refs, strict=True)
-        ]
-
-    def _fields(self) -> dict[str, _Rows]:
-        """Begin the fields of a `Compressed` that grow with its text."""
-        embeddings = {"embeddings": _Rows(self.config.hidden_size)}
-        if not self.config.entry_layer:
-            return embeddings
-        return embeddings | {name: _Rows() for name in _MEASURES} | {"anchors": _Rows(dtype=np.int32)}
-
-    def _chunks(self, texts: Sequence[Pieces], ratio: int, n_tokens: list[int]) -> Iterator[_Chunk]:
-        """Yield the chunks of all texts as they are asked for; count each text's tokens in `n_tokens`."""
-        for text, pieces in enumerate(texts):
-            offset = 0
-            for ids, units in _regrouped(pieces, self.config.chunk_size):
-                yield _Chunk(text, ids, offset, units)
-                offset += n_embeddings(len(ids), ratio)
-                n_tokens[text] += len(ids)
-
-    def _compress_batch(self, batch: list[_Chunk], ratio: int, fields: list[dict[str, _Rows]]) -> None:
-        padded = np.zeros((len(batch), len(batch[0].ids)), dtype=np.int64)
-        for row, chunk in enumerate(batch):
-            padded[row, : len(chunk.ids)] = chunk.ids
-        outputs = self(torch.from_numpy(padded))
-        for row, chunk in enumerate(batch):
-            length = len(chunk.ids)
-            values: dict[str, Any] = {}
-            if not self.config.entry_layer:
-                values["embeddings"] = self.read_out(outputs, row, length, ratio)
-            else:
-                groups = self.pool(outputs, row, length, ratio)
-                if not torch.isfinite(groups.norms).all():
-                    raise MismatchError(
-                        f"layer {self.config.entry_layer} of {self.llm.name} gives states that are not finite in "
-                        f"{self.llm.dtype}; load the LLM in float32, or choose an earlier entry_layer"
-                    )
-                measures = torch.stack([groups.means.norm(dim=-1), groups.norms, groups.weights])
-                values = dict(zip(_MEASURES, measures.cpu(), strict=True))  # one transfer from a GPU
-                values["embeddings"] = groups.states
-                values["anchors"] = chunk.ids[anchor_positions(length, ratio).numpy()]
-            for name, rows in values.items():
-                fields[chunk.text][name].write(chunk.offset, rows)
-
-
-def default_entry_layer(llm: LLM) -> int:
-    """Choose the entry layer where none is known: two fifths of the LLM's layers, and at least 1 (docs/experiments.md).
-
-    Raises:
-        ConfigError: The LLM has a single layer.
-    """
-    available = len(decoder_layers(llm.model, llm.name))
-    if available == 1:
-        raise ConfigError(
-            f"{llm.name} has a single layer, and an entry layer above 0 needs one above it; train an embedder for "
-            "entry layer 0"
-        )
-    return max(1, round(0.4 * available))
-
-
-def _regrouped(pieces: Pieces, size: int) -> Iterator[tuple[np.ndarray[Any, Any], float]]:
-    """Yield pieces of ids as chunks of `size` and a tail, each with its share of what the pieces count for."""
-    held: list[np.ndarray[Any, Any]] = []
-    count, units = 0, 0.0
-    for ids, worth in pieces:
-        start = 0
-        while start < len(ids):
-            part = ids[start : start + size - count]
-            held.append(part)
-            start, count, units = start + len(part), count + len(part), units + worth * len(part) / len(ids)
-            if count == size:
-                yield np.concatenate(held), units
-                held, count, units = [], 0, 0.0
-    if held:
-        yield np.concatenate(held), units
-
-
-def _first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]:
-    """Cut the LLM's decoder to its first layers, in modules of its own.
-
-    Returns:
-        The stack, and the ids of the parameters that it shares with the LLM (all but the layers' if `copied`).
-    """
-    layers = decoder_layers(llm.model, llm.name)
-    decoder: Any = llm.model.base_model
-    kept = list(layers[:count])
-    # deepcopy takes from `memo` what it must not copy: the shared parameters, and empty modules in place of what
-    # the embedder does not use.
-    memo: dict[int, Any] = {}
-    for module in [decoder.get_input_embeddings()] + ([] if copied else kept):
-        memo |= shared_parameters(module)
-    shared = {id(parameter) for parameter in memo.values()}
-    memo[id(layers)] = nn.ModuleList([copy.deepcopy(layer, memo) for layer in kept])
-    memo[id(getattr(decoder, str(final_norm(decoder))))] = nn.Identity()
-    stack = copy.deepcopy(decoder, memo)
-    stack.config.num_hidden_layers = count
-    if copied:
-        stack.layers.requires_grad_(True)
-    return stack, shared
+        settings: dict[str, Any] = {"ratio": ratio, "batch_size": batch_size, "show_progress": show_progress}
+        return compress_pieces(self, pieces, refs, total=sum(map(len, ids)), **settings)
 
 
 def _version_of(tensors: dict[str, Tensor]) -> int:
     """Return a number that rises whenever one of them is changed in place."""
     return sum(tensor._version for tensor in tensors.values())
-
-
-def _same_in_bfloat16(here: Tensor, there: Tensor, *, through_float16: bool) -> bool:
-    """Tell whether two probes are the same in bfloat16; those `here` may have been rounded to float16 before."""
-    if here.shape != there.shape:
-        return False
-    here, there = here.float().cpu(), there.to("cpu", torch.bfloat16).float()
-    slack = torch.zeros(())
-    if through_float16:  # by half a unit in the last place
-        slack = torch.from_numpy(np.spacing(here.half().abs().numpy()).astype(np.float32)) / 2
-    least, most = ((here + side * slack).bfloat16().float() for side in (-1, 1))
-    return bool(((least <= there) & (there <= most)).all())
-
-
-def _probe(llm: LLM, count: int) -> Tensor:
-    """Sample evenly spaced values of each tensor the embedder builds on, (tensors, 16) in float32."""
-    decoder = llm.model.base_model
-    tensors = [decoder.get_input_embeddings().weight, *decoder.layers[:count].parameters()]
-    rows = []
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        at = torch.linspace(0, flat.numel() - 1, _PROBE_VALUES, dtype=torch.float64).long()
-        rows.append(flat[at.to(flat.device)].float())
-    return torch.stack(rows)
 
 
 def _local_folder(name: str | os.PathLike[str], hub: dict[str, Any]) -> Path:

@@ -29,6 +29,8 @@ from extemb_core.models.stoppable import CACHE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from extemb_core.models.llm import LLM
+
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 
 
@@ -182,6 +184,21 @@ def decoder_layers(model: PreTrainedModel, name: str) -> nn.ModuleList:
             "float16"
         )
     return layers
+
+
+def default_entry_layer(llm: LLM) -> int:
+    """Choose the entry layer where none is known: two fifths of the LLM's layers, and at least 1 (docs/experiments.md).
+
+    Raises:
+        ConfigError: The LLM has a single layer.
+    """
+    available = len(decoder_layers(llm.model, llm.name))
+    if available == 1:
+        raise ConfigError(
+            f"{llm.name} has a single layer, and an entry layer above 0 needs one above it; train an embedder for "
+            "entry layer 0"
+        )
+    return max(1, round(0.4 * available))
 
 
 def final_norm(decoder: Any) -> str | None:

@@ -132,7 +132,7 @@ COMPRESSING = {
 async def test_compressing_stops_when_nobody_waits(call, lm, monkeypatch):
     threads, held, go_on, stopped = [], threading.Event(), threading.Event(), threading.Event()
     kind = type(lm.embedder)
-    step, compress = kind._compress_batch, kind.compress_ids
+    step, compress = kind.forward, kind.compress_ids
 
     def held_step(self, *args):
         threads.append(threading.current_thread())
@@ -146,7 +146,7 @@ async def test_compressing_stops_when_nobody_waits(call, lm, monkeypatch):
         finally:
             stopped.set()
 
-    monkeypatch.setattr(kind, "_compress_batch", held_step)
+    monkeypatch.setattr(kind, "forward", held_step)
     monkeypatch.setattr(kind, "compress_ids", told)
     task = asyncio.create_task(call(lm))
     assert await asyncio.to_thread(held.wait, PATIENCE)

@@ -173,6 +173,9 @@ def test_one_bar_for_all_batches_moves_with_every_pass(embedder, monkeypatch):
 
     @contextmanager
     def bar(description, total, show):
+        if callable(show):  # of a batch, which moves the bar of all
+            yield show
+            return
         bars.append((description, total, show))
         yield told.append
 

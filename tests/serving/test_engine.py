@@ -174,15 +174,15 @@ def test_who_leaves_is_not_answered_to_the_end(lm, tmp_path, held, layers, strea
 
 def test_who_leaves_has_no_more_documents_compressed(lm, tmp_path, monkeypatch):
     batches, held, go_on = [], threading.Event(), threading.Event()
-    whole = type(lm.embedder)._compress_batch
+    whole = type(lm.embedder).forward
 
     def held_batch(*args):
         batches.append(1)
         held.set()
         assert go_on.wait(PATIENCE)
-        whole(*args)
+        return whole(*args)
 
-    monkeypatch.setattr(type(lm.embedder), "_compress_batch", held_batch)
+    monkeypatch.setattr(type(lm.embedder), "forward", held_batch)
     with served(lm, tmp_path) as server:
         document = {"text": SENTENCES * 20, "title": "Ships"}
         with asking_by_hand(server, documents=[document], ratio=8):
