@@ -140,7 +140,7 @@ class QaExperiment(Experiment):
             }
 
     def is_current(self, sample: Sample) -> bool:
-        return sample["id"] in self._ranks and sample["rank"] == self._rank(sample["id"])
+        return sample["id"] not in self._ranks or sample["rank"] == self._rank(sample["id"])
 
     def _rank(self, name: str) -> int | None:
         """Return the rank of a question's own passage, which goes by the limit; None where there is no other."""

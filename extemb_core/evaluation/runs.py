@@ -213,13 +213,14 @@ class FinishedSamples:
             samples = filter(experiment.is_current, (row["sample"] for row in self.journal.rows))
             self.by_id |= {sample["id"]: sample for sample in samples}
             self.seconds += sum(row["seconds"] for row in self.journal.rows)
-        if self.by_id.keys() - set(ids) and len(ids) <= len(self.by_id):
+        if dropped := len(self.by_id.keys() - set(ids)):
             self.journal.close()
             if not self.journal.rows:
                 file.unlink()
             raise ConfigError(
-                f"{out} has {len(self.by_id)} finished samples and these settings ask for {len(ids)}, which would drop "
-                f"some of them; pass a higher --limit, {_REMEDY}"
+                f"{out} has {len(self.by_id)} finished samples, and {dropped} of them are not among the {len(ids)} "
+                "that these settings ask for; pass a --limit of one less than twice the run's, or of all, which drop "
+                f"none, {_REMEDY}"
             )
         self._has_added = False
         self._last = time.perf_counter()

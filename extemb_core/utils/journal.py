@@ -6,9 +6,10 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.utils.files import disk_errors, parse_json
@@ -21,7 +22,7 @@ class Journal:
     """File of finished rows, a JSON line each, after a first line that says what run it is.
 
     Args:
-        file: Read first, if it is there; half a line that a kill left is cut off.
+        file: Read first, if it is there; half a line that a kill left is cut off. One without a row is of no run yet.
         identity: Of the run, JSON-able; values may be mappings, which are compared name by name.
         remedy: What to do where the file is of another run.
 
@@ -35,26 +36,31 @@ class Journal:
 
     def __init__(self, file: Path, identity: Mapping[str, Any], remedy: str) -> None:
         self.file = file
-        self.rows: list[dict[str, Any]] = []
-        text = file.read_bytes() if file.is_file() else b""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = _open_locked(file)
+        try:
+            self.rows, n_bytes = self._read(identity, remedy)
+            os.ftruncate(self._stream.fileno(), n_bytes)
+            if not n_bytes:
+                self._write({"identity": identity})
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def _read(self, identity: Mapping[str, Any], remedy: str) -> tuple[list[dict[str, Any]], int]:
+        """Return the rows, and up to which byte the file is whole: 0 where a run of any identity left no row."""
+        text = self.file.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         try:
             lines = [parse_json(line) for line in whole.splitlines()]
-            if lines:
-                require_same_run(lines[0]["identity"], identity, file, remedy)
-            self.rows = [dict(line) for line in lines[1:]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise DocumentError(f"{file} is damaged ({error}); remove it to begin anew") from error
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = file.open("a", buffering=1, encoding="utf-8")  # flushed with every line
-        if not _lock(self._stream.fileno()):
-            self._stream.close()
-            raise ConfigError(f"{file} is being written by another run; wait for that, or pass another output")
-        os.truncate(file, len(whole))
-        if not lines:
-            self._write({"identity": identity})
+            known = dict(lines[0]["identity"]) if lines else {}
+            rows = [dict(line) for line in lines[1:]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DocumentError(f"{self.file} is damaged ({error}); remove it to begin anew") from error
+        if not rows:
+            return [], 0
+        require_same_run(known, identity, self.file, remedy)
+        return rows, len(whole)
 
     @staticmethod
     def identity_in(file: Path) -> dict[str, Any]:
@@ -82,6 +88,23 @@ class Journal:
         """Close the file, with everything added on disk."""
         self.sync()
         self._stream.close()
+
+
+def _open_locked(file: Path) -> TextIO:
+    """Open a file to append whole lines, which no other process then writes.
+
+    Raises:
+        ConfigError: Another process writes it.
+    """
+    while True:
+        stream = file.open("a", buffering=1, encoding="utf-8")  # flushed with every line
+        if not _lock(stream.fileno()):
+            stream.close()
+            raise ConfigError(f"{file} is being written by another run; wait for that, or pass another output")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+                return stream
+        stream.close()  # a run that has ended meanwhile has removed it
 
 
 def _lock(handle: int) -> bool:

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from extemb_core.errors import DocumentError, DocumentNotFoundError, optional_import
 from extemb_core.utils.files import parse_json
 
@@ -106,7 +104,10 @@ def _decoded(data: bytes, file: Path, line: int) -> str:
 
 
 def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """Choose at most `limit` items, evenly from all of them, so that every part of a file has its share."""
+    """Choose at most `limit` items, evenly from all of them, so that every part of a file has its share.
+
+    Those of a limit of n are among those of 2 n - 1.
+    """
     if limit is None or limit >= len(items):
         return list(items)
-    return [items[int(at)] for at in np.linspace(0, len(items) - 1, limit)]
+    return [items[at * (len(items) - 1) // max(1, limit - 1)] for at in range(limit)]

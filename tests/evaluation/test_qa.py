@@ -284,6 +284,21 @@ def test_a_higher_limit_ends_in_the_record_of_one_run(make, tmp_path):
             assert parts["summary"]["by_rank"][rank][arm] == pytest.approx(values, abs=1e-5)
 
 
+def test_a_limit_that_would_drop_finished_samples_is_refused(make, tmp_path):
+    out, settings = tmp_path / "all.json", {"generate": False, "controls": ("truncated",)}
+    n = run(make(**settings), out)["n"]
+    before = out.read_bytes()
+    for changes in ({"limit": 3}, {"limit": 3, "remeasure": ("truncated",)}):
+        with pytest.raises(ConfigError, match="samples"):
+            run(make(**settings, **changes), out)
+        assert out.read_bytes() == before
+    run(make(**settings, limit=3), tmp_path / "some.json")
+    with pytest.raises(ConfigError, match="has 3 finished samples, and 1 of them are not among the 4 "):
+        run(make(**settings, limit=4), tmp_path / "some.json")
+    assert run(make(**settings, limit=5), tmp_path / "some.json")["parts"] == 2
+    assert n > 5
+
+
 def test_arms_that_are_measured_anew_alone_are_as_among_all(make, llm, monkeypatch):
     embedder = untrained(llm)
     whole = measured(make(embedder))

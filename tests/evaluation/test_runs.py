@@ -13,6 +13,7 @@ from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
 from extemb_core.evaluation.runs import RECORD_VERSION, Experiment, groups_of, read_record, run, write_record
 from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.utils import journal
+from extemb_core.utils.jsonl import evenly
 
 
 @dataclass
@@ -220,7 +221,7 @@ def test_finished_samples_are_not_dropped_by_a_lower_limit(config, out):
     with pytest.raises(KeyboardInterrupt):
         run(Squares(config, stop_at="5"), out)
     before = partial(out).read_bytes()
-    with pytest.raises(ConfigError, match=r"has 5 finished samples and these settings ask for 2.*higher --limit"):
+    with pytest.raises(ConfigError, match=r"5 finished samples, and 3 of them are not among the 2 .*pass a --limit"):
         run(Squares(replace(config, limit=2)), out)
     assert partial(out).read_bytes() == before
     run(Squares(config), out)
@@ -230,6 +231,22 @@ def test_finished_samples_are_not_dropped_by_a_lower_limit(config, out):
     assert out.read_bytes() == before
     assert not partial(out).exists()
     assert run(Squares(replace(config, limit=4)), out, resume=False)["n"] == 4
+
+
+def test_finished_samples_are_not_dropped_by_a_higher_limit_either(config, out):
+    class Evenly(Squares):
+        def groups(self):
+            return [evenly([str(number) for number in range(400)], self.config.limit)]
+
+    run(Evenly(replace(config, limit=40)), out)
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match="has 40 finished samples, and 30 of them are not among the 80 "):
+        run(Evenly(replace(config, limit=80)), out)
+    assert out.read_bytes() == before
+    for limit, new in ((79, 39), (400, 321)):
+        more = Evenly(replace(config, limit=limit))
+        assert run(more, out)["n"] == limit
+        assert len(more.asked) == new
 
 
 def test_what_was_begun_anew_goes_on_without_the_samples_of_the_record(config, out):

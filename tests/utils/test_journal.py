@@ -7,6 +7,7 @@ import json
 import pytest
 
 from extemb_core.errors import ConfigError, DocumentError
+from extemb_core.utils import journal as journal_module
 from extemb_core.utils.journal import Journal
 
 RUN = {"kind": "count", "settings": {"limit": 3, "by": [1, 2]}}
@@ -59,10 +60,43 @@ def test_half_a_line_is_no_row(tmp_path, cut):
 def test_the_rows_of_another_run_are_refused_and_stay(tmp_path, run, said):
     file = tmp_path / "rows"
     kept(file)
+    assert kept(file, run) == []  # where nothing was finished yet
+    assert Journal.identity_in(file) == run
+    file.unlink()
+    journal = Journal(file, RUN, "remove it")
+    journal.add({"n": 1})
+    journal.close()
     before = file.read_bytes()
     with pytest.raises(ConfigError, match=said):
         kept(file, run)
     assert file.read_bytes() == before
+
+
+def test_what_another_run_writes_until_its_end_is_neither_cut_nor_lost(tmp_path, monkeypatch):
+    """Both at the moment between this one's looking for the file and its lock."""
+    file = tmp_path / "rows"
+    other = Journal(file, RUN, "remove it")
+    lock = journal_module._lock
+
+    def late(handle):
+        monkeypatch.setattr(journal_module, "_lock", lock)
+        other.add({"n": 1})
+        other.close()
+        return lock(handle)
+
+    monkeypatch.setattr(journal_module, "_lock", late)
+    assert kept(file) == [{"n": 1}]
+
+    def gone(handle):
+        monkeypatch.setattr(journal_module, "_lock", lock)
+        file.unlink()
+        return lock(handle)
+
+    monkeypatch.setattr(journal_module, "_lock", gone)
+    journal = Journal(file, RUN, "remove it")
+    journal.add({"n": 2})
+    journal.close()
+    assert kept(file) == [{"n": 2}]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from extemb_core.errors import DocumentError
-from extemb_core.utils.jsonl import read_jsonl
+from extemb_core.utils.jsonl import evenly, read_jsonl
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 100_000])
@@ -41,3 +41,13 @@ def test_a_byte_order_mark_alone_is_an_empty_line(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'\xef\xbb\xbf\r\n{"a": 1}\r\n')
     assert list(read_jsonl(file)) == [(2, {"a": 1})]
+
+
+@pytest.mark.parametrize("count", [2, 5, 300, 400, 585])
+def test_what_a_limit_chooses_is_among_what_nearly_twice_of_it_does(count):
+    items = range(count)
+    assert evenly(items, 1) == [0]
+    for limit in range(2, count + 1):
+        chosen = evenly(items, limit)
+        assert (len(set(chosen)), chosen[0], chosen[-1]) == (limit, 0, count - 1)
+        assert set(chosen) <= set(evenly(items, 2 * limit - 1))
