@@ -103,7 +103,14 @@ _RECIPE = (
 
 @app.command()
 @options_from(TrainingConfig, "llm", "output", "data", "questions", "eval_data", "start_from")
-@options_from(NewEmbedder, panel="A new embedder", ratios="2 4 8 16 32, or those of --start-from")
+@options_from(
+    NewEmbedder,
+    panel="A new embedder",
+    num_layers="8, or those below the entry layer",
+    downscaling="strided, or mean above entry layer 0",
+    connector="linear, or none above entry layer 0",
+    ratios="2 4 8 16 32, above entry layer 0 also 1, or those of --start-from",
+)
 @options_from(
     TrainingConfig,
     "sample_length", "chunk_sizes", "total_tokens", "batch_size", "accumulation_steps", "learning_rate",
@@ -154,7 +161,8 @@ def train(
         return
     typer.echo(output)
     if not finished:
-        print_note(f"the time is up before all {total_tokens:,} tokens are seen; the same command goes on")
+        goes_on = goes_on_from("there", resume=resume)
+        print_note(f"the time is up before all {total_tokens:,} tokens are seen; {goes_on}")
     if trained is None:
         return
     if trained.embedder is None:

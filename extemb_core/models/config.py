@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
@@ -172,6 +173,13 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
                 f"pass one of them or make it with ratios=[..., {ratio}]"
             )
         return ratio
+
+
+# Those to choose, in which the LLM's own have no place.
+SETTINGS = frozenset(signature(ExtensibleEmbedderConfig.__init__).parameters) - {
+    "self", "kwargs", "token_weights_digest", "hidden_size", "llm_name", "llm_layers_type", "bos_token_id",
+    "tokenizer_digest",
+}  # fmt: skip
 
 
 def _checked_heads(heads: Any, entry_layer: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -40,7 +40,7 @@ from extemb_core.models.anchors import ANCHOR, anchor_positions
 from extemb_core.models.bulk import compress_pieces
 from extemb_core.models.chunks import chunk_lengths
 from extemb_core.models.compressed import Compressed
-from extemb_core.models.config import ExtensibleEmbedderConfig
+from extemb_core.models.config import SETTINGS, ExtensibleEmbedderConfig
 from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_embeddings, trailing_means
 from extemb_core.models.downscaling import DOWNSCALINGS
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, default_entry_layer
@@ -49,7 +49,7 @@ from extemb_core.models.lora import add_adapters, first_mismatch, read_settings,
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
 from extemb_core.models.shared_layers import PROBE_TOLERANCE, first_layers, same_in_bfloat16, sample_of
 from extemb_core.utils.files import disk_errors
-from extemb_core.utils.validation import name_or_path
+from extemb_core.utils.validation import name_or_path, unknown_setting
 from extemb_core.weights.resolve import UNTRAINED
 
 _CHECKED_TOKENS, _EXACT_TOLERANCE = 8, 0.02
@@ -197,6 +197,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         Raises:
             ConfigError: A setting is not legal, or the LLM has fewer layers or an unsupported layout.
         """
+        for name in settings.keys() - SETTINGS:
+            raise unknown_setting(name, settings[name], SETTINGS)
         table: Tensor | None = None
         if token_counts is not None or settings.get("token_weighting") == "frequency":
             size = int(llm.model.get_input_embeddings().num_embeddings)
@@ -492,7 +494,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
         Args:
             texts: A text, or several.
-            ratio: Tokens per embedding, one of the trained ratios; the finest when not given.
+            ratio: Tokens per embedding, one of the trained ratios; `kept_ratio` of the configuration when not given.
             batch_size: Chunks per forward pass; by the device when not given (see `default_batch_size`).
             show_progress: Show a bar; None shows it on a terminal.
 
@@ -502,7 +504,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         Raises:
             RatioError: The ratio was not trained.
         """
-        several = [texts] if isinstance(texts, str) else list(texts)
+        several = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
         wrong = next((text for text in several if not isinstance(text, str)), None)
         if wrong is not None:
             raise DocumentError(f"a text to compress is a {type(wrong).__name__}; pass a str or several")

@@ -84,7 +84,12 @@ def step_of(checkpoint: Path) -> int:
 
 def tokens_of(checkpoint: Path, config: TrainingConfig) -> int:
     """Read how many tokens a checkpoint has seen; earlier versions did not say, and had steps of one size."""
-    mark = parse_json((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    try:
+        mark = dict(parse_json((checkpoint / COMPLETE).read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise TrainingError(
+            f"{checkpoint / COMPLETE} is damaged ({error}); remove {checkpoint}, and train again"
+        ) from error
     if "tokens" in mark:
         return int(mark["tokens"])
     sizes = ("batch_size", "accumulation_steps", "sample_length")

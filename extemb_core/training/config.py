@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.validation import check_seed, is_count, paths_as_text, require_one_of, whole_number
+from extemb_core.utils.validation import (
+    check_seed,
+    is_count,
+    paths_as_text,
+    require_number,
+    require_one_of,
+    whole_number,
+)
 
 OBJECTIVES = ("two_stream", "reconstruction", "recall", "questions")
 TRAINED = ("embedder", "connector", "reader", "both")
@@ -123,44 +130,47 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         paths_as_text(self, "llm", files=("data", "questions", "eval_data"))
+        if not isinstance(self.embedder, Mapping):
+            raise ConfigError(
+                f"embedder={self.embedder!r:.80} is no mapping of settings; pass e.g. entry_layer=12 in one"
+            )
         self._check_objectives()
         for name in ("sample_length", "total_tokens", "batch_size", "accumulation_steps", "save_steps", "eval_steps",
                      "eval_samples", "logging_steps", "ratios_per_sample", "reader_rank",
                      "most_per_source", "most_distractors"):  # fmt: skip
             whole_number(getattr(self, name), name)
         for name in ("chunk_sizes", "ratios", "spans"):
-            if not all(is_count(number) for number in getattr(self, name)):
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} must be positive whole numbers; pass e.g. (256, 512)"
-                )
+            numbers = getattr(self, name)
+            if not isinstance(numbers, tuple | list) or not all(map(is_count, numbers)):
+                raise ConfigError(f"{name}={numbers!r} must be positive whole numbers; pass e.g. (256, 512)")
+        if len(self.spans) != 2:
+            raise ConfigError(f"spans={self.spans!r} has {len(self.spans)} lengths; pass that at the start and the end")
         check_seed(self.seed)
         for name in ("warmup_steps", "reader_first_layer", "dataloader_num_workers"):
             whole_number(getattr(self, name), name, 0)
-        if self.weight_decay < 0:
-            raise ConfigError(f"weight_decay={self.weight_decay} is below 0; pass 0 or more")
+        require_number(self.weight_decay, "weight_decay", lambda decay: decay >= 0, "at least 0; pass e.g. 0.1")
         for name in ("connector_lr_factor", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not above 0; pass e.g. 1.0")
+            require_number(getattr(self, name), name, lambda factor: factor > 0, "above 0; pass e.g. 1.0")
         for name in ("max_minutes", "save_minutes"):
-            minutes = getattr(self, name)
-            if minutes is not None and not minutes > 0:
-                raise ConfigError(f"{name}={minutes} is not above 0; pass minutes, or None for no limit")
+            if (minutes := getattr(self, name)) is not None:
+                require_number(minutes, name, lambda m: m > 0, "above 0; pass minutes, or None for no limit")
         if self.decay_steps is not None:
             whole_number(self.decay_steps, "decay_steps", 0, remedy="steps, or None")
         require_one_of(self.trained, "trained", TRAINED)
         require_one_of(self.dtype, "dtype", ("auto", "float32", "bfloat16"))
-        if not (0 < self.learning_rate < 1):
-            raise ConfigError(f"learning_rate={self.learning_rate} is not between 0 and 1; pass e.g. 3e-4")
+        rule = "between 0 and 1; pass e.g. 0.0003"  # which YAML reads as text where it is written 3e-4
+        require_number(self.learning_rate, "learning_rate", lambda rate: 0 < rate < 1, rule)
 
     def _check_objectives(self) -> None:
-        for name in self.objectives:
+        if not isinstance(self.objectives, Mapping):
+            raise ConfigError(f"objectives={self.objectives!r:.80} is no mapping; pass shares by name, e.g. recall=1")
+        for name, share in self.objectives.items():
             require_one_of(name, "objectives", OBJECTIVES)
-        shares = list(self.objectives.values())
-        if not shares or min(shares) < 0 or sum(shares) <= 0:
-            raise ConfigError(f"objectives={dict(self.objectives)!r}: shares are at least 0 and not all 0; pass e.g. 1")
+            require_number(share, f"objectives: {name}", lambda s: 0 <= s < math.inf, "at least 0; pass e.g. 1")
+        if not any(self.objectives.values()):
+            raise ConfigError(f"objectives={dict(self.objectives)!r}: shares are not all 0; pass e.g. 1")
         for name in ("distillation", "raw_share", "mixed_share", "focus_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not between 0 and 1; pass e.g. 0.5")
+            require_number(getattr(self, name), name, lambda s: 0 <= s <= 1, "between 0 and 1; pass e.g. 0.5")
         wanted = {name for name, share in self.objectives.items() if share}
         if wanted - {"questions"} and not self.data:
             raise ConfigError("data is empty; pass at least one text file to train on")
@@ -192,4 +202,16 @@ class TrainingConfig:
     @property
     def processes(self) -> int:
         """Number of processes that train together, as torchrun says."""
-        return int(os.environ.get("WORLD_SIZE", "1"))
+        return torchrun_number("WORLD_SIZE", 1)
+
+
+def torchrun_number(name: str, at_least: int = 0) -> int:
+    """Read what torchrun says of a process; `at_least` without it.
+
+    Raises:
+        ConfigError: It is no such number.
+    """
+    text = os.environ.get(name) or str(at_least)
+    if not text.isdecimal() or int(text) < at_least:
+        raise ConfigError(f"the environment has {name}={text!r:.80}, no whole number from {at_least} up; unset it")
+    return int(text)

@@ -261,7 +261,7 @@ class QuestionReadings:
     def _is_usable(self, question: Question) -> bool:
         longest = max(question.answers, key=len)
         fits = len(question.context) <= self._most_chars or all(a.strip() in question.context for a in question.answers)
-        short = len(longest) <= 2 * _CHARS_PER_TOKEN * self.max_answer_tokens
+        short = len(longest) <= min(self._most_chars, 2 * _CHARS_PER_TOKEN * self.max_answer_tokens)
         return fits and short and len(self.llm.encode(longest)) <= self.max_answer_tokens
 
     def _own_document(self, question: Question, answer: str, draw: np.random.Generator) -> Ids:

@@ -157,7 +157,7 @@ def train_recipe(
         # What later stages have made from an earlier state of this one is out of date.
         trained = train(config, resume=resume, outdated=[Path(later.output) for later in configs[number:]])
         if not is_finished(config):
-            logger.warning("%s is not finished; the same call goes on", config.output)
+            logger.warning("%s is not finished; a call that resumes goes on", config.output)
             return None
     if trained is not None and is_first_process():
         with full_disk_error():

@@ -25,7 +25,7 @@ from extemb_core.utils.files import disk_errors
 
 logger = logging.getLogger(__name__)
 
-_LOG = "log.jsonl"
+LOG = "log.jsonl"
 
 
 class RunTrainer(Trainer):
@@ -254,5 +254,5 @@ class RunCallback(TrainerCallback):
 
 def append_log(config: TrainingConfig, row: dict[str, Any]) -> None:
     """Write a line of a run's log."""
-    with (Path(config.output) / _LOG).open("a", encoding="utf-8") as log:
+    with (Path(config.output) / LOG).open("a", encoding="utf-8") as log:
         log.write(json.dumps(row) + "\n")

@@ -24,6 +24,7 @@ from extemb_core.questions import Question, read_questions, template_for, templa
 from extemb_core.utils.files import atomic_write_text, sha256_of
 from extemb_core.utils.journal import Journal, to_json
 from extemb_core.utils.progress import progress
+from extemb_core.utils.validation import whole_number
 
 _AGREEMENT = 0.5  # F1 with the best reference
 
@@ -67,6 +68,9 @@ def make_targets(
     out = Path(output)
     if out.suffix != ".jsonl":
         raise ConfigError(f"output={str(output)!r} does not end in .jsonl, which its rows are; pass such a name")
+    for name, number in (("limit", limit), ("max_document_tokens", max_document_tokens), ("batch_size", batch_size)):
+        if number is not None:
+            whole_number(number, name)
     questions = read_questions(files, unique=False)[:limit]
     identity = {
         "llm": llm.name,

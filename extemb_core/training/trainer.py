@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,8 +30,8 @@ from extemb_core.training.checkpoints import (
     step_of,
     tokens_of,
 )
-from extemb_core.training.config import TrainingConfig
-from extemb_core.training.run_trainer import RunCallback, RunTrainer, append_log
+from extemb_core.training.config import TrainingConfig, torchrun_number
+from extemb_core.training.run_trainer import LOG, RunCallback, RunTrainer, append_log
 from extemb_core.training.trainable import TrainableModel, starting_point
 from extemb_core.utils.files import atomic_write_text
 from extemb_core.utils.progress import progress
@@ -90,9 +89,9 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
         batches = plan_batches(counted, llm, min(ratios), chunk_sizes)
         held_out = held_out_samples(config, llm)
         longest = max(short_chunks(config, chunk_sizes)) if held_out is not None else 0
-    if checkpoint is None and is_first_process():  # not before it is known that this run can begin
-        discard_checkpoints(output)
-    elif is_first_process():
+    if is_first_process():  # not before it is known that this run can begin
+        if checkpoint is None:
+            discard_checkpoints(output)
         remove_incomplete(output)
     logger.info("%d steps of %d tokens at most", counted.max_steps, config.tokens_per_step)
     before = None  # the checkpoint that holds the optimiser's state of the run that this one goes on from
@@ -114,6 +113,8 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
         if trainer.is_world_process_zero():
             if checkpoint is not None and (changed := changed_settings(checkpoint, config)):
                 append_log(config, {"step": step_of(checkpoint), "changed": changed})
+            elif checkpoint is None and (output / LOG).exists():
+                append_log(config, {"step": 0, "begins": "anew"})
             atomic_write_text(output / "training.json", json.dumps(asdict(config), indent=2))
         with training_attention(*model.transformers()):
             if held_out is not None and checkpoint is None:
@@ -142,7 +143,7 @@ def _tidy_after_failure(*folders: Path) -> Iterator[None]:
 
 def is_first_process() -> bool:
     """Tell whether this is the one of those that train together that writes files."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return torchrun_number("RANK") == 0
 
 
 def _device(config: TrainingConfig) -> str:
@@ -150,7 +151,7 @@ def _device(config: TrainingConfig) -> str:
     chosen = choose_device(config.device)
     if chosen.type != "cuda":
         return str(chosen)
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank = torchrun_number("LOCAL_RANK")
     if chosen.index not in (None, rank):
         raise ConfigError(
             f"device={config.device!r}: training takes the visible GPUs in order; pass device='cuda' and choose with "

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from extemb_core.errors import ConfigError, ExtembError
@@ -60,6 +60,12 @@ def require_text(value: Any, name: str, *, may_be_empty: bool = False) -> None:
         raise ConfigError(f"the {name} is a {type(value).__name__}, {value!r:.80}; pass a str")
     if not (may_be_empty or value.strip()):
         raise ConfigError(f"the {name} is empty; say something")
+
+
+def require_number(value: Any, name: str, is_legal: Callable[[Any], bool], rule: str) -> None:
+    """Raise `ConfigError` for a setting that is no number (True is none), or breaks its rule, which the error says."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not is_legal(value):
+        raise ConfigError(f"{name}={value!r:.80} is not {rule}")
 
 
 def require_one_of(value: Any, name: str, legal: Iterable[str]) -> None:

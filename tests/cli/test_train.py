@@ -98,7 +98,9 @@ def test_train_ends_with_how_to_use_what_was_trained(
     monkeypatch.setattr(trainer, "train", lambda config, *, resume: made)
     monkeypatch.setattr(checkpoints, "is_finished", lambda config: config.max_minutes > 1)
     early = run(*train_options(models, novel, Path("out")), "--max-minutes", "0.5").stderr
-    assert "the time is up before all 1,500,000 tokens are seen; the same command goes on" in early
+    assert "the time is up before all 1,500,000 tokens are seen; the same command goes on from there" in early
+    anew = run(*train_options(models, novel, Path("out")), "--max-minutes", "0.5", "--no-resume").stderr
+    assert "the same command without --no-resume goes on from there" in anew
     spaced = run(*train_options(models, novel, Path("my out")), "--max-minutes", "2").stderr
     assert "the time is up" not in spaced
     assert ("'my out/reader'" in spaced) == (kind != "embedder")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny import tiny_llm
 
 from extemb_core.errors import ConfigError, RatioError
 from extemb_core.models.config import ExtensibleEmbedderConfig
+from extemb_core.models.embedder import ExtensibleEmbedder
 
 
 @pytest.mark.parametrize(
@@ -178,3 +180,13 @@ def test_a_ratio_is_a_whole_number_of_those_that_there_are(ratio):
     assert config.require_ratio(2) == 2
     with pytest.raises(RatioError, match=f"ratio={ratio} is not one of the ratios"):
         config.require_ratio(ratio)
+
+
+def test_a_setting_that_there_is_not_is_named():
+    llm = tiny_llm()
+    for misspelt in ({"chunksize": 8}, {"token_wieghting": "uniform"}, {"rations": (2, 4)}, {"llm_name": "other"}):
+        (name,) = misspelt
+        with pytest.raises(ConfigError, match=f"unknown setting {name}="):
+            ExtensibleEmbedder.from_llm(llm, **misspelt)
+    with pytest.raises(ConfigError, match="pass chunk_size"):
+        ExtensibleEmbedder.untrained(llm, 1, chunksize=8)

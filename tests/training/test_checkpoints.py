@@ -156,8 +156,23 @@ def test_checkpoints_of_the_first_version_name_their_run_in_its_folder(config):
 
 def test_a_run_that_begins_anew_is_not_resumed_from_what_was_there(config):
     train(config)
+    output = Path(config.output)
+    for folder in output.glob("checkpoint-*"):
+        os.utime(folder, (2e9, 2e9))  # some disks give one time to all of them, or none
     train(replace(config, total_tokens=3 * 96), resume=False)
-    assert last_checkpoint(Path(config.output)).name == "checkpoint-3"
+    assert [folder.name for folder in output.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert last_checkpoint(output).name == "checkpoint-3"
+    rows = log_of(config)
+    (at,) = (at for at, row in enumerate(rows) if row.get("begins") == "anew")
+    assert (rows[at - 1]["step"], rows[at + 1]["step"]) == (6, 1)
+
+
+def test_a_damaged_mark_of_a_checkpoint_is_told(config):
+    train(replace(config, total_tokens=96))
+    (mark,) = Path(config.output).glob("checkpoint-*/complete.json")
+    mark.write_text("half of")
+    with pytest.raises(TrainingError, match=r"complete\.json is damaged .*; remove .*checkpoint-1"):
+        train(config)
 
 
 def test_a_run_goes_on_with_other_settings_and_the_log_says_so(config):

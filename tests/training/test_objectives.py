@@ -192,6 +192,15 @@ def test_only_questions_that_the_kept_part_answers_follow(llm):
     assert all(len(answers(llm, made.reading(at))) == 1 for at in range(20))
 
 
+def test_no_answer_is_longer_than_what_is_read(llm):
+    answer = "in the year of the great flood, when the river rose over the walls of the old town and the bridge fell"
+    context = "It rained on the hills. " * 8 + f"The mill was built {answer}. " + "It rained on the hills. " * 8
+    rows = [Question("0", context, "When?", (answer,)), Question("1", context, "What was built?", ("The mill",))]
+    made = QuestionReadings(rows, llm, max_tokens=len(answer) // 3 - 1, missing_share=0)
+    assert [question.id for question in made.questions] == ["1"]
+    assert all(answers(llm, made.reading(at)) for at in range(20))
+
+
 def test_no_usable_question_is_an_error(llm):
     with pytest.raises(TrainingError, match="none of the 5 questions has a document of at most 4 tokens"):
         QuestionReadings([Question(str(at), "long " * 100, "Why?", ("because",)) for at in range(5)], llm, max_tokens=4)

@@ -94,3 +94,12 @@ def test_a_stopped_run_goes_on(llm, questions, tmp_path, monkeypatch):
 def test_rows_are_written_to_jsonl(llm, questions, tmp_path):
     with pytest.raises(ConfigError, match=r"does not end in \.jsonl"):
         make_targets(llm, [questions], tmp_path / "targets.txt")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 0}, {"batch_size": -1}, {"limit": 0}, {"limit": -3}, {"max_document_tokens": -5}]
+)
+def test_numbers_that_cannot_be_are_named(llm, questions, tmp_path, settings):
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))}="):
+        make_targets(llm, [questions], tmp_path / "targets.jsonl", **settings)
+    assert not list(tmp_path.glob("targets*"))
