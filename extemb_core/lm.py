@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from extemb_core.context.messages import Messages, as_messages, inline_documents
 from extemb_core.context.planning import Plan
 from extemb_core.context.scoring import SentenceScorer
 from extemb_core.context.tools import Tool
-from extemb_core.documents import Document, Documents, as_documents
+from extemb_core.documents import Document, Documents, as_documents, several
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.frameworks.batching import Batcher
 from extemb_core.frameworks.refs import Refs
@@ -335,6 +335,11 @@ class ExtensibleLM:
         """
         if isinstance(questions, str):
             raise ConfigError(f"questions={questions!r:.80} is one text; pass a list of questions")
+        questions = list(questions)
+        if isinstance(documents, str | Mapping | os.PathLike) or not isinstance(documents, Iterable | None):
+            raise ConfigError(
+                f"documents={documents!r:.80} is not a list with the documents of each question; pass one"
+            )
         of_question = [()] * len(questions) if documents is None else list(documents)
         if len(of_question) != len(questions):
             raise ConfigError(f"{len(questions)} questions came with {len(of_question)} document lists; pass one each")
@@ -413,21 +418,22 @@ class ExtensibleLM:
 
     def text_positions(
         self,
-        prompt: Sequence[str | Document],
+        prompt: str | Sequence[str | Document],
         *,
         budget: int | None = None,
         ratio: str | int = "auto",
         max_new_tokens: int = 0,
     ) -> int:
         """Count the positions that a plain prompt takes, with those that documents in it have, as `positions` does."""
+        prompt = several(prompt)
         n_bare = len(assemble_text(self.llm, [part for part in prompt if isinstance(part, str)]))
         room = capped(budget, max(0, self.llm.context_window - n_bare - max_new_tokens))
         documents = [part for part in prompt if isinstance(part, Document)]
         return n_bare + self.builder.plan(documents, room, ratio, n_headed=0).positions
 
-    def positions_of(self, parts: Iterable[str | Document]) -> int:
+    def positions_of(self, parts: str | Iterable[str | Document]) -> int:
         """Count the positions of a piece of a prompt: see `ContextBuilder.positions_of`."""
-        return sum(map(self.builder.positions_of, parts))
+        return sum(map(self.builder.positions_of, several(parts)))
 
     def compress(
         self,

@@ -855,3 +855,30 @@ def test_messages_may_come_one_by_one_and_questions_are_a_list(lm):
     assert lm.chat(iter(messages), max_new_tokens=4).text == lm.chat(messages, max_new_tokens=4).text
     with pytest.raises(ConfigError, match="questions='What.' is one text; pass a list of questions"):
         lm.ask_batch("What?")
+    several = lm.ask_batch(iter(["What?", "Why?"]), ratio=4, max_new_tokens=2)
+    assert [one.text for one in several] == [lm.ask(asked, max_new_tokens=2).text for asked in ("What?", "Why?")]
+
+
+@pytest.mark.parametrize("one", ["ab", {"text": SENTENCES, "title": "A"}, Document(SENTENCES), Path("a.txt"), 5])
+def test_one_document_is_not_taken_apart_for_several_questions(lm, one):
+    with pytest.raises(ConfigError, match="is not a list with the documents of each question"):
+        lm.ask_batch(["What?", "Why?"], one)
+
+
+def test_a_piece_of_a_prompt_is_counted_whole(lm):
+    assert (
+        lm.positions_of("How many ships?")
+        == lm.positions_of(["How many ships?"])
+        == len(lm.llm.encode("How many ships?"))
+    )
+    assert lm.text_positions("How many ships?") == lm.text_positions(["How many ships?"])
+    for call in (lm.generate, lm.text_positions):
+        with pytest.raises((ConfigError, DocumentError), match="NoneType; pass texts"):
+            call(None)
+    with pytest.raises(ConfigError, match="a plain prompt holds a dict; pass texts"):
+        lm.generate(["a", {"text": "b"}])
+
+
+def test_a_scorer_is_a_function(lm):
+    with pytest.raises(ConfigError, match="scorer='bm25' is no function"):
+        ExtensibleLM(lm.llm, lm.embedder, scorer="bm25")

@@ -138,11 +138,10 @@ def render_chat(
             return _rendered(llm, form, tools, assistant_prefix)
         except _RefusedError as error:  # noqa: PERF203 - one more form is the exception
             refused = refused or error
-    assert refused is not None
-    raise refused
+    raise ConfigError(str(refused)) from refused
 
 
-class _RefusedError(ConfigError):
+class _RefusedError(Exception):
     """A chat template refuses messages."""
 
 
@@ -366,7 +365,7 @@ def _render(llm: LLM, messages: list[dict[str, Any]], tools: list[Any]) -> str:
         rendered = llm.tokenizer.apply_chat_template(
             messages, tools=tools or None, tokenize=False, add_generation_prompt=True
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise _RefusedError(
             f"the chat template of {llm.name} refuses these messages: {error}; pass them in an order that it takes"
         ) from error

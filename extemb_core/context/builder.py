@@ -20,8 +20,8 @@ from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, che
 from extemb_core.context.retrieval_heads import heads_of, max_sentence_tokens
 from extemb_core.context.scoring import SentenceScorer, bm25_scores
 from extemb_core.context.spans import MAX_SENTENCE_TOKENS, cover, split_into_sentences
-from extemb_core.documents import Document, ReferencedDocument
-from extemb_core.errors import BudgetError, StoreCorruptError
+from extemb_core.documents import Document, ReferencedDocument, several
+from extemb_core.errors import BudgetError, ConfigError, StoreCorruptError
 from extemb_core.models.bulk import compress_in_batches
 from extemb_core.models.chunks import compressed_positions
 from extemb_core.models.compressed import Compressed
@@ -93,6 +93,10 @@ class ContextBuilder:
         self.llm = llm
         self.embedder = embedder
         self.store = store
+        if scorer is not None and not callable(scorer):
+            raise ConfigError(
+                f"scorer={scorer!r:.80} is no function; pass one of a question and its sentences, or None"
+            )
         self.scorer = scorer
         self.scorer_id = None if scorer is None else uuid4().hex  # its address may be another's when it is gone
         self._heads = heads_of(llm, embedder) if scorer is None else None
@@ -151,7 +155,11 @@ class ContextBuilder:
         There is no question that documents could be planned for: each stands at one ratio.
         """
         start = time.perf_counter()
-        pieces = [texts] if isinstance(texts, str) else list(texts)
+        pieces = several(texts)
+        if wrong := [piece for piece in pieces if not isinstance(piece, str | Document)]:
+            raise ConfigError(
+                f"a plain prompt holds a {type(wrong[0]).__name__}; pass texts, and Documents between them"
+            )
         encoded = [self.llm.encode(piece) if isinstance(piece, str) else piece for piece in pieces]
         ranked = [*documents, *(piece for piece in pieces if isinstance(piece, Document))]
         bare = assembly.assemble_text(self.llm, [piece for piece in encoded if not isinstance(piece, Document)])

@@ -244,9 +244,11 @@ class CalibrationConfig(CommonConfig):
 
 
 def require_counts(config: Any, *names: str) -> None:
-    """Raise `ConfigError` unless these fields are positive whole numbers, or tuples of distinct ones."""
+    """Raise `ConfigError` unless these are positive whole numbers, or tuples, made of lists too, of distinct ones."""
     for name in names:
         value = getattr(config, name)
+        if isinstance(value, list):
+            object.__setattr__(config, name, value := tuple(value))
         if not isinstance(value, tuple):
             whole_number(value, name)
         elif not all(is_count(number) for number in value) or len(set(value)) != len(value):

@@ -195,14 +195,17 @@ class Compressed:
 
         Args:
             file: One of that name is replaced.
-            metadata: What else to note in the file.
+            metadata: What else to note in the file, as text.
 
         Raises:
             StoreError: The disk refuses.
         """
         values = {name: getattr(self, name) for name in _TENSORS}
         tensors = {name: torch.as_tensor(value).contiguous() for name, value in values.items() if value is not None}
-        header = dict(metadata or {}) | {"format": FORMAT, "version": str(VERSION)}
+        header = {str(name): str(value) for name, value in (metadata or {}).items()} | {
+            "format": FORMAT,
+            "version": str(VERSION),
+        }
         header |= {name: str(getattr(self, name)) for name in (*_TEXTS, *_NUMBERS)}
         header["ratios"] = json.dumps(list(self.ratios))
         try:

@@ -22,6 +22,8 @@ from extemb_core.utils.validation import check_sampling
 if TYPE_CHECKING:
     from extemb_core.models.llm import LLM
 
+_MIN_TEMPERATURE = 1e-6  # far below it, scores divided by it are infinite
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -312,7 +314,7 @@ def _processors(sampling: Sampling, said: Sequence[Sequence[int]], prompt_length
     if sampling.repetition_penalty != 1:
         processors.append(_Penalty(float(sampling.repetition_penalty), said, prompt_length))
     if sampling.temperature > 0:
-        processors.append(transformers.TemperatureLogitsWarper(float(sampling.temperature)))
+        processors.append(transformers.TemperatureLogitsWarper(max(float(sampling.temperature), _MIN_TEMPERATURE)))
         if sampling.top_k:
             processors.append(transformers.TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:

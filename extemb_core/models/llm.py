@@ -368,8 +368,11 @@ def choose_device(device: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} is not a torch device; pass auto, cpu, cuda or cuda:N") from error
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if chosen.type not in ("cpu", "cuda") and (here is None or here.type != chosen.type):
+        raise ConfigError(f"device={device!r} is not on this machine; pass auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={device!r}: torch sees {torch.cuda.device_count()} CUDA devices; pass auto or cpu")
     return chosen
@@ -381,6 +384,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     Low-precision matmuls are slow or unsafe on many CPUs.
     """
     if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise ConfigError(f"dtype={dtype} is none of floating point; pass e.g. torch.float32")
         return dtype
     names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
     names |= {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}

@@ -67,10 +67,14 @@ def check_files(folder: Path, *, hashes: bool = False) -> None:
     """Compare every file with the manifest: its size always, and every byte when ``hashes``.
 
     Raises:
-        WeightsCorruptError: A file is missing or not what was written.
+        WeightsCorruptError: A file is missing or not what was written, or was put there since.
     """
     manifest = read_manifest(folder)
     remedy = f"run: extemb weights get {manifest['name']}"
+    for file in folder.rglob("*"):  # transformers would read more than was written, such as a chat template
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name not in (MANIFEST, *manifest["files"]) and not file.name.startswith("."):
+            raise WeightsCorruptError(f"{file} is none of the files of {manifest['name']}; {remedy}")
     for name, (sha256, size_bytes) in manifest["files"].items():
         file = folder / name
         if not file.is_file():

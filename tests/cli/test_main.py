@@ -210,6 +210,13 @@ def test_a_reader_that_has_left_is_no_error_at_the_end_of_an_interpreter_either(
     assert (done.returncode, done.stderr) == (ExitCode.CLOSED_PIPE, "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="closing as POSIX does")
+def test_a_closed_stdout_is_no_failure() -> None:
+    command = ["sh", "-c", '"$0" -c "$1" weights list >&-', sys.executable, MAIN]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (ExitCode.OK, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "w") as full:

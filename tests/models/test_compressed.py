@@ -193,7 +193,7 @@ def test_states_without_all_that_belongs_to_them_are_refused(name):
 
 @pytest.mark.parametrize("text", [compressed(20), compressed(0, embeddings=torch.empty(0, 1)), anchored(9)])
 def test_a_file_gives_back_exactly_what_was_saved(tmp_path, text):
-    text.save(tmp_path / "a.safetensors", metadata={"title": "A"})
+    text.save(tmp_path / "a.safetensors", metadata={"title": "A", "page": 1})
     found = Compressed.load(tmp_path / "a.safetensors")
     for one in fields(Compressed):
         value, saved = getattr(found, one.name), getattr(text, one.name)

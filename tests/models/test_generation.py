@@ -315,6 +315,13 @@ def unstopped(llm, ids, n=30):
     return made.text
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-39, 5e-324])
+def test_a_temperature_that_is_nearly_0_is_nearly_greedy(llm, temperature):
+    ids, settings = llm.encode("x").tolist(), {"max_new_tokens": 8, "seed": 1}
+    nearly = llm.generate([ids], Sampling(temperature=temperature, **settings))[0]
+    assert nearly.token_ids == llm.generate([ids], Sampling(**settings))[0].token_ids
+
+
 @pytest.mark.parametrize("where", [(3, 5), (4, 9), (0, 2), (7, 8)])
 def test_a_stop_string_never_shows_however_tokens_split_it(llm, where):
     ids = llm.encode("x").tolist()

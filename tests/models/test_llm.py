@@ -139,6 +139,12 @@ def test_device_and_dtype_are_checked():
         choose_device("cuda:99")
     with pytest.raises(ConfigError, match="'int8' is not one of"):
         choose_dtype("int8", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="none of floating point"):
+        choose_dtype(torch.int8, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="device=None is not a torch device"):
+        choose_device(None)
+    with pytest.raises(ConfigError, match="'xpu' is not on this machine"):
+        choose_device("xpu")
 
 
 def test_scoring_pads_no_prompt_to_one_of_another_length(llm, monkeypatch):

@@ -47,6 +47,22 @@ def test_verify_finds_a_flipped_byte_and_get_mends_it(installed: Path, file: str
     assert path.read_bytes() == good
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "additional_chat_templates/tool_use.jinja"])
+def test_what_was_put_beside_the_files_is_not_read_and_get_removes_it(installed: Path, name: str) -> None:
+    folder = weights.get(NAME)
+    (folder / ".DS_Store").touch()
+    assert weights.resolve_llm(NAME) == folder
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    for call in (weights.verify, weights.resolve_llm):
+        with pytest.raises(
+            WeightsCorruptError, match=f"{name} is none of the files of {NAME}; run: extemb weights get"
+        ):
+            call(NAME)
+    assert weights.get(NAME) == folder == weights.resolve_llm(NAME)
+    assert not (folder / name).exists()
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
 def test_visible_damage_is_found_on_every_use(installed: Path, damage: str) -> None:
     folder = weights.get(NAME)
