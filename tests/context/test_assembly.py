@@ -208,10 +208,19 @@ def test_a_template_that_drops_embeddings_is_an_error(llm, monkeypatch):
         assemble_chat(llm, messages)
 
 
-def test_a_template_that_refuses_is_an_error(llm, monkeypatch):
-    monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigError, match="roles must alternate"):
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_a_template_that_refuses_is_an_error(llm, monkeypatch, template, said):
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    with pytest.raises(ConfigError, match=f"refuses these messages: .*{said}") as raised:
         assemble_chat(llm, user("x"))
+    assert type(raised.value) is ConfigError
 
 
 # Gemma's manner: no system, and the user and the assistant in turn. Mistral's: the same after one system message.

@@ -284,6 +284,10 @@ def test_a_higher_limit_ends_in_the_record_of_one_run(make, tmp_path):
             assert parts["summary"]["by_rank"][rank][arm] == pytest.approx(values, abs=1e-5)
 
 
+def test_ratios_may_be_a_list(make):
+    assert make(ratios=[4, 8]).config.ratios == (4, 8)
+
+
 def test_a_limit_that_would_drop_finished_samples_is_refused(make, tmp_path):
     out, settings = tmp_path / "all.json", {"generate": False, "controls": ("truncated",)}
     n = run(make(**settings), out)["n"]
