@@ -73,7 +73,8 @@ def check_files(folder: Path, *, hashes: bool = False) -> None:
     remedy = f"run: extemb weights get {manifest['name']}"
     for file in folder.rglob("*"):  # transformers would read more than was written, such as a chat template
         name = file.relative_to(folder).as_posix()
-        if file.is_file() and name not in (MANIFEST, *manifest["files"]) and not file.name.startswith("."):
+        is_known = name in (MANIFEST, *manifest["files"]) or name.startswith(".") or "/." in name
+        if file.is_file() and not is_known:
             raise WeightsCorruptError(f"{file} is none of the files of {manifest['name']}; {remedy}")
     for name, (sha256, size_bytes) in manifest["files"].items():
         file = folder / name

@@ -51,6 +51,8 @@ def test_verify_finds_a_flipped_byte_and_get_mends_it(installed: Path, file: str
 def test_what_was_put_beside_the_files_is_not_read_and_get_removes_it(installed: Path, name: str) -> None:
     folder = weights.get(NAME)
     (folder / ".DS_Store").touch()
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "version").touch()
     assert weights.resolve_llm(NAME) == folder
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("{}")
