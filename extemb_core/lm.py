@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -469,8 +469,8 @@ class ExtensibleLM:
             self.store.put(*batch)
 
 
-def open_store(store: str | os.PathLike[str] | Store | None) -> Store | None:
-    """Open the store of a folder or URL; one that is open already stays as it is."""
+def open_store(store: str | os.PathLike[str] | Store | None, mode: Literal["r", "a"] = "a") -> Store | None:
+    """Open the store of a folder or URL, to read or to add to it; one that is open already stays as it is."""
     if not isinstance(store, str | os.PathLike):
         if store is not None and not hasattr(store, "put"):
             raise ConfigError(f"store={store!r:.80} is neither a folder nor a store; pass one of them")
@@ -478,4 +478,4 @@ def open_store(store: str | os.PathLike[str] | Store | None) -> Store | None:
     from extemb_core.store.shard_store import ShardStore, is_sharded
     from extemb_core.store.store import EmbeddingStore
 
-    return ShardStore(store) if is_sharded(store) else EmbeddingStore.open(store)
+    return ShardStore(store) if is_sharded(store) else EmbeddingStore.open(store, mode)

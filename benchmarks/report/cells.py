@@ -74,6 +74,11 @@ def positions(arm: Scored) -> str:
     return f"{arm['positions']:,.1f}".removesuffix(".0")
 
 
+def cut(arm: Scored) -> str:
+    """Say of how many texts the window did not hold all, behind what an arm came to; nothing where it held them."""
+    return f" ({arm['cut']:,} of {arm['n']:,} cut)" if arm.get("cut") else ""
+
+
 def loss(scored: Scored) -> str:
     """Show nats per token with their interval."""
     return _with_interval(scored["mean"], scored["interval"], plain_loss)

@@ -75,7 +75,7 @@ def _table(sets: Sequence[tuple[str, Record, str]]) -> str:
                     f"{cells.positions(arms[f'extensible/{ratio}'])} (ratio {ratio})",
                     shown(arms["none"][metric]["mean"]),
                     *(marked.get(way, cells.ABSENT) for way in _WAYS),
-                    shown(arms["full"][metric]["mean"]),
+                    shown(arms["full"][metric]["mean"]) + cells.cut(arms["full"]),
                 ]
             )
     heads = [cells.code(way) for way in ("none", *_WAYS, "full")]

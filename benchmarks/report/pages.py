@@ -87,7 +87,8 @@ def _of_one(file: Path, ratios: Sequence[str]) -> str:
         if f"{way}/{ratios[0]}" in arms
     ]
     rest = [""] * (len(ratios) - 1)
-    rows.append([f"all of it, {cells.positions(arms['full'])} positions", _cell(arms["full"], score), *rest])
+    whole = f"all of it, {cells.positions(arms['full'])} positions{cells.cut(arms['full'])}"
+    rows.append([whole, _cell(arms["full"], score), *rest])
     rows.append(["nothing", _cell(arms["none"], score), *rest])
     return cells.table(["the text as", *heads], rows, right=False)
 
@@ -108,7 +109,7 @@ def _of_several(files: Sequence[Path], ratio: str) -> str:
                 f"{name} ({metric_name(score)}, n {arms['full']['n']})",
                 f"{cells.positions(arms['full'])} in {cells.positions(arms[f'extensible/{ratio}'])}",
                 *(marked.get(way, cells.ABSENT) for way in _WAYS),
-                _means(arms["full"], score),
+                _means(arms["full"], score) + cells.cut(arms["full"]),
                 _means(arms["none"], score),
             ]
         )

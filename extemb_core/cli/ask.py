@@ -142,7 +142,8 @@ def chat(as_json: options.JsonOption = False, **settings: Any) -> None:
     """Talk about documents: a prompt on a terminal, one message per line from a pipe.
 
     Ctrl-C stops the answer that is being written; at the prompt, Ctrl-C or Ctrl-D leaves. What no longer fits
-    the window is condensed, so a conversation may be of any length. With --json, one object per answer and line.
+    the window is condensed, and at last left out, which is said: a conversation may be of any length. With --json,
+    one object per answer and line.
     """
     given = AskOptions(**settings)
     ratio = given.parsed_ratio()
@@ -301,7 +302,12 @@ def _note_cut(answer: Answer, given: AskOptions) -> None:
     empty = [entry.source for entry in answer.dropped if not entry.n_tokens]
     if empty:
         output.print_note(f"warning: nothing to read, for they are empty: {', '.join(empty)}")
-    names = [entry.source for entry in answer.dropped if entry.n_tokens]
+    if turns := [entry for entry in answer.dropped if entry.turn]:
+        n_tokens = sum(entry.n_tokens for entry in turns)
+        output.print_note(
+            f"warning: {n_tokens:,} tokens of the oldest turns are not read any more, for want of positions"
+        )
+    names = [entry.source for entry in answer.dropped if entry.n_tokens and not entry.turn]
     if names:
         remedies = ["raise --budget"] if given.budget is not None else []
         remedies += ["pass a coarser --ratio"] if given.ratio != "auto" else []

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from extemb_core.answers import Answer, AnswerStream, PreparedPrompt
+from extemb_core.answers import Answer, AnswerStream, ContextEntry, PreparedPrompt
 from extemb_core.context.assembly import Prompt, assemble_chat
 from extemb_core.context.builder import ContextBuilder, ReadDocuments, capped
 from extemb_core.context.messages import Messages, content_parts, inline_documents, question_in
@@ -40,6 +40,7 @@ from extemb_core.store.base import MemoryStore
 from extemb_core.utils.validation import require_text, whole_number
 
 _EARLIER = "Earlier in this conversation:\n"
+_FORGOTTEN = "the oldest turns"
 _PIECE_CHARS = 8192  # long texts are taken in piece by piece
 _FIRST_RATIO = 4  # what raw text is condensed at first; pressure coarsens it
 _MAX_TURN_BYTES = 64 * 2**20  # of the embeddings of recent conversations' older turns
@@ -189,7 +190,7 @@ class Session:
 
     Attributes:
         condensed_tokens: Tokens that are now extensible embeddings.
-        dropped_tokens: Tokens that even the coarsest ratio had no room for.
+        dropped_tokens: Tokens that even the coarsest ratio had no room for; each answer's context tells of them.
     """
 
     def __init__(
@@ -254,7 +255,8 @@ class Session:
             draft._take_in(long)
             draft._make_room([question], settings.max_new_tokens)
             prompt = draft._prompt([question])
-        prepared = PreparedPrompt(prompt, draft._read.context, draft._compress_seconds, start, draft._budget)
+        context = (*draft._read.context, *draft._forgotten())
+        prepared = PreparedPrompt(prompt, context, draft._compress_seconds, start, draft._budget)
         draft._compress_seconds = 0.0  # the documents are read once, and the next answer says so
         draft._read = draft._read.cached()
 
@@ -368,6 +370,14 @@ class Session:
                 self._drop_oldest()
             else:
                 self._condensed[at] = finest.at_ratio(ratios[ratios.index(finest.ratio) + 1])
+
+    def _forgotten(self) -> Iterator[ContextEntry]:
+        """Tell of what was dropped, as the answers of other conversations tell of older turns."""
+        if self.dropped_tokens:
+            yield ContextEntry(
+                source=_FORGOTTEN, ref="", n_tokens=self.dropped_tokens, positions=0, fidelity="dropped", cached=False,
+                reason="no room at the coarsest ratio", turn=True,
+            )  # fmt: skip
 
     def _drop_oldest(self) -> bool:
         if not self._condensed:

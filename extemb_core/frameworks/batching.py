@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakSet
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, to_answer
 from extemb_core.models.bulk import positions_at_once
@@ -48,6 +50,11 @@ class Batcher:
         whole_number(batch_size, "batch_size")
         self.llm = llm
         self.batch_size = batch_size
+        self._begin()
+        _batchers.add(self)
+
+    def _begin(self) -> None:
+        """Begin with nothing to answer, as a forked process does: the threads that ask here are its parent's."""
         self._changed = threading.Condition()  # what follows, and whether a request is done
         self._answering = False
         self._waiting: list[_Request] = []
@@ -141,6 +148,18 @@ class Batcher:
             batch = next(some for some in padded_batches(lengths, positions_at_once(self.llm)) if first in some)
             self._waiting = [request for request in self._waiting if request not in batch]
         return batch
+
+
+_batchers: WeakSet[Batcher] = WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for batcher in list(_batchers):
+        batcher._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _alone(llm: LLM, request: _Request) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -100,8 +101,11 @@ def compress_corpus(
     whole_number(workers, "workers")
     done = finished(output)  # first: a folder with the inputs in it is none to write to, and says so
     kind, files = _inputs([inputs] if isinstance(inputs, str | os.PathLike) else list(inputs), output)
-    with _cluster(ray_address) as data:
+    with _cluster(ray_address) as data, warnings.catch_warnings():
         from ray.exceptions import OutOfMemoryError, RayActorError
+        from ray.util.annotations import RayDeprecationWarning
+
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_task_retries, which nothing replaces yet
 
         start = time.perf_counter()
         read = data.read_parquet if kind == PARQUET else partial(data.read_json, read_options=_json_options())

@@ -107,6 +107,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         if len(inside) > len(place) and inside[: len(place)] == place:
             first, place = other, inside
     param = ".".join(place) or None
+    if isinstance(error.body, bytes):  # which is how a body comes that is not said to be JSON
+        return ApiError(400, "the body is not said to be JSON; send it with the header Content-Type: application/json")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no valid JSON ({first['ctx']['error']}); send a JSON object")
     if first["type"] == "extra_forbidden":

@@ -300,6 +300,13 @@ def test_chat_answers_line_by_line_from_a_pipe(models: Models, novel: Path) -> N
     assert str(novel) in plain.stderr
 
 
+def test_chat_says_what_it_does_not_read_any_more(models: Models) -> None:
+    said = "The harbour was full of ships before the fog came in, and nobody counted them. " * 2
+    result = run("chat", "--max-new-tokens", "2", *models.options, stdin=f"{said}\n" * 30)
+    assert "tokens of the oldest turns are not read any more, for want of positions" in result.stderr
+    assert "not read, for want of positions: the oldest turns" not in result.stderr
+
+
 def test_chat_goes_on_after_a_message_that_fails(models: Models, monkeypatch: pytest.MonkeyPatch, novel: Path) -> None:
     from extemb_core.context.conversation import Session
     from extemb_core.errors import BudgetError

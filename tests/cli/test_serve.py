@@ -13,6 +13,7 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from extemb_core.cli.main import app
+from extemb_core.store.store import EmbeddingStore
 
 pytest.importorskip("faiss")
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
@@ -61,6 +62,20 @@ def test_what_it_cannot_be_is_one_sentence(tmp_path, monkeypatch):
     assert "an API key of 5 characters is not" in refused("--api-keys", tmp_path / "keys")[1]
     monkeypatch.setenv("EXTEMB_API_KEYS", f"{KEYS[0]}, short")
     assert "an API key of 5 characters is not" in refused()[1]
+
+
+def test_a_store_is_read_and_neither_made_nor_changed(tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr("extemb_core.serving.process.serve", lambda lm, *args, **settings: served.append(lm))
+    save_tiny(tmp_path)
+    models = ["--llm", str(tmp_path / "llm"), "--embedder", str(tmp_path / "embedder")]
+    missing = CliRunner().invoke(app, ["serve", "--store", str(tmp_path / "typo"), *models])
+    assert (missing.exit_code, (tmp_path / "typo").exists()) == (3, False)
+    assert "has no store in it" in missing.output
+    EmbeddingStore.open(tmp_path / "store").close()
+    assert CliRunner().invoke(app, ["serve", "--store", str(tmp_path / "store"), *models]).exit_code == 0
+    assert served[0].store.readonly
+    assert CliRunner().invoke(app, ["serve", *models]).exit_code == 0
 
 
 def test_an_extra_that_is_missing_is_named(monkeypatch):

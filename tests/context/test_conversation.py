@@ -68,6 +68,10 @@ def test_six_windows_of_turns_never_overflow(lm):
     assert session.condensed_tokens > 0
     assert session.dropped_tokens > 0  # six windows at ratio 8 do not fit half a window
     assert session.condensed_tokens + session.dropped_tokens >= said - 260
+    (told,) = answer.context
+    assert (told.source, told.n_tokens, told.turn) == ("the oldest turns", session.dropped_tokens, True)
+    assert answer.dropped == (told,)
+    assert answer.documents == ()
 
 
 def test_a_stream_of_text_is_condensed_and_counted(lm):

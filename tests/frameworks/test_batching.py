@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import MagicMock
 
 import pytest
+from passes import PATIENCE
 from tiny import SENTENCES, shared_embedder, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
@@ -240,3 +243,22 @@ def test_who_gives_up_gets_what_there_is(lm):
 def test_the_size_of_a_batch_is_checked(lm):
     with pytest.raises(ConfigError, match="batch_size=0 is not a whole number of at least 1"):
         Batcher(lm.llm, batch_size=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_waits_for_no_thread_of_its_parent(lm):
+    batcher = Batcher(lm.llm)
+    before = ask(lm, batcher, "Who?", max_new_tokens=2).text
+    batcher._answering = True  # another thread is at it, and holds the lock
+    with batcher._changed:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                signal.alarm(PATIENCE)  # kills it
+                code = int(ask(lm, batcher, "Who?", max_new_tokens=2).text != before)
+            finally:
+                os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert batcher._answering

@@ -50,6 +50,14 @@ def error_of(response, status):
 
 
 @pytest.mark.parametrize(
+    "headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}]
+)
+def test_a_body_that_is_not_said_to_be_json_is_told_so(client, headers):
+    response = client.post("/v1/chat/completions", content=json.dumps(CHAT), headers=headers)
+    assert "send it with the header Content-Type: application/json" in error_of(response, 400)["message"]
+
+
+@pytest.mark.parametrize(
     "body", [b"", b"{", b"[1, 2", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}", b"null", b"[]", b'"a"']
 )
 def test_what_is_no_json_object(client, body):

@@ -50,7 +50,7 @@ def test_each_set_has_a_row_for_each_ratio_with_the_best_way_marked():
         assert row["`focus`"] == f"**{100 * arms[f'focus/{ratio}']['f1']['mean']:.1f}%**"
         for way in ("truncated", "lingua", "extensible"):
             assert row[f"`{way}`"] == f"{100 * arms[f'{way}/{ratio}']['f1']['mean']:.1f}%"
-        assert (row["`none`"], row["`full`"], row["`chosen`"]) == ("8.0%", "52.0%", "–")  # noqa: RUF001
+        assert (row["`none`"], row["`full`"], row["`chosen`"]) == ("8.0%", "52.0% (4 of 200 cut)", "–")  # noqa: RUF001
 
 
 def test_records_of_several_trainings_of_an_embedder_are_told_apart():
