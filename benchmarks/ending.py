@@ -12,7 +12,7 @@ from typing import Any
 
 from extemb_core.errors import ExtembError
 from extemb_core.evaluation.provenance import provenance
-from extemb_core.lm import DEFAULT_LLM
+from extemb_core.weights.registry import DEFAULT_LLM
 
 
 def parser(description: str | None, sections: Sequence[str]) -> argparse.ArgumentParser:

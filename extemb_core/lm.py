@@ -32,9 +32,8 @@ from extemb_core.models.vllm_client import VllmLLM, load_llm
 from extemb_core.store.base import MemoryStore, Store, missing_from
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import name_or_path, whole_number
+from extemb_core.weights.registry import DEFAULT_LLM
 from extemb_core.weights.resolve import resolve_embedder
-
-DEFAULT_LLM = "smollm2-135m-joint"
 
 
 class ExtensibleLM:

@@ -11,9 +11,10 @@ import typer
 
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.memory import keep_freed_memory
-from extemb_core.cli.options import DEFAULT_LLM, SHIPPED, CommandGroup, LlmOption, ResumeOption, option
+from extemb_core.cli.options import SHIPPED, CommandGroup, LlmOption, ResumeOption, option
 from extemb_core.cli.output import explain_interrupt, goes_on_from, library_output, print_note
 from extemb_core.evaluation import settings as kinds
+from extemb_core.weights.registry import DEFAULT_LLM
 
 app = CommandGroup(no_args_is_help=True, help="Measure what the embeddings are worth, against every control.")
 

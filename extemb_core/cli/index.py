@@ -15,7 +15,7 @@ import typer
 from extemb_core.cli import options, output
 from extemb_core.cli.config_options import options_from
 from extemb_core.cli.options import CommandGroup, JsonOption, option
-from extemb_core.cli.store import print_verified
+from extemb_core.cli.store import print_verified, require_store
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.loaders import HTML_SUFFIXES, SUPPORTED_SUFFIXES
 
@@ -119,9 +119,8 @@ def refresh(library: LibraryArgument, as_json: JsonOption = False, **settings: A
     given = options.StoringOptions(**settings)
     with output.library_output():
         from extemb_core.library.library import Library
-        from extemb_core.store.store import EmbeddingStore
 
-        EmbeddingStore.open(library, "r").close()  # one that is not there is not made
+        require_store(library)
         with Library(library, given.load(dtype=given.llm_dtype), ratio=given.ratio) as opened:
             refreshed = opened.refresh()
     message = (
@@ -142,9 +141,8 @@ def remove(
     The others are removed all the same.
     """
     from extemb_core.library.library import Library
-    from extemb_core.store.store import EmbeddingStore
 
-    EmbeddingStore.open(library, "r").close()  # one that is not there is not made
+    require_store(library)
     with output.library_output(), Library(library) as opened:
         sources = list(dict.fromkeys(sources))
         missing = [source for source in sources if not opened.remove(source)]

@@ -16,12 +16,12 @@ from extemb_core.cli.output import ExitCode, print_json, print_note, reported, s
 from extemb_core.documents import Document
 from extemb_core.errors import DocumentError
 from extemb_core.loaders import Skipped, read_documents
+from extemb_core.weights.registry import DEFAULT_LLM
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
 STDIN = "-"
-DEFAULT_LLM = "smollm2-135m-joint"  # lm.DEFAULT_LLM, whose module is too heavy to import for --help
 SHIPPED = "the one shipped for the LLM"
 _MAX_NAMES = 8  # of what is passed over, in one line
 _NAMES_OF_FILES = ("DIR", "FILE", "PATH", "FILE...")

@@ -40,6 +40,13 @@ def stats(store: StoreArgument, as_json: JsonOption = False) -> None:
     print_table(("what", "how much"), rows)
 
 
+def require_store(store: str) -> None:
+    """Raise `StoreNotFoundError` for a store that is not there: one that is opened to be changed would be made."""
+    from extemb_core.store.store import EmbeddingStore
+
+    EmbeddingStore.open(store, "r").close()
+
+
 @app.command()
 def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Read every document of a store and compare it with its checksum."""
@@ -74,7 +81,7 @@ def gc(
     """Free what nothing refers to; the file does not shrink, its space is used again."""
     from extemb_core.store.store import EmbeddingStore
 
-    EmbeddingStore.open(store, "r").close()  # one that is not there is not made
+    require_store(store)
     with EmbeddingStore.open(store) as opened:
         n_bytes = opened.gc(keep=keep)
     print_result({"freed_bytes": n_bytes}, f"{n_bytes:,} bytes are free for new documents", as_json=as_json)

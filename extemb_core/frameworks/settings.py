@@ -22,6 +22,7 @@ from extemb_core.context.planning import check_budget
 from extemb_core.errors import ConfigError, ExtembError, RatioError
 from extemb_core.frameworks.shared import close_store, share
 from extemb_core.utils.validation import check_engine, check_sampling, name_or_path, unknown_setting, whole_number
+from extemb_core.weights.registry import DEFAULT_LLM
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
@@ -117,7 +118,7 @@ class ModelSettings(StrictSettings):
 
     _SHARED: ClassVar[tuple[str, ...]] = ("loaded_lm", "store")
 
-    model: NameOrPath = "smollm2-135m-joint"
+    model: NameOrPath = DEFAULT_LLM
     """A known name (`extemb weights list`), a folder or a Hugging Face id."""
     embedder: NameOrPath | None = None
     """Its embedder: a folder or hub id; the one shipped for a known LLM when not given."""

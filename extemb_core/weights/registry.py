@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+DEFAULT_LLM = "smollm2-135m-joint"  # part of the package, with its embedder
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:

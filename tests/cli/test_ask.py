@@ -17,15 +17,13 @@ from tiny import SENTENCES, random_embedder, tiny_llm
 
 import extemb_core
 from extemb_core.cli import ask as asking
-from extemb_core.cli import options as inputs
 from extemb_core.cli.output import ExitCode
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    from extemb_core.lm import DEFAULT_LLM, ExtensibleLM
+    from extemb_core.lm import ExtensibleLM
     from extemb_core.models.generation import Sampling
 
-    assert inputs.DEFAULT_LLM == DEFAULT_LLM
     for command in (asking.ask, asking.chat):
         ours = {name: p.default for name, p in inspect.signature(command).parameters.items()}
         library = inspect.signature(ExtensibleLM.ask).parameters
