@@ -21,7 +21,7 @@ from extemb_core.context.focus import check_plan
 from extemb_core.context.planning import check_budget
 from extemb_core.errors import ConfigError, ExtembError, RatioError
 from extemb_core.frameworks.shared import close_store, share
-from extemb_core.utils.validation import check_engine, check_sampling, name_or_path, unknown_setting, whole_number
+from extemb_core.utils.validation import check_engine, check_sampling, name_or_path, refuse_unknown, whole_number
 from extemb_core.weights.registry import DEFAULT_LLM
 
 if TYPE_CHECKING:
@@ -74,9 +74,8 @@ class StrictSettings(pydantic.BaseModel):
 
     def __init__(self, **settings: Any) -> None:
         known = {name for key, field in type(self).model_fields.items() for name in (key, field.alias) if name}
+        refuse_unknown(settings, known, self._WITHOUT_EFFECT)
         for name in sorted(settings.keys() - known):
-            if name not in self._WITHOUT_EFFECT:
-                raise unknown_setting(name, settings[name], known)
             logger.warning("%s= makes no difference to a %s", name, type(self).__name__)
         try:
             super().__init__(**{name: value for name, value in settings.items() if name in known})
@@ -273,8 +272,7 @@ class GenerationSettings(ModelSettings):
         Raises:
             ConfigError: One is unknown, or its value not legal.
         """
-        for name in sorted(settings.keys() - _PER_CALL - self._ELSEWHERE):
-            raise unknown_setting(name, settings[name], _PER_CALL)
+        refuse_unknown(settings, _PER_CALL, self._ELSEWHERE)
         chosen = {name: getattr(self, name) if settings.get(name) is None else settings[name] for name in _OF_ANSWER}
         checked = GenerationSettings(**chosen, stop=self.stop if stop is None else stop)
         chosen = {name: getattr(checked, name) for name in _OF_ANSWER}

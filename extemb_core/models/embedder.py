@@ -49,7 +49,7 @@ from extemb_core.models.lora import add_adapters, first_mismatch, read_settings,
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
 from extemb_core.models.shared_layers import PROBE_TOLERANCE, first_layers, same_in_bfloat16, sample_of
 from extemb_core.utils.files import disk_errors
-from extemb_core.utils.validation import name_or_path, unknown_setting
+from extemb_core.utils.validation import name_or_path, refuse_unknown
 from extemb_core.weights.resolve import UNTRAINED
 
 _CHECKED_TOKENS, _EXACT_TOLERANCE = 8, 0.02
@@ -197,8 +197,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         Raises:
             ConfigError: A setting is not legal, or the LLM has fewer layers or an unsupported layout.
         """
-        for name in settings.keys() - SETTINGS:
-            raise unknown_setting(name, settings[name], SETTINGS)
+        refuse_unknown(settings, SETTINGS)
         table: Tensor | None = None
         if token_counts is not None or settings.get("token_weighting") == "frequency":
             size = int(llm.model.get_input_embeddings().num_embeddings)

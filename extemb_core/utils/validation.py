@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -157,8 +157,14 @@ def check_sampling(name: str, value: Any, *, alias: str | None = None) -> Any:
     return int(value) if _is_whole(value) else value
 
 
-def unknown_setting(name: str, value: Any, known: Iterable[str]) -> ConfigError:
-    """Make the error of a setting that there is not, which names the nearest that there is."""
-    known = sorted(known)
-    nearest = " or ".join(get_close_matches(name, known)) or f"one of {', '.join(known)}"
-    return ConfigError(f"unknown setting {name}={value!r:.80}; pass {nearest}, or leave it out")
+def refuse_unknown(settings: Mapping[str, Any], known: Collection[str], also: Collection[str] = ()) -> None:
+    """Raise `ConfigError` for a setting that there is not, which names the nearest of those that there are.
+
+    Args:
+        settings: By name.
+        known: Those that there are.
+        also: Names that are let through, and not to be named.
+    """
+    for name in sorted(settings.keys() - {*known, *also}):
+        nearest = " or ".join(get_close_matches(name, known)) or f"one of {', '.join(sorted(known))}"
+        raise ConfigError(f"unknown setting {name}={settings[name]!r:.80}; pass {nearest}, or leave it out")

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from extemb_core.frameworks.settings import StrictSettings, folder_as_text
 from extemb_core.library import N_PASSAGES
 from extemb_core.library.library import Library
-from extemb_core.utils.validation import unknown_setting, whole_number
+from extemb_core.utils.validation import refuse_unknown, whole_number
 
 _opening = threading.Lock()  # not of an object, which is copied and pickled
 
@@ -85,8 +85,7 @@ class ExtensibleRetriever(StrictSettings, BaseRetriever):
         hybrid: bool | None = None,
         **others: Any,
     ) -> list[Document]:
-        for name, value in others.items():
-            raise unknown_setting(name, value, ("k", "hybrid"))
+        refuse_unknown(others, ("k", "hybrid"))
         library = self._open()
         return [
             Document(
