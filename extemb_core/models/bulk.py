@@ -100,10 +100,9 @@ def compress_pieces(
     embedder: ExtensibleEmbedder,
     texts: Sequence[Pieces],
     refs: Sequence[str],
-    *,
-    total: int,
     ratio: int | None,
     batch_size: int | None,
+    total: int,
     show_progress: bool | Callable[[float], None] | None,
 ) -> list[Compressed]:
     """Compress texts that come as pieces of ids, for `ExtensibleEmbedder.compress`, which says what the rest is.
@@ -112,8 +111,8 @@ def compress_pieces(
         embedder: Compresses.
         texts: The pieces of each.
         refs: Of the texts.
-        total: What all pieces count for on the progress bar.
         ratio, batch_size, show_progress: See there.
+        total: What all pieces count for on the progress bar.
     """
     config = embedder.config
     ratio = config.finest(ratio)

@@ -202,10 +202,8 @@ class Compressed:
         """
         values = {name: getattr(self, name) for name in _TENSORS}
         tensors = {name: torch.as_tensor(value).contiguous() for name, value in values.items() if value is not None}
-        header = {str(name): str(value) for name, value in (metadata or {}).items()} | {
-            "format": FORMAT,
-            "version": str(VERSION),
-        }
+        header = {str(name): str(value) for name, value in (metadata or {}).items()}
+        header |= {"format": FORMAT, "version": str(VERSION)}
         header |= {name: str(getattr(self, name)) for name in (*_TEXTS, *_NUMBERS)}
         header["ratios"] = json.dumps(list(self.ratios))
         try:

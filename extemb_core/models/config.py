@@ -176,7 +176,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
 
 
 # Those to choose, in which the LLM's own have no place.
-SETTINGS = frozenset(signature(ExtensibleEmbedderConfig.__init__).parameters) - {
+EMBEDDER_SETTINGS = frozenset(signature(ExtensibleEmbedderConfig.__init__).parameters) - {
     "self", "kwargs", "token_weights_digest", "hidden_size", "llm_name", "llm_layers_type", "bos_token_id",
     "tokenizer_digest",
 }  # fmt: skip

@@ -40,7 +40,7 @@ from extemb_core.models.anchors import ANCHOR, anchor_positions
 from extemb_core.models.bulk import compress_pieces
 from extemb_core.models.chunks import chunk_lengths
 from extemb_core.models.compressed import Compressed
-from extemb_core.models.config import SETTINGS, ExtensibleEmbedderConfig
+from extemb_core.models.config import EMBEDDER_SETTINGS, ExtensibleEmbedderConfig
 from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_embeddings, trailing_means
 from extemb_core.models.downscaling import DOWNSCALINGS
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, default_entry_layer
@@ -197,7 +197,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         Raises:
             ConfigError: A setting is not legal, or the LLM has fewer layers or an unsupported layout.
         """
-        refuse_unknown(settings, SETTINGS)
+        refuse_unknown(settings, EMBEDDER_SETTINGS)
         table: Tensor | None = None
         if token_counts is not None or settings.get("token_weighting") == "frequency":
             size = int(llm.model.get_input_embeddings().num_embeddings)
@@ -509,8 +509,8 @@ class ExtensibleEmbedder(PreTrainedModel):
             raise DocumentError(f"a text to compress is a {type(wrong).__name__}; pass a str or several")
         pieces = [self.llm.encode_pieces(text) for text in several]
         refs = [text_ref(text) for text in several]
-        settings: dict[str, Any] = {"ratio": ratio, "batch_size": batch_size, "show_progress": show_progress}
-        results = compress_pieces(self, pieces, refs, total=sum(map(len, several)), **settings)
+        total = sum(map(len, several))
+        results = compress_pieces(self, pieces, refs, ratio, batch_size, total, show_progress)
         return results[0] if isinstance(texts, str) else results
 
     def compress_ids(
@@ -528,8 +528,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         """
         pieces = [[(tokens, len(tokens))] for tokens in ids]
         refs = [""] * len(ids) if refs is None else refs
-        settings: dict[str, Any] = {"ratio": ratio, "batch_size": batch_size, "show_progress": show_progress}
-        return compress_pieces(self, pieces, refs, total=sum(map(len, ids)), **settings)
+        return compress_pieces(self, pieces, refs, ratio, batch_size, sum(map(len, ids)), show_progress)
 
 
 def _version_of(tensors: dict[str, Tensor]) -> int:

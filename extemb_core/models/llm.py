@@ -370,9 +370,10 @@ def choose_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} is not a torch device; pass auto, cpu, cuda or cuda:N") from error
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if chosen.type not in ("cpu", "cuda") and (here is None or here.type != chosen.type):
-        raise ConfigError(f"device={device!r} is not on this machine; pass auto, cpu, cuda or cuda:N")
+    if chosen.type not in ("cpu", "cuda"):  # else it is not looked for, which may take its time
+        here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if here is None or here.type != chosen.type:
+            raise ConfigError(f"device={device!r} is not on this machine; pass auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={device!r}: torch sees {torch.cuda.device_count()} CUDA devices; pass auto or cpu")
     return chosen

@@ -64,7 +64,7 @@ def mark_complete(folder: Path, tokens: int, config: TrainingConfig, outdated: S
 
 
 def remove_incomplete(output: Path) -> None:
-    """Remove what a kill left of checkpoints: it counts for nothing, but would push a whole one out."""
+    """Remove what a kill left, or was discarded: it counts for nothing, but would push a whole checkpoint out."""
     for folder in checkpoints_in(output):
         if not (folder / COMPLETE).is_file():
             shutil.rmtree(folder)

@@ -168,7 +168,7 @@ class TrainingConfig:
             require_one_of(name, "objectives", OBJECTIVES)
             require_number(share, f"objectives: {name}", lambda s: 0 <= s < math.inf, "at least 0; pass e.g. 1")
         if not any(self.objectives.values()):
-            raise ConfigError(f"objectives={dict(self.objectives)!r}: shares are not all 0; pass e.g. 1")
+            raise ConfigError(f"objectives={dict(self.objectives)!r}: shares are at least 0 and not all 0; pass e.g. 1")
         for name in ("distillation", "raw_share", "mixed_share", "focus_share"):
             require_number(getattr(self, name), name, lambda s: 0 <= s <= 1, "between 0 and 1; pass e.g. 0.5")
         wanted = {name for name, share in self.objectives.items() if share}

@@ -30,7 +30,7 @@ def test_an_illegal_setting_is_named(config, name, value):
 def test_settings_of_objectives_that_do_not_go_together(asked):
     for change, message in (
         ({"objectives": {"twostream": 1}}, "'twostream' is not one of two_stream, reconstruction, recall, questions"),
-        ({"objectives": {}}, "shares are not all 0"),
+        ({"objectives": {}}, "shares are at least 0 and not all 0"),
         ({"objectives": {"two_stream": 1}}, "data is empty"),
         ({"questions": ()}, "questions is empty"),
         ({"distillation": 1.5}, "distillation=1.5 is not between 0 and 1"),
