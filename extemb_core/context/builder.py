@@ -14,11 +14,11 @@ import numpy as np
 from extemb_core.answers import ContextEntry, ContextSpan, PreparedPrompt
 from extemb_core.context import assembly
 from extemb_core.context.assembly import ChatPrompt, Part
-from extemb_core.context.focus import Mode, SplitDocument, mode_of, plan_focus, sentence_losses
+from extemb_core.context.focus import Mode, SplitDocument, mode_of
 from extemb_core.context.messages import Messages, inline_documents, question_in, with_slots
 from extemb_core.context.planning import DocumentPlan, Fidelity, Plan, Span, check_budget, plan_context, plan_of_spans
-from extemb_core.context.retrieval_heads import heads_of, max_sentence_tokens
-from extemb_core.context.scoring import SentenceScorer, bm25_scores
+from extemb_core.context.scoring import SentenceScorer
+from extemb_core.context.sentence_planner import SentencePlanner
 from extemb_core.context.spans import MAX_SENTENCE_TOKENS, cover, split_into_sentences
 from extemb_core.documents import Document, ReferencedDocument, several
 from extemb_core.errors import BudgetError, ConfigError, StoreCorruptError
@@ -83,8 +83,7 @@ class ContextBuilder:
         llm: The frozen LLM.
         embedder: Made for that LLM.
         store: Where compressed documents are kept.
-        scorer: Says how much a sentence has to do with the question. When not given BM25 and the embedder's
-            `retrieval_heads` together, or BM25 alone where it has none that the LLM has.
+        scorer: See `SentencePlanner`.
     """
 
     def __init__(
@@ -93,15 +92,9 @@ class ContextBuilder:
         self.llm = llm
         self.embedder = embedder
         self.store = store
-        if scorer is not None and not callable(scorer):
-            raise ConfigError(
-                f"scorer={scorer!r:.80} is no function; pass one of a question and its sentences, or None"
-            )
         self.scorer = scorer
         self.scorer_id = None if scorer is None else uuid4().hex  # its address may be another's when it is gone
-        self._heads = heads_of(llm, embedder) if scorer is None else None
-        fitted = embedder.config.sentence_losses
-        self._losses = {by_heads: sentence_losses(fitted, by_heads=by_heads) for by_heads in (False, True)}
+        self._planner = SentencePlanner(llm, embedder, scorer)
         self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
         self._sentences = lru_cache(_KEPT_TEXTS)(
             lambda text, longest: split_into_sentences(text, self._tokens(text)[1], max_tokens=longest)
@@ -286,21 +279,16 @@ class ContextBuilder:
                 overhead=overhead,
                 finest=[_finest_of(document) for document in documents],
             )
-        longest = max_sentence_tokens(self._heads, sum(map(self.n_tokens, documents)))
+        longest = self._planner.max_sentence_tokens(sum(map(self.n_tokens, documents)))
         split = [
             SplitDocument(
                 self._sentences(document.text, longest), self._grid_of(document), config.chunk_size, positions, limit
             )
             for document, positions, limit in zip(documents, overhead, map(_finest_of, documents), strict=True)
         ]
-        ratios = [value for value in config.ratios if value >= config.kept_ratio]
-        looking = self._heads and self._heads.scorer(
-            split, room, config.ratios, lambda: self._fetched_for(documents, split, fetched)
+        return self._planner.plan(
+            question, split, room, lambda: self._fetched_for(documents, split, fetched), select=mode == "select"
         )
-        scorer, losses = self.scorer or looking or bm25_scores, self._losses[looking is not None]
-        plan = plan_focus(question, split, room, ratios=ratios, select=mode == "select", scorer=scorer, losses=losses)
-        by = f"; ranked by where {self.llm.name} looks, and by words" if looking is not None else ""
-        return replace(plan, note=plan.note and plan.note + by)
 
     def _fetched_for(
         self, documents: Sequence[Document], split: Sequence[SplitDocument], fetched: _Fetched

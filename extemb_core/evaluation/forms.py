@@ -29,9 +29,8 @@ from torch import Tensor
 
 from extemb_core.context.assembly import Part
 from extemb_core.context.builder import parts_of
-from extemb_core.context.focus import SplitDocument, plan_focus, sentence_losses
-from extemb_core.context.retrieval_heads import RetrievalHeads, heads_of, max_sentence_tokens
-from extemb_core.context.scoring import bm25_scores
+from extemb_core.context.focus import SplitDocument
+from extemb_core.context.sentence_planner import SentencePlanner
 from extemb_core.context.spans import Sentences, split_into_sentences
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation import baselines
@@ -131,11 +130,11 @@ class Forms:
     _recent_forms: dict[str, list[Part]] = field(init=False, default_factory=dict)
     _recent_texts: list[Compressed] = field(init=False, default_factory=list)
     _positions: dict[int, int] = field(init=False, default_factory=dict)
-    _heads: RetrievalHeads | None = field(init=False, default=None)
+    _planner: SentencePlanner | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.embedder is not None:
-            self._heads = heads_of(self.llm, self.embedder)
+            self._planner = SentencePlanner(self.llm, self.embedder)
 
     def of(self, passages: Sequence[str], question: str) -> dict[str, list[Part]]:
         """Make the form of each arm, as parts of a prompt; "full" is not cut.
@@ -200,26 +199,22 @@ class Forms:
         return forms
 
     def _focused(self, passages: Sequence[str], question: str, budget: int) -> list[Part]:
-        """Make the form that `plan_focus` has for a question."""
+        """Make the form that a plan by sentences has for a question."""
         assert self.embedder is not None
+        assert self._planner is not None
         config, separator = self.embedder.config, self.llm.encode(self.separator)
-        finest = config.kept_ratio
         ids = [self._ids[name] for name in passages]
-        longest = max_sentence_tokens(self._heads, sum(map(len, ids)))
+        longest = self._planner.max_sentence_tokens(sum(map(len, ids)))
         for name in passages:
             if (name, longest) not in self._sentences:
                 text = self.texts[name]
                 ends = self.llm.encode_with_ends(text)[1]
                 self._sentences[name, longest] = split_into_sentences(text, ends, max_tokens=longest)
         documents = [
-            SplitDocument(self._sentences[name, longest], finest, config.chunk_size, len(separator))
+            SplitDocument(self._sentences[name, longest], config.kept_ratio, config.chunk_size, len(separator))
             for name in passages
         ]
-        ratios = [ratio for ratio in config.ratios if ratio >= finest]
-        room = budget + len(separator)
-        looking = self._heads and self._heads.scorer(documents, room, config.ratios, lambda: self._recent_texts)
-        scorer, losses = looking or bm25_scores, sentence_losses(config.sentence_losses, by_heads=looking is not None)
-        plans = plan_focus(question, documents, room, ratios=ratios, scorer=scorer, losses=losses).documents
+        plans = self._planner.plan(question, documents, budget + len(separator), lambda: self._recent_texts).documents
         parts = [
             parts_of(plan.spans, tokens, text)
             for plan, tokens, text in zip(plans, ids, self._recent_texts, strict=True)
