@@ -89,6 +89,13 @@ def test_compress_refuses_one_file_for_several_documents(models: Models, novel: 
     assert "pass a folder" in misused("compress", novel, "--output", novel)
 
 
+def test_compress_refuses_a_folder_that_cannot_be_made_before_it_works(novel: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in ("file/folder", "file/one.safetensors"):
+        message = misused("compress", novel, "--output", tmp_path / output, "--llm", tmp_path / "not loaded")
+        assert re.search(r"cannot be made \(.*\); pass another path", message)
+
+
 def test_compress_leaves_no_part_of_a_file(
     models: Models, novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
