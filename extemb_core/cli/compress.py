@@ -60,11 +60,11 @@ def _compress(documents: Sequence[Document], given: CompressOptions, *, as_json:
     if existing and not given.force:
         more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
         raise _misused(f"{existing[0]}{more} is there already; pass --force to overwrite.")
-    for folder in {target.parent for target in targets}:
-        try:  # before anything is compressed that could not be written
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _misused(f"{folder} cannot be made ({error.strerror}); pass another path.") from error
+    folder = targets[0].parent  # of all of them
+    try:  # before anything is compressed that could not be written
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _misused(f"{folder} cannot be made ({error.strerror}); pass another path.") from error
     with library_output():
         model = given.load().embedder
         finest = model.config.finest(given.ratio)
