@@ -29,6 +29,9 @@ PAGE = "/chat"
 OPEN_PATHS = frozenset({"/", "/healthz", "/metrics", PAGE})
 """Paths that need no key."""
 
+TIMED_OUT = 408
+"""The status of a request whose body did not come in time."""
+
 NO_KEY = "default"
 """Name of the workspace of a server without keys."""
 
@@ -114,11 +117,11 @@ class Guard:
                 response = as_api_error(error).response()
                 await (response(scope, receive, answer) if is_read else self._refuse(response, receive, answer))
         finally:
-            route = getattr(scope.get("route"), "path", "none")
+            is_part = scope["path"].startswith(f"{PAGE}/_")  # of the page, which has many: each visit its own
+            route = f"{PAGE}/_nicegui" if is_part else getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, str(status)).inc()
             seconds = round(time.perf_counter() - start, 4)
             told = {"id": record.id, "method": scope["method"], "route": route, "status": status, "seconds": seconds}
-            is_part = scope["path"].startswith(f"{PAGE}/_")  # of the page, which has many
             level = logging.DEBUG if is_part else logging.INFO
             logger.log(level, "request", extra={"fields": {**told, "owner": record.owner, **record.fields}})
 
@@ -156,7 +159,7 @@ class Guard:
             return await asyncio.wait_for(body, self._settings.body_seconds)
         except asyncio.TimeoutError:
             message = f"the body did not come within {self._settings.body_seconds} s; send it faster"
-            raise ApiError(408, message, headers={"Connection": "close"}) from None
+            raise ApiError(TIMED_OUT, message, headers={"Connection": "close"}) from None
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """Read a body that is not too large, by what it says of itself or by what comes."""

@@ -28,7 +28,7 @@ from extemb_core.errors import DocumentError, ExtembError
 from extemb_core.loaders import SUPPORTED_SUFFIXES, read_document
 from extemb_core.models.llm import LLM
 from extemb_core.serving.errors import ApiError
-from extemb_core.serving.guard import NO_KEY, PAGE, Keys
+from extemb_core.serving.guard import NO_KEY, PAGE, TIMED_OUT, Keys
 from extemb_core.serving.requests import StoredDocument
 from extemb_core.serving.service import Service
 from extemb_core.serving.workspace import Workspace
@@ -67,6 +67,15 @@ _ADD = """
   </q-btn>
 </div>
 """
+
+_AROUND_FILE = 4096  # bytes of a body besides the one file in it
+
+# What Quasar says of files, as names and numbers; one that failed leaves its list, as it is told of.
+_REJECTED = "(entries) => emit(entries.map((entry) => [entry.file.name, entry.failedPropValidation]))"
+_FAILED = """({files, xhr}) => {
+  files.forEach((file) => getElement(%d).$refs.qRef.removeFile(file));
+  emit(files.map((file) => file.name), xhr.status);
+}"""
 
 _service: Service  # NiceGUI has one application for a process, and so one model is behind its pages
 
@@ -137,13 +146,13 @@ class _Visit:
 
     def _documents_panel(self) -> None:
         ui.label("Documents").classes("text-subtitle1")
-        ui.upload(
+        upload = ui.upload(
             multiple=True, auto_upload=True, on_upload=self._add,
-            on_rejected=lambda: ui.notify("That file is too large or of another kind", type="negative"),
-            max_file_size=self._service.settings.max_body_mib * 2**20,
-        ).props(f'flat bordered accept="{",".join(sorted(SUPPORTED_SUFFIXES))}"').classes("full-width").add_slot(
-            "header", _ADD
-        )  # fmt: skip
+            max_file_size=self._service.settings.max_body_mib * 2**20 - _AROUND_FILE,
+        ).props(f'flat bordered accept="{",".join(sorted(SUPPORTED_SUFFIXES))}"').classes("full-width")  # fmt: skip
+        upload.add_slot("header", _ADD)
+        upload.on("rejected", self._say_rejected, js_handler=_REJECTED)
+        upload.on("failed", self._say_failed, js_handler=_FAILED % upload.id)
         self._list = ui.list().props("dense separator").classes("full-width")
         window = self._service.lm.llm.context_window
         most = max(_MIN_BUDGET, window - self._service.settings.max_new_tokens)
@@ -216,22 +225,41 @@ class _Visit:
         self._tokens = await run.io_bound(count) or {}
         self._show_documents()
 
+    def _say_rejected(self, event: Any) -> None:
+        """Say which files the browser did not send, and why."""
+        for name, rule in event.args:
+            why = "of a type that is not read; convert it to text, Markdown, HTML or PDF"
+            if rule == "max-file-size":
+                why = f"larger than {self._service.settings.max_body_mib} MiB; split it"
+            _say_wrong(f"{name} is {why}")
+
+    def _say_failed(self, event: Any) -> None:
+        """Say which files did not come whole, and why."""
+        names, status = event.args
+        why = "could not be sent; try again"
+        if status == TIMED_OUT:
+            seconds = self._service.settings.body_seconds
+            why = f"did not come within {seconds} s; send less at once, or let the server wait longer (--body-seconds)"
+        _say_wrong(f"{', '.join(names)} {why}")
+
     async def _add(self, event: Any) -> None:
         if self._owner is None:
             return
-        data, name = await event.file.read(), Path(event.file.name.replace("\\", "/")).name
+        data, name = await event.file.read(), Path(event.file.name.replace("\\", "/")).name or "document.txt"
 
         def add() -> None:
             with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / (name or "document.txt")
+                file = Path(folder) / f"document{Path(name).suffix}"  # a name may be too long for this disk
                 file.write_bytes(data)
                 try:
                     read = read_document(file)
                 except DocumentError as error:
-                    raise DocumentError(str(error).replace(str(file), file.name)) from error
+                    raise DocumentError(str(error).replace(str(file), name)) from error
                 if not read.text.strip():
-                    raise DocumentError(f"{file.name} holds no text to ask about; pass another file")
-            self._workspace.add([replace(read, metadata={**read.metadata, "source": file.name})])
+                    raise DocumentError(f"{name} holds no text to ask about; pass another file")
+            title = name if read.title == file.name else read.title
+            source = self._free_name(name, read.ref)
+            self._workspace.add([replace(read, title=title, metadata={**read.metadata, "source": source})])
 
         self._reading.append(name)
         self._show_documents()
@@ -239,11 +267,20 @@ class _Visit:
             await self._change(add)
             await self._refresh()
         except (ExtembError, ApiError, OSError) as error:
-            ui.notify(str(error), type="negative", multi_line=True, timeout=0, close_button="Close")
+            _say_wrong(str(error))
         finally:
             self._reading.remove(name)
             self._show_documents()
-            event.sender.reset()
+            event.sender.run_method("removeUploadedFiles")  # what is still being sent stays
+
+    def _free_name(self, name: str, ref: str) -> str:
+        """Return a file's name, with a number where another text has it: the browser says no folder of a file."""
+        refs = {record["source"]: record["ref"] for record in self._workspace.records()}
+        file, number = Path(name), 1
+        while refs.get(name, ref) != ref:
+            number += 1
+            name = f"{file.stem} ({number}){file.suffix}"
+        return name
 
     async def _remove(self, name: str) -> None:
         with suppress(ApiError):  # another tab has removed it
@@ -280,12 +317,6 @@ class _Visit:
         question = self._question.value.strip()
         if not question or self._task is not None or self._owner is None:
             return
-        if not self._tokens:
-            still = f"Ask when it has been read: {', '.join(self._reading)}"
-            first = "Add a document first: it is what the answer is made from"
-            ui.notify(still if self._reading else first, type="warning")
-            return
-        self._question.set_value("")
         self._task = asyncio.create_task(self._answer(question))
 
     async def _answer(self, question: str) -> None:
@@ -295,6 +326,13 @@ class _Visit:
         ways = list(_WAYS) if self._compare.value else ["compressed"]
         unread = ", ".join(self._reading)
         try:
+            await self._refresh()  # another tab may have added and removed some
+            if not self._tokens:
+                first = "Add a document first: it is what the answer is made from"
+                with self._conversation:
+                    ui.notify(f"Ask when it has been read: {unread}" if unread else first, type="warning")
+                return
+            self._question.set_value("")
             self._hint.set_visibility(False)
             with self._conversation:
                 ui.label(question).classes("question")
@@ -430,6 +468,10 @@ def _icon(name: str, says: str, on_click: Any, color: str = "primary") -> ui.but
     button = ui.button(icon=name, on_click=on_click).props(f"flat round dense text-color={color}").tooltip(says)
     button.props["aria-label"] = says
     return button
+
+
+def _say_wrong(message: str) -> None:
+    ui.notify(message, type="negative", multi_line=True, timeout=0, close_button="Close")
 
 
 def _open(entry: ContextEntry, document: Document, start: int, stop: int) -> None:

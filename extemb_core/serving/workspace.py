@@ -50,15 +50,22 @@ class Workspace:
         return list(self._library.documents())
 
     def add(self, documents: Sequence[TextDocument | Document]) -> list[dict[str, Any]]:
-        """Add documents, or replace those of the same id, which is a `Document`'s source. Returns their records.
+        """Add documents, or replace those of the same id, which is a `Document`'s source. Returns the record of each.
 
         Passages are compressed to be found, and the whole of each to be read by its ref.
 
         Raises:
-            ApiError: The library would hold too many.
+            ApiError: The library would hold too many, or two texts have one id.
             DocumentError: A text is not valid Unicode.
         """
-        added = {document.source: document for document in map(_stored_document, documents)}
+        sent = list(map(_stored_document, documents))
+        added: dict[str, Document] = {}
+        for document in sent:
+            if added.setdefault(document.source, document).text != document.text:
+                raise ApiError(
+                    400, f"the id {document.source!r:.80} is that of two texts; give each an id of its own",
+                    param="documents",
+                )  # fmt: skip
         with self._lock:
             before = {record["source"]: record["ref"] for record in self.records()}
             if (count := len(before.keys() | added.keys())) > self._max_documents:
@@ -73,7 +80,7 @@ class Workspace:
             finally:  # what was replaced goes, whatever becomes of the others
                 records = {record["source"]: record for record in self.records()}
                 self._forget({before[source] for source in added if source in before}, records.values())
-        return [records[source] for source in added]
+        return [records[document.source] for document in sent]
 
     def remove(self, name: str) -> None:
         """Remove a document by its id.

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from served import KEYS
+from starlette.routing import Route
 
 from extemb_core.serving.guard import Guard
 from extemb_core.serving.metrics import Metrics
@@ -64,3 +65,28 @@ async def test_what_a_page_is_made_of_is_logged_when_debugging(monkeypatch, path
     guard = Guard(app, ServerSettings(), Metrics())
     await guard({"type": "http", "method": "GET", "path": path, "headers": [(b"host", b"localhost")]}, receive, send)
     assert logged == [level]
+
+
+async def test_parts_of_the_page_are_counted_as_one_route():
+    """Each visit has routes of its own, which would be counters for ever."""
+    metrics = Metrics()
+
+    async def app(scope, receive, send):
+        scope["route"] = Route(scope["path"], lambda: None)
+        await send({"type": "http.response.start", "status": 200})
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        pass
+
+    guard = Guard(app, ServerSettings(), metrics)
+    for path in ("/chat/_nicegui/client/1/upload/15", "/chat/_nicegui/client/2/upload/15", "/v1/models"):
+        scope = {"type": "http", "method": "GET", "path": path, "headers": [(b"host", b"localhost")]}
+        await guard(scope, receive, send)
+    counted = [line for line in metrics.text().decode().splitlines() if line.startswith("extemb_requests_total{")]
+    assert sorted(counted) == [
+        'extemb_requests_total{route="/chat/_nicegui",status="200"} 2.0',
+        'extemb_requests_total{route="/v1/models",status="200"} 1.0',
+    ]

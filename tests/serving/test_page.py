@@ -185,6 +185,78 @@ def test_a_file_without_text_is_not_added(url, opened):
     assert not page.get_by_label("Remove empty.txt").count()
 
 
+def text_file(name, text="The bridge was closed."):
+    return {"name": name, "mimeType": "text/plain", "buffer": text.encode()}
+
+
+def test_a_file_that_is_still_being_sent_stays_when_another_has_come(url, opened):
+    page, held = opened(url), []
+
+    def hold(route):
+        if b"slow.txt" in route.request.post_data_buffer:
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/upload/*", hold)
+    page.set_input_files("input[type=file]", [text_file("quick.txt"), text_file("slow.txt", "It was opened.")])
+    page.get_by_label("Remove quick.txt").wait_for()
+    page.locator(".q-uploader__file", has_text="quick.txt").wait_for(state="detached")
+    held[0].continue_()
+    page.get_by_label("Remove slow.txt").wait_for()
+
+
+@pytest.mark.parametrize(
+    ("status", "why"), [(408, "did not come within 30 s; send less at once"), (500, "could not be sent; try again")]
+)
+def test_a_file_that_did_not_come_is_named(url, opened, status, why):
+    page = opened(url)
+    page.route("**/upload/*", lambda route: route.fulfill(status=status))
+    page.set_input_files("input[type=file]", text_file("lost.txt"))
+    page.get_by_text(f"lost.txt {why}").wait_for()
+    page.locator(".q-uploader__file").wait_for(state="detached")
+
+
+def test_files_that_are_refused_are_named_with_the_rule(url, opened):
+    page = opened(url)
+    large, odd = text_file("large.txt", "much " * 2**18), text_file("a.docx")
+    page.set_input_files("input[type=file]", [large, odd, text_file("right.txt")])
+    page.get_by_text("large.txt is larger than 1 MiB; split it").wait_for()
+    page.get_by_text("a.docx is of a type that is not read; convert it to text").wait_for()
+    page.get_by_label("Remove right.txt").wait_for()
+
+
+def test_another_text_of_a_name_gets_a_name_of_its_own(url, opened):
+    page = opened(url)
+    drop(page, "report.txt", "The chairman is Ann.")
+    drop(page, "report.txt", "The chairman is Ann.")
+    assert not page.get_by_label("Remove report (2).txt").count()
+    for number, text in ((2, "The budget is small."), (3, "The year was long.")):
+        page.set_input_files("input[type=file]", text_file("report.txt", text))
+        page.get_by_label(f"Remove report ({number}).txt").wait_for()
+
+
+def test_a_name_that_is_too_long_for_a_disk_is_taken(url, opened):
+    name = "報告" * 60 + ".txt"
+    drop(opened(url), name, "The bridge was closed.")
+
+
+def test_what_another_tab_has_changed_is_known_to_the_next_question(model, tmp_path, opened):
+    with running(model, tmp_path) as url:
+        one, other = opened(url), opened(url)
+        drop(one, "old.txt", SENTENCES)
+        other.reload()
+        other.get_by_label("Remove old.txt").click()
+        other.get_by_text("None yet").wait_for()
+        one.get_by_label("Question").fill(QUESTION)
+        one.keyboard.press("Enter")
+        one.get_by_text("Add a document first").wait_for()
+        assert one.get_by_label("Question").input_value() == QUESTION
+        drop(other, "new.txt", SENTENCES)
+        ask(one, QUESTION)
+        one.get_by_label("Remove new.txt").wait_for()
+
+
 def test_a_question_without_a_document_stays_where_it_is(model, tmp_path, opened):
     with running(model, tmp_path) as url:
         page = opened(url)

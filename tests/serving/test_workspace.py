@@ -62,6 +62,19 @@ def test_a_document_of_the_same_id_takes_the_place_of_the_other(guarded):
     assert Document("It was closed. " * 20).ref not in {ref for ref, _ in library.store.items()}
 
 
+def test_two_texts_of_one_id_are_refused_and_each_document_sent_has_its_record(guarded):
+    client = guarded.http(KEYS[0])
+    one, other = {"text": "Copper wires.", "id": "wires"}, {"text": "Iron wires.", "id": "wires"}
+    answer = client.post("/v1/documents", json={"documents": [one, other]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "documents"
+    assert "'wires' is that of two texts; give each an id of its own" in answer.json()["error"]["message"]
+    assert "wires" not in {record["id"] for record in client.get("/v1/documents").json()["data"]}
+    twice = [one, {"text": "Copper wires."}, {"text": "Copper wires."}, one]
+    data = client.post("/v1/documents", json={"documents": twice}).json()["data"]
+    assert [record["id"] == "wires" for record in data] == [True, False, False, True]
+
+
 def test_nothing_stays_of_a_document_that_was_replaced_by_one_that_could_not_be_compressed(lm, tmp_path, monkeypatch):
     workspace = Workspace(tmp_path / "w", lm, encoder=by_words, memory_bytes=1, max_documents=9)
     open_text, closed_text = ("It was open. " * 200, "It was closed. " * 200)  # of several passages each
