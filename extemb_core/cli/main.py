@@ -70,6 +70,7 @@ def extemb(
 
 def main() -> None:
     """Run `extemb` as a process of its own, whose logging and warnings are set up here."""
+    _open_closed_streams()
     _set_up_logging("--debug" in sys.argv[1:] or output.debugging())
     if isinstance(sys.stdout, TextIOWrapper) and not output.writes_unicode():
         sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks, as stderr writes it
@@ -84,6 +85,13 @@ def main() -> None:
         output.discard_stdout()
         output.print_error(error, as_json=False)
         sys.exit(ExitCode.FAILURE)
+
+
+def _open_closed_streams() -> None:
+    """Let a stream that the shell has closed (`extemb ... >&-`) be the null device: Python has None there."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _set_up_logging(debug: bool) -> None:

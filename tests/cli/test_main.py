@@ -211,10 +211,25 @@ def test_a_reader_that_has_left_is_no_error_at_the_end_of_an_interpreter_either(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="closing as POSIX does")
-def test_a_closed_stdout_is_no_failure() -> None:
-    command = ["sh", "-c", '"$0" -c "$1" weights list >&-', sys.executable, MAIN]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stderr) == (ExitCode.OK, "")
+@pytest.mark.parametrize(
+    ("command", "closed"),
+    [
+        ("weights list", ">&-"),
+        ("ask Who? --documents letter.txt", ">&- <&- 2>&-"),
+        ("chat", "<&-"),
+        ("chat", ">&-"),
+    ],
+)
+def test_a_closed_stream_is_an_empty_one(models: Models, tmp_path: Path, command: str, closed: str) -> None:
+    (tmp_path / "letter.txt").write_text("Ann wrote this.")
+    options = [] if command == "weights list" else ["--max-new-tokens", "2", *map(str, models.options)]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", MAIN, *command.split(), *options],
+        input="Who?", capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.OK
+    assert "error" not in done.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
