@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny import SENTENCES, shared_embedder, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
@@ -72,6 +73,41 @@ def test_six_windows_of_turns_never_overflow(lm):
     assert (told.source, told.n_tokens, told.turn) == ("the oldest turns", session.dropped_tokens, True)
     assert answer.dropped == (told,)
     assert answer.documents == ()
+
+
+def test_the_oldest_is_coarsened_and_then_forgotten_and_the_rest_is_read_in_its_order(lm, monkeypatch):
+    made, given, read = [], [], []
+
+    def compress(texts, **settings):
+        given.extend(texts)
+        made.extend(one := whole(texts, **settings))
+        return one
+
+    def assemble(llm, messages):
+        read[:] = [part for part in messages[0]["content"] if not isinstance(part, str)]
+        return assemble_chat(llm, messages)
+
+    def states(part):
+        return part.states if lm.embedder.config.entry_layer else part
+
+    whole = lm.embedder.compress_ids
+    monkeypatch.setattr(lm.embedder, "compress_ids", compress)
+    monkeypatch.setattr("extemb_core.context.conversation.assemble_chat", assemble)
+    session, ratios = lm.session(window=200), []
+    for at in range(12):
+        send(session, f"Turn {at}: " + SENTENCES[7 * at :][:120])
+        kept = session._condensed
+        for one, first in zip(kept, made[len(made) - len(kept) :], strict=True):
+            assert torch.equal(one.embeddings, first.at_ratio(one.ratio).embeddings)
+        ratios.append([one.ratio for one in kept])
+        assert ratios[-1] == sorted(ratios[-1], reverse=True)
+        session._prompt([])
+        assert all(torch.equal(states(part), states(one.part)) for part, one in zip(read, kept, strict=True))
+    assert len(session._condensed) < len(made)
+    assert any(len(set(of_turn)) > 1 for of_turn in ratios)
+    said = [lm.llm.tokenizer.decode(ids) for ids in given]
+    assert said[0].startswith("user: Turn 0")
+    assert any(one.startswith("assistant: ") for one in said)
 
 
 def test_a_stream_of_text_is_condensed_and_counted(lm):

@@ -15,7 +15,7 @@ from tiny import SENTENCES, shared_embedder, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
 from extemb_core.errors import BudgetError, ConfigError
-from extemb_core.frameworks.batching import Batcher, _Request
+from extemb_core.frameworks.batching import Batcher, _Request, _together
 from extemb_core.models.llm import LLM
 
 QUESTIONS = [f"What is {number} plus {number}?" for number in range(8)]
@@ -238,6 +238,24 @@ def test_who_gives_up_gets_what_there_is(lm):
         stays = pool.submit(ask, lm, batcher, "Who?", max_new_tokens=4)
     assert gone.result().finish_reason == "cancelled"
     assert stays.result().text == lm.ask("Who?", max_new_tokens=4).text
+
+
+def test_who_gives_up_in_the_middle_of_a_batch_leaves_the_others_their_answers(lm, monkeypatch):
+    requests = [_Request(*lm.prepare(question, max_new_tokens=4), threading.Event()) for question in QUESTIONS[:2]]
+    whole = LLM.generate
+
+    def generate(self, prompts, sampling, on_token):
+        def gives_up():
+            requests[0].cancelled.set()
+            on_token()
+
+        return whole(self, prompts, sampling, gives_up)
+
+    monkeypatch.setattr(LLM, "generate", generate)
+    _together(lm.llm, requests)
+    monkeypatch.undo()
+    assert requests[0].cancelled.is_set()
+    assert requests[1].answer.result().text == lm.ask(QUESTIONS[1], max_new_tokens=4).text != ""
 
 
 def test_the_size_of_a_batch_is_checked(lm):

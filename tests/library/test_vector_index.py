@@ -49,6 +49,7 @@ def test_what_is_removed_is_not_found(factory, tmp_path):
     else:
         assert found == index.ids
         assert [index.search(vectors[at], 1)[0][0] for at in (0, 2, 5, 49)] == [0, 2, 5, 49]
+    assert [len(index.search(vectors[3], k)) for k in (1, 5)] == [1, 5]  # whose nearest were removed
     index.save(tmp_path / "a.faiss", encoder="e")
     loaded = VectorIndex.load(tmp_path / "a.faiss", 16, encoder="e")
     assert loaded.ids == index.ids

@@ -9,7 +9,7 @@ from anchored import lm_over
 from llama_index.core import Settings, SummaryIndex
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
+from llama_index.core.schema import IndexNode, MetadataMode, NodeWithScore, TextNode
 from tiny import SENTENCES, roomy_llm, save_tiny, shared_embedder
 
 from extemb_core import ExtensibleLM
@@ -231,6 +231,14 @@ async def test_a_query_decides_what_stays_text(lm, nodes):
     post = ExtensibleEmbeddingPostprocessor(llm=ExtensibleLLM.from_lm(lm), budget=200)
     assert [found.node for found in await post.apostprocess_nodes(nodes, query_str=QUERY)] == [
         found.node for found in made]  # fmt: skip
+
+
+def test_what_is_no_text_takes_of_the_budget_of_a_plan_by_sentences_too(lm, nodes):
+    link = NodeWithScore(node=IndexNode(id_="link", text=SENTENCES[:200], index_id="a"), score=1)
+    taken = len(lm.llm.encode(link.node.get_content(MetadataMode.LLM)))
+    made = asked(lm, [link, *nodes], budget=200 + taken)
+    assert made[0] == link
+    assert [found.node for found in made[1:]] == [found.node for found in asked(lm, nodes, budget=200)]
 
 
 def test_without_a_query_or_for_a_wish_of_its_own_a_plan_is_even(lm, nodes):

@@ -23,7 +23,7 @@ from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEng
 from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 from llama_index.core.retrievers import BaseRetriever
-from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, NodeWithScore, TextNode
+from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.tools import QueryEngineTool
 from retrieval_encoder import by_words
@@ -240,6 +240,41 @@ def test_what_is_no_text_stays_what_it_is(llm):
     assert [getattr(found.node, "extemb_ratio", None) for found in made] == [None, "raw", "raw", 4]
     assert made[1].node.extemb_positions == 0
     assert made[3].node.text == LONG
+
+
+@pytest.mark.parametrize("settings", [{}, {"plan": "even"}, {"ratio": 4}, {"ratio": "raw"}])
+@pytest.mark.parametrize("kinds", ["IIII", "TITI", "ITTT"])
+@pytest.mark.parametrize("budget", [0, 60, 300])
+def test_what_is_no_text_takes_of_the_budget_too(llm, lm, caplog, settings, kinds, budget):
+    texts = [f"{at} {LONG}" for at in range(4)]
+    nodes = [
+        NodeWithScore(node=IndexNode(text=text, index_id="a") if kind == "I" else TextNode(text=text), score=1 - at / 9)
+        for at, (kind, text) in enumerate(zip(kinds, texts, strict=True))
+    ]
+    post = ExtensibleEmbeddingPostprocessor(llm=llm, budget=budget, **settings)
+    made = post.postprocess_nodes(nodes, query_str="When was the bridge closed?")
+    left = [at for at, found in enumerate(nodes) if found.node.node_id in {one.node.node_id for one in made}]
+    whole = [len(lm.llm.encode(text)) for text in texts]
+    taken = {
+        at: whole[at] if kinds[at] == "I" else found.node.extemb_positions for at, found in zip(left, made, strict=True)
+    }
+    assert sum(taken.values()) <= budget
+    assert (len(left) < 4) == (f"{4 - len(left)} of 4 nodes dropped: no room in budget={budget}" in caplog.text)
+    of_no_text = [at for at in range(4) if kinds[at] == "I"]
+    assert [at for at in left if kinds[at] == "I"] == of_no_text[: sum(at in left for at in of_no_text)]  # the worst go
+    if budget == 300:  # more than one of them in full
+        assert 0 in left
+
+
+def test_what_is_no_text_stays_where_no_budget_is_given(llm):
+    nodes = [NodeWithScore(node=kind(text=LONG, **more)) for kind, more in [(IndexNode, {"index_id": "a"})] * 9]
+    for settings in ({}, {"ratio": 4}, {"ratio": "raw"}):
+        assert len(ExtensibleEmbeddingPostprocessor(llm=llm, **settings).postprocess_nodes(nodes)) == 9
+
+
+def test_a_query_without_text_is_none(llm, nodes):
+    for query in (QueryBundle(query_str=None), QueryBundle(query_str=" "), None):
+        assert len(ExtensibleEmbeddingPostprocessor(llm=llm).postprocess_nodes(nodes, query_bundle=query)) == len(nodes)
 
 
 class Numbered(TextNode):
@@ -483,6 +518,7 @@ def test_what_was_saved_beside_an_llm_has_its_model_and_store(kind, lm, tmp_path
     llm = ExtensibleLLM.from_model_id("another", **settings)
     saved = json.loads(kind(llm=llm, ratio=4, batch_size=2).to_json())
     again = kind.from_dict(saved)
+    assert saved["class_name"] == kind.class_name()
     assert (again.model, again.ratio, again.batch_size) == ("another", 4, 2)
     for name, value in settings.items():
         assert getattr(again, name) == (str(value) if name == "store" else value)
@@ -538,6 +574,19 @@ def test_a_pipelines_cache_leaves_no_store_empty(lm, tmp_path, nodes):
             assert len(store) == 2
             cache = pipeline.cache
             assert ExtensibleTransform.from_dict(transform.to_dict()).ratio == 4
+
+
+def test_a_pipelines_cache_is_of_one_embedder(lm, tmp_path, nodes):
+    texts = [found.node for found in nodes[:2]]
+    cache = None
+    with EmbeddingStore.open(tmp_path / "both") as store:
+        for embedder in (lm.embedder, random_embedder(lm.llm, seed=9)):
+            stored = ExtensibleLLM.from_lm(ExtensibleLM(lm.llm, embedder, store))
+            transform = ExtensibleTransform(llm=stored, ratio=4, show_progress=False)
+            pipeline = IngestionPipeline(transformations=[transform], **({"cache": cache} if cache else {}))
+            pipeline.run(nodes=texts)
+            cache = pipeline.cache
+        assert len(store) == 4
 
 
 async def test_an_event_loop_goes_on_while_nodes_are_taken_in(llm, nodes, monkeypatch):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, dropwhile
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from extemb_core.context.focus import Mode, check_plan, mode_of
 from extemb_core.context.planning import Plan, plan_context
+from extemb_core.documents import without_lone_surrogates
 from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import until_cancelled
 from extemb_core.frameworks.settings import OF_MODEL, Budget, ModelSettings
@@ -57,7 +59,8 @@ class CompressionSettings(ModelSettings):
         """Describe it, with the model and the store of its LLM: `from_dict` makes one that has the same."""
         data: dict[str, Any] = super().to_dict(**kwargs)  # type: ignore[misc]
         if isinstance(self.llm, ModelSettings):
-            data |= self.llm.model_dump(include=set(OF_MODEL))
+            saved = self.llm.model_dump(include=set(OF_MODEL))
+            data |= {name: value for name, value in saved.items() if name in OF_MODEL}  # not LlamaIndex's class_name
         return data
 
     @property
@@ -116,7 +119,8 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
         lm = self.lm
         texts = {at: text for at, scored in enumerate(nodes) if (text := text_of(scored.node)) is not None}
         documents = {at: to_document(nodes[at].node, text) for at, text in texts.items()}
-        planned = self._plan(lm, nodes, documents, "" if query_bundle is None else query_bundle.query_str)
+        query = "" if query_bundle is None else query_bundle.query_str or ""
+        planned, too_many = self._plan(lm, nodes, documents, query)
         size = lm.embedder.config.chunk_size
         chosen = dict(zip(documents, planned.documents, strict=True))
         handed = {at: plan for at, plan in chosen.items() if plan.fidelity not in ("raw", "dropped")}
@@ -148,8 +152,8 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
                 positions=sum(span.positions(size) for span in plan.spans) if plan.spans else even,
             )
         dropped = [at for at, plan in chosen.items() if plan.fidelity == "dropped" and plan.n_tokens]
-        if dropped:
-            by_rank = not any(chosen[at].spans for at in dropped)
+        if dropped := sorted([*dropped, *too_many]):
+            by_rank = not any(chosen[at].spans for at in dropped if at in chosen)
             self._warn_of(dropped, nodes, planned.budget, by_rank)
         return [
             scored.model_copy(update={"node": made[at]}) if at in made else scored
@@ -180,9 +184,20 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
         mode = mode_of(plan, self.ratio, query, lm.embedder.config)
         return mode if query.strip() else "even"
 
-    def _plan(self, lm: ExtensibleLM, nodes: list[NodeWithScore], documents: dict[int, Document], query: str) -> Plan:
-        """Plan what becomes of the nodes that are text, each with its metadata as overhead."""
+    def _plan(
+        self, lm: ExtensibleLM, nodes: list[NodeWithScore], documents: dict[int, Document], query: str
+    ) -> tuple[Plan, list[int]]:
+        """Plan what becomes of the nodes that are text, each with its metadata as overhead.
+
+        Returns:
+            The plan, and which of the nodes that are no text, and stay what they are, do not fit beside them.
+        """
         config = lm.embedder.config
+        others = {
+            at: len(lm.llm.encode(without_lone_surrogates(scored.node.get_content(MetadataMode.LLM))))
+            for at, scored in enumerate(nodes)
+            if at not in documents
+        }
         tokens = [lm.builder.n_tokens(document) for document in documents.values()]
         overhead = [len(lm.llm.encode(heading_of(nodes[at].node))) for at in documents]
         for index, document in enumerate(documents.values()):
@@ -190,18 +205,25 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
                 whole = tokens[index] + overhead[index]
                 tokens[index] = min(1, whole)
                 overhead[index] = whole - tokens[index]
+        coarsest = {"auto": config.plan_ratios[-1], "raw": 1}.get(self.ratio, self.ratio)  # type: ignore[call-overload]
+        needed = others | {
+            at: compressed_positions(count, coarsest, config.chunk_size) + more
+            for at, count, more in zip(documents, tokens, overhead, strict=True)
+        }
         if self.budget is not None:
-            room = self.budget
+            budget = self.budget
         elif self.ratio == "auto":
             llm_budget = getattr(self.llm, "budget", None)
             aim = lm.llm.context_window // 2 if llm_budget is None else min(llm_budget, lm.llm.context_window // 2)
-            coarsest = [compressed_positions(count, config.plan_ratios[-1], config.chunk_size) for count in tokens]
-            room = max(aim, sum(coarsest) + sum(overhead))
+            budget = max(aim, sum(needed.values()))
         else:
-            room = sum(tokens) + sum(overhead)
+            budget = sum(tokens) + sum(overhead) + sum(others.values())
+        too_many = [at for at in _beyond(needed, budget) if at in others]
+        room = budget - sum(others[at] for at in others.keys() - too_many)
         if (mode := self._mode(lm, query)) != "even":
-            return _plan_sentences(lm, [*documents.values()], tokens, overhead, room, query, mode)
-        return plan_context(
+            plan = _plan_sentences(lm, [*documents.values()], tokens, overhead, room, query, mode)
+            return replace(plan, budget=budget), too_many
+        plan = plan_context(
             tokens,
             room,
             ratio=self.ratio,  # type: ignore[arg-type]
@@ -214,6 +236,14 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
                 at < self.top_raw or count <= self.min_tokens for at, count in zip(documents, tokens, strict=True)
             ],
         )
+        return replace(plan, budget=budget), too_many
+
+
+def _beyond(needed: Mapping[int, int], budget: int) -> list[int]:
+    """List the nodes, by their rank, from the first on that does not fit the budget beside those before it."""
+    ranked = sorted(needed)
+    taken = accumulate(needed[at] for at in ranked)
+    return [at for at, _ in dropwhile(lambda pair: pair[1] <= budget, zip(ranked, taken, strict=True))]
 
 
 def _plan_sentences(
