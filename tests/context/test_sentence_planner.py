@@ -6,7 +6,8 @@ import pytest
 from tiny import SENTENCES, entering, tool_llm
 
 from extemb_core import ExtensibleLM
-from extemb_core.context.focus import SplitDocument, plan_focus
+from extemb_core.context.focus import SplitDocument, plan_focus, sentence_losses
+from extemb_core.context.scoring import bm25_scores
 from extemb_core.context.sentence_planner import SentencePlanner
 from extemb_core.context.spans import split_into_sentences
 from extemb_core.documents import Document
@@ -46,15 +47,21 @@ def test_heads_rank_where_the_embedder_names_some(llm):
 
 
 @pytest.mark.parametrize("select", [False, True])
-def test_words_rank_where_it_names_none_and_ratios_below_the_kept_one_are_not_used(llm, select):
-    embedder = entering(llm, chunk_size=32, kept_ratio=4)
-    plan, looked = planned(llm, embedder, select=select)
-    usable = [ratio for ratio in embedder.config.ratios if ratio >= 4]
-    assert (plan, looked) == (
-        plan_focus(QUESTION, [document(llm)], BUDGET, ratios=usable, select=select),
-        False,
+@pytest.mark.parametrize("heads", [HEADS, ()])
+def test_it_calls_with_what_the_embedder_has(llm, monkeypatch, heads, select):
+    calls = []
+    monkeypatch.setattr(
+        "extemb_core.context.sentence_planner.plan_focus",
+        lambda *given, **settings: (calls.append(settings), plan_focus(*given, **settings))[1],
     )
-    assert len(usable) < len(embedder.config.ratios)
+    embedder = entering(llm, chunk_size=32, kept_ratio=4, retrieval_heads=heads)
+    planned(llm, embedder, select=select)
+    (settings,) = calls
+    expected = sentence_losses(by_heads=bool(heads))
+    assert settings["ratios"] == [ratio for ratio in embedder.config.ratios if ratio >= 4] != embedder.config.ratios
+    assert (settings["losses"].alike_above, settings["losses"].many) == (expected.alike_above, expected.many)
+    assert settings["select"] is select
+    assert (settings["scorer"] is bm25_scores) == (not heads)
 
 
 def test_a_scorer_stands_in_the_place_of_the_heads(llm):
