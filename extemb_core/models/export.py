@@ -30,7 +30,7 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
         folder: A new or empty one; it is there whole or not at all.
 
     Raises:
-        ConfigError: The folder is taken, or the plugin has no such architecture.
+        ConfigError: The folder is taken or cannot be made, or the plugin has no such architecture.
     """
     from extemb_core.models.llm import quiet_transformers  # here, so that the names above load quickly in vLLM
 
@@ -43,9 +43,13 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already; name a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name[:60]}.", dir=target.parent) as temporary:
-        made = Path(temporary)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=f".{target.name[:60]}.", dir=target.parent)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be made ({error.strerror}); name a folder that can") from error
+    with temporary:
+        made = Path(temporary.name)
         with quiet_transformers(), disk_errors(target):
             llm.model.save_pretrained(made)
             llm.tokenizer.save_pretrained(made)
