@@ -227,20 +227,21 @@ class _Visit:
 
     def _say_rejected(self, event: Any) -> None:
         """Say which files the browser did not send, and why."""
-        for name, rule in event.args:
-            why = "of a type that is not read; convert it to text, Markdown, HTML or PDF"
-            if rule == "max-file-size":
-                why = f"larger than {self._service.settings.max_body_mib} MiB; split it"
-            _say_wrong(f"{name} is {why}")
+        for refused in dict.fromkeys(rule for _, rule in event.args):
+            names = [name for name, rule in event.args if rule == refused]
+            if refused == "max-file-size":
+                _say_wrong(f"Larger than {self._service.settings.max_body_mib} MiB", names, "send them in parts")
+            else:
+                _say_wrong("Of a type that is not read", names, "convert to text, Markdown, HTML or PDF")
 
     def _say_failed(self, event: Any) -> None:
         """Say which files did not come whole, and why."""
         names, status = event.args
-        why = "could not be sent; try again"
         if status == TIMED_OUT:
-            seconds = self._service.settings.body_seconds
-            why = f"did not come within {seconds} s; send less at once, or let the server wait longer (--body-seconds)"
-        _say_wrong(f"{', '.join(names)} {why}")
+            what = f"Not there within {self._service.settings.body_seconds} s"
+            _say_wrong(what, names, "send less at once, or let the server wait longer (--body-seconds)")
+        else:
+            _say_wrong("Could not be sent", names, "try again")
 
     async def _add(self, event: Any) -> None:
         if self._owner is None:
@@ -267,7 +268,7 @@ class _Visit:
             await self._change(add)
             await self._refresh()
         except (ExtembError, ApiError, OSError) as error:
-            _say_wrong(str(error))
+            _show_error(str(error))
         finally:
             self._reading.remove(name)
             self._show_documents()
@@ -470,8 +471,13 @@ def _icon(name: str, says: str, on_click: Any, color: str = "primary") -> ui.but
     return button
 
 
-def _say_wrong(message: str) -> None:
-    ui.notify(message, type="negative", multi_line=True, timeout=0, close_button="Close")
+def _say_wrong(what: str, names: Sequence[str], remedy: str) -> None:
+    _show_error(f"{what}: {', '.join(names)}; {remedy}")
+
+
+def _show_error(message: str) -> None:
+    close = {"label": "Close", "color": "white"}
+    ui.notify(message, type="negative", multi_line=True, timeout=0, actions=[close])
 
 
 def _open(entry: ContextEntry, document: Document, start: int, stop: int) -> None:

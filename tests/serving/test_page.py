@@ -207,22 +207,23 @@ def test_a_file_that_is_still_being_sent_stays_when_another_has_come(url, opened
 
 
 @pytest.mark.parametrize(
-    ("status", "why"), [(408, "did not come within 30 s; send less at once"), (500, "could not be sent; try again")]
+    ("status", "said"),
+    [(408, "Not there within 30 s: lost.txt; send less at once"), (500, "Could not be sent: lost.txt; try again")],
 )
-def test_a_file_that_did_not_come_is_named(url, opened, status, why):
+def test_a_file_that_did_not_come_is_named(url, opened, status, said):
     page = opened(url)
     page.route("**/upload/*", lambda route: route.fulfill(status=status))
     page.set_input_files("input[type=file]", text_file("lost.txt"))
-    page.get_by_text(f"lost.txt {why}").wait_for()
+    page.get_by_text(said).wait_for()
     page.locator(".q-uploader__file").wait_for(state="detached")
 
 
 def test_files_that_are_refused_are_named_with_the_rule(url, opened):
     page = opened(url)
-    large, odd = text_file("large.txt", "much " * 2**18), text_file("a.docx")
-    page.set_input_files("input[type=file]", [large, odd, text_file("right.txt")])
-    page.get_by_text("large.txt is larger than 1 MiB; split it").wait_for()
-    page.get_by_text("a.docx is of a type that is not read; convert it to text").wait_for()
+    large, odd = text_file("large.txt", "much " * 2**18), [text_file("a.docx"), text_file("b.docx")]
+    page.set_input_files("input[type=file]", [large, *odd, text_file("right.txt")])
+    page.get_by_text("Larger than 1 MiB: large.txt; send them in parts").wait_for()
+    page.get_by_text("Of a type that is not read: a.docx, b.docx; convert to text").wait_for()
     page.get_by_label("Remove right.txt").wait_for()
 
 
