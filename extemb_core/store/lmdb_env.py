@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import lmdb
 
 from extemb_core.errors import ExtembError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.store.free_pages import is_cut
 
 DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
 DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
@@ -192,10 +193,13 @@ class Environment:
         """Refuse a truncated file, which would end the process at the first read beyond its end."""
         used = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
         if used > file.stat().st_size:
-            raise StoreCorruptError(
-                f"{file} is truncated at {file.stat().st_size:,} bytes, and its pages end at {used:,}; restore it from "
-                "a copy, or add the documents to a new store"
-            )
+            with self._failures(), _following(self._env.begin, lambda: self._env.set_mapsize(0)) as transaction:
+                cut = is_cut(file, transaction.id())
+            if cut:
+                raise StoreCorruptError(
+                    f"{file} is truncated at {file.stat().st_size:,} bytes, and its pages end at {used:,}; restore it "
+                    "from a copy, or add the documents to a new store"
+                )
         if not self.readonly:
             self._env.reader_check()  # drops the slots of processes that are gone
 
