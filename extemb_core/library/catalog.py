@@ -183,10 +183,18 @@ class Catalogue:
             transaction.delete(_key(source), db=database(kind))
         return refs
 
-    def is_orphan(self, transaction: Any, ref: bytes) -> bool:
-        """Return True if no passage has a ref any more."""
-        cursor = transaction.cursor(db=self._environment.database("refs"))
-        return not cursor.set_range(ref) or bytes(cursor.key())[:16] != ref
+    def holds(self, transaction: Any, ref: bytes, fingerprint: str | None = None) -> bool:
+        """Return True if a passage has a ref, and its document was compressed by an embedder, where one is named."""
+        get = self._environment.get
+        for name, _ in self._environment.rows(transaction, "refs", ref):
+            if bytes(name[:16]) != ref:
+                break
+            if fingerprint is None:
+                return True
+            key = bytes(_PASSAGE.unpack(get(transaction, "passages", bytes(name[16:])))[0])
+            if self._parsed(get(transaction, "documents", key))["fingerprint"] == fingerprint:
+                return True
+        return False
 
     def record(self, transaction: Any, source: str) -> dict[str, Any] | None:
         """Read the record of a document: source, title, ref, n_chars, metadata, its passages' first and last id, and

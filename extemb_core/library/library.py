@@ -114,7 +114,7 @@ class Library:
         if encoder is not None or (lm is not None and not os.path.exists(path)):
             self._encoder = as_encoder(encoder)  # one that is missing leaves no empty library
         self.store = EmbeddingStore.open(path, mode, dtype=dtype)
-        self.lm = None if lm is None else type(lm)(lm.llm, lm.embedder, self.store)
+        self.lm = None if lm is None else type(lm)(lm.llm, lm.embedder, self.store, scorer=lm.builder.scorer)
         self.ratio = ratio
         self.passage_tokens = passage_tokens
         self._catalogue = Catalogue(self.store.environment)
@@ -451,11 +451,12 @@ class Library:
     def _drop_orphans(
         self, transaction: Any, passages: Iterable[tuple[bytes, str]], fingerprint: str | None = None
     ) -> None:
-        """Drop the embeddings of passages that no document has any more, and those of other embedders than this."""
+        """Drop the embeddings of passages that no document has any more, and those of other embedders than this that no
+        document is read with."""
         for ref, other in passages:
-            if self._catalogue.is_orphan(transaction, ref):
+            if not self._catalogue.holds(transaction, ref):
                 self.store.forget(transaction, ref_of(ref))
-            elif fingerprint not in (None, other):
+            elif fingerprint not in (None, other) and not self._catalogue.holds(transaction, ref, other):
                 self.store.forget(transaction, ref_of(ref), other)
 
     def _index(self) -> VectorIndex:

@@ -244,7 +244,9 @@ def test_a_passage_that_two_documents_share_survives_the_refresh_of_one(opened, 
         library.add([document("mill"), Document(document("mill").text, metadata={"source": "copy"})])
     with Library(tmp_path / "lib", other, encoder=by_words, passage_tokens=40, ratio=2) as library:
         assert library.add([document("mill")]).updated == 1
+        assert library.verify().clean  # what the copy is read with is still there
         assert (library.n_stale, library.refresh().updated, library.n_stale) == (1, 1, 0)
+        assert set(library.store.stats().by_fingerprint) == {other.embedder.fingerprint}
         assert library.remove("copy") == 1
         assert library.ask("mill?", k=1, ratio=2, max_new_tokens=2).context[0].cached
         assert library.store.verify().clean
@@ -277,6 +279,15 @@ def test_embeddings_that_are_damaged_or_lost_are_made_anew(opened, lm, tmp_path,
         assert set(library.store.stats().by_fingerprint) == {lm.embedder.fingerprint}
     with opened(mode="r") as library, pytest.raises(StoreError, match="was opened to read"):
         library.refresh()
+
+
+def test_passages_are_planned_by_the_scorer_of_the_lm(opened, lm, tmp_path):
+    def scorer(question, sentences):
+        return [1.0] * len(sentences)
+
+    scored = ExtensibleLM(lm.llm, lm.embedder, scorer=scorer)
+    with Library(tmp_path / "lib", scored, encoder=by_words) as library:
+        assert library.lm.builder.scorer is scorer
 
 
 def test_of_two_documents_of_one_source_the_last_counts(opened, lm):
