@@ -196,16 +196,17 @@ def as_documents(documents: Documents) -> list[Document]:
     return [Document.from_any(document) for document in several(documents)]
 
 
-def several(documents: Documents) -> list[Any]:
-    """List what was passed as one document or several; an iterator that gives none is told of."""
+def several(documents: Documents, name: str = "documents") -> list[Any]:
+    """List what was passed, under a name, as one document or several; an iterator that gives none is told of."""
     if isinstance(documents, str | bytes | Mapping) or any(hasattr(documents, name) for name in _TEXT_ATTRIBUTES):
         return [documents]
     if not isinstance(documents, Iterable):
-        raise DocumentError(f"documents is a {type(documents).__name__}; pass texts, Documents, or a list of them")
+        raise DocumentError(f"{name} is a {type(documents).__name__}; pass texts, Documents, or a list of them")
     listed = list(documents)
     if not listed and isinstance(documents, Iterator):
         logger.warning(
-            "documents is a %s that gives none: what was read before gives nothing again; pass a list to read it twice",
+            "%s is a %s that gives none: what was read before gives nothing again; pass a list to read it twice",
+            name,
             type(documents).__name__,
         )
     return listed

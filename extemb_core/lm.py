@@ -424,7 +424,7 @@ class ExtensibleLM:
         max_new_tokens: int = 0,
     ) -> int:
         """Count the positions that a plain prompt takes, with those that documents in it have, as `positions` does."""
-        prompt = several(prompt)
+        prompt = several(prompt, "prompt")
         n_bare = len(assemble_text(self.llm, [part for part in prompt if isinstance(part, str)]))
         room = capped(budget, max(0, self.llm.context_window - n_bare - max_new_tokens))
         documents = [part for part in prompt if isinstance(part, Document)]
@@ -432,7 +432,7 @@ class ExtensibleLM:
 
     def positions_of(self, parts: str | Iterable[str | Document]) -> int:
         """Count the positions of a piece of a prompt: see `ContextBuilder.positions_of`."""
-        return sum(map(self.builder.positions_of, several(parts)))
+        return sum(map(self.builder.positions_of, several(parts, "parts")))
 
     def compress(
         self,

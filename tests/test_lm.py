@@ -872,9 +872,9 @@ def test_a_piece_of_a_prompt_is_counted_whole(lm):
         == len(lm.llm.encode("How many ships?"))
     )
     assert lm.text_positions("How many ships?") == lm.text_positions(["How many ships?"])
-    for call in (lm.generate, lm.text_positions):
-        with pytest.raises((ConfigError, DocumentError), match="NoneType; pass texts"):
-            call(None)
+    for ask, name in ((lm.generate, "prompt"), (lm.text_positions, "prompt"), (lm.positions_of, "parts")):
+        with pytest.raises(DocumentError, match=f"^{name} is a NoneType; pass texts, Documents"):
+            ask(None)
     with pytest.raises(ConfigError, match="a plain prompt holds a dict; pass texts"):
         lm.generate(["a", {"text": "b"}])
 

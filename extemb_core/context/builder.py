@@ -148,7 +148,7 @@ class ContextBuilder:
         There is no question that documents could be planned for: each stands at one ratio.
         """
         start = time.perf_counter()
-        pieces = several(texts)
+        pieces = several(texts, "prompt")
         if wrong := [piece for piece in pieces if not isinstance(piece, str | Document)]:
             raise ConfigError(
                 f"a plain prompt holds a {type(wrong[0]).__name__}; pass texts, and Documents between them"
