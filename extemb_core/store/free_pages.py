@@ -33,7 +33,7 @@ def is_cut(file: Path, transaction_id: int) -> bool:
                     beyond = sum(number >= there for number in _free_pages(stream, page_size, root))
                 except (EOFError, struct.error, RecursionError):  # the list of free pages itself is not whole
                     return True
-                return beyond < last + 1 - there
+                return bool(beyond < last + 1 - there)
             stream.seek(page + page_size)
     return True
 

@@ -205,7 +205,7 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
                 whole = tokens[index] + overhead[index]
                 tokens[index] = min(1, whole)
                 overhead[index] = whole - tokens[index]
-        coarsest = {"auto": config.plan_ratios[-1], "raw": 1}.get(self.ratio, self.ratio)  # type: ignore[call-overload]
+        coarsest = self.ratio if isinstance(self.ratio, int) else 1 if self.ratio == "raw" else config.plan_ratios[-1]
         needed = others | {
             at: compressed_positions(count, coarsest, config.chunk_size) + more
             for at, count, more in zip(documents, tokens, overhead, strict=True)
