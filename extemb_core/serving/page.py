@@ -318,6 +318,12 @@ class _Visit:
         question = self._question.value.strip()
         if not question or self._task is not None or self._owner is None:
             return
+        if not self._tokens:
+            still = f"Ask when it has been read: {', '.join(self._reading)}"
+            first = "Add a document first: it is what the answer is made from"
+            ui.notify(still if self._reading else first, type="warning")
+            return
+        self._question.set_value("")
         self._task = asyncio.create_task(self._answer(question))
 
     async def _answer(self, question: str) -> None:
@@ -327,13 +333,6 @@ class _Visit:
         ways = list(_WAYS) if self._compare.value else ["compressed"]
         unread = ", ".join(self._reading)
         try:
-            await self._refresh()  # another tab may have added and removed some
-            if not self._tokens:
-                first = "Add a document first: it is what the answer is made from"
-                with self._conversation:
-                    ui.notify(f"Ask when it has been read: {unread}" if unread else first, type="warning")
-                return
-            self._question.set_value("")
             self._hint.set_visibility(False)
             with self._conversation:
                 ui.label(question).classes("question")
@@ -349,6 +348,7 @@ class _Visit:
                 except (ExtembError, ApiError) as error:
                     shown.set_text(str(error))
                     shown.props("role=alert").classes("text-negative")
+                    await self._refresh()  # another tab may have removed a document
                     continue
                 finally:
                     waiting.delete()
