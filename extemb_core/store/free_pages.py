@@ -23,19 +23,16 @@ _NUMBER = struct.Struct("<Q")
 def is_cut(file: Path, transaction_id: int) -> bool:
     """Return True if a page in use lies beyond the end of a file, in the state that an open transaction sees."""
     with file.open("rb") as stream:
-        for _ in range(2):  # the last two states have a page each at the beginning; both say how large one is
-            page = stream.tell()
-            fields = _META.unpack(stream.read(_HEADER.size + _META.size)[_HEADER.size :])
-            page_size, root, last, state = fields[4], fields[11], fields[-2], fields[-1]
-            if state == transaction_id:
-                try:
-                    there = stream.seek(0, 2) // page_size
-                    beyond = sum(number >= there for number in _free_pages(stream, page_size, root))
-                except (EOFError, struct.error, RecursionError):  # the list of free pages itself is not whole
-                    return True
-                return bool(beyond < last + 1 - there)
-            stream.seek(page + page_size)
-    return True
+        try:
+            page_size = _META.unpack(_read(stream, _HEADER.size, _META.size))[4]
+            start = transaction_id % 2 * page_size  # the last two states have a page each, in turn
+            fields = _META.unpack(_read(stream, start + _HEADER.size, _META.size))
+            root, last, state = fields[11], fields[-2], fields[-1]
+            there = stream.seek(0, 2) // page_size
+            beyond = sum(number >= there for number in _free_pages(stream, page_size, root))
+        except (EOFError, struct.error, RecursionError):  # the list of free pages itself is not whole
+            return True
+    return bool(state != transaction_id or beyond < last + 1 - there)
 
 
 def _free_pages(stream: BinaryIO, page_size: int, number: int) -> Iterator[int]:
