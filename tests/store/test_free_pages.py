@@ -15,6 +15,7 @@ from tiny import shared_embedder, tiny_llm
 from extemb_core import Document, ExtensibleLM
 from extemb_core.errors import StoreCorruptError
 from extemb_core.library.library import Library
+from extemb_core.store.free_pages import is_cut
 from extemb_core.store.lmdb_env import open_environment
 from extemb_core.store.store import EmbeddingStore
 
@@ -150,3 +151,29 @@ def test_a_file_that_ends_in_free_pages_and_was_cut_is_refused(tmp_path):
     for mode in ("r", "a"):
         with pytest.raises(StoreCorruptError, match="is truncated at 16,384 bytes"):
             EmbeddingStore.open(tmp_path / "s", mode)
+
+
+@pytest.mark.parametrize(("kept", "cut"), [(0, False), (399, True)])
+def test_a_missing_page_counts_where_it_is_in_use_and_not_where_it_is_free(tmp_path, kept, cut):
+    """Where the list of free pages is whole, and on pages of its own: of the first or the last of many values."""
+    environment = open_environment(tmp_path, readonly=False)
+
+    def change(work):
+        environment.write(lambda transaction: work(transaction, environment.database("entries")))
+
+    change(lambda transaction, database: [
+        transaction.put(b"%06d" % at, bytes(9000), db=database) for at in range(400)
+    ] and None)  # fmt: skip
+    change(lambda transaction, database: [
+        transaction.delete(b"%06d" % at, db=database) for at in range(400) if at != kept
+    ] and None)  # fmt: skip
+    for at in range(4):  # the list moves to pages that are free, at the beginning
+        change(lambda transaction, database, at=at: transaction.put(b"a", b"%d" % at, db=database))
+    with environment.read() as transaction:
+        state = transaction.id()
+    environment.close()
+    file = tmp_path / "data.mdb"
+    assert not is_cut(file, state)
+    last_used = 1202 if cut else 600  # of some 1,210 pages
+    file.write_bytes(file.read_bytes()[: last_used * PAGE])
+    assert is_cut(file, state) == cut
