@@ -16,6 +16,7 @@ from extemb_core.cli.options import KEPT_RATIO, JsonOption, ModelOptions, load_d
 from extemb_core.cli.output import explain_interrupt, library_output, print_json, print_note, print_table
 from extemb_core.documents import Document
 from extemb_core.loaders import Skipped
+from extemb_core.utils.files import make_folder
 
 SUFFIX = ".safetensors"
 _MAX_STEM_BYTES = 200  # of a file's name
@@ -61,10 +62,7 @@ def _compress(documents: Sequence[Document], given: CompressOptions, *, as_json:
         more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
         raise _misused(f"{existing[0]}{more} is there already; pass --force to overwrite.")
     folder = targets[0].parent  # of all of them
-    try:  # before anything is compressed that could not be written
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _misused(f"{folder} cannot be made ({error.strerror}); pass another path.") from error
+    make_folder(folder, _misused, "pass another path.")  # before anything is compressed that could not be written
     with library_output():
         model = given.load().embedder
         finest = model.config.finest(given.ratio)

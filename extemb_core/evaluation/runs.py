@@ -134,7 +134,6 @@ def run(
         raise ConfigError("no sample fits these settings; pass longer documents or other lengths")
     if out.is_dir():
         raise ConfigError(f"{out} is a folder, and a record is a file; pass a file's name, such as {out / 'a.json'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     finished = FinishedSamples(out, identity, experiment, ids, resume=resume)
     origin = provenance(command)
     with closing(finished.journal) as journal, progress(experiment.kind, len(ids), show_progress) as advance:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.files import atomic_write_text, disk_errors, parse_json
+from extemb_core.utils.files import atomic_write_text, disk_errors, make_folder, parse_json
 
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
@@ -43,13 +43,9 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already; name a new folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f".{target.name[:60]}.", dir=target.parent)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be made ({error.strerror}); name a folder that can") from error
-    with temporary:
-        made = Path(temporary.name)
+    make_folder(target.parent, ConfigError, "name a folder elsewhere")
+    with tempfile.TemporaryDirectory(prefix=f".{target.name[:60]}.", dir=target.parent) as temporary:
+        made = Path(temporary)
         with quiet_transformers(), disk_errors(target):
             llm.model.save_pretrained(made)
             llm.tokenizer.save_pretrained(made)

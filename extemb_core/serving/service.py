@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -31,6 +30,7 @@ from extemb_core.serving.requests import AnswerRequest
 from extemb_core.serving.responses import Usage, Writer
 from extemb_core.serving.settings import ServerSettings
 from extemb_core.serving.workspace import Workspace
+from extemb_core.utils.files import make_folder
 
 T = TypeVar("T")
 Prepared = tuple[PreparedPrompt, Sampling]
@@ -56,14 +56,7 @@ class Service:
         self.engine: Engine  # while the server runs
         self._encoder = encoder
         self._folder = Path(settings.data) if settings.data is not None else user_data_path("extemb") / "server"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"{self._folder} cannot be made ({error.strerror}); pass another folder as --data"
-            ) from error
-        if not os.access(self._folder, os.W_OK | os.X_OK):
-            raise StoreError(f"{self._folder} may not be written to; pass another folder as --data")
+        make_folder(self._folder, StoreError, "pass another folder as --data")
         self._workspaces: dict[str, Workspace] = {}
         self._lock = threading.Lock()
         self.changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)

@@ -25,7 +25,7 @@ from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, St
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios
 from extemb_core.store.lmdb_env import DATA_FILE, LOCK_FILE
-from extemb_core.utils.files import atomic_write_text, parse_json
+from extemb_core.utils.files import atomic_write_text, make_folder, parse_json
 from extemb_core.utils.validation import require_one_of, whole_number
 
 FORMAT, VERSION = "extemb-store", 2
@@ -51,10 +51,7 @@ def prepare(folder: Path) -> None:
     """Create the folder of a store, or check that one that is there holds nothing else."""
     if folder.exists() and not folder.is_dir():
         raise StoreFormatError(f"{folder} is a file, and a store is a folder; pass another path")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{folder} cannot be created ({error.strerror}); pass a writable path") from error
+    make_folder(folder, StoreError, "pass another path")
     others = [file for file in folder.iterdir() if not _UNFINISHED.fullmatch(file.name)]
     if others and not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
         raise StoreFormatError(f"{folder} holds files that are not a store's; pass another folder, or an empty one")

@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +29,20 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path, error: Callable[[str], Exception], remedy: str) -> None:
+    """Create a folder to write to, and those above it, where they are not there.
+
+    Raises:
+        Exception: That of `error`, which ends with the remedy: it cannot be made, or may not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as refused:
+        raise error(f"{folder} cannot be made ({refused.strerror}); {remedy}") from refused
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise error(f"{folder} may not be written to; {remedy}")
 
 
 @contextmanager

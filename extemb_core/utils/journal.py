@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from extemb_core.errors import ConfigError, DocumentError
-from extemb_core.utils.files import disk_errors, parse_json
+from extemb_core.utils.files import disk_errors, make_folder, parse_json
 
 to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False)
 _LATER = ("llm_digest", "hardware")  # what earlier versions did not write down of an identity
@@ -30,13 +30,14 @@ class Journal:
         rows: All finished rows.
 
     Raises:
-        ConfigError: The file is of a run with another identity, or another process writes it.
+        ConfigError: The file is of a run with another identity, or another process writes it, or its folder cannot be
+            made.
         DocumentError: The file is damaged.
     """
 
     def __init__(self, file: Path, identity: Mapping[str, Any], remedy: str) -> None:
         self.file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent, ConfigError, "name a file elsewhere")
         self._stream = _open_locked(file)
         try:
             self.rows, n_bytes = self._read(identity, remedy)

@@ -82,7 +82,7 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing(tmp_path: Path, mon
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ConfigError, match="taken is there already; name a new folder"):
         export_for_vllm(entering(tiny_llm()), tmp_path / "taken")
-    with pytest.raises(ConfigError, match=r"file.served cannot be made \(.*\); name a folder that can"):
+    with pytest.raises(ConfigError, match=r"taken.file cannot be made \(.*\); name a folder elsewhere"):
         export_for_vllm(entering(tiny_llm()), tmp_path / "taken" / "file" / "served")
     monkeypatch.setattr("extemb_core.models.export.atomic_write_text", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

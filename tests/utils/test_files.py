@@ -12,13 +12,34 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from extemb_core.utils.files import atomic_write, atomic_write_text, disk_errors, parse_json, sha256_of_stream
+from extemb_core.errors import ConfigError
+from extemb_core.utils.files import (
+    atomic_write,
+    atomic_write_text,
+    disk_errors,
+    make_folder,
+    parse_json,
+    sha256_of_stream,
+)
 
 
 @pytest.mark.parametrize("text", ["{", "", "[" * 99_999, '{"a":' * 99_999, b"\xff"])
 def test_what_is_no_json_is_a_value_error_however_deep_it_is(text):
     with pytest.raises(ValueError):
         parse_json(text)
+
+
+def test_a_folder_is_made_with_those_above_it_or_refused_with_the_remedy(tmp_path, monkeypatch):
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b", ConfigError, "name another")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "c"):
+        with pytest.raises(ConfigError, match=r"file.* cannot be made \(.+\); name another$"):
+            make_folder(folder, ConfigError, "name another")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as it is of a disk mounted to be read
+    with pytest.raises(ConfigError, match=r"b may not be written to; name another$"):
+        make_folder(tmp_path / "a" / "b", ConfigError, "name another")
 
 
 def test_a_file_is_what_was_written_or_what_was_there_before(tmp_path):
@@ -83,9 +104,3 @@ def test_the_hash_of_a_stream_is_of_what_is_left_of_it():
     stream = io.BytesIO(b"xxabc")
     stream.seek(2)
     assert sha256_of_stream(stream) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, b'{"a":' * 100_000, "{", b"\xff"])
-def test_what_is_no_json_is_a_value_error_however_deep(text: str | bytes) -> None:
-    with pytest.raises(ValueError):  # of json, or of UTF-8
-        parse_json(text)

@@ -109,3 +109,9 @@ def test_a_damaged_file_is_an_error(tmp_path, content):
     with pytest.raises(DocumentError, match="is damaged .*; remove it to begin anew"):
         kept(file)
     assert file.read_text() == content
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_a_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file cannot be made \(.+\); name a file elsewhere"):
+        kept(tmp_path / "file" / "rows")
