@@ -128,13 +128,10 @@ def needle(summary: Summary) -> list[str]:
     heads = [metric_name(task) for task in tasks]
     parts = ["Share of correct answers, over all that was measured of an arm (not every arm fits every length):\n"]
     parts += [_by_arm(heads, overall, cells.percent)]
-    minus: dict[str, dict[str, dict[str, Any]]] = {}
-    for task, by_ratio in summary["minus"].items():
-        for ratio, controls in by_ratio.items():
-            for control, difference in controls.items():
-                minus.setdefault(ratio, {}).setdefault(control, {})[task] = difference
-    if minus:
-        parts += [_points_title(), _points(minus, tasks)]
+    minus = _by_ratio(summary["minus"])
+    for ours, table in (("extensible", minus), ("focus", _by_ratio(summary.get("focus_minus", {})))):
+        if table:
+            parts += [_points_title(ours), _points(table, tasks, ours)]
     lengths = sorted({cell["tokens"] for cell in summary["cells"]})
     for task in tasks:
         columns: list[dict[str, list[tuple[float, int]]]] = [{} for _ in lengths]
@@ -144,6 +141,16 @@ def needle(summary: Summary) -> list[str]:
         parts += [_by_arm([f"{length:,}" for length in lengths], columns, _pooled)]
     remarks = [line for task in tasks for line in _remarks(minus, task, f"{metric_name(task)} answers")]
     return [*parts, cells.bullets(remarks)]
+
+
+def _by_ratio(by_task: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Turn task -> ratio -> control into ratio -> control -> task."""
+    minus: dict[str, dict[str, dict[str, Any]]] = {}
+    for task, by_ratio in by_task.items():
+        for ratio, controls in by_ratio.items():
+            for control, difference in controls.items():
+                minus.setdefault(ratio, {}).setdefault(control, {})[task] = difference
+    return minus
 
 
 SECTIONS: dict[str, Callable[[Summary], list[str]]] = {"ppl": ppl, "qa": qa, "speed": speed, "needle": needle}

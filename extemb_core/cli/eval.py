@@ -84,8 +84,9 @@ def qa() -> Experiment:
 
 
 @_measurement(
-    kinds.NeedleConfig, "data", "ratios", "tasks", "tokens", "depths", "trials", "batch_size", data="plain sentences"
-)
+    kinds.NeedleConfig, "data", "ratios", "controls", "tasks", "tokens", "depths", "trials", "batch_size",
+    data="plain sentences", controls="all but lingua that can be made",
+)  # fmt: skip
 def needle() -> Experiment:
     """Measure whether one fact hidden in a long text is found: a pass key, or the value of a key."""
     from extemb_core.evaluation.needle import NeedleExperiment

@@ -9,29 +9,32 @@ Each arm puts another form of the same haystack into the same prompt:
 
     none            nothing
     truncated/k     its first tokens: as many positions as ratio k takes
+    chosen/k        what shares words with the question, as many
+    lingua/k        its most informative tokens, as many (where it is asked for)
     extensible/k    extensible embeddings at ratio k
+    focus/k         a plan for the question, as many: how an answer is made by default
     full            all of it
 
-An arm that does not fit the window, beside the prompt and the answer, is absent. A haystack depends on the seed and
-on its own task, length, depth and trial: not on which others are measured.
+An arm that does not fit the window, beside the prompt and the answer, is absent; see `forms` for how each is made. A
+haystack depends on the seed and on its own task, length, depth and trial: not on which others are measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from extemb_core.context.assembly import Prompt, Segment, assemble_chat
+from extemb_core.context.assembly import Part, Prompt, assemble_chat
 from extemb_core.errors import BudgetError, ConfigError, DocumentError
-from extemb_core.evaluation.baselines import Ids, head
-from extemb_core.evaluation.forms import arm_name, arm_names, compress_at_ratios
+from extemb_core.evaluation.baselines import Ids
+from extemb_core.evaluation.forms import Forms, arm_name, arm_names, controls_for
 from extemb_core.evaluation.metrics import contained
 from extemb_core.evaluation.runs import Experiment, Sample, groups_of
-from extemb_core.evaluation.settings import TASKS, NeedleConfig
+from extemb_core.evaluation.settings import NEEDLE_CONTROLS, TASKS, NeedleConfig
 from extemb_core.evaluation.statistics import differences, mean_with_interval, paired
 from extemb_core.models.bulk import POSITIONS_AT_ONCE
 from extemb_core.models.chunks import compressed_positions
@@ -56,6 +59,8 @@ PROMPTS: Mapping[str, Mapping[str, str]] = {
     },
 }
 _SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
+
+_ARMS = ("none", "truncated", "lingua", "chosen", "extensible", "focus", "full")
 
 SENTENCES = tuple(Path(__file__).with_name("sentences.txt").read_text(encoding="utf-8").splitlines())
 
@@ -86,12 +91,21 @@ class Haystack:
 
 
 class NeedleExperiment(Experiment):
-    """Measures haystacks. Without an embedder only "none", "truncated" and "full" are measured."""
+    """Measures haystacks. Without an embedder only "none", "full", "truncated", "chosen" and "lingua" are measured.
+
+    Raises:
+        ConfigError: A control is asked for that the embedder does not allow.
+        DocumentError: There is no text in the files.
+    """
 
     kind: ClassVar[str] = "needle"
 
     def __init__(self, config: NeedleConfig, llm: LLM, embedder: ExtensibleEmbedder | None = None) -> None:
         super().__init__(config, llm, embedder)
+        controls = [name for name in controls_for(embedder, config.controls) if name in NEEDLE_CONTROLS]
+        if config.controls is None:
+            controls.remove("lingua")  # it reads all of a haystack anew for each ratio
+        self.config = replace(config, controls=tuple(controls))
         self._texts = read_filler(llm, config.data)
         self._sampling = Sampling(max_new_tokens=config.max_new_tokens)
         depths = np.linspace(0, 1, config.depths).round(4).tolist() if config.depths > 1 else [0.5]
@@ -113,9 +127,9 @@ class NeedleExperiment(Experiment):
             case = self._cases[name]
             haystack = self.haystack(case)
             forms = self.forms(haystack)
-            prompts = {arm: self.prompt(haystack, form) for arm, form in forms.items()}
+            prompts = {arm: self.prompt(haystack, parts) for arm, parts in forms.items()}
             lengths = {arm: len(prompt) for arm, prompt in prompts.items()}
-            arms: dict[str, dict[str, Any]] = {arm: {"positions": len(form)} for arm, form in forms.items()}
+            arms: dict[str, dict[str, Any]] = {arm: {"positions": sum(map(len, parts))} for arm, parts in forms.items()}
             for batch in padded_batches(lengths, POSITIONS_AT_ONCE, self.config.batch_size):
                 generated = self.llm.generate([prompts[arm].inputs(self.llm) for arm in batch], self._sampling)
                 for arm, prediction in zip(batch, (answer.text.strip() for answer in generated), strict=True):
@@ -145,10 +159,9 @@ class NeedleExperiment(Experiment):
         ids = np.concatenate([hay[:at], needle, hay[at:]])
         return Haystack(case.task, ids, at, words["after"].format(key=key), answer)
 
-    def forms(self, haystack: Haystack) -> dict[str, Segment]:
-        """Make what each arm that fits puts in the place of the text: (T,) token ids, or compressed text."""
-        ids = haystack.ids
-        prompt = len(self.prompt(haystack, ids[:0]))
+    def forms(self, haystack: Haystack) -> dict[str, list[Part]]:
+        """Make what each arm that fits puts in the place of the text: parts of a prompt."""
+        prompt = len(self.prompt(haystack, []))
         room = self.llm.context_window - prompt - self.config.max_new_tokens
         if room < 0:
             raise BudgetError(
@@ -156,29 +169,27 @@ class NeedleExperiment(Experiment):
                 f"{self.config.max_new_tokens}, more than the {self.llm.context_window} of {self.llm.name}; "
                 "lower max_new_tokens or use an LLM with a longer window"
             )
-        positions = {ratio: positions_at(len(ids), ratio, self.embedder) for ratio in self.config.ratios}
-        fitting = [ratio for ratio in self.config.ratios if positions[ratio] <= room]
-        forms: dict[str, Segment] = {"none": ids[:0]}
-        forms |= {f"truncated/{ratio}": head(ids, positions[ratio]) for ratio in fitting}
-        compressed = compress_at_ratios(self.embedder, [ids], fitting)
-        forms |= {f"extensible/{ratio}": part for ratio, (part,) in compressed.items()}
-        if len(ids) <= room:
-            forms["full"] = ids
-        return forms
+        ratios = [k for k in self.config.ratios if positions_at(len(haystack.ids), k, self.embedder) <= room]
+        forms = Forms(
+            self.llm, self.embedder, {"": self.llm.decode(haystack.ids.tolist())}, separator="", ratios=ratios,
+            controls=self.config.controls or (), seed=self.config.seed,
+        ).of([""], haystack.question.strip())  # fmt: skip
+        fitting = {arm: parts for arm, parts in forms.items() if sum(map(len, parts)) <= room}
+        return {arm: fitting[arm] for arm in arm_names(_ARMS, ratios or [1]) if arm in fitting}
 
-    def prompt(self, haystack: Haystack, form: Segment) -> Prompt:
-        """Make the chat prompt with this form in the place of the text; around it, every form has the same ids."""
-        content = [PROMPTS[haystack.task]["before"], form, haystack.question]
+    def prompt(self, haystack: Haystack, parts: Sequence[Part]) -> Prompt:
+        """Make the chat prompt with these parts in the place of the text; around them, every form has the same ids."""
+        content = [PROMPTS[haystack.task]["before"], *(parts or [haystack.ids[:0]]), haystack.question]
         return assemble_chat(self.llm, [{"role": "user", "content": content}])
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
         cells = []
         arms: dict[str, dict[str, Any]] = {}
-        minus: dict[str, dict[str, Any]] = {}
+        minus: dict[str, dict[str, dict[str, Any]]] = {"extensible": {}, "focus": {}}
         for task in self.config.tasks:
             of_task = [sample for sample in samples if sample["task"] == task]
             rows, groups = [sample["arms"] for sample in of_task], np.arange(len(of_task))
-            for arm in arm_names(("none", "truncated", "extensible", "full"), self.config.ratios):
+            for arm in arm_names(_ARMS, self.config.ratios):
                 (correct,), haystacks = paired(rows, groups, "correct", arm)
                 if not len(haystacks):
                     continue
@@ -189,12 +200,13 @@ class NeedleExperiment(Experiment):
                     in_cell = correct[[place == (tokens, depth) for place in places]]
                     cell = {"task": task, "arm": arm, "tokens": tokens, "depth": depth}
                     cells.append(cell | {"n": len(in_cell), "correct": float(in_cell.mean())})
-            for ratio in self.config.ratios:
-                controls = {control: arm_name(control, ratio) for control in ("none", "truncated", "full")}
-                ours = f"extensible/{ratio}"
-                if compared := differences(rows, groups, "correct", ours, controls, self.config.seed):
-                    minus.setdefault(task, {})[str(ratio)] = compared
-        return {"cells": cells, "arms": arms, "minus": minus}
+            for ours, by_task in minus.items():
+                for ratio in self.config.ratios:
+                    others = {kind: arm_name(kind, ratio) for kind in _ARMS if kind != ours}
+                    arm = f"{ours}/{ratio}"
+                    if compared := differences(rows, groups, "correct", arm, others, self.config.seed):
+                        by_task.setdefault(task, {})[str(ratio)] = compared
+        return {"cells": cells, "arms": arms, "minus": minus["extensible"], "focus_minus": minus["focus"]}
 
 
 # -- texts ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from extemb_core.errors import ConfigError
 from extemb_core.utils.validation import check_seed, is_count, paths_as_text, require_one_of, whole_number
 
 CONTROLS = ("none", "truncated", "chosen", "focus", "lingua", "anchors", "random", "random_states", "wrong", "full")
+NEEDLE_CONTROLS = ("truncated", "chosen", "focus", "lingua")
 TASKS = ("passkey", "key_value")
 _MIN_TOKENS = 64  # of a haystack: more than any needle has characters
 
@@ -158,6 +159,8 @@ class NeedleConfig(CommonConfig):
 
     Attributes:
         data: Text to hide pass keys in. `SENTENCES` of `needle.py` when there is none.
+        controls: Besides none and full: truncated, chosen, lingua, and above entry layer 0 focus. None measures all
+            but lingua that can be made.
         tasks: Tasks to measure, of passkey and key_value.
         tokens: Lengths of text, in tokens.
         depths: Number of depths, evenly from the start of the text to its end. A single one is in the middle.
@@ -165,6 +168,7 @@ class NeedleConfig(CommonConfig):
         max_new_tokens: Maximum tokens of an answer.
     """
 
+    controls: tuple[str, ...] | None = None
     tasks: tuple[str, ...] = TASKS
     tokens: tuple[int, ...] = (1024, 4096, 16384, 65536, 102400)
     depths: int = 5
@@ -180,6 +184,8 @@ class NeedleConfig(CommonConfig):
             )
         if not self.tasks or not set(self.tasks) <= set(TASKS) or len(set(self.tasks)) != len(self.tasks):
             raise ConfigError(f"tasks={self.tasks!r} must be distinct ones of {', '.join(TASKS)}; pass one or more")
+        for control in self.controls or ():
+            require_one_of(control, "controls", NEEDLE_CONTROLS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,17 +164,19 @@ def test_a_perfect_reader_finds_what_it_is_given_and_nothing_else(make, llm, mon
     samples = measured(make(RawEmbedder(llm), ratios=(1,), tokens=(300,), depths=5))
     for sample in samples:
         found = {arm: answer["correct"] for arm, answer in sample["arms"].items()}
-        assert found == {"none": False, "truncated/1": True, "extensible/1": True, "full": True}, sample["id"]
+        arms = {"truncated/1": True, "chosen/1": True, "extensible/1": True, "full": True}
+        assert found == {"none": False} | arms, sample["id"]
         assert sample["arms"]["full"]["prediction"] == f"It is {sample['answer']}."
     for sample in measured(make(ratios=(2,), tokens=(300,), depths=4)):  # controls alone
-        assert list(sample["arms"]) == ["none", "truncated/2", "full"]
+        assert list(sample["arms"]) == ["none", "truncated/2", "chosen/2", "full"]
+        assert sample["arms"]["chosen/2"]["correct"], sample["id"]  # its words lead to it, whatever the depth
         assert sample["arms"]["truncated/2"]["correct"] == (sample["at"] < 120), sample["id"]
 
 
 def test_a_perfect_embedder_above_layer_0_answers_as_the_full_text_does(make, llm):
     experiment = make(tasks=("passkey",), tokens=(96,))
     found = experiment.haystack(cases(experiment)[0])
-    before = experiment.prompt(found, found.ids).segments[0]
+    before = experiment.prompt(found, [found.ids]).segments[0]
     for sample in measured(make(OwnStates(llm, before), tasks=("passkey",), ratios=(1, 4), max_new_tokens=8)):
         arms = sample["arms"]
         assert arms["extensible/1"] == arms["full"]
@@ -187,10 +189,31 @@ def test_forms_above_layer_0_are_states_with_their_anchors(make, llm):
     experiment = make(embedder, tokens=(101,), ratios=(2, 8))
     found = experiment.haystack(cases(experiment)[0])
     for ratio in (2, 8):
-        form = experiment.forms(found)[f"extensible/{ratio}"]
+        (form,) = experiment.forms(found)[f"extensible/{ratio}"]
         expected = embedder.compress_ids([found.ids], ratio=ratio)[0]
         assert form.anchors.tolist() == expected.anchors.tolist()
         torch.testing.assert_close(form.states, expected.embeddings)
+
+
+def test_a_plan_has_the_needle_in_full_within_the_same_positions(make, llm):
+    experiment = make(untrained(llm), tokens=(800,), ratios=(2,))
+    for found in haystacks(experiment).values():
+        forms = experiment.forms(found)
+        assert list(forms) == ["none", "truncated/2", "chosen/2", "extensible/2", "focus/2", "full"]
+        assert sum(map(len, forms["focus/2"])) <= sum(map(len, forms["extensible/2"])) == 400
+        read = [llm.decode(part.tolist()) for part in forms["focus/2"] if isinstance(part, np.ndarray)]
+        assert sum(found.answer in text for text in read) == 1
+
+
+def test_controls_are_those_that_are_asked_for(make, llm):
+    few = make(untrained(llm), controls=("lingua", "truncated"))
+    assert few.config.controls == ("truncated", "lingua")
+    for sample in measured(few):
+        assert list(sample["arms"]) == ["none", "truncated/4", "lingua/4", "extensible/4", "full"]
+        assert sample["arms"]["lingua/4"]["positions"] == 24
+    assert list(measured(make(controls=()))[0]["arms"]) == ["none", "full"]
+    with pytest.raises(ConfigError, match="controls='focus' needs an embedder with an entry layer above 0"):
+        make(random_embedder(llm), controls=("focus",))
 
 
 def test_what_is_truncated_away_is_not_given(make, llm):
@@ -198,7 +221,7 @@ def test_what_is_truncated_away_is_not_given(make, llm):
     for case in cases(experiment):
         found = experiment.haystack(case)
         for ratio in (4, 8):
-            form = experiment.forms(found)[f"truncated/{ratio}"]
+            (form,) = experiment.forms(found)[f"truncated/{ratio}"]
             assert form.tolist() == found.ids[: 400 // ratio].tolist()
             assert (found.answer in llm.decode(form.tolist())) == (case.depth == 0)
 
@@ -214,20 +237,21 @@ def test_arms_take_the_same_positions_and_one_pass_serves_all_ratios(make, llm, 
     forms = experiment.forms(found)
     assert asked == [2]
     for ratio, embeddings in expected.items():
-        torch.testing.assert_close(forms[f"extensible/{ratio}"], embeddings)
-        assert len(forms[f"truncated/{ratio}"]) == len(embeddings)
-    assert len(forms["truncated/8"]) == 13  # six chunks of 16 tokens and one of 5
+        torch.testing.assert_close(*forms[f"extensible/{ratio}"], embeddings)
+        for arm in ("truncated", "chosen"):
+            assert len(*forms[f"{arm}/{ratio}"]) == len(embeddings)
+    assert len(*forms["truncated/8"]) == 13  # six chunks of 16 tokens and one of 5
 
 
 def test_an_arm_that_does_not_fit_is_absent(make, llm):
     experiment = make(tasks=("passkey",))
-    room = WINDOW - len(experiment.prompt(found := experiment.haystack(cases(experiment)[0]), found.ids[:0])) - 4
+    room = WINDOW - len(experiment.prompt(experiment.haystack(cases(experiment)[0]), [])) - 4
     fits, above = (make(tasks=("passkey",), tokens=(tokens,)) for tokens in (room, room + 1))
     full = fits.forms(fits.haystack(cases(fits)[0]))["full"]
     assert len(fits.prompt(fits.haystack(cases(fits)[0]), full)) + 4 == WINDOW
-    assert list(above.forms(above.haystack(cases(above)[0]))) == ["none", "truncated/4"]
+    assert list(above.forms(above.haystack(cases(above)[0]))) == ["none", "truncated/4", "chosen/4"]
     far = make(random_embedder(llm), tasks=("passkey",), tokens=(4 * room + 16,), ratios=(2, 4, 8))
-    assert list(far.forms(far.haystack(cases(far)[0]))) == ["none", "truncated/8", "extensible/8"]
+    assert list(far.forms(far.haystack(cases(far)[0]))) == ["none", "truncated/8", "chosen/8", "extensible/8"]
     further = make(random_embedder(llm), tasks=("passkey",), tokens=(8 * room + 16,), ratios=(2, 4, 8))
     assert list(further.forms(further.haystack(cases(further)[0]))) == ["none"]
 
@@ -235,13 +259,13 @@ def test_an_arm_that_does_not_fit_is_absent(make, llm):
 def test_the_prompt_around_the_text_is_the_same_for_every_arm(make, llm):
     experiment = make(random_embedder(llm))
     for found in haystacks(experiment).values():
-        none = experiment.prompt(found, found.ids[:0])
+        none = experiment.prompt(found, [])
         start, end = none.segments
-        for form in experiment.forms(found).values():
-            segments = experiment.prompt(found, form).segments
+        for parts in experiment.forms(found).values():
+            segments = experiment.prompt(found, parts).segments
             assert segments[0].tolist() == start.tolist()
             assert segments[-1].tolist() == end.tolist()
-            assert sum(map(len, segments)) == len(none) + len(form)
+            assert sum(map(len, segments)) == len(none) + sum(map(len, parts))
 
 
 def test_a_window_too_small_for_the_question_is_an_error(make):
@@ -313,6 +337,17 @@ def test_the_summary_of_samples_made_by_hand(make):
         "full": (pytest.approx(-1 / 3), 3),
     }
     assert "key_value" not in summary["minus"]
+    assert summary["focus_minus"] == {}
+    for at, of_sample in enumerate(samples[:3]):
+        of_sample["arms"]["focus/4"] = {"positions": 1, "prediction": "", "correct": at == 2}
+    focused = make().summarise(samples)
+    assert focused["arms"]["passkey"]["focus/4"]["n"] == 3
+    assert {control: (own["mean"], own["n"]) for control, own in focused["focus_minus"]["passkey"]["4"].items()} == {
+        "none": (pytest.approx(1 / 3), 3),
+        "truncated": (0.0, 3),
+        "extensible": (pytest.approx(-1 / 3), 3),
+        "full": (pytest.approx(-2 / 3), 3),
+    }
 
 
 @pytest.mark.parametrize(
@@ -323,6 +358,7 @@ def test_the_summary_of_samples_made_by_hand(make):
         ({"tokens": (96, 96)}, r"tokens=\(96, 96\) must be distinct"),
         ({"tasks": ("passkey", "maze")}, r"tasks=.*'maze'.* must be distinct ones of passkey, key_value; pass"),
         ({"tasks": ()}, r"tasks=\(\) must be"),
+        ({"controls": ("wrong",)}, "controls='wrong' .*truncated, chosen, focus.*lingua"),
         ({"depths": 0}, "depths=0 is not a whole number of at least 1; pass"),
         ({"trials": 0}, "trials=0 is not"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is not"),

@@ -270,6 +270,12 @@ def test_needle_tables_hold_the_record():
                 got = numbers(differences[f"extensible/{ratio} - {name}"][column])
                 assert got == pytest.approx(expected, abs=0.06)
     assert "- At ratio 32, by passkey answers: not distinguishable from `none`; worse than `truncated`, `full`." in text
+    plans = {"32": {"chosen": {"mean": 0.5, "interval": [0.25, 0.75], "n": 300}}}
+    record["summary"]["focus_minus"] = {"key_value": plans}
+    focused = table(
+        page(record), "Paired differences, in percentage points (above 0: plans for the question are better)"
+    )
+    assert focused == {"focus/32 - chosen/32": {"key-value": "**+50.0 [+25.0, +75.0]**", "passkey": "–"}}  # noqa: RUF001
 
 
 def test_cells_of_a_length_are_weighted_by_their_samples():
