@@ -468,9 +468,8 @@ class Library:
         width = settings["width"]
         if settings["encoder"] is None:  # the first to be added tell how wide vectors are
             return VectorIndex(width)
-        index = self._vectors or VectorIndex.load(
-            self.path / INDEX_FILE, width, self._factory, encoder=settings["encoder"]
-        )
+        index, self._vectors = self._vectors, None  # what a Ctrl-C leaves of it, FAISS's half too, is not gone on with
+        index = index or VectorIndex.load(self.path / INDEX_FILE, width, self._factory, encoder=settings["encoder"])
         if index is not None and index.width == width:
             try:
                 self._add_vectors(index)
@@ -493,7 +492,8 @@ class Library:
         """Return the index of words, brought up to date with what was added and removed since."""
         generation = self._read(self._catalogue.settings)["generation"]
         if self._words is None or self._words_synced != generation:
-            index = self._words or WordIndex.load(self.path / WORDS_FILE) or WordIndex()
+            index, self._words = self._words, None
+            index = index or WordIndex.load(self.path / WORDS_FILE) or WordIndex()
             self._add_words(index)
             if index.should_be_made_anew():
                 index = WordIndex()

@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anchored import untrained
@@ -451,6 +452,30 @@ def test_an_index_that_takes_no_more_is_made_anew(opened, monkeypatch):
         assert library.search("mill")
         library.add([document("bridge")])
         assert library.search("bridge", k=1, hybrid=False)[0].source == "bridge.txt"
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_an_index_that_ctrl_c_left_half_changed_is_not_gone_on_with(opened, monkeypatch, hybrid):
+    def half_of_vectors(self, ids, vectors):
+        self._index.add_with_ids(vectors[:2], np.asarray(ids[:2]))  # FAISS has them, and nobody knows of it
+        raise KeyboardInterrupt
+
+    def half_of_words(self, ids, texts):
+        self._postings["built"][0].append(0)  # and its count is not there yet
+        raise KeyboardInterrupt
+
+    with opened(index="HNSW32") as library:
+        library.add([document(place) for place in PLACES[:2]])
+        library.search("tower built")
+        library.add([document(place) for place in PLACES[2:]])
+        with monkeypatch.context() as patch:
+            patch.setattr(*((WordIndex, "add", half_of_words) if hybrid else (VectorIndex, "add", half_of_vectors)))
+            with pytest.raises(KeyboardInterrupt):
+                library.search("tower built", hybrid=hybrid)
+        found = library.search("tower built", k=20, hybrid=hybrid)
+    with opened(index="HNSW32", mode="r") as library:
+        assert found == library.search("tower built", k=20, hybrid=hybrid)
+        assert len({passage.id for passage in found}) == len(found) > 10
 
 
 def test_an_index_is_trained_on_what_a_library_has_become(opened):
