@@ -144,21 +144,21 @@ def run(
                     finished.add(sample)
                     advance(1)
                 journal.sync()
-    samples = [finished.whole(name) for name in ids]
-    record = {
-        "version": RECORD_VERSION,
-        **identity,
-        "config": identity["config"] | {name: getattr(experiment.config, name) for name in _FREE},
-        "embedder": experiment.embedder_settings,
-        **finished.origins(origin),
-        "parts": finished.parts,
-        "n": len(samples),
-        "seconds": round(finished.seconds, 1),
-        "summary": experiment.summarise(samples),
-        "samples": samples,
-    }
-    write_record(record, out)
-    journal.file.unlink(missing_ok=True)
+        samples = [finished.whole(name) for name in ids]
+        record = {
+            "version": RECORD_VERSION,
+            **identity,
+            "config": identity["config"] | {name: getattr(experiment.config, name) for name in _FREE},
+            "embedder": experiment.embedder_settings,
+            **finished.origins(origin),
+            "parts": finished.parts,
+            "n": len(samples),
+            "seconds": round(finished.seconds, 1),
+            "summary": experiment.summarise(samples),
+            "samples": samples,
+        }
+        write_record(record, out)
+        journal.remove()
     return record
 
 
@@ -188,8 +188,6 @@ class FinishedSamples:
         self._n_parts = 0  # before this one
         self._record: dict[str, Any] = {}
         self._earlier: dict[str, Sample] = {}
-        if not resume:
-            file.unlink(missing_ok=True)
         anew = not resume or Journal.identity_in(file).get("anew")  # what --no-resume began does without the record
         if remeasure or (not anew and out.is_file()):  # a finished run may go on too: with a higher limit
             self._record = read_record(out)
@@ -205,13 +203,13 @@ class FinishedSamples:
                 f"{out} holds {len(self._earlier)} samples and these settings ask for {len(ids)}, not the same ones; "
                 f"pass the record's own --limit to measure {', '.join(remeasure)} anew in it"
             )
-        self._n_parts += file.is_file()
         marks = {"remeasure": list(remeasure) or None} | ({"anew": True} if anew else {})
-        self.journal = Journal(file, identity | marks, _REMEDY)
+        self.journal = Journal(file, identity | marks, _REMEDY, resume=resume)
         with _undamaged(file):
-            samples = filter(experiment.is_current, (row["sample"] for row in self.journal.rows))
-            self.by_id |= {sample["id"]: sample for sample in samples}
-            self.seconds += sum(row["seconds"] for row in self.journal.rows)
+            rows = [row for row in self.journal.rows if row["sample"]["id"] not in self.by_id]
+            self.by_id |= {row["sample"]["id"]: row["sample"] for row in rows if experiment.is_current(row["sample"])}
+            self.seconds += sum(row["seconds"] for row in rows)
+            self._part = 1 + max((row.get("part", 1) for row in rows), default=0)
         if dropped := len(self.by_id.keys() - set(ids)):
             self.journal.close()
             if not self.journal.rows:
@@ -227,14 +225,14 @@ class FinishedSamples:
     @property
     def parts(self) -> int:
         """In how many parts the samples were measured."""
-        return max(1, self._n_parts + self._has_added)
+        return max(1, self._n_parts + self._part - (not self._has_added))
 
     def add(self, sample: Sample) -> None:
         """Write down a finished sample, and the time since the last."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         try:
-            self.journal.add({"sample": sample, "seconds": round(seconds, 3)})
+            self.journal.add({"sample": sample, "seconds": round(seconds, 3), "part": self._part})
         except ValueError as error:
             raise ConfigError(
                 f"the sample {sample['id']!r} has a number that is not finite ({error}); the LLM's values overflow: "

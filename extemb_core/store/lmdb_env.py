@@ -158,9 +158,11 @@ class Environment:
     def _settle(self) -> None:
         """Wait, with the gate held, until no transaction is open."""
         self._waiting += 1
-        self._gate.wait_for(lambda: self._open == 0)
-        self._waiting -= 1
-        self._gate.notify_all()  # those who want in get the gate when it is free
+        try:
+            self._gate.wait_for(lambda: self._open == 0)
+        finally:  # Ctrl-C ends a wait
+            self._waiting -= 1
+            self._gate.notify_all()  # those who want in get the gate when it is free
 
     def _disconnect(self) -> None:
         self._settle()
@@ -238,8 +240,8 @@ class Environment:
         """Resize the map once no transaction of this process but the caller's own, not yet begun, is open."""
         with self._gate:
             self._open -= 1
-            self._settle()
             try:
+                self._settle()
                 self._env.set_mapsize(size)
             except lmdb.Error as error:
                 self._env.close()  # it has no map any more; the next transaction opens it anew

@@ -88,8 +88,8 @@ def make_targets(
                 journal.add(row)
             journal.sync()
             advance(len(batch))
-    atomic_write_text(out, "".join(to_json(row) + "\n" for row in journal.rows))
-    journal.file.unlink(missing_ok=True)
+        atomic_write_text(out, "".join(to_json(row) + "\n" for row in journal.rows))
+        journal.remove()
     kinds = [row["target"] for row in journal.rows]
     return TargetCounts(len(journal.rows), kinds.count("own"), kinds.count("too long"))
 

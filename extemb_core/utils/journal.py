@@ -25,6 +25,7 @@ class Journal:
         file: Read first, if it is there; half a line that a kill left is cut off. One without a row is of no run yet.
         identity: Of the run, JSON-able; values may be mappings, which are compared name by name.
         remedy: What to do where the file is of another run.
+        resume: Without it, what is there is dropped.
 
     Attributes:
         rows: All finished rows.
@@ -35,12 +36,12 @@ class Journal:
         DocumentError: The file is damaged.
     """
 
-    def __init__(self, file: Path, identity: Mapping[str, Any], remedy: str) -> None:
+    def __init__(self, file: Path, identity: Mapping[str, Any], remedy: str, *, resume: bool = True) -> None:
         self.file = file
         make_folder(file.parent, ConfigError, "name a file elsewhere")
         self._stream = _open_locked(file)
         try:
-            self.rows, n_bytes = self._read(identity, remedy)
+            self.rows, n_bytes = self._read(identity, remedy) if resume else ([], 0)
             os.ftruncate(self._stream.fileno(), n_bytes)
             if not n_bytes:
                 self._write({"identity": identity})
@@ -86,8 +87,16 @@ class Journal:
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Close the file, with everything added on disk."""
-        self.sync()
+        """Close the file, with everything added on disk. A second call does nothing."""
+        if not self._stream.closed:
+            self.sync()
+            self._stream.close()
+
+    def remove(self) -> None:
+        """Remove the file and close it; no other run has it until then."""
+        if os.name == "nt":  # no open file is removed there, and none is locked
+            self._stream.close()
+        self.file.unlink(missing_ok=True)
         self._stream.close()
 
 

@@ -260,14 +260,35 @@ def test_what_was_begun_anew_goes_on_without_the_samples_of_the_record(config, o
     assert record["parts"] == 2
 
 
-def test_one_run_at_a_time_writes_a_record(config, out):
+@pytest.mark.parametrize("resume", [True, False])
+def test_one_run_at_a_time_writes_a_record(config, out, resume):
+    def refused():
+        with pytest.raises(ConfigError, match="is being written by another run"):
+            run(Squares(config), out, resume=resume)
+
     class Meanwhile(Squares):
         def measure(self, group):
-            with pytest.raises(ConfigError, match="is being written by another run"):
-                run(Squares(config), out)
+            refused()
             yield from super().measure(group)
 
+        def summarise(self, samples):
+            refused()
+            return super().summarise(samples)
+
     assert run(Meanwhile(config), out)["n"] == 6
+    assert not partial(out).exists()
+
+
+def test_parts_are_calls_that_measured_something_and_no_sample_counts_twice(config, out, monkeypatch):
+    for stop_at in ("1", "3", "3", "5"):  # the third measures nothing
+        with pytest.raises(KeyboardInterrupt):
+            run(Squares(replace(config, batch_size=1), stop_at=stop_at), out)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal.Journal, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(Squares(config), out)
+    record = read_record(out)
+    assert record["parts"] == 4
+    assert run(Squares(config), out) == record, "what the journal that stayed holds is in the record"
 
 
 def test_what_cannot_become_a_record_is_told_before_or_with_the_sample(config, out):

@@ -31,6 +31,21 @@ def test_rows_are_there_when_a_run_goes_on(tmp_path):
     assert [row["n"] for row in kept(file)] == [1, 2]
 
 
+def test_what_is_dropped_or_removed_is_no_other_runs(tmp_path):
+    file = tmp_path / "rows"
+    first = Journal(file, RUN, "remove it")
+    first.add({"n": 1})
+    with pytest.raises(ConfigError, match="is being written by another run"):
+        Journal(file, RUN, "remove it", resume=False)
+    first.close()
+    again = Journal(file, RUN | {"kind": "other"}, "remove it", resume=False)
+    assert again.rows == []
+    assert len(file.read_text().splitlines()) == 1
+    again.remove()
+    again.close()
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20, 60, 90])
 def test_half_a_line_is_no_row(tmp_path, cut):
     file = tmp_path / "rows"
