@@ -381,9 +381,9 @@ class ContextBuilder:
         fingerprint, store = self.embedder.fingerprint, fetched.store
         wanted = {key: text for key, text in wanted.items() if key not in fetched.texts}
         in_store = {(ref, ratio): store.get(ref, fingerprint, ratio) for ref, ratio in wanted}
-        found = {key: text for key, text in in_store.items() if text is not None}
-        for key, text in found.items():
-            self._require_own(text, len(self.token_ids(wanted[key])))
+        found = {
+            key: self._own(text, len(self.token_ids(wanted[key]))) for key, text in in_store.items() if text is not None
+        }
         fetched.texts.update(found)
         fetched.stored.update(found)
         for ratio in sorted({ratio for _, ratio in wanted.keys() - found.keys()}):
@@ -397,8 +397,12 @@ class ContextBuilder:
                     rounded = store.get(text.ref, fingerprint, ratio)
                     fetched.texts[text.ref, ratio] = text if rounded is None else rounded
 
-    def _require_own(self, text: Compressed, n_tokens: int) -> None:
-        """Refuse what a store has under the embedder's fingerprint and the embedder cannot have made of the text."""
+    def _own(self, text: Compressed, n_tokens: int) -> Compressed:
+        """Return what a store has as the embedder makes it, which may have more ratios than when it was put.
+
+        Raises:
+            StoreCorruptError: It stands under the embedder's fingerprint, and cannot have been made by it.
+        """
         config = self.embedder.config
         expected = (n_tokens, self.llm.hidden_size, config.chunk_size, config.downscaling, config.entry_layer)
         found = (text.n_tokens, text.embeddings.shape[1], text.chunk_size, text.downscaling, text.entry_layer)
@@ -407,6 +411,7 @@ class ContextBuilder:
                 f"what the store has of {text.ref} is not what this embedder makes of that text; remove it, and do not "
                 "trust where the store came from"
             )
+        return replace(text, ratios=tuple(config.ratios))
 
     # -- sizes ------------------------------------------------------------------------------------------------
 

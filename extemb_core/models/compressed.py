@@ -109,6 +109,10 @@ class Compressed:
             return self.embeddings
         return AnchoredStates(self.anchors, self.embeddings, self.entry_layer)
 
+    def derived(self, ratio: int) -> Compressed:
+        """Derive the same text at any multiple of its ratio, as a store does: its embedder may have got more ratios."""
+        return replace(self, ratios=tuple(sorted({*self.ratios, ratio}))).at_ratio(ratio)
+
     def at_ratio(self, ratio: int) -> Compressed:
         """Derive the same text at a coarser ratio, without another forward pass.
 

@@ -56,7 +56,7 @@ class MemoryStore:
             if text is None or ratio % text.ratio:
                 return None
             self._texts.move_to_end((ref, fingerprint))
-        return text.at_ratio(ratio)
+        return text.derived(ratio)
 
     def put(self, *texts: Compressed) -> None:
         """Keep texts, except those here already at a ratio at least as fine and those larger than the whole store."""

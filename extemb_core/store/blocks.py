@@ -42,7 +42,7 @@ class Blocks:
             return None
         payload = self.payload(transaction, key, entry)
         text = self.kind(transaction, key, entry).decode(payload, entry, ref_of(key))
-        return text if ratio in (None, entry.ratio) else text.at_ratio(ratio)
+        return text if ratio in (None, entry.ratio) else text.derived(ratio)
 
     def holds(self, transaction: Any, key: bytes, ratio: int) -> bool:
         """Tell whether the document of a key is here at a ratio, without reading it."""

@@ -63,7 +63,7 @@ class ShardStore:
         if row == len(refs) or refs[row] != wanted[0]:
             return None
         stored_ratio, shard, at = map(int, where[row])
-        return None if ratio % stored_ratio else self._readers[shard].text(at).at_ratio(ratio)
+        return None if ratio % stored_ratio else self._readers[shard].text(at).derived(ratio)
 
     def put(self, *texts: Compressed) -> None:
         """Raise `StoreError`: shards are never changed."""

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny import SENTENCES, entering, roomy_llm, shared_embedder, tiny_llm, tiny_model, tiny_tokenizer
 from tokenizers import trainers
 
-from extemb_core import Document, ExtensibleLM
+from extemb_core import Document, EmbeddingStore, ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.context.builder import parts_of
 from extemb_core.context.planning import Span
 from extemb_core.documents import ReferencedDocument
 from extemb_core.errors import StoreCorruptError
 from extemb_core.models import generation
+from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.store.base import MemoryStore
 
@@ -95,6 +98,25 @@ def test_what_a_store_has_and_the_embedder_cannot_have_made_is_refused(layer, ch
     lm.store.put(replace(text, **change(text)))
     with pytest.raises(StoreCorruptError, match="is not what this embedder makes of that text; remove it"):
         lm.ask(QUESTION, SENTENCES, ratio=4, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_was_kept_before_an_embedder_got_more_ratios_is_read_at_them(tmp_path, layer, on_disk):
+    def of_ratios(*ratios):
+        torch.manual_seed(0)
+        if layer:
+            return ExtensibleEmbedder.untrained(llm, layer, chunk_size=32, ratios=ratios)
+        return ExtensibleEmbedder.from_llm(llm, num_layers=2, chunk_size=32, ratios=ratios)
+
+    llm = roomy_llm()
+    embedder, more = of_ratios(2, 4, 8), of_ratios(2, 4, 8, 16)
+    assert more.fingerprint == embedder.fingerprint
+    with EmbeddingStore.open(tmp_path / "s", dtype="float32") if on_disk else nullcontext(MemoryStore()) as store:
+        ExtensibleLM(llm, embedder, store).ask(QUESTION, SENTENCES, ratio=4, max_new_tokens=1)
+        for ratio in (16, 8):
+            found = ExtensibleLM(llm, more, store).ask(QUESTION, SENTENCES, ratio=ratio, max_new_tokens=1).context[0]
+            assert (found.fidelity, found.cached) == (ratio, True)
 
 
 @pytest.mark.parametrize("verb", ["ask", "chat", "generate", "stream"])

@@ -283,8 +283,8 @@ def test_parts_are_calls_that_measured_something_and_no_sample_counts_twice(conf
     for stop_at in ("1", "3", "3", "5"):  # the third measures nothing
         with pytest.raises(KeyboardInterrupt):
             run(Squares(replace(config, batch_size=1), stop_at=stop_at), out)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(journal.Journal, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "remove", journal.Journal.close)  # as a kill leaves it
         run(Squares(config), out)
     record = read_record(out)
     assert record["parts"] == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import random_embedder
@@ -37,6 +39,13 @@ def test_a_finer_copy_replaces_a_coarser_one_and_not_the_other_way(compressed):
     store.put(compressed.at_ratio(8))
     assert store.n_bytes == finest == compressed.embeddings.numel() * 4
     assert store.get(compressed.ref, compressed.fingerprint, 4) is not None
+
+
+def test_an_equal_copy_does_not_replace_the_first(compressed):
+    store = MemoryStore()
+    store.put(compressed)
+    store.put(replace(compressed, embeddings=2 * compressed.embeddings))
+    assert torch.equal(store.get(compressed.ref, compressed.fingerprint, 4).embeddings, compressed.embeddings)
 
 
 def test_the_least_recently_used_goes_first(llm):

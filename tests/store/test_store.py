@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -103,6 +104,13 @@ def test_a_finer_copy_replaces_a_coarser_one_and_not_the_other_way(store):
     store.put(compressed("b").at_ratio(8), compressed("b"), compressed("b").at_ratio(16))
     same(store.get(compressed("b").ref, FINGERPRINT, 4), compressed("b"))
     assert store.verify().clean
+
+
+def test_an_equal_copy_does_not_replace_the_first(store):
+    text = compressed("a")
+    store.put(text)
+    store.put(replace(text, embeddings=2 * text.embeddings))
+    same(store.get(text.ref, FINGERPRINT, 4), text)
 
 
 def test_one_text_of_two_embedders_is_two_entries(store):
