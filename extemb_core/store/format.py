@@ -85,9 +85,17 @@ def check_description(folder: Path) -> int | None:
 
 
 def describe(folder: Path) -> None:
-    """Mark a folder as a store of this version, atomically, once the data file is there."""
-    if check_description(folder) != VERSION:
+    """Mark a folder as a store of this version, atomically, once the data file is there.
+
+    Raises:
+        StoreError: The disk refuses.
+    """
+    if check_description(folder) == VERSION:
+        return
+    try:
         atomic_write_text(folder / DESCRIPTION, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
+    except OSError as error:
+        raise StoreError(f"{folder / DESCRIPTION} could not be written ({error.strerror}); check the disk") from error
 
 
 class Entry(NamedTuple):

@@ -7,6 +7,8 @@ writer, who sees to the order of writers; what a killed one had not committed wa
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import struct
 import threading
@@ -27,6 +29,7 @@ DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
              "documents", "texts", "passages", "vectors", "refs", "settings",  # of a library
              "handed")  # documents behind refs  # fmt: skip
 _READERS = 1024
+_LOCK_BYTES = 64 * (_READERS + 2)  # of the lock file: 64 for each reader, and what they share
 _PAGE = 1000  # items that are listed in one transaction
 _FIRST_MAP_BYTES = 64 * 2**20
 _UNHARMED = "nothing of this call was kept and what was there before still is"
@@ -178,8 +181,15 @@ class Environment:
 
         def opened() -> Any:
             size = file.stat().st_size if file.is_file() else 0
-            return lmdb.open(str(self.folder), max(_FIRST_MAP_BYTES, size), readahead=False, **options)
+            try:
+                return lmdb.open(str(self.folder), max(_FIRST_MAP_BYTES, size), readahead=False, **options)
+            except lmdb.Error:
+                if not size and file.is_file() and file.stat().st_size < 2 * mmap.PAGESIZE:
+                    file.unlink()  # a full disk took less of a new one than LMDB needs to know it for its own
+                raise
 
+        if lock:
+            _allocate(locked)
         with self._failures("cannot be opened", "check that the folder may be read and written"):
             self._env = _following(opened, lambda: None)  # another process may write between the two lines of `opened`
         try:
@@ -316,6 +326,25 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+def _allocate(file: Path) -> None:
+    """Give LMDB's lock file its room: it is written through a map, and where the disk is full that ends the process.
+
+    Raises:
+        StoreError: The disk is full.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.posix_fallocate(handle, 0, _LOCK_BYTES)
+        finally:
+            os.close(handle)
+    except OSError as error:  # of all others LMDB tells, or does without
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StoreError(f"{file} has no room ({error.strerror}); make room and open it again") from error
 
 
 def _following(begin: Callable[[], T], resize: Callable[[], None]) -> T:

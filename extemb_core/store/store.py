@@ -77,7 +77,11 @@ class EmbeddingStore:
         check_description(folder)
         store = cls(open_environment(folder, readonly=mode == "r"), dtype, readonly=mode == "r")
         if mode == "a":
-            describe(folder)  # earlier versions of this library are not to read what this one will write
+            try:
+                describe(folder)  # earlier versions of this library are not to read what this one will write
+            except BaseException:
+                store.close()
+                raise
         return store
 
     @property

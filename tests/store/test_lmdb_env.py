@@ -237,6 +237,26 @@ def test_a_map_that_cannot_grow_is_an_error_and_loses_nothing(tmp_path, elsewher
     assert elsewhere(tmp_path / "s") == told(compressed("a", **SMALL), compressed("b", **LARGE))
 
 
+def test_a_change_that_ctrl_c_ends_while_it_waits_to_grow_the_map_holds_nobody_up(tmp_path, grown, monkeypatch):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(compressed("a", **SMALL))
+        gate, environment = store.environment._gate, store.environment
+        waited = gate.wait_for
+
+        def interrupted(holds):  # as another thread reads
+            if environment._waiting:
+                raise KeyboardInterrupt
+            return waited(holds)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gate, "wait_for", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.put(compressed("b", **LARGE))
+        assert (environment._open, environment._waiting) == (0, 0)
+        store.put(compressed("b", **LARGE))
+        assert len(store) == 2
+
+
 def test_a_map_that_cannot_follow_another_process_is_an_error(tmp_path):
     with EmbeddingStore.open(tmp_path / "s") as store:
         store.put(compressed("a"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -21,6 +22,10 @@ from extemb_core.store.base import missing_from
 from extemb_core.store.maintenance import keys_in, move
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import import_shards
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def same(found, text, dtype=torch.float16):
@@ -368,6 +373,38 @@ def test_a_folder_with_what_a_full_disk_left_of_a_store_becomes_one(tmp_path, le
     (tmp_path / "s").mkdir()
     for name in left:
         (tmp_path / "s" / name).touch()
+    written(tmp_path / "s")
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        assert store.verify().n_documents == 40
+
+
+def test_a_disk_without_room_for_the_lock_is_an_error_and_not_the_end_of_the_process(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full_disk)
+        with pytest.raises(StoreError, match=r"lock.mdb has no room \(No space.*; make room"):
+            EmbeddingStore.open(tmp_path / "s")
+    written(tmp_path / "s")
+    lock = (tmp_path / "s" / "lock.mdb").stat()
+    assert lock.st_blocks * 512 >= lock.st_size, "what is written through a map is on the disk"
+    (tmp_path / "s" / "lock.mdb").unlink()  # as of a copy
+    with EmbeddingStore.open(tmp_path / "s", "r") as store:
+        assert store.verify().n_documents == 40
+
+
+@pytest.mark.parametrize("room", [0, 1, 4096, 8191])
+def test_a_store_whose_disk_was_full_when_it_was_made_is_made_later(tmp_path, monkeypatch, room):
+    def full(folder, *args, **options):
+        (Path(folder) / "data.mdb").write_bytes(bytes(room))
+        raise lmdb.DiskError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmdb, "open", full)
+        with pytest.raises(StoreError, match="cannot be opened"):
+            EmbeddingStore.open(tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr("extemb_core.store.format.atomic_write_text", full_disk)
+        with pytest.raises(StoreError, match=r"store.json could not be written \(No space"):
+            EmbeddingStore.open(tmp_path / "s")
     written(tmp_path / "s")
     with EmbeddingStore.open(tmp_path / "s", "r") as store:
         assert store.verify().n_documents == 40
