@@ -105,8 +105,12 @@ class WordIndex:
         rows, counts = rows[here[rows]], counts[here[rows]]
         return float(np.log1p((np.count_nonzero(here) - len(rows) + 0.5) / (len(rows) + 0.5))), rows, counts
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path, mark: str | None = None) -> None:
         """Write it atomically, with a checksum.
+
+        Args:
+            file: To write.
+            mark: What `load` has to be given again.
 
         Raises:
             StoreError: The disk refuses.
@@ -122,19 +126,19 @@ class WordIndex:
         }
         try:
             with atomic_write(file) as temporary:
-                save_file(tensors, temporary, {"version": _VERSION, "checksum": _checksum_of(tensors)})
+                save_file(tensors, temporary, _metadata_of(tensors, mark))
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{file} could not be written ({error}); it is rebuilt when next needed") from error
 
     @classmethod
-    def load(cls, file: Path) -> WordIndex | None:
-        """Load an index, or None if it is missing, damaged or of another version and has to be made anew."""
+    def load(cls, file: Path, mark: str | None = None) -> WordIndex | None:
+        """Load an index, or None if it is missing, damaged or of another version or mark and has to be made anew."""
         if not file.is_file():  # devices and pipes would never end
             return None
         try:
             with safe_open(file, "numpy") as stream:
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a mapping
-                if stream.metadata() != {"version": _VERSION, "checksum": _checksum_of(tensors)}:
+                if stream.metadata() != _metadata_of(tensors, mark):
                     return None
             return cls._of(tensors)
         except (OSError, SafetensorError, KeyError, ValueError, IndexError, TypeError):  # its maker makes its checksum
@@ -162,6 +166,12 @@ class WordIndex:
         # Ligatures, accents apart from their letters and hyphens that may be shown make no other word.
         plain = [unicodedata.normalize("NFKC", text).replace("\xad", "") for text in texts]
         return [list(words) for words in bm25s.tokenize(plain, **settings)]
+
+
+def _metadata_of(tensors: Mapping[str, np.ndarray[Any, Any]], mark: str | None) -> dict[str, str]:
+    """Return what stands in a file beside its tensors."""
+    metadata = {"version": _VERSION, "checksum": _checksum_of(tensors)}
+    return metadata if mark is None else metadata | {"mark": mark}
 
 
 def _checksum_of(tensors: Mapping[str, np.ndarray[Any, Any]]) -> str:

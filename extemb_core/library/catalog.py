@@ -29,7 +29,7 @@ from extemb_core.utils.files import parse_json
 
 _PASSAGE = struct.Struct("<16s16sQQQQ")  # document, ref, first and last byte, first and last character
 _ID = struct.Struct(">Q")
-_SETTINGS = b"library"
+_SETTINGS, _MARK = b"library", b"mark"
 _NO_SETTINGS = {"encoder": None, "width": 1, "next_id": 0, "generation": 0}  # of a library without documents
 
 
@@ -108,6 +108,15 @@ class Catalogue:
         now = self.settings(transaction)
         data = _sealed(now | settings | {"generation": now["generation"] + 1})
         transaction.put(_SETTINGS, data, db=self._environment.database("settings"))
+
+    def indices(self, transaction: Any) -> str | None:
+        """Return the mark of the index files that are of these passages; None where none has one."""
+        data = self._environment.get(transaction, "settings", _MARK)
+        return None if data is None else bytes(data).decode(errors="replace")
+
+    def mark_indices(self, transaction: Any, mark: str) -> None:
+        """Note which index files are of these passages: in a database that comes from a copy their ids mean others."""
+        transaction.put(_MARK, mark.encode(), db=self._environment.database("settings"))
 
     def put(
         self,

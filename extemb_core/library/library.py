@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -462,14 +463,16 @@ class Library:
     def _index(self) -> VectorIndex:
         """Return the FAISS index, brought up to date with what was added and removed since."""
         with self.store.environment.read() as transaction:
-            settings = self._catalogue.settings(transaction)
+            settings, mark = self._catalogue.settings(transaction), self._catalogue.indices(transaction)
             if self._vectors is not None and settings["generation"] == self._vectors_synced:
                 return self._vectors
         width = settings["width"]
         if settings["encoder"] is None:  # the first to be added tell how wide vectors are
             return VectorIndex(width)
         index, self._vectors = self._vectors, None  # what a Ctrl-C leaves of it, FAISS's half too, is not gone on with
-        index = index or VectorIndex.load(self.path / INDEX_FILE, width, self._factory, encoder=settings["encoder"])
+        index = index or VectorIndex.load(
+            self.path / INDEX_FILE, width, self._factory, encoder=settings["encoder"], mark=mark
+        )
         if index is not None and index.width == width:
             try:
                 self._add_vectors(index)
@@ -493,7 +496,8 @@ class Library:
         generation = self._read(self._catalogue.settings)["generation"]
         if self._words is None or self._words_synced != generation:
             index, self._words = self._words, None
-            index = index or WordIndex.load(self.path / WORDS_FILE) or WordIndex()
+            mark = self._read(self._catalogue.indices)
+            index = index or WordIndex.load(self.path / WORDS_FILE, mark) or WordIndex()
             self._add_words(index)
             if index.should_be_made_anew():
                 index = WordIndex()
@@ -521,9 +525,11 @@ class Library:
         with self.store.environment.lock:
             self._unsaved = 0
             try:
-                encoder = self._read(self._catalogue.settings)["encoder"]
-                self._index().save(self.path / INDEX_FILE, encoder=encoder)
-                self._word_index().save(self.path / WORDS_FILE)
+                encoder, mark = self._read(self._catalogue.settings)["encoder"], secrets.token_hex(8)
+                vectors, words = self._index(), self._word_index()
+                vectors.save(self.path / INDEX_FILE, encoder=encoder, mark=mark)
+                words.save(self.path / WORDS_FILE, mark)
+                self.store.write(lambda transaction: self._catalogue.mark_indices(transaction, mark))
             except ExtembError as error:
                 logger.warning("the documents are kept, and their index was not written: %s", error)
 

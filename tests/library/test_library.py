@@ -455,6 +455,39 @@ def test_an_index_that_takes_no_more_is_made_anew(opened, monkeypatch):
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
+def test_the_indices_of_a_later_state_are_not_those_of_a_database_that_comes_from_a_copy(opened, tmp_path, hybrid):
+    with opened() as library:
+        library.add([document("mill")])
+    copied = (tmp_path / "lib" / "data.mdb").read_bytes()
+    with opened() as library:
+        library.add([document("bridge")])
+    (tmp_path / "lib" / "data.mdb").write_bytes(copied)  # as the error of a damaged one advises
+    with opened() as library:
+        library.add([document("tower")])  # its passages get the ids that the bridge's had
+        found = library.search("When was the tower built?", k=20, hybrid=hybrid)
+        assert found[0].source == "tower.txt"
+    for file in (INDEX_FILE, WORDS_FILE):
+        (tmp_path / "lib" / file).unlink()
+    with opened(mode="r") as library:
+        assert library.search("When was the tower built?", k=20, hybrid=hybrid) == found
+
+
+def test_the_index_files_of_an_opening_serve_the_next(opened, monkeypatch):
+    with opened() as library:
+        library.add([document(place) for place in PLACES])
+        wanted = library.search("tower built", k=20)
+    loaded = []
+    for kind in (VectorIndex, WordIndex):
+        load = kind.load
+        monkeypatch.setattr(
+            kind, "load", lambda *args, load=load, **how: loaded.append(load(*args, **how)) or loaded[-1]
+        )
+    with opened(mode="r") as library:
+        assert library.search("tower built", k=20) == wanted
+    assert [type(index) for index in loaded] == [VectorIndex, WordIndex]
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
 def test_an_index_that_ctrl_c_left_half_changed_is_not_gone_on_with(opened, monkeypatch, hybrid):
     def half_of_vectors(self, ids, vectors):
         self._index.add_with_ids(vectors[:2], np.asarray(ids[:2]))  # FAISS has them, and nobody knows of it
