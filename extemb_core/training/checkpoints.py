@@ -49,6 +49,12 @@ def is_finished(config: TrainingConfig) -> bool:
     return checkpoint is not None and tokens_of(checkpoint, config) >= config.total_tokens
 
 
+def is_left(config: TrainingConfig) -> bool:
+    """Tell whether the run is finished, and its folder holds what its last checkpoint does."""
+    checkpoint = checkpoint_of(config)
+    return checkpoint is not None and is_finished(config) and "left" in _mark_of(checkpoint)
+
+
 def checkpoints_in(output: Path) -> list[Path]:
     """List a run's checkpoints, whole or not; a folder of another name, a copy that was put aside, is none."""
     return [folder for folder in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", folder.name)]
@@ -61,6 +67,11 @@ def mark_complete(folder: Path, tokens: int, config: TrainingConfig, outdated: S
     discard_checkpoints(*outdated)
     mark = {"step": step_of(folder), "tokens": tokens, "config": _settings(config)}
     atomic_write_text(folder / COMPLETE, json.dumps(mark, indent=2))
+
+
+def mark_left(checkpoint: Path) -> None:
+    """Note that the run's folder holds what this checkpoint does: another run can begin there."""
+    atomic_write_text(checkpoint / COMPLETE, json.dumps(_mark_of(checkpoint) | {"left": True}, indent=2))
 
 
 def remove_incomplete(output: Path) -> None:
@@ -84,17 +95,22 @@ def step_of(checkpoint: Path) -> int:
 
 def tokens_of(checkpoint: Path, config: TrainingConfig) -> int:
     """Read how many tokens a checkpoint has seen; earlier versions did not say, and had steps of one size."""
-    try:
-        mark = dict(parse_json((checkpoint / COMPLETE).read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise TrainingError(
-            f"{checkpoint / COMPLETE} is damaged ({error}); remove {checkpoint}, and train again"
-        ) from error
+    mark = _mark_of(checkpoint)
     if "tokens" in mark:
         return int(mark["tokens"])
     sizes = ("batch_size", "accumulation_steps", "sample_length")
     before = {name: value for name, value in _config_of(checkpoint).items() if name in sizes}
     return step_of(checkpoint) * replace(config, **before).tokens_per_step
+
+
+def _mark_of(checkpoint: Path) -> dict[str, Any]:
+    """Read what says that a checkpoint is whole."""
+    try:
+        return dict(parse_json((checkpoint / COMPLETE).read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise TrainingError(
+            f"{checkpoint / COMPLETE} is damaged ({error}); remove {checkpoint}, and train again"
+        ) from error
 
 
 def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tuple[Any, Any]]:

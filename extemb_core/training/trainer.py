@@ -26,6 +26,7 @@ from extemb_core.training.checkpoints import (
     discard_checkpoints,
     is_finished,
     last_checkpoint,
+    mark_left,
     remove_incomplete,
     step_of,
     tokens_of,
@@ -78,6 +79,7 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
         if checkpoint is not None and is_finished(config):
             model.load(checkpoint)  # finished before; the Trainer would take one more step
             model.save(output)
+            mark_left(checkpoint)
             return model
         settings = model.embedder.config if model.embedder is not None else ExtensibleEmbedderConfig(ratios=(1,))
         ratios, chunk_sizes = drawn_from(config, settings)
@@ -123,6 +125,7 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
     model.train(False)
     if trainer.is_world_process_zero():
         model.save(output)
+        mark_left(output / f"checkpoint-{trainer.state.global_step}")
     trainer.accelerator.wait_for_everyone()  # else another process would look for what is not written yet
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from extemb_core.models.llm import LLM
 from extemb_core.training import recipes as recipes_module
 from extemb_core.training.checkpoints import is_finished
 from extemb_core.training.recipes import Recipe, read_recipe, recipe_names, stage_configs, train_recipe
+from extemb_core.training.trainable import TrainableModel
 
 RECIPE = """
 embedder: {num_layers: 2, chunk_size: 16, ratios: [2, 4]}
@@ -130,6 +132,37 @@ def test_a_training_stopped_between_two_stages_has_the_next_one_begin_anew(folde
     rows = [json.loads(line) for line in (last / "log.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 1
     assert not any("changed" in row for row in rows)
+
+
+@pytest.mark.parametrize("trained", ["embedder", "both"])
+def test_a_stage_that_did_not_leave_its_result_leaves_it_before_the_next_one_begins(
+    folder, settings, monkeypatch, trained
+):
+    """At its first end, and where the folder has an embedder, and a reader, of before it was prolonged."""
+    tiny_model("llama", max_position_embeddings=1024).save_pretrained(folder / "llm")
+    stage = {"share": 1, "trained": trained, "objectives": {"reconstruction": 1}, "spans": (4, 8)}
+    stages = ({"name": "one", "decay_steps": 0, **stage}, {"name": "two", **stage})
+    recipe = Recipe("own", {"num_layers": 2, "chunk_size": 16, "ratios": (2, 4)}, stages)
+    settings |= {"sample_length": 48, "batch_size": 2, "learning_rate": 1e-2}
+    first = folder / "run" / "stages" / "1-one"
+    real = TrainableModel.save
+
+    def full(model, to):
+        if to != first:
+            return real(model, to)
+        if trained == "both":
+            model.embedder.save_pretrained(to)
+        raise OSError(errno.ENOSPC, "No space left on device", str(to))
+
+    for steps in (2, 4):
+        with monkeypatch.context() as patched:
+            patched.setattr(TrainableModel, "save", full)
+            with pytest.raises(TrainingError, match="make room, and the same run goes on"):
+                train_recipe(recipe, folder / "run", 2 * steps * 96, **settings)
+        assert train_recipe(recipe, folder / "run", 2 * steps * 96, **settings) is not None
+        checkpoint = first / f"checkpoint-{steps}"
+        for file in (path.relative_to(checkpoint) for path in checkpoint.rglob("*model.safetensors")):
+            assert (first / file).read_bytes() == (checkpoint / file).read_bytes()
 
 
 def test_a_recipe_goes_on_whatever_its_paths_are_typed_like_and_where_its_folder_was_moved(
