@@ -15,7 +15,7 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,7 +39,8 @@ def parse_size(text: str) -> int:
 def write_slices(source: Path, files: Iterable[Path], folder: Path, size: int, prefix: str = "slice") -> list[Path]:
     """Write files, by their paths within `source`, as slices in `folder`; those of an earlier call are replaced.
 
-    The manifest is written last: without it the slices count as none.
+    The manifest is written last: without it the slices count as none. Until then those of the earlier call stay, and
+    the new ones have other numbers.
 
     Args:
         source: Folder that the paths are relative to.
@@ -49,9 +50,7 @@ def write_slices(source: Path, files: Iterable[Path], folder: Path, size: int, p
         prefix: Of the slices' names.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for old in folder.glob(f"{prefix}-*"):
-        old.unlink()
+    _remove_unnamed(folder, prefix)
     out: Any = _SliceWriter(folder, size, prefix)
     with (
         closing(out),
@@ -63,7 +62,18 @@ def write_slices(source: Path, files: Iterable[Path], folder: Path, size: int, p
     temporary = folder / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps({"slices": out.slices}, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / MANIFEST)
+    _remove_unnamed(folder, prefix)
     return [folder / str(entry["name"]) for entry in out.slices]
+
+
+def _remove_unnamed(folder: Path, prefix: str) -> None:
+    """Remove slices that the manifest does not name: of an earlier call, or of one that was stopped."""
+    named = set()
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # without it, none counts
+        named = {entry["name"] for entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["slices"]}
+    for file in folder.glob(f"{prefix}-*"):
+        if file.name not in named:
+            file.unlink()
 
 
 def join_slices(folder: Path, target: Path) -> None:
@@ -111,6 +121,7 @@ class _SliceWriter:
         self._size = size
         self._prefix = prefix
         self._file: BinaryIO | None = None
+        self._number = 0
         self._hash = hashlib.sha256()
         self.slices: list[dict[str, str | int]] = []
 
@@ -118,8 +129,10 @@ class _SliceWriter:
         view = memoryview(data)
         while len(view):
             if self._file is None:
-                self.slices.append({"name": f"{self._prefix}-{len(self.slices):03d}", "size": 0, "sha256": ""})
-                self._file = (self._folder / str(self.slices[-1]["name"])).open("wb")
+                while (file := self._folder / f"{self._prefix}-{self._number:03d}").exists():  # of an earlier call
+                    self._number += 1
+                self.slices.append({"name": file.name, "size": 0, "sha256": ""})
+                self._file = file.open("wb")
                 self._hash = hashlib.sha256()
             entry = self.slices[-1]
             part = view[: self._size - int(entry["size"])]

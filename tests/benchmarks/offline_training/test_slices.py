@@ -9,6 +9,7 @@ import tarfile
 
 import pytest
 
+from benchmarks.offline_training import slices as slices_module
 from benchmarks.offline_training.slices import MANIFEST, SliceError, join_slices, parse_size, write_slices
 
 SIZE = 3000
@@ -47,7 +48,28 @@ def test_slices_hold_everything_and_none_is_above_the_size(content, slices, tmp_
 
 def test_slices_of_an_earlier_call_are_replaced(content, slices, tmp_path):
     write_slices(content, [content / "inside" / "text.txt"], tmp_path / "out", SIZE)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [MANIFEST, f"slice-{len(slices):03d}"]
+    write_slices(content, [content / "empty"], tmp_path / "out", SIZE)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [MANIFEST, "slice-000"]
+
+
+def test_slices_of_an_earlier_call_stay_until_new_ones_are_whole(content, slices, tmp_path, monkeypatch):
+    before = files_of(tmp_path / "out")
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slices_module.json, "dumps", stopped)  # of the manifest, when all slices are written
+    with pytest.raises(KeyboardInterrupt):
+        write_slices(content, [content / "inside" / "noise"], tmp_path / "out", SIZE)
+    monkeypatch.undo()
+    assert before.items() <= files_of(tmp_path / "out").items()
+    join_slices(tmp_path / "out", tmp_path / "joined")
+    assert files_of(tmp_path / "joined") == files_of(content)
+    written = write_slices(content, [content / "inside" / "noise"], tmp_path / "out", SIZE)
+    assert {file.name for file in written} | {MANIFEST} == files_of(tmp_path / "out").keys()
+    join_slices(tmp_path / "out", tmp_path / "again")
+    assert files_of(tmp_path / "again").keys() == {"inside/noise"}
 
 
 @pytest.mark.parametrize("harm", ["missing", "short", "changed"])
