@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,7 @@ from extemb_core.errors import ConfigError
 from extemb_core.training.checkpoints import is_finished, is_left
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.trainable import TrainableModel, holds_reader_alone
-from extemb_core.training.trainer import full_disk_error, is_first_process, train
+from extemb_core.training.trainer import full_disk_error, is_first_process, only_run_in, train
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +144,16 @@ def train_recipe(
 
     Returns:
         What the last stage trained, or None when `max_minutes` ended it or an earlier one.
+
+    Raises:
+        ConfigError, TrainingError: See `trainer.train`.
     """
     configs = stage_configs(recipe, output, total_tokens, **settings)
+    with only_run_in(Path(output)):
+        return _train_stages(configs, Path(output), resume)
+
+
+def _train_stages(configs: Sequence[TrainingConfig], output: Path, resume: bool) -> TrainableModel | None:
     start = time.monotonic()
     trained = None
     for number, config in enumerate(configs, start=1):
@@ -161,7 +169,7 @@ def train_recipe(
             return None
     if trained is not None and is_first_process():
         with full_disk_error():
-            trained.save(Path(output))
+            trained.save(output)
     return trained
 
 

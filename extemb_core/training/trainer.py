@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from extemb_core.training.checkpoints import (
 from extemb_core.training.config import TrainingConfig, torchrun_number
 from extemb_core.training.run_trainer import LOG, RunCallback, RunTrainer, append_log
 from extemb_core.training.trainable import TrainableModel, starting_point
-from extemb_core.utils.files import atomic_write_text
+from extemb_core.utils.files import atomic_write_text, locked_folder, make_folder
 from extemb_core.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -66,31 +66,34 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
         outdated: Folders of runs that go on from this one. With a new checkpoint here, those there count no longer.
 
     Raises:
-        ConfigError: The settings do not go together.
+        ConfigError: The settings do not go together, the folder cannot be written to, or another run writes there.
         TrainingError: The loss is not finite, there is nothing to train on, the checkpoints in the output folder
             belong to another run, or the disk is full.
     """
+    with only_run_in(Path(config.output), config.token_cache):
+        return _train(config, resume, outdated)
+
+
+def _train(config: TrainingConfig, resume: bool, outdated: Sequence[Path]) -> TrainableModel:
     checkpoint = checkpoint_of(config) if resume else None
     output = Path(config.output)
-    with _tidy_after_failure(output, config.token_cache):
-        output.mkdir(parents=True, exist_ok=True)
-        llm = LLM.from_pretrained(config.llm, device=_device(config), dtype=config.dtype)
-        model = starting_point(config, llm, checkpoint)
-        if checkpoint is not None and is_finished(config):
-            model.load(checkpoint)  # finished before; the Trainer would take one more step
-            model.save(output)
-            mark_left(checkpoint)
-            return model
-        settings = model.embedder.config if model.embedder is not None else ExtensibleEmbedderConfig(ratios=(1,))
-        ratios, chunk_sizes = drawn_from(config, settings)
-        # Steps are counted on from the checkpoint's, which may have been of another size.
-        lag = 0
-        if checkpoint is not None:
-            lag = tokens_of(checkpoint, config) - step_of(checkpoint) * config.tokens_per_step
-        counted = replace(config, total_tokens=config.total_tokens - lag)
-        batches = plan_batches(counted, llm, min(ratios), chunk_sizes)
-        held_out = held_out_samples(config, llm)
-        longest = max(short_chunks(config, chunk_sizes)) if held_out is not None else 0
+    llm = LLM.from_pretrained(config.llm, device=_device(config), dtype=config.dtype)
+    model = starting_point(config, llm, checkpoint)
+    if checkpoint is not None and is_finished(config):
+        model.load(checkpoint)  # finished before; the Trainer would take one more step
+        model.save(output)
+        mark_left(checkpoint)
+        return model
+    settings = model.embedder.config if model.embedder is not None else ExtensibleEmbedderConfig(ratios=(1,))
+    ratios, chunk_sizes = drawn_from(config, settings)
+    # Steps are counted on from the checkpoint's, which may have been of another size.
+    lag = 0
+    if checkpoint is not None:
+        lag = tokens_of(checkpoint, config) - step_of(checkpoint) * config.tokens_per_step
+    counted = replace(config, total_tokens=config.total_tokens - lag)
+    batches = plan_batches(counted, llm, min(ratios), chunk_sizes)
+    held_out = held_out_samples(config, llm)
+    longest = max(short_chunks(config, chunk_sizes)) if held_out is not None else 0
     if is_first_process():  # not before it is known that this run can begin
         if checkpoint is None:
             discard_checkpoints(output)
@@ -131,17 +134,27 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
 
 
 @contextmanager
-def _tidy_after_failure(*folders: Path) -> Iterator[None]:
-    """Remove the folders that a run made which could not begin; whole files of tokens stay, for the next to use."""
-    made = {folder for one in folders for folder in (one, *one.parents) if not folder.exists()}
-    try:
-        yield
-    except BaseException:
-        for folder in sorted(made, key=lambda folder: -len(folder.parts)) if is_first_process() else ():
-            with suppress(OSError):  # not there, or something is in it
-                if all(file.suffix == ".lock" for file in folder.iterdir()):
-                    shutil.rmtree(folder)
-        raise
+def only_run_in(output: Path, *others: Path) -> Iterator[None]:
+    """Make a run's folder and keep other runs out of it; where this one cannot begin, remove what folders it made.
+
+    Whole files of tokens stay, for the next to use.
+
+    Raises:
+        ConfigError: The folder cannot be made or written to, or another run writes there.
+    """
+    made = {folder for one in (output, *others) for folder in (one, *one.parents) if not folder.exists()}
+    make_folder(output, ConfigError, "pass another output")
+    with locked_folder(output) if is_first_process() else nullcontext(True) as alone:
+        if not alone:
+            raise ConfigError(f"{output} is being written by another run; wait for that, or pass another output")
+        try:
+            yield
+        except BaseException:
+            for folder in sorted(made, key=lambda folder: -len(folder.parts)) if is_first_process() else ():
+                with suppress(OSError):  # not there, or something is in it
+                    if all(file.suffix == ".lock" for file in folder.iterdir()):
+                        shutil.rmtree(folder)
+            raise
 
 
 def is_first_process() -> bool:

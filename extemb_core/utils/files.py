@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -43,6 +44,42 @@ def make_folder(folder: Path, error: Callable[[str], Exception], remedy: str) ->
         raise error(f"{folder} cannot be made ({refused.strerror}); {remedy}") from refused
     if not os.access(folder, os.W_OK | os.X_OK):
         raise error(f"{folder} may not be written to; {remedy}")
+
+
+def lock(handle: int) -> bool:
+    """Lock an open file or folder until it is closed, where the system has such locks; False if another has.
+
+    Not with filelock, which leaves a file of its own beside the one that it is for.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # a file system may have none
+    return True
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[bool]:
+    """Lock a folder as `lock` does, without a file in it, and yield whether it could be.
+
+    The lock ends with the block, whatever a process that was forked there still has open.
+    """
+    if os.name == "nt":  # Windows opens no folders
+        yield True
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield lock(handle)
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from extemb_core.errors import ConfigError, DocumentError
-from extemb_core.utils.files import disk_errors, make_folder, parse_json
+from extemb_core.utils.files import disk_errors, lock, make_folder, parse_json
 
 to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False)
 _LATER = ("llm_digest", "hardware")  # what earlier versions did not write down of an identity
@@ -108,29 +107,13 @@ def _open_locked(file: Path) -> TextIO:
     """
     while True:
         stream = file.open("a", buffering=1, encoding="utf-8")  # flushed with every line
-        if not _lock(stream.fileno()):
+        if not lock(stream.fileno()):
             stream.close()
             raise ConfigError(f"{file} is being written by another run; wait for that, or pass another output")
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
                 return stream
         stream.close()  # a run that has ended meanwhile has removed it
-
-
-def _lock(handle: int) -> bool:
-    """Lock an open file until it is closed, where the system has such locks; False if another has.
-
-    Not with filelock, which leaves a file of its own beside the one that it is for.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # a file system may have none
-    return True
 
 
 def require_same_run(known: Mapping[str, Any], identity: Mapping[str, Any], file: Path, remedy: str) -> None:

@@ -98,6 +98,21 @@ def test_a_training_out_of_time_goes_on_with_the_stage_it_was_in(folder, setting
     assert (folder / "run" / "model.safetensors").is_file()
 
 
+def test_a_training_is_alone_in_its_folder(folder, settings, monkeypatch):
+    recipe, real, ran = read_recipe(folder / "own.yaml"), recipes_module.train, []
+
+    def train(config, **options):
+        ran.append(Path(config.output).name)
+        with pytest.raises(ConfigError, match=r"run is being written by another run; wait for that, or pass"):
+            train_recipe(recipe, folder / "run", 6 * 96, resume=False, **settings)
+        return real(config, **options)
+
+    monkeypatch.setattr(recipes_module, "train", train)
+    assert train_recipe(recipe, folder / "run", 6 * 96, **settings) is not None
+    assert ran == ["1-warm-up", "2-text"]
+    assert {path.name for path in (folder / "run").iterdir()} == {"config.json", "data", "model.safetensors", "stages"}
+
+
 def test_a_stage_that_is_prolonged_has_the_next_one_begin_anew(folder, settings):
     recipe, settings = read_recipe(folder / "own.yaml"), settings | {"decay_steps": 0}
     train_recipe(recipe, folder / "run", 6 * 96, **settings)

@@ -18,6 +18,7 @@ from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training import trainer as trainer_module
 from extemb_core.training.batches import Batches
+from extemb_core.training.run_trainer import RunCallback
 from extemb_core.training.trainer import train
 
 
@@ -48,6 +49,32 @@ def test_a_run_that_cannot_begin_leaves_nothing_but_tokens(config, tmp_path, mon
     with pytest.raises(error):
         train(replace(failing, output="mine", cache=str(tmp_path / "cache")))
     assert not any((tmp_path / "mine").iterdir())
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_is_alone_in_its_folder(config, monkeypatch, resume):
+    real, output = RunCallback.on_save, Path(config.output)
+    (output / "notes").mkdir(parents=True)
+
+    def on_save(self, args, state, control, **kwargs):
+        with pytest.raises(ConfigError, match=f"{output} is being written by another run; wait for that, or pass"):
+            train(replace(config, total_tokens=2 * 96), resume=resume)
+        real(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RunCallback, "on_save", on_save)
+    train(config)
+    assert list(losses(config)) == [1, 2, 3, 4, 5, 6]
+    whole = {"complete.json", "config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"}
+    assert all({file.name for file in output.glob(f"checkpoint-{step}/*")} == whole for step in (3, 6))
+    assert not [file for file in output.rglob("*") if file.suffix == ".lock" and "data" not in file.parts]
+    monkeypatch.undo()
+    train(replace(config, total_tokens=7 * 96))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(config, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"file/run cannot be made \(Not a directory\); pass another output"):
+        train(replace(config, output=str(tmp_path / "file" / "run")))
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])

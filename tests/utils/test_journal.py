@@ -91,23 +91,23 @@ def test_what_another_run_writes_until_its_end_is_neither_cut_nor_lost(tmp_path,
     """Both at the moment between this one's looking for the file and its lock."""
     file = tmp_path / "rows"
     other = Journal(file, RUN, "remove it")
-    lock = journal_module._lock
+    lock = journal_module.lock
 
     def late(handle):
-        monkeypatch.setattr(journal_module, "_lock", lock)
+        monkeypatch.setattr(journal_module, "lock", lock)
         other.add({"n": 1})
         other.close()
         return lock(handle)
 
-    monkeypatch.setattr(journal_module, "_lock", late)
+    monkeypatch.setattr(journal_module, "lock", late)
     assert kept(file) == [{"n": 1}]
 
     def gone(handle):
-        monkeypatch.setattr(journal_module, "_lock", lock)
+        monkeypatch.setattr(journal_module, "lock", lock)
         file.unlink()
         return lock(handle)
 
-    monkeypatch.setattr(journal_module, "_lock", gone)
+    monkeypatch.setattr(journal_module, "lock", gone)
     journal = Journal(file, RUN, "remove it")
     journal.add({"n": 2})
     journal.close()
