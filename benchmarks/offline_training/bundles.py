@@ -239,14 +239,18 @@ def _copy_start(folder: Path, out: Path) -> None:
 
 
 def _needed_files(configs: Sequence[TrainingConfig], run_folder: Path) -> list[Path]:
-    """List what a training leaves, less its data, logs for programs, and checkpoints that nothing goes on from."""
+    """List what a training leaves, less its data, logs for programs, and checkpoints that nothing goes on from.
+
+    The last stage's tensors are needed by a call that finds it finished.
+    """
     files = []
     finished = {Path(config.output) for config in configs if is_finished(config)}
     last = {last_checkpoint(Path(config.output)) for config in configs}
     for file in filter(Path.is_file, run_folder.rglob("*")):
         checkpoint = next((parent for parent in file.parents if parent.name.startswith("checkpoint-")), None)
         if checkpoint is not None:
-            needed = checkpoint in last and (checkpoint.parent not in finished or file.name == COMPLETE)
+            ends = checkpoint.parent == Path(configs[-1].output) and file.name != OPTIMIZER
+            needed = checkpoint in last and (checkpoint.parent not in finished or file.name == COMPLETE or ends)
         else:
             needed = not {"data", "tensorboard"} & set(file.relative_to(run_folder).parts)
         if needed:

@@ -104,8 +104,10 @@ def test_a_training_in_pieces_elsewhere_ends_as_one_here(bundle, settings, tmp_p
     left = load_file(tmp_path / "result" / "model.safetensors")
     for name, tensor in here.embedder.trainable_state_dict().items():
         torch.testing.assert_close(left[name], tensor, atol=1e-5, rtol=1e-4)
-    checkpoints = [file.name for file in (tmp_path / "result").rglob("checkpoint-*/*")]
-    assert set(checkpoints) == {"complete.json"}  # of finished stages nothing else is needed
+    stages = tmp_path / "result" / "stages"
+    carried = [{file.name for file in (stages / stage).glob("checkpoint-*/*")} for stage in ("1-text", "2-asking")]
+    ends = {"complete.json", "config.json", "model.safetensors", "trainer_state.json"}
+    assert carried == [{"complete.json"}, ends]  # of finished stages before the last nothing else is needed
 
 
 def test_what_a_bundle_goes_on_from_brings_its_optimiser(settings, tmp_path):
@@ -128,6 +130,15 @@ def test_run_goes_on_in_its_own_folder(bundle, tmp_path):
     assert run(bundle, tmp_path / "left", work=tmp_path / "work")
     join_slices(tmp_path / "left", tmp_path / "result")
     assert (tmp_path / "result" / "model.safetensors").is_file()
+
+
+def test_a_finished_training_is_finished_on_another_machine_too(bundle, tmp_path):
+    assert run(bundle, tmp_path / "left", work=tmp_path / "one")
+    assert run(bundle, tmp_path / "again", work=tmp_path / "another", resume_from=tmp_path / "left")
+    for name in ("left", "again"):
+        join_slices(tmp_path / name, tmp_path / f"result-{name}")
+    left, again = (load_file(tmp_path / f"result-{name}" / "model.safetensors") for name in ("left", "again"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in left.items())
 
 
 def test_a_part_of_the_documents_is_drawn_from_all_of_them(tmp_path, settings):
