@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -250,6 +251,13 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             mark_complete(folder, self._tokens(state.global_step), self._config, self._outdated)
+
+
+def mend_log(output: Path) -> None:
+    """Cut off half a line that a full disk or a kill left in a run's log."""
+    file = output / LOG
+    if file.exists():
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def append_log(config: TrainingConfig, row: dict[str, Any]) -> None:

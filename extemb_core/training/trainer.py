@@ -32,7 +32,7 @@ from extemb_core.training.checkpoints import (
     tokens_of,
 )
 from extemb_core.training.config import TrainingConfig, torchrun_number
-from extemb_core.training.run_trainer import LOG, RunCallback, RunTrainer, append_log
+from extemb_core.training.run_trainer import LOG, RunCallback, RunTrainer, append_log, mend_log
 from extemb_core.training.trainable import TrainableModel, starting_point
 from extemb_core.utils.files import atomic_write_text, locked_folder, make_folder
 from extemb_core.utils.progress import progress
@@ -98,6 +98,7 @@ def _train(config: TrainingConfig, resume: bool, outdated: Sequence[Path]) -> Tr
         if checkpoint is None:
             discard_checkpoints(output)
         remove_incomplete(output)
+        mend_log(output)
     logger.info("%d steps of %d tokens at most", counted.max_steps, config.tokens_per_step)
     before = None  # the checkpoint that holds the optimiser's state of the run that this one goes on from
     if checkpoint is None and config.start_from is not None:

@@ -133,6 +133,17 @@ def test_a_run_that_finds_the_disk_full_says_so_and_goes_on_when_there_is_room(c
     assert [row["step"] for row in log_of(config) if "loss" in row] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
 
 
+@pytest.mark.parametrize("half", ['{"step": 2, "los', '{"step": 2, "loss": 1.5}'])
+def test_half_a_line_that_a_full_disk_left_in_the_log_is_cut_off(config, half):
+    train(replace(config, total_tokens=96))
+    log = Path(config.output) / "log.jsonl"
+    before = log.read_text()
+    log.write_text(before + half)
+    train(replace(config, total_tokens=2 * 96))
+    assert log.read_text().startswith(before)
+    assert [row["step"] for row in log_of(config) if "loss" in row] == [1, 2]
+
+
 def test_checkpoints_of_another_run_are_refused(config):
     train(replace(config, total_tokens=96))
     with pytest.raises(TrainingError, match="another embedder"):
