@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,8 +149,11 @@ def train(
     keep_freed_memory()
     output, total_tokens = given.pop("output"), given.pop("total_tokens", settings["total_tokens"])
     start = time.perf_counter()
-    with library_output(), explain_interrupt(lambda: _how_to_resume(Path(output), resume)):
-        trained, finished = _train(recipe, output, total_tokens, resume, given | {"embedder": embedder})
+    given["embedder"] = embedder
+    stages: list[TrainingConfig] = []
+    with library_output(), explain_interrupt(lambda: _how_to_resume(stages, resume)):
+        stages += _stages(recipe, output, total_tokens, given)
+        trained, finished = _train(recipe, output, total_tokens, resume, given)
     from extemb_core.training.trainer import is_first_process
 
     if not is_first_process():
@@ -173,6 +177,15 @@ def train(
         print_note(f'extemb ask "..." --documents FILE --llm {shlex.quote(reader)} --embedder {shlex.quote(output)}')
 
 
+def _stages(recipe: str | None, output: str, total_tokens: int, given: dict[str, Any]) -> list[TrainingConfig]:
+    """Configure the run, or those of a recipe's stages."""
+    if recipe is None:
+        return [TrainingConfig(output=output, total_tokens=total_tokens, **given)]
+    from extemb_core.training.recipes import read_recipe, stage_configs
+
+    return stage_configs(read_recipe(recipe), output, total_tokens, **given)
+
+
 def _train(
     recipe: str | None, output: str, total_tokens: int, resume: bool, given: dict[str, Any]
 ) -> tuple[TrainableModel | None, bool]:
@@ -190,10 +203,13 @@ def _train(
     return trained, config.max_minutes is None or is_finished(config)
 
 
-def _how_to_resume(output: Path, resume: bool) -> str:
+def _how_to_resume(stages: Sequence[TrainingConfig], resume: bool) -> str:
     """Say where the last whole checkpoint is."""
-    checkpoints = list(output.rglob("checkpoint-*/complete.json"))
-    if not checkpoints:
+    from extemb_core.training import checkpoints
+
+    if not stages:
+        return "nothing had begun, so the same command does"
+    last = checkpoints.goes_on_from(stages)
+    if last is None:
         return "there is no checkpoint yet, so the same command starts anew"
-    last = max(checkpoints, key=lambda file: file.stat().st_mtime_ns).parent
     return f"the last checkpoint is {last}, and {goes_on_from('it', resume=resume)}"

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,20 @@ def is_finished(config: TrainingConfig) -> bool:
     """Tell whether the run's last checkpoint has seen all of its tokens."""
     checkpoint = checkpoint_of(config)
     return checkpoint is not None and tokens_of(checkpoint, config) >= config.total_tokens
+
+
+def goes_on_from(stages: Sequence[TrainingConfig]) -> Path | None:
+    """Find the last whole checkpoint up to the first stage that is not finished: what a call that resumes begins with.
+
+    There is none where checkpoints of another run are in the way.
+    """
+    last = None
+    with suppress(TrainingError):
+        for config in stages:
+            last = checkpoint_of(config) or last
+            if not is_finished(config):
+                break
+    return last
 
 
 def is_left(config: TrainingConfig) -> bool:

@@ -181,3 +181,23 @@ def test_ctrl_c_in_training_says_how_to_go_on(models: Models, tmp_path: Path) ->
     (last,) = re.findall(r"the last checkpoint is (.+), and the same command goes on from it", stderr)
     assert (Path(last) / "complete.json").is_file()
     assert "Traceback" not in stderr
+
+
+def test_ctrl_c_in_a_recipe_names_the_checkpoint_of_the_stage_that_goes_on(
+    models: Models, novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from extemb_core.training.trainable import TrainableModel
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("stages: [{name: one, share: 1}, {name: two, share: 1}]")
+    command = [*train_options(models, novel, tmp_path / "run"), "--recipe", str(recipe), "--total-tokens"]
+    assert run(*command, "256").exit_code == 0
+    monkeypatch.setattr(TrainableModel, "forward", stop)
+    longer = run(*command, "512")
+    assert longer.exit_code == ExitCode.INTERRUPTED
+    assert "1-one/checkpoint-2, and the same command goes on from it" in longer.stderr
+    anew = run(*command, "256", "--no-resume")  # the second stage's checkpoint is still there
+    assert "there is no checkpoint yet, so the same command starts anew" in anew.stderr
