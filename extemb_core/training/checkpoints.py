@@ -6,13 +6,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from extemb_core.errors import TrainingError
+from extemb_core.errors import MismatchError, TrainingError
 from extemb_core.training.config import TrainingConfig
 from extemb_core.utils.files import atomic_write_text, fsync, parse_json
 
@@ -68,6 +68,24 @@ def is_left(config: TrainingConfig) -> bool:
     """Tell whether the run is finished, and its folder holds what its last checkpoint does."""
     checkpoint = checkpoint_of(config)
     return checkpoint is not None and is_finished(config) and "left" in _mark_of(checkpoint)
+
+
+@contextmanager
+def named_if_damaged(checkpoint: Path) -> Iterator[None]:
+    """Say of a file of a run's own checkpoint that is missing or damaged how the run goes on without it.
+
+    Raises:
+        TrainingError: One is.
+    """
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, MismatchError):  # the LLM is another
+            raise
+        what = str(error).split("; ")[0]  # without the remedy for weights from elsewhere
+        raise TrainingError(
+            f"{checkpoint} is damaged ({what}); remove it, and the run goes on from the one before"
+        ) from error
 
 
 def checkpoints_in(output: Path) -> list[Path]:

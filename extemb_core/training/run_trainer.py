@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from extemb_core.errors import TrainingError
 from extemb_core.models.lora import read_tensors
-from extemb_core.training.checkpoints import OPTIMIZER, mark_complete
+from extemb_core.training.checkpoints import OPTIMIZER, mark_complete, named_if_damaged, step_of
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.data import Samples
 from extemb_core.training.trainable import TrainableModel
@@ -122,7 +123,12 @@ class RunTrainer(Trainer):
             self.model.save(Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.model.load(Path(resume_from_checkpoint))
+        checkpoint = Path(resume_from_checkpoint)
+        with named_if_damaged(checkpoint):
+            self.model.load(checkpoint)
+            file = checkpoint / TRAINER_STATE_NAME  # the Trainer reads it next
+            if TrainerState.load_from_json(str(file)).global_step != step_of(checkpoint):
+                raise ValueError(f"{file} is of another step")
 
     def _rates(self, step: int) -> list[float]:
         """Return the learning rate of each group of parameters at a step."""
@@ -145,7 +151,8 @@ class RunTrainer(Trainer):
         """Go on with the optimiser's state and the schedule."""
         if checkpoint is None:
             return
-        fresh, whole = self._take_optimizer(Path(checkpoint))
+        with named_if_damaged(Path(checkpoint)):
+            fresh, whole = self._take_optimizer(Path(checkpoint))
         if fresh:
             logger.warning("the optimiser begins anew for %d of %d tensors", fresh, whole)
         step = self.state.global_step

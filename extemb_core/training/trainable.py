@@ -17,6 +17,7 @@ from extemb_core.models.entry import reading_model
 from extemb_core.models.llm import LLM
 from extemb_core.models.reader_lora import add_reader, load_reader, reader_adapters, save_reader
 from extemb_core.training.batches import token_file
+from extemb_core.training.checkpoints import named_if_damaged
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.reading_loss import Reading, reading_losses
 from extemb_core.training.two_stream import two_stream_losses
@@ -159,7 +160,8 @@ def _new_embedder(
     if settings.get("token_weighting") != "frequency":
         return ExtensibleEmbedder.from_llm(llm, **settings)
     if checkpoint is not None:
-        return ExtensibleEmbedder.from_pretrained(checkpoint, llm=llm)
+        with named_if_damaged(checkpoint):
+            return ExtensibleEmbedder.from_pretrained(checkpoint, llm=llm)
     return ExtensibleEmbedder.from_llm(llm, token_counts=_token_counts(config, llm), **settings)
 
 

@@ -27,6 +27,7 @@ from extemb_core.training.checkpoints import (
     is_finished,
     last_checkpoint,
     mark_left,
+    named_if_damaged,
     remove_incomplete,
     step_of,
     tokens_of,
@@ -68,7 +69,7 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
     Raises:
         ConfigError: The settings do not go together, the folder cannot be written to, or another run writes there.
         TrainingError: The loss is not finite, there is nothing to train on, the checkpoints in the output folder
-            belong to another run, or the disk is full.
+            belong to another run, the last one is damaged, or the disk is full.
     """
     with only_run_in(Path(config.output), config.token_cache):
         return _train(config, resume, outdated)
@@ -80,7 +81,8 @@ def _train(config: TrainingConfig, resume: bool, outdated: Sequence[Path]) -> Tr
     llm = LLM.from_pretrained(config.llm, device=_device(config), dtype=config.dtype)
     model = starting_point(config, llm, checkpoint)
     if checkpoint is not None and is_finished(config):
-        model.load(checkpoint)  # finished before; the Trainer would take one more step
+        with named_if_damaged(checkpoint):
+            model.load(checkpoint)  # finished before; the Trainer would take one more step
         model.save(output)
         mark_left(checkpoint)
         return model

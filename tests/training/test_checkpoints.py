@@ -186,6 +186,24 @@ def test_a_damaged_mark_of_a_checkpoint_is_told(config):
         train(config)
 
 
+@pytest.mark.parametrize("total", [3, 4])
+def test_a_damaged_file_of_a_checkpoint_is_told_and_the_run_goes_on_without_it(config, total):
+    train(replace(config, total_tokens=3 * 96, save_steps=2))
+    run, checkpoint = replace(config, total_tokens=total * 96), Path(config.output) / "checkpoint-3"
+    names = ["model.safetensors"] if total == 3 else ["model.safetensors", "trainer_state.json"]
+    for file in (checkpoint / name for name in names):
+        whole = file.read_bytes()
+        for harm in (None, b"", whole[: len(whole) // 2], b"\xff\x00" * 20, b"[1]", b"{}"):
+            file.unlink() if harm is None else file.write_bytes(harm)
+            with pytest.raises(TrainingError, match=r"3 is damaged \(.*\); remove it, and the run goes on") as told:
+                train(run)
+            assert "get it again" not in str(told.value)
+        file.write_bytes(whole)
+    shutil.rmtree(checkpoint)
+    train(run)
+    assert list(losses(run))[-1] == total
+
+
 def test_a_run_goes_on_with_other_settings_and_the_log_says_so(config):
     train(replace(config, total_tokens=96))
     (mark,) = Path(config.output).glob("checkpoint-*/complete.json")
