@@ -258,15 +258,18 @@ def finished(output: str | os.PathLike[str]) -> dict[tuple[str, int], Refs]:
 def seal(output: str | os.PathLike[str]) -> list[Shard]:
     """Name the whole shards of a folder in its manifest, and remove what lost workers left. Returns them.
 
-    For when all workers are done. What another run has finished in the meantime stays, for its own manifest.
+    For when all workers are done. What another run has finished in the meantime is named too, and what was written
+    less than an hour ago stays: its worker may be about to finish it.
     """
     location = StorageLocation(output)
-    names = location.names()  # before the receipts: what comes later is not lost
-    shards = receipts(output)
-    write_manifest(location, shards)
+    shards, sealed = receipts(output), None
+    while shards != sealed:  # the manifest that was replaced may be another run's, and name more
+        write_manifest(location, shards)
+        sealed, shards = shards, receipts(output)
     whole = {name for shard in shards for name in (shard.file, shard.file.removesuffix(SUFFIX) + _RECEIPT)}
-    for name in names:
-        if re.fullmatch(f"{COMPRESSED}|{LEFT}", name) and name not in whole:
+    left = [name for name in location.names() if re.fullmatch(f"{COMPRESSED}|{LEFT}", name) and name not in whole]
+    for name in filter(location.is_left, left):
+        if not _is_whole(location, name.rpartition(".")[0]):  # its receipt may just have come
             location.remove(name)
     return shards
 

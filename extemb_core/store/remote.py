@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from extemb_core.errors import StoreError, StoreFormatError
-from extemb_core.utils.files import atomic_write, sha256_of, sha256_of_stream
+from extemb_core.utils.files import LEFT_SECONDS, atomic_write, sha256_of, sha256_of_stream
 
 _READ_AT_ONCE = 16
 
@@ -130,9 +132,18 @@ class StorageLocation:
         with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
             return dict(zip(names, pool.map(self.read_text, names), strict=True))
 
+    def is_left(self, name: str) -> bool:
+        """Return True if a file was last written more than an hour ago; False where that is not known."""
+        self._files.invalidate_cache()
+        try:
+            return bool(time.time() - self._files.modified(self._path(name)).timestamp() > LEFT_SECONDS)
+        except (FileNotFoundError, NotImplementedError):
+            return False
+
     def remove(self, name: str) -> None:
-        """Remove a file."""
-        self._files.rm_file(self._path(name))
+        """Remove a file that another process may remove too."""
+        with suppress(FileNotFoundError):
+            self._files.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _BLOCK_BYTES = 1 << 20
-_LEFT_SECONDS = 3600
+LEFT_SECONDS = 3600  # after which what is half written is no longer being written
 _REFUSED = re.compile(r"I/O error: (.*) \(os error (\d+)\)")  # by the disk, as safetensors says it
 _NAME_CHARS = 60  # of a file's name in that of its temporary one: 255 bytes is the most that there may be
 
@@ -91,7 +91,7 @@ def atomic_write(file: Path) -> Iterator[Path]:
     name = file.name[:_NAME_CHARS]
     for leftover in file.parent.glob(f".{glob.escape(name)}.*.tmp"):
         with suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime > _LEFT_SECONDS:
+            if time.time() - leftover.stat().st_mtime > LEFT_SECONDS:
                 leftover.unlink()
     temporary = file.with_name(f".{name}.{secrets.token_hex(8)}.tmp")  # threads may write one file too
     try:

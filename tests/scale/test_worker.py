@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import datetime, timezone
+from functools import partial
 
+import fsspec
 import pytest
 import torch
 from retrieval_encoder import by_words
@@ -16,7 +19,9 @@ from extemb_core.errors import ConfigError, RatioError, StoreCorruptError, Store
 from extemb_core.library.library import Library
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.scale.worker import Batch, CompressWorker, check_output, finished, receipts, seal
+from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shard_store import ShardStore
+from extemb_core.store.shards import write_manifest
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import export_store, import_shards
 
@@ -167,14 +172,85 @@ def test_sealing_leaves_what_another_run_has_just_finished(models, out, monkeypa
     assert all(file.is_file() for file in late)
 
 
+def of_long_ago(*files):
+    for file in files:
+        os.utime(file, (0, 0))
+
+
 def test_sealing_removes_what_lost_workers_left(models, out):
     CompressWorker(out, **models)({"text": TEXTS})
     (shard,) = receipts(out)
-    (out / f"shard-{'0' * 32}.safetensors").write_bytes((out / shard.file).read_bytes())  # no receipt
-    (out / ".shard-01.safetensors.17.tmp").write_bytes(b"half")
+    left = [out / f"shard-{'0' * 32}.safetensors", out / ".shard-01.safetensors.17.tmp"]
+    for file in left:
+        file.write_bytes((out / shard.file).read_bytes())  # no receipt
     check_output(out)
     assert seal(out) == [shard]
+    assert all(file.is_file() for file in left)  # their workers may be about to finish them
+    of_long_ago(*out.iterdir())
+    assert seal(out) == [shard]
     assert sorted(os.listdir(out)) == sorted(["manifest.json", shard.file, shard.file.replace(".safetensors", ".json")])
+
+
+def test_sealing_removes_what_lost_workers_left_behind_a_url(models, tmp_path):
+    where = f"memory://{tmp_path.name}/out"
+    CompressWorker(where, **models)({"text": TEXTS})
+    location, left = StorageLocation(where), f"shard-{'0' * 32}.safetensors"
+    location.write_text(left, "no receipt")
+    assert len(seal(where)) == 1
+    assert left in location.names()
+    fsspec.filesystem("memory").store[f"/{tmp_path.name}/out/{left}"].modified = datetime.fromtimestamp(0, timezone.utc)
+    assert len(seal(where)) == 1
+    assert left not in location.names()
+
+
+def test_sealing_between_a_shard_and_its_receipt_loses_neither(models, out, monkeypatch):
+    ours, others = (CompressWorker(out, **models) for _ in range(2))
+    ours({"text": TEXTS[:1]})
+    temporary = []
+
+    def and_seal(location, name, fill):
+        def filled(file):
+            fill(file)
+            if not temporary:
+                temporary.append(file)
+                seal(out)
+
+        written = write(location, name, filled)
+        seal(out)
+        return written
+
+    write = StorageLocation.write
+    with monkeypatch.context() as patched:
+        patched.setattr(others._location, "write", partial(and_seal, others._location))
+        others({"text": TEXTS[1:]})
+    assert temporary[0].name.startswith(".shard-")
+    assert sum(shard.n_documents for shard in seal(out)) == 12
+
+
+def test_what_another_run_seals_meanwhile_is_in_the_last_manifest(models, out, monkeypatch):
+    ours, others = (CompressWorker(out, **models) for _ in range(2))
+    ours({"text": TEXTS[:1]})
+
+    def meanwhile(location, shards):
+        monkeypatch.setattr("extemb_core.scale.worker.write_manifest", write_manifest)
+        others({"text": TEXTS[1:]})
+        of_long_ago(*out.iterdir())
+        assert len(seal(out)) == 2
+        write_manifest(location, shards)
+
+    monkeypatch.setattr("extemb_core.scale.worker.write_manifest", meanwhile)
+    assert len(seal(out)) == 2
+    assert len(ShardStore(out, verify=True)) == 12
+
+
+def test_sealing_removes_nothing_whose_receipt_has_just_come(models, out, monkeypatch):
+    CompressWorker(out, **models)({"text": TEXTS})
+    (receipt,) = out.glob("*.json")
+    content = receipt.read_text()
+    receipt.unlink()
+    monkeypatch.setattr(StorageLocation, "is_left", lambda *_: receipt.write_text(content) > 0)
+    seal(out)
+    assert len(seal(out)) == 1
 
 
 @pytest.mark.parametrize(

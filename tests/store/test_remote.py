@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 import fsspec
 import pytest
+from fsspec import AbstractFileSystem
 
 from extemb_core.errors import StoreError
 from extemb_core.store.remote import StorageLocation
@@ -38,8 +40,19 @@ def test_what_is_written_is_there_whole(place):
     with place.open("b.bin") as stream:
         stream.seek(8)
         assert stream.read(10) == b"89"
-    place.remove("b.bin")
+    for _ in range(2):  # another process may have been first
+        place.remove("b.bin")
     assert place.names() == ["a.txt"]
+
+
+def test_what_was_written_an_hour_ago_is_left(place, monkeypatch):
+    place.write_text("a", "words")
+    assert [place.is_left(name) for name in ("a", "none")] == [False, False]
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3700)
+    assert [place.is_left(name) for name in ("a", "none")] == [True, False]
+    monkeypatch.setattr(type(place._files), "modified", AbstractFileSystem.modified)  # tells no times
+    assert not place.is_left("a")
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_filled(place):
