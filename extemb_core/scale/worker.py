@@ -27,7 +27,7 @@ from extemb_core.store.shards import (
     SUFFIX,
     Shard,
     open_shards,
-    read_manifest,
+    parse_manifest,
     require_only_shards,
     write_manifest,
     write_shard,
@@ -232,8 +232,7 @@ def check_output(output: str | os.PathLike[str]) -> list[Shard]:
     """
     location = StorageLocation(output)
     names, shards = require_only_shards(location, EXPORTED, COMPRESSED), receipts(output)
-    of_runs = {shard.file for shard in shards}
-    if MANIFEST in names and any(shard.file not in of_runs for shard in read_manifest(location, verify=False)):
+    if MANIFEST in names and not all(re.fullmatch(COMPRESSED, shard.file) for shard in parse_manifest(location)):
         raise StoreError(f"{location} holds the export of a store; pass another folder")
     return shards
 
@@ -241,14 +240,20 @@ def check_output(output: str | os.PathLike[str]) -> list[Shard]:
 def finished(output: str | os.PathLike[str]) -> dict[tuple[str, int], Refs]:
     """List the sorted refs in the shards of a folder, by fingerprint and ratio, for `CompressWorker(done=)`.
 
-    Of every shard no more is read than its list of documents.
+    Of every shard no more is read than its list of documents. One that is damaged there loses its receipt, so that its
+    texts are compressed again.
 
     Raises:
         StoreError: See `check_output`.
     """
     lists: dict[tuple[str, int], list[Refs]] = {}
     location = StorageLocation(output)
-    for reader in open_shards(location, check_output(output)):
+
+    def damaged(shard: Shard, error: StoreCorruptError) -> None:
+        logger.warning("its texts are compressed again: %s", error)
+        location.remove(_receipt_of(shard))
+
+    for reader in open_shards(location, check_output(output), damaged):
         for ratio in np.unique(reader.ratios):
             refs = _sortable(reader.refs[reader.ratios == ratio])
             lists.setdefault((reader.kind.fingerprint, int(ratio)), []).append(refs)
@@ -266,12 +271,17 @@ def seal(output: str | os.PathLike[str]) -> list[Shard]:
     while shards != sealed:  # the manifest that was replaced may be another run's, and name more
         write_manifest(location, shards)
         sealed, shards = shards, receipts(output)
-    whole = {name for shard in shards for name in (shard.file, shard.file.removesuffix(SUFFIX) + _RECEIPT)}
+    whole = {name for shard in shards for name in (shard.file, _receipt_of(shard))}
     left = [name for name in location.names() if re.fullmatch(f"{COMPRESSED}|{LEFT}", name) and name not in whole]
     for name in filter(location.is_left, left):
         if not _is_whole(location, name.rpartition(".")[0]):  # its receipt may just have come
             location.remove(name)
     return shards
+
+
+def _receipt_of(shard: Shard) -> str:
+    """Return the name of a shard's receipt."""
+    return shard.file.removesuffix(SUFFIX) + _RECEIPT
 
 
 def _sortable(refs: Any) -> Refs:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -40,6 +40,7 @@ SUFFIX = ".safetensors"
 # Names in a folder of shards: of an export, of `scale.worker`, and of writes that were killed.
 EXPORTED, COMPRESSED = r"shard-\d{5,}\.safetensors", r"shard-[0-9a-f]{32}\.(safetensors|json)"
 LEFT = r"\.(shard-|manifest\.json\.).*\.tmp"
+_AGAIN = "remove it, and copy, export or compress it again"
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _OPENED_AT_ONCE = 16
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -129,7 +130,7 @@ class ShardReader:
         except StoreError:
             raise
         except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
-            raise StoreCorruptError(f"{self} is not a whole shard ({error}); download it again") from error
+            raise StoreCorruptError(f"{self} is not a whole shard ({error}); {_AGAIN}") from error
 
     def __str__(self) -> str:
         return self._location.naming(self.file)
@@ -157,7 +158,7 @@ class ShardReader:
         ref = ref_of(self.refs[at].tobytes())
         entry = Entry.of(self.n_tokens[at], self.n_embeddings[at], self.ratios[at], self.dtype)
         if entry.sum_of(key_of(ref, self.kind.fingerprint), data) != int(self._sums[at]):
-            raise StoreCorruptError(f"{self} has another checksum for {ref} than was written; download it again")
+            raise StoreCorruptError(f"{self} has another checksum for {ref} than was written; {_AGAIN}")
         return self.kind.decode(data, entry, ref)
 
     def _read_header(self) -> None:
@@ -207,15 +208,34 @@ class ShardReader:
         return np.frombuffer(stream.read(span[1] - span[0]), np.uint8 if dtype == "U8" else "<i8")
 
 
-def open_shards(folder: str | os.PathLike[str] | StorageLocation, shards: Iterable[Shard]) -> list[ShardReader]:
+def open_shards(
+    folder: str | os.PathLike[str] | StorageLocation,
+    shards: Iterable[Shard],
+    damaged: Callable[[Shard, StoreCorruptError], None] | None = None,
+) -> list[ShardReader]:
     """Open shards, several at once: from object storage, a header is two or three requests that mostly wait.
+
+    Args:
+        folder: A path, or a URL that fsspec knows.
+        shards: In it.
+        damaged: Is called with each that is not whole, which is left out then; an error when not given.
 
     Raises:
         StoreNotFoundError, StoreCorruptError: See `ShardReader`.
     """
     location = StorageLocation.of(folder)
+
+    def opened(shard: Shard) -> ShardReader | None:
+        try:
+            return ShardReader(location, shard.file)
+        except StoreCorruptError as error:
+            if damaged is None or isinstance(error.__cause__, OSError):  # what cannot be read now may be whole
+                raise
+            damaged(shard, error)
+            return None
+
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-        return list(pool.map(lambda shard: ShardReader(location, shard.file), shards))
+        return [reader for reader in pool.map(opened, shards) if reader is not None]
 
 
 def write_manifest(folder: str | os.PathLike[str] | StorageLocation, shards: Iterable[Shard]) -> None:
@@ -240,6 +260,22 @@ def read_manifest(folder: str | os.PathLike[str] | StorageLocation, *, verify: b
         StoreCorruptError: It is damaged, names what is not in its folder, or a shard is not what was written.
     """
     location = StorageLocation.of(folder)
+    where, shards = location.naming(MANIFEST), parse_manifest(location)
+    sizes = location.sizes()
+    for shard in shards:
+        if sizes.get(shard.file) != shard.size_bytes:
+            raise StoreCorruptError(f"{shard.file} is missing or of another size than {where} says; {_AGAIN}")
+        if verify and location.sha256(shard.file) != shard.sha256:
+            raise StoreCorruptError(f"{shard.file} is not what was written (another sha256 than in {where}); {_AGAIN}")
+    return shards
+
+
+def parse_manifest(location: StorageLocation) -> list[Shard]:
+    """Read the manifest of a folder, whatever has become of its shards.
+
+    Raises:
+        StoreNotFoundError, StoreCorruptError: There is none, or it is damaged or names what is not in its folder.
+    """
     where = location.naming(MANIFEST)
     try:
         content = parse_json(location.read_text(MANIFEST))
@@ -248,18 +284,13 @@ def read_manifest(folder: str | os.PathLike[str] | StorageLocation, *, verify: b
         shards = [Shard(**shard) for shard in content["shards"]]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreNotFoundError(
-            f"{location} has no {MANIFEST}, so its shards are not known to be whole; export again"
+            f"{location} has no {MANIFEST}, so its shards are not known to be whole; export or compress again"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreCorruptError(f"{where} is not a manifest of shards ({error}); export again") from error
-    sizes = location.sizes()
+        raise StoreCorruptError(f"{where} is not a manifest of shards ({error}); {_AGAIN}") from error
     for shard in shards:
         if Path(str(shard.file)).name != shard.file or not shard.file.endswith(SUFFIX):
             raise StoreCorruptError(f"{where} names {shard.file!r}, which is not a shard beside it; do not trust it")
-        if sizes.get(shard.file) != shard.size_bytes:
-            raise StoreCorruptError(f"{shard.file} is missing or of another size than {where} says; export again")
-        if verify and location.sha256(shard.file) != shard.sha256:
-            raise StoreCorruptError(f"{shard.file} is not what was written (another sha256 than in {where})")
     return shards
 
 

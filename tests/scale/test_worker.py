@@ -45,6 +45,11 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+def of_long_ago(*files):
+    for file in files:
+        os.utime(file, (0, 0))
+
+
 def batch_of(made):
     return Batch(**{name: value for name, (value,) in made.items()})
 
@@ -138,6 +143,38 @@ def test_what_earlier_runs_compressed_is_not_compressed_again(models, out, monke
     assert worker._missing([text_ref(text) for text in TEXTS]) == [text_ref(text) for text in TEXTS]
 
 
+@pytest.mark.parametrize("texts", [TEXTS, [*TEXTS, "One more."]])
+@pytest.mark.parametrize("damage", ["cut", "lost", "header", "receipt"])
+def test_what_is_damaged_after_it_was_sealed_is_compressed_again(models, out, damage, texts):
+    CompressWorker(out, **models)({"text": TEXTS})
+    (sealed,) = seal(out)
+    shard = out / sealed.file
+    content = shard.read_bytes()
+    damaged = {"cut": content[:-5], "header": content[:3] + b"\xff" + content[4:]}
+    if damage in damaged:
+        shard.write_bytes(damaged[damage])
+    else:
+        (shard if damage == "lost" else shard.with_suffix(".json")).unlink()
+    of_long_ago(*out.iterdir())
+    assert batch_of(CompressWorker(out, **models, done=finished(out))({"text": texts})).n_present == 0
+    seal(out)
+    assert len(ShardStore(out, verify=True)) == len(texts)
+    assert len(os.listdir(out)) == 3
+
+
+def test_a_shard_that_cannot_be_read_is_not_taken_for_damaged(models, out, monkeypatch):
+    CompressWorker(out, **models)({"text": TEXTS})
+
+    def refused(*_):
+        raise OSError("the network is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StorageLocation, "open", refused)
+        with pytest.raises(StoreError, match="the network is gone"):
+            finished(out)
+    assert sum(map(len, finished(out).values())) == 12
+
+
 def test_settings_make_another_shard_of_the_same_texts(models, out):
     for settings in ({"ratio": 2}, {"ratio": 4}, {"ratio": 4, "dtype": "int8"}):
         CompressWorker(out, **models, **settings)({"text": TEXTS})
@@ -170,11 +207,6 @@ def test_sealing_leaves_what_another_run_has_just_finished(models, out, monkeypa
     monkeypatch.setattr("extemb_core.scale.worker.receipts", meanwhile)
     seal(out)
     assert all(file.is_file() for file in late)
-
-
-def of_long_ago(*files):
-    for file in files:
-        os.utime(file, (0, 0))
 
 
 def test_sealing_removes_what_lost_workers_left(models, out):
