@@ -124,8 +124,8 @@ class StorageLocation:
         return cast(bytes, self._files.cat_file(self._path(name), begin, end))
 
     def read_text(self, name: str) -> str:
-        """Read a small text file."""
-        return self.read(name).decode("utf-8")
+        """Read a small text file; a byte that is no UTF-8 becomes \\xff or the like, which is no JSON either."""
+        return self.read(name).decode("utf-8", "backslashreplace")
 
     def read_texts(self, names: Sequence[str]) -> dict[str, str]:
         """Read several small text files, some at once; fsspec would take a name such as run[1] for a pattern."""

@@ -312,9 +312,14 @@ def test_a_folder_of_something_else_is_not_touched(models, out, tmp_path):
     CompressWorker(out, **models)({"text": TEXTS})
     (shard,) = seal(out)
     receipt = out / shard.file.replace(".safetensors", ".json")
-    receipt.write_text(json.dumps({"file": "../else"}))
-    with pytest.raises(StoreCorruptError, match="is not a receipt of a shard"):
-        check_output(out)
+    for content in (
+        json.dumps({"file": "../else"}).encode(),
+        b"\xff\xfe\x00",
+        receipt.read_bytes().replace(b"s", b"\xff"),
+    ):
+        receipt.write_bytes(content)
+        with pytest.raises(StoreCorruptError, match=r"is not a receipt of a shard \(.*\); remove it"):
+            check_output(out)
 
 
 def test_a_folder_may_have_a_name_with_the_signs_of_a_pattern(models, tmp_path):

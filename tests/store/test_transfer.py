@@ -153,8 +153,9 @@ def test_a_damaged_or_hostile_folder_is_refused_before_anything_is_put(store, tm
     shard.unlink()
     shard.symlink_to(secret)
     refused("missing or of another size")
-    (out / "manifest.json").write_text(good[:50])
-    refused("is not a manifest of shards")
+    for damaged in (good[:50].encode(), good.encode().replace(b"shard", b"\xff")):
+        (out / "manifest.json").write_bytes(damaged)
+        refused("is not a manifest of shards")
     (out / "manifest.json").write_text(good.replace('"version": 2', '"version": 9'))
     refused("version 9; export it again", StoreError)
 
