@@ -29,6 +29,7 @@ from extemb_core.store.shards import (
     open_shards,
     parse_manifest,
     require_only_shards,
+    write_errors,
     write_manifest,
     write_shard,
 )
@@ -131,7 +132,7 @@ class CompressWorker:
 
         Raises:
             ConfigError: There is no such column.
-            StoreError: The shard could not be written.
+            StoreError: The shard or its receipt could not be written.
         """
         if self._column not in rows:
             columns = ", ".join(sorted(rows))
@@ -183,7 +184,8 @@ class CompressWorker:
     def _write(self, name: str, texts: Sequence[Compressed]) -> Shard:
         """Write a shard, then its receipt."""
         shard = write_shard(self._location, name, texts, self._dtype)
-        self._location.write_text(name + _RECEIPT, json.dumps(asdict(shard)))
+        with write_errors(self._location, name + _RECEIPT):
+            self._location.write_text(name + _RECEIPT, json.dumps(asdict(shard)))
         return shard
 
 

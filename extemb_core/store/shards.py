@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from extemb_core.models.chunks import embeddings_of
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
 from extemb_core.store.remote import StorageLocation
-from extemb_core.utils.files import parse_json
+from extemb_core.utils.files import FULL, parse_json
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "extemb-shards", 2
@@ -57,6 +58,22 @@ class Shard:
     sha256: str
     size_bytes: int
     n_documents: int
+
+
+@contextmanager
+def write_errors(location: StorageLocation, file: str) -> Iterator[None]:
+    """Say of a disk that refuses a file what to do; nothing is left of it.
+
+    Raises:
+        StoreError: Of a write in this block.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        remedy = "make room" if getattr(error, "errno", None) in FULL else "check the disk"
+        raise StoreError(
+            f"{location.naming(file)} could not be written ({error}); {remedy}, and the same command goes on"
+        ) from error
 
 
 def write_shard(
@@ -98,13 +115,9 @@ def write_shard(
         "payload": torch.from_numpy(np.frombuffer(bytearray(b"".join(data for data, _ in coded)), np.uint8)),
     }
     file = f"{name}{SUFFIX}"
-    try:
+    with write_errors(location, file):
         # save_file would write beside it, under a name of its own that a kill leaves there.
         sha256, size = location.write(file, lambda target: target.write_bytes(save(tensors, metadata)))
-    except (OSError, SafetensorError) as error:
-        raise StoreError(
-            f"{file} could not be written to {location} ({error}); nothing of it was kept, check the disk"
-        ) from error
     return Shard(file, sha256, size, len(texts))
 
 
@@ -239,13 +252,15 @@ def open_shards(
 
 
 def write_manifest(folder: str | os.PathLike[str] | StorageLocation, shards: Iterable[Shard]) -> None:
-    """Write the manifest of a folder, which makes it whole."""
+    """Write the manifest of a folder, which makes it whole.
+
+    Raises:
+        StoreError: The disk refuses.
+    """
     location = StorageLocation.of(folder)
     content = {"format": FORMAT, "version": VERSION, "shards": [asdict(shard) for shard in shards]}
-    try:
+    with write_errors(location, MANIFEST):
         location.write_text(MANIFEST, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise StoreError(f"{MANIFEST} could not be written to {location} ({error}); check the disk") from error
 
 
 def read_manifest(folder: str | os.PathLike[str] | StorageLocation, *, verify: bool = True) -> list[Shard]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 import logging
@@ -35,7 +34,7 @@ from extemb_core.training.checkpoints import (
 from extemb_core.training.config import TrainingConfig, torchrun_number
 from extemb_core.training.run_trainer import LOG, RunCallback, RunTrainer, append_log, mend_log
 from extemb_core.training.trainable import TrainableModel, starting_point
-from extemb_core.utils.files import atomic_write_text, locked_folder, make_folder
+from extemb_core.utils.files import FULL, atomic_write_text, locked_folder, make_folder
 from extemb_core.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ def full_disk_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         what = f"{error.filename} could not be written ({error.strerror})" if error.filename else error.strerror
         raise TrainingError(f"{what}; make room, and the same run goes on from its last whole checkpoint") from error

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 _BLOCK_BYTES = 1 << 20
 LEFT_SECONDS = 3600  # after which what is half written is no longer being written
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a disk without room, or a limit on files
 _REFUSED = re.compile(r"I/O error: (.*) \(os error (\d+)\)")  # by the disk, as safetensors says it
 _NAME_CHARS = 60  # of a file's name in that of its temporary one: 255 bytes is the most that there may be
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from datetime import datetime, timezone
@@ -173,6 +174,30 @@ def test_a_shard_that_cannot_be_read_is_not_taken_for_damaged(models, out, monke
         with pytest.raises(StoreError, match="the network is gone"):
             finished(out)
     assert sum(map(len, finished(out).values())) == 12
+
+
+@pytest.mark.parametrize("full", [".safetensors", ".json", "manifest.json"])
+def test_a_full_disk_is_an_error_and_the_same_command_goes_on(models, out, monkeypatch, full):
+    write = StorageLocation.write
+
+    def without_room(location, name, fill):
+        if name.endswith(full):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(location, name, fill)
+
+    def compress():
+        batch = CompressWorker(out, **models, done=finished(out))({"text": TEXTS})
+        seal(out)
+        return batch_of(batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StorageLocation, "write", without_room)
+        said = rf"{full} could not be written \(.*No space left on device\); make room, and the same command goes on$"
+        with pytest.raises(StoreError, match=said) as raised:
+            compress()
+    assert str(raised.value).startswith(str(out))
+    assert compress().n_present == (12 if full == "manifest.json" else 0)
+    assert len(ShardStore(out, verify=True)) == 12
 
 
 def test_settings_make_another_shard_of_the_same_texts(models, out):
