@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
@@ -48,7 +49,8 @@ def export_store(
 
     Raises:
         ConfigError: `shard_bytes` is not positive.
-        StoreError: The folder holds a finished export or other files, or the disk refuses.
+        StoreError: The folder holds a finished export or other files, another export into it ended first, or the disk
+            refuses.
     """
     whole_number(shard_bytes, "shard_bytes", remedy=f"e.g. {SHARD_BYTES}")
     location = StorageLocation(folder)
@@ -58,14 +60,21 @@ def export_store(
     for name in names:
         if name.endswith(SUFFIX):
             ShardReader(location, name)  # refuses what only has the name of a shard
-    for leftover in names:  # of an export that was interrupted
-        location.remove(leftover)
+    left = [name for name in names if location.is_left(name)]  # of an export that was interrupted
+    for name in left:
+        location.remove(name)
+    others = set(names).difference(left)  # of one too, or of one that goes on, beside which numbers are of our own
+    first = secrets.randbelow(10**15) if others else 0
     shards: list[Shard] = []
     with progress("export", len(store), show_progress) as advance:
         for dtype, texts in _groups(store, shard_bytes):
-            shards.append(write_shard(location, f"shard-{len(shards):05d}", texts, dtype))
+            shards.append(write_shard(location, f"shard-{first + len(shards):05d}", texts, dtype))
             advance(len(texts))
+    if MANIFEST in location.names():
+        raise StoreError(f"{location} holds an export that ended before this one did; pass another folder")
     write_manifest(location, shards)
+    for name in others:
+        location.remove(name)
     return shards
 
 

@@ -11,7 +11,8 @@ import pytest
 from made import anchored, compressed, same
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
-from extemb_core.store.shards import ShardReader, read_manifest
+from extemb_core.store.shard_store import ShardStore
+from extemb_core.store.shards import ShardReader, read_manifest, write_shard
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import export_store, import_shards
 
@@ -85,6 +86,8 @@ def test_an_interrupted_export_is_begun_again_and_other_files_are_not_touched(st
     (out / "manifest.json").unlink()
     (out / ".shard-00009.1.tmp").write_bytes(b"half")
     (out / ".manifest.json.1.tmp").write_bytes(b"half")
+    for file in out.iterdir():
+        os.utime(file, (0, 0))
     with (
         EmbeddingStore.open(tmp_path / "copy") as copy,
         pytest.raises(StoreNotFoundError, match="not known to be whole"),
@@ -104,6 +107,42 @@ def test_an_interrupted_export_is_begun_again_and_other_files_are_not_touched(st
         export_store(store, tmp_path / "mine")
     with pytest.raises(ConfigError, match="shard_bytes=0 is not a whole number of at least 1"):
         export_store(store, tmp_path / "new", shard_bytes=0)
+
+
+def test_an_export_that_was_just_interrupted_is_begun_again(store, tmp_path):
+    out = tmp_path / "out"
+    export_store(store, out, shard_bytes=20_000)
+    (out / "manifest.json").unlink()
+    shards = export_store(store, out)
+    assert {file.name for file in out.iterdir()} == {"manifest.json", *(shard.file for shard in shards)}
+    assert len(shards) == 2
+    assert len(ShardStore(out, verify=True)) == 23
+
+
+@pytest.mark.parametrize("second", ["is stopped", "ends first"])
+def test_two_exports_into_one_folder_leave_a_whole_one(store, tmp_path, monkeypatch, second):
+    out, begun = tmp_path / "out", []
+
+    def first(location, name, texts, dtype):
+        begun.append(name)
+        if len(begun) == 3:
+            if second == "ends first":
+                export_store(store, out)
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    export_store(store, out, shard_bytes=20_000)
+        elif len(begun) == 5 and second == "is stopped":
+            raise KeyboardInterrupt
+        return write_shard(location, name, texts, dtype)
+
+    monkeypatch.setattr("extemb_core.store.transfer.write_shard", first)
+    if second == "ends first":
+        with pytest.raises(StoreError, match="holds an export that ended before this one did; pass another folder"):
+            export_store(store, out, shard_bytes=20_000)
+    else:
+        assert len(export_store(store, out, shard_bytes=20_000)) > 4
+    with EmbeddingStore.open(tmp_path / "copy") as copy:
+        assert import_shards(copy, out) == 23
 
 
 @pytest.mark.parametrize(
