@@ -7,7 +7,6 @@ writer, who sees to the order of writers; what a killed one had not committed wa
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import struct
@@ -23,6 +22,7 @@ import lmdb
 
 from extemb_core.errors import ExtembError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.store.free_pages import is_cut
+from extemb_core.utils.files import FULL
 
 DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
 DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
@@ -343,7 +343,7 @@ def _allocate(file: Path) -> None:
         finally:
             os.close(handle)
     except OSError as error:  # of all others LMDB tells, or does without
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             raise StoreError(f"{file} has no room ({error.strerror}); make room and open it again") from error
 
 
