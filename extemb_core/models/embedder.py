@@ -48,7 +48,7 @@ from extemb_core.models.llm import LLM, first_line, not_from_hub, quiet_transfor
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
 from extemb_core.models.shared_layers import PROBE_TOLERANCE, first_layers, same_in_bfloat16, sample_of
-from extemb_core.utils.files import disk_errors
+from extemb_core.utils.files import disk_errors, remove_left
 from extemb_core.utils.validation import name_or_path, refuse_unknown
 from extemb_core.weights.resolve import UNTRAINED
 
@@ -327,6 +327,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             tensors["token_weights"] = self.token_weights.half()
         kwargs["state_dict"] = {name: t.contiguous().cpu() for name, t in tensors.items()}
         folder = Path(save_directory)
+        remove_left(folder)
         with quiet_transformers(), disk_errors(folder):
             super().save_pretrained(folder, **kwargs)
         # safetensors leaves its file readable by its owner alone; config.json has the mode that files have here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extemb_core.errors import ConfigError
-from extemb_core.utils.files import atomic_write_text, disk_errors, make_folder, parse_json
+from extemb_core.utils.files import atomic_write_text, disk_errors, make_folder, parse_json, remove_left
 
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
@@ -44,7 +45,9 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already; name a new folder")
     make_folder(target.parent, ConfigError, "name a folder elsewhere")
-    with tempfile.TemporaryDirectory(prefix=f".{target.name[:60]}.", dir=target.parent) as temporary:
+    hidden = f".{target.name[:60]}.export-"
+    remove_left(target.parent, f"{glob.escape(hidden)}*")
+    with tempfile.TemporaryDirectory(prefix=hidden, dir=target.parent) as temporary:
         made = Path(temporary)
         with quiet_transformers(), disk_errors(target):
             llm.model.save_pretrained(made)

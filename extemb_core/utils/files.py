@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 _BLOCK_BYTES = 1 << 20
 LEFT_SECONDS = 3600  # after which what is half written is no longer being written
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a disk without room, or a limit on files
+_OF_SAFETENSORS = ".tmp" + 6 * "[0-9A-Za-z]"  # the name that it writes under
 _REFUSED = re.compile(r"I/O error: (.*) \(os error (\d+)\)")  # by the disk, as safetensors says it
 _NAME_CHARS = 60  # of a file's name in that of its temporary one: 255 bytes is the most that there may be
 
@@ -83,6 +85,14 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+def remove_left(folder: Path, pattern: str = _OF_SAFETENSORS) -> None:
+    """Remove the files and folders that processes left in a folder which were killed more than an hour ago."""
+    for left in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
     """Yield a name to write a file under, beside it: it becomes the file at the end, and is gone after an error.
@@ -90,10 +100,7 @@ def atomic_write(file: Path) -> Iterator[Path]:
     What processes left there that were killed is removed an hour later.
     """
     name = file.name[:_NAME_CHARS]
-    for leftover in file.parent.glob(f".{glob.escape(name)}.*.tmp"):
-        with suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime > LEFT_SECONDS:
-                leftover.unlink()
+    remove_left(file.parent, f".{glob.escape(name)}.*.tmp")
     temporary = file.with_name(f".{name}.{secrets.token_hex(8)}.tmp")  # threads may write one file too
     try:
         temporary.touch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import threading
 from contextlib import suppress
@@ -45,6 +46,7 @@ from extemb_core.models.entry import default_entry_layer
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.models.pooling import TOKEN_WEIGHTINGS, pool
+from extemb_core.models.reader_lora import add_reader, save_reader
 
 TEXT = "The lighthouse keeper counted forty-one ships before the fog came in. " * 3
 RATIOS = (2, 4, 8)
@@ -266,6 +268,17 @@ def saved(llm, tmp_path):
 def edit_config(folder, **values):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_saving_removes_what_a_save_left_that_was_killed_long_ago(llm, tmp_path):
+    for name in (".tmpAb12zZ", "reader/.tmpAb12zZ"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    random_embedder(llm).save_pretrained(tmp_path)
+    read = LLM(tiny_model("llama"), tiny_tokenizer(), name="tiny")
+    save_reader(read, add_reader(read, rank=2), tmp_path / "reader")
+    assert not list(tmp_path.rglob(".tmp*"))
 
 
 def test_saving_is_silent_and_leaves_two_readable_files(llm, tmp_path, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,17 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing(tmp_path: Path, mon
     with pytest.raises(ZeroDivisionError):
         export_for_vllm(entering(tiny_llm()), tmp_path / "broken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_what_a_killed_export_left_goes_with_a_later_one(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in (".served.export-a1", ".served.export-b2", ".served2.export-c3"))
+    for folder in (old, new, other):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    export_for_vllm(entering(tiny_llm()), tmp_path / "served")
+    assert sorted(tmp_path.iterdir()) == sorted([new, other, tmp_path / "served"])
 
 
 def test_an_empty_folder_is_filled_and_everybody_reads_it(tmp_path: Path) -> None:

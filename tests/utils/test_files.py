@@ -19,6 +19,7 @@ from extemb_core.utils.files import (
     disk_errors,
     make_folder,
     parse_json,
+    remove_left,
     sha256_of_stream,
 )
 
@@ -73,6 +74,17 @@ def test_what_killed_processes_left_is_removed_when_it_is_old(tmp_path):
         os.utime(file, (0, 0))
     atomic_write_text(tmp_path / "a[1]", "one")
     assert sorted(os.listdir(tmp_path)) == [".a[1].78.tmp", ".ab.77.tmp", "a[1]"]
+
+
+def test_what_safetensors_left_is_removed_too_and_folders_are(tmp_path):
+    names = [".tmpAb12zZ", ".tmp", ".tmpAb12zZ9", "a.tmpAb12zZ"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / ".tmpAb12zY").touch()  # a minute old
+    remove_left(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], ".tmpAb12zY"])
 
 
 def safetensors(file):
