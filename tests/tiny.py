@@ -29,6 +29,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"use_parallel_residual": True, "rotary_pct": 0.5, "num_key_value_heads": None},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True, "tie_word_embeddings": True},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 0,
+    },
 }
 
 _MAY_BE_NONE = ("bos_token_id", "sliding_window")

@@ -191,7 +191,7 @@ def heads_of(llm: LLM, embedder: ExtensibleEmbedder) -> RetrievalHeads | None:
     """Return the heads that an embedder names, where the LLM has them and sees all of its documents; None elsewhere."""
     heads, config = embedder.config.retrieval_heads, llm.text_config
     there = all(layer < config.num_hidden_layers and head < config.num_attention_heads for layer, head in heads)
-    if not heads or not there or llm.has_sliding_window or type(llm) is not LLM:  # a server's layers are not here
+    if not heads or not there or not llm.reads_in_parts or type(llm) is not LLM:  # a server's layers are not here
         return None
     return RetrievalHeads(llm, embedder.config.entry_layer, heads)
 

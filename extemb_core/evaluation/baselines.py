@@ -118,7 +118,7 @@ def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
         return ids
     room = llm.context_window - int(llm.bos_token_id is not None)
     # While everything kept fits the window, it is read once; else anew with every segment.
-    prefix = Prefix(llm) if n + min(segment, total) <= room and not llm.has_sliding_window else None
+    prefix = Prefix(llm) if n + min(segment, total) <= room and llm.reads_in_parts else None
     selected = ids[:0]
     for start in range(0, total, segment):
         part = ids[start : start + segment]

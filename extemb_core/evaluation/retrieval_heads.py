@@ -31,15 +31,15 @@ class HeadsExperiment(DrawnQuestions):
     """Reads texts with their questions, and ranks the heads.
 
     Raises:
-        ConfigError: The embedder enters at layer 0, or the attention of the LLM's heads slides over its text.
+        ConfigError: The embedder enters at layer 0, or some layer does not attend to all of a text.
     """
 
     kind: ClassVar[str] = "heads"
 
     def __init__(self, config: HeadsConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
         super().__init__(config, llm, embedder)
-        if llm.has_sliding_window:
-            raise ConfigError(f"{llm.name} has layers that see only a window of its text; plans go by words with it")
+        if not llm.reads_in_parts:
+            raise ConfigError(f"{llm.name} has layers that do not attend to all of its text; plans go by words with it")
         self._heads = RetrievalHeads(llm, self._embedder.config.entry_layer)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:

@@ -136,7 +136,7 @@ def generate_and_score(
     Returns:
         The answers; and for each prompt (S,) float32 natural logarithms.
     """
-    if not prompts or llm.has_sliding_window:  # whose cache lets go of what was read
+    if not prompts or not llm.reads_in_parts:  # what follows a prompt cannot be taken back
         return generate(llm, prompts, sampling), llm.log_probs(prompts, targets)
     model, inputs, log_probs = score_at_once(llm, prompts, targets)
     rows = _run(llm, model, inputs, [sampling] * len(prompts), _text_of(prompts), _end_none)

@@ -15,7 +15,7 @@ class Prefix:
     """Tokens that the LLM keeps in its cache, beginning with its BOS where it has one.
 
     Args:
-        llm: Reads; what was read cannot be taken back where a cache of a sliding window has let go of tokens.
+        llm: Reads; what it has read can be taken back if it `reads_in_parts`.
 
     Attributes:
         last: (D,) hidden state of the last token read, which predicts the next; None before there is one.

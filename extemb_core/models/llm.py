@@ -20,6 +20,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import (
@@ -157,10 +158,13 @@ class LLM(TextEncoder):
                 model = self._reading[layer] = reading_model(plain, layer, self.name)
             return model
 
-    @property
-    def has_sliding_window(self) -> bool:
-        """Whether layers see a limited number of tokens back, and caches let go of those before."""
-        return bool(getattr(self.text_config, "sliding_window", None))
+    @cached_property
+    def reads_in_parts(self) -> bool:
+        """Whether a text is read in parts as in one pass: every layer attends to all of it, and caches keep it all.
+
+        Not where a layer's window slides, or where it keeps a state instead (Mamba, linear attention).
+        """
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.model.config).layers)
 
     @property
     def context_window(self) -> int:
@@ -229,7 +233,7 @@ class LLM(TextEncoder):
         if any(not len(prompt) for prompt in prompts):
             raise ConfigError("the prompt has 0 positions; at least one is needed to predict what follows")
         self._require_one_entry(prompts)
-        if at_once and prompts and not self.has_sliding_window:
+        if at_once and prompts and self.reads_in_parts:
             return generation.score_at_once(self, prompts, targets)[-1]
         ids = [[int(index) for index in target] for target in targets]
         whole = [self.continued(prompt, target[:-1]) for prompt, target in zip(prompts, ids, strict=True)]
@@ -334,7 +338,7 @@ class LLM(TextEncoder):
 
         Texts with the same anchors are the same only if their states are.
         """
-        if self.has_sliding_window:  # counts the padding after the prefix
+        if not self.reads_in_parts:  # a window that slides counts the padding after the prefix, too
             return 0
         first = next(iter(named.values()))
         length = min(map(len, first)) - own

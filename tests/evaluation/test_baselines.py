@@ -39,7 +39,7 @@ def made(architecture="llama", *, bos=None, window=256):
     return Changed(plain.model, plain.tokenizer)
 
 
-LLAMA, GEMMA = {"architecture": "llama"}, {"architecture": "gemma2", "bos": 1}
+LLAMA, GEMMA, HYBRID = {"architecture": "llama"}, {"architecture": "gemma2", "bos": 1}, {"architecture": "qwen3_next"}
 
 
 def text(length, seed=0):
@@ -153,7 +153,7 @@ def obvious_selection(llm, ids, n, segment):
     return kept
 
 
-@pytest.mark.parametrize("kind", [LLAMA, GEMMA], ids=["llama", "gemma2"])
+@pytest.mark.parametrize("kind", [LLAMA, GEMMA, HYBRID], ids=["llama", "gemma2", "hybrid"])
 @pytest.mark.parametrize(("length", "n", "segment"), [(20, 5, 200), (21, 9, 6), (22, 2, 4), (20, 19, 7), (9, 4, 1)])
 def test_selection_is_the_obvious_one(kind, length, n, segment):
     llm, ids = made(**kind), text(length)
@@ -180,7 +180,7 @@ class Indifferent:
 
     bos_token_id = None
     context_window = 64
-    has_sliding_window = True
+    reads_in_parts = False
 
     def embed(self, ids):
         return torch.as_tensor(ids)[..., None].float()

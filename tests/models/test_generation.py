@@ -54,7 +54,7 @@ def test_generation_in_a_padded_batch_is_that_of_each_alone(architecture, penalt
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "qwen3_next"])
 def test_a_shared_prefix_is_read_once_and_changes_no_answer(architecture, penalty):
     llm = LLM(tiny_model(architecture, max_position_embeddings=512), tiny_tokenizer())
     text = llm.encode(LONG_PROMPT * 6).tolist()[:130]
@@ -72,7 +72,7 @@ def test_a_shared_prefix_is_read_once_and_changes_no_answer(architecture, penalt
         expected = alone if inputs is prompts else [llm.generate([each], sampling)[0] for each in inputs]
         read.clear()
         assert llm.generate(inputs, sampling) == expected
-        if architecture == "gemma2":  # its window slides over slots, padding among them
+        if architecture in ("gemma2", "qwen3_next"):  # a window slides over slots, padding among them; a state is one
             assert read[0] == (4, max(map(len, prompts)))
         else:
             assert read[0] == (1, 129)  # the shortest prompt keeps one token of its own

@@ -42,6 +42,6 @@ def test_it_begins_with_the_bos():
     torch.testing.assert_close(prefix.last, hidden(llm, [1])[-1])
 
 
-def test_a_sliding_window_does_not_suit():
-    assert not tiny_llm("llama").has_sliding_window
-    assert tiny_llm("gemma2").has_sliding_window
+def test_windows_that_slide_and_layers_with_a_state_do_not_suit():
+    assert all(tiny_llm(family).reads_in_parts for family in ARCHITECTURES)
+    assert not any(tiny_llm(family).reads_in_parts for family in ("gemma2", "gemma3", "mistral-sliding", "qwen3_next"))
