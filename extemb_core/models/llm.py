@@ -166,6 +166,18 @@ class LLM(TextEncoder):
         """
         return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.model.config).layers)
 
+    @cached_property
+    def mask_window(self) -> int:
+        """Positions of a pass in which every layer looks where the mask of `hidden_of` says.
+
+        No more than a window that slides; 0 where a layer keeps a state, of all that it has read.
+        """
+        layers: list[Any] = DynamicCache(config=self.model.config).layers
+        if any(hasattr(layer, "recurrent_states") for layer in layers):
+            return 0
+        windows = (getattr(layer, "sliding_window", None) for layer in layers)
+        return min([self.context_window, *(int(window) for window in windows if window)])
+
     @property
     def context_window(self) -> int:
         """Positions the LLM was trained for."""
@@ -203,7 +215,7 @@ class LLM(TextEncoder):
 
         Args:
             prompts: (T, D) embeddings, ids, or ids with states.
-            mask: (B, 1, T, T), True where a query may look; causal when not given.
+            mask: (B, 1, T, T), True where a query may look, T at most `mask_window`; causal when not given.
             positions: (B, T); contiguous from 0 when not given.
 
         Returns:

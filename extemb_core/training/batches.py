@@ -24,7 +24,7 @@ from extemb_core.training.config import TrainingConfig
 from extemb_core.training.data import Samples, TokenFile
 from extemb_core.training.objectives import QuestionReadings, recall, reconstruction, shuffled
 from extemb_core.training.reading_loss import Reading
-from extemb_core.training.two_stream import plan_passes
+from extemb_core.training.two_stream import pass_window, plan_passes
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def plan_batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Seq
         shortest = max(short) + 1
         for size in short:  # that the longest sample fits the window is known now, not at some step
             lengths = chunk_lengths(config.sample_length, size)
-            plan_passes(lengths, finest, llm.context_window, int(llm.bos_token_id is not None))
+            plan_passes(lengths, finest, pass_window(llm), int(llm.bos_token_id is not None))
     else:
         shortest = min(config.spans)
     if wanted.keys() - {"questions"}:

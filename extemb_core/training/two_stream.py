@@ -58,6 +58,20 @@ class Layout:
     targets: Tensor
 
 
+def pass_window(llm: LLM) -> int:
+    """Return the positions of a pass of an LLM in which the block mask holds.
+
+    Raises:
+        ConfigError: A layer keeps a state of all that it has read, whatever a mask says.
+    """
+    if not llm.mask_window:
+        raise ConfigError(
+            f"{llm.name} has layers that keep a state of all they have read, which two_stream cannot mask; train with "
+            "the objectives reconstruction, recall or questions"
+        )
+    return llm.mask_window
+
+
 def plan_passes(lengths: Sequence[int], ratio: int, window: int, n_prefix: int = 0) -> list[Pass]:
     """Pack a sample's chunks into as few passes as the window allows.
 
@@ -81,7 +95,7 @@ def plan_passes(lengths: Sequence[int], ratio: int, window: int, n_prefix: int =
         if end == first:
             raise ConfigError(
                 f"a chunk of {lengths[first]} tokens after {before[first]} embeddings does not fit {window} positions; "
-                "use shorter samples or a coarser ratio"
+                "use shorter samples, a coarser ratio or another objective"
             )
         passes.append(Pass(first, end))
         first = end
@@ -145,14 +159,14 @@ def two_stream_losses(
         ratios: Of each sample; one pass of the embedder serves all of them.
         chunk_size: Tokens per chunk.
         llm: Predicts; the embedder's own when not given.
-        window: Positions per LLM pass; the LLM's own when not given.
+        window: Positions per LLM pass; never more than `pass_window`, which it is when not given.
         distillation: Weight of the divergence from the LLM that reads the whole sample, instead of the tokens.
 
     Returns:
         With gradient to the embedder's own parameters.
     """
     llm = embedder.llm if llm is None else llm
-    window = llm.context_window if window is None else window
+    window = min(pass_window(llm), llm.context_window if window is None else window)
     device = llm.device
     samples = [sample.cpu() for sample in samples]  # the Trainer moves them to its own
     lengths = [chunk_lengths(len(sample), chunk_size) for sample in samples]

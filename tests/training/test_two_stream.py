@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, random_embedder, tiny_llm
+from tiny import ARCHITECTURES, random_embedder, tiny_llm, tiny_model, tiny_tokenizer
 from training.losses import (
     CHUNK,
     assert_same_gradients,
@@ -22,6 +22,7 @@ from training.losses import (
 from extemb_core.context.assembly import Prompt
 from extemb_core.errors import ConfigError
 from extemb_core.models.chunks import chunk_lengths
+from extemb_core.models.llm import LLM
 from extemb_core.training.two_stream import lay_out, plan_passes, two_stream_losses
 
 
@@ -54,6 +55,23 @@ def test_packed_loss_and_gradients_equal_the_slow_ones(architecture, downscaling
     slow = slow_loss(embedder, llm, samples, ratios)
     assert fast.item() == pytest.approx(slow.item(), abs=1e-4)
     assert_same_gradients(embedder, fast, slow, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral-sliding"])
+def test_passes_are_no_longer_than_a_window_that_slides(family):
+    llm = LLM(tiny_model(family, sliding_window=28), tiny_tokenizer())
+    embedder = random_embedder(llm)
+    (sample,) = samples_of([80], len(llm.tokenizer))
+    fast = two_stream_loss(embedder, [sample], [[8]], CHUNK)
+    assert fast.item() == pytest.approx(slow_loss(embedder, llm, [sample], [8]).item(), abs=1e-4)
+    with pytest.raises(ConfigError, match=r"after 16 embeddings does not fit 28 positions; .* or another objective"):
+        two_stream_loss(embedder, [sample], [[2]], CHUNK, window=80)
+
+
+def test_layers_that_keep_a_state_are_refused():
+    llm = tiny_llm("qwen3_next")
+    with pytest.raises(ConfigError, match="tiny-qwen3_next has layers that keep a state .*; train with the objectives"):
+        two_stream_loss(random_embedder(llm), samples_of([48], len(llm.tokenizer)), [[2]], CHUNK)
 
 
 def test_bos_of_the_llm_stands_before_the_embeddings(monkeypatch):
