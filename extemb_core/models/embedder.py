@@ -134,7 +134,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         """See that a new embedder's states are the LLM's own: at ratio 1 the LLM then reads what it would have read.
 
         Raises:
-            ConfigError: They are not: the LLM does something besides running its layers one after another.
+            ConfigError: They are not: the LLM does something besides running its layers one after another. Or the LLM's
+                logits are not those that `LLM.logits` makes of its states.
         """
         bos = [] if self.config.bos_token_id is None else [self.config.bos_token_id]
         ids = np.linspace(0, self.token_weights.numel() - 1, _CHECKED_TOKENS).astype(np.int32)
@@ -142,8 +143,9 @@ class ExtensibleEmbedder(PreTrainedModel):
         try:
             states = AnchoredStates(ids, self(torch.from_numpy(ids).long()[None]).hidden[0], layer)
             prompt = AnchoredPrompt.of([np.array(bos, np.int32), states], llm.hidden_size, llm.device, llm.dtype)
-            plain, read = llm.hidden_of([[*bos, *map(int, ids)]]).float(), llm.hidden_of([prompt]).float()
-            far = plain.isfinite().all() and not (plain - read).norm() <= _EXACT_TOLERANCE * plain.norm()
+            text = [*bos, *map(int, ids)]
+            plain, read = llm.hidden_of([text]), llm.hidden_of([prompt])
+            own = llm.model(input_ids=torch.tensor([text], device=llm.device), use_cache=False).logits
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -151,7 +153,12 @@ class ExtensibleEmbedder(PreTrainedModel):
                 f"the first {layer} layers of {llm.name} do not run by themselves ({first_line(error)}); use "
                 "entry_layer=0, or another LLM"
             ) from error
-        if far:
+        if not _alike(llm.logits(plain), own):
+            raise ConfigError(
+                f"the logits of {llm.name} are not its states through its output embeddings, as in scores; "
+                "use another LLM"
+            )
+        if not _alike(read, plain):
             raise ConfigError(
                 f"the first {layer} layers of {llm.name} give other states by themselves than within it, so that "
                 f"entry_layer={layer} would not be exact; use entry_layer=0, or another LLM"
@@ -530,6 +537,13 @@ class ExtensibleEmbedder(PreTrainedModel):
         pieces = [[(tokens, len(tokens))] for tokens in ids]
         refs = [""] * len(ids) if refs is None else refs
         return compress_pieces(self, pieces, refs, ratio, batch_size, sum(map(len, ids)), show_progress)
+
+
+def _alike(found: Tensor, own: Tensor) -> bool:
+    """Tell whether something is what the LLM itself gives, but for rounding; where that is not finite, nobody knows."""
+    found, own = found.float(), own.float()
+    near = found.shape == own.shape and bool((found - own).norm() <= _EXACT_TOLERANCE * own.norm())
+    return near or not own.isfinite().all()
 
 
 def _version_of(tensors: dict[str, Tensor]) -> int:

@@ -38,6 +38,7 @@ from extemb_core.errors import (
     WeightsCorruptError,
     WeightsNotFoundError,
 )
+from extemb_core.models import llm as llm_module
 from extemb_core.models.config import Adaptation
 from extemb_core.models.connector import CONNECTORS
 from extemb_core.models.downscaling import DOWNSCALINGS
@@ -506,6 +507,16 @@ def test_an_untrained_embedder_gives_the_llms_own_states(family):
         assert made.anchors.tolist() == ids.tolist()
         torch.testing.assert_close(made.embeddings[:32], states[layer].flatten(0, 1), atol=1e-4, rtol=0)
         torch.testing.assert_close(made.norms, made.embeddings.norm(dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["cohere", "granite"])
+def test_logits_that_are_scaled_by_a_name_nobody_knows_are_refused(family, dtype, monkeypatch):
+    llm = LLM(tiny_model(family).to(dtype), tiny_tokenizer(), name="other")
+    entering(llm)
+    monkeypatch.setattr(llm_module, "_LOGIT_SCALES", {})
+    with pytest.raises(ConfigError, match="the logits of other are not its states through its output embeddings"):
+        entering(llm)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
