@@ -31,7 +31,7 @@ class HeadsExperiment(DrawnQuestions):
     """Reads texts with their questions, and ranks the heads.
 
     Raises:
-        ConfigError: The embedder enters at layer 0, or some layer does not attend to all of a text.
+        ConfigError: The embedder enters at layer 0, or the LLM does not attend to all of a text alike.
     """
 
     kind: ClassVar[str] = "heads"
@@ -39,7 +39,7 @@ class HeadsExperiment(DrawnQuestions):
     def __init__(self, config: HeadsConfig, llm: LLM, embedder: ExtensibleEmbedder | None) -> None:
         super().__init__(config, llm, embedder)
         if not llm.reads_in_parts:
-            raise ConfigError(f"{llm.name} has layers that do not attend to all of its text; plans go by words with it")
+            raise ConfigError(f"{llm.name} does not attend to all of a text alike; plans go by words with it")
         self._heads = RetrievalHeads(llm, self._embedder.config.entry_layer)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:

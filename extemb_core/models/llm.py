@@ -44,6 +44,7 @@ from extemb_core.weights.resolve import resolve_base, resolve_llm
 _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
 MIN_FULL = 0.8  # of the longest prompt of a pass; shorter ones are not worth their padding
 _transformers_lock = threading.RLock()
+_ROPES_BY_LENGTH = {"dynamic", "longrope"}  # turn all keys of a pass by its largest position
 _LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # Cohere's, Granite's, Falcon-H1's
 
 if hasattr(os, "register_at_fork"):  # a child has none of the parent's threads, and would wait for them
@@ -162,9 +163,13 @@ class LLM(TextEncoder):
     def reads_in_parts(self) -> bool:
         """Whether a text is read in parts as in one pass: every layer attends to all of it, and caches keep it all.
 
-        Not where a layer's window slides, or where it keeps a state instead (Mamba, linear attention).
+        Not where a layer's window slides, where it keeps a state instead (Mamba, linear attention), or where positions
+        are encoded by how many there are (RoPE of type longrope or dynamic).
         """
-        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.model.config).layers)
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)}
+        layers = DynamicCache(config=self.model.config).layers
+        return kinds.isdisjoint(_ROPES_BY_LENGTH) and all(type(layer) is DynamicLayer for layer in layers)
 
     @cached_property
     def mask_window(self) -> int:

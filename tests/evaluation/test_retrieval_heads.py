@@ -74,7 +74,7 @@ def test_heads_of_no_use_are_not_looked_for(make):
     with pytest.raises(ConfigError, match="enters above layer 0"):
         make([row("of 3")], tiny_llm(), random_embedder(tiny_llm()))
     sliding = tiny_llm("gemma2")
-    with pytest.raises(ConfigError, match="do not attend to all of its text"):
+    with pytest.raises(ConfigError, match="does not attend to all of a text alike"):
         make([row("of 3")], sliding, entering(sliding))
 
 

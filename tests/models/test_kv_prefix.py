@@ -42,6 +42,22 @@ def test_it_begins_with_the_bos():
     torch.testing.assert_close(prefix.last, hidden(llm, [1])[-1])
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "yarn"])
+def test_positions_that_are_encoded_by_how_many_there_are_do_not_suit(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 132}
+    family, changes = "llama", {}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+        family, changes = "phi3", {"original_max_position_embeddings": 132}
+    llm = LLM(tiny_model(family, rope_parameters=rope, **changes), tiny_tokenizer())
+    assert llm.reads_in_parts == (kind == "yarn")
+    prompts = [[*range(5, 135), *end] for end in ([7, 8, 9], [11] * 5)]  # what is shared ends before position 132
+    assert llm.shares_prefix(prompts) == (kind == "yarn")
+    scores = llm.log_probs(prompts, [[5, 6], [7]], at_once=True)
+    for one, prompt, targets in zip(scores, prompts, [[5, 6], [7]], strict=True):
+        torch.testing.assert_close(one, llm.score(prompt, targets), atol=1e-4, rtol=0)
+
+
 def test_windows_that_slide_and_layers_with_a_state_do_not_suit():
     assert all(tiny_llm(family).reads_in_parts for family in ARCHITECTURES)
     assert not any(tiny_llm(family).reads_in_parts for family in ("gemma2", "gemma3", "mistral-sliding", "qwen3_next"))
