@@ -119,6 +119,18 @@ def test_what_was_kept_before_an_embedder_got_more_ratios_is_read_at_them(tmp_pa
             assert (found.fidelity, found.cached) == (ratio, True)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_first_prompt_has_what_later_ones_will_read_from_disk(layer, tmp_path):
+    llm = tiny_llm()
+    with EmbeddingStore.open(tmp_path) as store:
+        lm = ExtensibleLM(llm, shared_embedder(llm, layer), store)
+        messages = [{"role": "user", "content": [Document(SENTENCES), QUESTION]}]
+        both = [lm.prepare(messages, ratio=4, max_new_tokens=4)[0] for _ in range(2)]
+    assert [one.context[0].cached for one in both] == [False, True]
+    first, second = (one.prompt.inputs(llm) for one in both)
+    assert torch.equal(*((first, second) if layer == 0 else (first.states, second.states)))
+
+
 @pytest.mark.parametrize("verb", ["ask", "chat", "generate", "stream"])
 def test_only_a_stream_runs_the_llm_in_a_thread_of_its_own(lm, monkeypatch, verb):
     threads = []
