@@ -16,7 +16,8 @@ Each arm puts another form of the same haystack into the same prompt:
     full            all of it
 
 An arm that does not fit the window, beside the prompt and the answer, is absent; see `forms` for how each is made. A
-haystack depends on the seed and on its own task, length, depth and trial: not on which others are measured.
+haystack depends on the seed and on its own task, length, depth and trial: not on which others are measured. What is
+read of it is its text, encoded anew: where text of files is cut within a character, some tokens more or fewer.
 """
 
 from __future__ import annotations

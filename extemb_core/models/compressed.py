@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from extemb_core.errors import MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.errors import ConfigError, MismatchError, RatioError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.models.anchors import anchor_positions
 from extemb_core.models.chunks import chunk_lengths, embeddings_of, n_embeddings
-from extemb_core.models.downscaling import coarsen
+from extemb_core.models.downscaling import check_ratios, coarsen
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.pooling import Groups, pool_groups
 from extemb_core.utils.files import atomic_write, parse_json
@@ -110,8 +110,16 @@ class Compressed:
         return AnchoredStates(self.anchors, self.embeddings, self.entry_layer)
 
     def derived(self, ratio: int) -> Compressed:
-        """Derive the same text at any multiple of its ratio, as a store does: its embedder may have got more ratios."""
-        return replace(self, ratios=tuple(sorted({*self.ratios, ratio}))).at_ratio(ratio)
+        """Derive the same text as a store does, at a ratio too that its embedder may have got since.
+
+        Raises:
+            RatioError: No embedder of its ratios can have it.
+        """
+        try:
+            ratios = check_ratios([*self.ratios, ratio], self.chunk_size)
+        except ConfigError as error:
+            raise RatioError(str(error)) from error
+        return replace(self, ratios=ratios).at_ratio(ratio)
 
     def at_ratio(self, ratio: int) -> Compressed:
         """Derive the same text at a coarser ratio, without another forward pass.

@@ -46,7 +46,7 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
         raise ConfigError(f"{target} is there already; name a new folder")
     make_folder(target.parent, ConfigError, "name a folder elsewhere")
     hidden = f".{target.name[:60]}.export-"
-    remove_left(target.parent, f"{glob.escape(hidden)}*")
+    remove_left(target.parent, f"{glob.escape(hidden)}*", folders=True)
     with tempfile.TemporaryDirectory(prefix=hidden, dir=target.parent) as temporary:
         made = Path(temporary)
         with quiet_transformers(), disk_errors(target):

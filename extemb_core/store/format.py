@@ -51,7 +51,8 @@ def prepare(folder: Path) -> None:
     """Create the folder of a store, or check that one that is there holds nothing else."""
     if folder.exists() and not folder.is_dir():
         raise StoreFormatError(f"{folder} is a file, and a store is a folder; pass another path")
-    make_folder(folder, StoreError, "pass another path")
+    if not (folder / DATA_FILE).is_file():  # of one that is there LMDB tells whether it may be written
+        make_folder(folder, StoreError, "pass another path")
     others = [file for file in folder.iterdir() if not _UNFINISHED.fullmatch(file.name)]
     if others and not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
         raise StoreFormatError(f"{folder} holds files that are not a store's; pass another folder, or an empty one")

@@ -177,6 +177,10 @@ class Environment:
         file = self.folder / DATA_FILE
         locked = self.folder / LOCK_FILE
         lock = not self.readonly or os.access(locked if locked.exists() else self.folder, os.W_OK)
+        if lock and not _has_room(locked):
+            if not self.readonly:
+                raise StoreError(f"{locked} has no room, as the disk is full; make room and open it again")
+            lock = False
         options: dict[str, Any] = {"max_dbs": 16, "max_readers": _READERS, "readonly": self.readonly, "lock": lock}
 
         def opened() -> Any:
@@ -184,12 +188,10 @@ class Environment:
             try:
                 return lmdb.open(str(self.folder), max(_FIRST_MAP_BYTES, size), readahead=False, **options)
             except lmdb.Error:
-                if not size and file.is_file() and file.stat().st_size < 2 * mmap.PAGESIZE:
+                if not (self.readonly or size) and file.is_file() and file.stat().st_size < 2 * mmap.PAGESIZE:
                     file.unlink()  # a full disk took less of a new one than LMDB needs to know it for its own
                 raise
 
-        if lock:
-            _allocate(locked)
         with self._failures("cannot be opened", "check that the folder may be read and written"):
             self._env = _following(opened, lambda: None)  # another process may write between the two lines of `opened`
         try:
@@ -328,14 +330,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
-def _allocate(file: Path) -> None:
-    """Give LMDB's lock file its room: it is written through a map, and where the disk is full that ends the process.
+def _has_room(file: Path) -> bool:
+    """Give LMDB's lock file its room; False where the disk is full.
 
-    Raises:
-        StoreError: The disk is full.
+    It is written through a map: without room, that would end the process.
     """
     if not hasattr(os, "posix_fallocate"):
-        return
+        return True
     try:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -343,8 +344,8 @@ def _allocate(file: Path) -> None:
         finally:
             os.close(handle)
     except OSError as error:  # of all others LMDB tells, or does without
-        if error.errno in FULL:
-            raise StoreError(f"{file} has no room ({error.strerror}); make room and open it again") from error
+        return error.errno not in FULL
+    return True
 
 
 def _following(begin: Callable[[], T], resize: Callable[[], None]) -> T:

@@ -18,6 +18,7 @@ from extemb_core.store.shards import (
     SUFFIX,
     Shard,
     ShardReader,
+    parse_manifest,
     read_manifest,
     require_only_shards,
     write_manifest,
@@ -63,18 +64,27 @@ def export_store(
     left = [name for name in names if location.is_left(name)]  # of an export that was interrupted
     for name in left:
         location.remove(name)
-    others = set(names).difference(left)  # of one too, or of one that goes on, beside which numbers are of our own
-    first = secrets.randbelow(10**15) if others else 0
+    others = set(names).difference(left)  # of one too, or of one that goes on
+    first = secrets.randbelow(10**15) if others else 0  # beside others, numbers are of our own
     shards: list[Shard] = []
-    with progress("export", len(store), show_progress) as advance:
-        for dtype, texts in _groups(store, shard_bytes):
-            shards.append(write_shard(location, f"shard-{first + len(shards):05d}", texts, dtype))
-            advance(len(texts))
-    if MANIFEST in location.names():
-        raise StoreError(f"{location} holds an export that ended before this one did; pass another folder")
-    write_manifest(location, shards)
-    for name in others:
-        location.remove(name)
+    try:
+        with progress("export", len(store), show_progress) as advance:
+            for dtype, texts in _groups(store, shard_bytes):
+                if not shards and not first and location.names():  # one has begun meanwhile
+                    first = secrets.randbelow(10**15)
+                shards.append(write_shard(location, f"shard-{first + len(shards):05d}", texts, dtype))
+                advance(len(texts))
+        if MANIFEST in location.names():
+            raise StoreError(f"{location} holds an export that ended before this one did; pass another folder")
+        write_manifest(location, shards)
+    except BaseException:
+        if first or MANIFEST not in location.names():  # else they may have become another's
+            for shard in shards:
+                location.remove(shard.file)
+        raise
+    if parse_manifest(location) == shards:
+        for name in others:
+            location.remove(name)
     return shards
 
 

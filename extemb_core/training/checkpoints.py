@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -56,18 +56,25 @@ def goes_on_from(stages: Sequence[TrainingConfig]) -> Path | None:
     There is none where checkpoints of another run are in the way.
     """
     last = None
-    with suppress(TrainingError):
+    try:
         for config in stages:
             last = checkpoint_of(config) or last
             if not is_finished(config):
                 break
+    except TrainingError:
+        return None
     return last
 
 
 def is_left(config: TrainingConfig) -> bool:
-    """Tell whether the run is finished, and its folder holds what its last checkpoint does."""
+    """Tell whether the run is finished, and its folder holds what its last checkpoint does.
+
+    A checkpoint without tensors, as earlier versions carried it to another machine, has nothing more to leave there.
+    """
     checkpoint = checkpoint_of(config)
-    return checkpoint is not None and is_finished(config) and "left" in _mark_of(checkpoint)
+    if checkpoint is None or not is_finished(config):
+        return False
+    return "left" in _mark_of(checkpoint) or not any(checkpoint.rglob("*.safetensors"))
 
 
 @contextmanager
@@ -83,9 +90,9 @@ def named_if_damaged(checkpoint: Path) -> Iterator[None]:
         if isinstance(error, MismatchError):  # the LLM is another
             raise
         what = str(error).split("; ")[0]  # without the remedy for weights from elsewhere
-        raise TrainingError(
-            f"{checkpoint} is damaged ({what}); remove it, and the run goes on from the one before"
-        ) from error
+        earlier = any((one / COMPLETE).is_file() for one in checkpoints_in(checkpoint.parent) if one != checkpoint)
+        then = "goes on from the one before" if earlier else "begins anew"
+        raise TrainingError(f"{checkpoint} is damaged ({what}); remove it, and the run {then}") from error
 
 
 def checkpoints_in(output: Path) -> list[Path]:

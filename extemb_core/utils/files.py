@@ -85,12 +85,15 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def remove_left(folder: Path, pattern: str = _OF_SAFETENSORS) -> None:
-    """Remove the files and folders that processes left in a folder which were killed more than an hour ago."""
+def remove_left(folder: Path, pattern: str = _OF_SAFETENSORS, *, folders: bool = False) -> None:
+    """Remove the files, or folders, that processes left in a folder which were killed more than an hour ago.
+
+    What is not to be removed stays, without an error: it may be another user's.
+    """
     for left in folder.glob(pattern):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             if time.time() - left.stat().st_mtime > LEFT_SECONDS:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                shutil.rmtree(left) if folders else left.unlink()
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from extemb_core import Document, EmbeddingStore, ExtensibleLM
 from extemb_core.context.assembly import assemble_chat
 from extemb_core.context.builder import parts_of
 from extemb_core.context.planning import Span
-from extemb_core.documents import ReferencedDocument
-from extemb_core.errors import StoreCorruptError
+from extemb_core.documents import ReferencedDocument, text_ref
+from extemb_core.errors import RatioError, StoreCorruptError
 from extemb_core.models import generation
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
@@ -117,6 +117,12 @@ def test_what_was_kept_before_an_embedder_got_more_ratios_is_read_at_them(tmp_pa
         for ratio in (16, 8):
             found = ExtensibleLM(llm, more, store).ask(QUESTION, SENTENCES, ratio=ratio, max_new_tokens=1).context[0]
             assert (found.fidelity, found.cached) == (ratio, True)
+        text = store.get(text_ref(SENTENCES), more.fingerprint, 4)
+        assert text.ratios == (2, 4, 8)
+        assert ExtensibleLM(llm, more, store).builder._own(text, text.n_tokens).at_ratio(16).ratio == 16
+        for other in (12, 64):
+            with pytest.raises(RatioError):
+                store.get(text.ref, more.fingerprint, other)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -381,9 +381,13 @@ def test_a_folder_with_what_a_full_disk_left_of_a_store_becomes_one(tmp_path, le
 def test_a_disk_without_room_for_the_lock_is_an_error_and_not_the_end_of_the_process(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full_disk)
-        with pytest.raises(StoreError, match=r"lock.mdb has no room \(No space.*; make room"):
+        with pytest.raises(StoreError, match=r"lock.mdb has no room, as the disk is full; make room"):
             EmbeddingStore.open(tmp_path / "s")
     written(tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full_disk)
+        with EmbeddingStore.open(tmp_path / "s", "r") as store:
+            assert store.verify().n_documents == 40
     lock = (tmp_path / "s" / "lock.mdb").stat()
     assert lock.st_blocks * 512 >= lock.st_size, "what is written through a map is on the disk"
     (tmp_path / "s" / "lock.mdb").unlink()  # as of a copy

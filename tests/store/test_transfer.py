@@ -11,6 +11,7 @@ import pytest
 from made import anchored, compressed, same
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.store import transfer
 from extemb_core.store.shard_store import ShardStore
 from extemb_core.store.shards import ShardReader, read_manifest, write_shard
 from extemb_core.store.store import EmbeddingStore
@@ -117,6 +118,34 @@ def test_an_export_that_was_just_interrupted_is_begun_again(store, tmp_path):
     assert {file.name for file in out.iterdir()} == {"manifest.json", *(shard.file for shard in shards)}
     assert len(shards) == 2
     assert len(ShardStore(out, verify=True)) == 23
+
+
+def test_an_export_that_is_stopped_leaves_nothing_of_its_own(store, tmp_path, monkeypatch):
+    def stopped(location, name, texts, dtype):
+        if list((tmp_path / "out").glob("*.safetensors")):
+            raise KeyboardInterrupt
+        return write_shard(location, name, texts, dtype)
+
+    monkeypatch.setattr("extemb_core.store.transfer.write_shard", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        export_store(store, tmp_path / "out", shard_bytes=20_000)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_export_that_ends_before_the_first_shard_of_another_stays_whole(store, tmp_path, monkeypatch):
+    out, groups = tmp_path / "out", transfer._groups
+
+    def late(*args):
+        monkeypatch.setattr(transfer, "_groups", groups)
+        export_store(store, out)
+        yield from groups(*args)
+
+    monkeypatch.setattr(transfer, "_groups", late)
+    with pytest.raises(StoreError, match="holds an export that ended before this one did"):
+        export_store(store, out, shard_bytes=20_000)
+    assert {file.name for file in out.iterdir()} == {"manifest.json", *(shard.file for shard in read_manifest(out))}
+    with EmbeddingStore.open(tmp_path / "copy") as copy:
+        assert import_shards(copy, out) == 23
 
 
 @pytest.mark.parametrize("second", ["is stopped", "ends first"])

@@ -180,6 +180,23 @@ def test_a_stage_that_did_not_leave_its_result_leaves_it_before_the_next_one_beg
             assert (first / file).read_bytes() == (checkpoint / file).read_bytes()
 
 
+def test_a_finished_stage_that_came_from_another_machine_without_its_tensors_is_not_begun_again(folder, settings):
+    """As earlier versions carried it: its result, and of its checkpoint only that it was whole."""
+    recipe = read_recipe(folder / "own.yaml")
+    train_recipe(recipe, folder / "run", 6 * 96, **settings)
+    stage = folder / "run" / "stages" / "1-warm-up"
+    (checkpoint,) = stage.glob("checkpoint-*")
+    mark = json.loads((checkpoint / "complete.json").read_text())
+    assert mark.pop("left")
+    for file in checkpoint.iterdir():
+        file.unlink()
+    (checkpoint / "complete.json").write_text(json.dumps(mark))
+    result = (stage / "model.safetensors").read_bytes()
+    assert train_recipe(recipe, folder / "run", 6 * 96, **settings) is not None
+    assert (stage / "model.safetensors").read_bytes() == result
+    assert [file.name for file in checkpoint.iterdir()] == ["complete.json"]
+
+
 def test_a_recipe_goes_on_whatever_its_paths_are_typed_like_and_where_its_folder_was_moved(
     folder, settings, monkeypatch
 ):

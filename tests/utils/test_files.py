@@ -76,15 +76,22 @@ def test_what_killed_processes_left_is_removed_when_it_is_old(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".a[1].78.tmp", ".ab.77.tmp", "a[1]"]
 
 
-def test_what_safetensors_left_is_removed_too_and_folders_are(tmp_path):
-    names = [".tmpAb12zZ", ".tmp", ".tmpAb12zZ9", "a.tmpAb12zZ"]
-    for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
+def test_what_safetensors_left_is_removed_too_and_what_may_not_be_stays(tmp_path, monkeypatch):
+    files, folder = [".tmpAb12zZ", ".tmp", ".tmpAb12zZ9", "a.tmpAb12zZ"], ".tmpAb12zX"
+    for name in files:
+        (tmp_path / name).touch()
+    (tmp_path / folder).mkdir()  # of another program
+    for name in (*files, folder):
         os.utime(tmp_path / name, (0, 0))
     (tmp_path / ".tmpAb12zY").touch()  # a minute old
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", lambda self: (_ for _ in ()).throw(PermissionError(1, "no")))
+        remove_left(tmp_path)
+    assert (tmp_path / ".tmpAb12zZ").exists()
     remove_left(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], ".tmpAb12zY"])
+    assert sorted(os.listdir(tmp_path)) == sorted([*files[1:], folder, ".tmpAb12zY"])
+    remove_left(tmp_path, ".tmpAb12zX", folders=True)
+    assert not (tmp_path / folder).exists()
 
 
 def safetensors(file):
