@@ -190,12 +190,13 @@ def test_a_damaged_mark_of_a_checkpoint_is_told(config):
 def test_a_damaged_file_of_a_checkpoint_is_told_and_the_run_goes_on_without_it(config, total):
     train(replace(config, total_tokens=3 * 96, save_steps=2))
     run, checkpoint = replace(config, total_tokens=total * 96), Path(config.output) / "checkpoint-3"
+    said = r"3 is damaged \(.*\); remove it, and the run goes on from the one before$"
     names = ["model.safetensors"] if total == 3 else ["model.safetensors", "trainer_state.json"]
     for file in (checkpoint / name for name in names):
         whole = file.read_bytes()
         for harm in (None, b"", whole[: len(whole) // 2], b"\xff\x00" * 20, b"[1]", b"{}"):
             file.unlink() if harm is None else file.write_bytes(harm)
-            with pytest.raises(TrainingError, match=r"3 is damaged \(.*\); remove it, and the run goes on from the one before$") as told:
+            with pytest.raises(TrainingError, match=said) as told:
                 train(run)
             assert "get it again" not in str(told.value)
         file.write_bytes(whole)
