@@ -152,8 +152,7 @@ def train(
     given["embedder"] = embedder
     stages: list[TrainingConfig] = []
     with library_output(), explain_interrupt(lambda: _how_to_resume(stages, resume)):
-        stages += _stages(recipe, output, total_tokens, given)
-        trained, finished = _train(recipe, output, total_tokens, resume, given)
+        trained, finished = _train(recipe, output, total_tokens, resume, given, stages)
     from extemb_core.training.trainer import is_first_process
 
     if not is_first_process():
@@ -177,39 +176,41 @@ def train(
         print_note(f'extemb ask "..." --documents FILE --llm {shlex.quote(reader)} --embedder {shlex.quote(output)}')
 
 
-def _stages(recipe: str | None, output: str, total_tokens: int, given: dict[str, Any]) -> list[TrainingConfig]:
-    """Configure the run, or those of a recipe's stages."""
-    if recipe is None:
-        return [TrainingConfig(output=output, total_tokens=total_tokens, **given)]
-    from extemb_core.training.recipes import read_recipe, stage_configs
-
-    return stage_configs(read_recipe(recipe), output, total_tokens, **given)
-
-
 def _train(
-    recipe: str | None, output: str, total_tokens: int, resume: bool, given: dict[str, Any]
+    recipe: str | None,
+    output: str,
+    total_tokens: int,
+    resume: bool,
+    given: dict[str, Any],
+    stages: list[TrainingConfig],
 ) -> tuple[TrainableModel | None, bool]:
-    """Return what was trained so far, and whether it is finished; None before the last stage of a recipe is."""
-    if recipe is not None:
-        from extemb_core.training.recipes import read_recipe, train_recipe
+    """Return what was trained so far, and whether it is finished; None before the last stage of a recipe is.
 
-        trained = train_recipe(read_recipe(recipe), output, total_tokens, resume=resume, **given)
+    The run, or those of a recipe's stages, are put into `stages` before they begin.
+    """
+    if recipe is not None:
+        from extemb_core.training.recipes import read_recipe, stage_configs, train_recipe
+
+        own = read_recipe(recipe)
+        stages += stage_configs(own, output, total_tokens, **given)
+        trained = train_recipe(own, output, total_tokens, resume=resume, **given)
         return trained, trained is not None
     from extemb_core.training import trainer
     from extemb_core.training.checkpoints import is_finished
 
     config = TrainingConfig(output=output, total_tokens=total_tokens, **given)
+    stages.append(config)
     trained = trainer.train(config, resume=resume)
     return trained, config.max_minutes is None or is_finished(config)
 
 
 def _how_to_resume(stages: Sequence[TrainingConfig], resume: bool) -> str:
     """Say where the last whole checkpoint is."""
-    from extemb_core.training import checkpoints
+    from extemb_core.training.checkpoints import checkpoint_to_resume
 
     if not stages:
         return "nothing had begun, so the same command does"
-    last = checkpoints.goes_on_from(stages)
+    last = checkpoint_to_resume(stages)
     if last is None:
         return "there is no checkpoint yet, so the same command starts anew"
     return f"the last checkpoint is {last}, and {goes_on_from('it', resume=resume)}"

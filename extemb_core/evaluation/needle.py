@@ -176,7 +176,7 @@ class NeedleExperiment(Experiment):
             controls=self.config.controls or (), seed=self.config.seed,
         ).of([""], haystack.question.strip())  # fmt: skip
         fitting = {arm: parts for arm, parts in forms.items() if sum(map(len, parts)) <= room}
-        return {arm: fitting[arm] for arm in arm_names(_ARMS, ratios or [1]) if arm in fitting}
+        return {arm: fitting[arm] for arm in arm_names(_ARMS, self.config.ratios) if arm in fitting}
 
     def prompt(self, haystack: Haystack, parts: Sequence[Part]) -> Prompt:
         """Make the chat prompt with these parts in the place of the text; around them, every form has the same ids."""

@@ -211,7 +211,10 @@ class FinishedSamples:
             self.seconds += sum(row["seconds"] for row in rows)
             self._part = 1 + max((row.get("part", 1) for row in rows), default=0)
         if dropped := len(self.by_id.keys() - set(ids)):
-            (self.journal.close if self.journal.rows else self.journal.remove)()
+            if self.journal.rows:
+                self.journal.close()
+            else:
+                self.journal.remove()
             raise ConfigError(
                 f"{out} has {len(self.by_id)} finished samples, and {dropped} of them are not among the {len(ids)} "
                 "that these settings ask for; pass a --limit of one less than twice the run's, or of all, which drop "

@@ -109,12 +109,12 @@ class Catalogue:
         data = _sealed(now | settings | {"generation": now["generation"] + 1})
         transaction.put(_SETTINGS, data, db=self._environment.database("settings"))
 
-    def indices(self, transaction: Any) -> str | None:
+    def index_mark(self, transaction: Any) -> str | None:
         """Return the mark of the index files that are of these passages; None where none has one."""
         data = self._environment.get(transaction, "settings", _MARK)
         return None if data is None else bytes(data).decode(errors="replace")
 
-    def mark_indices(self, transaction: Any, mark: str) -> None:
+    def set_index_mark(self, transaction: Any, mark: str) -> None:
         """Note which index files are of these passages: in a database that comes from a copy their ids mean others."""
         transaction.put(_MARK, mark.encode(), db=self._environment.database("settings"))
 

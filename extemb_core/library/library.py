@@ -463,9 +463,10 @@ class Library:
     def _index(self) -> VectorIndex:
         """Return the FAISS index, brought up to date with what was added and removed since."""
         with self.store.environment.read() as transaction:
-            settings, mark = self._catalogue.settings(transaction), self._catalogue.indices(transaction)
+            settings = self._catalogue.settings(transaction)
             if self._vectors is not None and settings["generation"] == self._vectors_synced:
                 return self._vectors
+            mark = self._catalogue.index_mark(transaction)
         width = settings["width"]
         if settings["encoder"] is None:  # the first to be added tell how wide vectors are
             return VectorIndex(width)
@@ -496,7 +497,7 @@ class Library:
         generation = self._read(self._catalogue.settings)["generation"]
         if self._words is None or self._words_synced != generation:
             index, self._words = self._words, None
-            mark = self._read(self._catalogue.indices)
+            mark = self._read(self._catalogue.index_mark)
             index = index or WordIndex.load(self.path / WORDS_FILE, mark) or WordIndex()
             self._add_words(index)
             if index.should_be_made_anew():
@@ -529,7 +530,7 @@ class Library:
                 vectors, words = self._index(), self._word_index()
                 vectors.save(self.path / INDEX_FILE, encoder=encoder, mark=mark)
                 words.save(self.path / WORDS_FILE, mark)
-                self.store.write(lambda transaction: self._catalogue.mark_indices(transaction, mark))
+                self.store.write(lambda transaction: self._catalogue.set_index_mark(transaction, mark))
             except ExtembError as error:
                 logger.warning("the documents are kept, and their index was not written: %s", error)
 

@@ -65,12 +65,12 @@ def export_store(
     for name in left:
         location.remove(name)
     others = set(names).difference(left)  # of one too, or of one that goes on
-    first = secrets.randbelow(10**15) if others else 0  # beside others, numbers are of our own
+    first = 0
     shards: list[Shard] = []
     try:
         with progress("export", len(store), show_progress) as advance:
             for dtype, texts in _groups(store, shard_bytes):
-                if not shards and not first and location.names():  # one has begun meanwhile
+                if not shards and location.names():  # beside others' shards, numbers are of our own
                     first = secrets.randbelow(10**15)
                 shards.append(write_shard(location, f"shard-{first + len(shards):05d}", texts, dtype))
                 advance(len(texts))
@@ -82,7 +82,7 @@ def export_store(
             for shard in shards:
                 location.remove(shard.file)
         raise
-    if parse_manifest(location) == shards:
+    if others and parse_manifest(location) == shards:
         for name in others:
             location.remove(name)
     return shards

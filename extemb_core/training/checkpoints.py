@@ -50,7 +50,7 @@ def is_finished(config: TrainingConfig) -> bool:
     return checkpoint is not None and tokens_of(checkpoint, config) >= config.total_tokens
 
 
-def goes_on_from(stages: Sequence[TrainingConfig]) -> Path | None:
+def checkpoint_to_resume(stages: Sequence[TrainingConfig]) -> Path | None:
     """Find the last whole checkpoint up to the first stage that is not finished: what a call that resumes begins with.
 
     There is none where checkpoints of another run are in the way.
@@ -66,15 +66,15 @@ def goes_on_from(stages: Sequence[TrainingConfig]) -> Path | None:
     return last
 
 
-def is_left(config: TrainingConfig) -> bool:
+def is_saved(config: TrainingConfig) -> bool:
     """Tell whether the run is finished, and its folder holds what its last checkpoint does.
 
-    A checkpoint without tensors, as earlier versions carried it to another machine, has nothing more to leave there.
+    A checkpoint without tensors, as earlier versions carried it to another machine, has nothing more to save there.
     """
     checkpoint = checkpoint_of(config)
     if checkpoint is None or not is_finished(config):
         return False
-    return "left" in _mark_of(checkpoint) or not any(checkpoint.rglob("*.safetensors"))
+    return "saved" in _mark_of(checkpoint) or not any(checkpoint.rglob("*.safetensors"))
 
 
 @contextmanager
@@ -109,9 +109,9 @@ def mark_complete(folder: Path, tokens: int, config: TrainingConfig, outdated: S
     atomic_write_text(folder / COMPLETE, json.dumps(mark, indent=2))
 
 
-def mark_left(checkpoint: Path) -> None:
+def mark_saved(checkpoint: Path) -> None:
     """Note that the run's folder holds what this checkpoint does: another run can begin there."""
-    atomic_write_text(checkpoint / COMPLETE, json.dumps(_mark_of(checkpoint) | {"left": True}, indent=2))
+    atomic_write_text(checkpoint / COMPLETE, json.dumps(_mark_of(checkpoint) | {"saved": True}, indent=2))
 
 
 def remove_incomplete(output: Path) -> None:

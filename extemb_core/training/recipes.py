@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from extemb_core.errors import ConfigError
-from extemb_core.training.checkpoints import is_finished, is_left
+from extemb_core.training.checkpoints import is_finished, is_saved
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.trainable import TrainableModel, holds_reader_alone
 from extemb_core.training.trainer import full_disk_error, is_first_process, only_run_in, train
@@ -157,7 +157,7 @@ def _train_stages(configs: Sequence[TrainingConfig], output: Path, resume: bool)
     start = time.monotonic()
     trained = None
     for number, config in enumerate(configs, start=1):
-        if resume and config is not configs[-1] and is_left(config):
+        if resume and config is not configs[-1] and is_saved(config):
             continue
         if config.max_minutes is not None:
             left = config.max_minutes - (time.monotonic() - start) / 60

@@ -25,7 +25,7 @@ from extemb_core.training.checkpoints import (
     discard_checkpoints,
     is_finished,
     last_checkpoint,
-    mark_left,
+    mark_saved,
     named_if_damaged,
     remove_incomplete,
     step_of,
@@ -83,7 +83,7 @@ def _train(config: TrainingConfig, resume: bool, outdated: Sequence[Path]) -> Tr
         with named_if_damaged(checkpoint):
             model.load(checkpoint)  # finished before; the Trainer would take one more step
         model.save(output)
-        mark_left(checkpoint)
+        mark_saved(checkpoint)
         return model
     settings = model.embedder.config if model.embedder is not None else ExtensibleEmbedderConfig(ratios=(1,))
     ratios, chunk_sizes = drawn_from(config, settings)
@@ -130,7 +130,7 @@ def _train(config: TrainingConfig, resume: bool, outdated: Sequence[Path]) -> Tr
     model.train(False)
     if trainer.is_world_process_zero():
         model.save(output)
-        mark_left(output / f"checkpoint-{trainer.state.global_step}")
+        mark_saved(output / f"checkpoint-{trainer.state.global_step}")
     trainer.accelerator.wait_for_everyone()  # else another process would look for what is not written yet
     return model
 

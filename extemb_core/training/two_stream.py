@@ -166,7 +166,7 @@ def two_stream_losses(
         With gradient to the embedder's own parameters.
     """
     llm = embedder.llm if llm is None else llm
-    window = min(pass_window(llm), llm.context_window if window is None else window)
+    window = pass_window(llm) if window is None else min(window, pass_window(llm))
     device = llm.device
     samples = [sample.cpu() for sample in samples]  # the Trainer moves them to its own
     lengths = [chunk_lengths(len(sample), chunk_size) for sample in samples]

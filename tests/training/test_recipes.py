@@ -187,7 +187,7 @@ def test_a_finished_stage_that_came_from_another_machine_without_its_tensors_is_
     stage = folder / "run" / "stages" / "1-warm-up"
     (checkpoint,) = stage.glob("checkpoint-*")
     mark = json.loads((checkpoint / "complete.json").read_text())
-    assert mark.pop("left")
+    assert mark.pop("saved")
     for file in checkpoint.iterdir():
         file.unlink()
     (checkpoint / "complete.json").write_text(json.dumps(mark))

@@ -17,6 +17,7 @@ from extemb_core.utils.files import (
     atomic_write,
     atomic_write_text,
     disk_errors,
+    locked_folder,
     make_folder,
     parse_json,
     remove_left,
@@ -41,6 +42,18 @@ def test_a_folder_is_made_with_those_above_it_or_refused_with_the_remedy(tmp_pat
     monkeypatch.setattr(os, "access", lambda *_: False)  # as it is of a disk mounted to be read
     with pytest.raises(ConfigError, match=r"b may not be written to; name another$"):
         make_folder(tmp_path / "a" / "b", ConfigError, "name another")
+
+
+def test_the_lock_of_a_folder_keeps_others_out_and_ends_with_its_block(tmp_path, monkeypatch):
+    kept = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", kept.append)  # as what was forked in the block still has it open
+        with locked_folder(tmp_path) as alone, locked_folder(tmp_path) as second:
+            assert (alone, second) == (True, False)
+    with locked_folder(tmp_path) as alone:
+        assert alone
+    for handle in kept:
+        os.close(handle)
 
 
 def test_a_file_is_what_was_written_or_what_was_there_before(tmp_path):
