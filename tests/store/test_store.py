@@ -384,10 +384,13 @@ def test_a_disk_without_room_for_the_lock_is_an_error_and_not_the_end_of_the_pro
         with pytest.raises(StoreError, match=r"lock.mdb has no room, as the disk is full; make room"):
             EmbeddingStore.open(tmp_path / "s")
     written(tmp_path / "s")
+    opened, locks = lmdb.open, []
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full_disk)
+        patch.setattr(lmdb, "open", lambda *args, **options: locks.append(options["lock"]) or opened(*args, **options))
         with EmbeddingStore.open(tmp_path / "s", "r") as store:
             assert store.verify().n_documents == 40
+    assert locks == [False], "what has no room is not written through a map"
     lock = (tmp_path / "s" / "lock.mdb").stat()
     assert lock.st_blocks * 512 >= lock.st_size, "what is written through a map is on the disk"
     (tmp_path / "s" / "lock.mdb").unlink()  # as of a copy
