@@ -105,6 +105,11 @@ class MissingExtraError(ExtembError, ImportError):
         return type(self), self._given
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def optional_import(module: str, extra: str | None, purpose: str, package: str | None = None) -> Any:
     """Import a module of an optional dependency.
 

@@ -37,6 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
         "num_experts": 0,
     },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
 _MAY_BE_NONE = ("bos_token_id", "sliding_window")

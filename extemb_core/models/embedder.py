@@ -15,6 +15,7 @@ Token embeddings are the LLM's own, and frozen, in all of them.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ from extemb_core.errors import (
     MismatchError,
     WeightsCorruptError,
     WeightsNotFoundError,
+    first_line,
 )
 from extemb_core.models.anchors import ANCHOR, anchor_positions
 from extemb_core.models.bulk import compress_pieces
@@ -44,7 +46,7 @@ from extemb_core.models.config import EMBEDDER_SETTINGS, ExtensibleEmbedderConfi
 from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_embeddings, trailing_means
 from extemb_core.models.downscaling import DOWNSCALINGS
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, default_entry_layer
-from extemb_core.models.llm import LLM, first_line, not_from_hub, quiet_transformers
+from extemb_core.models.llm import LLM, not_from_hub, quiet_transformers
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
 from extemb_core.models.shared_layers import PROBE_TOLERANCE, first_layers, same_in_bfloat16, sample_of
@@ -128,6 +130,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         self.train(False)
         if config.entry_layer:
             self._check_exact()
+        else:
+            self._check_runs()
 
     @torch.no_grad()
     def _check_exact(self) -> None:
@@ -164,6 +168,24 @@ class ExtensibleEmbedder(PreTrainedModel):
                 f"entry_layer={layer} would not be exact; use entry_layer=0, or another LLM"
             )
 
+    @torch.no_grad()
+    def _check_runs(self) -> None:
+        """See that a new embedder's layers run by themselves, and that the LLM goes on from embeddings.
+
+        Raises:
+            ConfigError: They do not, or it does not.
+        """
+        name = self.llm.name
+        try:
+            self(torch.arange(min(_CHECKED_TOKENS, self.token_weights.numel()))[None])
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"the first {self.config.num_layers} layers of {name} do not run by themselves ({first_line(error)}); "
+                "use another LLM"
+            ) from error
+        if "inputs_embeds" not in inspect.signature(self.llm.model.prepare_inputs_for_generation).parameters:
+            raise ConfigError(f"{name} generates from token ids alone; use an entry_layer above 0, or another LLM")
+
     def _apply(self, fn: Any, recurse: bool = True) -> ExtensibleEmbedder:
         """Do what `to`, `half`, `float`, `cuda`, ... do.
 
@@ -188,7 +210,9 @@ class ExtensibleEmbedder(PreTrainedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take the embedder's own tensors; those of the LLM stay what they are, whatever the state says of them."""
         shared = {name: p.detach() for name, p in self.named_parameters() if name not in self._parents}
-        return super().load_state_dict({**state_dict, **shared}, strict, assign)
+        loaded = super().load_state_dict({**state_dict, **shared}, strict, assign)
+        self._fingerprint = None  # tensors that take the place of others may be of the same version
+        return loaded
 
     # -- making, saving, loading ------------------------------------------------------------------------------
 
@@ -333,6 +357,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         if self.config.token_weighting == "frequency":
             tensors["token_weights"] = self.token_weights.half()
         kwargs["state_dict"] = {name: t.contiguous().cpu() for name, t in tensors.items()}
+        kwargs["save_original_format"] = False  # which names an LLM's experts otherwise than its modules do
         folder = Path(save_directory)
         remove_left(folder)
         with quiet_transformers(), disk_errors(folder):

@@ -30,6 +30,7 @@ from extemb_core.errors import (
     WeightsCorruptError,
     WeightsError,
     WeightsNotFoundError,
+    first_line,
 )
 from extemb_core.models import generation
 from extemb_core.models.bulk import POSITIONS_AT_ONCE
@@ -169,7 +170,8 @@ class LLM(TextEncoder):
         rope = getattr(self.text_config, "rope_parameters", None) or {}
         kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)}
         layers = DynamicCache(config=self.model.config).layers
-        return kinds.isdisjoint(_ROPES_BY_LENGTH) and all(type(layer) is DynamicLayer for layer in layers)
+        kept = not self.model._is_stateful and all(type(layer) is DynamicLayer for layer in layers)
+        return kept and kinds.isdisjoint(_ROPES_BY_LENGTH)
 
     @cached_property
     def mask_window(self) -> int:
@@ -420,11 +422,6 @@ def not_from_hub(name: str, error: BaseException) -> WeightsNotFoundError:
     return WeightsNotFoundError(
         f"{name} cannot be had from the hub ({first_line(error)}); check the name and the network, or pass a folder"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

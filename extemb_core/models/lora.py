@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from extemb_core.errors import WeightsCorruptError, WeightsNotFoundError
+from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsNotFoundError, first_line
 from extemb_core.utils.files import parse_json
 
 ADAPTER = "default"  # peft's name for the only one
@@ -28,13 +28,20 @@ ADAPTER = "default"  # peft's name for the only one
 def add_adapters(layers: nn.Module, rank: int, **settings: Any) -> LoraConfig:
     """Put an adapter of this rank, scaled by 2, on every linear layer in `layers`; at first it changes nothing.
 
-    `settings` are further ones of peft's.
+    A layer of a class of its own, such as a router that returns more than a product, gets none. `settings` are further
+    ones of peft's.
+
+    Raises:
+        ConfigError: peft does not adapt these layers.
     """
-    names = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    names = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if type(module) is nn.Linear}
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(names), bias="none", **settings
     )
-    inject_adapter_in_model(config, layers, adapter_name=ADAPTER)
+    try:
+        inject_adapter_in_model(config, layers, adapter_name=ADAPTER)
+    except ValueError as error:  # another kind of layer has the name of a linear one
+        raise ConfigError(f"peft cannot adapt these layers ({first_line(error)}); use another LLM") from error
     for module in layers.modules():
         if type(module) is LoraLinear:
             module.__class__ = _FrugalLoraLinear

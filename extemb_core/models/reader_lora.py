@@ -28,7 +28,9 @@ _MAX_SETTING = 10**6
 _PREFIX = "base_model.model."  # of all names in peft's files
 # What other adapters may have set; each changes what is to be added to the weights.
 _PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
-          "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
+          "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": None,
+          "alora_invocation_tokens": None}  # fmt: skip
+_BEGIN_AT_NOTHING = (None, True, False, "gaussian", "orthogonal", "eva")  # other ways change the LLM's weights
 
 
 def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
@@ -40,7 +42,7 @@ def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
         first_layer: Decoder layers before it get none: an embedder that is trained beside the reader shares them.
 
     Raises:
-        ConfigError: No layer is left.
+        ConfigError: No layer is left, or the LLM's experts would get adapters, which cannot be added to its weights.
     """
     decoder: Any = llm.model.base_model
     if first_layer >= len(decoder.layers):
@@ -56,6 +58,11 @@ def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
         layers_to_transform=list(range(first_layer, len(decoder.layers))) if first_layer else None,
         layers_pattern="layers" if first_layer else None,
     )
+    if config.target_parameters:  # peft takes a dense layer's names for those of the experts
+        raise ConfigError(
+            f"{llm.name} is a mixture of experts whose layers peft adapts in another form than linear ones; train an "
+            "embedder alone, with the recipe frozen, or pass another LLM"
+        )
     for name, parameter in decoder.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # in bfloat16 a small update would round to none
@@ -110,6 +117,12 @@ def merge_reader(model: PreTrainedModel, folder: Path) -> None:
                 f"{folder / SETTINGS} has {key}={settings[key]!r}, and plain LoRA has {plain!r}; merge the adapters "
                 "into the model with peft, and pass the folder of the result"
             )
+    if settings.get("init_lora_weights") not in _BEGIN_AT_NOTHING:
+        raise WeightsError(
+            f"{folder / SETTINGS} has init_lora_weights={settings['init_lora_weights']!r:.80}, which changes the LLM's "
+            "own weights as well; convert the adapters to plain LoRA with peft's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)"
+        )
     scale = settings["lora_alpha"] / settings["r"]
     tensors = read_tensors(folder / TENSORS)
     weights = dict(model.named_parameters())

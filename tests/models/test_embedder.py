@@ -38,6 +38,7 @@ from extemb_core.errors import (
     WeightsCorruptError,
     WeightsNotFoundError,
 )
+from extemb_core.models import embedder as embedder_module
 from extemb_core.models import llm as llm_module
 from extemb_core.models.config import Adaptation
 from extemb_core.models.connector import CONNECTORS
@@ -509,6 +510,33 @@ def test_an_untrained_embedder_gives_the_llms_own_states(family):
         torch.testing.assert_close(made.norms, made.embeddings.norm(dim=-1))
 
 
+def test_layers_of_experts_are_saved_under_their_own_names(tmp_path):
+    llm = tiny_llm("qwen3_moe")
+    embedder = tuned(llm, 2, adaptation="full")
+    embedder.save_pretrained(tmp_path)
+    again = ExtensibleEmbedder.from_pretrained(tmp_path, llm=llm)
+    assert_equal_tensors(embedder.trainable_state_dict(), again.trainable_state_dict())
+
+
+def test_an_llm_that_goes_on_from_ids_alone_is_refused_at_layer_0(monkeypatch):
+    llm = LLM(tiny_model("llama"), tiny_tokenizer(), name="ids")
+    monkeypatch.setattr(llm.model, "prepare_inputs_for_generation", lambda input_ids, **kwargs: {})
+    entering(llm)
+    with pytest.raises(ConfigError, match="ids generates from token ids alone; use an entry_layer above 0"):
+        random_embedder(llm)
+
+
+def test_layers_that_do_not_run_by_themselves_are_refused_at_layer_0(monkeypatch):
+    llm = LLM(tiny_model("llama"), tiny_tokenizer(), name="more")
+    monkeypatch.setattr(embedder_module.ExtensibleEmbedder, "forward", refuse)
+    with pytest.raises(ConfigError, match="layers of more do not run by themselves .no inputs of each layer"):
+        random_embedder(llm)
+
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("no inputs of each layer")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["cohere", "granite"])
 def test_logits_that_are_scaled_by_a_name_nobody_knows_are_refused(family, dtype, monkeypatch):
@@ -672,12 +700,14 @@ def test_a_state_changes_own_tensors_and_none_of_the_llm(assign):
     llm = LLM(tiny_model("llama"), tiny_tokenizer(), name="whole")
     before = {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
     embedder, other = random_embedder(llm), random_embedder(tiny_llm(seed=5), seed=7)
+    named = embedder.fingerprint
     embedder.load_state_dict(other.state_dict(), assign=assign)
     assert all(torch.equal(tensor, before[name]) for name, tensor in llm.model.state_dict().items())
     theirs = {p.data_ptr() for p in llm.model.parameters()}
     for name, tensor in embedder.named_parameters():
         assert (tensor.data_ptr() in theirs) == (name not in embedder.trainable_names)
         assert name not in embedder.trainable_names or torch.equal(tensor, other.get_parameter(name))
+    assert embedder.fingerprint != named
 
 
 # -- files and fingerprints ---------------------------------------------------------------------------------------

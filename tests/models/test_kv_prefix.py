@@ -58,6 +58,9 @@ def test_positions_that_are_encoded_by_how_many_there_are_do_not_suit(kind):
         torch.testing.assert_close(one, llm.score(prompt, targets), atol=1e-4, rtol=0)
 
 
-def test_windows_that_slide_and_layers_with_a_state_do_not_suit():
+def test_windows_that_slide_and_layers_with_a_state_do_not_suit(monkeypatch):
     assert all(tiny_llm(family).reads_in_parts for family in ARCHITECTURES)
     assert not any(tiny_llm(family).reads_in_parts for family in ("gemma2", "gemma3", "mistral-sliding", "qwen3_next"))
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model), "_is_stateful", True)  # as RWKV says of itself, whose state is no cache
+    assert not LLM(model, tiny_tokenizer()).reads_in_parts

@@ -57,6 +57,20 @@ def test_the_forms_for_inference_agree_with_the_trained_one(n_tokens):
         torch.testing.assert_close(adapted["q_proj"](x), by_hand, atol=1e-5, rtol=1e-5)
 
 
+class Router(nn.Linear):
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+def test_a_layer_that_returns_more_than_a_product_gets_none():
+    module = layers()
+    module["router"] = Router(8, 2)
+    add_adapters(module, rank=2)
+    assert type(module["router"]) is Router
+    assert type(module["q_proj"]) is not nn.Linear
+
+
 def test_adapters_of_another_dtype_still_work():
     adapted = layers().to(torch.float16)
     add_adapters(adapted, rank=3)
