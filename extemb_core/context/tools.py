@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _CLOSE = re.compile(rf"\s*(?:{CLOSE}|\Z)")
+_ARGUMENTS = re.compile(r'\\?"arguments\\?"')  # of a template: its calls are JSON, where some LLMs have XML
 
 Tool = Mapping[str, Any]
 
@@ -37,7 +38,7 @@ class ToolCall:
 def takes_tools(llm: LLM) -> bool:
     """Tell whether an LLM's chat template has a place for tools, in the form that is understood here."""
     template = llm.tokenizer.chat_template or ""
-    return "tools" in template and OPEN in template
+    return "tools" in template and OPEN in template and _ARGUMENTS.search(template) is not None
 
 
 def written_call(call: Tool) -> str:
@@ -96,7 +97,7 @@ def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
         call, at = _whole_call(text, start + len(OPEN)) or _cut_call(text, start + len(OPEN))
         try:
             written = valid_texts(parse_json(call))  # half an emoji's escape is none
-            name, arguments = written["name"], written.get("arguments", {})
+            name, arguments = written["name"], written.get("arguments", written.get("parameters", {}))
             if not isinstance(name, str) or not isinstance(arguments, dict):
                 raise TypeError("a name and arguments belong there")
         except (ValueError, KeyError, TypeError, AttributeError):

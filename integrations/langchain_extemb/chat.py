@@ -23,6 +23,7 @@ from extemb_core.context.tools import parse_calls, prefix_of_call, takes_tools, 
 from extemb_core.documents import Document, several
 from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
+from extemb_core.utils.validation import require_one_of
 from extemb_core.weights.resolve import window_of
 from langchain_extemb.loading import LoadedInThread
 from langchain_extemb.messages import to_documents, to_messages
@@ -186,6 +187,15 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         settings = {name: value for name, value in kwargs.items() if name not in ("strict", "parallel_tool_calls")}
         return self.bind(tools=formatted, tool_choice=choice, **settings)
 
+    def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        """Let the LLM answer in a schema, as with any chat model: as the call of a tool (`method="function_calling"`).
+
+        Raises:
+            ConfigError: Another method is asked for. See `bind_tools`, too.
+        """
+        require_one_of(kwargs.get("method", "function_calling"), "method", ("function_calling",))
+        return BaseChatModel.with_structured_output(self, schema, **kwargs)
+
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Count the positions of the window that messages take with these settings, documents and tools included."""
         if not messages:
@@ -267,11 +277,14 @@ class _BoundChat(RunnableBinding[LanguageModelInput, AIMessage]):
     def lc_id(cls) -> list[str]:
         return [*cls.get_lc_namespace(), "RunnableBinding"]
 
+    def bind(self, **kwargs: Any) -> _BoundChat:
+        return super().bind(**self.bound.bind(**kwargs).kwargs)  # type: ignore[return-value]  # documents as a list
+
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         return self.bind(**self.bound.bind_tools(tools, **kwargs).kwargs)  # type: ignore[attr-defined]
 
     def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
-        return BaseChatModel.with_structured_output(self, schema, **kwargs)  # type: ignore[arg-type]  # it binds tools
+        return ChatExtensible.with_structured_output(self, schema, **kwargs)  # type: ignore[arg-type]  # it binds tools
 
 
 def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:

@@ -117,6 +117,17 @@ def test_a_template_without_a_place_for_tools_is_an_error():
     assert "<tool_call>" in TOOLS_TEMPLATE
 
 
+@pytest.mark.parametrize("call", [  # of Qwen3-Coder, of GLM-4.5
+    "<function={{ c.name }}>{% for k, v in c.arguments.items() %}<parameter={{ k }}>{{ v }}</parameter>{% endfor %}",
+    "{{ c.name }}{% for k, v in c.arguments.items() %}<arg_key>{{ k }}</arg_key>{% endfor %}",
+])  # fmt: skip
+def test_a_template_whose_calls_are_not_json_is_an_error(call):
+    calls = "{% for c in m.tool_calls or [] %}<tool_call>" + call + "</tool_call>{% endfor %}"
+    llm = with_template("{{ tools }}{% for m in messages %}{{ m.role }}: {{ m.content }}" + calls + "{% endfor %}")
+    with pytest.raises(ConfigError, match="tiny-strict has no place for tools in the form"):
+        assemble_chat(llm, ASKED, tools=[ADD])
+
+
 def test_an_answer_may_have_a_beginning(llm):
     lm = ExtensibleLM(llm, random_embedder(llm))
     opening = prefix_of_call([ADD], "add")
@@ -150,6 +161,7 @@ def test_calls_are_read_from_text():
     content, calls = parse_calls(text)
     assert content == "Let me see."
     assert [(call.name, call.arguments) for call in calls] == [("add", {"a": 1}), ("find", {})]
+    assert parse_calls('<tool_call>{"name": "add", "parameters": {"a": 1}}</tool_call>')[1][0].arguments == {"a": 1}
     assert parse_calls(" no call ") == (" no call ", [])
     for wrong in (
         '{"name": "add", "argu',

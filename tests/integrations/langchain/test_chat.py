@@ -766,8 +766,11 @@ def test_documents_that_come_one_by_one_are_the_same_for_every_prompt_and_the_ca
         assert text_of(model.batch(["How many?", "Why?"], config, documents=iter(documents))) == text_of(expected)
         answers = asyncio.run(model.abatch(["How many?", "Why?"], config, documents=(one for one in documents)))
         assert text_of(answers) == text_of(expected)
-    bound = model.bind(documents=filter(None, documents))
-    assert text_of([bound.invoke("How many?"), bound.invoke("Why?")]) == text_of(expected)
+    for bound in (
+        model.bind(documents=filter(None, documents)),
+        model.bind(seed=1).bind(documents=iter(documents)),
+    )[: 1 + (kind is ChatExtensible)]:
+        assert text_of([bound.invoke("How many?"), bound.invoke("Why?")]) == text_of(expected)
     done = dict(model.batch_as_completed(["How many?", "Why?"], documents=iter(documents)))
     assert text_of([done[0], done[1]]) == text_of(expected)
 
@@ -780,7 +783,7 @@ def test_documents_that_come_one_by_one_are_the_same_for_every_prompt_and_the_ca
 
 
 def test_documents_that_were_read_before_are_told_of(chat, documents, caplog):
-    bound = chat.bind(temperature=0).bind(documents=iter(documents))
+    bound = chat.with_config(tags=["a"]).bind(documents=iter(documents))
     assert len(fates(bound.invoke("How many?"))) == 2
     assert not caplog.text
     for call in (bound.invoke, lambda question: list(bound.stream(question))):

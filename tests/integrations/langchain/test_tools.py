@@ -263,6 +263,15 @@ def test_structured_output_is_a_call_that_is_begun(lm, says):
     assert chat.with_structured_output(Mill).invoke("Which mill?") == Mill(name="Old mill", year=1820)
 
 
+@pytest.mark.parametrize("bind", [lambda chat: chat, lambda chat: chat.bind(seed=1)])
+def test_structured_output_by_another_method_is_refused(lm, bind):
+    chat = bind(ChatExtensible.from_lm(lm))
+    chat.with_structured_output(Mill, method="function_calling")
+    for method in ("json_schema", "json_mode", "bogus"):
+        with pytest.raises(ConfigError, match=f"method='{method}' is not one of function_calling"):
+            chat.with_structured_output(Mill, method=method)
+
+
 def test_a_conversation_with_calls_is_rendered_by_the_template(lm, says):
     words, prompts = says
     words.append("5")
