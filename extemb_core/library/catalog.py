@@ -15,12 +15,13 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from extemb_core.documents import Document, text_ref
+from extemb_core.documents import Document, text_ref, without_lone_surrogates
 from extemb_core.errors import MismatchError, StoreCorruptError
 from extemb_core.library.encoders import TextEncoder
 from extemb_core.store.format import ref_bytes, ref_of
@@ -60,7 +61,7 @@ class Passage:
         """Return it as a document; an answer cites it as `source:start-end`."""
         return Document(
             self.text,
-            title=self.title or self.source,
+            title=without_lone_surrogates(self.title or self.source),  # names of files need not be Unicode
             metadata={"source": f"{self.source}:{self.start}-{self.end}", "score": self.score},
         )
 
@@ -138,7 +139,8 @@ class Catalogue:
             encoder: Made the vectors.
 
         Returns:
-            The refs of the passages that the documents of the same source had, each with the embedder's fingerprint.
+            The refs of the passages that the documents of the same source had, or were to have, each with the
+            embedder's fingerprint.
 
         Raises:
             MismatchError: The vectors that are here are of another text encoder.
@@ -150,6 +152,7 @@ class Catalogue:
         before: set[tuple[bytes, str]] = set()
         for split in documents:
             before |= self.forget(transaction, split.document.source) or set()
+            before |= self.expected(transaction, split.document.source)
             self.change(transaction, embedders=self._counted(transaction, fingerprint, 1))
             key = _key(split.document.source)
             first, offset = number, 0
@@ -191,6 +194,23 @@ class Catalogue:
         for kind in ("documents", "texts"):
             transaction.delete(_key(source), db=database(kind))
         return refs
+
+    def expect(self, transaction: Any, documents: Iterable[Split], fingerprint: str) -> None:
+        """Note the passages of documents before they are compressed: until `put` what is kept of them is nobody's."""
+        for split in documents:
+            key = _key(split.document.source)
+            for text in split.texts:
+                name = key + ref_bytes(text_ref(text)) + fingerprint.encode()
+                transaction.put(name, b"", db=self._environment.database("pending"))
+
+    def expected(self, transaction: Any, source: str) -> set[tuple[bytes, str]]:
+        """Take back what `expect` noted of a document: refs of passages, each with the embedder's fingerprint."""
+        key = _key(source)
+        rows = (bytes(name) for name, _ in self._environment.rows(transaction, "pending", key))
+        names = list(takewhile(lambda name: name.startswith(key), rows))
+        for name in names:
+            transaction.delete(name, db=self._environment.database("pending"))
+        return {(name[16:32], name[32:].decode()) for name in names}
 
     def holds(self, transaction: Any, ref: bytes, fingerprint: str | None = None) -> bool:
         """Return True if a passage has a ref, and its document was compressed by an embedder, where one is named."""

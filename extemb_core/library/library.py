@@ -247,7 +247,9 @@ class Library:
         return self._compress_changed("refresh", self._stored_documents(), len(self), show_progress)
 
     def remove(self, sources: str | Iterable[str]) -> int:
-        """Remove documents by their sources. Returns how many were there; what is not there is no error.
+        """Remove documents by their sources, and what an interrupted `add` has compressed of them.
+
+        Returns how many were there; what is not there is no error.
 
         Raises:
             StoreError: The library is read-only, or the disk refuses.
@@ -257,7 +259,8 @@ class Library:
         def work(transaction: Any) -> list[int]:
             forgotten = [self._catalogue.forget(transaction, source) for source in wanted]
             passages = [refs for refs in forgotten if refs is not None]
-            self._drop_orphans(transaction, set().union(*passages))
+            expected = [self._catalogue.expected(transaction, source) for source in wanted]
+            self._drop_orphans(transaction, set().union(*passages, *expected))
             return [len(refs) for refs in passages]
 
         removed = self.store.write(work)
@@ -430,7 +433,9 @@ class Library:
         def work(transaction: Any) -> list[str]:
             """Write the documents if all embeddings are here, and else list those that are not, or not any more."""
             missing = self.store.missing_within(transaction, wanted, fingerprint, finest)
-            if not missing:
+            if missing:
+                self._catalogue.expect(transaction, batch, fingerprint)
+            else:
                 before = self._catalogue.put(transaction, batch, vectors, fingerprint, finest, encoder)
                 self._drop_orphans(transaction, before, fingerprint)
             return missing

@@ -26,7 +26,7 @@ from extemb_core.utils.files import FULL
 
 DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
 DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
-             "documents", "texts", "passages", "vectors", "refs", "settings",  # of a library
+             "documents", "texts", "passages", "vectors", "refs", "settings", "pending",  # of a library
              "handed")  # documents behind refs  # fmt: skip
 _READERS = 1024
 _LOCK_BYTES = 64 * (_READERS + 2)  # of the lock file: 64 for each reader, and what they share

@@ -278,7 +278,7 @@ class _BoundChat(RunnableBinding[LanguageModelInput, AIMessage]):
         return [*cls.get_lc_namespace(), "RunnableBinding"]
 
     def bind(self, **kwargs: Any) -> _BoundChat:
-        return super().bind(**self.bound.bind(**kwargs).kwargs)  # type: ignore[return-value]  # documents as a list
+        return super().bind(**self.bound.bind(**kwargs).kwargs)  # type: ignore[attr-defined, return-value]  # lists documents
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         return self.bind(**self.bound.bind_tools(tools, **kwargs).kwargs)  # type: ignore[attr-defined]

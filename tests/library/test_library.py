@@ -22,6 +22,7 @@ from shelved import PLACES, document
 from tiny import random_embedder
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
+from extemb_core.documents import text_ref
 from extemb_core.errors import ConfigError, DocumentError, MismatchError, StoreError, WeightsNotFoundError
 from extemb_core.library.bm25 import WordIndex
 from extemb_core.library.library import INDEX_FILE, WORDS_FILE, Library
@@ -215,6 +216,67 @@ def test_a_refresh_that_was_interrupted_goes_on(opened, other, tmp_path, monkeyp
         assert library.refresh().updated == left
         assert library.n_stale == 0
         assert library.store.verify().clean
+
+
+def book(year):
+    return Document(" ".join(f"The tower {at} was built in {year}." for at in range(40)), metadata={"source": "book"})
+
+
+def add_some(library, documents, monkeypatch):
+    """Stop after a part of the documents' texts is compressed and kept; returns how many texts that is."""
+    put, before = EmbeddingStore.put, len(library.store)
+
+    def stopping(self, *texts):
+        put(self, *texts)
+        if len(library.store) > before + 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("extemb_core.library.library._BATCH_TOKENS", 100)
+        patch.setattr(EmbeddingStore, "put", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            library.add(documents)
+    return len(library.store) - before
+
+
+def test_what_an_interrupted_add_kept_of_a_text_that_has_changed_goes(opened, other, tmp_path, monkeypatch):
+    with opened() as library:
+        library.add([document(PLACES[0])])
+        alone = len(library.store)
+        for year in (1820, 1830):
+            assert add_some(library, [book(year)], monkeypatch) > 2
+    with Library(tmp_path / "lib", other, encoder=by_words, passage_tokens=40, ratio=2) as library:
+        assert add_some(library, [book(1840)], monkeypatch) > 2
+    with opened() as library:
+        library.add([book(1840)])
+        refs = {text_ref(passage.text) for passage in library.search("tower built", k=1000)}
+        assert set(library.store.items()) == {(ref, library.lm.embedder.fingerprint) for ref in refs}
+        library.remove("book")
+        assert len(library.store) == alone
+        assert add_some(library, [book(1850)], monkeypatch) > 2
+        assert library.remove("book") == 0
+        assert len(library.store) == alone
+
+
+def test_what_an_interrupted_add_kept_is_not_compressed_again(opened, monkeypatch):
+    with opened() as library:
+        kept = add_some(library, [book(1820), document(PLACES[0])], monkeypatch)
+        held = {ref for ref, _ in library.store.items()}
+        library.add([document(PLACES[1])])
+        assert held <= {ref for ref, _ in library.store.items()}
+        compressed = []
+        put = EmbeddingStore.put
+        monkeypatch.setattr(EmbeddingStore, "put", lambda self, *texts: (put(self, *texts), compressed.extend(texts)))
+        library.add([book(1820)])
+        assert len(held) == kept
+        assert held.isdisjoint(text.ref for text in compressed)
+
+
+def test_a_source_that_is_no_unicode_is_found_and_cited(opened):
+    with opened() as library:
+        library.add([Document("The cafe was built in 1820.", metadata={"source": "caf\udce9.txt"})])
+        answer = library.ask("When was the cafe built?", max_new_tokens=2)
+        assert answer.context[0].source == "caf\udce9.txt:0-27"
 
 
 @pytest.mark.parametrize(
