@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from extemb_core import Document, ExtembError, ExtensibleLM, Library
+from extemb_core import Answer, Document, ExtembError, ExtensibleLM, Library
+from extemb_core.models.chunks import compressed_positions
 from extemb_core.weights.cache import cache_root
 
 QUESTIONS = (
@@ -81,15 +82,33 @@ def _topics(count: int | None) -> list[Document]:
     return [Document(topics[name], title=name, metadata={"source": f"topics/{name}"}) for name in names]
 
 
-def _show(library: Library, question: str, arguments: argparse.Namespace, console: Console) -> None:
-    def ask(**settings: Any) -> Any:
-        return library.ask(question, k=arguments.passages, max_new_tokens=NEW_TOKENS, stop="\n", **settings)
+def _cut(library: Library, answer: Answer, ratio: int) -> list[Document]:
+    """Take as text what an answer was read from as embeddings, best first, until as many positions are full."""
+    embedder, cut = library.lm.embedder, []
+    left = sum(entry.positions for entry in answer.context)
+    for entry in answer.context:
+        source, _, span = entry.source.rpartition(":")
+        begin, end = map(int, span.split("-"))
+        document = library.document(source)
+        left -= max(0, entry.positions - compressed_positions(entry.n_tokens, ratio, embedder.config.chunk_size))
+        if left <= 0:  # what is left does not hold its heading
+            break
+        ids = library.lm.llm.encode(document.text[begin:end])[:left]
+        left -= len(ids)
+        cut.append(Document(library.lm.llm.decode(ids), title=document.title or source))
+    return cut
 
-    embedded = ask(ratio=arguments.ratio)
-    taken = sum(entry.positions for entry in embedded.context)
+
+def _show(library: Library, question: str, arguments: argparse.Namespace, console: Console) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "stop": "\n"}
+    text, embedded = (
+        library.ask(question, k=arguments.passages, ratio=ratio, **settings) for ratio in ("raw", arguments.ratio)
+    )
     ways = {
-        "as text": ask(ratio="raw"),
-        "as text, cut to as many positions": ask(ratio="raw", budget=taken),
+        "as text": text,
+        "as text, cut to as many positions": library.lm.ask(
+            question, _cut(library, embedded, arguments.ratio), ratio="raw", **settings
+        ),
         "as embeddings": embedded,
     }
     from_disk = all(entry.cached for entry in embedded.context)
@@ -100,7 +119,7 @@ def _show(library: Library, question: str, arguments: argparse.Namespace, consol
         read = [entry for entry in answer.context if entry.fidelity != "dropped"]
         table.add_row(
             way,
-            f"{len(read)} of {len(answer.context)}",
+            f"{len(read)} of {len(embedded.context)}",
             f"{sum(entry.positions for entry in read):,}",
             f"{answer.seconds['first_token']:.2f} s",
             escape(" ".join(answer.text.split())),

@@ -319,7 +319,7 @@ def _ladder(ratio: object, ratios: Sequence[int]) -> list[Fidelity]:
         return [operator.index(ratio)]
     remedy = "pass one of them, 'auto' or 'raw'"
     if isinstance(ratio, int) and ratio > 0:
-        remedy += f", or train with ratios=[..., {ratio}]"
+        remedy += ", or train with other ratios, each a multiple of the one before"
     raise RatioError(f"ratio={ratio!r} is not one of the ratios {trained}; {remedy}")
 
 

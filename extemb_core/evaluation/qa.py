@@ -71,10 +71,11 @@ class QaExperiment(Experiment):
             require_one_of(arm, "remeasure", arms)
         questions = read_questions(config.data)
         self._texts = {question.document: question.context for question in questions}
-        if len(self._texts) < max(2, config.passages):
+        wrong = "wrong" in (self.config.controls or ())
+        if len(self._texts) < (needed := max(1 + wrong, config.passages)):
             raise ConfigError(
-                f"the files hold {len(self._texts)} different texts and {max(2, config.passages)} are needed "
-                "(one of them as the wrong one); pass more rows"
+                f"the files hold {len(self._texts)} different texts and {needed} are needed"
+                f"{' (one of them as the wrong one)' if wrong else ''}; pass more rows"
             )
         answers = [answer for question in questions for answer in question.answers]
         self.template_name = template_for(answers) if config.template == "auto" else config.template

@@ -169,8 +169,8 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         if isinstance(ratio, bool) or ratio not in self.ratios:
             legal = tuple(self.ratios)
             raise RatioError(
-                f"ratio={ratio} is not one of the ratios {legal} of this embedder; "
-                f"pass one of them or make it with ratios=[..., {ratio}]"
+                f"ratio={ratio} is not one of the ratios {legal} of this embedder; pass one of them, or make one with "
+                "other ratios, each a multiple of the one before"
             )
         return ratio
 

@@ -57,7 +57,7 @@ def read_text_file(file: Path) -> str:
 
 def _blocks_of(file: Path) -> Iterator[bytes]:
     if not file.is_file():
-        raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
+        raise DocumentNotFoundError(f"{file} does not exist; check the path")
     return _decompressed(file) if file.suffix == ".zst" else _blocks(file)
 
 

@@ -232,7 +232,7 @@ def _status(model: KnownModel) -> ModelStatus:
 
 def _known(name: str) -> KnownModel:
     if name not in KNOWN_MODELS:
-        raise ConfigError(f"{name!r} is not a known model; the known models are {', '.join(KNOWN_MODELS)}")
+        raise ConfigError(f"{name!r} has no files to get; those that have are {', '.join(KNOWN_MODELS)}")
     return KNOWN_MODELS[name]
 
 

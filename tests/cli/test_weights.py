@@ -48,5 +48,5 @@ def test_weights_get_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_weights_that_are_not_known_or_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EXTEMB_HOME", str(tmp_path))
-    assert "is not a known model" in refused(ExitCode.SETTINGS, "weights", "get", "gpt-9")
+    assert "has no files to get; those that have are" in refused(ExitCode.SETTINGS, "weights", "get", "gpt-9")
     assert "nothing to verify" in refused(ExitCode.WEIGHTS, "weights", "verify", "smollm2-135m-instruct")

@@ -46,6 +46,10 @@ def test_topics_are_compressed_once_and_asked(run, capsys, monkeypatch):
     assert "3 documents added, 0 brought up to date, 0 unchanged" in shown
     assert "topics/" in shown
     assert [way in shown for way in ("as text", "cut to as many positions", "as embeddings")] == [True] * 3
+    cut, embeddings = (
+        next(line for line in shown.splitlines() if way in line).split("│") for way in ("cut to", "as embeddings")
+    )
+    assert cut[2:4] == embeddings[2:4]  # passages and positions
     monkeypatch.setattr(ExtensibleEmbedder, "compress_ids", lambda *args, **kwargs: pytest.fail("compressed again"))
     assert run(*arguments) == 0
     shown = capsys.readouterr().out

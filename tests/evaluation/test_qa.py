@@ -459,6 +459,9 @@ def test_settings_that_cannot_be(name, value):
         QaConfig(**({"llm": "tiny", "data": ("rows.jsonl",)} | {name: value}))
 
 
-def test_one_text_has_no_wrong_one(make):
-    with pytest.raises(ConfigError, match="1 different texts and 2 are needed"):
-        make(data=rows(1))
+def test_one_text_has_no_wrong_one(make, llm):
+    with pytest.raises(ConfigError, match="1 different texts and 2 are needed .one of them as the wrong one"):
+        make(random_embedder(llm), data=rows(1))
+    with pytest.raises(ConfigError, match="1 different texts and 2 are needed; pass more rows"):
+        make(data=rows(1), passages=2)
+    assert len(measured(make(data=rows(1), controls=("none",)))) == 2  # questions
