@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 _SAME_FOR_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps",
                      "eval_steps", "logging_steps", "seed", "dataloader_num_workers")  # fmt: skip
+
+
+_OF_A_RUN = ("training.json", LOG, "data", "checkpoint-*")  # what the folder of one may hold
 
 
 @contextmanager
@@ -142,10 +146,14 @@ def only_run_in(output: Path, *others: Path) -> Iterator[None]:
     Whole files of tokens stay, for the next to use.
 
     Raises:
-        ConfigError: The folder cannot be made or written to, or another run writes there.
+        ConfigError: The folder cannot be made or written to, another run writes there, or it holds other files.
     """
     made = {folder for one in (output, *others) for folder in (one, *one.parents) if not folder.exists()}
     make_folder(output, ConfigError, "pass another output")
+    there = sorted(output.iterdir())
+    other = next((file for file in there if file.is_file() and not file.name.startswith(".")), None)
+    if other is not None and not any(fnmatch(file.name, name) for file in there for name in _OF_A_RUN):
+        raise ConfigError(f"{output} holds files that are not a run's, such as {other.name}; pass an empty folder")
     with locked_folder(output) if is_first_process() else nullcontext(True) as alone:
         if not alone:
             raise ConfigError(f"{output} is being written by another run; wait for that, or pass another output")

@@ -71,6 +71,15 @@ def test_a_run_is_alone_in_its_folder(config, monkeypatch, resume):
     train(replace(config, total_tokens=7 * 96))
 
 
+def test_a_folder_of_something_else_is_refused_and_left_alone(config):
+    output = Path(config.output)
+    output.mkdir()
+    (output / "notes.txt").write_text("The mill was built in 1820.")
+    with pytest.raises(ConfigError, match="holds files that are not a run's, such as notes.txt; pass an empty folder"):
+        train(config)
+    assert [file.name for file in output.iterdir()] == ["notes.txt"]
+
+
 def test_a_folder_that_cannot_be_made_is_refused(config, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match=r"file/run cannot be made \(Not a directory\); pass another output"):
