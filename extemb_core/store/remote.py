@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from extemb_core.errors import StoreError, StoreFormatError
+from extemb_core.errors import ExtembError, StoreError, StoreFormatError, StoreNotFoundError, first_line
 from extemb_core.utils.files import LEFT_SECONDS, atomic_write, sha256_of, sha256_of_stream
 
 _READ_AT_ONCE = 16
@@ -54,6 +54,26 @@ class StorageLocation:
     def absolute(self) -> str:
         """Return the location for a process that works in another folder."""
         return self.where if self.local is None else str(self.local)
+
+    @contextmanager
+    def errors(self, name: str = "", done: str = "read") -> Iterator[None]:
+        """Have whatever storage raises in this block, of which each kind has its own, be one of our errors.
+
+        Raises:
+            StoreNotFoundError: There is no such file, or folder.
+            StoreError: It cannot be reached, or refuses.
+        """
+        try:
+            yield
+        except ExtembError:
+            raise
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreNotFoundError(f"{self.naming(name)} does not exist; check the path") from error
+        except Exception as error:
+            raise StoreError(
+                f"{self.naming(name)} could not be {done} ({first_line(error)}); check the connection and that it may "
+                f"be {done}, and call again"
+            ) from error
 
     def names(self) -> list[str]:
         """List the names here, sorted; none if there is no such folder."""

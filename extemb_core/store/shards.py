@@ -133,17 +133,17 @@ class ShardReader:
     Raises:
         StoreNotFoundError: There is no such file.
         StoreCorruptError: It is not a whole shard.
+        StoreError: It cannot be read.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | StorageLocation, file: str) -> None:
         self._location = StorageLocation.of(folder)
         self.file = file
-        try:
-            self._read_header()
-        except StoreError:
-            raise
-        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
-            raise StoreCorruptError(f"{self} is not a whole shard ({error}); {_AGAIN}") from error
+        with self._location.errors(file):  # what cannot be read now may be whole
+            try:
+                self._read_header()
+            except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+                raise StoreCorruptError(f"{self} is not a whole shard ({error}); {_AGAIN}") from error
 
     def __str__(self) -> str:
         return self._location.naming(self.file)
@@ -234,7 +234,7 @@ def open_shards(
         damaged: Is called with each that is not whole, which is left out then; an error when not given.
 
     Raises:
-        StoreNotFoundError, StoreCorruptError: See `ShardReader`.
+        StoreNotFoundError, StoreCorruptError, StoreError: See `ShardReader`.
     """
     location = StorageLocation.of(folder)
 
@@ -242,7 +242,7 @@ def open_shards(
         try:
             return ShardReader(location, shard.file)
         except StoreCorruptError as error:
-            if damaged is None or isinstance(error.__cause__, OSError):  # what cannot be read now may be whole
+            if damaged is None:
                 raise
             damaged(shard, error)
             return None

@@ -7,6 +7,7 @@ import re
 import struct
 from contextlib import suppress
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from made import anchored, compressed, same
 from safetensors import safe_open
 from safetensors.torch import save
 
-from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreNotFoundError
+from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.store.format import DTYPES, Entry, key_of
+from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shard_store import ShardStore
 from extemb_core.store.shards import ShardReader, read_manifest, write_manifest, write_shard
 from extemb_core.store.store import EmbeddingStore
@@ -83,6 +85,35 @@ def test_a_file_that_is_no_shard(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"words")
     with pytest.raises(StoreCorruptError, match="is not a whole shard"):
         list(ShardReader(tmp_path, "a.safetensors").texts())
+
+
+@pytest.mark.parametrize("call", ["open", "read"])
+@pytest.mark.parametrize(
+    ("refusal", "kind"),
+    [
+        (ConnectionResetError("refused"), StoreError),
+        (PermissionError("refused"), StoreError),
+        (TimeoutError("refused"), StoreError),
+        (Exception("refused"), StoreError),  # as storage's own are
+        (FileNotFoundError("refused"), StoreNotFoundError),
+    ],
+)
+def test_a_shard_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, call, refusal, kind):
+    write_shard(tmp_path, "a", [compressed("a")])
+
+    def refuse(*args):
+        raise refusal
+
+    class Unread(BytesIO):
+        read = refuse
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StorageLocation, "open", refuse if call == "open" else lambda *_: Unread())
+        said = "does not exist" if kind is StoreNotFoundError else r"could not be read \(refused\); check .* again$"
+        with pytest.raises(StoreError, match=rf"^{tmp_path}/a\.safetensors {said}") as raised:
+            ShardReader(tmp_path, "a.safetensors")
+        assert type(raised.value) is kind
+    assert len(ShardReader(tmp_path, "a.safetensors")) == 1
 
 
 def forged(folder, make=compressed, *, settings=None, **changes):
