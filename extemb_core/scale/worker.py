@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from extemb_core.documents import Document, text_ref
-from extemb_core.errors import ConfigError, DocumentError, StoreCorruptError, StoreError
+from extemb_core.errors import ConfigError, DocumentError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.library.passages import split_passages
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import Dtype, check_dtype, ref_bytes
@@ -211,7 +211,7 @@ def _is_whole(location: StorageLocation, name: str) -> bool:
     """Return True if a shard is there with its receipt."""
     try:
         receipt = location.read_text(name + _RECEIPT)
-    except FileNotFoundError:
+    except StoreNotFoundError:
         return False
     return _parsed(location, name + _RECEIPT, receipt, location.size) is not None
 

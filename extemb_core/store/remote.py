@@ -18,13 +18,13 @@ _READ_AT_ONCE = 16
 
 
 class StorageLocation:
-    """Folder of files, local or remote.
+    """Folder of files, local or remote. All that reads or removes raises what `errors` does.
 
     Args:
         where: A path, or a URL that fsspec knows.
 
     Raises:
-        StoreError: fsspec knows no such URL, or lacks the package that it reaches it with.
+        StoreError: fsspec knows no such URL, lacks the package that it reaches it with, or that refuses.
     """
 
     def __init__(self, where: str | os.PathLike[str]) -> None:
@@ -34,8 +34,8 @@ class StorageLocation:
         try:
             self.where = os.fspath(where)
             self._files, self._root = url_to_fs(self.where)
-        except (ImportError, ValueError) as error:
-            why = str(error).rstrip(".")
+        except Exception as error:  # ImportError and ValueError are fsspec's; each package has its own
+            why = first_line(error).rstrip(".")
             raise StoreError(f"{where} cannot be reached ({why}); pass a folder, or a URL that fsspec knows") from error
         self.local = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
 
@@ -86,9 +86,10 @@ class StorageLocation:
 
     def _listed(self) -> dict[str, dict[str, Any]]:
         try:
-            self._files.invalidate_cache()
-            infos = self._files.ls(self._root, detail=True)
-        except FileNotFoundError:
+            with self.errors():
+                self._files.invalidate_cache()
+                infos = self._files.ls(self._root, detail=True)
+        except StoreNotFoundError:
             return {}
         if [info["name"] for info in infos] == [self._root] and infos[0]["type"] == "file":
             raise StoreFormatError(f"{self} is a file; pass a folder")
@@ -96,21 +97,23 @@ class StorageLocation:
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file; None if there is none of that name, or a link."""
-        if self.local is not None and (self.local / name).is_symlink():
-            return None
         try:
-            info = self._files.info(self._path(name))
-        except FileNotFoundError:
+            with self.errors(name):
+                if self.local is not None and (self.local / name).is_symlink():
+                    return None
+                info = self._files.info(self._path(name))
+        except StoreNotFoundError:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
     def open(self, name: str) -> BinaryIO:
-        """Open a seekable file for reading."""
-        return cast(BinaryIO, self._files.open(self._path(name), "rb"))
+        """Open a seekable file for reading; what is read from it raises what storage does."""
+        with self.errors(name):
+            return cast(BinaryIO, self._files.open(self._path(name), "rb"))
 
     def sha256(self, name: str) -> str:
         """Hash a file, read block by block."""
-        with self.open(name) as stream:
+        with self.errors(name), self.open(name) as stream:
             return sha256_of_stream(stream)
 
     def write(self, name: str, fill: Callable[[Path], Any]) -> tuple[str, int]:
@@ -141,28 +144,37 @@ class StorageLocation:
 
     def read(self, name: str, begin: int | None = None, end: int | None = None) -> bytes:
         """Read a file, or a part of it."""
-        return cast(bytes, self._files.cat_file(self._path(name), begin, end))
+        with self.errors(name):
+            return cast(bytes, self._files.cat_file(self._path(name), begin, end))
 
     def read_text(self, name: str) -> str:
         """Read a small text file; a byte that is no UTF-8 becomes \\xff or the like, which is no JSON either."""
         return self.read(name).decode("utf-8", "backslashreplace")
 
     def read_texts(self, names: Sequence[str]) -> dict[str, str]:
-        """Read several small text files, some at once; fsspec would take a name such as run[1] for a pattern."""
-        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-            return dict(zip(names, pool.map(self.read_text, names), strict=True))
+        """Read several small text files, some at once; those that another process has removed are left out."""
+
+        def text(name: str) -> str | None:
+            with suppress(StoreNotFoundError):
+                return self.read_text(name)
+            return None
+
+        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:  # fsspec would take a name such as run[1] for a pattern
+            return {name: read for name, read in zip(names, pool.map(text, names), strict=True) if read is not None}
 
     def is_left(self, name: str) -> bool:
         """Return True if a file was last written more than an hour ago; False where that is not known."""
-        self._files.invalidate_cache()
         try:
-            return bool(time.time() - self._files.modified(self._path(name)).timestamp() > LEFT_SECONDS)
-        except (FileNotFoundError, NotImplementedError):
-            return False
+            with self.errors(name), suppress(NotImplementedError):
+                self._files.invalidate_cache()
+                return bool(time.time() - self._files.modified(self._path(name)).timestamp() > LEFT_SECONDS)
+        except StoreNotFoundError:
+            pass
+        return False
 
     def remove(self, name: str) -> None:
         """Remove a file that another process may remove too."""
-        with suppress(FileNotFoundError):
+        with suppress(StoreNotFoundError), self.errors(name, "removed"):
             self._files.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:

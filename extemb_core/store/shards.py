@@ -24,10 +24,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save
 
-from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreFormatError, StoreNotFoundError
+from extemb_core.errors import (
+    ConfigError,
+    ExtembError,
+    StoreCorruptError,
+    StoreError,
+    StoreFormatError,
+    StoreNotFoundError,
+    first_line,
+)
 from extemb_core.models.chunks import embeddings_of
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
@@ -62,17 +69,20 @@ class Shard:
 
 @contextmanager
 def write_errors(location: StorageLocation, file: str) -> Iterator[None]:
-    """Say of a disk that refuses a file what to do; nothing is left of it.
+    """Say of a disk or other storage that refuses a file what to do; nothing is left of it.
 
     Raises:
         StoreError: Of a write in this block.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        remedy = "make room" if getattr(error, "errno", None) in FULL else "check the disk"
+    except ExtembError:
+        raise
+    except Exception as error:  # of safetensors, or of the package that reaches a URL
+        why, check = first_line(error), "the disk" if location.local else "the connection and that it may be written"
+        remedy = "make room" if getattr(error, "errno", None) in FULL else f"check {check}"
         raise StoreError(
-            f"{location.naming(file)} could not be written ({error}); {remedy}, and the same command goes on"
+            f"{location.naming(file)} could not be written ({why}); {remedy}, and the same command goes on"
         ) from error
 
 
@@ -162,7 +172,7 @@ class ShardReader:
 
     def texts(self) -> Iterator[Compressed]:
         """Read all documents, in order."""
-        with self._location.open(self.file) as stream:
+        with self._location.errors(self.file), self._location.open(self.file) as stream:
             stream.seek(int(self._begins[0]))
             for at in range(len(self)):
                 yield self._text(at, stream.read(int(self._begins[at + 1] - self._begins[at])))
@@ -297,7 +307,7 @@ def parse_manifest(location: StorageLocation) -> list[Shard]:
         if content["format"] != FORMAT or content["version"] not in _READ:
             raise StoreFormatError(f"{where} is {content['format']!r} version {content['version']!r}; export it again")
         shards = [Shard(**shard) for shard in content["shards"]]
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except StoreNotFoundError as error:
         raise StoreNotFoundError(
             f"{location} has no {MANIFEST}, so its shards are not known to be whole; export or compress again"
         ) from error

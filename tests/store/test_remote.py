@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from fsspec import AbstractFileSystem
 
-from extemb_core.errors import StoreError
+from extemb_core.errors import StoreError, StoreNotFoundError
 from extemb_core.store.remote import StorageLocation
 
 
@@ -69,6 +69,46 @@ def test_nothing_is_left_of_a_file_that_could_not_be_filled(place):
     assert place.read_text("a") == "before"
 
 
+@pytest.mark.parametrize(
+    "refusal", [PermissionError, TimeoutError, ValueError, type("NoCredentials", (Exception,), {})]
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        StorageLocation.names,
+        StorageLocation.sizes,
+        lambda place: place.size("a"),
+        lambda place: place.open("a"),
+        lambda place: place.sha256("a"),
+        lambda place: place.read("a", 0, 1),
+        lambda place: place.read_texts(["a"]),
+        lambda place: place.is_left("a"),
+        lambda place: place.remove("a"),
+    ],
+)
+def test_what_storage_raises_is_our_error_and_names_the_place(place, monkeypatch, call, refusal):
+    place.write_text("a", "words")
+
+    def refused(*args, **kwargs):
+        raise refusal
+
+    for name in ("ls", "info", "open", "cat_file", "modified", "rm_file"):
+        monkeypatch.setattr(type(place._files), name, refused)
+    said = (
+        rf"^{place}/a?.* could not be (read|removed) \({refusal.__name__}\); check the connection .*, and call again$"
+    )
+    with pytest.raises(StoreError, match=said) as raised:
+        call(place)
+    assert type(raised.value) is StoreError
+
+
+def test_what_is_not_there_is_our_error_too(place):
+    for call in (place.open, place.sha256, place.read, place.read_text):
+        with pytest.raises(StoreNotFoundError, match=f"^{place}/none does not exist; check the path$"):
+            call("none")
+    assert place.read_texts(["none"]) == {}  # another process has removed it
+
+
 def test_a_relative_path_is_understood_from_other_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert StorageLocation("out").absolute() == str(tmp_path / "out")
@@ -78,9 +118,13 @@ def test_a_relative_path_is_understood_from_other_folders(tmp_path, monkeypatch)
 def test_what_cannot_be_reached(tmp_path):
     with pytest.raises(StoreError, match="cannot be reached .Protocol not known: nowhere"):
         StorageLocation("nowhere://bucket/a")
+    for nothing in (None, 5):
+        with pytest.raises(StoreError, match=f"{nothing} cannot be reached"):
+            StorageLocation(nothing)
     (tmp_path / "file").write_text("words")
     with pytest.raises(StoreError, match="is a file; pass a folder"):
         StorageLocation(tmp_path / "file").names()
+    assert StorageLocation(tmp_path / "file" / "under").names() == []
 
 
 def test_a_link_is_not_a_file_of_the_folder(tmp_path):

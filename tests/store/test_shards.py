@@ -7,12 +7,14 @@ import re
 import struct
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from made import anchored, compressed, same
 from safetensors import safe_open
 from safetensors.torch import save
@@ -52,6 +54,20 @@ def test_a_shard_is_written_under_no_name_but_its_own_and_that_of_a_leftover(tmp
     [(name, begun_inode)] = begun
     assert re.fullmatch(r"\.shard-0\.safetensors\.[0-9a-f]{16}\.tmp", name)
     assert begun_inode == inode
+
+
+@pytest.mark.parametrize("refusal", [PermissionError, type("NoCredentials", (Exception,), {})])
+@pytest.mark.parametrize(
+    "write", [lambda where: write_shard(where, "a", [compressed("a")]), partial(write_manifest, shards=[])]
+)
+def test_storage_that_refuses_what_is_written_is_told_of(tmp_path, monkeypatch, write, refusal):
+    def refused(*args, **kwargs):
+        raise refusal
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", refused)
+    said = rf"could not be written \({refusal.__name__}\); check the connection .*, and the same command goes on$"
+    with pytest.raises(StoreError, match=f"^memory://{tmp_path.name}/.*{said}"):
+        write(f"memory://{tmp_path.name}")
 
 
 def test_states_in_a_shard_are_what_was_written(tmp_path):
