@@ -217,11 +217,14 @@ def _is_whole(location: StorageLocation, name: str) -> bool:
 
 
 def _parsed(location: StorageLocation, name: str, text: str, size_of: Callable[[str], int | None]) -> Shard | None:
-    """Parse a receipt; None if it is that of another shard, or its shard is not whole."""
+    """Parse a receipt; None if it is damaged, is that of another shard, or its shard is not whole."""
     try:
         shard = Shard(**parse_json(text))
-    except (ValueError, TypeError) as error:
-        raise StoreCorruptError(f"{location.naming(name)} is not a receipt of a shard ({error}); remove it") from error
+    except (ValueError, TypeError) as error:  # storage whose put is not atomic may keep half of it
+        logger.warning(
+            "its texts are compressed again: %s is not a receipt of a shard (%s)", location.naming(name), error
+        )
+        return None
     is_its = shard.file == name.removesuffix(_RECEIPT) + SUFFIX
     return shard if is_its and size_of(shard.file) == shard.size_bytes else None
 

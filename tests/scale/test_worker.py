@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from datetime import datetime, timezone
 from functools import partial
@@ -16,7 +15,7 @@ from tiny import random_embedder, save_tiny, tiny_llm
 
 from extemb_core import Document, ExtensibleLM
 from extemb_core.documents import text_ref
-from extemb_core.errors import ConfigError, RatioError, StoreCorruptError, StoreError
+from extemb_core.errors import ConfigError, RatioError, StoreError
 from extemb_core.library.library import Library
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.scale.worker import Batch, CompressWorker, check_output, finished, receipts, seal
@@ -334,17 +333,34 @@ def test_a_folder_of_something_else_is_not_touched(models, out, tmp_path):
         export_store(store, tmp_path / "export")
     with pytest.raises(StoreError, match="holds the export of a store"):
         check_output(tmp_path / "export")
-    CompressWorker(out, **models)({"text": TEXTS})
-    (shard,) = seal(out)
-    receipt = out / shard.file.replace(".safetensors", ".json")
-    for content in (
-        json.dumps({"file": "../else"}).encode(),
-        b"\xff\xfe\x00",
-        receipt.read_bytes().replace(b"s", b"\xff"),
-    ):
-        receipt.write_bytes(content)
-        with pytest.raises(StoreCorruptError, match=r"is not a receipt of a shard \(.*\); remove it"):
-            check_output(out)
+
+
+@pytest.mark.parametrize("texts", [TEXTS, [*TEXTS, "One more."]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"null",
+        lambda content: b'{"file": "../else"}',
+        lambda content: b"\xff\xfe\x00",
+        lambda content: content.replace(b"s", b"\xff"),
+    ],
+)
+def test_the_texts_of_a_damaged_receipt_are_compressed_again(models, out, caplog, damage, texts):
+    CompressWorker(out, **models)({"text": TEXTS[:4]})
+    CompressWorker(out, **models)({"text": TEXTS[4:]})
+    receipt = out / seal(out)[0].file.replace(".safetensors", ".json")
+    receipt.write_bytes(damage(receipt.read_bytes()))
+    of_long_ago(*out.iterdir())
+    lost = 12 - sum(map(len, finished(out).values()))
+    assert lost in (4, 8)
+    assert f"its texts are compressed again: {receipt} is not a receipt of a shard (" in caplog.text
+    made = batch_of(CompressWorker(out, **models, done=finished(out))({"text": texts}))
+    assert (made.n_texts, made.n_present) == (len(texts), 12 - lost)
+    assert sum(shard.n_documents for shard in seal(out)) == len(texts)  # none is lost, and none is there twice
+    assert len(ShardStore(out, verify=True)) == len(texts)
+    assert len(os.listdir(out)) == 5
 
 
 def test_a_folder_may_have_a_name_with_the_signs_of_a_pattern(models, tmp_path):
