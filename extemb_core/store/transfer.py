@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import groupby
 
-from extemb_core.errors import StoreError
+from extemb_core.errors import StoreError, StoreNotFoundError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import Dtype, EmbeddingFormat, n_bytes
 from extemb_core.store.remote import StorageLocation
@@ -21,11 +22,13 @@ from extemb_core.store.shards import (
     parse_manifest,
     read_manifest,
     require_only_shards,
+    write_errors,
     write_manifest,
     write_shard,
 )
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.batches import batches
+from extemb_core.utils.files import locked_folder
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
@@ -65,27 +68,43 @@ def export_store(
     for name in left:
         location.remove(name)
     others = set(names).difference(left)  # of one too, or of one that goes on
-    first = 0
+    first = secrets.randbelow(10**15)  # others may begin at this moment: numbers are of our own
     shards: list[Shard] = []
     try:
         with progress("export", len(store), show_progress) as advance:
             for dtype, texts in _groups(store, shard_bytes):
-                if not shards and location.names():  # beside others' shards, numbers are of our own
-                    first = secrets.randbelow(10**15)
                 shards.append(write_shard(location, f"shard-{first + len(shards):05d}", texts, dtype))
                 advance(len(texts))
-        if MANIFEST in location.names():
-            raise StoreError(f"{location} holds an export that ended before this one did; pass another folder")
-        write_manifest(location, shards)
+        with _alone(location) as alone:
+            if alone and location.size(MANIFEST) is None:
+                write_manifest(location, shards)
+            if not alone or not _is_of(location, shards):
+                raise StoreError(f"{location} holds an export that ended before this one did; pass another folder")
     except BaseException:
-        if first or MANIFEST not in location.names():  # else they may have become another's
-            for shard in shards:
-                location.remove(shard.file)
+        with suppress(StoreError):  # what ended the export is said, and not what storage says to this
+            if not _is_of(location, shards):
+                for shard in shards:
+                    location.remove(shard.file)
         raise
-    if others and parse_manifest(location) == shards:
-        for name in others:
-            location.remove(name)
+    for name in others:
+        location.remove(name)
     return shards
+
+
+def _alone(location: StorageLocation) -> AbstractContextManager[bool]:
+    """Lock a folder of this machine while its manifest is written; yields False where another export does."""
+    if location.local is None:
+        return nullcontext(True)
+    with write_errors(location, MANIFEST):
+        location.local.mkdir(parents=True, exist_ok=True)
+        return locked_folder(location.local)
+
+
+def _is_of(location: StorageLocation, shards: list[Shard]) -> bool:
+    """Return True if the manifest of a folder names these shards."""
+    with suppress(StoreNotFoundError):
+        return parse_manifest(location) == shards
+    return False
 
 
 def import_shards(store: EmbeddingStore, folder: str | os.PathLike[str], *, show_progress: bool | None = None) -> int:

@@ -12,8 +12,9 @@ from made import anchored, compressed, same
 
 from extemb_core.errors import ConfigError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.store import transfer
+from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shard_store import ShardStore
-from extemb_core.store.shards import ShardReader, read_manifest, write_shard
+from extemb_core.store.shards import ShardReader, read_manifest, write_manifest, write_shard
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import export_store, import_shards
 
@@ -94,12 +95,9 @@ def test_an_interrupted_export_is_begun_again_and_other_files_are_not_touched(st
         pytest.raises(StoreNotFoundError, match="not known to be whole"),
     ):
         import_shards(copy, out)
-    export_store(store, out)
-    assert {file.name for file in out.iterdir()} == {
-        "manifest.json",
-        "shard-00000.safetensors",
-        "shard-00001.safetensors",
-    }
+    shards = export_store(store, out)
+    assert {file.name for file in out.iterdir()} == {"manifest.json", *(shard.file for shard in shards)}
+    assert len(shards) == 2
     with pytest.raises(StoreError, match="holds an export already"):
         export_store(store, out)
     (tmp_path / "mine").mkdir()
@@ -174,6 +172,74 @@ def test_two_exports_into_one_folder_leave_a_whole_one(store, tmp_path, monkeypa
         assert import_shards(copy, out) == 23
 
 
+@pytest.fixture(params=["path", "url"])
+def where(request, tmp_path):
+    return str(tmp_path / "out") if request.param == "path" else f"memory://{tmp_path.name}/out"
+
+
+@pytest.fixture
+def other(tmp_path):
+    with EmbeddingStore.open(tmp_path / "other") as opened:
+        opened.put(*(compressed(at, n_tokens=40 * at) for at in range(100, 107)))
+        yield opened
+
+
+def is_whole(where, shards, count):
+    place = StorageLocation(where)
+    assert place.names() == sorted(["manifest.json", *(shard.file for shard in shards)])
+    assert read_manifest(where) == shards
+    assert len(ShardStore(where, verify=True)) == count
+
+
+def test_two_exports_that_begin_at_one_moment_write_under_names_of_their_own(store, other, where, monkeypatch):
+    ended = []
+
+    def first(location, name, texts, dtype):
+        monkeypatch.setattr(transfer, "write_shard", write_shard)
+        ended.extend(export_store(other, where))  # whose folder is as empty as ours was
+        return write_shard(location, name, texts, dtype)
+
+    monkeypatch.setattr(transfer, "write_shard", first)
+    with pytest.raises(StoreError, match="holds an export that ended before this one did; pass another folder"):
+        export_store(store, where, shard_bytes=20_000)
+    is_whole(where, ended, 7)
+
+
+def test_two_exports_that_end_at_one_moment_do_not_both_succeed(store, other, where, monkeypatch):
+    ended = []
+
+    def meanwhile(location, shards):
+        monkeypatch.setattr(transfer, "write_manifest", write_manifest)
+        if location.local is None:  # which has no lock: the other's comes last
+            write_manifest(location, shards)
+            location.remove("manifest.json")  # as the other saw it
+            ended.extend(export_store(other, where))
+        else:
+            with pytest.raises(StoreError, match="holds an export that ended before"):
+                export_store(other, where)
+            write_manifest(location, shards)
+
+    monkeypatch.setattr(transfer, "write_manifest", meanwhile)
+    if where.startswith("memory"):
+        with pytest.raises(StoreError, match="holds an export that ended before"):
+            export_store(store, where)
+        is_whole(where, ended, 7)
+    else:
+        is_whole(where, export_store(store, where), 23)
+
+
+@pytest.mark.parametrize("again", [KeyboardInterrupt, PermissionError])
+def test_an_export_that_is_stopped_when_its_manifest_is_there_stays_whole(store, where, monkeypatch, again):
+    def stopped(location, shards):
+        write_manifest(location, shards)
+        raise again
+
+    monkeypatch.setattr(transfer, "write_manifest", stopped)
+    with pytest.raises(again):
+        export_store(store, where)
+    is_whole(where, read_manifest(where), 23)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -194,9 +260,9 @@ def test_a_file_of_others_that_is_named_like_a_shard_is_not_removed(store, tmp_p
 
 def test_a_damaged_or_hostile_folder_is_refused_before_anything_is_put(store, tmp_path):
     out = tmp_path / "out"
-    export_store(store, out, shard_bytes=20_000)
+    first, second, *_ = export_store(store, out, shard_bytes=20_000)
     secret = tmp_path / "secret.safetensors"
-    shutil.copy(out / "shard-00000.safetensors", secret)
+    shutil.copy(out / first.file, secret)
 
     def refused(match, error=StoreCorruptError):
         with EmbeddingStore.open(tmp_path / "copy") as copy:
@@ -211,7 +277,7 @@ def test_a_damaged_or_hostile_folder_is_refused_before_anything_is_put(store, tm
         (out / "manifest.json").write_text(json.dumps(manifest))
         refused("which is not a shard beside it")
     (out / "manifest.json").write_text(good)
-    shard = out / "shard-00001.safetensors"
+    shard = out / second.file
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
