@@ -49,6 +49,7 @@ SUFFIX = ".safetensors"
 EXPORTED, COMPRESSED = r"shard-\d{5,}\.safetensors", r"shard-[0-9a-f]{32}\.(safetensors|json)"
 LEFT = r"\.(shard-|manifest\.json\.).*\.tmp"
 _AGAIN = "remove it, and copy, export or compress it again"
+_NAMED = 9  # damaged shards beside the first
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _OPENED_AT_ONCE = 16
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -274,7 +275,7 @@ def write_manifest(folder: str | os.PathLike[str] | StorageLocation, shards: Ite
 
 
 def read_manifest(folder: str | os.PathLike[str] | StorageLocation, *, verify: bool = True) -> list[Shard]:
-    """Read the manifest of a folder and check its shards.
+    """Read the manifest of a folder and check its shards, all of them before one is called damaged.
 
     Args:
         folder: A path, or a URL that fsspec knows, with a manifest.
@@ -287,11 +288,18 @@ def read_manifest(folder: str | os.PathLike[str] | StorageLocation, *, verify: b
     location = StorageLocation.of(folder)
     where, shards = location.naming(MANIFEST), parse_manifest(location)
     sizes = location.sizes()
+    damaged: dict[str, str] = {}
     for shard in shards:
         if sizes.get(shard.file) != shard.size_bytes:
-            raise StoreCorruptError(f"{shard.file} is missing or of another size than {where} says; {_AGAIN}")
-        if verify and location.sha256(shard.file) != shard.sha256:
-            raise StoreCorruptError(f"{shard.file} is not what was written (another sha256 than in {where}); {_AGAIN}")
+            damaged[shard.file] = f"is missing or of another size than {where} says"
+        elif verify and location.sha256(shard.file) != shard.sha256:
+            damaged[shard.file] = f"is not what was written (another sha256 than in {where})"
+    if damaged:
+        (file, what), *others = damaged.items()
+        if others:
+            shown = ", ".join(name for name, _ in others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
+            what += f", and {len(others):,} more are damaged too ({shown})"
+        raise StoreCorruptError(f"{file} {what}; {_AGAIN.replace('it', 'them') if others else _AGAIN}")
     return shards
 
 

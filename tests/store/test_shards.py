@@ -185,3 +185,25 @@ def test_a_manifest_that_names_no_shard_is_refused(tmp_path, file):
     write_manifest(tmp_path, [replace(shard, file=file)])
     with pytest.raises(StoreCorruptError, match="which is not a shard beside it"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 13])
+@pytest.mark.parametrize("first", ["lost", "cut", "altered"])
+def test_all_damaged_shards_are_named_at_once(tmp_path, count, first):
+    shards = [write_shard(tmp_path, f"{at:02}", [compressed(at)]) for at in range(15)]
+    write_manifest(tmp_path, shards)
+    damages = ["lost", "cut", "altered"]
+    for at, shard in enumerate(shards[1 : count + 1], damages.index(first)):
+        file = tmp_path / shard.file
+        content = file.read_bytes()
+        file.write_bytes({"cut": content[:-1], "altered": content[:-1] + b"\xff", "lost": b""}[damages[at % 3]])
+        if damages[at % 3] == "lost":
+            file.unlink()
+    what = "is not what was written" if first == "altered" else "is missing or of another size"
+    others = [f"{at:02}.safetensors" for at in range(2, count + 1)]
+    shown = ", ".join(others[:9]) + (", ..." if count > 10 else "")
+    more = (
+        f", and {len(others)} more are damaged too ({shown}); remove them, and copy" if others else "; remove it, and"
+    )
+    with pytest.raises(StoreCorruptError, match=rf"^01\.safetensors {what}[^;]*{re.escape(more)}.*again$"):
+        read_manifest(tmp_path)
