@@ -16,7 +16,7 @@ from typing import Any
 from extemb_core import errors
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError, ExtembError, optional_import
 from extemb_core.scale import ROWS_PER_BATCH
-from extemb_core.scale.worker import Batch, CompressWorker, finished, seal
+from extemb_core.scale.worker import SHARD, Batch, CompressWorker, finished, seal
 from extemb_core.store.format import Dtype
 from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import Shard
@@ -132,11 +132,13 @@ def compress_corpus(
             max_task_retries=_RETRIES,
         )
         total = Batch()
+        written: set[str] = set()
         with progress("compress", None, show_progress) as advance, _readable(files, column):
             try:
                 for row in results.iter_rows():
                     if error := row.pop(_ERROR):
                         raise _error_of(error)
+                    written.add(row.pop(SHARD))
                     batch = Batch(**{name: int(value) for name, value in row.items()})
                     total += batch
                     advance(batch.n_rows)
@@ -145,7 +147,7 @@ def compress_corpus(
                     f"a batch of rows_per_batch={rows_per_batch} lost its worker {_RETRIES + 1} times; what was done "
                     "is kept, call again with fewer rows_per_batch or more memory for each worker"
                 ) from error
-        return Compression(batch=total, shards=tuple(seal(output)), seconds=time.perf_counter() - start)
+        return Compression(batch=total, shards=tuple(seal(output, written)), seconds=time.perf_counter() - start)
 
 
 class _RayWorker:
@@ -164,7 +166,8 @@ class _RayWorker:
                 raise self._failed
             return {**self._worker(rows), _ERROR: [""]}
         except ExtembError as error:
-            return {**{name: [0] for name in asdict(Batch())}, _ERROR: [json.dumps([type(error).__name__, str(error)])]}
+            what = json.dumps([type(error).__name__, str(error)])
+            return {**{name: [0] for name in asdict(Batch())}, SHARD: [""], _ERROR: [what]}
 
 
 def _error_of(text: str) -> ExtembError:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from extemb_core.utils.files import parse_json
 
 logger = logging.getLogger(__name__)
 
+SHARD = "shard"  # column of what `CompressWorker` returns
 _RECEIPT = ".json"
 Refs = np.ndarray[Any, Any]
 Done = Mapping[tuple[str, int], Refs]  # (fingerprint, ratio) -> refs, (E,) of 16 bytes, sorted
@@ -124,11 +125,11 @@ class CompressWorker:
             if fingerprint == self._embedder.fingerprint and self._ratio % stored_ratio == 0 and len(refs)
         ]
 
-    def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[int]]:
+    def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Compress the texts of some rows, given as columns.
 
         Returns:
-            One row: the fields of `Batch`.
+            One row: the fields of `Batch`, and as `SHARD` the file that was written or found whole, "" for none.
 
         Raises:
             ConfigError: There is no such column.
@@ -143,6 +144,7 @@ class CompressWorker:
         texts = {text_ref(passage): passage for passage in passages}
         missing = self._missing(list(texts))
         name = self._name(missing)
+        file = name + SUFFIX if missing else ""
         if missing and _is_whole(self._location, name):
             missing = []
         compressed = self._embedder.compress(
@@ -159,7 +161,7 @@ class CompressWorker:
             n_embeddings=sum(map(len, compressed)),
             n_bytes=shard.size_bytes if shard else 0,
         )
-        return {name: [value] for name, value in asdict(batch).items()}
+        return {name: [value] for name, value in asdict(batch).items()} | {SHARD: [file]}
 
     def _passages(self, text: str) -> list[str]:
         if self._passage_tokens is None:
@@ -265,15 +267,28 @@ def finished(output: str | os.PathLike[str]) -> dict[tuple[str, int], Refs]:
     return {key: np.unique(np.concatenate(refs)) for key, refs in lists.items()}
 
 
-def seal(output: str | os.PathLike[str]) -> list[Shard]:
+def seal(output: str | os.PathLike[str], written: Iterable[str] = ()) -> list[Shard]:
     """Name the whole shards of a folder in its manifest, and remove what lost workers left. Returns them.
 
     For when all workers are done. What another run has finished in the meantime is named too, and what was written
     less than an hour ago stays: its worker may be about to finish it.
+
+    Args:
+        output: Folder, or URL that fsspec knows.
+        written: The `SHARD` of each batch, all of which must be there.
+
+    Raises:
+        StoreError: One of them is not listed, or the output refuses.
     """
     location = StorageLocation(output)
     shards, sealed = receipts(output), None
+    expected = set(written) - {""}
     while shards != sealed:  # the manifest that was replaced may be another run's, and name more
+        if lost := expected.difference(shard.file for shard in shards):
+            raise StoreError(
+                f"{location} does not list {len(lost):,} of the shards that were written there, {min(lost)} for one, "
+                "as some storage does late; call again"
+            )
         write_manifest(location, shards)
         sealed, shards = shards, receipts(output)
     whole = {name for shard in shards for name in (shard.file, _receipt_of(shard))}

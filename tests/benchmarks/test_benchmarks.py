@@ -134,10 +134,11 @@ def test_the_plan_of_a_corpus_is_arithmetic_on_what_was_measured(models, dtypes,
 
 def _without_ray(corpus, output, *, workers, rows_per_batch, show_progress, **settings):
     from extemb_core.scale.corpus import Compression
-    from extemb_core.scale.worker import Batch, CompressWorker
+    from extemb_core.scale.worker import SHARD, Batch, CompressWorker
 
     rows = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     made = CompressWorker(output, **settings)({"text": rows})
+    del made[SHARD]
     return Compression(batch=Batch(**{name: values[0] for name, values in made.items()}), shards=(), seconds=1.0)
 
 

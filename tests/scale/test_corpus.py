@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -32,6 +34,7 @@ from extemb_core.scale.corpus import (
     _readable,
     compress_corpus,
 )
+from extemb_core.scale.worker import SHARD, Batch
 from extemb_core.store.shard_store import ShardStore
 
 TEXTS = [f"The tower number {at} was built in {1700 + at}. " * (1 + at % 3) for at in range(60)]
@@ -134,6 +137,29 @@ def test_a_batch_that_always_ends_its_worker_ends_the_run(tmp_path, monkeypatch)
         compress_corpus(tmp_path / "a.jsonl", tmp_path / "out", llm="x", rows_per_batch=7)
     assert results.call_args.kwargs["max_task_retries"] == 4
     assert data.read_json.call_args.kwargs["read_options"].block_size == _json_options().block_size
+
+
+def test_a_run_names_what_its_workers_wrote(tmp_path, monkeypatch):
+    pytest.importorskip("ray.exceptions")
+
+    class Writing:
+        def __call__(self, rows):
+            if rows == "wrong":
+                raise ConfigError("wrong")
+            return {name: [1] for name in asdict(Batch())} | {SHARD: [rows]}
+
+    data = MagicMock()
+    made = map(_RayWorker(Writing), ["shard-a", "", "shard-b", "shard-a", "wrong"])
+    rows = ({name: value for name, (value,) in row.items()} for row in made)
+    results = data.read_json.return_value.map_batches.return_value.iter_rows
+    monkeypatch.setattr("extemb_core.scale.corpus._cluster", lambda address: nullcontext(data))
+    (tmp_path / "a.jsonl").touch()
+    results.return_value = list(islice(rows, 4))
+    with pytest.raises(StoreError, match="does not list 2 of the shards that were written there, shard-a for one"):
+        compress_corpus(tmp_path / "a.jsonl", tmp_path / "out", llm="x")
+    results.return_value = rows
+    with pytest.raises(ConfigError, match="^wrong$"):
+        compress_corpus(tmp_path / "a.jsonl", tmp_path / "out", llm="x")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from datetime import datetime, timezone
 from functools import partial
 
@@ -18,7 +19,7 @@ from extemb_core.documents import text_ref
 from extemb_core.errors import ConfigError, RatioError, StoreError
 from extemb_core.library.library import Library
 from extemb_core.models.embedder import ExtensibleEmbedder
-from extemb_core.scale.worker import Batch, CompressWorker, check_output, finished, receipts, seal
+from extemb_core.scale.worker import SHARD, Batch, CompressWorker, check_output, finished, receipts, seal
 from extemb_core.store.remote import StorageLocation
 from extemb_core.store.shard_store import ShardStore
 from extemb_core.store.shards import write_manifest
@@ -51,7 +52,7 @@ def of_long_ago(*files):
 
 
 def batch_of(made):
-    return Batch(**{name: value for name, (value,) in made.items()})
+    return Batch(**{name: value for name, (value,) in made.items() if name != SHARD})
 
 
 def test_a_batch_becomes_one_shard_of_what_compressing_gives(any_models, out):
@@ -297,6 +298,28 @@ def test_what_another_run_seals_meanwhile_is_in_the_last_manifest(models, out, m
     monkeypatch.setattr("extemb_core.scale.worker.write_manifest", meanwhile)
     assert len(seal(out)) == 2
     assert len(ShardStore(out, verify=True)) == 12
+
+
+@pytest.mark.parametrize("late", [".safetensors", ".json", ".+"])
+def test_sealing_a_folder_that_lists_a_shard_late_is_an_error(models, out, monkeypatch, late):
+    worker = CompressWorker(out, **models)
+    made = [worker({"text": texts}) for texts in (TEXTS[:4], TEXTS[4:], [""], TEXTS[:4])]
+    written = [row[SHARD][0] for row in made]
+    assert (written[2], written[3]) == ("", written[0])  # nothing, and found whole
+    assert {shard.file for shard in receipts(out)} == {*written} - {""}
+    sizes = StorageLocation.sizes
+
+    def listed(location):
+        whole = sizes(location)
+        hidden = re.compile(written[1].removesuffix(".safetensors") + late)
+        return {name: size for name, size in whole.items() if not hidden.fullmatch(name)}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StorageLocation, "sizes", listed)
+        with pytest.raises(StoreError, match=f"{out} does not list 1 of the shards .* {written[1]} .*; call again$"):
+            seal(out, written)
+    assert not (out / "manifest.json").exists()
+    assert len(seal(out, written)) == 2
 
 
 def test_sealing_removes_nothing_whose_receipt_has_just_come(models, out, monkeypatch):
