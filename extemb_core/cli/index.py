@@ -31,7 +31,7 @@ class AddOptions(options.StoringOptions):
     Attributes:
         documents: Files and folders to add or bring up to date.
         encoder: A sentence-transformers model that finds passages.
-        passage_tokens: Maximum tokens of a passage.
+        passage_tokens: Maximum tokens of a passage; documents that are unchanged keep theirs.
         prune: Remove the documents whose files are gone from these folders.
     """
 

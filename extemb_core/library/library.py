@@ -82,7 +82,7 @@ class Library:
         encoder: Finds passages: the name of a sentence-transformers model, or a function from texts to vectors. A
             library stays with the one it was made with; None is that one, or the default in a new library.
         mode: "a" to add, "r" to read.
-        passage_tokens: Tokens of a passage at most, by the LLM's tokenizer.
+        passage_tokens: Tokens of a passage at most, by the LLM's tokenizer; documents that are unchanged keep theirs.
         ratio: The finest ratio that will be asked for; the embedder's `kept_ratio`, which plans by sentence need, when
             not given.
         dtype: Of the embeddings on disk: see `EmbeddingStore.open`.

@@ -103,8 +103,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         super().__init__(config)
         n_layers = len(decoder_layers(llm.model, llm.name))
         for name, value, limit in (
+            ("entry_layer", config.entry_layer, n_layers - 1),  # first: num_layers is the same where it is not given
             ("num_layers", config.num_layers, n_layers),
-            ("entry_layer", config.entry_layer, n_layers - 1),
         ):
             if value > limit:
                 raise ConfigError(f"{name}={value} is beyond the {n_layers} layers of {llm.name}; pass at most {limit}")
