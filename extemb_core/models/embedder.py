@@ -18,7 +18,8 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -144,19 +145,12 @@ class ExtensibleEmbedder(PreTrainedModel):
         bos = [] if self.config.bos_token_id is None else [self.config.bos_token_id]
         ids = np.linspace(0, self.token_weights.numel() - 1, _CHECKED_TOKENS).astype(np.int32)
         layer, llm = self.config.entry_layer, self.llm
-        try:
+        with self._running_alone("entry_layer=0, or another LLM"):
             states = AnchoredStates(ids, self(torch.from_numpy(ids).long()[None]).hidden[0], layer)
             prompt = AnchoredPrompt.of([np.array(bos, np.int32), states], llm.hidden_size, llm.device, llm.dtype)
             text = [*bos, *map(int, ids)]
             plain, read = llm.hidden_of([text]), llm.hidden_of([prompt])
             own = llm.model(input_ids=torch.tensor([text], device=llm.device), use_cache=False).logits
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(
-                f"the first {layer} layers of {llm.name} do not run by themselves ({first_line(error)}); use "
-                "entry_layer=0, or another LLM"
-            ) from error
         if not _alike(llm.logits(plain), own):
             raise ConfigError(
                 f"the logits of {llm.name} are not its states through its output embeddings, as in scores; "
@@ -175,16 +169,25 @@ class ExtensibleEmbedder(PreTrainedModel):
         Raises:
             ConfigError: They do not, or it does not.
         """
-        name = self.llm.name
-        try:
+        with self._running_alone("another LLM"):
             self(torch.arange(min(_CHECKED_TOKENS, self.token_weights.numel()))[None])
+        if "inputs_embeds" not in inspect.signature(self.llm.model.prepare_inputs_for_generation).parameters:
+            raise ConfigError(
+                f"{self.llm.name} generates from token ids alone; use an entry_layer above 0, or another LLM"
+            )
+
+    @contextmanager
+    def _running_alone(self, instead: str) -> Iterator[None]:
+        """Say of layers that need more than what those before them give what to use instead."""
+        try:
+            yield
+        except ExtembError:
+            raise
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
-                f"the first {self.config.num_layers} layers of {name} do not run by themselves ({first_line(error)}); "
-                "use another LLM"
+                f"the first {self.config.num_layers} layers of {self.llm.name} do not run by themselves "
+                f"({first_line(error)}); use {instead}"
             ) from error
-        if "inputs_embeds" not in inspect.signature(self.llm.model.prepare_inputs_for_generation).parameters:
-            raise ConfigError(f"{name} generates from token ids alone; use an entry_layer above 0, or another LLM")
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExtensibleEmbedder:
         """Do what `to`, `half`, `float`, `cuda`, ... do.

@@ -249,7 +249,8 @@ def _cluster(address: str | None) -> Iterator[Any]:
                 ray.init(address=address or "local", log_to_driver=False, configure_logging=False)
             except ConnectionError as error:
                 raise ConfigError(
-                    f"ray_address={address!r} is not a running cluster ({error}); start one with: ray start --head"
+                    f"ray_address={address!r} is not a running cluster ({error}); start one with: ray start --head, "
+                    "or, where it asks for a token, set RAY_AUTH_MODE=token"
                 ) from error
             undo.callback(ray.shutdown)
         context = data.DataContext.get_current()
