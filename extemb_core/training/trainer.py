@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ _SAME_FOR_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay
                      "eval_steps", "logging_steps", "seed", "dataloader_num_workers")  # fmt: skip
 
 
-_OF_A_RUN = ("training.json", LOG, "data", "checkpoint-*")  # what the folder of one may hold
+_OF_A_RUN = ("training.json", LOG, "data", "checkpoint-*", "stages")  # some of what its folder, or a recipe's, holds
 
 
 @contextmanager
@@ -150,9 +149,8 @@ def only_run_in(output: Path, *others: Path) -> Iterator[None]:
     """
     made = {folder for one in (output, *others) for folder in (one, *one.parents) if not folder.exists()}
     make_folder(output, ConfigError, "pass another output")
-    there = sorted(output.iterdir())
-    other = next((file for file in there if file.is_file() and not file.name.startswith(".")), None)
-    if other is not None and not any(fnmatch(file.name, name) for file in there for name in _OF_A_RUN):
+    other = min((file for file in output.iterdir() if file.is_file() and not file.name.startswith(".")), default=None)
+    if other is not None and not any(found for name in _OF_A_RUN for found in output.glob(name)):
         raise ConfigError(f"{output} holds files that are not a run's, such as {other.name}; pass an empty folder")
     with locked_folder(output) if is_first_process() else nullcontext(True) as alone:
         if not alone:

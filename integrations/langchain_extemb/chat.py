@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
 
+_METHODS = ("function_calling", "json_mode", "json_schema")  # of structured output; the first is what all come to
+
+
 class ChatExtensible(LoadedInThread, BaseChatModel):
     """Frozen LLM whose documents are compressed instead of truncated.
 
@@ -188,12 +191,12 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         return self.bind(tools=formatted, tool_choice=choice, **settings)
 
     def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
-        """Let the LLM answer in a schema, as with any chat model: as the call of a tool (`method="function_calling"`).
+        """Let the LLM answer in a schema, as with any chat model: as the call of a tool, whichever `method` is named.
 
         Raises:
-            ConfigError: Another method is asked for. See `bind_tools`, too.
+            ConfigError: `method` is none of LangChain's. See `bind_tools`, too.
         """
-        require_one_of(kwargs.get("method", "function_calling"), "method", ("function_calling",))
+        require_one_of(kwargs.get("method", _METHODS[0]), "method", _METHODS)
         return BaseChatModel.with_structured_output(self, schema, **kwargs)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:

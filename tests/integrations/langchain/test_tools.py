@@ -264,12 +264,12 @@ def test_structured_output_is_a_call_that_is_begun(lm, says):
 
 
 @pytest.mark.parametrize("bind", [lambda chat: chat, lambda chat: chat.bind(seed=1)])
-def test_structured_output_by_another_method_is_refused(lm, bind):
+def test_structured_output_by_a_method_that_langchain_has_not_is_refused(lm, bind):
     chat = bind(ChatExtensible.from_lm(lm))
-    chat.with_structured_output(Mill, method="function_calling")
-    for method in ("json_schema", "json_mode", "bogus"):
-        with pytest.raises(ConfigError, match=f"method='{method}' is not one of function_calling"):
-            chat.with_structured_output(Mill, method=method)
+    for method in ("function_calling", "json_mode", "json_schema"):
+        assert chat.with_structured_output(Mill, method=method).first.kwargs["tool_choice"] == "any"
+    with pytest.raises(ConfigError, match="method='bogus' is not one of function_calling, json_mode, json_schema"):
+        chat.with_structured_output(Mill, method="bogus")
 
 
 def test_a_conversation_with_calls_is_rendered_by_the_template(lm, says):
