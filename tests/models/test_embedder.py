@@ -694,6 +694,13 @@ def test_only_own_tensors_are_ever_trained(llm):
     assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.trainable_names)
 
 
+def test_an_embedder_in_training_compresses_without_dropout():
+    llm = LLM(tiny_model("llama", attention_dropout=0.5), tiny_tokenizer(), name="dropping")
+    embedder = tuned(llm, 2)
+    made = embedder.compress(TEXT, ratio=2)
+    assert_same_text(embedder.train().compress(TEXT, ratio=2), made)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_changes_own_tensors_and_none_of_the_llm(assign):
     llm = LLM(tiny_model("llama"), tiny_tokenizer(), name="whole")
