@@ -119,7 +119,7 @@ def compress_pieces(
     if batch_size is None:
         batch_size = default_batch_size(embedder.llm, config.chunk_size)
     whole_number(batch_size, "batch_size")
-    embedder.eval()  # where it is being trained, dropout that its LLM's config has would be drawn
+    embedder.train(False)  # where it is being trained, dropout that its LLM's config has would be drawn
     fields = [_fields(config) for _ in texts]
     n_tokens = [0] * len(texts)
     chunks = _chunks(texts, config.chunk_size, ratio, n_tokens)

@@ -18,11 +18,14 @@ class JsonLines(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if message.startswith("Traceback ") and not logger.isEnabledFor(logging.DEBUG):  # uvicorn's, of a forced end
+            message = "an error ended this; extemb --debug serve shows where"
         fields = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": message,
             **getattr(record, "fields", {}),
         }
         if record.exc_info and (error := record.exc_info[1]) is not None:
