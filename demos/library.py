@@ -82,33 +82,29 @@ def _topics(count: int | None) -> list[Document]:
     return [Document(topics[name], title=name, metadata={"source": f"topics/{name}"}) for name in names]
 
 
-def _cut(library: Library, answer: Answer, ratio: int) -> list[Document]:
-    """Take as text what an answer was read from as embeddings, best first, until as many positions are full."""
-    embedder, cut = library.lm.embedder, []
-    left = sum(entry.positions for entry in answer.context)
-    for entry in answer.context:
-        source, _, span = entry.source.rpartition(":")
-        begin, end = map(int, span.split("-"))
-        document = library.document(source)
-        left -= max(0, entry.positions - compressed_positions(entry.n_tokens, ratio, embedder.config.chunk_size))
+def _cut(lm: ExtensibleLM, documents: list[Document], answer: Answer, ratio: int) -> list[Document]:
+    """Cut what an answer was read from as embeddings, best first, to as many positions of text."""
+    cut, left = [], sum(entry.positions for entry in answer.context)
+    for document, entry in zip(documents, answer.context, strict=True):
+        left -= max(0, entry.positions - compressed_positions(entry.n_tokens, ratio, lm.embedder.config.chunk_size))
         if left <= 0:  # what is left does not hold its heading
             break
-        ids = library.lm.llm.encode(document.text[begin:end])[:left]
+        ids = lm.llm.encode(document.text)[:left]
         left -= len(ids)
-        cut.append(Document(library.lm.llm.decode(ids), title=document.title or source))
+        cut.append(Document(lm.llm.decode(ids), title=document.title))
     return cut
 
 
 def _show(library: Library, question: str, arguments: argparse.Namespace, console: Console) -> None:
-    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "stop": "\n"}
-    text, embedded = (
-        library.ask(question, k=arguments.passages, ratio=ratio, **settings) for ratio in ("raw", arguments.ratio)
-    )
+    def ask(documents: list[Document], ratio: Any) -> Answer:
+        return lm.ask(question, documents, ratio=ratio, max_new_tokens=NEW_TOKENS, stop="\n")
+
+    lm = library.lm
+    found = [passage.to_document() for passage in library.search(question, k=arguments.passages)]
+    embedded = ask(found, arguments.ratio)
     ways = {
-        "as text": text,
-        "as text, cut to as many positions": library.lm.ask(
-            question, _cut(library, embedded, arguments.ratio), ratio="raw", **settings
-        ),
+        "as text": ask(found, "raw"),
+        "as text, cut to as many positions": ask(_cut(lm, found, embedded, arguments.ratio), "raw"),
         "as embeddings": embedded,
     }
     from_disk = all(entry.cached for entry in embedded.context)

@@ -48,7 +48,6 @@ SUFFIX = ".safetensors"
 # Names in a folder of shards: of an export, of `scale.worker`, and of writes that were killed.
 EXPORTED, COMPRESSED = r"shard-\d{5,}\.safetensors", r"shard-[0-9a-f]{32}\.(safetensors|json)"
 LEFT = r"\.(shard-|manifest\.json\.).*\.tmp"
-_AGAIN = "remove it, and copy, export or compress it again"
 _NAMED = 9  # damaged shards beside the first
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _OPENED_AT_ONCE = 16
@@ -154,7 +153,7 @@ class ShardReader:
             try:
                 self._read_header()
             except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-                raise StoreCorruptError(f"{self} is not a whole shard ({error}); {_AGAIN}") from error
+                raise StoreCorruptError(f"{self} is not a whole shard ({error}); {_again()}") from error
 
     def __str__(self) -> str:
         return self._location.naming(self.file)
@@ -182,7 +181,7 @@ class ShardReader:
         ref = ref_of(self.refs[at].tobytes())
         entry = Entry.of(self.n_tokens[at], self.n_embeddings[at], self.ratios[at], self.dtype)
         if entry.sum_of(key_of(ref, self.kind.fingerprint), data) != int(self._sums[at]):
-            raise StoreCorruptError(f"{self} has another checksum for {ref} than was written; {_AGAIN}")
+            raise StoreCorruptError(f"{self} has another checksum for {ref} than was written; {_again()}")
         return self.kind.decode(data, entry, ref)
 
     def _read_header(self) -> None:
@@ -299,7 +298,7 @@ def read_manifest(folder: str | os.PathLike[str] | StorageLocation, *, verify: b
         if others:
             shown = ", ".join(name for name, _ in others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
             what += f", and {len(others):,} more are damaged too ({shown})"
-        raise StoreCorruptError(f"{file} {what}; {_AGAIN.replace('it', 'them') if others else _AGAIN}")
+        raise StoreCorruptError(f"{file} {what}; {_again('them' if others else 'it')}")
     return shards
 
 
@@ -320,7 +319,7 @@ def parse_manifest(location: StorageLocation) -> list[Shard]:
             f"{location} has no {MANIFEST}, so its shards are not known to be whole; export or compress again"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreCorruptError(f"{where} is not a manifest of shards ({error}); {_AGAIN}") from error
+        raise StoreCorruptError(f"{where} is not a manifest of shards ({error}); {_again()}") from error
     for shard in shards:
         if Path(str(shard.file)).name != shard.file or not shard.file.endswith(SUFFIX):
             raise StoreCorruptError(f"{where} names {shard.file!r}, which is not a shard beside it; do not trust it")
@@ -344,3 +343,8 @@ def require_only_shards(folder: str | os.PathLike[str] | StorageLocation, *kinds
     if foreign:
         raise StoreFormatError(f"{location} holds {foreign[0]!r}, which is not a shard; pass a new folder")
     return names
+
+
+def _again(what: str = "it") -> str:
+    """Say how to come by damaged shards anew."""
+    return f"remove {what}, and copy, export or compress {what} again"

@@ -22,13 +22,12 @@ from extemb_core.store.shards import (
     parse_manifest,
     read_manifest,
     require_only_shards,
-    write_errors,
     write_manifest,
     write_shard,
 )
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.batches import batches
-from extemb_core.utils.files import locked_folder
+from extemb_core.utils.files import locked_folder, make_folder
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
@@ -95,9 +94,8 @@ def _alone(location: StorageLocation) -> AbstractContextManager[bool]:
     """Lock a folder of this machine while its manifest is written; yields False where another export does."""
     if location.local is None:
         return nullcontext(True)
-    with write_errors(location, MANIFEST):
-        location.local.mkdir(parents=True, exist_ok=True)
-        return locked_folder(location.local)
+    make_folder(location.local, StoreError, "pass another folder")
+    return locked_folder(location.local)
 
 
 def _is_of(location: StorageLocation, shards: list[Shard]) -> bool:

@@ -41,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 _SAME_FOR_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps",
                      "eval_steps", "logging_steps", "seed", "dataloader_num_workers")  # fmt: skip
-
-
 _OF_A_RUN = ("training.json", LOG, "data", "checkpoint-*", "stages")  # some of what its folder, or a recipe's, holds
 
 

@@ -14,7 +14,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableBinding
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
@@ -25,7 +25,7 @@ from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
 from extemb_core.utils.validation import require_one_of
 from extemb_core.weights.resolve import window_of
-from langchain_extemb.loading import LoadedInThread
+from langchain_extemb.loading import Bound, LoadedInThread
 from langchain_extemb.messages import to_documents, to_messages
 
 if TYPE_CHECKING:
@@ -273,15 +273,8 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         return ChatGenerationChunk(message=message)
 
 
-class _BoundChat(RunnableBinding[LanguageModelInput, AIMessage]):
+class _BoundChat(Bound):
     """A chat model with settings, which LangChain's own loses where tools or a schema are bound to it afterwards."""
-
-    @classmethod
-    def lc_id(cls) -> list[str]:
-        return [*cls.get_lc_namespace(), "RunnableBinding"]
-
-    def bind(self, **kwargs: Any) -> _BoundChat:
-        return super().bind(**self.bound.bind(**kwargs).kwargs)  # type: ignore[attr-defined, return-value]  # lists documents
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         return self.bind(**self.bound.bind_tools(tools, **kwargs).kwargs)  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from langchain_core.outputs import LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 
 from extemb_core.documents import Document, several
@@ -26,8 +26,7 @@ class LoadedInThread(GenerationSettings):
 
     def bind(self, **kwargs: Any) -> Runnable[Any, Any]:
         """Return a runnable with settings of each of its calls; see LangChain."""
-        bound: Runnable[Any, Any] = super().bind(**_listed(kwargs))  # type: ignore[misc]
-        return bound
+        return Bound(bound=self, kwargs=_listed(kwargs), config={})  # type: ignore[arg-type]
 
     def batch(
         self,
@@ -143,6 +142,17 @@ def _at_once(config: RunnableConfig | list[RunnableConfig] | None, count: int) -
     configs = get_config_list(config, count)
     at_once = min(configs[0].get("max_concurrency") or MAX_CONCURRENCY, count)
     return [{**one, "max_concurrency": at_once} for one in configs], at_once
+
+
+class Bound(RunnableBinding[Any, Any]):
+    """A model with settings, which more can be bound to as to the model itself."""
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        return [*cls.get_lc_namespace(), "RunnableBinding"]
+
+    def bind(self, **kwargs: Any) -> Runnable[Any, Any]:
+        return super().bind(**_listed(kwargs))
 
 
 def _listed(settings: dict[str, Any]) -> dict[str, Any]:
