@@ -20,6 +20,7 @@ from extemb_core.cli.config_options import options_from
 from extemb_core.errors import BudgetError, DocumentError
 from extemb_core.library import N_PASSAGES
 from extemb_core.loaders import BINARY_SUFFIXES, SUPPORTED_SUFFIXES
+from extemb_core.utils.validation import check_sampling, require_text, whole_number
 
 if TYPE_CHECKING:
     from extemb_core.answers import Answer
@@ -57,6 +58,17 @@ class AskOptions(options.ModelOptions):
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int | None = field(default=None, metadata={"default": "another each time"})
+
+    def __post_init__(self) -> None:
+        """Check what needs no LLM, which takes its time to load."""
+        from extemb_core.context.planning import check_budget
+
+        for name, value in self.sampling().items():
+            check_sampling(name, value)
+        if self.budget is not None:
+            check_budget(self.budget)
+        if self.k is not None:
+            whole_number(self.k, "k", remedy=f"e.g. {N_PASSAGES}")
 
     def parsed_ratio(self) -> str | int:
         """Parse `auto`, `raw` or a whole number."""
@@ -113,6 +125,7 @@ def ask(
         raise typer.BadParameter("--k counts passages of a library; add --library, or leave it out")
     answering: dict[str, Any] = {"budget": given.budget, "ratio": given.parsed_ratio(), **given.sampling()}
     answering["plan"] = check_plan(given.plan, answering["ratio"])
+    require_text(question, "question")
     with ExitStack() as exit_stack:
         texts = options.load_documents(paths, exit_stack.enter_context(options.skipping()))
         with output.library_output():

@@ -17,6 +17,7 @@ from extemb_core.cli.output import explain_interrupt, library_output, print_json
 from extemb_core.documents import Document
 from extemb_core.loaders import Skipped
 from extemb_core.utils.files import make_folder
+from extemb_core.utils.validation import whole_number
 
 SUFFIX = ".safetensors"
 _MAX_STEM_BYTES = 200  # of a file's name
@@ -37,6 +38,11 @@ class CompressOptions(ModelOptions):
     ratio: int | None = field(default=None, metadata={"default": KEPT_RATIO})
     batch_size: int | None = field(default=None, metadata={"default": "by the device"})
     force: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what needs no LLM, which takes its time to load."""
+        if self.batch_size is not None:
+            whole_number(self.batch_size, "batch_size")
 
 
 @options_from(CompressOptions)

@@ -18,6 +18,7 @@ from extemb_core.cli.options import CommandGroup, JsonOption, option
 from extemb_core.cli.store import print_verified, require_store
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.loaders import HTML_SUFFIXES, SUPPORTED_SUFFIXES
+from extemb_core.utils.validation import whole_number
 
 app = CommandGroup(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
 
@@ -39,6 +40,10 @@ class AddOptions(options.StoringOptions):
     encoder: str | None = field(default=None, metadata={"default": "static vectors from the wordllama wheel"})
     passage_tokens: int = PASSAGE_TOKENS
     prune: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number(self.passage_tokens, "passage_tokens", remedy=f"e.g. {PASSAGE_TOKENS}")
 
 
 @app.command()

@@ -173,6 +173,12 @@ class StoringOptions(ModelOptions):
     dtype: str = "float16"
     llm_dtype: str = "auto"
 
+    def __post_init__(self) -> None:
+        """Check what needs no LLM, which takes its time to load."""
+        from extemb_core.store.format import check_dtype
+
+        check_dtype(self.dtype)
+
 
 # -- values ---------------------------------------------------------------------------------------------------
 

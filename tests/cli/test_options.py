@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Models, answer_of, ask_about, misused, refused, run
 
 import extemb_core
-from extemb_core.cli.options import _repeat
+from extemb_core.cli.options import ModelOptions, _repeat
 from extemb_core.cli.output import ExitCode
 
 
@@ -133,3 +134,30 @@ def test_names_that_are_not_utf8(models: Models, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_an_empty_name_is_not_the_current_folder(command: tuple[str, ...]) -> None:
     assert "an empty name is not a file or folder" in misused(*command)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["ask", " "], "the question is empty"),
+        (["ask", "Who?", "--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["ask", "Who?", "--temperature", "-1"], "temperature=-1.0"),
+        (["ask", "Who?", "--budget", "-1"], "budget=-1"),
+        (["ask", "Who?", "--library", "any", "--k", "0"], "k=0"),
+        (["chat", "--temperature", "nan"], "temperature=nan"),
+        (["compress", "{file}", "--output", "out", "--batch-size", "0"], "batch_size=0"),
+        (["index", "add", "any", "--documents", "{file}", "--passage-tokens", "0"], "passage_tokens=0"),
+        (["index", "add", "any", "--documents", "{file}", "--dtype", "float8"], "dtype='float8'"),
+        (["scale", "compress", "--input", "{file}", "--output", "out", "--dtype", "float8"], "dtype='float8'"),
+    ],
+)
+def test_settings_that_need_no_llm_are_checked_before_one_loads(
+    novel: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], told: str
+) -> None:
+    def load(self: ModelOptions, **settings: Any) -> None:
+        raise AssertionError("an LLM loads")
+
+    monkeypatch.setattr(ModelOptions, "load", load)
+    result = run(*(word.format(file=novel) for word in command))
+    assert told in result.stderr
+    assert result.exit_code == ExitCode.SETTINGS
