@@ -32,7 +32,7 @@ def trainings(records: Mapping[str, Scored]) -> str:
         weights = str(record["fingerprint"])[:8], _dtype(record)
         found.setdefault(str(record["config"]["embedder"]), {}).setdefault(weights, []).append(name)
     return "".join(
-        f"\n{code(embedder)} was trained on between these records, or loaded in another dtype; by its fingerprint, "
+        f"\n{code(embedder)} has several fingerprints in these records (its weights or their dtype differ): "
         + "; ".join(
             f"{code(fingerprint)} in {code(dtype)}: {', '.join(of)}" for (fingerprint, dtype), of in parts.items()
         )

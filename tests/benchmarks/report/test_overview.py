@@ -55,10 +55,10 @@ def test_each_set_has_a_row_for_each_ratio_with_the_best_way_marked():
 
 def test_records_of_several_trainings_of_an_embedder_are_told_apart():
     records = [(Path(f"{name}.json"), with_focus(qa_record(), data=f"{name}.jsonl")) for name in ("a", "b")]
-    assert "was trained on between" not in markdown(records, {})
+    assert "several fingerprints" not in markdown(records, {})
     first, records[1][1]["fingerprint"] = records[0][1]["fingerprint"], "0123456789abcdef"
     parts = (f"`{fingerprint[:8]}` in `float32`: {name}" for fingerprint, name in ((first, "a"), ("01234567", "b")))
-    assert f"by its fingerprint, {'; '.join(parts)}." in markdown(records, {})
+    assert f"(its weights or their dtype differ): {'; '.join(parts)}." in markdown(records, {})
     records[1][1]["provenance"]["hardware"]["accelerator"] = "NVIDIA H200"
     assert "`01234567` in `auto`: b." in markdown(records, {})
 

@@ -62,7 +62,7 @@ def test_a_glance_says_which_records_are_of_which_training_of_an_embedder(record
     *_, line, end = filled(SEVERAL.format(""), records).splitlines()
     name, first = qa_record()["config"]["embedder"], qa_record()["fingerprint"][:8]
     assert end == "<!-- end of table -->"
-    said = f"`{name}` was trained on between these records, or loaded in another dtype; by its fingerprint, "
+    said = f"`{name}` has several fingerprints in these records (its weights or their dtype differ): "
     assert line == f"{said}`{first}` in `float32`: a; `01234567` in `bfloat16`: b."
 
 
