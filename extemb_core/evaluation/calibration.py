@@ -27,6 +27,7 @@ from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import decoder_layers, default_entry_layer
 from extemb_core.models.llm import LLM
 from extemb_core.training.data import read_texts
+from extemb_core.utils.files import refuse_foreign
 
 RECORD, PLOT = "calibration.json", "calibration.png"
 _EMBEDDER = ("model.safetensors", "config.json")  # which shows that there is one, and comes last
@@ -199,9 +200,8 @@ def _check_folder(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file, and an embedder is a folder; pass the name of a new one")
     names = {path.name for path in output.glob("[!.]*")}  # hidden ones are ours, of a call that was killed
-    strange = names - _OURS if names & {RECORD, f"{RECORD}.partial"} else names
-    if strange:
-        raise ConfigError(f"{output} holds {min(strange)!r} already, not by a calibration; pass a new or empty folder")
+    foreign = names - _OURS if names & {RECORD, f"{RECORD}.partial"} else names
+    refuse_foreign(output, foreign, "a calibration's", ConfigError)
 
 
 def _write_embedder(embedder: ExtensibleEmbedder, output: Path) -> ExtensibleEmbedder:

@@ -7,6 +7,7 @@ that every coarser ratio can still be derived, and is kept as a direction, which
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from extemb_core.errors import ConfigError, MismatchError, StoreCorruptError, St
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.downscaling import DOWNSCALINGS, check_ratios
 from extemb_core.store.lmdb_env import DATA_FILE, LOCK_FILE
-from extemb_core.utils.files import atomic_write_text, make_folder, parse_json
+from extemb_core.utils.files import atomic_write_text, make_folder, parse_json, refuse_foreign
 from extemb_core.utils.validation import require_one_of, whole_number
 
 FORMAT, VERSION = "extemb-store", 2
@@ -53,9 +54,9 @@ def prepare(folder: Path) -> None:
         raise StoreFormatError(f"{folder} is a file, and a store is a folder; pass another path")
     if not (folder / DATA_FILE).is_file():  # of one that is there LMDB tells whether it may be written
         make_folder(folder, StoreError, "pass another path")
-    others = [file for file in folder.iterdir() if not _UNFINISHED.fullmatch(file.name)]
-    if others and not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
-        raise StoreFormatError(f"{folder} holds files that are not a store's; pass another folder, or an empty one")
+    if not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
+        foreign = [name for name in os.listdir(folder) if not _UNFINISHED.fullmatch(name)]
+        refuse_foreign(folder, foreign, "a store's", StoreFormatError)
 
 
 def check_description(folder: Path) -> int | None:

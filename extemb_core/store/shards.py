@@ -39,7 +39,7 @@ from extemb_core.models.chunks import embeddings_of
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
 from extemb_core.store.remote import StorageLocation
-from extemb_core.utils.files import FULL, parse_json
+from extemb_core.utils.files import FULL, parse_json, refuse_foreign
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "extemb-shards", 2
@@ -339,9 +339,7 @@ def require_only_shards(folder: str | os.PathLike[str] | StorageLocation, *kinds
     location = StorageLocation.of(folder)
     names = location.names()
     ours = re.compile("|".join((re.escape(MANIFEST), LEFT, *kinds)))
-    foreign = [name for name in names if not ours.fullmatch(name)]
-    if foreign:
-        raise StoreFormatError(f"{location} holds {foreign[0]!r}, which is not a shard; pass a new folder")
+    refuse_foreign(location, (name for name in names if not ours.fullmatch(name)), "a shard", StoreFormatError)
     return names
 
 

@@ -34,7 +34,7 @@ from extemb_core.training.checkpoints import (
 from extemb_core.training.config import TrainingConfig, torchrun_number
 from extemb_core.training.run_trainer import LOG, RunCallback, RunTrainer, append_log, mend_log
 from extemb_core.training.trainable import TrainableModel, starting_point
-from extemb_core.utils.files import FULL, atomic_write_text, locked_folder, make_folder
+from extemb_core.utils.files import FULL, atomic_write_text, locked_folder, make_folder, refuse_foreign
 from extemb_core.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -147,9 +147,9 @@ def only_run_in(output: Path, *others: Path) -> Iterator[None]:
     """
     made = {folder for one in (output, *others) for folder in (one, *one.parents) if not folder.exists()}
     make_folder(output, ConfigError, "pass another output")
-    other = min((file for file in output.iterdir() if file.is_file() and not file.name.startswith(".")), default=None)
-    if other is not None and not any(found for name in _OF_A_RUN for found in output.glob(name)):
-        raise ConfigError(f"{output} holds files that are not a run's, such as {other.name}; pass an empty folder")
+    if not any(found for name in _OF_A_RUN for found in output.glob(name)):
+        foreign = [file.name for file in output.iterdir() if file.is_file() and not file.name.startswith(".")]
+        refuse_foreign(output, foreign, "a run's", ConfigError)
     with locked_folder(output) if is_first_process() else nullcontext(True) as alone:
         if not alone:
             raise ConfigError(f"{output} is being written by another run; wait for that, or pass another output")

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,6 +47,23 @@ def make_folder(folder: Path, error: Callable[[str], Exception], remedy: str) ->
         raise error(f"{folder} cannot be made ({refused.strerror}); {remedy}") from refused
     if not os.access(folder, os.W_OK | os.X_OK):
         raise error(f"{folder} may not be written to; {remedy}")
+
+
+def refuse_foreign(where: object, foreign: Iterable[str], whose: str, error: Callable[[str], Exception]) -> None:
+    """Refuse a folder that holds what may be somebody's files: they would be mixed with ours, or replaced.
+
+    Args:
+        where: The folder.
+        foreign: Names in it that are not of ours.
+        whose: What ours are, after "not".
+        error: Makes the error.
+
+    Raises:
+        Exception: That of `error`, which names the first of `foreign`.
+    """
+    first = min(foreign, default=None)
+    if first is not None:
+        raise error(f"{where} holds {first!r}, which is not {whose}; pass a new or empty folder")
 
 
 def lock(handle: int) -> bool:

@@ -83,7 +83,7 @@ def test_interrupted_it_says_how_to_go_on(folder: Path, tmp_path: Path, monkeypa
         (ExitCode.SETTINGS, ["--ratios", "2", "6"], "ratio=6 is not a power of two"),
         (ExitCode.SETTINGS, ["--weighting", "frequency"], "weighting='frequency' came with 0 files"),
         (ExitCode.INPUT, ["--data", "none.jsonl"], "none.jsonl does not exist"),
-        (ExitCode.SETTINGS, ["--output", "{folder}"], "holds 'llm' already"),
+        (ExitCode.SETTINGS, ["--output", "{folder}"], "holds 'llm', which is not a calibration's"),
     ],
 )
 def test_errors_are_one_line(folder: Path, tmp_path: Path, code: int, arguments: list[str], message: str) -> None:

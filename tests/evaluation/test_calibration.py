@@ -244,7 +244,9 @@ def test_a_folder_with_something_else_in_it_is_left_alone(llm, config, tmp_path)
     (folder / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is a file.*pass the name of a new one"):
         calibrate(config, file, llm=llm)
-    with pytest.raises(ConfigError, match="holds 'config.json' already.*new or empty folder"):
+    with pytest.raises(
+        ConfigError, match="holds 'config.json', which is not a calibration's; pass a new or empty folder"
+    ):
         calibrate(config, folder, llm=llm)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
 

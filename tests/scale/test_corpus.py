@@ -210,7 +210,7 @@ def test_what_was_made_in_the_folder_that_is_read_is_no_input(tmp_path):
     for name in ("a.jsonl", "out/manifest.json", f"out/shard-{'0a' * 16}.json"):
         (tmp_path / name).touch()
     assert _inputs([tmp_path], tmp_path / "out") == (ROWS, [str(tmp_path / "a.jsonl")])
-    with pytest.raises(StoreError, match=r"holds 'a\.jsonl', which is not a shard; pass a new folder"):
+    with pytest.raises(StoreError, match=r"holds 'a\.jsonl', which is not a shard; pass a new or empty folder"):
         compress_corpus([tmp_path], tmp_path, llm="none")
 
 

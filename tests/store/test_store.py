@@ -257,7 +257,7 @@ def test_what_is_not_a_store_is_left_alone(tmp_path):
         EmbeddingStore.open(tmp_path / "file")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("words")
-    with pytest.raises(StoreError, match="holds files that are not a store's"):
+    with pytest.raises(StoreError, match="holds 'letter.txt', which is not a store's; pass a new or empty folder"):
         EmbeddingStore.open(tmp_path / "mine")
     assert os.listdir(tmp_path / "mine") == ["letter.txt"]
     with pytest.raises(ConfigError, match="mode='w' is neither 'r' nor 'a'"):

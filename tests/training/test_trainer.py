@@ -75,7 +75,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(config):
     output = Path(config.output)
     output.mkdir()
     (output / "notes.txt").write_text("The mill was built in 1820.")
-    with pytest.raises(ConfigError, match="holds files that are not a run's, such as notes.txt; pass an empty folder"):
+    with pytest.raises(ConfigError, match="holds 'notes.txt', which is not a run's; pass a new or empty folder"):
         train(config)
     assert [file.name for file in output.iterdir()] == ["notes.txt"]
 

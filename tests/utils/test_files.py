@@ -20,6 +20,7 @@ from extemb_core.utils.files import (
     locked_folder,
     make_folder,
     parse_json,
+    refuse_foreign,
     remove_left,
     sha256_of_stream,
 )
@@ -42,6 +43,12 @@ def test_a_folder_is_made_with_those_above_it_or_refused_with_the_remedy(tmp_pat
     monkeypatch.setattr(os, "access", lambda *_: False)  # as it is of a disk mounted to be read
     with pytest.raises(ConfigError, match=r"b may not be written to; name another$"):
         make_folder(tmp_path / "a" / "b", ConfigError, "name another")
+
+
+def test_a_folder_with_others_files_is_refused_by_the_first_of_them(tmp_path):
+    refuse_foreign(tmp_path, [], "a store's", ConfigError)
+    with pytest.raises(ConfigError, match=r"holds 'a b', which is not a store's; pass a new or empty folder$"):
+        refuse_foreign(tmp_path, ["c", "a b"], "a store's", ConfigError)
 
 
 def test_the_lock_of_a_folder_keeps_others_out_and_ends_with_its_block(tmp_path, monkeypatch):
