@@ -51,7 +51,7 @@ from extemb_core.models.llm import LLM, not_from_hub, quiet_transformers
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
 from extemb_core.models.shared_layers import PROBE_TOLERANCE, first_layers, same_in_bfloat16, sample_of
-from extemb_core.utils.files import disk_errors, remove_left
+from extemb_core.utils.files import safetensors_folder
 from extemb_core.utils.validation import name_or_path, refuse_unknown
 from extemb_core.weights.resolve import UNTRAINED
 
@@ -362,11 +362,8 @@ class ExtensibleEmbedder(PreTrainedModel):
         kwargs["state_dict"] = {name: t.contiguous().cpu() for name, t in tensors.items()}
         kwargs["save_original_format"] = False  # which names an LLM's experts otherwise than its modules do
         folder = Path(save_directory)
-        remove_left(folder)
-        with quiet_transformers(), disk_errors(folder):
+        with quiet_transformers(), safetensors_folder(folder, _TENSORS, _SETTINGS):
             super().save_pretrained(folder, **kwargs)
-        # safetensors leaves its file readable by its owner alone; config.json has the mode that files have here.
-        (folder / _TENSORS).chmod((folder / _SETTINGS).stat().st_mode)
 
     @property
     def fingerprint(self) -> str:

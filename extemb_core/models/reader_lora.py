@@ -16,7 +16,7 @@ from torch import nn
 
 from extemb_core.errors import ConfigError, MismatchError, WeightsCorruptError, WeightsError
 from extemb_core.models.lora import ADAPTER, add_adapters, first_mismatch, read_settings, read_tensors
-from extemb_core.utils.files import disk_errors, remove_left
+from extemb_core.utils.files import safetensors_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,11 +73,9 @@ def save_reader(llm: LLM, config: LoraConfig, folder: Path) -> None:
     """Write the folder of the reader that `add_reader` began."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().float().cpu().contiguous() for name, p in reader_adapters(llm).items()}
-    remove_left(folder)
-    with disk_errors(folder):
+    with safetensors_folder(folder, TENSORS, SETTINGS):
         save_file(tensors, folder / TENSORS)
         config.save_pretrained(str(folder))
-    (folder / TENSORS).chmod((folder / SETTINGS).stat().st_mode)
 
 
 def load_reader(llm: LLM, folder: Path) -> None:

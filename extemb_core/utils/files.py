@@ -149,6 +149,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OSError(int(refused[2]), refused[1], str(path)) from error
 
 
+@contextmanager
+def safetensors_folder(folder: Path, tensors: str, settings: str) -> Iterator[None]:
+    """Have a block write a folder's file of tensors and its settings, each readable as files are made here.
+
+    What processes left there that were killed is removed, and disk errors name the folder, as in `disk_errors`.
+    """
+    remove_left(folder)
+    with disk_errors(folder):
+        yield
+    (folder / tensors).chmod((folder / settings).stat().st_mode)  # safetensors makes files that only their owner reads
+
+
 def atomic_write_text(file: Path, text: str) -> None:
     """Write a text file that is whole or not there."""
     with atomic_write(file) as temporary, disk_errors(file):
