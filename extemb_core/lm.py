@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.models.vllm_client import VllmLLM, load_llm
 from extemb_core.store.base import MemoryStore, Store, missing_from
+from extemb_core.store.shard_store import open_store
 from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import name_or_path, whole_number
 from extemb_core.weights.registry import DEFAULT_LLM
@@ -466,15 +467,3 @@ class ExtensibleLM:
             self.embedder, missing, ratio=finest, batch_size=batch_size, show_progress=show_progress
         ):
             self.store.put(*batch)
-
-
-def open_store(store: str | os.PathLike[str] | Store | None, mode: Literal["r", "a"] = "a") -> Store | None:
-    """Open the store of a folder or URL, to read or to add to it; one that is open already stays as it is."""
-    if not isinstance(store, str | os.PathLike):
-        if store is not None and not hasattr(store, "put"):
-            raise ConfigError(f"store={store!r:.80} is neither a folder nor a store; pass one of them")
-        return store
-    from extemb_core.store.shard_store import ShardStore, is_sharded
-    from extemb_core.store.store import EmbeddingStore
-
-    return ShardStore(store) if is_sharded(store) else EmbeddingStore.open(store, mode)

@@ -39,13 +39,12 @@ from extemb_core.errors import (
     StoreError,
     WeightsError,
 )
-from extemb_core.lm import open_store
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.generation import Sampling
 from extemb_core.models.llm import LLM
 from extemb_core.store.base import MemoryStore
-from extemb_core.store.shard_store import ShardStore
+from extemb_core.store.shard_store import ShardStore, open_store
 from extemb_core.store.transfer import export_store
 
 QUESTION = "How many ships?"

@@ -61,8 +61,8 @@ def serve(**settings: Any) -> None:
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         optional_import(module, "server", "extemb serve", package=module.replace("_", "-"))
     with library_output():
-        from extemb_core.lm import open_store
         from extemb_core.serving.process import serve
+        from extemb_core.store.shard_store import open_store
 
         lm = given.load(store=open_store(given.store, "r"))
         with suppress(KeyboardInterrupt):  # the way to stop it

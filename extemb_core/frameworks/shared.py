@@ -41,9 +41,10 @@ def share(
     Raises:
         WeightsError, MismatchError, StoreError: See `ExtensibleLM.from_pretrained`.
     """
-    from extemb_core.lm import ExtensibleLM, open_store
+    from extemb_core.lm import ExtensibleLM
     from extemb_core.models.embedder import ExtensibleEmbedder
     from extemb_core.models.vllm_client import load_llm
+    from extemb_core.store.shard_store import open_store
 
     llm, embedder = name_or_path(llm), None if embedder is None else name_or_path(embedder)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from extemb_core.errors import StoreError
+from extemb_core.errors import ConfigError, StoreError
 from extemb_core.models.compressed import Compressed
+from extemb_core.store.base import Store
 from extemb_core.store.format import ref_bytes
 from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import MANIFEST, Array, open_shards, read_manifest
+from extemb_core.store.store import EmbeddingStore
 
 
 class ShardStore:
@@ -73,3 +76,12 @@ class ShardStore:
 def is_sharded(where: str | os.PathLike[str]) -> bool:
     """Return True if a store to be opened is a folder of shards: a URL, or a folder with a manifest."""
     return is_url(where) or (Path(where) / MANIFEST).is_file()
+
+
+def open_store(store: str | os.PathLike[str] | Store | None, mode: Literal["r", "a"] = "a") -> Store | None:
+    """Open the store of a folder or URL, to read or to add to it; one that is open already stays as it is."""
+    if not isinstance(store, str | os.PathLike):
+        if store is not None and not hasattr(store, "put"):
+            raise ConfigError(f"store={store!r:.80} is neither a folder nor a store; pass one of them")
+        return store
+    return ShardStore(store) if is_sharded(store) else EmbeddingStore.open(store, mode)

@@ -72,15 +72,15 @@ class ItemReader:
 
     @cached_property
     def _store(self) -> Store:
-        from extemb_core.store.shard_store import ShardStore, is_sharded
-        from extemb_core.store.store import EmbeddingStore
+        from extemb_core.store.shard_store import open_store
 
-        if self._folder is None:
+        store = open_store(self._folder, "r")
+        if store is None:
             raise ConfigError(
                 "an item has a ref, and this server has no store; start it with --hf-overrides "
                 "'{\"extemb_store\": FOLDER}', or send states"
             )
-        return ShardStore(self._folder) if is_sharded(self._folder) else EmbeddingStore.open(self._folder, "r")
+        return store
 
     def read(self, fields: Mapping[str, Any]) -> Item:
         """Read one item.
