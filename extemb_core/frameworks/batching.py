@@ -13,10 +13,9 @@ from functools import partial
 from weakref import WeakSet
 
 from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, to_answer
-from extemb_core.models.bulk import positions_at_once
+from extemb_core.models.bulk import batch_with
 from extemb_core.models.generation import Generated, Sampling
 from extemb_core.models.llm import LLM
-from extemb_core.utils.batches import padded_batches
 from extemb_core.utils.validation import whole_number
 
 _GATHER_SECONDS = 0.2  # at most, for the requests that were announced
@@ -145,7 +144,7 @@ class Batcher:
                 if request is not first and request.sampling == first.sampling and first.sampling.seed is None
             ]
             lengths = {request: request.positions for request in [first, *others][: self.batch_size]}
-            batch = next(some for some in padded_batches(lengths, positions_at_once(self.llm)) if first in some)
+            batch = batch_with(first, lengths, self.llm)
             self._waiting = [request for request in self._waiting if request not in batch]
         return batch
 

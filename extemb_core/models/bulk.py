@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +17,15 @@ from extemb_core.models.anchors import anchor_positions
 from extemb_core.models.chunks import n_embeddings
 from extemb_core.models.compressed import Compressed
 from extemb_core.models.config import ExtensibleEmbedderConfig
-from extemb_core.utils.batches import batches
+from extemb_core.utils.batches import batches, padded_batches
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
     from extemb_core.models.llm import LLM
+
+T = TypeVar("T")
 
 Pieces = Iterable[tuple[np.ndarray[Any, Any], int]]
 """Of a text: (T,) ids, and what each counts for on a progress bar."""
@@ -57,6 +59,11 @@ def positions_at_once(llm: LLM) -> int:
     4096 on a CPU; on CUDA what a quarter of the free memory holds, if that is more. A prompt of more is alone.
     """
     return max(POSITIONS_AT_ONCE, _cuda_tokens(llm) if llm.device.type == "cuda" else 0)
+
+
+def batch_with(first: T, lengths: Mapping[T, int], llm: LLM) -> list[T]:
+    """Choose which waiting prompts are answered together with `first`, by the positions that each takes."""
+    return next(batch for batch in padded_batches(lengths, positions_at_once(llm)) if first in batch)
 
 
 def _cuda_tokens(llm: LLM) -> int:

@@ -18,13 +18,12 @@ from typing import TypeVar
 from extemb_core.answers import Answer, PreparedPrompt, to_answer
 from extemb_core.errors import ConfigError
 from extemb_core.frameworks.aio import until_cancelled
-from extemb_core.models.bulk import positions_at_once
+from extemb_core.models.bulk import batch_with
 from extemb_core.models.entry import PromptInputs
 from extemb_core.models.generation import Sampling, StreamedRow
 from extemb_core.models.llm import LLM
 from extemb_core.serving.errors import ApiError
 from extemb_core.serving.metrics import Metrics
-from extemb_core.utils.batches import padded_batches
 
 _RETRY_SECONDS = 1
 _PREPARED_AT_ONCE = 2  # one compresses on all cores while another reads and plans; more would hold more in memory
@@ -205,7 +204,7 @@ class Engine:
         if not self._waiting:
             return []
         first, lengths = self._waiting[0], {job: job.positions for job in self._waiting[: self._batch_size]}
-        batch = next(some for some in padded_batches(lengths, positions_at_once(self.llm)) if first in some)
+        batch = batch_with(first, lengths, self.llm)
         self._waiting = [job for job in self._waiting if job not in batch]
         return batch
 

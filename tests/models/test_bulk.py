@@ -13,7 +13,7 @@ from tiny import SENTENCES, shared_embedder, tiny_llm
 from extemb_core import ExtensibleLM
 from extemb_core.documents import text_ref
 from extemb_core.errors import ConfigError, RatioError
-from extemb_core.models.bulk import compress_in_batches, default_batch_size, positions_at_once
+from extemb_core.models.bulk import batch_with, compress_in_batches, default_batch_size, positions_at_once
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.store.base import MemoryStore
 
@@ -90,6 +90,12 @@ def test_a_batch_follows_the_device(monkeypatch, width, free, expected):
 def test_positions_of_a_pass_follow_the_device(monkeypatch, width, free, expected):
     assert positions_at_once(Card(monkeypatch, width, free)) == expected
     assert positions_at_once(tiny_llm()) == 4096
+
+
+def test_a_prompt_is_answered_with_those_that_fit_beside_it():
+    lengths = {"a": 1000, "b": 4000, "c": 1200, "d": 2000}
+    assert batch_with("a", lengths, tiny_llm()) == batch_with("c", lengths, tiny_llm()) == ["a", "c"]
+    assert [batch_with(first, lengths, tiny_llm()) for first in "bd"] == [["b"], ["d"]]
 
 
 @pytest.mark.parametrize(("given", "chunks"), [({}, 4), ({"batch_size": 2}, 2), ({"batch_size": 9}, 9)])
