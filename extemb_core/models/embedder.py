@@ -47,11 +47,12 @@ from extemb_core.models.config import EMBEDDER_SETTINGS, ExtensibleEmbedderConfi
 from extemb_core.models.connector import CONNECTORS, OutputConnector, recent_embeddings, trailing_means
 from extemb_core.models.downscaling import DOWNSCALINGS
 from extemb_core.models.entry import AnchoredPrompt, AnchoredStates, decoder_layers, default_entry_layer
-from extemb_core.models.llm import LLM, not_from_hub, quiet_transformers
+from extemb_core.models.llm import LLM, not_from_hub
 from extemb_core.models.lora import add_adapters, first_mismatch, read_settings, read_tensors
 from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, token_groups, token_weights
 from extemb_core.models.shared_layers import PROBE_TOLERANCE, first_layers, same_in_bfloat16, sample_of
 from extemb_core.utils.files import safetensors_folder
+from extemb_core.utils.quiet import quiet_transformers
 from extemb_core.utils.validation import name_or_path, refuse_unknown
 from extemb_core.weights.resolve import UNTRAINED
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from extemb_core.errors import ConfigError
 from extemb_core.utils.files import atomic_write_text, disk_errors, make_folder, parse_json, remove_left
+from extemb_core.utils.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
@@ -33,8 +34,6 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
     Raises:
         ConfigError: The folder is taken or cannot be made, or the plugin has no such architecture.
     """
-    from extemb_core.models.llm import quiet_transformers  # here, so that the names above load quickly in vLLM
-
     target, llm, layer = Path(folder), embedder.llm, embedder.config.entry_layer
     name = type(llm.model).__name__
     if layer and name not in SERVED:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,7 +20,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import (
     ConfigError,
@@ -39,12 +37,12 @@ from extemb_core.models.reader_lora import merge_reader
 from extemb_core.models.stoppable import CACHE, StoppableCache
 from extemb_core.models.tokenization import TextEncoder
 from extemb_core.utils.batches import padded_batches
+from extemb_core.utils.quiet import quiet_transformers
 from extemb_core.utils.validation import name_or_path, require_one_of
 from extemb_core.weights.resolve import resolve_base, resolve_llm
 
 _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
 MIN_FULL = 0.8  # of the longest prompt of a pass; shorter ones are not worth their padding
-_transformers_lock = threading.RLock()
 _ROPES_BY_LENGTH = {"dynamic", "longrope"}  # turn all keys of a pass by its largest position
 _LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # Cohere's, Granite's, Falcon-H1's
 
@@ -422,21 +420,3 @@ def not_from_hub(name: str, error: BaseException) -> WeightsNotFoundError:
     return WeightsNotFoundError(
         f"{name} cannot be had from the hub ({first_line(error)}); check the name and the network, or pass a folder"
     )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bar and notices while local files are read or written, one thread at a time.
-
-    What is silenced is the process's, as is the default dtype that transformers sets while it loads.
-    """
-    with _transformers_lock:
-        verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            hf_logging.set_verbosity(verbosity)
-            if bar:
-                hf_logging.enable_progress_bar()

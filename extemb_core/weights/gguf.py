@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extemb_core.errors import WeightsError
+from extemb_core.utils.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -142,12 +143,7 @@ def _field(reader: GGUFReader, name: str, *, required: bool = True) -> Any:
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Hide the progress bars of transformers: it is the caller's choice to show any."""
-    from transformers.utils import logging
-
-    with contextlib.ExitStack() as undo:
-        if logging.is_progress_bar_enabled():
-            undo.callback(logging.enable_progress_bar)
-        logging.disable_progress_bar()
+    with quiet_transformers(), contextlib.ExitStack() as undo:
         with contextlib.suppress(ImportError, AttributeError):
             # Its GGUF reader takes tqdm directly, past the switch above.
             loader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")

@@ -13,8 +13,9 @@ from tiny import FAMILIES, LONG_PROMPT, tiny_llm, tiny_model, tiny_tokenizer
 from transformers.utils import logging as hf_logging
 
 from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsError, WeightsNotFoundError
-from extemb_core.models.llm import LLM, choose_device, choose_dtype, quiet_transformers
+from extemb_core.models.llm import LLM, choose_device, choose_dtype
 from extemb_core.models.stoppable import CACHE
+from extemb_core.utils.quiet import quiet_transformers
 
 # -- reading and scoring -------------------------------------------------------------------------------------------
 
