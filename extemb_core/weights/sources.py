@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from extemb_core.errors import WeightsCorruptError, WeightsNotFoundError
+from extemb_core.errors import WeightsCorruptError, WeightsNotFoundError, first_line
 from extemb_core.utils.files import sha256_of
 from extemb_core.utils.progress import progress as progress_bar
 from extemb_core.weights.registry import KnownModel, Part
@@ -86,9 +86,8 @@ def from_hub(model: KnownModel, folder: Path, remedy: str) -> Path:
     try:
         file = Path(hf_hub_download(model.hub_id, model.gguf_file, local_dir=folder))
     except Exception as error:  # which errors a failing network raises depends on the client's version
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsNotFoundError(
-            f"{model.gguf_file} could not be downloaded from {model.hub_id} ({reason}); {remedy}"
+            f"{model.gguf_file} could not be downloaded from {model.hub_id} ({first_line(error)}); {remedy}"
         ) from error
     if (actual := sha256_of(file)) != model.sha256:
         raise WeightsCorruptError(
