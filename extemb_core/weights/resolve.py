@@ -17,11 +17,10 @@ from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsError, W
 from extemb_core.utils.files import locked, partial_folder
 from extemb_core.utils.progress import progress as progress_bar
 from extemb_core.utils.validation import name_or_path
-from extemb_core.weights import cache, sources
-from extemb_core.weights import checks as folders
+from extemb_core.weights import cache, checks, sources
 from extemb_core.weights.gguf import dequantise
 from extemb_core.weights.registry import KNOWN_MODELS as KNOWN_MODELS
-from extemb_core.weights.registry import KnownModel as KnownModel
+from extemb_core.weights.registry import KnownModel
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 _EMBEDDER, _READER = "config.json", "reader/adapter_config.json"  # what shows that there is one
@@ -57,7 +56,7 @@ def resolve_llm(name: str | os.PathLike[str]) -> Path | str:
         ConfigError: A bare word that is not a known name.
     """
     if (path := _local_path(name)) is not None:
-        folders.check_llm(path)
+        checks.check_llm(path)
         return path
     name = os.fspath(name)
     model = KNOWN_MODELS.get(name)
@@ -92,7 +91,7 @@ def resolve_base(name: str | os.PathLike[str]) -> tuple[list[Path], str | os.Pat
     readers: list[Path] = []
     while (reader := resolve_reader(name)) is not None:
         settings = reader / "adapter_config.json"
-        base = folders.read_json(settings).get("base_model_name_or_path")
+        base = checks.read_json(settings).get("base_model_name_or_path")
         if not isinstance(base, str) or not base or reader.resolve() in readers:
             raise WeightsCorruptError(f"{settings} has base_model_name_or_path={base!r:.80}; get the adapters again")
         readers.insert(0, reader.resolve())
@@ -132,7 +131,7 @@ def window_of(name: str | os.PathLike[str]) -> int | None:
         folder = cache.folder_of(model)
     if folder is None or not (folder / "config.json").is_file():
         return None
-    config = folders.read_json(folder / "config.json")
+    config = checks.read_json(folder / "config.json")
     text_config = config.get("text_config", config)
     window = text_config.get("max_position_embeddings") if isinstance(text_config, dict) else None
     return window if isinstance(window, int) else None
@@ -153,7 +152,7 @@ def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str)
     path = _local_path(name_or_path) or shipped.get(str(name_or_path))
     if path is None:
         return _hub_id(str(name_or_path), f"embedders are shipped for {', '.join(shipped) or 'no LLM'}")
-    folders.check_embedder(path)
+    checks.check_embedder(path)
     return path
 
 
