@@ -24,11 +24,11 @@ from ending import parser, report, run
 
 from extemb_core.context.assembly import Part, Prompt, assemble_chat, assemble_text
 from extemb_core.errors import ConfigError
-from extemb_core.evaluation.provenance import short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training.data import TokenFile
 from extemb_core.utils.progress import progress
+from extemb_core.weights.resolve import short_name
 
 NEXT = 64
 PLACES = ("opening", "chat")

@@ -24,11 +24,10 @@ from extemb_core.context.assembly import DOCUMENT_SEPARATOR, document_heading
 from extemb_core.documents import Document
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.baselines import head
-from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
 from extemb_core.questions import Question, read_questions
 from extemb_core.utils.jsonl import evenly
-from extemb_core.weights.resolve import resolve_embedder
+from extemb_core.weights.resolve import resolve_embedder, short_name
 
 
 def main(argv: Sequence[str] | None = None) -> None:

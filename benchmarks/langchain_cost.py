@@ -19,9 +19,8 @@ from memory import sample_text
 from timing import alternate, compare
 
 from extemb_core.documents import Document
-from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
-from extemb_core.weights.resolve import resolve_embedder
+from extemb_core.weights.resolve import resolve_embedder, short_name
 from langchain_extemb import ChatExtensible
 
 SECTIONS = ("first_token", "batch", "construct")

@@ -28,7 +28,6 @@ from timing import alternate, compare
 
 from extemb_core.context.assembly import Prompt
 from extemb_core.documents import Document, text_ref
-from extemb_core.evaluation.provenance import short_name
 from extemb_core.library import PASSAGE_TOKENS
 from extemb_core.library.library import Library
 from extemb_core.library.passages import split_passages
@@ -38,7 +37,7 @@ from extemb_core.models.compressed import Compressed
 from extemb_core.models.llm import LLM
 from extemb_core.store.format import DTYPES, decode, encode
 from extemb_core.store.store import EmbeddingStore
-from extemb_core.weights.resolve import resolve_embedder
+from extemb_core.weights.resolve import resolve_embedder, short_name
 
 SECTIONS = ("read", "disk", "rounding", "open", "first_token", "add", "again", "search")
 FINGERPRINT = "00" * 16

@@ -26,10 +26,9 @@ from memory import sample_text
 from timing import alternate, compare
 
 from extemb_core.answers import Answer
-from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
 from extemb_core.store.store import EmbeddingStore
-from extemb_core.weights.resolve import resolve_embedder
+from extemb_core.weights.resolve import resolve_embedder, short_name
 from llama_index.llms.extemb import ExtensibleLLM, extensible_prompt_helper
 from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor
 

@@ -19,11 +19,11 @@ import torch
 from ablations import measure
 from ending import run, write_json
 
-from extemb_core.evaluation.provenance import provenance, short_name
+from extemb_core.evaluation.provenance import provenance
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training.trainable import TrainableModel
-from extemb_core.weights.resolve import resolve_embedder
+from extemb_core.weights.resolve import resolve_embedder, short_name
 
 
 def main() -> None:

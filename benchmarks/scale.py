@@ -23,7 +23,6 @@ import ending
 import numpy as np
 from memory import sample_text
 
-from extemb_core.evaluation.provenance import short_name
 from extemb_core.library import PASSAGE_TOKENS
 from extemb_core.library.vector_index import VectorIndex
 from extemb_core.lm import ExtensibleLM
@@ -31,7 +30,7 @@ from extemb_core.scale.corpus import compress_corpus
 from extemb_core.scale.worker import CompressWorker, seal
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.store.transfer import import_shards
-from extemb_core.weights.resolve import resolve_embedder
+from extemb_core.weights.resolve import resolve_embedder, short_name
 
 SECTIONS = ("throughput", "size", "index")
 DAYS = (1_000_000, 100_000_000, 10_000_000_000)  # tokens

@@ -33,13 +33,12 @@ from memory import MIB, sample_text
 from timing import alternate, compare
 
 from extemb_core.documents import Document
-from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.generation import StreamedRow
 from extemb_core.serving.process import make_server
 from extemb_core.serving.settings import ServerSettings
 from extemb_core.store.store import EmbeddingStore
-from extemb_core.weights.resolve import resolve_embedder
+from extemb_core.weights.resolve import resolve_embedder, short_name
 
 SECTIONS = ("clients", "overhead", "page")
 QUESTION = "What is this about?"

@@ -17,9 +17,8 @@ from install_size import install_size
 from memory import growth, sample_text
 from timing import cold_start, compress_cost, first_token, planning
 
-from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
-from extemb_core.weights.resolve import resolve_embedder
+from extemb_core.weights.resolve import resolve_embedder, short_name
 
 SECTIONS = ("start", "compress", "first_token", "plan", "memory", "size")
 

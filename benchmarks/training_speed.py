@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from extemb_core.context.assembly import Prompt, Segment
-from extemb_core.evaluation.provenance import short_name
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.training.attention import training_attention
 from extemb_core.training.data import read_texts
 from extemb_core.training.two_stream import two_stream_losses
+from extemb_core.weights.resolve import short_name
 
 _PRODUCTS = 20  # of a measurement of the floor's rate
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

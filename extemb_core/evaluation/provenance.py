@@ -59,11 +59,6 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def short_name(name: str) -> str:
-    """Return a model's name without the folders that lead to it."""
-    return Path(name).resolve().name if Path(name).exists() else name
-
-
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from extemb_core.errors import ConfigError, DocumentError, DocumentNotFoundError
-from extemb_core.evaluation.provenance import provenance, short_name
+from extemb_core.evaluation.provenance import provenance
 from extemb_core.evaluation.settings import CommonConfig
 from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.llm import LLM
 from extemb_core.utils.files import atomic_write_text, parse_json, sha256_of
 from extemb_core.utils.journal import Journal, require_same_run, to_json
 from extemb_core.utils.progress import progress
+from extemb_core.weights.resolve import short_name
 
 Sample = dict[str, Any]
 

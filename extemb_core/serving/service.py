@@ -18,7 +18,6 @@ from starlette.types import Receive, Scope, Send
 
 from extemb_core.answers import PreparedPrompt
 from extemb_core.errors import ExtembError, StoreError
-from extemb_core.evaluation.provenance import short_name
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.generation import Sampling
 from extemb_core.serving.engine import Engine, Job
@@ -31,6 +30,7 @@ from extemb_core.serving.responses import Usage, Writer
 from extemb_core.serving.settings import ServerSettings
 from extemb_core.serving.workspace import Workspace
 from extemb_core.utils.files import make_folder
+from extemb_core.weights.resolve import short_name
 
 T = TypeVar("T")
 Prepared = tuple[PreparedPrompt, Sampling]

@@ -221,6 +221,11 @@ def list_shipped() -> dict[str, dict[str, Path]]:
     return {"llm": _shipped(_READER), "embedder": _shipped(_EMBEDDER)}
 
 
+def short_name(name: str) -> str:
+    """Return a model's name without the folders that lead to it."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def _status(model: KnownModel) -> ModelStatus:
     try:
         present = cache.is_ready(model)

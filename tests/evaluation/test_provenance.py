@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from extemb_core.evaluation.provenance import ROOT, git_revision, provenance, short_name
+from extemb_core.evaluation.provenance import ROOT, git_revision, provenance
 
 
 def test_no_folder_of_the_machine_is_named(tmp_path):
@@ -21,8 +21,3 @@ def test_no_folder_of_the_machine_is_named(tmp_path):
 def test_an_installed_package_has_no_revision(tmp_path, monkeypatch):
     monkeypatch.setattr("extemb_core.evaluation.provenance.ROOT", tmp_path)
     assert git_revision() == {"revision": None, "dirty": None}
-
-
-def test_a_models_name_is_its_last_part(tmp_path):
-    assert short_name(str(tmp_path)) == tmp_path.name
-    assert short_name("owner/name") == "owner/name"

@@ -185,6 +185,11 @@ def test_the_embedder_is_the_shipped_one_or_the_named_one(site: Path, tmp_path: 
         weights.resolve_embedder(None, NAME)
 
 
+def test_a_models_short_name_is_its_last_part(tmp_path: Path) -> None:
+    assert weights.short_name(str(tmp_path)) == tmp_path.name
+    assert weights.short_name("owner/name") == "owner/name"
+
+
 # --- the real default model ---
 
 
