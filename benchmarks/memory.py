@@ -117,7 +117,7 @@ def sample_text(n_bytes: int) -> str:
 
 def current_bytes() -> int:
     """Resident memory now; where the system does not tell, its peak so far."""
-    return _status("VmRSS") or _maxrss()
+    return status_bytes("VmRSS") or _maxrss()
 
 
 def peak_bytes() -> int:
@@ -125,7 +125,7 @@ def peak_bytes() -> int:
 
     ru_maxrss alone will not do on Linux: a child process starts with its parent's.
     """
-    return _status("VmHWM") or _maxrss()
+    return status_bytes("VmHWM") or _maxrss()
 
 
 def reset_peak() -> bool:
@@ -137,9 +137,10 @@ def reset_peak() -> bool:
     return True
 
 
-def _status(field: str) -> int | None:
+def status_bytes(field: str, process: int | str = "self") -> int | None:
+    """Memory of a process by the field of its status; None where the system does not tell."""
     try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)

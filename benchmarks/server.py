@@ -29,7 +29,7 @@ from typing import Any
 
 import ending
 import openai
-from memory import MIB, sample_text
+from memory import MIB, sample_text, status_bytes
 from timing import alternate, compare
 
 from extemb_core.documents import Document
@@ -173,7 +173,7 @@ async def _at_once(
 
     async def watch() -> None:
         while time.perf_counter() < end:
-            memory.append(resident_bytes(pid))
+            memory.append(status_bytes("VmRSS", pid) or 0)
             await asyncio.sleep(1)
 
     await asyncio.gather(watch(), *(client.ask_until(end, name, ratio, counts) for client in asking))
@@ -194,14 +194,6 @@ def server_process(options: argparse.Namespace, folder: Path, embedder: str) -> 
             yield found[1] if found else "", process.pid
         finally:
             process.terminate()
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process (Linux); 0 elsewhere."""
-    try:
-        return int(re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[0]) * 1024
-    except (OSError, IndexError):
-        return 0
 
 
 # -- one client -------------------------------------------------------------------------------------------------------
