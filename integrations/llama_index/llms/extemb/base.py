@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -30,6 +31,8 @@ from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
 from extemb_core.frameworks.settings import GenerationSettings, token_usage
 from extemb_core.weights.resolve import window_of
 from llama_index.llms.extemb.messages import to_messages
+
+Response = TypeVar("Response", ChatResponse, CompletionResponse)
 
 
 class ExtensibleLLMError(ExtembError, RuntimeError):
@@ -92,17 +95,9 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        stream = self._opened(messages, kwargs)
-
-        def pieces() -> ChatResponseGen:
-            text = ""
-            with stream:
-                for piece in stream:
-                    text += piece
-                    yield ChatResponse(message=_reply(text), delta=piece)
-            yield self._as_chat(stream.answer, kwargs, delta="")
-
-        return pieces()
+        return _streamed(
+            self._opened(messages, kwargs), _chat_so_far, partial(self._as_chat, settings=kwargs, delta="")
+        )
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -111,15 +106,9 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        async def pieces() -> ChatResponseAsyncGen:
-            text = ""
-            async with AsyncAnswerStream(lambda: self._opened(messages, kwargs)) as stream:
-                async for piece in stream:
-                    text += piece
-                    yield ChatResponse(message=_reply(text), delta=piece)
-                yield self._as_chat(stream.answer, kwargs, delta="")
-
-        return pieces()
+        return _astreamed(
+            lambda: self._opened(messages, kwargs), _chat_so_far, partial(self._as_chat, settings=kwargs, delta="")
+        )
 
     # -- completions ------------------------------------------------------------------------------------------
 
@@ -130,17 +119,11 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        stream = self._opened(prompt, kwargs, formatted)
-
-        def pieces() -> CompletionResponseGen:
-            text = ""
-            with stream:
-                for piece in stream:
-                    text += piece
-                    yield CompletionResponse(text=text, delta=piece)
-            yield self._as_completion(stream.answer, kwargs, delta="")
-
-        return pieces()
+        return _streamed(
+            self._opened(prompt, kwargs, formatted),
+            _completion_so_far,
+            partial(self._as_completion, settings=kwargs, delta=""),
+        )
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -149,15 +132,11 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        async def pieces() -> CompletionResponseAsyncGen:
-            text = ""
-            async with AsyncAnswerStream(lambda: self._opened(prompt, kwargs, formatted)) as stream:
-                async for piece in stream:
-                    text += piece
-                    yield CompletionResponse(text=text, delta=piece)
-                yield self._as_completion(stream.answer, kwargs, delta="")
-
-        return pieces()
+        return _astreamed(
+            lambda: self._opened(prompt, kwargs, formatted),
+            _completion_so_far,
+            partial(self._as_completion, settings=kwargs, delta=""),
+        )
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -215,6 +194,38 @@ def _not_as_value_error() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise ExtensibleLLMError(str(error)) from error
+
+
+def _streamed(
+    stream: AnswerStream, so_far: Callable[[str, str], Response], ended: Callable[[Answer], Response]
+) -> Generator[Response, None, None]:
+    """Yield a response for each piece, made of the text so far and the piece, and one of the whole answer."""
+    text = ""
+    with stream:
+        for piece in stream:
+            text += piece
+            yield so_far(text, piece)
+    yield ended(stream.answer)
+
+
+async def _astreamed(
+    opened: Callable[[], AnswerStream], so_far: Callable[[str, str], Response], ended: Callable[[Answer], Response]
+) -> AsyncGenerator[Response, None]:
+    """Do what `_streamed` does in an event loop; nothing is opened before the first response is asked for."""
+    text = ""
+    async with AsyncAnswerStream(opened) as stream:
+        async for piece in stream:
+            text += piece
+            yield so_far(text, piece)
+        yield ended(stream.answer)
+
+
+def _chat_so_far(text: str, piece: str) -> ChatResponse:
+    return ChatResponse(message=_reply(text), delta=piece)
+
+
+def _completion_so_far(text: str, piece: str) -> CompletionResponse:
+    return CompletionResponse(text=text, delta=piece)
 
 
 def _reply(text: str) -> ChatMessage:
