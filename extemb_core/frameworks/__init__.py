@@ -1,1 +1,1 @@
-"""Code that the integrations of LangChain and LlamaIndex share."""
+"""Serve frameworks and servers: refs, batched requests, event loops, shared models and settings."""

@@ -1,1 +1,1 @@
-"""Models: the frozen LLM, the embedder that compresses for it, and where their weights come from."""
+"""The frozen LLM, the embedder that compresses for it, and what passes between them."""
