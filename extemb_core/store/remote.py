@@ -40,7 +40,7 @@ class StorageLocation:
         self.local = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
 
     @classmethod
-    def of(cls, where: str | os.PathLike[str] | StorageLocation) -> StorageLocation:
+    def of(cls, where: AnyFolder) -> StorageLocation:
         """Return the location of a path or URL, or the location itself."""
         return where if isinstance(where, StorageLocation) else cls(where)
 
@@ -179,6 +179,10 @@ class StorageLocation:
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
+
+
+AnyFolder = str | os.PathLike[str] | StorageLocation
+"""A path, a URL that fsspec knows, or the location of either."""
 
 
 def is_url(where: str | os.PathLike[str]) -> bool:

@@ -13,7 +13,6 @@ with a shard's name is whole; the manifest comes last and names every shard with
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,7 @@ from extemb_core.errors import (
 from extemb_core.models.chunks import embeddings_of
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.format import Dtype, EmbeddingFormat, Entry, check_dtype, encode, key_of, ref_of
-from extemb_core.store.remote import StorageLocation
+from extemb_core.store.remote import AnyFolder, StorageLocation
 from extemb_core.utils.files import FULL, parse_json, refuse_foreign
 
 MANIFEST = "manifest.json"
@@ -86,9 +85,7 @@ def write_errors(location: StorageLocation, file: str) -> Iterator[None]:
         ) from error
 
 
-def write_shard(
-    folder: str | os.PathLike[str] | StorageLocation, name: str, texts: Sequence[Compressed], dtype: Dtype = "float16"
-) -> Shard:
+def write_shard(folder: AnyFolder, name: str, texts: Sequence[Compressed], dtype: Dtype = "float16") -> Shard:
     """Write one shard, `name`.safetensors; one of that name is replaced.
 
     Args:
@@ -146,7 +143,7 @@ class ShardReader:
         StoreError: It cannot be read.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | StorageLocation, file: str) -> None:
+    def __init__(self, folder: AnyFolder, file: str) -> None:
         self._location = StorageLocation.of(folder)
         self.file = file
         with self._location.errors(file):  # what cannot be read now may be whole
@@ -232,7 +229,7 @@ class ShardReader:
 
 
 def open_shards(
-    folder: str | os.PathLike[str] | StorageLocation,
+    folder: AnyFolder,
     shards: Iterable[Shard],
     damaged: Callable[[Shard, StoreCorruptError], None] | None = None,
 ) -> list[ShardReader]:
@@ -261,7 +258,7 @@ def open_shards(
         return [reader for reader in pool.map(opened, shards) if reader is not None]
 
 
-def write_manifest(folder: str | os.PathLike[str] | StorageLocation, shards: Iterable[Shard]) -> None:
+def write_manifest(folder: AnyFolder, shards: Iterable[Shard]) -> None:
     """Write the manifest of a folder, which makes it whole.
 
     Raises:
@@ -273,7 +270,7 @@ def write_manifest(folder: str | os.PathLike[str] | StorageLocation, shards: Ite
         location.write_text(MANIFEST, json.dumps(content, indent=2) + "\n")
 
 
-def read_manifest(folder: str | os.PathLike[str] | StorageLocation, *, verify: bool = True) -> list[Shard]:
+def read_manifest(folder: AnyFolder, *, verify: bool = True) -> list[Shard]:
     """Read the manifest of a folder and check its shards, all of them before one is called damaged.
 
     Args:
@@ -326,7 +323,7 @@ def parse_manifest(location: StorageLocation) -> list[Shard]:
     return shards
 
 
-def require_only_shards(folder: str | os.PathLike[str] | StorageLocation, *kinds: str) -> list[str]:
+def require_only_shards(folder: AnyFolder, *kinds: str) -> list[str]:
     """List the files in a folder of shards, whole ones and leftovers of writes that were killed.
 
     Args:
