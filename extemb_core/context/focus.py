@@ -31,7 +31,7 @@ from extemb_core.errors import ConfigError
 if TYPE_CHECKING:  # it loads transformers, and settings are checked without
     from extemb_core.models.config import ExtensibleEmbedderConfig
 
-_LEAST_LOSS = 1e-6  # per token
+_MIN_LOSS = 1e-6  # per token
 _SCATTERED = 0.2  # what the second sentence adds; above it the answer is in more places than a ranking by words finds
 _MANY = 6  # sentences in full; beside so many, what is compressed distracts more than it tells (docs/experiments.md)
 _MANY_BY_HEADS = 3  # the same, of those that heads rank
@@ -256,7 +256,7 @@ def plan_focus(
                 of_each = (table.losses.sum((0, 1)) * lengths[:, None])[:, usable]
             else:
                 of_each = table.of(scores, lengths, added)[:, usable]
-            of_each += _LEAST_LOSS * lengths[:, None] * (1 - per_position**-0.5)
+            of_each += _MIN_LOSS * lengths[:, None] * (1 - per_position**-0.5)
         of_each[per_position < np.repeat([document.limit or 0 for document in documents], counts)[:, None]] = np.inf
 
         counted: dict[tuple[int, bytes], int] = {}  # most steps change one document of many

@@ -24,7 +24,7 @@ from extemb_core.questions import Question
 
 N_HEADS = 8
 _MIN_SENTENCES = 3
-_MOST_HOLD = 1 / 3  # of the sentences: an answer that stands in more says nothing about where a head looks
+_MAX_HOLDING_SHARE = 1 / 3  # of the sentences: an answer that stands in more says nothing about where a head looks
 
 
 class HeadsExperiment(DrawnQuestions):
@@ -54,7 +54,7 @@ class HeadsExperiment(DrawnQuestions):
         texts = [text.casefold() for text in sentences.texts]
         answers = [answer.strip().casefold() for answer in question.answers]
         holds = np.array([any(answer in text for answer in answers) for text in texts])
-        enough = len(texts) >= _MIN_SENTENCES and 0 < holds.sum() <= _MOST_HOLD * len(texts)
+        enough = len(texts) >= _MIN_SENTENCES and 0 < holds.sum() <= _MAX_HOLDING_SHARE * len(texts)
         if not enough or len(ids) > ratio * self.llm.context_window // 2:
             return {"sentences": len(texts), "holding": 0}
         (compressed,) = self._embedder.compress_ids([ids], ratio=ratio, show_progress=False)

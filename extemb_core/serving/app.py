@@ -58,7 +58,7 @@ def create_app(
         add_page(app, service)
     app.add_middleware(Guard, settings=service.settings, metrics=service.metrics)
     for kind in (ApiError, ExtembError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _told)
+        app.add_exception_handler(kind, _error_response)
     return app
 
 
@@ -147,7 +147,7 @@ def _open_routes(service: Service) -> APIRouter:
     return router
 
 
-async def _told(request: Request, error: Exception) -> Response:
+async def _error_response(request: Request, error: Exception) -> Response:
     told = as_api_error(error)
     if told.status >= 500:
         logger.error("failed", exc_info=error, extra={"fields": {"id": request.state.record.id}})

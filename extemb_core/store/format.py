@@ -34,7 +34,7 @@ _READ = (1, 2)  # version 1 knew no entry layer above 0: all it holds is as vers
 DESCRIPTION = "store.json"
 Dtype = Literal["float32", "float16", "int8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-_LARGEST_INT8 = 127
+_MAX_INT8 = 127
 _STORED = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
 _COLUMNS = {"anchors": "<i4", "mean_norms": "<f4", "norms": "<f4", "weights": "<f4"}
 COUNT = struct.Struct("<Q")
@@ -316,8 +316,8 @@ def _encode_rows(embeddings: Tensor, dtype: Dtype) -> tuple[bytes, Dtype]:
         dtype = "float32"
     if dtype == "float32":
         return _bytes_of(values), dtype
-    scales = values.abs().amax(1, keepdim=True) / _LARGEST_INT8 if values.numel() else values.new_zeros(len(values), 1)
-    steps = torch.where(scales > 0, values / scales, 0).round().clamp(-_LARGEST_INT8, _LARGEST_INT8)
+    scales = values.abs().amax(1, keepdim=True) / _MAX_INT8 if values.numel() else values.new_zeros(len(values), 1)
+    steps = torch.where(scales > 0, values / scales, 0).round().clamp(-_MAX_INT8, _MAX_INT8)
     return _bytes_of(scales) + _bytes_of(steps.to(torch.int8)), dtype
 
 

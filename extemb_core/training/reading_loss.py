@@ -26,7 +26,7 @@ from extemb_core.models.llm import LLM
 # than the processor takes to launch it.
 _MIN_FILLED = 0.8
 _MIN_POSITIONS = {"cpu": 1024, "cuda": 32768}
-_MOST_SCORED = 4096  # places whose logits are held at once: 0.8 GB a copy with 49,152 tokens, and there are several
+_MAX_SCORED = 4096  # places whose logits are held at once: 0.8 GB a copy with 49,152 tokens, and there are several
 
 Ids = np.ndarray[Any, Any]
 
@@ -240,10 +240,10 @@ def mixed(llm: LLM, scored: Tensor, targets: Tensor, teacher: Tensor | None, dis
 
     The logits of many places are computed part by part, and again for the gradient.
     """
-    if len(scored) <= _MOST_SCORED:
+    if len(scored) <= _MAX_SCORED:
         return _mixed(llm, scored, targets, teacher, distillation)
-    teachers = repeat(None) if teacher is None else teacher.split(_MOST_SCORED)
-    parts = zip(scored.split(_MOST_SCORED), targets.split(_MOST_SCORED), teachers, strict=False)
+    teachers = repeat(None) if teacher is None else teacher.split(_MAX_SCORED)
+    parts = zip(scored.split(_MAX_SCORED), targets.split(_MAX_SCORED), teachers, strict=False)
     return torch.cat([checkpoint(_mixed, llm, *part, distillation, use_reentrant=False) for part in parts])
 
 

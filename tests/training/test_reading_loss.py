@@ -93,7 +93,7 @@ def test_logits_of_many_places_are_never_held_at_once_and_losses_and_gradients_s
     settings = {"embedder": embedder, "ratios": [[2]] * 2, "chunk_size": CHUNK, "distillation": distillation}
     whole = reading_losses(llm, readings, **settings)
     sizes, logits = [], llm.logits
-    monkeypatch.setattr("extemb_core.training.reading_loss._MOST_SCORED", 5)
+    monkeypatch.setattr("extemb_core.training.reading_loss._MAX_SCORED", 5)
     monkeypatch.setattr(llm, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
     parted = reading_losses(llm, readings, **settings)
     torch.testing.assert_close(parted.values, whole.values)
