@@ -93,7 +93,7 @@ def _config(file: Path) -> TrainingConfig:
         settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return TrainingConfig(**settings)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} does not hold a training's settings ({error}); mend it") from error
+        raise ConfigError(f"{file} does not hold a training's settings ({error}); fix it") from error
 
 
 def _told(rank: int, *settings: Any) -> None:

@@ -70,7 +70,7 @@ def filled(page: str, root: Path = Path()) -> str:
         elif files := sorted(root.glob(match["pattern"])):
             table = _of_several(files, match["ratio"])
         else:
-            raise ConfigError(f"no record is {match['pattern']}; measure some, or mend the comment")
+            raise ConfigError(f"no record is {match['pattern']}; measure some, or fix the comment")
         return match["begin"] + table + match["end"]
 
     return _TABLE.sub(made, page)

@@ -217,11 +217,11 @@ def _readable(files: Sequence[str], column: str) -> Iterator[None]:
                     if not isinstance(value := row.get(column), str | None):
                         raise DocumentError(
                             f"{file}, line {number}: {column!r} is {value!r:.80}, and text in other rows, which Ray "
-                            "does not read; mend or drop it"
+                            "does not read; fix or remove it"
                         ) from error
         why = str(getattr(error, "cause", error)).strip().splitlines()[-1:] or [type(error).__name__]
         shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-        raise DocumentError(f"the rows of {shown} cannot be read ({why[0]}); mend or drop them") from error
+        raise DocumentError(f"the rows of {shown} cannot be read ({why[0]}); fix or remove them") from error
 
 
 def _json_options() -> Any:

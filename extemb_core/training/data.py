@@ -128,10 +128,10 @@ def read_texts(file: Path) -> Iterator[str]:
         return
     for number, row in read_jsonl(file):
         if "text" not in row:
-            raise DocumentError(f'{file}, line {number}: each row must have a "text"; mend or drop the row')
+            raise DocumentError(f'{file}, line {number}: each row must have a "text"; fix or remove the row')
         if not isinstance(row["text"], str):
             kind = type(row["text"]).__name__
-            raise DocumentError(f'{file}, line {number}: "text" is {kind}, not a string; mend the row')
+            raise DocumentError(f'{file}, line {number}: "text" is {kind}, not a string; fix or remove the row')
         yield row["text"]
 
 

@@ -47,7 +47,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not isinstance(self.embedder, Mapping):
-            raise ConfigError(f"recipe {self.name}: embedder={self.embedder!r:.60} is no mapping of settings; mend it")
+            raise ConfigError(f"recipe {self.name}: embedder={self.embedder!r:.60} is no mapping of settings; fix it")
         for number, stage in enumerate(self.stages, start=1):
             where = f"recipe {self.name}, stage {number}"
             if not isinstance(stage, Mapping) or not stage.get("name") or not _is_share(stage.get("share")):
@@ -62,7 +62,7 @@ class Recipe:
                     "and '_'"
                 )
             if unknown := sorted(map(str, stage.keys() - {"name", "share", *_STAGE_FIELDS})):
-                raise ConfigError(f"{where}: {unknown[0]!r} is not one of {', '.join(_STAGE_FIELDS)}; mend or drop it")
+                raise ConfigError(f"{where}: {unknown[0]!r} is not one of {', '.join(_STAGE_FIELDS)}; fix or remove it")
 
 
 def recipe_names() -> list[str]:
@@ -87,11 +87,11 @@ def read_recipe(name: str | os.PathLike[str]) -> Recipe:
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
-        raise ConfigError(f"recipe {name} is not YAML ({' '.join(str(error).split())}); mend it") from error
+        raise ConfigError(f"recipe {name} is not YAML ({' '.join(str(error).split())}); fix it") from error
     if not isinstance(values, dict) or not isinstance(values.get("stages"), list) or not values["stages"]:
         raise ConfigError(f'recipe {name} has no list of "stages"; see the recipes {", ".join(names)}')
     if unknown := sorted(map(str, values.keys() - {"embedder", "stages"})):
-        raise ConfigError(f"recipe {name}: {unknown[0]!r} is neither embedder nor stages; mend or drop it")
+        raise ConfigError(f"recipe {name}: {unknown[0]!r} is neither embedder nor stages; fix or remove it")
     return Recipe(name, values.get("embedder") or {}, tuple(values["stages"]))
 
 

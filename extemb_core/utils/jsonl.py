@@ -36,16 +36,18 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = parse_json(text)
         except ValueError as error:
-            raise DocumentError(f"{file}, line {number}: not JSON ({error}); mend or drop the row") from error
+            raise DocumentError(f"{file}, line {number}: not JSON ({error}); fix or remove the row") from error
         if not isinstance(row, dict):
-            raise DocumentError(f"{file}, line {number}: a JSON {type(row).__name__}, not an object; mend the row")
+            raise DocumentError(
+                f"{file}, line {number}: a JSON {type(row).__name__}, not an object; fix or remove the row"
+            )
         if _SURROGATE.search(text):  # as an escape: UTF-8 has none
             try:
                 json.dumps(row, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 raise DocumentError(
                     f"{file}, line {number}: {error.object[error.start]!r} is half of a character, as a text has that "
-                    "was cut within an emoji; mend or drop the row"
+                    "was cut within an emoji; fix or remove the row"
                 ) from error
         yield number, row
 

@@ -169,9 +169,9 @@ def test_a_run_names_what_its_workers_wrote(tmp_path, monkeypatch):
         (
             "rows.jsonl",
             '{"text": "a"}\n{"text": [1]}\n',
-            r"rows\.jsonl, line 2: 'text' is \[1\], and text in other rows, which Ray does not read; mend or drop it",
+            r"rows\.jsonl, line 2: 'text' is \[1\], and text in other rows, which Ray does not read; fix or remove it",
         ),
-        ("rows.parquet", "PAR1 noise", r"rows\.parquet cannot be read \(what Arrow says\); mend or drop them"),
+        ("rows.parquet", "PAR1 noise", r"rows\.parquet cannot be read \(what Arrow says\); fix or remove them"),
     ],
 )
 def test_rows_that_cannot_be_read_are_named(tmp_path, name, content, message):

@@ -33,7 +33,9 @@ def test_half_a_character_is_told_with_its_line_and_a_whole_one_is_read(tmp_path
     file.write_text('{"a": "\\ud83d\\ude00", "b": "\\\\ud83d"}\n{"a": ["x", {"\\ud83d": 1}]}\n')
     rows = read_jsonl(file)
     assert next(rows) == (1, {"a": "😀", "b": "\\ud83d"})
-    with pytest.raises(DocumentError, match=r"a.jsonl, line 2: '\\ud83d' is half of a character.*drop the row"):
+    with pytest.raises(
+        DocumentError, match=r"a.jsonl, line 2: '\\ud83d' is half of a character.*fix or remove the row"
+    ):
         next(rows)
 
 
