@@ -207,7 +207,7 @@ def _files(path: Path, skipped: Skipped | None) -> list[Path]:
 
 
 def _holds_embeddings(names: Sequence[str]) -> bool:
-    """Tell whether a folder of these files is a store, a library or an export of one."""
+    """Return whether a folder of these files is a store, a library or an export of one."""
     shards = "manifest.json" in names and any(name.endswith(".safetensors") for name in names)
     return shards or {"store.json", "data.mdb"} <= {*names}
 

@@ -84,7 +84,7 @@ def examine() -> Iterator[Check]:
 
 
 def can_work(checks: list[Check]) -> bool:
-    """Tell whether nothing stands in the way."""
+    """Return whether nothing stands in the way."""
     return all(check.state != "problem" for check in checks)
 
 

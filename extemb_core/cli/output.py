@@ -64,7 +64,7 @@ _CODES: tuple[tuple[Any, ExitCode], ...] = (
 
 
 def debugging() -> bool:
-    """Tell whether tracebacks are shown: `extemb --debug ...`, or `EXTEMB_DEBUG=1`."""
+    """Return whether tracebacks are shown: `extemb --debug ...`, or `EXTEMB_DEBUG=1`."""
     return os.environ.get("EXTEMB_DEBUG", "") not in ("", "0")
 
 
@@ -113,7 +113,7 @@ def explain_interrupt(explain: Callable[[], str]) -> Iterator[None]:
 
 
 def writes_unicode() -> bool:
-    """Tell whether stdout can write all characters, which a pipe on Windows cannot."""
+    """Return whether stdout can write all characters, which a pipe on Windows cannot."""
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
 
 

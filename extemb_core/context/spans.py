@@ -116,7 +116,7 @@ def _sentence_stops(text: str) -> list[int]:
 
 
 def cover(spans: Sequence[Span], n_tokens: int, finest: int, chunk_size: int) -> bool:
-    """Tell whether spans are all tokens of a document, each once, and begin where its finest groups do."""
+    """Return whether spans are all tokens of a document, each once, and begin where its finest groups do."""
     borders = [0, *(span.stop for span in spans)]
     return (
         borders[-1] == n_tokens

@@ -36,7 +36,7 @@ class ToolCall:
 
 
 def takes_tools(llm: LLM) -> bool:
-    """Tell whether an LLM's chat template has a place for tools, in the form that is understood here."""
+    """Return whether an LLM's chat template has a place for tools, in the form that is understood here."""
     template = llm.tokenizer.chat_template or ""
     return "tools" in template and OPEN in template and _ARGUMENTS.search(template) is not None
 

@@ -96,5 +96,5 @@ def choose_layer(
 
 
 def _above(difference: Mapping[str, Any]) -> bool:
-    """Tell whether a mean is above 0 beyond noise."""
+    """Return whether a mean is above 0 beyond noise."""
     return bool(difference["interval"][0] > 0)

@@ -91,7 +91,7 @@ class Experiment:
         raise NotImplementedError
 
     def is_current(self, sample: Sample) -> bool:
-        """Tell whether a finished sample is what would be measured now, whatever limit it was measured under."""
+        """Return whether a finished sample is what would be measured now, whatever limit it was measured under."""
         return True
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class WordIndex:
         self._ids[np.isin(self._ids, [*ids])] = _REMOVED
 
     def should_be_made_anew(self) -> bool:
-        """Return True if it holds too much that was removed."""
+        """Return whether it holds too much that was removed."""
         n_removed = np.count_nonzero(self._ids == _REMOVED)
         return bool(n_removed > MAX_REMOVED * max(1, len(self._ids) - n_removed))
 

@@ -213,7 +213,7 @@ class Catalogue:
         return {(name[16:32], name[32:].decode()) for name in names}
 
     def holds(self, transaction: Any, ref: bytes, fingerprint: str | None = None) -> bool:
-        """Return True if a passage has a ref, and its document was compressed by an embedder, where one is named."""
+        """Return whether a passage has a ref, and its document was compressed by an embedder, where one is named."""
         get = self._environment.get
         for name, _ in self._environment.rows(transaction, "refs", ref):
             if bytes(name[:16]) != ref:
@@ -355,7 +355,7 @@ class Catalogue:
 
 
 def is_of(record: Mapping[str, Any], document: Document, fingerprint: str, ratio: int) -> bool:
-    """Return True if a record is of this very document, title and metadata included, compressed as it would be now."""
+    """Return whether a record is of this very document, title and metadata included, compressed as it would be now."""
     same = all(record[name] == value for name, value in _described(document).items())
     return same and record["fingerprint"] == fingerprint and ratio % int(record["ratio"]) == 0
 

@@ -98,7 +98,7 @@ class VectorIndex:
         return [(index, score) for index, score in pairs if index >= 0 and index not in self._removed][:k]
 
     def should_be_made_anew(self) -> bool:
-        """Return True if it is too large for its kind or for its training, or holds too much that was removed."""
+        """Return whether it is too large for its kind or for its training, or holds too much that was removed."""
         if self.wanted is None:
             outgrown = choose_factory(len(self.ids)) != self.factory
         else:

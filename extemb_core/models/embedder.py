@@ -566,7 +566,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
 
 def _alike(found: Tensor, own: Tensor) -> bool:
-    """Tell whether something is what the LLM itself gives, but for rounding; where that is not finite, nobody knows."""
+    """Return whether this is what the LLM itself gives, but for rounding; where that is not finite, nobody knows."""
     found, own = found.float(), own.float()
     near = found.shape == own.shape and bool((found - own).norm() <= _EXACT_TOLERANCE * own.norm())
     return near or not own.isfinite().all()

@@ -60,7 +60,7 @@ def sample_of(llm: LLM, count: int) -> Tensor:
 
 
 def same_in_bfloat16(here: Tensor, there: Tensor, *, through_float16: bool) -> bool:
-    """Tell whether two probes are the same in bfloat16; those `here` may have been rounded to float16 before."""
+    """Return whether two probes are the same in bfloat16; those `here` may have been rounded to float16 before."""
     if here.shape != there.shape:
         return False
     here, there = here.float().cpu(), there.to("cpu", torch.bfloat16).float()

@@ -210,7 +210,7 @@ def receipts(output: str | os.PathLike[str]) -> list[Shard]:
 
 
 def _is_whole(location: StorageLocation, name: str) -> bool:
-    """Return True if a shard is there with its receipt."""
+    """Return whether a shard is there with its receipt."""
     try:
         receipt = location.read_text(name + _RECEIPT)
     except StoreNotFoundError:

@@ -18,7 +18,7 @@ class Store(Protocol):
 
     @property
     def readonly(self) -> bool:
-        """Return True if nothing can be put."""
+        """Return whether nothing can be put."""
 
     def get(self, ref: str, fingerprint: str, ratio: int) -> Compressed | None:
         """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here."""

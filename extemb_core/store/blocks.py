@@ -45,7 +45,7 @@ class Blocks:
         return text if ratio in (None, entry.ratio) else text.derived(ratio)
 
     def holds(self, transaction: Any, key: bytes, ratio: int) -> bool:
-        """Tell whether the document of a key is here at a ratio, without reading it."""
+        """Return whether the document of a key is here at a ratio, without reading it."""
         data = self.environment.get(transaction, "entries", key)
         return data is not None and ratio % Entry.unpack(data).ratio == 0
 

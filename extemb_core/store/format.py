@@ -202,7 +202,7 @@ class EmbeddingFormat:
             ) from error
 
     def matches(self, key: bytes) -> bool:
-        """Return True if a document is of this embedder."""
+        """Return whether a document is of this embedder."""
         return name_in(key) == fingerprint_bytes(self.fingerprint)
 
     def size(self, entry: Entry) -> int:

@@ -21,7 +21,7 @@ _NUMBER = struct.Struct("<Q")
 
 
 def is_cut(file: Path, transaction_id: int) -> bool:
-    """Return True if a page in use lies beyond the end of a file, in the state that an open transaction sees."""
+    """Return whether a page in use lies beyond the end of a file, in the state that an open transaction sees."""
     with file.open("rb") as stream:
         try:
             page_size = _META.unpack(_read(stream, _HEADER.size, _META.size))[4]

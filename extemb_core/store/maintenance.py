@@ -56,7 +56,7 @@ class Verified:
 
     @property
     def clean(self) -> bool:
-        """Return True if nothing is wrong."""
+        """Return whether nothing is wrong."""
         return not self.damaged and not self.problems
 
 

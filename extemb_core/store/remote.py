@@ -163,7 +163,7 @@ class StorageLocation:
             return {name: read for name, read in zip(names, pool.map(text, names), strict=True) if read is not None}
 
     def is_left(self, name: str) -> bool:
-        """Return True if a file was last written more than an hour ago; False where that is not known."""
+        """Return whether a file was last written more than an hour ago; False where that is not known."""
         try:
             with self.errors(name), suppress(NotImplementedError):
                 self._files.invalidate_cache()
@@ -186,5 +186,5 @@ AnyFolder = str | os.PathLike[str] | StorageLocation
 
 
 def is_url(where: str | os.PathLike[str]) -> bool:
-    """Return True if this is a URL and not a path."""
+    """Return whether this is a URL and not a path."""
     return "://" in os.fspath(where)

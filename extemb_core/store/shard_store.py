@@ -74,7 +74,7 @@ class ShardStore:
 
 
 def is_sharded(where: str | os.PathLike[str]) -> bool:
-    """Return True if a store to be opened is a folder of shards: a URL, or a folder with a manifest."""
+    """Return whether a store to be opened is a folder of shards: a URL, or a folder with a manifest."""
     return is_url(where) or (Path(where) / MANIFEST).is_file()
 
 

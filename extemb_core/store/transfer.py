@@ -99,7 +99,7 @@ def _alone(location: StorageLocation) -> AbstractContextManager[bool]:
 
 
 def _is_of(location: StorageLocation, shards: list[Shard]) -> bool:
-    """Return True if the manifest of a folder names these shards."""
+    """Return whether the manifest of a folder names these shards."""
     with suppress(StoreNotFoundError):
         return parse_manifest(location) == shards
     return False

@@ -45,7 +45,7 @@ def checkpoint_of(config: TrainingConfig) -> Path | None:
 
 
 def is_finished(config: TrainingConfig) -> bool:
-    """Tell whether the run's last checkpoint has seen all of its tokens."""
+    """Return whether the run's last checkpoint has seen all of its tokens."""
     checkpoint = checkpoint_of(config)
     return checkpoint is not None and tokens_of(checkpoint, config) >= config.total_tokens
 
@@ -67,7 +67,7 @@ def checkpoint_to_resume(stages: Sequence[TrainingConfig]) -> Path | None:
 
 
 def is_saved(config: TrainingConfig) -> bool:
-    """Tell whether the run is finished, and its folder holds what its last checkpoint does.
+    """Return whether the run is finished, and its folder holds what its last checkpoint does.
 
     A checkpoint without tensors, as earlier versions carried it to another machine, has nothing more to save there.
     """
@@ -169,7 +169,7 @@ def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tupl
 
 
 def _same_place(then: str, now: str, output_then: str, output_now: str) -> bool:
-    """Tell whether two paths are one, or lead to one place beside a run's folder before and after that was moved."""
+    """Return whether two paths are one, or lead to one place beside a run's folder before and after that was moved."""
     one, other, beside_then, beside_now = (
         Path(os.path.abspath(path)) for path in (then, now, Path(output_then).parent, Path(output_now).parent)
     )

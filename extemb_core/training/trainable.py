@@ -176,5 +176,5 @@ def _token_counts(config: TrainingConfig, llm: LLM) -> Tensor:
 
 
 def holds_reader_alone(folder: Path) -> bool:
-    """Tell whether a run's folder has a reader, and no embedder beside it."""
+    """Return whether a run's folder has a reader, and no embedder beside it."""
     return (folder / READER).is_dir() and not (folder / "config.json").is_file()

@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 
 def is_jsonl(file: Path) -> bool:
-    """Tell whether a file's name says that it holds JSON Lines."""
+    """Return whether a file's name says that it holds JSON Lines."""
     return file.name.removesuffix(".zst").endswith(".jsonl")
 
 

@@ -23,7 +23,7 @@ def stopped_by(cancelled: threading.Event) -> Iterator[None]:
 
 
 def is_stopped() -> bool:
-    """Tell whether the long work of this thread is to stop."""
+    """Return whether the long work of this thread is to stop."""
     cancelled = _cancelled.get()
     return cancelled is not None and cancelled.is_set()
 

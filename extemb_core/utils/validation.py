@@ -18,7 +18,7 @@ ENGINES = ("transformers", "vllm")
 
 
 def is_count(value: Any) -> bool:
-    """Tell whether a setting is a positive whole number (True is not)."""
+    """Return whether a setting is a positive whole number (True is not)."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 

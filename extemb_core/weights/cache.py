@@ -32,7 +32,7 @@ def folder_of(model: KnownModel) -> Path:
 
 
 def is_ready(model: KnownModel) -> bool:
-    """Return True if the folder is there: from the pinned bytes, by this conversion, with files of the right sizes.
+    """Return whether the folder is there: from the pinned bytes, by this conversion, with files of the right sizes.
 
     Raises:
         WeightsCorruptError: The folder is there and damaged.

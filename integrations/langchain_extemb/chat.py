@@ -316,7 +316,7 @@ def _formatted(tools: Any) -> list[dict[str, Any]]:
 
 
 def _may_call(settings: Mapping[str, Any]) -> bool:
-    """Tell whether a call has tools that the LLM may choose."""
+    """Return whether a call has tools that the LLM may choose."""
     return bool(settings.get("tools")) and tool_name(settings.get("tool_choice")) != "none"
 
 

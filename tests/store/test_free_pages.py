@@ -46,7 +46,7 @@ print(answers, flush=True)
 
 
 def ends_in_free_pages(environment):
-    """Tell whether the file is shorter than LMDB counts pages."""
+    """Return whether the file is shorter than LMDB counts pages."""
     with environment.read():
         last, size = environment._env.info()["last_pgno"], environment._env.stat()["psize"]
     return (last + 1) * size > (environment.folder / "data.mdb").stat().st_size

@@ -63,7 +63,7 @@ class ExtensibleNode(TextNode):
 
     @property
     def stands(self) -> bool:
-        """Return True if the text is still what the mark stands for."""
+        """Return whether the text is still what the mark stands for."""
         return text_ref(self.text) == self.extemb_ref
 
 
