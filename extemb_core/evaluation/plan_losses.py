@@ -42,6 +42,7 @@ _RANKS_BY_TRUST = 2  # ranks whose sentences matter differently where the rankin
 _NEAR = 0.02  # of a share that is lost; resampling 296 questions moves it by 0.05 to 0.12
 _STEP = 0.001
 _TURNS = 60
+_RIDGE, _ROUNDS = 1.0, 400  # of each least squares
 
 
 class DrawnQuestions(Experiment):
@@ -202,11 +203,11 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _non_negative_least_squares(a: Array, b: Array, ridge: float = 1.0, rounds: int = 400) -> Array:
-    """Solve min |a x - b|^2 + ridge |x|^2 for x >= 0, one coordinate after another. a: (N, P), b: (N,) -> (P,)."""
-    gram, target = a.T @ a + ridge * np.eye(a.shape[1]), a.T @ b
+def _non_negative_least_squares(a: Array, b: Array) -> Array:
+    """Solve min |a x - b|^2 + _RIDGE |x|^2 for x >= 0, one coordinate after another. a: (N, P), b: (N,) -> (P,)."""
+    gram, target = a.T @ a + _RIDGE * np.eye(a.shape[1]), a.T @ b
     x = np.zeros(a.shape[1])
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         for at in range(len(x)):
             x[at] = max(0.0, x[at] + (target[at] - gram[at] @ x) / gram[at, at])
     return x

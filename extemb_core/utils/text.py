@@ -8,6 +8,7 @@ import re
 # two joiners stay, without which emoji and whole scripts are not what they are.
 UNSEEN = r"\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
 _CONTROL_CHAR = re.compile(rf"[\0-\x08\x0b-\x1f\x7f-\x9f{UNSEEN}]")
+_EXCERPT_CHARS = 48
 
 
 def strip_control_chars(text: str) -> str:
@@ -20,11 +21,11 @@ def one_line(text: str) -> str:
     return strip_control_chars(re.sub(r"[\t\n]", " ", text))
 
 
-def excerpt(text: str, max_chars: int = 48) -> str:
+def excerpt(text: str) -> str:
     """Quote the beginning of a text on one line, its white space as single spaces.
 
     >>> excerpt("  In 1987 the bridge was closed for repairs,\\nand opened again 3 years later.")
     'In 1987 the bridge was closed for repairs, an...'
     """
     line = strip_control_chars(" ".join(text.split()))
-    return line if len(line) <= max_chars else line[: max_chars - 3].rstrip() + "..."
+    return line if len(line) <= _EXCERPT_CHARS else line[: _EXCERPT_CHARS - 3].rstrip() + "..."
