@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 from pathlib import Path
 
 import pytest
-from command_line import Models, commands, misused, run
+from command_line import Models, misused, run
 
 from extemb_core.cli.output import ExitCode
 
@@ -78,23 +76,3 @@ def test_eval_errors(
     assert message in line
     assert not (tmp_path / "out.json").exists()
     assert "are not whole numbers" in misused("eval", "ppl", "--data", "x", "--json", "y", "--ratios", "four")
-
-
-def test_eval_defaults_are_those_of_the_library() -> None:
-    from extemb_core.cli import eval as evaluating
-    from extemb_core.evaluation.needle import NeedleConfig
-    from extemb_core.evaluation.perplexity import PerplexityConfig
-    from extemb_core.evaluation.qa import QaConfig
-    from extemb_core.evaluation.speed import SpeedConfig
-
-    kinds = {"ppl": PerplexityConfig, "qa": QaConfig, "needle": NeedleConfig, "speed": SpeedConfig}
-    for name, config in kinds.items():
-        fields = {field.name: field.default for field in dataclasses.fields(config)}
-        for param, found in inspect.signature(getattr(evaluating, name)).parameters.items():
-            if param in ("out", "resume", "llm", "data"):
-                continue
-            if found.default is not None:
-                assert found.default == fields[param], (name, param)
-            elif isinstance(fields[param], tuple) and param != "controls":
-                (option,) = [p for p in commands()[f"eval {name}"].params if p.name == param]
-                assert option.show_default == " ".join(map(str, fields[param])), (name, param)
