@@ -174,7 +174,7 @@ def test_a_store_is_closed_when_the_weights_cannot_be_loaded(tmp_path):
         pass
 
 
-def test_compress_ahead(lm):
+def test_a_document_compressed_ahead_is_cached_when_asked_about(lm):
     lm.compress([SENTENCES])
     assert ask(lm, QUESTION, SENTENCES, ratio=4).context[0].cached
 

@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "docs.extemb"
 
 
-def test_stats(folder: Path) -> None:
+def test_stats_print_counts_and_sizes(folder: Path) -> None:
     found = json.loads(run("stats", folder, "--json").stdout)
     assert found["n_documents"] == 6
     assert found["by_fingerprint"] == {FINGERPRINT: 5, "77" * 16: 1}

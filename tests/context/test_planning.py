@@ -175,7 +175,9 @@ def test_a_larger_budget_keeps_no_fewer_documents(case: dict[str, Any], more: in
         ([10**12], 10**11, [16]),
     ],
 )
-def test_auto(n_tokens: list[int], budget: int, expected: list[Fidelity]) -> None:
+def test_auto_reads_all_that_fits_as_finely_as_the_budget_allows(
+    n_tokens: list[int], budget: int, expected: list[Fidelity]
+) -> None:
     assert fidelities(plan_context(n_tokens, budget)) == expected
 
 

@@ -243,7 +243,7 @@ def test_a_limit_takes_windows_evenly(make):
     assert some == [everything[0], everything[-1]]
 
 
-def test_settings_that_cannot_be(make, llm):
+def test_illegal_settings_are_refused(make, llm):
     with pytest.raises(RatioError, match="ratio=3 "):
         make(random_embedder(llm), ratios=(3,))
     with pytest.raises(ConfigError, match="target=20 in a window of 20 leaves no room"):

@@ -454,7 +454,7 @@ def test_the_record_says_which_controls_were_measured(make, llm):
         ("data", ()),
     ],
 )
-def test_settings_that_cannot_be(name, value):
+def test_illegal_settings_are_refused(name, value):
     with pytest.raises(ConfigError, match=name):
         QaConfig(**({"llm": "tiny", "data": ("rows.jsonl",)} | {name: value}))
 

@@ -59,7 +59,7 @@ def test_one_batch_is_held_at_a_time(embedder):
     assert max(held) == 0
 
 
-def test_settings_that_cannot_be(embedder):
+def test_illegal_settings_are_refused(embedder):
     with pytest.raises(ConfigError, match="batch_size=0 is not a whole number of at least 1"):
         list(compress_in_batches(embedder, pairs(embedder), batch_size=0))
     with pytest.raises(RatioError, match="ratio=3"):

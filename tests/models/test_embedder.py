@@ -75,7 +75,7 @@ def positions(n_tokens, ratio, chunk_size=16):
     ("architecture", "downscaling", "adaptation", "connector"),
     pairwise(ARCHITECTURES, tuple(DOWNSCALINGS), ("lora", "full"), tuple(CONNECTORS)),
 )
-def test_matrix(architecture, downscaling, adaptation, connector, tmp_path):
+def test_every_configuration_compresses_saves_and_loads(architecture, downscaling, adaptation, connector, tmp_path):
     llm = tiny_llm(architecture)
     made = {"adaptation": adaptation, "downscaling": downscaling, "connector": connector}
     embedder = random_embedder(llm, **made)
@@ -458,7 +458,7 @@ def assert_same_text(made, expected, atol=1e-5):
     ("adaptation", "connector", "weighting"),
     pairwise(get_args(Adaptation), ("none", "linear", "mlp"), tuple(TOKEN_WEIGHTINGS)),
 )
-def test_matrix_above_layer_0(llm, adaptation, connector, weighting, tmp_path):
+def test_every_configuration_above_layer_0_compresses_saves_and_loads(llm, adaptation, connector, weighting, tmp_path):
     settings = {"adaptation": adaptation, "connector": connector, "token_weighting": weighting}
     if weighting == "frequency":
         settings["token_counts"] = counts(llm)

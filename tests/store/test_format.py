@@ -25,7 +25,7 @@ def rows(values, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("int8", 1)])
-def test_sizes(dtype, size):
+def test_a_document_takes_the_bytes_that_its_format_says(dtype, size):
     data, kept = encode(text_of(torch.randn(5, 12)), dtype)
     assert kept == dtype
     assert len(data) == n_bytes(5, 12, dtype, anchored=False) == 60 * size + (20 if dtype == "int8" else 0)

@@ -126,7 +126,7 @@ def test_nothing_is_unpacked_over_what_is_there(slices, tmp_path):
 @pytest.mark.parametrize(
     ("text", "bytes_"), [("60MiB", 60 * 2**20), ("15 MB", 15_000_000), ("1000", 1000), ("1.5kb", 1500), ("2GiB", 2**31)]
 )
-def test_sizes(text, bytes_):
+def test_a_size_is_parsed_with_its_unit(text, bytes_):
     assert parse_size(text) == bytes_
 
 

@@ -226,7 +226,7 @@ def test_a_conversation_past_the_window(lm, read):
 
 
 @pytest.mark.parametrize("store", [None, "docs.extemb"])
-def test_by_name(tmp_path, store):
+def test_a_model_named_by_text_reads_at_its_entry_layer(tmp_path, store):
     """`embedder="untrained"` of each class, over one model and one store."""
     save_tiny(tmp_path)
     settings = {"embedder": "untrained", "store": None if store is None else str(tmp_path / store), "device": "cpu"}
