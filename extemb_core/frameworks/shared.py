@@ -45,6 +45,7 @@ def share(
     from extemb_core.models.embedder import ExtensibleEmbedder
     from extemb_core.models.vllm_client import load_llm
     from extemb_core.store.shard_store import open_store
+    from extemb_core.store.store import EmbeddingStore
 
     llm, embedder = name_or_path(llm), None if embedder is None else name_or_path(embedder)
 
@@ -57,7 +58,13 @@ def share(
         own = _once(_models, (*of_llm, str(files)), lambda: ExtensibleEmbedder.from_pretrained(files, llm=model))
         return ExtensibleLM(model, own, open_store(store))
 
-    return _once(_opened, _key(llm, embedder, store, device=device, dtype=dtype, **engine), load)
+    key = _key(llm, embedder, store, device=device, dtype=dtype, **engine)
+    if isinstance(store, str | os.PathLike):
+        with _lock:
+            known = getattr(_opened.get(key), "store", None)
+            if isinstance(known, EmbeddingStore) and known.environment.is_gone():
+                del _opened[key]  # its folder was removed: it is made anew, as for whoever opens a store
+    return _once(_opened, key, load)
 
 
 def close_store(llm: Name, embedder: Name | None, *, store: Name | Store | None, **where: Any) -> None:

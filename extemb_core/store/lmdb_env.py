@@ -64,6 +64,7 @@ class Environment:
         self._waiting = 0  # for there to be none: no new one begins
         self._writing = threading.Lock()
         self._databases: dict[str, Any] = {}
+        self._file: tuple[int, int] | None = None  # device and inode of the file that is open
         self._env: Any = None
         self._connect()
 
@@ -119,7 +120,8 @@ class Environment:
         with self._writing:
             while True:
                 failures = self._failures("could not be written to")
-                with suppress(lmdb.MapFullError), self._entered(), failures, self._begun(write=True) as transaction:
+                entered = self._entered(write=True)
+                with suppress(lmdb.MapFullError), entered, failures, self._begun(write=True) as transaction:
                     return work(transaction)
                 self._grow()
 
@@ -128,9 +130,20 @@ class Environment:
         with _shared_lock:
             self._users -= 1
             if self._users == 0:
-                del _shared[str(self.folder)]
+                if _shared.get(str(self.folder)) is self:  # and not one that was opened since the folder went
+                    del _shared[str(self.folder)]
                 with self._gate:
                     self._disconnect()
+
+    def is_gone(self) -> bool:
+        """Tell whether the file that is open is not the folder's any more: what is written to it is lost."""
+        try:
+            found = os.stat(self.folder / DATA_FILE)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # which does not say so
+            return False
+        return (found.st_dev, found.st_ino) != self._file
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -157,6 +170,12 @@ class Environment:
             except BaseException:
                 self.readonly = True  # as it was, from the next transaction on
                 raise
+
+    def _abandon(self) -> None:
+        """Close the files for good, whoever uses them: those of the folder are others."""
+        with self._gate:
+            self._disconnect()
+            self._file = None
 
     def _settle(self) -> None:
         """Wait, with the gate held, until no transaction is open."""
@@ -195,6 +214,8 @@ class Environment:
         with self._failures("cannot be opened", "check that the folder may be read and written"):
             self._env = _following(opened, lambda: None)  # another process may write between the two lines of `opened`
         try:
+            status = file.stat()
+            self._file = status.st_dev, status.st_ino
             self._check_file(file)
             with self._failures():
                 self._open_databases()
@@ -226,11 +247,13 @@ class Environment:
                 self._databases[name] = _following(opened, lambda: self._env.set_mapsize(0))
 
     @contextmanager
-    def _entered(self) -> Iterator[None]:
+    def _entered(self, *, write: bool = False) -> Iterator[None]:
         with self._gate:
             self._gate.wait_for(lambda: not self._waiting)
             if not self._users:
                 raise StoreError(f"{self.folder} is closed; open it again")
+            if (write or self._env is None) and self.is_gone():  # what is open can be read on
+                raise StoreError(f"{self.folder} was removed, moved or replaced while it was open; open it again")
             if self._env is None:
                 self._connect()
             self._open += 1
@@ -291,6 +314,10 @@ def open_environment(folder: Path, *, readonly: bool) -> Environment:
     """
     folder = folder.resolve()
     with _shared_lock:
+        for name, known in list(_shared.items()):  # all: one may have been moved to this folder
+            if known.is_gone():
+                known._abandon()
+                del _shared[name]
         environment = _shared.get(str(folder))
         if environment is None:
             for file in (folder / DATA_FILE, folder / LOCK_FILE):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +46,22 @@ def test_embedders_and_stores_share_the_llm(folder, loaded):
         assert elsewhere.embedder is one.embedder
     assert shared.share(folder / "llm", folder / "embedder") is one
     assert loaded == [str(folder / "llm")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps what is open where it is")
+def test_a_store_whose_folder_was_removed_is_made_anew(folder, loaded):
+    where = {"llm": folder / "llm", "embedder": folder / "embedder", "store": folder / "store"}
+    before = shared.share(**where)
+    before.compress("What was here before.")
+    shutil.rmtree(folder / "store")
+    with shared.share(**where).store as store:
+        assert len(store) == 0
+        shared.share(**where).compress("What came since.")
+        assert len(store) == 1
+        assert shared.share(**where).store is store
+    assert shared.share(**where).embedder is before.embedder
+    assert len(loaded) == 1
+    before.store.close()
 
 
 def test_threads_load_once(folder, loaded):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import threading
 import time
@@ -120,6 +121,20 @@ def test_another_embedder_or_a_finer_ratio_compresses_anew_and_a_coarser_one_doe
 @pytest.fixture(scope="module")
 def other(lm):
     return ExtensibleLM(lm.llm, untrained(lm.llm))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps what is open where it is")
+def test_a_library_whose_folder_was_removed_is_made_anew(opened, tmp_path):
+    with opened() as before:
+        before.add([document("mill")])
+        shutil.rmtree(tmp_path / "lib")
+        with pytest.raises(StoreError, match="was removed, moved or replaced while it was open"):
+            before.add([document("tower")])
+        with opened() as library:
+            library.add([document("bridge")])
+    with opened() as library:
+        assert [record["source"] for record in library.documents()] == ["bridge.txt"]
+        assert library.search("mill", k=1)[0].source == "bridge.txt"
 
 
 def test_settings_that_cannot_be_kept_leave_no_library(other, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -308,3 +310,70 @@ def test_a_store_is_never_written_through_a_link(tmp_path, name, mode):
     (tmp_path / "s" / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StoreError, match=f"{name} is a link, and no store has one"):
         EmbeddingStore.open(tmp_path / "s", mode)
+
+
+def removed(folder):
+    shutil.rmtree(folder)
+
+
+def moved(folder):
+    folder.rename(folder.with_name("backup"))
+
+
+def replaced(folder):
+    """As a copy is restored: another file under the name, the lock beside it the same."""
+    shutil.copy(folder / "data.mdb", folder / "copy")
+    (folder / "copy").replace(folder / "data.mdb")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps what is open where it is")
+@pytest.mark.parametrize(("away", "left"), [(removed, 0), (moved, 0), (replaced, 1)])
+def test_a_folder_that_goes_while_it_is_open_takes_no_later_documents_with_it(tmp_path, elsewhere, away, left):
+    first = EmbeddingStore.open(tmp_path / "s")
+    first.put(compressed("a"))
+    away(tmp_path / "s")
+    with pytest.raises(StoreError, match="was removed, moved or replaced while it was open; open it again"):
+        first.put(compressed("b"))
+    with EmbeddingStore.open(tmp_path / "s") as second:
+        assert len(second) == left
+        second.put(compressed("c"))
+        for use in (len, lambda store: store.put(compressed("b"))):
+            with pytest.raises(StoreError, match="/s was removed, moved or replaced"):
+                use(first)
+        first.close()  # which lets go of its own alone
+        with EmbeddingStore.open(tmp_path / "s") as third:
+            assert third.environment is second.environment
+        if away is moved:
+            with EmbeddingStore.open(tmp_path / "backup") as backup:
+                backup.put(compressed("d"))
+            assert elsewhere(tmp_path / "backup") == told(compressed("a"), compressed("d"))
+    assert elsewhere(tmp_path / "s") == told(*[compressed("a")][:left], compressed("c"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps what is open where it is")
+def test_a_moved_folder_is_opened_where_it_is_once_in_a_process(tmp_path):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(compressed("a"))
+        moved(tmp_path / "s")
+        with EmbeddingStore.open(tmp_path / "backup") as backup:
+            backup.put(compressed("b"))
+            assert len(backup) == 2
+            with pytest.raises(StoreError, match="/s was removed, moved or replaced"):
+                len(store)
+        assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps what is open where it is")
+@pytest.mark.parametrize("away", [removed, replaced])
+def test_what_a_fork_closes_is_not_opened_anew_where_its_folder_went(tmp_path, away):
+    with EmbeddingStore.open(tmp_path / "s") as store:
+        store.put(compressed("a"))
+        with store.environment._gate:
+            store.environment._disconnect()  # as before a fork
+        held = (tmp_path / "s" / "data.mdb").open("rb")  # its inode is not given to another
+        away(tmp_path / "s")
+        (tmp_path / "s").mkdir(exist_ok=True)
+        before = sorted((tmp_path / "s").iterdir())
+        with held, pytest.raises(StoreError, match="/s was removed, moved or replaced"):
+            len(store)
+        assert sorted((tmp_path / "s").iterdir()) == before
