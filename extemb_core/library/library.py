@@ -21,7 +21,7 @@ import numpy as np
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.documents import Document, refuse_lone_surrogates, several, text_ref
-from extemb_core.errors import ConfigError, DocumentError, ExtembError
+from extemb_core.errors import ConfigError, DocumentError, ExtembError, StoreError
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.library.bm25 import WordIndex, fuse
 from extemb_core.library.catalog import Catalogue, Passage, Split, is_of
@@ -48,6 +48,7 @@ INDEX_FILE = "passages.faiss"
 WORDS_FILE = "passages.words"
 _BATCH_TOKENS = 4_096  # compressed and written together, or those of a forward pass where that takes more
 _FETCHED = 4  # times k, from each ranking before they are fused
+_ROUNDS = 5  # of compressing what others drop before the documents are written
 _INDEXED = 10_000  # passages whose texts are in memory at once
 _MIN_UNSAVED, _UNSAVED_SHARE = 10_000, 8  # the indices are written after so many changes, or an eighth of all passages
 
@@ -440,8 +441,15 @@ class Library:
                 self._drop_orphans(transaction, before, fingerprint)
             return missing
 
+        rounds = 0
         while missing := self.store.write(work):
+            if rounds == _ROUNDS:
+                raise StoreError(
+                    f"{self.path}: the embeddings of {batch[0].document.source!r} were made {rounds} times, and others "
+                    "dropped or replaced them each time; end what writes there and call again"
+                )
             self._compress(lm, {ref: wanted[ref] for ref in missing}, counts)
+            rounds += 1
         counts["n_passages"] += len(texts)
         counts["n_tokens"] += sum(len(wanted[ref]) for ref in refs)
         self._changed(len(texts))

@@ -24,6 +24,7 @@ from extemb_core.models.downscaling import check_ratios, coarsen
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.pooling import Groups, pool_groups
 from extemb_core.utils.files import atomic_write, parse_json
+from extemb_core.utils.validation import is_count
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
 _TENSORS = ("embeddings", "anchors", "mean_norms", "norms", "weights")
@@ -115,8 +116,10 @@ class Compressed:
         Raises:
             RatioError: No embedder of its ratios can have it.
         """
+        # Beside a ratio of an embedder that has others, only those that one embedder can have together.
+        together = [own for own in self.ratios if not (is_count(ratio) and ratio % own and own % ratio)]
         try:
-            ratios = check_ratios([*self.ratios, ratio], self.chunk_size)
+            ratios = check_ratios([*together, ratio], self.chunk_size)
         except ConfigError as error:
             raise RatioError(str(error)) from error
         return replace(self, ratios=ratios).at_ratio(ratio)

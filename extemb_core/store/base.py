@@ -24,7 +24,7 @@ class Store(Protocol):
         """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here."""
 
     def put(self, *texts: Compressed) -> None:
-        """Keep texts, except those here already at a ratio at least as fine."""
+        """Keep texts, except those that can be derived from what is here already."""
 
 
 def missing_from(store: Store, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
@@ -59,12 +59,12 @@ class MemoryStore:
         return text.derived(ratio)
 
     def put(self, *texts: Compressed) -> None:
-        """Keep texts, except those here already at a ratio at least as fine and those larger than the whole store."""
+        """Keep texts, except those that can be derived from what is here and those larger than the whole store."""
         with self._lock:
             for text in texts:
                 key, size = (text.ref, text.fingerprint), _n_bytes(text)
                 before = self._texts.get(key)
-                if size > self.max_bytes or (before is not None and before.ratio <= text.ratio):
+                if size > self.max_bytes or (before is not None and text.ratio % before.ratio == 0):
                     continue
                 if before is not None:
                     self.n_bytes -= _n_bytes(self._texts.pop(key))

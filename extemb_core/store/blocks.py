@@ -95,13 +95,13 @@ class Blocks:
         return payload
 
     def put(self, transaction: Any, coded: Sequence[tuple[bytes, Compressed, bytes, Dtype]]) -> None:
-        """Write documents with their keys and bytes, except those here at a ratio at least as fine."""
+        """Write documents with their keys and bytes, except those that can be derived from what is here."""
         new = []
         for key, text, payload, dtype in coded:
             # Before what is here is left as it is: it also makes documents readable whose kind was lost.
             kind = self._number_of(transaction, EmbeddingFormat.of(text))
             stored = self.environment.get(transaction, "entries", key)
-            if stored is not None and Entry.unpack(stored).ratio <= text.ratio:
+            if stored is not None and text.ratio % Entry.unpack(stored).ratio == 0:
                 continue
             entry = Entry.of(text.n_tokens, len(text), text.ratio, dtype, kind)
             new.append((key, entry, payload))

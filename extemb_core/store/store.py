@@ -157,7 +157,7 @@ class EmbeddingStore:
     # -- writing ----------------------------------------------------------------------------------------------
 
     def put(self, *texts: Compressed, dtype: Dtype | None = None) -> None:
-        """Keep texts, except those here at a ratio at least as fine; all are on disk when this returns.
+        """Keep texts, except those that can be derived from what is here; all are on disk when this returns.
 
         Args:
             *texts: To keep.

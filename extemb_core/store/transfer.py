@@ -108,7 +108,7 @@ def _is_of(location: StorageLocation, shards: list[Shard]) -> bool:
 def import_shards(store: EmbeddingStore, folder: str | os.PathLike[str], *, show_progress: bool | None = None) -> int:
     """Put the documents of a folder of shards into a store, in the shards' dtypes: nothing is rounded once more.
 
-    Those that are there at a ratio as fine stay as they are.
+    Those that can be derived from what is there stay as they are.
     Every file is compared with the manifest before the first document is put; a call that was interrupted is repeated.
 
     Args:

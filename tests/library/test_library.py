@@ -20,7 +20,7 @@ import torch
 from anchored import untrained
 from retrieval_encoder import by_words
 from shelved import PLACES, document
-from tiny import random_embedder
+from tiny import entering, random_embedder
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
 from extemb_core.documents import text_ref
@@ -135,6 +135,34 @@ def test_a_library_whose_folder_was_removed_is_made_anew(opened, tmp_path):
     with opened() as library:
         assert [record["source"] for record in library.documents()] == ["bridge.txt"]
         assert library.search("mill", k=1)[0].source == "bridge.txt"
+
+
+def test_an_embedder_of_the_same_fingerprint_with_ratios_of_its_own_compresses_anew(lm, tmp_path):
+    for ratios in ((2, 4, 8), (3, 6), (6, 12), (2, 4, 8)):
+        embedder = entering(lm.llm, ratios=ratios)
+        with Library(tmp_path / "lib", ExtensibleLM(lm.llm, embedder), encoder=by_words, passage_tokens=40) as library:
+            library.add([document("mill")])
+            assert library.ask("mill?", k=1, ratio=ratios[0], max_new_tokens=2).context[0].cached
+            assert library.verify().clean
+
+
+def test_embeddings_that_others_drop_as_often_as_they_are_made_are_an_error_in_the_end(opened, monkeypatch):
+    with opened() as library:
+        write = library.store.write
+
+        def late(work):
+            library.store.environment.write(
+                lambda transaction: [library.store.forget(transaction, ref) for ref, _ in stored]
+            )
+            return write(work)
+
+        stored = []
+        put = library.store.put
+        monkeypatch.setattr(library.store, "put", lambda *texts: (put(*texts), stored.extend(library.store.items())))
+        monkeypatch.setattr(library.store, "write", late)
+        with pytest.raises(StoreError, match=r"mill\.txt.* end what writes there and call again"):
+            library.add([document("mill")])
+        assert len(library) == 0
 
 
 def test_settings_that_cannot_be_kept_leave_no_library(other, tmp_path, monkeypatch):

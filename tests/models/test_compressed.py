@@ -63,6 +63,16 @@ def test_what_cannot_be_derived_is_refused(at_hand, wanted):
         compressed(8, ratio=at_hand).at_ratio(wanted)
 
 
+def test_a_ratio_that_an_embedder_has_beside_others_is_derived_for_a_store():
+    text = replace(compressed(24, ratio=2), ratios=(2, 4, 8))
+    made = text.derived(6)
+    assert (made.ratio, made.ratios) == (6, (2, 6))
+    assert torch.equal(made.embeddings, replace(text, ratios=(2, 6)).at_ratio(6).embeddings)
+    for wanted in (0, -2, 64):
+        with pytest.raises(RatioError):
+            text.derived(wanted)
+
+
 # -- above entry layer 0 ------------------------------------------------------------------------------------------
 
 

@@ -48,6 +48,15 @@ def test_an_equal_copy_does_not_replace_the_first(compressed):
     assert torch.equal(store.get(compressed.ref, compressed.fingerprint, 4).embeddings, compressed.embeddings)
 
 
+def test_a_copy_that_cannot_be_derived_from_a_finer_one_replaces_it(compressed):
+    store = MemoryStore()
+    store.put(compressed)  # at ratio 4
+    other = replace(compressed.at_ratio(8), ratios=(6,), ratio=6)
+    store.put(other)
+    assert store.get(compressed.ref, compressed.fingerprint, 6) is not None
+    assert store.n_bytes == other.embeddings.numel() * 4
+
+
 def test_the_least_recently_used_goes_first(llm):
     embedder = random_embedder(llm)
     a, b, c = embedder.compress(["one text here", "two texts here", "six texts here"], ratio=2)

@@ -111,6 +111,16 @@ def test_a_finer_copy_replaces_a_coarser_one_and_not_the_other_way(store):
     assert store.verify().clean
 
 
+def test_a_copy_that_cannot_be_derived_from_a_finer_one_replaces_it(store):
+    finer, wanted = (replace(compressed("a", ratio=ratio, chunk_size=30), ratios=(ratio, 30)) for ratio in (2, 3))
+    store.put(finer)
+    store.put(wanted)
+    same(store.get(wanted.ref, FINGERPRINT, 3), wanted)
+    assert missing_from(store, [wanted.ref], FINGERPRINT, 3) == []
+    assert len(store) == 1
+    assert store.verify().clean
+
+
 def test_an_equal_copy_does_not_replace_the_first(store):
     text = compressed("a")
     store.put(text)
