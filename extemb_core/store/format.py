@@ -237,7 +237,7 @@ def name_in(key: bytes) -> bytes:
 
 def ref_bytes(ref: str) -> bytes:
     """Return the 16 bytes of a ref. Raises `ConfigError` if it is not one."""
-    if not _REF.fullmatch(ref):
+    if not isinstance(ref, str) or not _REF.fullmatch(ref):
         raise ConfigError(f"ref={ref!r} is not a document's ref ({REF_PREFIX} and 32 hex digits); pass document.ref")
     return bytes.fromhex(ref.removeprefix(REF_PREFIX))
 
@@ -248,7 +248,9 @@ def ref_of(data: bytes) -> str:
 
 
 def fingerprint_bytes(fingerprint: str) -> bytes:
-    """Return the 16 bytes that the keys of an embedder's documents end with."""
+    """Return the 16 bytes that the keys of an embedder's documents end with. Raises `ConfigError` if it has none."""
+    if not isinstance(fingerprint, str) or not fingerprint.isascii():
+        raise ConfigError(f"fingerprint={fingerprint!r:.80} is not an embedder's; pass embedder.fingerprint")
     return xxhash.xxh3_128(fingerprint.encode()).digest()
 
 

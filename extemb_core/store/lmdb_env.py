@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 import lmdb
@@ -38,6 +39,8 @@ _CHECK_DISK = f"{_UNHARMED}; check the disk and call again"
 # The second line is what comes of rows that are not what was written.
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.VersionMismatchError,
            struct.error, ValueError, TypeError, IndexError, ArithmeticError)  # fmt: skip
+
+_PACKAGE = __name__.partition(".")[0]
 
 T = TypeVar("T")
 
@@ -296,6 +299,8 @@ class Environment:
         except (lmdb.MapFullError, lmdb.MapResizedError, ExtembError):
             raise
         except _DAMAGE as error:
+            if not isinstance(error, lmdb.Error) and _is_of_caller(error):
+                raise
             raise StoreCorruptError(
                 f"{self.folder / DATA_FILE} is damaged ({error}); restore it from a copy, or add the documents to a "
                 "new store"
@@ -373,6 +378,13 @@ def _has_room(file: Path) -> bool:
     except OSError as error:  # of all others LMDB tells, or does without
         return error.errno not in FULL
     return True
+
+
+def _is_of_caller(error: BaseException) -> bool:
+    """Tell whether an error came up in work that is not of this package, which alone reads rows."""
+    modules = {frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)}
+    others = modules - {__name__, contextmanager.__module__}
+    return bool(others) and not any(name.startswith(f"{_PACKAGE}.") for name in others)
 
 
 def _following(begin: Callable[[], T], resize: Callable[[], None]) -> T:

@@ -13,7 +13,7 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from extemb_core.errors import ConfigError, MismatchError, StoreError
+from extemb_core.errors import ConfigError, MismatchError, RatioError, StoreError
 from extemb_core.models.compressed import Compressed
 from extemb_core.store.blocks import Blocks
 from extemb_core.store.format import (
@@ -30,6 +30,7 @@ from extemb_core.store.format import (
 from extemb_core.store.lmdb_env import Environment, open_environment
 from extemb_core.store.maintenance import StoreStats, Verified, keys_in, move, sparse, stats_of, verify
 from extemb_core.utils.batches import batches
+from extemb_core.utils.validation import whole_number
 
 T = TypeVar("T")
 
@@ -105,28 +106,33 @@ class EmbeddingStore:
         """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here.
 
         Raises:
+            ConfigError: No document has such a ref, no embedder such a fingerprint, or the ratio cannot be.
             StoreCorruptError: Its bytes are not what was written.
         """
         return self.get_many([ref], fingerprint, ratio)[0]
 
     def get_many(self, refs: Sequence[str], fingerprint: str, ratio: int) -> list[Compressed | None]:
         """Call `get` for several documents, in one transaction."""
+        keys, ratio = [key_of(ref, fingerprint) for ref in refs], _checked_ratio(ratio)
         with self.environment.read() as transaction:
-            return [self._blocks.at(transaction, key_of(ref, fingerprint), ratio) for ref in refs]
+            return [self._blocks.at(transaction, key, ratio) for key in keys]
 
     def missing(self, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
         """List those of some documents that are not here at `ratio`; no embeddings are read."""
+        listed = list(refs)
         with self.environment.read() as transaction:
-            return self.missing_within(transaction, refs, fingerprint, ratio)
+            return self.missing_within(transaction, listed, fingerprint, ratio)
 
     def missing_within(self, transaction: Any, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
         """Call `missing` within a transaction, such as that of a `write` which counts on what is here."""
+        ratio = _checked_ratio(ratio)
         return [ref for ref in refs if not self._blocks.holds(transaction, key_of(ref, fingerprint), ratio)]
 
     def finest(self, ref: str, fingerprint: str) -> Compressed | None:
         """Return the text at the stored ratio, or None if it is not here."""
+        key = key_of(ref, fingerprint)
         with self.environment.read() as transaction:
-            return self._blocks.at(transaction, key_of(ref, fingerprint))
+            return self._blocks.at(transaction, key)
 
     def items(self) -> Iterator[tuple[str, str]]:
         """Yield (ref, fingerprint) of every document, as of now."""
@@ -139,8 +145,9 @@ class EmbeddingStore:
             yield ref_of(key), kind.fingerprint, DTYPES[entry.dtype]
 
     def __contains__(self, item: tuple[str, str]) -> bool:
+        key = key_of(*item)
         with self.environment.read() as transaction:
-            return self.environment.get(transaction, "entries", key_of(*item)) is not None
+            return self.environment.get(transaction, "entries", key) is not None
 
     def __len__(self) -> int:
         with self.environment.read() as transaction:
@@ -167,6 +174,9 @@ class EmbeddingStore:
             StoreError: The store is read-only, or the disk refuses; then none of them was kept.
             MismatchError: One of them enters above layer 0, and the dtype is int8; none of them was kept.
         """
+        for text in texts:
+            for name, least in (("ratio", 1), ("n_tokens", 0)):
+                whole_number(getattr(text, name), name, least, remedy="a text as it was compressed")
         finest_last = sorted(texts, key=attrgetter("ratio"), reverse=True)
         finest = {key_of(text.ref, text.fingerprint): text for text in finest_last}
         coded = [(key, text, *encode(text, dtype or self.dtype)) for key, text in finest.items()]
@@ -218,3 +228,7 @@ class EmbeddingStore:
         """Raise `StoreError` if it was opened to read, before long work that would end in that error."""
         if self.readonly:
             raise StoreError(f"{self.path} was opened to read; open it with mode='a' to write")
+
+
+def _checked_ratio(ratio: int) -> int:
+    return whole_number(ratio, "ratio", remedy="one of the embedder's ratios", error=RatioError)

@@ -463,6 +463,63 @@ def test_a_ref_that_is_none_is_an_error(store):
             store.get(ref, FINGERPRINT, 4)
 
 
+USES = {
+    "get": lambda store, ref, fingerprint, ratio: store.get(ref, fingerprint, ratio),
+    "get_many": lambda store, ref, fingerprint, ratio: store.get_many(iter([ref]), fingerprint, ratio),
+    "missing": lambda store, ref, fingerprint, ratio: store.missing(iter([ref]), fingerprint, ratio),
+    "missing_within": lambda store, ref, fingerprint, ratio: store.write(
+        lambda transaction: store.missing_within(transaction, [ref], fingerprint, ratio)
+    ),
+    "finest": lambda store, ref, fingerprint, ratio: store.finest(ref, fingerprint),
+    "in": lambda store, ref, fingerprint, ratio: (ref, fingerprint) in store,
+    "remove": lambda store, ref, fingerprint, ratio: store.remove([ref], fingerprint or 5),
+    "forget": lambda store, ref, fingerprint, ratio: store.write(
+        lambda transaction: store.forget(transaction, ref, fingerprint or 5)
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_argument_that_cannot_be_is_not_called_damage(store, use):
+    store.put(compressed("a"))
+    ref = compressed("a").ref
+    wrong = [(None, FINGERPRINT, 4), (5, FINGERPRINT, 4), (ref.encode(), FINGERPRINT, 4)]
+    wrong += [(ref, None, 4), (ref, b"5e", 4), (ref, "\ud83d", 4)]
+    if use in ("get", "get_many", "missing", "missing_within"):
+        wrong += [(ref, FINGERPRINT, ratio) for ratio in ("8", None, 0, 2.5, True)]
+    for arguments in wrong:
+        with pytest.raises(ConfigError, match=r"; pass "):
+            USES[use](store, *arguments)
+    assert len(store) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"ratio": "4"}, {"ratio": 0}, {"n_tokens": -1}, {"n_tokens": None}])
+def test_a_text_that_cannot_be_is_not_called_damage(store, wrong):
+    store.put(compressed("a"))
+    with pytest.raises(ConfigError, match=r"; pass a text as it was compressed"):
+        store.put(compressed("b"), replace(compressed("a"), **wrong))
+    assert len(store) == 1
+
+
+def test_an_error_of_what_is_to_be_written_is_its_own(store):
+    failures = [lambda _: "a" + 1, lambda _: [][0], lambda _: int("x"), lambda _: 1 // 0, lambda _: json.loads("{")]
+    for work in [*failures, *map(partial, failures)]:
+        with pytest.raises((TypeError, IndexError, ValueError, ZeroDivisionError)) as caught:
+            store.write(work)
+        assert not isinstance(caught.value, StoreError)
+    with pytest.raises(ZeroDivisionError), store.environment.read():
+        _ = 1 // 0
+
+    def given():
+        yield compressed("a").ref
+        raise ValueError("of the caller")
+
+    for use in (store.missing, lambda refs, *_: store.remove(refs)):
+        with pytest.raises(ValueError, match="of the caller") as caught:
+            use(given(), FINGERPRINT, 4)
+        assert not isinstance(caught.value, StoreError)
+
+
 def test_the_file_holds_nothing_but_what_was_put(tmp_path):
     texts = [compressed(at) for at in range(6)]
     for number in range(10):  # memory that was used before has copies of them
