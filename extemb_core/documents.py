@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
@@ -196,10 +197,19 @@ def as_documents(documents: Documents) -> list[Document]:
     return [Document.from_any(document) for document in several(documents)]
 
 
+def is_open_file(value: Any) -> bool:
+    """Tell whether a value is an open file, or what reads like one: as a list it would be its lines."""
+    return isinstance(value, io.IOBase) or hasattr(value, "readline")
+
+
 def several(documents: Documents, name: str = "documents") -> list[Any]:
     """List what was passed, under a name, as one document or several; an iterator that gives none is told of."""
     if isinstance(documents, str | bytes | Mapping) or any(hasattr(documents, name) for name in _TEXT_ATTRIBUTES):
         return [documents]
+    if is_open_file(documents):
+        raise DocumentError(
+            f"{name} is a {type(documents).__name__}, an open file; pass its text, or what read_document(path) returns"
+        )
     if not isinstance(documents, Iterable):
         raise DocumentError(f"{name} is a {type(documents).__name__}; pass texts, Documents, or a list of them")
     listed = list(documents)

@@ -20,7 +20,7 @@ from extemb_core.context.messages import Messages, as_messages, inline_documents
 from extemb_core.context.planning import Plan
 from extemb_core.context.scoring import SentenceScorer
 from extemb_core.context.tools import Tool
-from extemb_core.documents import Document, Documents, as_documents, several
+from extemb_core.documents import Document, Documents, as_documents, is_open_file, several
 from extemb_core.errors import ConfigError, MismatchError
 from extemb_core.frameworks.batching import Batcher
 from extemb_core.frameworks.refs import Refs
@@ -336,7 +336,8 @@ class ExtensibleLM:
         if isinstance(questions, str):
             raise ConfigError(f"questions={questions!r:.80} is one text; pass a list of questions")
         questions = list(questions)
-        if isinstance(documents, str | Mapping | os.PathLike) or not isinstance(documents, Iterable | None):
+        one = isinstance(documents, str | Mapping | os.PathLike) or is_open_file(documents)
+        if one or not isinstance(documents, Iterable | None):
             raise ConfigError(
                 f"documents={documents!r:.80} is not a list with the documents of each question; pass one"
             )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fileinput
 import hashlib
+import io
 import pickle
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,6 +141,22 @@ def test_an_iterator_that_was_read_before_is_told_of(caplog: pytest.LogCaptureFi
     assert not caplog.text
     assert as_documents(texts) == []
     assert "documents is a list_iterator that gives none" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes", "memory", "temporary", "lines"])
+def test_an_open_file_is_not_taken_for_a_list_of_its_lines(tmp_path: Path, kind: str) -> None:
+    (file := tmp_path / "a.txt").write_text("Line one.\nLine two.\n")
+    with ExitStack() as opened:
+        lines: Any = {
+            "text": lambda: opened.enter_context(file.open()),
+            "bytes": lambda: opened.enter_context(file.open("rb")),
+            "memory": lambda: io.StringIO(file.read_text()),
+            "temporary": lambda: opened.enter_context(tempfile.SpooledTemporaryFile("w+")),
+            "lines": lambda: opened.enter_context(fileinput.input(file)),
+        }[kind]()
+        with pytest.raises(DocumentError, match=r"documents is a \w+, an open file; pass .*read_document\(path\)"):
+            as_documents(lines)
+    assert [document.text for document in as_documents(file.read_text().splitlines())] == ["Line one.", "Line two."]
 
 
 def test_a_text_that_is_the_name_of_a_file_is_warned_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -858,7 +859,18 @@ def test_messages_may_come_one_by_one_and_questions_are_a_list(lm):
     assert [one.text for one in several] == [lm.ask(asked, max_new_tokens=2).text for asked in ("What?", "Why?")]
 
 
-@pytest.mark.parametrize("one", ["ab", {"text": SENTENCES, "title": "A"}, Document(SENTENCES), Path("a.txt"), 5])
+def test_an_open_file_is_no_list_of_documents_nor_of_pieces(lm):
+    for use in (lm.ask, lm.plan, lm.positions, lambda _, file: lm.compress(file), lambda _, file: lm.session(file)):
+        with pytest.raises(DocumentError, match="documents is a StringIO, an open file; pass its text"):
+            use("What?", io.StringIO("Line one.\nLine two.\n"))
+    with pytest.raises(DocumentError, match="prompt is a StringIO, an open file"):
+        lm.generate(io.StringIO("Line one.\nLine two.\n"))
+
+
+@pytest.mark.parametrize(
+    "one",
+    ["ab", {"text": SENTENCES, "title": "A"}, Document(SENTENCES), Path("a.txt"), 5, io.StringIO("A.\nB.\n")],
+)
 def test_one_document_is_not_taken_apart_for_several_questions(lm, one):
     with pytest.raises(ConfigError, match="is not a list with the documents of each question"):
         lm.ask_batch(["What?", "Why?"], one)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from extemb_core.documents import text_ref
+from extemb_core.documents import is_open_file, text_ref
 from extemb_core.errors import (
     ConfigError,
     DocumentError,
@@ -537,7 +537,9 @@ class ExtensibleEmbedder(PreTrainedModel):
         Raises:
             RatioError: The ratio was not trained.
         """
-        several = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+        given: Any = texts
+        one = isinstance(given, str) or is_open_file(given) or not isinstance(given, Iterable)
+        several: list[str] = [given] if one else list(given)
         wrong = next((text for text in several if not isinstance(text, str)), None)
         if wrong is not None:
             raise DocumentError(f"a text to compress is a {type(wrong).__name__}; pass a str or several")

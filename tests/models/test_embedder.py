@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -691,6 +692,13 @@ def test_only_own_tensors_are_ever_trained(llm):
     assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.trainable_names)
     torch.nn.Sequential(embedder).requires_grad_(True)
     assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.trainable_names)
+
+
+def test_an_open_file_is_no_list_of_texts(llm):
+    embedder = shared_embedder(llm)
+    with pytest.raises(DocumentError, match="a text to compress is a StringIO; pass a str or several"):
+        embedder.compress(io.StringIO("Line one.\nLine two.\n"))
+    assert len(embedder.compress(iter(["Line one.", "Line two."]))) == 2
 
 
 def test_an_embedder_in_training_compresses_without_dropout():
