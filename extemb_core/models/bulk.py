@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,6 +42,8 @@ _MEASURES = ("mean_norms", "norms", "weights")  # of each group, above entry lay
 _PASSES = 8  # forward passes of a batch
 _CPU_CHUNKS, _MAX_CUDA_CHUNKS = 4, 128
 _BYTES_PER_UNIT = 128  # of activations, for each token and unit of the hidden size; generous for a dense layer
+_quiet: dict[ExtensibleEmbedder, tuple[int, list[torch.nn.Module]]] = {}  # threads that compress, what they stopped
+_quiet_lock = threading.Lock()
 _SHARE = 4  # of the free memory, activations take a quarter at most
 
 
@@ -126,11 +130,10 @@ def compress_pieces(
     if batch_size is None:
         batch_size = default_batch_size(embedder.llm, config.chunk_size)
     whole_number(batch_size, "batch_size")
-    embedder.train(False)  # where it is being trained, dropout that its LLM's config has would be drawn
     fields = [_fields(config) for _ in texts]
     n_tokens = [0] * len(texts)
     chunks = _chunks(texts, config.chunk_size, ratio, n_tokens)
-    with progress("compress", total, show_progress) as advance:
+    with _without_dropout(embedder), progress("compress", total, show_progress) as advance:
         while window := list(islice(chunks, batch_size * _SORT_WINDOW_BATCHES)):
             window.sort(key=lambda chunk: -len(chunk.ids))
             for at in range(0, len(window), batch_size):
@@ -153,6 +156,30 @@ def compress_pieces(
         ).checked()
         for rows, count, ref in zip(fields, n_tokens, refs, strict=True)
     ]
+
+
+@contextmanager
+def _without_dropout(embedder: ExtensibleEmbedder) -> Iterator[None]:
+    """Have no dropout drawn, which an LLM's config may have, of an embedder that is being trained; then it goes on.
+
+    With several threads it goes on when the last of them is done.
+    """
+    with _quiet_lock:
+        count, trained = _quiet.get(embedder, (0, []))
+        modules = [module for module in embedder.modules() if module.training]
+        for module in modules:
+            module.training = False
+        _quiet[embedder] = count + 1, trained + modules
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            count, trained = _quiet.pop(embedder)
+            if count > 1:
+                _quiet[embedder] = count - 1, trained
+            else:
+                for module in trained:
+                    module.training = True
 
 
 def _fields(config: ExtensibleEmbedderConfig) -> dict[str, _Rows]:

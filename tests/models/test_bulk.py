@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
-from tiny import SENTENCES, shared_embedder, tiny_llm
+from tiny import SENTENCES, shared_embedder, tiny_llm, tuned
 
 from extemb_core import ExtensibleLM
 from extemb_core.documents import text_ref
@@ -191,6 +193,50 @@ def test_one_bar_for_all_batches_moves_with_every_pass(embedder, monkeypatch):
     assert bars == [("compress", n_tokens, True)]
     assert sum(told) == pytest.approx(n_tokens)
     assert len(told) == sum(-(-len(ids) // 16) for _, ids in pairs(embedder))
+
+
+def modes(embedder):
+    return {name: module.training for name, module in embedder.named_modules()}
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_embedder_in_training_stays_in_it(ends, monkeypatch):
+    embedder = tuned(tiny_llm(), 2)
+    embedder.train()
+    embedder.stack.eval()  # as a trainer leaves layers of the LLM, whose dropout stays off
+    before = modes(embedder)
+    assert set(before.values()) == {True, False}
+    if not ends:
+        monkeypatch.setattr(type(embedder), "forward", lambda *_: 1 / 0)
+    with suppress(ZeroDivisionError):
+        embedder.compress(TEXTS, ratio=2)
+    assert modes(embedder) == before
+
+
+def test_an_embedder_in_training_compresses_without_dropout_until_the_last_thread_is_done(monkeypatch):
+    embedder = tuned(tiny_llm(), 2)
+    embedder.train()
+    forward, first, second = type(embedder).forward, threading.Event(), threading.Event()
+    seen = []
+
+    def slow(self, ids):
+        if threading.current_thread().name == "second":
+            second.set()
+            assert first.wait(60)  # the first is done, and this one goes on
+        else:
+            assert second.wait(60)
+        seen.append({module.training for module in embedder.modules()})
+        return forward(self, ids)
+
+    monkeypatch.setattr(type(embedder), "forward", slow)
+    threads = [threading.Thread(target=embedder.compress, args=("Some words.",), name=name) for name in ("1", "second")]
+    threads[0].start()
+    threads[1].start()
+    threads[0].join()
+    first.set()
+    threads[1].join()
+    assert seen == [{False}, {False}]
+    assert all(modes(embedder).values())
 
 
 def test_ids_are_those_of_the_text(embedder):
