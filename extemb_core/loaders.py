@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from extemb_core.documents import Document, without_lone_surrogates
 from extemb_core.errors import DocumentError, DocumentNotFoundError, MissingExtraError, optional_import
+from extemb_core.utils.validation import path_of
 
 if TYPE_CHECKING:
     from bs4.element import Tag
@@ -119,7 +120,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
         DocumentError: a folder, a file of a type that is not read, or one that cannot be decoded.
         MissingExtraError: HTML or PDF without the extra `documents`.
     """
-    path = Path(path)
+    path = path_of(path)
     suffix = path.suffix.lower()
     if suffix in BINARY_SUFFIXES and os.path.isfile(path):
         raise DocumentError(f"{path} is a {suffix} file, a type that is not read; {_CONVERT}")
@@ -157,7 +158,7 @@ def read_documents(
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     documents: list[Document] = []
-    for path in map(Path, paths):
+    for path in map(path_of, paths):
         for file in _files(path, skipped):
             documents += _try_to_read(file, None if file == path else skipped)
     return documents

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from extemb_core.errors import DocumentError
 from extemb_core.utils.jsonl import is_jsonl, read_jsonl
+from extemb_core.utils.validation import path_of
 
 _LONG_ANSWER_WORDS = 12
 
@@ -50,7 +50,7 @@ def read_questions(files: Sequence[str | os.PathLike[str]], *, unique: bool = Tr
     """
     questions: list[Question] = []
     seen: dict[str, str] = {}
-    for file in map(Path, files):
+    for file in map(path_of, files):
         if not is_jsonl(file):
             raise DocumentError(f"{file} is not .jsonl or .jsonl.zst; pass rows with {_FIELDS}")
         for number, row in read_jsonl(file):

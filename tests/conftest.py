@@ -63,6 +63,18 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         gc.freeze()
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What "~" stands for; nothing is made under that name where the test is at work."""
+    (home := tmp_path / "home").mkdir()
+    (here := tmp_path / "here").mkdir()
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.chdir(here)
+    yield home
+    assert list(here.iterdir()) == []
+
+
 @pytest.fixture(autouse=True)
 def no_loop_is_left_over(request: pytest.FixtureRequest) -> None:
     """LlamaIndex's synchronous calls take the thread's event loop, make one if need be, and close none."""

@@ -66,6 +66,14 @@ def test_byte_order_marks_are_obeyed_and_stripped(tmp_path: Path, mark: bytes, e
     assert read_document(write(tmp_path / name, mark + "né 你".encode(encoding))).text == "né 你"
 
 
+def test_a_tilde_is_the_home_folder(home: Path) -> None:
+    (home / "docs").mkdir()
+    (home / "docs" / "a.txt").write_text("A")
+    assert read_document("~/docs/a.txt").metadata["source"] == str(home / "docs" / "a.txt")
+    assert [document.text for document in read_documents("~/docs")] == ["A"]
+    assert [document.text for document in read_documents([Path("~/docs/a.txt")])] == ["A"]
+
+
 def test_line_ends_become_newlines(tmp_path: Path) -> None:
     assert read_document(write(tmp_path / "a.txt", b"a\r\nb\rc\nd")).text == "a\nb\nc\nd"
 

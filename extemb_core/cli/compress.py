@@ -17,7 +17,7 @@ from extemb_core.cli.output import explain_interrupt, library_output, print_json
 from extemb_core.documents import Document
 from extemb_core.loaders import Skipped
 from extemb_core.utils.files import make_folder
-from extemb_core.utils.validation import whole_number
+from extemb_core.utils.validation import path_of, whole_number
 
 SUFFIX = ".safetensors"
 _MAX_STEM_BYTES = 200  # of a file's name
@@ -62,7 +62,7 @@ def compress(
 
 def _compress(documents: Sequence[Document], given: CompressOptions, *, as_json: bool, skipped: Skipped) -> None:
     """Compress documents and write them to their files."""
-    targets = _targets(documents, Path(given.output))
+    targets = _targets(documents, path_of(given.output))
     existing = [target for target in targets if target.exists()]
     if existing and not given.force:
         more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""

@@ -18,7 +18,7 @@ from extemb_core.cli.options import CommandGroup, JsonOption, option
 from extemb_core.cli.store import print_verified, require_store
 from extemb_core.library import N_PASSAGES, PASSAGE_TOKENS
 from extemb_core.loaders import HTML_SUFFIXES, SUPPORTED_SUFFIXES
-from extemb_core.utils.validation import whole_number
+from extemb_core.utils.validation import path_of, whole_number
 
 app = CommandGroup(no_args_is_help=True, help="A library: documents compressed once, found and asked for ever after.")
 
@@ -54,12 +54,12 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
     Every few thousand tokens what is done is on disk: after Ctrl-C the same command goes on.
     """
     given = AddOptions(**settings)
-    paths = [Path(name) for name in given.documents]
+    paths = [path_of(name) for name in given.documents]
     with options.skipping() as skipped:
         with output.library_output():
             from extemb_core.library.library import Library, as_documents
 
-            near = Path(library).resolve().parent
+            near = path_of(library).resolve().parent
             documents = list(as_documents(paths, near, skipped))  # before a library is made for nothing
             lm, names = given.load(dtype=given.llm_dtype), ("encoder", "ratio", "passage_tokens", "dtype")
             with Library(library, lm, **{name: getattr(given, name) for name in names}) as opened:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from extemb_core.cli import options
@@ -13,6 +12,7 @@ from extemb_core.cli.config_options import options_from
 from extemb_core.cli.output import library_output, print_note
 from extemb_core.errors import ConfigError, DocumentError, optional_import
 from extemb_core.serving.settings import ServerSettings
+from extemb_core.utils.validation import path_of
 
 _KEYS = "EXTEMB_API_KEYS"
 
@@ -45,7 +45,9 @@ def serve(**settings: Any) -> None:
     """
     file = settings.get("api_keys")
     try:
-        words = os.environ.get(_KEYS, "").split(",") if file is None else Path(file).read_text("utf-8-sig").splitlines()
+        words = (
+            os.environ.get(_KEYS, "").split(",") if file is None else path_of(file).read_text("utf-8-sig").splitlines()
+        )
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file} is no text of API keys ({error}); pass a file in UTF-8 with a key on a line"

@@ -28,6 +28,7 @@ from extemb_core.models.entry import decoder_layers, default_entry_layer
 from extemb_core.models.llm import LLM
 from extemb_core.training.data import read_texts
 from extemb_core.utils.files import refuse_foreign
+from extemb_core.utils.validation import path_of
 
 RECORD, PLOT = "calibration.json", "calibration.png"
 _EMBEDDER = ("model.safetensors", "config.json")  # which shows that there is one, and comes last
@@ -167,7 +168,7 @@ def calibrate(
         DocumentError: A file cannot be read.
         WeightsCorruptError: The folder does not give back what was written there.
     """
-    output = Path(output)
+    output = path_of(output)
     _check_folder(output)
     llm = llm or LLM.from_pretrained(config.llm, device=config.device, dtype=config.dtype)
     experiment = CalibrationExperiment(config, llm)

@@ -25,6 +25,7 @@ from extemb_core.models.llm import LLM
 from extemb_core.utils.files import atomic_write_text, parse_json, sha256_of
 from extemb_core.utils.journal import Journal, require_same_run, to_json
 from extemb_core.utils.progress import progress
+from extemb_core.utils.validation import path_of
 from extemb_core.weights.resolve import short_name
 
 Sample = dict[str, Any]
@@ -128,7 +129,7 @@ def run(
         DocumentError: `out` is not such a record.
         DocumentNotFoundError: Arms are to be measured anew, and `out` does not exist.
     """
-    out, identity = Path(out), _identity(experiment)
+    out, identity = path_of(out), _identity(experiment)
     groups = experiment.groups()
     ids = [name for group in groups for name in group]
     if not ids:

@@ -35,7 +35,7 @@ from extemb_core.store.maintenance import LOST, Verified
 from extemb_core.store.store import EmbeddingStore
 from extemb_core.utils.batches import batches
 from extemb_core.utils.progress import progress
-from extemb_core.utils.validation import require_text, whole_number
+from extemb_core.utils.validation import path_of, require_text, whole_number
 
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
@@ -113,7 +113,7 @@ class Library:
             lm.embedder.config.require_ratio(ratio)
         self._requested_encoder = encoder
         self._encoder: TextEncoder | None = None
-        if encoder is not None or (lm is not None and not os.path.exists(path)):
+        if encoder is not None or (lm is not None and not path_of(path).exists()):
             self._encoder = as_encoder(encoder)  # one that is missing leaves no empty library
         self.store = EmbeddingStore.open(path, mode, dtype=dtype)
         self.lm = None if lm is None else type(lm)(lm.llm, lm.embedder, self.store, scorer=lm.builder.scorer)

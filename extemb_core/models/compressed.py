@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from extemb_core.models.downscaling import check_ratios, coarsen
 from extemb_core.models.entry import AnchoredStates
 from extemb_core.models.pooling import Groups, pool_groups
 from extemb_core.utils.files import atomic_write, parse_json
-from extemb_core.utils.validation import is_count
+from extemb_core.utils.validation import is_count, path_of
 
 FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
 _TENSORS = ("embeddings", "anchors", "mean_norms", "norms", "weights")
@@ -222,7 +221,7 @@ class Compressed:
         header |= {name: str(getattr(self, name)) for name in (*_TEXTS, *_NUMBERS)}
         header["ratios"] = json.dumps(list(self.ratios))
         try:
-            with atomic_write(Path(file)) as temporary:
+            with atomic_write(path_of(file)) as temporary:
                 # save_file would write beside it, under a name of its own that a kill leaves there.
                 temporary.write_bytes(save(tensors, header))
         except (OSError, SafetensorError) as error:
@@ -237,7 +236,7 @@ class Compressed:
             StoreCorruptError: It is something else, or damaged.
         """
         try:
-            with safe_open(file, "pt") as opened:
+            with safe_open(path_of(file), "pt") as opened:
                 header = {"version": "1", "entry_layer": "0"} | (opened.metadata() or {})
                 if header.get("format") != FORMAT or int(header["version"]) not in range(1, VERSION + 1):
                     raise ValueError(f"format {header.get('format')!r}, version {header['version']!r}")

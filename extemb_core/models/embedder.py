@@ -53,7 +53,7 @@ from extemb_core.models.pooling import Groups, digest_of, pool, pool_groups, tok
 from extemb_core.models.shared_layers import PROBE_TOLERANCE, first_layers, same_in_bfloat16, sample_of
 from extemb_core.utils.files import safetensors_folder
 from extemb_core.utils.quiet import quiet_transformers
-from extemb_core.utils.validation import name_or_path, refuse_unknown
+from extemb_core.utils.validation import name_or_path, path_of, refuse_unknown
 from extemb_core.weights.resolve import UNTRAINED
 
 _CHECKED_TOKENS, _EXACT_TOLERANCE = 8, 0.02
@@ -362,7 +362,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             tensors["token_weights"] = self.token_weights.half()
         kwargs["state_dict"] = {name: t.contiguous().cpu() for name, t in tensors.items()}
         kwargs["save_original_format"] = False  # which names an LLM's experts otherwise than its modules do
-        folder = Path(save_directory)
+        folder = path_of(save_directory)
         with quiet_transformers(), safetensors_folder(folder, _TENSORS, _SETTINGS):
             super().save_pretrained(folder, **kwargs)
 

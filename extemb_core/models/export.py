@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from extemb_core.errors import ConfigError
 from extemb_core.utils.files import atomic_write_text, disk_errors, make_folder, parse_json, remove_left
 from extemb_core.utils.quiet import quiet_transformers
+from extemb_core.utils.validation import path_of
 
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
@@ -34,7 +35,7 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
     Raises:
         ConfigError: The folder is taken or cannot be made, or the plugin has no such architecture.
     """
-    target, llm, layer = Path(folder), embedder.llm, embedder.config.entry_layer
+    target, llm, layer = path_of(folder), embedder.llm, embedder.config.entry_layer
     name = type(llm.model).__name__
     if layer and name not in SERVED:
         raise ConfigError(

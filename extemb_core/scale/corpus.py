@@ -22,7 +22,7 @@ from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import Shard
 from extemb_core.utils.jsonl import is_jsonl, read_jsonl
 from extemb_core.utils.progress import progress
-from extemb_core.utils.validation import name_or_path, whole_number
+from extemb_core.utils.validation import name_or_path, path_of, whole_number
 
 PARQUET = (".parquet",)
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
@@ -182,9 +182,9 @@ def _inputs(
 ) -> tuple[tuple[str, ...], list[str]]:
     """List the files to read, after their kind; a URL is taken as it is, and what is in the output is none of them."""
     files: list[str] = []
-    made = None if is_url(output) else Path(output).resolve()
+    made = None if is_url(output) else path_of(output).resolve()
     for one in inputs:
-        path = Path(one)
+        path = path_of(one)
         if is_url(one):
             files.append(str(one))
         elif path.is_dir():

@@ -8,7 +8,6 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -30,6 +29,7 @@ from extemb_core.serving.responses import Usage, Writer
 from extemb_core.serving.settings import ServerSettings
 from extemb_core.serving.workspace import Workspace
 from extemb_core.utils.files import make_folder
+from extemb_core.utils.validation import path_of
 from extemb_core.weights.resolve import short_name
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Service:
         self.metrics = Metrics()
         self.engine: Engine  # while the server runs
         self._encoder = encoder
-        self._folder = Path(settings.data) if settings.data is not None else user_data_path("extemb") / "server"
+        self._folder = path_of(settings.data) if settings.data is not None else user_data_path("extemb") / "server"
         make_folder(self._folder, StoreError, "pass another folder as --data")
         self._workspaces: dict[str, Workspace] = {}
         self._lock = threading.Lock()

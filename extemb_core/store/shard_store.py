@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from extemb_core.store.format import ref_bytes
 from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import MANIFEST, Array, open_shards, read_manifest
 from extemb_core.store.store import EmbeddingStore
+from extemb_core.utils.validation import path_of
 
 
 class ShardStore:
@@ -75,7 +75,7 @@ class ShardStore:
 
 def is_sharded(where: str | os.PathLike[str]) -> bool:
     """Return whether a store to be opened is a folder of shards: a URL, or a folder with a manifest."""
-    return is_url(where) or (Path(where) / MANIFEST).is_file()
+    return is_url(where) or (path_of(where) / MANIFEST).is_file()
 
 
 def open_store(store: str | os.PathLike[str] | Store | None, mode: Literal["r", "a"] = "a") -> Store | None:

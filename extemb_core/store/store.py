@@ -30,7 +30,7 @@ from extemb_core.store.format import (
 from extemb_core.store.lmdb_env import Environment, open_environment
 from extemb_core.store.maintenance import StoreStats, Verified, keys_in, move, sparse, stats_of, verify
 from extemb_core.utils.batches import batches
-from extemb_core.utils.validation import whole_number
+from extemb_core.utils.validation import path_of, whole_number
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class EmbeddingStore:
         if mode not in ("r", "a"):
             raise ConfigError(f"mode={mode!r} is neither 'r' nor 'a'; pass 'r' to read, 'a' to read and write")
         check_dtype(dtype)
-        folder = Path(path)
+        folder = path_of(path)
         if mode == "a":
             prepare(folder)
         check_description(folder)

@@ -129,7 +129,7 @@ class TrainingConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        paths_as_text(self, "llm", files=("data", "questions", "eval_data"))
+        paths_as_text(self, "llm", files=("data", "questions", "eval_data"), folders=("output", "start_from", "cache"))
         if not isinstance(self.embedder, Mapping):
             raise ConfigError(
                 f"embedder={self.embedder!r:.80} is no mapping of settings; pass e.g. entry_layer=12 in one"

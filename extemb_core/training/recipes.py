@@ -23,6 +23,7 @@ from extemb_core.training.checkpoints import is_finished, is_saved
 from extemb_core.training.config import TrainingConfig
 from extemb_core.training.trainable import TrainableModel, holds_reader_alone
 from extemb_core.training.trainer import full_disk_error, is_first_process, only_run_in, train
+from extemb_core.utils.validation import path_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ def read_recipe(name: str | os.PathLike[str]) -> Recipe:
     names, name = recipe_names(), os.fspath(name)
     if name in names:
         text = resources.files("extemb_core").joinpath(f"recipes/{name}.yaml").read_bytes()
-    elif Path(name).is_file():
-        text = Path(name).read_bytes()
+    elif path_of(name).is_file():
+        text = path_of(name).read_bytes()
     else:
         raise ConfigError(f"recipe={name!r} is neither a file nor one of {', '.join(names)}; pass one of them")
     try:
@@ -110,10 +111,10 @@ def stage_configs(
     whole = sum(stage["share"] for stage in recipe.stages)
     embedder = {**recipe.embedder, **settings.pop("embedder", {})}
     start_from = settings.pop("start_from", None)
-    has_embedder = start_from is not None and not holds_reader_alone(Path(start_from))
+    has_embedder = start_from is not None and not holds_reader_alone(path_of(start_from))
     configs = []
     for number, stage in enumerate(recipe.stages, start=1):
-        folder = Path(output) / "stages" / f"{number}-{stage['name']}"
+        folder = path_of(output) / "stages" / f"{number}-{stage['name']}"
         of_stage = {key: _plain(value) for key, value in stage.items() if key not in ("name", "share")}
         configs.append(
             TrainingConfig(
@@ -122,7 +123,7 @@ def stage_configs(
                 start_from=start_from,
                 total_tokens=max(1, round(total_tokens * stage["share"] / whole)),
                 output=str(folder),
-                cache=str(Path(output) / "data"),
+                cache=str(path_of(output) / "data"),
             )
         )
         start_from = str(folder)
@@ -149,8 +150,8 @@ def train_recipe(
         ConfigError, TrainingError: See `trainer.train`.
     """
     configs = stage_configs(recipe, output, total_tokens, **settings)
-    with only_run_in(Path(output)):
-        return _train_stages(configs, Path(output), resume)
+    with only_run_in(path_of(output)):
+        return _train_stages(configs, path_of(output), resume)
 
 
 def _train_stages(configs: Sequence[TrainingConfig], output: Path, resume: bool) -> TrainableModel | None:

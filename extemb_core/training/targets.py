@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from extemb_core.context.assembly import assemble_chat
@@ -24,7 +23,7 @@ from extemb_core.questions import Question, read_questions, template_for, templa
 from extemb_core.utils.files import atomic_write_text, sha256_of
 from extemb_core.utils.journal import Journal, to_json
 from extemb_core.utils.progress import progress
-from extemb_core.utils.validation import whole_number
+from extemb_core.utils.validation import path_of, whole_number
 
 _AGREEMENT = 0.5  # F1 with the best reference
 
@@ -65,7 +64,7 @@ def make_targets(
         ConfigError: The partial file is of another run, or another process writes it.
         DocumentError: A row is not a question.
     """
-    out = Path(output)
+    out = path_of(output)
     if out.suffix != ".jsonl":
         raise ConfigError(f"output={str(output)!r} does not end in .jsonl, which its rows are; pass such a name")
     for name, number in (("limit", limit), ("max_document_tokens", max_document_tokens), ("batch_size", batch_size)):
@@ -74,7 +73,7 @@ def make_targets(
     questions = read_questions(files, unique=False)[:limit]
     identity = {
         "llm": llm.name,
-        "questions": [sha256_of(Path(file)) for file in files],
+        "questions": [sha256_of(path_of(file)) for file in files],
         "limit": limit,
         "max_document_tokens": max_document_tokens,
         "llm_digest": llm.weights_digest(),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from extemb_core.errors import ConfigError, ExtembError
@@ -89,6 +90,11 @@ def name_or_path(value: str | os.PathLike[str]) -> str:
     return path if os.path.exists(path) else os.path.join(os.curdir, path)
 
 
+def path_of(value: str | os.PathLike[str]) -> Path:
+    """Return a path with a "~" at its start expanded, as it is where there is no such user."""
+    return Path(os.path.expanduser(value))
+
+
 def check_engine(engine: str, base_url: str | None, api_key: str | None = None) -> None:
     """Raise `ConfigError` for what is no engine, or a server that is not asked, or missing."""
     require_one_of(engine, "engine", ENGINES)
@@ -99,13 +105,14 @@ def check_engine(engine: str, base_url: str | None, api_key: str | None = None) 
         )
 
 
-def paths_as_text(config: Any, *names: str, files: Iterable[str] = ()) -> None:
+def paths_as_text(config: Any, *names: str, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
     """Make text of the paths in a frozen dataclass, alone or in tuples.
 
     Args:
         config: The dataclass.
         *names: Fields that may hold a name too.
-        files: Fields that are tuples of files.
+        files: Fields that are tuples of files; in these a "~" is expanded, as in `folders`.
+        folders: Fields that are a folder, or None.
 
     Raises:
         ConfigError: One of `files` is a lone text, of which each letter would be a file.
@@ -120,6 +127,12 @@ def paths_as_text(config: Any, *names: str, files: Iterable[str] = ()) -> None:
             object.__setattr__(config, field.name, text)
         elif isinstance(value, tuple | list) and any(isinstance(one, os.PathLike) for one in value):
             object.__setattr__(config, field.name, tuple(map(os.fspath, value)))
+    for name in (*files, *folders):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            object.__setattr__(config, name, os.path.expanduser(value))
+        elif any(isinstance(one, str) and one.startswith("~") for one in value or ()):
+            object.__setattr__(config, name, tuple(map(os.path.expanduser, value)))
 
 
 def _is_whole(value: Any) -> bool:

@@ -165,6 +165,17 @@ def test_embeddings_that_others_drop_as_often_as_they_are_made_are_an_error_in_t
         assert len(library) == 0
 
 
+def test_a_tilde_is_the_home_folder(home, lm, monkeypatch):
+    (home / "mill.txt").write_text("The mill was built in 1820.")
+    with Library("~/lib", lm, encoder=by_words) as library:
+        assert library.path == home / "lib"
+        assert library.add(Path("~/mill.txt")).added == 1
+        assert [record["source"] for record in library.documents()] == ["mill.txt"]
+    monkeypatch.setattr("extemb_core.library.encoders._default", None)  # is not made where there is a library
+    with Library("~/lib", lm) as library:
+        assert len(library) == 1
+
+
 def test_settings_that_cannot_be_kept_leave_no_library(other, tmp_path, monkeypatch):
     def missing():
         raise WeightsNotFoundError("not installed")

@@ -73,6 +73,13 @@ def test_a_ratio_that_an_embedder_has_beside_others_is_derived_for_a_store():
             text.derived(wanted)
 
 
+def test_a_tilde_is_the_home_folder(home):
+    text = compressed(8)
+    text.save("~/text.extemb")
+    assert torch.equal(Compressed.load("~/text.extemb").embeddings, text.embeddings)
+    assert torch.equal(Compressed.load(home / "text.extemb").embeddings, text.embeddings)
+
+
 # -- above entry layer 0 ------------------------------------------------------------------------------------------
 
 

@@ -694,6 +694,13 @@ def test_only_own_tensors_are_ever_trained(llm):
     assert {n for n, p in embedder.named_parameters() if p.requires_grad} == set(embedder.trainable_names)
 
 
+def test_a_tilde_is_the_home_folder(home, llm):
+    embedder = shared_embedder(llm)
+    embedder.save_pretrained("~/embedder")
+    assert (home / "embedder").is_dir()
+    assert ExtensibleEmbedder.from_pretrained("~/embedder", llm=llm).fingerprint == embedder.fingerprint
+
+
 def test_an_open_file_is_no_list_of_texts(llm):
     embedder = shared_embedder(llm)
     with pytest.raises(DocumentError, match="a text to compress is a StringIO; pass a str or several"):

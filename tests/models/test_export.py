@@ -102,6 +102,11 @@ def test_what_a_killed_export_left_goes_with_a_later_one(tmp_path: Path) -> None
     assert sorted(tmp_path.iterdir()) == sorted([new, other, tmp_path / "served"])
 
 
+def test_a_tilde_is_the_home_folder(home: Path) -> None:
+    export_for_vllm(random_embedder(tiny_llm()), "~/served")
+    assert (home / "served" / "config.json").is_file()
+
+
 def test_an_empty_folder_is_filled_and_everybody_reads_it(tmp_path: Path) -> None:
     target = tmp_path / "served"
     target.mkdir()

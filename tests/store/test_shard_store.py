@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +157,13 @@ def test_states_are_read_where_they_lie(where):
     write_manifest(where, [write_shard(where, "a", [anchored("a"), anchored("b")])])
     found = ShardStore(where).get(anchored("b").ref, FINGERPRINT, 8)
     assert (found.entry_layer, len(found)) == (3, len(anchored("b").at_ratio(8)))
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_tilde_is_the_home_folder(home, kind):
+    with EmbeddingStore.open(home / "s") as store:
+        store.put(compressed("a"))
+        export_store(store, kind("~/out"))
+    assert is_sharded(kind("~/out"))
+    assert not is_sharded(kind("~/s"))
+    assert len(ShardStore(kind("~/out"))) == 1

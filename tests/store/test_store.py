@@ -457,6 +457,15 @@ def test_a_folder_that_may_not_be_written_is_read(tmp_path):
         (tmp_path / "s").chmod(stat.S_IRWXU)
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_tilde_is_the_home_folder(home, kind):
+    with EmbeddingStore.open(kind("~/docs/s")) as store:
+        store.put(compressed("a"))
+        assert store.path == home / "docs" / "s"
+    with EmbeddingStore.open(home / "docs" / "s", "r") as store:
+        assert len(store) == 1
+
+
 def test_a_ref_that_is_none_is_an_error(store):
     for ref in ("ext:12", "12" * 16, "ext:" + "zz" * 16, ""):
         with pytest.raises(ConfigError, match="is not a document's ref"):

@@ -16,7 +16,7 @@ from tiny import Named
 from extemb_core.errors import ConfigError
 from extemb_core.evaluation.settings import CalibrationConfig, NeedleConfig, PerplexityConfig, QaConfig, SpeedConfig
 from extemb_core.training.config import TrainingConfig
-from extemb_core.utils.validation import is_count, name_or_path
+from extemb_core.utils.validation import is_count, name_or_path, path_of
 
 
 @pytest.mark.parametrize("value", [1, 10**9])
@@ -54,6 +54,26 @@ def test_a_seed_is_one_of_numpy_and_torch(config, seed):
     assert config(seed=2**32 - 1).seed == 2**32 - 1
     with pytest.raises(ConfigError, match="seed=.*; pass an int from 0 to 4294967295"):
         config(seed=seed)
+
+
+def test_a_tilde_is_the_home_folder_where_there_is_such_a_user(home):
+    for path in ("~", Path("~"), Named("~")):
+        assert path_of(path) == home
+    for text in ("~nobody-of-that-name/s", "a/~/s", "s~", ""):
+        assert path_of(text) == Path(text)
+
+
+@pytest.mark.parametrize("path", [Path, Named, str])
+def test_a_tilde_in_a_configuration_is_the_home_folder(home, path):
+    files = (path("~/a.txt"), "b.txt")
+    config = TrainingConfig(
+        llm="tiny", data=files, eval_data=list(files), output=path("~/run"), cache=path("~/c"), start_from=path("~/s")
+    )
+    assert list(config.data) == list(config.eval_data) == [str(home / "a.txt"), "b.txt"]
+    assert (config.output, config.cache, config.start_from) == (str(home / "run"), str(home / "c"), str(home / "s"))
+    assert config.token_cache == home / "c"
+    assert TrainingConfig(llm="tiny", data=("a~.txt",), output="run").data == ("a~.txt",)
+    assert QaConfig(llm="tiny", data=files).data == (str(home / "a.txt"), "b.txt")
 
 
 @pytest.mark.parametrize("path", [Path, Named])
