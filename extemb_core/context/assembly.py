@@ -8,6 +8,7 @@ text get placeholders too, and are put back as the ids of their characters: data
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ def render_chat(
             neighbours of one role are joined, and an empty turn of the user stands before an assistant who begins;
             where it refuses a system message, that stands before the user's first text.
         tools: Functions in OpenAI's form, for templates that have a place for them.
-        assistant_prefix: What the assistant's turn, whose opening is the end of the prompt, begins with.
+        assistant_prefix: What the assistant's turn, whose opening is the end of the prompt, begins with. Its control
+            tokens are obeyed, but for those in the name of a tool.
 
     Raises:
         ConfigError: A message is not of that form, or the template refuses or drops it.
@@ -225,6 +227,9 @@ def _rendered(
             f"the chat template of {llm.name} left out part of a message; "
             "check the order of the roles (system, then user and assistant in turn)"
         )
+    for name in {json.dumps(text) for text in _texts_in(tools)}:  # as `prefix_of_call` writes one; the rest is obeyed
+        if name in assistant_prefix:
+            assistant_prefix = assistant_prefix.replace(name, placeholders.mark(name))
     return ChatPrompt(llm, placeholders, rendered + assistant_prefix)
 
 
