@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from extemb_core.answers import Answer, AnswerStream
 from extemb_core.documents import Document
-from extemb_core.frameworks.aio import until_cancelled
+from extemb_core.frameworks.aio import AsyncAnswerStream, until_cancelled
 from extemb_core.frameworks.settings import token_usage
 from langchain_extemb.loading import LoadedInThread
 from langchain_extemb.messages import to_documents
@@ -98,17 +98,34 @@ class ExtensibleLLM(LoadedInThread, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        lm = self._lm_of(kwargs)
-        prepared = lm.prepare_text(
-            lm.refs.find(prompt), to_documents(kwargs.get("documents")), **self._call_settings(stop, kwargs)
-        )
-        with AnswerStream(lm.llm, *prepared) as stream:
+        with self._opened(prompt, stop, kwargs) as stream:
             for piece in stream:
                 chunk = GenerationChunk(text=piece)
                 if run_manager:
                     run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
         yield GenerationChunk(text="", generation_info=self._info(stream.answer, kwargs))
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        async with AsyncAnswerStream(lambda: self._opened(prompt, stop, kwargs)) as stream:
+            async for piece in stream:
+                chunk = GenerationChunk(text=piece)
+                if run_manager:
+                    await run_manager.on_llm_new_token(piece, chunk=chunk)
+                yield chunk
+            yield GenerationChunk(text="", generation_info=self._info(stream.answer, kwargs))
+
+    def _opened(self, prompt: str, stop: list[str] | None, kwargs: dict[str, Any]) -> AnswerStream:
+        lm, documents = self._lm_of(kwargs), to_documents(kwargs.get("documents"))
+        return AnswerStream(
+            lm.llm, *lm.prepare_text(lm.refs.find(prompt), documents, **self._call_settings(stop, kwargs))
+        )
 
     def _info(self, answer: Answer, settings: dict[str, Any]) -> dict[str, Any]:
         return {**self._response_metadata(answer, settings), "token_usage": token_usage(answer)}

@@ -84,6 +84,10 @@ async def read_stream(stream):
         pass
 
 
+async def read_awaited(stream):
+    await read_stream(await stream)
+
+
 def langchain(lm):
     module = pytest.importorskip("langchain_extemb")
     return module, *(kind.from_lm(lm, ratio=8, max_tokens=2) for kind in (module.ChatExtensible, module.ExtensibleLLM))
@@ -121,7 +125,9 @@ COMPRESSING = {
     "chat": lambda lm: langchain(lm)[1].ainvoke("How many?", documents=TEXTS),
     "stream": lambda lm: read_stream(langchain(lm)[1].astream("How many?", documents=TEXTS)),
     "LLM": lambda lm: langchain(lm)[2].agenerate(["How many?"], documents=TEXTS),
+    "LLM stream": lambda lm: read_stream(langchain(lm)[2].astream("How many?", documents=TEXTS)),
     "LlamaIndex": lambda lm: llamaindex(lm)[1].acomplete("How many?", documents=TEXTS),
+    "LlamaIndex stream": lambda lm: read_awaited(llamaindex(lm)[1].astream_complete("How many?", documents=TEXTS)),
     "compressor": found,
     "postprocessor": retrieved,
     "transform": taken_in,

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing
+
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.messages import HumanMessage, SystemMessage, get_buffer_string
+from passes import passes_of
 from tiny import shared_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
 from langchain_extemb import ExtensibleCompressor, ExtensibleLLM
 
 PROMPTS = ["One ship", "Two", "How many ships are there?"]
+
+
+class Pieces(AsyncCallbackHandler):
+    """Remembers the pieces of a stream."""
+
+    def __init__(self):
+        self.pieces = []
+
+    async def on_llm_new_token(self, token, **kwargs):
+        self.pieces.append(token)
 
 
 class Counter(BaseCallbackHandler):
@@ -54,6 +68,20 @@ async def test_a_stream_tells_its_positions_at_its_end(lm, documents, expected):
     assert counter.last == expected[0]
     assert [piece async for piece in llm.astream(PROMPTS[1], documents=documents)]
     assert counter.last == expected[1]
+
+
+async def test_a_stream_that_is_awaited_is_that_of_a_call_and_leaving_it_stops_the_llm(lm, documents, monkeypatch):
+    told = Pieces()
+    llm = ExtensibleLLM.from_lm(lm, max_tokens=5, ratio=4)
+    expected = list(llm.stream(PROMPTS[0], documents=documents))
+    stream = llm.astream(PROMPTS[0], {"callbacks": [told]}, documents=documents)
+    assert [piece async for piece in stream] == expected
+    assert told.pieces == expected[:-1]  # the last has only what is known at the end
+    with passes_of(lm.llm, monkeypatch) as passes:
+        async with aclosing(llm.astream(PROMPTS[0], documents=documents, max_tokens=150)) as stream:
+            async for _ in stream:
+                break
+        assert await asyncio.to_thread(passes.stopped)
 
 
 def test_answers_of_a_cache_tell_what_they_took_and_are_not_counted_again(lm):
