@@ -77,7 +77,10 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         }
         if self.loaded_lm is not None:
             profile["tool_calling"] = takes_tools(self.loaded_lm.llm)
-        window = self.loaded_lm.llm.context_window if self.loaded_lm is not None else window_of(self.model)
+        if self.loaded_lm is not None:
+            window = self.loaded_lm.llm.context_window
+        else:
+            window = window_of(self.model) if self.engine == "transformers" else None  # a server's may be smaller
         if window is not None:
             profile["max_input_tokens"] = window
         return profile

@@ -19,6 +19,7 @@ from extemb_core.frameworks import shared
 from extemb_core.models.vllm_client import VllmLLM
 from langchain_extemb import ChatExtensible, ExtensibleCompressor, ExtensibleLLM
 from llama_index.llms.extemb import ExtensibleLLM as LlamaIndexLLM
+from llama_index.llms.extemb import extensible_prompt_helper
 from llama_index.postprocessor.extemb import ExtensibleEmbeddingPostprocessor, ExtensibleTransform
 
 QUESTION, DOCUMENT = "What did the keeper count?", SENTENCES[:170]
@@ -63,6 +64,26 @@ def test_an_llm_of_llamaindex(served: Any) -> None:
     llm = LlamaIndexLLM(**named)
     assert llm.complete(QUESTION, documents=[DOCUMENT]).text == expected
     assert [piece.text for piece in llm.stream_complete(QUESTION, documents=[DOCUMENT])][-1] == expected
+
+
+def test_the_window_that_frameworks_are_told_is_no_larger_than_the_servers(served: Any) -> None:
+    server, named, _ = served
+    server.max_model_len = 96
+    by_name = ChatExtensible(**named)
+    assert by_name.profile is not None
+    assert "max_input_tokens" not in by_name.profile  # nothing is asked of a server for it
+    assert by_name.profile["max_output_tokens"] == 6
+    loaded = ChatExtensible.from_lm(by_name.lm)
+    assert loaded.profile is not None
+    assert loaded.profile["max_input_tokens"] == 96
+    for llm in (LlamaIndexLLM(**named), LlamaIndexLLM.from_lm(by_name.lm)):
+        assert llm.metadata.context_window == llm.lm.llm.context_window == 96
+        assert extensible_prompt_helper(llm).context_window == 96
+    here = {name: named[name] for name in ("model", "embedder")}
+    assert LlamaIndexLLM(**here).metadata.context_window == 256
+    profile = ChatExtensible(**here).profile
+    assert profile is not None
+    assert profile["max_input_tokens"] == 256
 
 
 @pytest.mark.parametrize("kind", [ChatExtensible, LlamaIndexLLM])

@@ -75,7 +75,8 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """Context window of the LLM, and its longest answer."""
-        window = window_of(self.model) if self.loaded_lm is None else self.loaded_lm.llm.context_window
+        of_files = self.loaded_lm is None and self.engine == "transformers"  # a server's may be smaller
+        window = window_of(self.model) if of_files else None
         return LLMMetadata(
             context_window=window if window is not None else self.lm.llm.context_window,
             num_output=self.max_tokens,
