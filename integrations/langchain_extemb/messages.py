@@ -100,7 +100,7 @@ def _document(one: Any) -> Document:
 def _text_of(data: Any) -> Any:
     if isinstance(data, Mapping):  # fields of a document
         return "\n".join(f"{name}: {value}" if name not in ("text", "snippet") else str(value)
-                         for name, value in data.items())  # fmt: skip
+                         for name, value in data.items() if value is not None)  # fmt: skip
     return data
 
 
@@ -154,8 +154,11 @@ def _of_block(block: Any, *, lenient: bool = False) -> list[Part]:
     if isinstance(block, str):
         return [block]
     kind = block.get("type")
-    if kind in _TEXTS or (kind is None and isinstance(block.get("text"), str)):
-        return [str(block.get("text", ""))]
+    text = block.get("text", "" if kind in _TEXTS else None)
+    if isinstance(text, str) and (kind is None or kind in _TEXTS):
+        return [text]
+    if text is None and kind in _TEXTS:  # as other models leave it beside a call
+        return []
     if kind == "text-plain" and isinstance(block.get("text"), str):
         return [_titled(block["text"], block)]
     if kind == "document":

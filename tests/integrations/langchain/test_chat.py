@@ -41,7 +41,7 @@ from extemb_core.models import generation
 from extemb_core.models.llm import LLM
 from langchain_extemb import ChatExtensible, ExtensibleCompressor, ExtensibleLLM
 from langchain_extemb.chat import _as_chunk
-from langchain_extemb.messages import to_messages
+from langchain_extemb.messages import to_documents, to_messages
 
 
 @pytest.fixture
@@ -222,6 +222,22 @@ def test_calls_in_a_history_are_read_where_the_template_has_no_place_for_them(ch
 def test_blocks_without_text_are_an_error(chat, block):
     with pytest.raises(DocumentError, match="holds no text that can be read here; pass text"):
         chat.invoke([HumanMessage([block, {"type": "text", "text": "What?"}])])
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_a_block_of_text_without_any_is_nothing_and_one_of_something_else_is_an_error(lm, kind):
+    none = [{"type": kind, "text": None}, {"type": "text", "text": "What?"}]
+    for message in (HumanMessage(none), AIMessage(none), ToolMessage(none, tool_call_id="1")):
+        assert to_messages([message], lm.refs)[0]["content"] == ["What?"]
+    value = [{"type": kind, "text": {"value": "Why?"}}, {"type": "text", "text": "What?"}]
+    with pytest.raises(DocumentError, match=f"a content block of type '{kind}' holds no text that can be read here"):
+        to_messages([HumanMessage(value)], lm.refs)
+    assert to_messages([AIMessage(value)], lm.refs)[0]["content"] == ["What?"]
+
+
+def test_a_field_of_a_document_without_a_value_is_nothing():
+    fields = {"title": "Log", "snippet": None, "year": 1805, "by": None}
+    assert [one.text for one in to_documents({"data": fields})] == ["title: Log\nyear: 1805"]
 
 
 def test_half_a_surrogate_pair_of_one_page_is_no_error(chat, lm):

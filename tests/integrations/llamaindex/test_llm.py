@@ -249,6 +249,12 @@ def test_calls_in_a_history_are_read(llm, lm, form, arguments):
     assert llm.chat(talk).raw["usage"]["prompt_tokens"] == lm.positions(ours)
 
 
+@pytest.mark.parametrize("call", [{"function": {"name": None, "arguments": {}}}, {"name": None, "input": {}}])
+def test_a_call_in_a_history_without_a_name_is_left_out(lm, call):
+    turn = ChatMessage("So.", role=MessageRole.ASSISTANT, additional_kwargs={"tool_calls": [call]})
+    assert to_messages([turn], lm.refs) == [{"role": "assistant", "content": ["So."]}]
+
+
 def test_settings_of_a_call_go_before_those_of_the_object(llm, lm):
     assert llm.complete(QUESTION, max_tokens=2).raw["usage"]["completion_tokens"] == 2
     first = llm.complete(QUESTION).text[0]

@@ -61,7 +61,7 @@ def _calls(message: ChatMessage) -> list[tuple[str, Any]]:
     for call in message.additional_kwargs.get("tool_calls") or ():
         fields = call.model_dump() if isinstance(call, BaseModel) else call
         function = fields.get("function", fields) if isinstance(fields, Mapping) else {}
-        if isinstance(function, Mapping) and "name" in function:  # of OpenAI, or of Anthropic, which says "input"
+        if isinstance(function, Mapping) and function.get("name"):  # of OpenAI, or of Anthropic, which says "input"
             calls.append((str(function["name"]), function.get("arguments", function.get("input", {}))))
         else:
             logger.debug("a call of type %s in the assistant's turn is left out", type(call).__name__)
