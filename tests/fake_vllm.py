@@ -44,6 +44,7 @@ class FakeVllm:
         self.bodies: list[dict[str, Any]] = []
         self.closed = 0
         self.before_answer: Callable[[], Any] = lambda: None
+        self.after_piece: Callable[[], Any] = lambda: None
 
     def client(self, **headers: str) -> httpx.Client:
         return httpx.Client(transport=httpx.MockTransport(self.handle), base_url=URL, headers=headers)
@@ -91,6 +92,7 @@ class FakeVllm:
         for piece, token in itertools.zip_longest(pieces, result.token_ids):
             text = {"delta": {"content": piece}} if chat else {"text": piece or ""}
             yield _event({"choices": [text | {"token_ids": [] if token is None else [token], "finish_reason": None}]})
+            self.after_piece()
         last = {"delta": {}} if chat else {"text": ""}
         ended = [self.llm.stop_token_ids[0]] if result.finish_reason == "stop" and not body["stop"] else []
         yield _event({"choices": [last | {"token_ids": ended, "finish_reason": result.finish_reason}]})
@@ -109,7 +111,8 @@ class _Events(httpx.SyncByteStream):
 
     def close(self) -> None:
         with self._lock:
-            self._server.closed += next(self._events, None) is not None
+            ended = next(self._events, None) is not None
+            self._server.closed += ended
 
 
 def _event(value: Any) -> bytes:

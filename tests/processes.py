@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -87,3 +89,13 @@ def _run(code: str, args: list[str], env: dict[str, str], stdout: Connection, st
         connection.close()
     sys.argv = ["-c", *args]
     exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Yield what any thread may call in the place of Ctrl-C, whatever this process was started with."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from extemb_core.answers import Answer, AnswerStream, PreparedPrompt, to_answer
 from extemb_core.models.bulk import batch_with
 from extemb_core.models.generation import Generated, Sampling
 from extemb_core.models.llm import LLM
+from extemb_core.utils.threads import at_once
 from extemb_core.utils.validation import whole_number
 
 _GATHER_SECONDS = 0.2  # at most, for the requests that were announced
@@ -91,8 +92,7 @@ class Batcher:
         never = threading.Event()
         requests = [_Request(prompt, sampling, cancelled or never) for prompt, sampling in prepared]
         if not self.llm.in_batches:
-            with ThreadPoolExecutor(max(1, min(len(requests), self.batch_size))) as pool:
-                list(pool.map(partial(_alone, self.llm), requests))
+            at_once(partial(_alone, self.llm), requests, self.batch_size)
             return [request.answer.result() for request in requests]
         with self._changed:
             self._waiting += requests
@@ -161,12 +161,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _alone(llm: LLM, request: _Request) -> None:
+def _alone(llm: LLM, request: _Request, left: threading.Event | None = None) -> None:
     try:
         with AnswerStream(llm, request.prepared, request.sampling) as stream:
             if not request.cancelled.is_set():
                 for _ in stream:
-                    if request.cancelled.is_set():
+                    if request.cancelled.is_set() or (left is not None and left.is_set()):
                         break
         request.answer.set_result(stream.answer)
     except Exception as error:

@@ -11,9 +11,9 @@ import base64
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from extemb_core.errors import ConfigError, EngineError, optional_import
 from extemb_core.models.entry import AnchoredPrompt, PromptInputs
 from extemb_core.models.generation import Generated, Sampling
 from extemb_core.models.llm import LLM
+from extemb_core.utils.threads import at_once
 from extemb_core.utils.validation import check_engine
 
 _MAX_CONCURRENT = 32
@@ -67,19 +68,21 @@ class VllmLLM(LLM):
     ) -> list[Generated]:
         """Continue prompts, all at once; see `generation.generate`."""
 
-        def one(prompt: PromptInputs) -> Generated:
+        def one(prompt: PromptInputs, left: threading.Event) -> Generated:
             result = Generated()
-            for _ in self.stream(prompt, sampling, result):
-                if on_token is not None:
-                    on_token()
+            with closing(self.stream(prompt, sampling, result)) as pieces:
+                for _ in pieces:
+                    if on_token is not None:
+                        on_token()
+                    if left.is_set():
+                        break
             return result
 
-        if not prompts:
-            return []
-        with ThreadPoolExecutor(min(len(prompts), _MAX_CONCURRENT)) as pool:
-            return list(pool.map(one, prompts))
+        return at_once(one, prompts, _MAX_CONCURRENT)
 
-    def stream(self, prompt: PromptInputs, sampling: Sampling, result: Generated | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: PromptInputs, sampling: Sampling, result: Generated | None = None
+    ) -> Generator[str, None, None]:
         """Continue one prompt, yielding text as it comes; see `generation.stream`."""
         result = result if result is not None else Generated()
         if not len(prompt):
@@ -99,25 +102,21 @@ class VllmLLM(LLM):
             "stop_token_ids": self.stop_token_ids,
             "seed": sampling.seed,
         }
-        reason = None
-        try:
-            with self._request("POST", path, json=body) as response:
-                for line in response.iter_lines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
-                        continue
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        raise self._refused(line.removeprefix("data: "))
-                    for choice in event["choices"]:
-                        reason = choice.get("finish_reason") or reason
-                        result.token_ids += choice.get("token_ids") or ()
-                        piece = choice["text"] if "text" in choice else choice["delta"].get("content")
-                        if piece:
-                            result.text += piece
-                            yield piece
-        except GeneratorExit:
-            result.finish_reason = "cancelled"
-            raise
+        reason, result.finish_reason = None, "cancelled"  # until it is whole
+        with self._request("POST", path, json=body) as response:
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise self._refused(line.removeprefix("data: "))
+                for choice in event["choices"]:
+                    reason = choice.get("finish_reason") or reason
+                    result.token_ids += choice.get("token_ids") or ()
+                    piece = choice["text"] if "text" in choice else choice["delta"].get("content")
+                    if piece:
+                        result.text += piece
+                        yield piece
         if reason not in ("stop", "length"):
             raise EngineError(f"the server at {self.base_url} ended an answer with {reason!r}; see to its log")
         result.finish_reason = reason

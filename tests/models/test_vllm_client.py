@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
+import time
 from typing import Any
 
 import httpx
 import pytest
 import torch
 from fake_vllm import URL, FakeVllm
+from processes import interruptible
 from tiny import SENTENCES, entering, random_embedder, save_tiny, tiny_llm
 
 from extemb_core import ExtensibleLM
 from extemb_core.errors import ConfigError, EngineError
 from extemb_core.frameworks import shared
 from extemb_core.models.entry import AnchoredPrompt
-from extemb_core.models.generation import Sampling
+from extemb_core.models.generation import Generated, Sampling
 from extemb_core.models.vllm_client import VllmLLM, load_llm
 
 DOCUMENT, OTHER, QUESTION = SENTENCES[:170], SENTENCES[200:330], "What did the keeper count?"
@@ -103,6 +106,58 @@ def test_prompts_are_answered_at_the_same_time() -> None:
     cancelled.set()
     assert {answer.finish_reason for answer in there.batcher.answer_all(prepared, cancelled)} == {"cancelled"}
     assert there.llm.generate([], prepared[0][1]) == []
+
+
+@pytest.mark.parametrize("way", ["ask", "ask_batch", "batcher"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_who_is_interrupted_waits_for_the_next_piece_alone(way: str, count: int) -> None:
+    _, there, server = pair()
+    settings: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.0, "seed": 1}
+    prepared = [there.prepare(QUESTION, [DOCUMENT], **settings)] * count
+    ways: dict[str, Any] = {
+        "ask": lambda: there.ask(QUESTION, [DOCUMENT], **settings),
+        "ask_batch": lambda: there.ask_batch([QUESTION] * count, [[DOCUMENT]] * count, **settings),
+        "batcher": lambda: there.batcher.answer_all(prepared),
+    }
+    pieces: list[int] = []
+    with interruptible() as interrupt:
+
+        def after_piece() -> None:
+            pieces.append(1)
+            if len(pieces) == 5:
+                interrupt()
+            if len(pieces) >= 5:
+                time.sleep(0.1)  # until that has come
+
+        server.after_piece = after_piece
+        with pytest.raises(KeyboardInterrupt):
+            ways[way]()
+    assert len(pieces) < 60
+    assert len(server.bodies) == (1 if way == "ask" else count)
+    if len(server.bodies) > 1:  # one alone is in this thread, with its server
+        assert server.closed == count
+
+
+def test_an_answer_that_fails_ends_the_others_and_is_not_complete() -> None:
+    _, there, server = pair()
+    asked, pieces = itertools.count(1), []
+
+    def before_answer() -> None:
+        if next(asked) % 3 == 0:
+            raise httpx.ReadError("gone")
+
+    server.before_answer = before_answer
+    server.after_piece = lambda: pieces.append(time.sleep(0.1))  # type: ignore[func-returns-value]
+    drawn = Sampling(max_new_tokens=60, temperature=1.0, seed=1)
+    with pytest.raises(EngineError, match="broke off"):
+        there.llm.generate([[5, 6, 7]] * 3, drawn)
+    assert len(pieces) < 2 * 60
+    result = Generated()
+    server.before_answer = lambda: None
+    server.after_piece = before_answer
+    with pytest.raises(EngineError, match="broke off"):
+        list(there.llm.stream([5, 6, 7], drawn, result))
+    assert (len(result.token_ids), result.finish_reason) == (3, "cancelled")
 
 
 def test_stop_strings_and_the_end_of_a_turn_are_not_part_of_an_answer() -> None:
