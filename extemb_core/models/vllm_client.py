@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from extemb_core.errors import ConfigError, EngineError, optional_import
-from extemb_core.models.entry import AnchoredPrompt, PromptInputs
-from extemb_core.models.generation import Generated, Sampling
+from extemb_core.models.entry import AnchoredPrompt, PromptInputs, TokenIds
+from extemb_core.models.generation import Generated, Sampling, StreamedRow
 from extemb_core.models.llm import LLM
 from extemb_core.utils.threads import at_once
 from extemb_core.utils.validation import check_engine
@@ -79,6 +79,36 @@ class VllmLLM(LLM):
             return result
 
         return at_once(one, prompts, _MAX_CONCURRENT)
+
+    def generate_and_score(
+        self, prompts: Sequence[PromptInputs], targets: Sequence[TokenIds], sampling: Sampling
+    ) -> tuple[list[Generated], list[Tensor]]:
+        """Return `generate`, of the server, and `LLM.log_probs`, of here; see `generation.generate_and_score`."""
+        return self.generate(prompts, sampling), self.log_probs(prompts, targets)
+
+    def stream_batch(self, rows: Sequence[StreamedRow]) -> None:
+        """Continue prompts, all at once, handing on the text of each as it comes; see `generation.stream_batch`.
+
+        Raises:
+            EngineError: The server failed at one, which is not told of its end; the others were answered first.
+        """
+
+        def one(row: StreamedRow, _: threading.Event) -> Exception | None:
+            row.result.finish_reason = "cancelled"
+            try:
+                if not row.cancelled.is_set():
+                    with closing(self.stream(row.prompt, row.sampling, row.result)) as pieces:
+                        for piece in pieces:
+                            row.on_piece(piece)
+                            if row.cancelled.is_set():
+                                break
+                row.on_piece(None)
+            except Exception as error:
+                return error
+            return None
+
+        for error in filter(None, at_once(one, rows, _MAX_CONCURRENT)):
+            raise error
 
     def stream(
         self, prompt: PromptInputs, sampling: Sampling, result: Generated | None = None

@@ -216,7 +216,7 @@ class Engine:
             await asyncio.get_running_loop().run_in_executor(self._thread, self.llm.stream_batch, rows)
         except Exception as error:
             for job in batch:
-                if len(batch) > 1 and not job.row.result.token_ids:
+                if len(batch) > 1 and not (job.ended or job.row.result.token_ids):
                     await self._answer([job])
                 else:
                     job.put(error)

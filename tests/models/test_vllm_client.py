@@ -19,7 +19,7 @@ from extemb_core import ExtensibleLM
 from extemb_core.errors import ConfigError, EngineError
 from extemb_core.frameworks import shared
 from extemb_core.models.entry import AnchoredPrompt
-from extemb_core.models.generation import Generated, Sampling
+from extemb_core.models.generation import Generated, Sampling, StreamedRow
 from extemb_core.models.vllm_client import VllmLLM, load_llm
 
 DOCUMENT, OTHER, QUESTION = SENTENCES[:170], SENTENCES[200:330], "What did the keeper count?"
@@ -158,6 +158,58 @@ def test_an_answer_that_fails_ends_the_others_and_is_not_complete() -> None:
     with pytest.raises(EngineError, match="broke off"):
         list(there.llm.stream([5, 6, 7], drawn, result))
     assert (len(result.token_ids), result.finish_reason) == (3, "cancelled")
+
+
+def test_rows_are_streamed_from_the_server_and_each_ends_by_itself() -> None:
+    here, there, server = pair()
+    meet = threading.Barrier(3)
+    server.before_answer = lambda: meet.wait(30)
+    drawn = [Sampling(max_new_tokens=length, temperature=1.0, seed=1) for length in (4, 9, 60)]
+    prepared = [
+        there.prepare(QUESTION, [DOCUMENT], ratio=4, max_new_tokens=60)[0].prompt.inputs(there.llm) for _ in drawn
+    ]
+    told: list[list[str | None]] = [[], [], []]
+    rows = [StreamedRow(prompt, how, pieces.append) for prompt, how, pieces in zip(prepared, drawn, told, strict=True)]
+    server.after_piece = lambda: len(told[2]) >= 3 and rows[2].cancelled.set()
+    there.llm.stream_batch(rows)
+    assert len(server.bodies) == 3
+    expected = here.llm.generate(prepared[:1], drawn[1])[0].text
+    assert rows[1].result.text == "".join(filter(None, told[1])) == expected
+    assert [row.result.finish_reason for row in rows] == ["length", "length", "cancelled"]
+    assert [pieces.index(None) == len(pieces) - 1 for pieces in told] == [True] * 3
+    assert 3 <= len(told[2]) < 60
+    assert server.closed == 1
+    gone = StreamedRow([5, 6], drawn[0], told[0].append)
+    gone.cancelled.set()
+    there.llm.stream_batch([gone])
+    assert (len(server.bodies), gone.result.finish_reason, told[0][-1]) == (3, "cancelled", None)
+
+
+def test_a_row_that_fails_leaves_the_others_their_answers() -> None:
+    _, there, server = pair()
+    asked = itertools.count(1)
+
+    def before_answer() -> None:
+        if next(asked) == 1:
+            raise httpx.ReadError("gone")
+
+    server.before_answer = before_answer
+    told: list[list[str | None]] = [[], [], []]
+    rows = [StreamedRow([5, 6, 7], Sampling(max_new_tokens=9), pieces.append) for pieces in told]
+    with pytest.raises(EngineError, match="broke off"):
+        there.llm.stream_batch(rows)
+    assert sorted(len(pieces) > 0 and pieces[-1] is None for pieces in told) == [False, True, True]
+    assert sorted(len(row.result.token_ids) for row in rows)[0] == 0
+
+
+def test_what_the_server_answers_is_scored_here() -> None:
+    here, there, server = pair()
+    prompt = here.prepare(QUESTION, [DOCUMENT], ratio=4, max_new_tokens=60)[0].prompt.inputs(here.llm)
+    drawn = Sampling(**DRAWN)
+    answers, scores = there.llm.generate_and_score([prompt], [[5, 6, 7]], drawn)
+    assert len(server.bodies) == 1
+    assert answers[0].text == here.llm.generate([prompt], drawn)[0].text
+    torch.testing.assert_close(scores, here.llm.log_probs([prompt], [[5, 6, 7]]))
 
 
 def test_stop_strings_and_the_end_of_a_turn_are_not_part_of_an_answer() -> None:

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 
 import openai
 import pytest
+from fake_vllm import FakeVllm
 from passes import PATIENCE, passes_of
 from served import MODEL, served
 from tiny import SENTENCES, random_embedder, tiny_model, tiny_tokenizer
 
 from extemb_core import ExtensibleLM
 from extemb_core.models.llm import LLM
+from extemb_core.models.vllm_client import VllmLLM
 from extemb_core.serving import engine
 
 pytest.importorskip("faiss")
@@ -287,6 +289,18 @@ def test_where_a_batch_fails_an_error_is_of_whom_it_belongs_to(lm, tmp_path, hel
             others[1].result()
         assert (raised.value.status_code, raised.value.code) == (503, "out_of_memory")
         assert others[2].result()[-1].choices[0].finish_reason == "length"
+
+
+def test_what_a_vllm_server_answers_is_streamed_from_it(lm, tmp_path):
+    vllm = FakeVllm(lm.llm, lm.embedder.fingerprint, max_model_len=2048)
+    remote = VllmLLM(lm.llm.model, lm.llm.tokenizer, lm.llm.name)
+    remote.__dict__["_client"] = vllm.client()
+    there = ExtensibleLM(remote, random_embedder(remote))
+    expected = [lm.ask(f"What is {number}?", max_new_tokens=6).text for number in range(4)]
+    with served(there, tmp_path) as server, asking(server) as ask:
+        made = [ask(f"What is {number}?", max_tokens=6, stream=number % 2 == 0) for number in range(4)]
+        assert [text_of(one.result()) for one in made] == expected
+        assert len(vllm.bodies) == 4
 
 
 def test_documents_that_are_added_at_once_are_all_there(lm, tmp_path):
