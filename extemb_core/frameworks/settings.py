@@ -244,7 +244,7 @@ class GenerationSettings(ModelSettings):
         embedder = None if embedder is None else name_or_path(embedder)
         if model == self.model and embedder in (None, self.embedder):
             return self.lm
-        return share(model, embedder, **self._place)
+        return share(model, embedder, **(self._place if self.loaded_lm is None else {"beside": self.loaded_lm}))
 
     def _response_metadata(self, answer: Answer, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Describe what became of each document and how the answer ended. Warn of documents that were not read."""

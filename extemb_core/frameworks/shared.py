@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from extemb_core.store.base import Store
 from extemb_core.store.remote import StorageLocation
@@ -13,6 +15,8 @@ from extemb_core.utils.validation import name_or_path
 from extemb_core.weights.resolve import resolve_embedder
 
 if TYPE_CHECKING:
+    import torch
+
     from extemb_core.lm import ExtensibleLM
 
 T = TypeVar("T")
@@ -22,6 +26,7 @@ _lock = threading.Lock()  # held for a moment; each of those below while its obj
 _locks: dict[tuple[Any, ...], threading.Lock] = {}
 _models: dict[tuple[Any, ...], Any] = {}  # LLMs, and embedders of them
 _opened: dict[tuple[Any, ...], ExtensibleLM] = {}  # with a store
+_beside: WeakKeyDictionary[ExtensibleLM, dict[tuple[Any, ...], ExtensibleLM]] = WeakKeyDictionary()
 
 
 def share(
@@ -30,13 +35,17 @@ def share(
     *,
     store: Name | Store | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    beside: ExtensibleLM | None = None,
     **engine: Any,
 ) -> ExtensibleLM:
     """Load as `ExtensibleLM.from_pretrained` does; the same arguments give the same object, until `release`.
 
     Objects with other embedders share the LLM, unless a server has it, those with other stores the embedder too. While
     one is loaded, nobody waits who asks for one that is there.
+
+    What stands `beside` a model has its store, the documents behind its refs and its engine, runs where it does, and is
+    let go of with it; under the name of that model's LLM it has that LLM.
 
     Raises:
         WeightsError, MismatchError, StoreError: See `ExtensibleLM.from_pretrained`.
@@ -48,6 +57,10 @@ def share(
     from extemb_core.store.store import EmbeddingStore
 
     llm, embedder = name_or_path(llm), None if embedder is None else name_or_path(embedder)
+    if beside is not None:
+        with _lock:
+            made = _beside.setdefault(beside, {})
+        return _once(made, (id(beside), llm, embedder), lambda: _made_beside(beside, llm, embedder))
 
     def load() -> ExtensibleLM:
         files = resolve_embedder(embedder, llm)
@@ -67,6 +80,29 @@ def share(
     return _once(_opened, key, load)
 
 
+def _made_beside(loaded: ExtensibleLM, name: str, embedder: str | None) -> ExtensibleLM:
+    from extemb_core.lm import ExtensibleLM
+    from extemb_core.models.embedder import ExtensibleEmbedder
+    from extemb_core.models.llm import choose_device, choose_dtype
+    from extemb_core.models.vllm_client import VllmLLM
+
+    llm = loaded.llm
+    if name == llm.name:
+        llm = copy(llm) if isinstance(llm, VllmLLM) else llm  # one that a server has knows its embedder
+        own = ExtensibleEmbedder.from_pretrained(resolve_embedder(embedder, name), llm=llm)
+    else:  # the same object for all where it runs as usual
+        usual = llm.device.type == choose_device().type and not llm.device.index
+        where: dict[str, Any] = {"device": "auto" if usual else str(llm.device)}
+        where["dtype"] = "auto" if llm.dtype == choose_dtype("auto", llm.device) else llm.dtype
+        if isinstance(llm, VllmLLM):
+            where |= {"engine": "vllm", "base_url": llm.base_url, "api_key": llm.api_key}
+        other = share(name, embedder, **where)
+        llm, own = other.llm, other.embedder
+    made = ExtensibleLM(llm, own, loaded.store, scorer=loaded.builder.scorer)
+    made.refs = loaded.refs
+    return made
+
+
 def close_store(llm: Name, embedder: Name | None, *, store: Name | Store | None, **where: Any) -> None:
     """Close the store that `share` opened for these arguments, if it did; the next call of `share` opens it again."""
     if isinstance(store, str | os.PathLike):
@@ -81,6 +117,7 @@ def release() -> None:
     with _lock:
         for kept in (_models, _opened, _locks):
             kept.clear()
+        _beside.clear()
 
 
 def _key(llm: Name, embedder: Name | None, store: Name | Store | None, **where: Any) -> tuple[Any, ...]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
+import weakref
 from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import SENTENCES, Named, random_embedder, save_tiny, tiny_llm
+import torch
+from tiny import SENTENCES, Named, random_embedder, save_tiny, tiny_llm, tiny_model, tiny_tokenizer
 
 from extemb_core import ExtensibleLM
+from extemb_core.documents import Document
 from extemb_core.errors import BudgetError, ConfigError, RatioError, StoreError
 from extemb_core.models.generation import Sampling
+from extemb_core.models.llm import LLM
 from extemb_core.store.base import MemoryStore
 from extemb_core.store.store import EmbeddingStore
 
@@ -115,6 +120,45 @@ def test_a_call_may_name_another_embedder(lm, monkeypatch):
     for settings in ({"embedder": "mine"}, {"model": "other"}):
         made._lm_of(settings)
     assert asked == [("tiny-llama", "mine"), ("other", None)]
+
+
+def test_another_embedder_of_a_call_is_for_the_model_that_is_loaded_and_its_store(tmp_path, monkeypatch):
+    llm = tiny_llm()
+    random_embedder(llm, seed=3).save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(LLM, "from_pretrained", lambda *args, **settings: pytest.fail("it is loaded already"))
+    with EmbeddingStore.open(tmp_path / "docs.extemb") as store:
+        loaded = ExtensibleLM(llm, random_embedder(llm), store)
+        made = GenerationSettings.from_lm(loaded)
+        call = {"embedder": str(tmp_path / "other")}
+        other = made._lm_of(call)
+        assert (other.llm, other.store, other.refs) == (llm, store, loaded.refs)
+        assert other.embedder.fingerprint != loaded.embedder.fingerprint
+        assert made._lm_of(call | {"model": "tiny-llama"}) is other
+        assert GenerationSettings.from_lm(loaded)._lm_of({"embedder": tmp_path / "other"}) is other
+        assert loaded.embedder.llm is llm
+        (mark,) = loaded.refs.put(Document(SENTENCES))
+        (found,) = other.refs.find(mark)
+        assert found.text == SENTENCES
+        elsewhere = GenerationSettings.from_lm(ExtensibleLM(llm, random_embedder(llm)))._lm_of(call)
+        assert elsewhere is not other
+        assert elsewhere.store is not store
+        there = weakref.ref(other)
+        del made, loaded, other, elsewhere
+        gc.collect()
+        assert there() is None  # with the model that it was made for
+
+
+def test_another_model_of_a_call_is_where_the_one_that_is_loaded_is(tmp_path):
+    save_tiny(tmp_path)
+    call = {"model": str(tmp_path / "llm"), "embedder": str(tmp_path / "embedder")}
+    llm = LLM(tiny_model("llama").bfloat16(), tiny_tokenizer(), name="tiny-half")
+    loaded = ExtensibleLM(llm, random_embedder(llm), MemoryStore())
+    other = GenerationSettings.from_lm(loaded)._lm_of(call)
+    assert (other.llm.name, other.llm.dtype) == (str(tmp_path / "llm"), torch.bfloat16)
+    assert (other.store, other.refs) == (loaded.store, loaded.refs)
+    usual = tiny_llm()
+    of_usual = GenerationSettings.from_lm(ExtensibleLM(usual, random_embedder(usual)))._lm_of(call)
+    assert of_usual.llm is ModelSettings(**call).lm.llm  # one for all
 
 
 def test_an_answer_is_told_of_document_by_document(lm):

@@ -86,6 +86,24 @@ def test_the_window_that_frameworks_are_told_is_no_larger_than_the_servers(serve
     assert profile["max_input_tokens"] == 256
 
 
+def test_another_embedder_of_a_call_is_asked_of_the_server_of_the_loaded_model(served: Any, tmp_path: Path) -> None:
+    server, named, expected = served
+    made = ExtensibleLM.from_pretrained(**{"llm" if n == "model" else n: named[n] for n in list(named)[:4]})
+    llm = ChatExtensible.from_lm(made, **SETTINGS)
+    for model in ({}, {"model": made.llm.name}):
+        other = llm._lm_of({"embedder": "untrained", **model})
+        assert isinstance(other.llm, VllmLLM)
+        assert (other.llm.base_url, other.llm.model) == (URL, made.llm.model)
+        assert other.llm.fingerprint == other.embedder.fingerprint != made.embedder.fingerprint
+    assert llm.invoke(QUESTION, documents=[DOCUMENT], ratio="raw", embedder="untrained").content
+    assert llm.invoke(QUESTION, documents=[DOCUMENT]).content == expected  # with its own, as before
+    assert len(server.bodies) == 2
+    save_tiny(tmp_path / "more")
+    elsewhere = llm._lm_of({"model": str(tmp_path / "more" / "llm"), "embedder": str(tmp_path / "more" / "embedder")})
+    assert isinstance(elsewhere.llm, VllmLLM)
+    assert elsewhere.llm.base_url == URL
+
+
 @pytest.mark.parametrize("kind", [ChatExtensible, LlamaIndexLLM])
 def test_a_server_is_named_with_its_engine_and_its_key_is_not_shown(kind: Any, caplog: Any) -> None:
     with pytest.raises(ConfigError, match="engine='transformers' came with base_url="):
