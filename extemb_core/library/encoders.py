@@ -8,6 +8,7 @@ CallableEncoder               any function from texts to vectors
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -98,13 +99,16 @@ class SentenceTransformerEncoder:
     def __init__(self, model: str) -> None:
         module = optional_import("sentence_transformers", None, f"the text encoder {model!r}", "sentence-transformers")
         self._model = module.SentenceTransformer(model)
+        self._lock = threading.Lock()  # its tokenizer has state; the keys of a server share one
         self.name = SENTENCE_TRANSFORMERS + model
         self.width = int(self._model.get_sentence_embedding_dimension() or 0)
 
     def encode(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
         kind = "encode_query" if query else "encode_document"  # newer versions know the prompts of asymmetric models
         encode = getattr(self._model, kind, self._model.encode)
-        return _of_unit_length(np.asarray(encode(list(texts), show_progress_bar=False), np.float32))
+        with self._lock:
+            vectors = encode(list(texts), show_progress_bar=False)
+        return _of_unit_length(np.asarray(vectors, np.float32))
 
 
 class CallableEncoder:

@@ -102,7 +102,6 @@ class _Visit:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._owner: str | None = None  # until a key is entered
-        self._workspace: Workspace
         self._drawer: ui.left_drawer
         self._tokens: dict[str, int] = {}  # of each document
         self._reading: list[str] = []  # documents of this tab that are not there yet
@@ -185,7 +184,7 @@ class _Visit:
             ui.button("Enter", on_click=enter)
 
     def _enter(self, owner: str) -> None:
-        self._owner, self._workspace = owner, self._service.workspace(owner)
+        self._owner = owner
         background_tasks.create(self._refresh())
 
     def _show_documents(self) -> None:
@@ -295,6 +294,12 @@ class _Visit:
 
     def _document(self, name: str) -> Document:
         return self._workspace.documents([StoredDocument(ref=name)])[0]
+
+    @property
+    def _workspace(self) -> Workspace:
+        """The workspace of the key, which is opened here if it is not open: for threads alone."""
+        assert self._owner is not None
+        return self._service.workspace(self._owner)
 
     @property
     def _llm(self) -> LLM:

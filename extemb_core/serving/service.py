@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from extemb_core.answers import PreparedPrompt
 from extemb_core.errors import ExtembError, StoreError
+from extemb_core.library.encoders import as_encoder
 from extemb_core.lm import ExtensibleLM
 from extemb_core.models.generation import Sampling
 from extemb_core.serving.engine import Engine, Job
@@ -81,9 +83,11 @@ class Service:
             self._workspaces.clear()
 
     def workspace(self, owner: str) -> Workspace:
-        """Open the workspace of a key, or return it."""
+        """Open the workspace of a key, or return it; in a thread, as it may load the text encoder."""
         with self._lock:
             if owner not in self._workspaces:
+                if isinstance(self._encoder, str | os.PathLike):  # once for all keys
+                    self._encoder = as_encoder(self._encoder)
                 self._workspaces[owner] = Workspace(
                     self._folder / owner, self.lm, encoder=self._encoder,
                     memory_bytes=self.settings.memory_mib * 2**20, max_documents=self.settings.max_stored_documents,

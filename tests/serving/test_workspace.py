@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import quote
 
 import openai
@@ -12,8 +15,11 @@ from served import DOCUMENT, KEYS, QUESTION, ask, refused, served
 
 from extemb_core import Document, EmbeddingStore, ExtensibleLM
 from extemb_core.errors import StoreError
+from extemb_core.library import encoders
+from extemb_core.library.encoders import CallableEncoder
 from extemb_core.serving.app import create_app
 from extemb_core.serving.requests import TextDocument
+from extemb_core.serving.service import Service
 from extemb_core.serving.settings import ServerSettings
 from extemb_core.serving.workspace import Workspace
 
@@ -96,6 +102,43 @@ def test_every_document_that_can_be_added_can_be_deleted(guarded, name):
     assert client.post("/v1/documents", json={"documents": [{"text": "It was open.", "id": name}]}).is_success
     assert client.delete(f"/v1/documents/{quote(name, safe='')}").json()["id"] == name
     assert name not in [one["id"] for one in client.get("/v1/documents").json()["data"]]
+
+
+@pytest.mark.parametrize("name", ["some-model", Path("some-model")])
+def test_a_text_encoder_is_loaded_once_for_all_keys(lm, tmp_path, monkeypatch, name):
+    loaded = []
+
+    class Encoder(CallableEncoder):
+        def __init__(self, model):
+            loaded.append(model)
+            super().__init__(by_words, f"sentence-transformers:{model}")
+
+    monkeypatch.setattr(encoders, "SentenceTransformerEncoder", Encoder)
+    service = Service(lm, ServerSettings(data=str(tmp_path)), name)
+    with ThreadPoolExecutor(3) as pool:
+        opened = list(pool.map(service.workspace, ["one", "other", "third"]))
+    assert loaded == ["some-model"]
+    assert len({id(one._library.encoder) for one in opened}) == 1
+    for one in opened:
+        one.close()
+
+
+async def test_the_page_opens_a_workspace_in_a_thread_and_not_on_the_event_loop(lm, tmp_path, monkeypatch):
+    pytest.importorskip("nicegui")
+    from extemb_core.serving import page
+
+    service, threads, tasks = Service(lm, ServerSettings(data=str(tmp_path)), by_words), [], []
+    whole = service.workspace
+    monkeypatch.setattr(service, "workspace", lambda one: (threads.append(threading.current_thread()), whole(one))[1])
+    monkeypatch.setattr(page.background_tasks, "create", tasks.append)
+    visit = page._Visit(service)
+    monkeypatch.setattr(visit, "_show_documents", lambda: None)
+    visit._enter("mine")
+    (refreshing,) = tasks
+    await refreshing
+    assert threads
+    assert threading.current_thread() not in threads
+    whole("mine").close()
 
 
 def test_a_folder_that_cannot_be_is_refused_before_anything_is_served(lm, tmp_path):
