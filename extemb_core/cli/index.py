@@ -70,7 +70,7 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
                     opened.remove(gone)
         options.print_skipped(skipped)
         if gone:
-            done = "removed" if given.prune else "in the library still, where --prune removes them"
+            done = "removed" if given.prune else "still in the library; --prune removes them"
             output.print_note(f"note: {len(gone):,} files are gone, and {done}: {options.list_names(gone)}")
         message = (
             f"{added.added:,} documents added, {added.updated:,} brought up to date, {added.unchanged:,} unchanged; "

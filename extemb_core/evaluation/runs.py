@@ -219,8 +219,8 @@ class FinishedSamples:
                 self.journal.remove()
             raise ConfigError(
                 f"{out} has {len(self.by_id)} finished samples, and {dropped} of them are not among the {len(ids)} "
-                "that these settings ask for; pass a --limit of one less than twice the run's, or of all, which drop "
-                f"none, {_REMEDY}"
+                "that these settings ask for; pass twice the run's --limit less one, or no --limit, which keep them "
+                f"all, or {_REMEDY}"
             )
         self._has_added = False
         self._last = time.perf_counter()

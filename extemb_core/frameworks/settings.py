@@ -70,7 +70,7 @@ class StrictSettings(pydantic.BaseModel):
     _WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()
     """Settings that other models have, which are taken with a warning."""
     _SHARED: ClassVar[tuple[str, ...]] = ()
-    """Fields that may be open or loaded: a copy has the same, and another process would have another."""
+    """Fields that may hold live objects: copies share them, and pickling them is an error."""
 
     def __init__(self, **settings: Any) -> None:
         known = {name for key, field in type(self).model_fields.items() for name in (key, field.alias) if name}
@@ -251,7 +251,7 @@ class GenerationSettings(ModelSettings):
         unread = [entry.source for entry in answer.dropped if entry.n_tokens]
         if unread:
             logger.warning(
-                "%d of %d documents%s were not read, as the %s positions for them do not hold them: %s",
+                "%d of %d documents%s were not read: they do not fit the %s positions for documents: %s",
                 len(unread), len(answer.context), " and older turns" * any(entry.turn for entry in answer.context),
                 answer.budget, ", ".join(unread),
             )  # fmt: skip

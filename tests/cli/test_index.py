@@ -172,7 +172,7 @@ def test_a_folder_is_kept_in_step(run: Any, tmp_path: Path) -> None:
     assert (added["added"], added["unchanged"]) == (1, 0)
     assert sorted(Path(source).name for source in added["gone"]) == ["bridge.txt", "plan.txt"]
     assert f"{library}, {notes / 'report.docx'}" in result.stderr  # the library is none of its documents
-    assert "2 files are gone, and in the library still, where --prune removes them" in result.stderr
+    assert "2 files are gone, and still in the library; --prune removes them" in result.stderr
     result = run(*command, "--prune", with_models=True)
     assert "2 files are gone, and removed" in result.stderr
     listed = json.loads(run("index", "stats", library, "--json").stdout)["documents"]

@@ -480,7 +480,7 @@ def test_what_was_not_read_is_warned_of(chat, documents, caplog):
         chat.invoke("How many?", documents=[""])
         assert not caplog.text
         chat.invoke("How many?", documents=documents, budget=40)
-        assert "1 of 2 documents were not read, as the 40 positions for them do not hold them: wires.txt" in caplog.text
+        assert "1 of 2 documents were not read: they do not fit the 40 positions for documents: wires" in caplog.text
         caplog.clear()
         list(chat.stream("How many?", documents=documents, budget=40))
         assert caplog.text.count("were not read") == 1

@@ -225,7 +225,7 @@ def test_what_the_llm_left_unread_is_warned_of(lm, nodes, caplog):
         assert not caplog.text
         told = ExtensibleLLM.from_lm(lm, max_tokens=2, budget=20).complete(prompt).raw["extemb"]["documents"]
     assert [one["fidelity"] == "dropped" for one in told] == [False, True]
-    assert "1 of 2 documents were not read, as the 20 positions for them do not hold them: 1.txt" in caplog.text
+    assert "1 of 2 documents were not read: they do not fit the 20 positions for documents: 1.txt" in caplog.text
 
 
 def test_what_is_no_text_stays_what_it_is(llm):
