@@ -89,7 +89,7 @@ def _json_errors(root: Any) -> Iterator[None]:
 
 
 class DefaultCommand(typer.core.TyperGroup):
-    """A group that is a command too: the one of its own name, which is run where no other is named."""
+    """A group whose command of the same name runs when no subcommand is given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         named = bool(args) and args[0] in self.commands
@@ -143,7 +143,7 @@ class ModelOptions:
         llm: The frozen LLM: a known name, a folder or a Hugging Face id.
         embedder: The embedder: a folder or a Hugging Face id.
         device: auto (CUDA, then CPU), cpu, cuda or cuda:N.
-        dtype: Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
+        dtype: Data type of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
     """
 
     llm: str = DEFAULT_LLM
@@ -165,8 +165,8 @@ class StoringOptions(ModelOptions):
 
     Attributes:
         ratio: The finest ratio that will be asked for.
-        dtype: Of embeddings on disk: float16, int8 or float32.
-        llm_dtype: Of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
+        dtype: Data type of embeddings on disk: float16, int8 or float32.
+        llm_dtype: Data type of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
     """
 
     ratio: int | None = field(default=None, metadata={"default": KEPT_RATIO})
