@@ -64,7 +64,7 @@ class ContextEntry:
         cached: Its embeddings were there already.
         reason: Why this fidelity, in a few words.
         spans: What became of each part of it, where that is not the same for all.
-        turn: It is no document, but an older turn of the conversation that the window did not hold.
+        turn: True for an older turn of the conversation that did not fit the window, not a document.
     """
 
     source: str

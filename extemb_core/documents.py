@@ -121,8 +121,8 @@ class Document:
         Taken: a str; a Document (returned as it is); a dict with its text under one of `TEXT_KEYS`, an
         optional "title" and "metadata" (other keys join the metadata); an object with `.page_content`
         (LangChain), `.get_content()` (LlamaIndex) or `.text`, with its `.metadata`. Where no title is
-        given, `metadata["title"]` is the title. A node of LlamaIndex with neither that nor a source cites the file
-        that it was made of. If `lenient`, see `without_lone_surrogates`, which are an error else.
+        given, `metadata["title"]` is the title. A LlamaIndex node with neither a title nor a source cites its file.
+        If `lenient`, lone surrogates are repaired (see `without_lone_surrogates`); otherwise they are an error.
 
         Raises:
             DocumentError: value is none of these, or its text is not a str.
@@ -203,7 +203,9 @@ def is_open_file(value: Any) -> bool:
 
 
 def several(documents: Documents, name: str = "documents") -> list[Any]:
-    """List what was passed, under a name, as one document or several; an iterator that gives none is told of."""
+    """Return one document or several as a list; warn of an iterator that is already exhausted.
+
+    `name` is what messages call the argument."""
     if isinstance(documents, str | bytes | Mapping) or any(hasattr(documents, name) for name in _TEXT_ATTRIBUTES):
         return [documents]
     if is_open_file(documents):

@@ -29,7 +29,7 @@ Segment = np.ndarray[Any, Any] | Tensor | AnchoredStates
 Part = str | Segment
 
 DOCUMENT_SEPARATOR = "\n\n"  # after each document of a message
-_CUT = np.empty(0, dtype=np.int32)  # no position, but text on its two sides is encoded apart
+_CUT = np.empty(0, dtype=np.int32)  # empty: the texts on its two sides are tokenised separately
 # Private-use characters fence a placeholder's number; the first that no text contains is taken.
 _FENCES = [chr(point) for point in range(0xF0000, 0xF0100)]
 
@@ -249,7 +249,9 @@ class ChatPrompt:
         return len(self.fill({slot.number: [_CUT] for slot in slots}))
 
     def fill_within(self, contents: Mapping[int, Sequence[Part]], room: int) -> Prompt:
-        """Fill slots as `fill`, in `room` positions: text that makes more tokens beside other text is cut from it."""
+        """Fill the slots as `fill` does, in `room` positions.
+
+        If text merges with its surroundings into more tokens than `room` holds, it is tokenised separately."""
         prompt = self.fill(contents)
         if len(prompt) <= self.n_around + room:
             return prompt

@@ -185,8 +185,9 @@ class ContextBuilder:
     ) -> Plan:
         """Plan what becomes of documents, of which the first `n_headed` (all when not given) get a heading.
 
-        Documents that carry spans (see `ReferencedDocument`) are read as these say, where the ratio is "auto" and the
-        room holds them and the others at their coarsest; the others have what they leave. Else all are planned.
+        With ratio "auto", documents that carry spans (see `ReferencedDocument`) are read as their spans say, if they
+        fit together with the others at their coarsest ratio; the others share what is left. Otherwise all documents are
+        planned anew.
 
         Args:
             documents, room, ratio, n_headed: See `read`.
@@ -204,7 +205,7 @@ class ContextBuilder:
         if isinstance(ratio, int):
             config.require_ratio(ratio)
         if overhead is None:
-            # What follows a separator begins a line: white space before text is other tokens than white space alone.
+            # Separator and heading are counted together: white space before text is tokenised differently than alone.
             overhead = [self.positions_of(after + heading) for heading, after in _around(documents, n_headed)]
         mode = mode_of(plan, ratio, question, config)
         if plan is None and mode == "select" and any(map(_finest_of, documents)):
@@ -362,7 +363,7 @@ class ContextBuilder:
 
     def _as_text(self, document: Document, heading: str, separator: str) -> list[Part]:
         """List what stands in a prompt for a document that is read as text."""
-        # Put there as text it would be cut at them, into more tokens than planned.
+        # As text it would be split at its control tokens, into more tokens than planned.
         if any(token in document.text for token in self.llm.control_tokens):
             ids = self.token_ids(document.text)
             return [heading, ids, separator] if heading else [ids]
@@ -390,7 +391,7 @@ class ContextBuilder:
             missing = [ref for ref, wanted_ratio in wanted if wanted_ratio == ratio and (ref, ratio) not in found]
             texts = [(ref, self.token_ids(wanted[ref, ratio])) for ref in missing]
             for batch in compress_in_batches(self.embedder, texts, ratio=ratio):
-                if not store.readonly:  # one to read is read; what it lacks serves this call alone
+                if not store.readonly:  # a read-only store keeps nothing: what it lacks serves this call alone
                     store.put(*batch)
                 for text in batch:
                     # As stored, which on disk is rounded: the first answer is what later ones will be.

@@ -117,8 +117,8 @@ class Condenser:
     def _condensed(self, messages: Messages, left: int, template: dict[str, Any]) -> Messages | None:
         """Make the older turns documents before the first that stays; None where there are none.
 
-        Turns stay text from the newest backwards as far as they take half, and begin with the user's. Where an agent's
-        rounds since the last of these are too much, what tools said becomes documents in its place, but for the newest.
+        The newest turns stay text, up to half of `left`, beginning with a user's. If the tool rounds since the last
+        user turn are still too long, tool results become documents in their places, except those of the newest calls.
         """
         starts = [at for at, message in enumerate(messages) if message["role"] == "user"]
         system = [message for message in messages if message["role"] == "system"]
@@ -151,7 +151,7 @@ class Condenser:
         return condensed if turns or said else None
 
     def _turn(self, message: Any, title: str) -> list[str | Document]:
-        """Make of a turn what is compressed for room; the documents in it stay documents, and are told of as such."""
+        """Make a turn into text to compress; documents in it stay documents, and are reported as such."""
         calls = map(written_call, message.get("tool_calls") or ())
         parts = [f"{message['role']}: ", *map(self._text_of, content_parts(message)), *calls, "\n"]
         turn: list[str | Document] = []
@@ -247,7 +247,7 @@ class Session:
         start = time.perf_counter()
         settings = Sampling(**sampling)
         with self._lock:
-            # What the window does not hold, be it of many windows, is streamed text but for its end.
+            # A message longer than the window is taken in as streamed text, except for its last piece.
             *pieces, text = [text] if self._holds(text, settings.max_new_tokens) else pieces_of(text, _PIECE_CHARS)
             long = "".join(pieces)
             question = _Turn("user", text)

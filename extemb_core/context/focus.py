@@ -126,8 +126,9 @@ def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> f
 def mode_of(plan: str | None, ratio: str | int, question: str, config: ExtensibleEmbedderConfig) -> Mode:
     """Return how documents are planned: as asked, or for the question where there is one and nothing against it.
 
-    What is compressed by an untrained embedder answers worse than the same positions of chosen sentences
-    (docs/experiments.md). So without a plan or a table of its own it has "select", and every other one "focus".
+    Text compressed by an untrained embedder answers worse than chosen sentences in the same positions
+    (docs/experiments.md). So the default is "select" for an untrained embedder without a table of losses of its own,
+    and "focus" for every other.
 
     Raises:
         ConfigError: The plan is unknown, comes with a ratio, or needs states that enter above layer 0.

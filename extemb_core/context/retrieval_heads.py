@@ -36,7 +36,9 @@ Heads = Sequence[Sequence[int]]
 
 _LOOK_RATIO = 8
 _MAX_PART_TOKENS = 32  # of a sentence (docs/experiments.md)
-_FEW_TOKENS = 768  # of all texts: above what parts are as good for, below what they are worse for (docs/experiments.md)
+# Total tokens up to which long sentences are cut into parts; in longer texts parts rank worse than whole sentences
+# (docs/experiments.md).
+_FEW_TOKENS = 768
 _LOOKS = 2  # how much looks count beside words: found on training questions (docs/experiments.md)
 _SHOWING = "extemb_showing"  # transformers' name for attention that shows itself
 _shown: ContextVar[dict[int, Tensor]] = ContextVar("shown")

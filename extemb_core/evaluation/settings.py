@@ -93,7 +93,7 @@ class QaConfig(CommonConfig):
         generate: Let the LLM answer, or measure the loss of the right answers alone, which is quicker.
         one_per_text: Ask one question about each text, drawn by the seed.
         remeasure: Measure these arms anew in a finished record and leave its others: controls, or extensible. For a
-            change that touches no others, as one of what plans go by. None measures all of what is not measured yet.
+            change that affects these arms alone. None measures whatever is not measured yet.
     """
 
     passages: int = 1

@@ -81,7 +81,7 @@ class Batcher:
 
         Args:
             prepared, sampling: What to answer, and how.
-            cancelled: When it is set, the answer is what was written so far: of a request in a batch nothing, or all.
+            cancelled: When set, the answer is what was written so far; in a batch, that is nothing or the whole answer.
         """
         return self.answer_all([(prepared, sampling)], cancelled)[0]
 

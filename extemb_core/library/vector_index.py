@@ -19,7 +19,7 @@ _FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds
 _GRAPH_UP_TO = 5_000_000  # beyond, vectors whole are more memory than a machine has to spare
 _EF_SEARCH, _EF_CONSTRUCTION = 128, 200
 _PROBES = 64
-_MAX_GROWTH = 4  # beyond the vectors that it was trained on, an index is trained anew
+_MAX_GROWTH = 4  # an index is retrained once it holds this many times the vectors it was trained on
 
 
 def choose_factory(count: int) -> str:
@@ -49,7 +49,7 @@ class VectorIndex:
         self.ids: set[int] = set()
         self._removed: set[int] = set()
         self._trained_on = 0  # so many vectors; 0 for an index that is not trained
-        self._few = 0  # so many vectors, or fewer, are too few for what is wanted
+        self._few = 0  # the largest number of vectors that was too few to train the wanted index
         self._index = _built(width, self.factory)
 
     def add(self, ids: Sequence[int], vectors: np.ndarray[Any, Any]) -> None:

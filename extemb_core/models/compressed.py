@@ -110,7 +110,7 @@ class Compressed:
         return AnchoredStates(self.anchors, self.embeddings, self.entry_layer)
 
     def derived(self, ratio: int) -> Compressed:
-        """Derive the same text as a store does, at a ratio too that its embedder may have got since.
+        """Derive the same text at a ratio, also at one that its embedder was given after the text was stored.
 
         Raises:
             RatioError: No embedder of its ratios can have it.

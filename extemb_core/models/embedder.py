@@ -7,9 +7,9 @@ reads at the input of layer J (see `entry` and `pooling`): states that it knows,
 
 With `adaptation="lora"` or "none" the layers' base parameters share the LLM's memory; the embedder has modules of its
 own around them, and the adapters live only there. The LLM is never touched, so one thread may compress while another
-generates. Whatever asks for it, only what is the embedder's own is trained; and the embedder runs in the LLM's dtype
-and on its device: `half()` or `to()` to another is an error. With `adaptation="full"` the layers are a trained copy.
-Token embeddings are the LLM's own, and frozen, in all of them.
+generates. Only the embedder's own tensors can be trained. It runs in the LLM's dtype and on its device; moving it
+elsewhere with `half()` or `to()` is an error. With `adaptation="full"` the layers are a trained copy. The token
+embeddings are the LLM's own, and frozen, with every adaptation.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     @contextmanager
     def _running_alone(self, instead: str) -> Iterator[None]:
-        """Say of layers that need more than what those before them give what to use instead."""
+        """Turn the error of layers that do not run by themselves into one that says what to use instead."""
         try:
             yield
         except ExtembError:

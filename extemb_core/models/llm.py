@@ -173,9 +173,9 @@ class LLM(TextEncoder):
 
     @cached_property
     def mask_window(self) -> int:
-        """Positions of a pass in which every layer looks where the mask of `hidden_of` says.
+        """Longest pass, in positions, in which every layer obeys the mask of `hidden_of`.
 
-        No more than a window that slides; 0 where a layer keeps a state, of all that it has read.
+        At most the smallest sliding window; 0 if a layer keeps a recurrent state.
         """
         layers: list[Any] = DynamicCache(config=self.model.config).layers
         if any(hasattr(layer, "recurrent_states") for layer in layers):

@@ -1,10 +1,10 @@
 """The LLM's first layers in modules of an embedder's own, and a sample of their values to know the LLM again by.
 
-The base tensors of an LLM are recognised by a sample of their values, rounded to bfloat16: the same LLM in another
-dtype has the same. (Through float16 some round the other way. Where an embedder's file has the sample, that is known
-from it; where there is none, an LLM whose weights are no bfloat16 values has a fingerprint of its own in float16, and
-what was compressed in another dtype is compressed again.) A derivative differs by some percent (relative L2) and is
-taken, but is another embedder; another model differs by about 140%. One that is the same in bfloat16 is the same.
+An LLM's base tensors are recognised by a sample of their values, rounded to bfloat16, so that the same LLM matches in
+every dtype. (float16 may round some values the other way. If the embedder's file holds the sample, that is accounted
+for; if not, an LLM whose weights are not bfloat16 values has another fingerprint in float16, and its texts are
+compressed again.) A fine-tuned derivative differs by a few percent (relative L2) and is accepted as another embedder;
+an unrelated model differs by about 140%. LLMs that are equal in bfloat16 count as the same.
 """
 
 from __future__ import annotations

@@ -80,14 +80,15 @@ def compress_corpus(
         output: Folder that all machines see, or a URL that fsspec knows.
         llm, embedder: As for `ExtensibleLM.from_pretrained`; every machine needs the weights.
         ratio: The finest ratio that will be asked for; the embedder's `kept_ratio` when not given.
-        dtype: Of the embeddings on disk: "float16", "int8" or "float32".
+        dtype: Data type of the embeddings on disk: "float16", "int8" or "float32".
         passage_tokens: Cut documents into the passages of a `Library` with this setting; None compresses them whole.
-        column: Of the rows, which holds the text.
+        column: Name of the column that holds the text.
         rows_per_batch: What a worker compresses at once, loses at most, and puts into one shard.
-        workers: Processes.
-        cpus_per_worker, gpus_per_worker: That Ray gives each.
-        ray_address: Of a cluster ("auto" for the one of this machine); a new one on this machine when not given.
-        device, llm_dtype: Of each worker's LLM, as `device` and `dtype` of `ExtensibleLM.from_pretrained`.
+        workers: Number of processes.
+        cpus_per_worker, gpus_per_worker: Processors and GPUs that Ray gives each.
+        ray_address: Address of a cluster ("auto": the one of this machine); a new one on this machine when not given.
+        device, llm_dtype: Device and data type of each worker's LLM: `device` and `dtype` of
+            `ExtensibleLM.from_pretrained`.
         show_progress: Show a bar; None shows it on a terminal.
 
     Raises:
@@ -99,7 +100,7 @@ def compress_corpus(
     """
     whole_number(rows_per_batch, "rows_per_batch")
     whole_number(workers, "workers")
-    done = finished(output)  # first: a folder with the inputs in it is none to write to, and says so
+    done = finished(output)  # first, so that an output folder that holds the inputs is refused with the clearer error
     kind, files = _inputs([inputs] if isinstance(inputs, str | os.PathLike) else list(inputs), output)
     with _cluster(ray_address) as data, warnings.catch_warnings():
         from ray.exceptions import OutOfMemoryError, RayActorError

@@ -1,6 +1,6 @@
 """The documents of one API key: a library on disk of those that were added, in memory those that came with questions.
 
-No workspace reads what another holds, be it only whether something is there.
+No workspace can read another's documents, or learn whether they exist.
 """
 
 from __future__ import annotations

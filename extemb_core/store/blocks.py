@@ -25,8 +25,7 @@ BLOCK_BYTES = 4 * 2**20
 class Blocks:
     """Databases of a store. Every method but `entries` works within a transaction of its environment.
 
-    Nothing is remembered from one to the next: what a transaction wrote is there once it is committed, which it may
-    never be.
+    No state is kept between transactions: what one wrote may still be rolled back.
     """
 
     def __init__(self, environment: Environment) -> None:
@@ -65,8 +64,8 @@ class Blocks:
         data = self.environment.get(transaction, "kinds", NUMBER.pack(entry.kind))
         if data is not None and (kind := EmbeddingFormat.parse(bytes(data))).matches(key):
             return kind
-        # Earlier versions lost rows, and the numbers became other embedders'. With the next document that its embedder
-        # puts there is a row again, under whatever number.
+        # Earlier versions could lose rows and reuse their numbers. The embedder's next `put` adds its row again,
+        # perhaps under another number, so look for it by fingerprint.
         for _, kind in self._kinds(transaction):
             if kind.matches(key):
                 return kind
@@ -76,8 +75,10 @@ class Blocks:
         )
 
     def size(self, transaction: Any, key: bytes, entry: Entry) -> int:
-        """Count the bytes of a document's embeddings, by their checksum if its format is lost. 0 if they are damaged
-        too: a count of the block that stays too high keeps the others in it."""
+        """Count the bytes of a document's embeddings; if its format is lost, find their size by the checksum.
+
+        0 if they are damaged too: the block is then overcounted, and kept with its other documents.
+        """
         try:
             return self.kind(transaction, key, entry).size(entry)
         except StoreCorruptError:

@@ -1,8 +1,8 @@
 """LMDB environment, one per folder and process: opened once, grown when full, opened anew after a fork.
 
-LMDB forbids a second environment of one folder in a process, and its map may be resized only while no transaction of
-the process is open; both are seen to here. Between processes LMDB itself serves any number of readers beside one
-writer, who sees to the order of writers; what a killed one had not committed was never there.
+LMDB allows one environment per folder and process, and lets its map be resized only while the process has no open
+transaction; this module enforces both. Between processes LMDB itself coordinates any number of readers and one writer,
+and discards what a killed writer had not committed.
 """
 
 from __future__ import annotations

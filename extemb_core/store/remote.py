@@ -57,7 +57,7 @@ class StorageLocation:
 
     @contextmanager
     def errors(self, name: str = "", done: str = "read") -> Iterator[None]:
-        """Have whatever storage raises in this block, of which each kind has its own, be one of our errors.
+        """Translate errors of any storage backend raised in this block into errors of this library.
 
         Raises:
             StoreNotFoundError: There is no such file, or folder.

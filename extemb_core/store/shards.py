@@ -68,10 +68,10 @@ class Shard:
 
 @contextmanager
 def write_errors(location: StorageLocation, file: str) -> Iterator[None]:
-    """Say of a disk or other storage that refuses a file what to do; nothing is left of it.
+    """Turn a failed write into a `StoreError` with the remedy; no part of the file remains.
 
     Raises:
-        StoreError: Of a write in this block.
+        StoreError: A write in this block failed.
     """
     try:
         yield

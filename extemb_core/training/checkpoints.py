@@ -79,10 +79,10 @@ def is_saved(config: TrainingConfig) -> bool:
 
 @contextmanager
 def named_if_damaged(checkpoint: Path) -> Iterator[None]:
-    """Say of a file of a run's own checkpoint that is missing or damaged how the run goes on without it.
+    """Turn the error of a missing or damaged checkpoint file into one that says how the run goes on without it.
 
     Raises:
-        TrainingError: One is.
+        TrainingError: A file of the checkpoint is missing or damaged.
     """
     try:
         yield

@@ -52,8 +52,8 @@ def reconstruction(llm: LLM, ids: Ids) -> Reading:
 def recall(llm: LLM, ids: Ids, draw: np.random.Generator) -> Reading:
     """Go on from a few words of a text that is read as embeddings, at several of its places. ids: (T,).
 
-    What a question asks of a document is done here many times a reading: find the place by the words that stand there,
-    and say what comes next.
+    Each reading practises many times what a question asks of a document: find a place by its words, and say what comes
+    next.
     """
     prompt = assemble_text(llm, [ids, _GO_ON])
     parts = _with_document(prompt.segments, ids)

@@ -46,7 +46,7 @@ _OF_A_RUN = ("training.json", LOG, "data", "checkpoint-*", "stages")  # some of 
 
 @contextmanager
 def full_disk_error() -> Iterator[None]:
-    """Say of a full disk that the run goes on once there is room."""
+    """Turn a full disk's error into a `TrainingError` that says how the run goes on."""
     try:
         yield
     except OSError as error:

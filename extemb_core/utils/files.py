@@ -165,7 +165,7 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Have the error of a disk that refuses what is written, safetensors' own too, be an `OSError` that names it."""
+    """Raise a disk's errors, safetensors' own included, as an `OSError` that names the file."""
     try:
         yield
     except OSError as error:

@@ -108,7 +108,7 @@ def _decoded(data: bytes, file: Path, line: int) -> str:
 def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
     """Choose at most `limit` items, evenly from all of them, so that every part of a file has its share.
 
-    Those of a limit of n are among those of 2 n - 1.
+    The items chosen for a limit of n are among those for 2n - 1.
     """
     if limit is None or limit >= len(items):
         return list(items)

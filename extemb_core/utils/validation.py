@@ -76,7 +76,7 @@ def require_one_of(value: Any, name: str, legal: Iterable[str]) -> None:
 
 
 def name_or_path(value: str | os.PathLike[str]) -> str:
-    """Return a name, or a path as text that is taken for no name, which the hub might be asked for.
+    """Return a name as it is, and a path as text that cannot be taken for a hub id.
 
     Raises:
         ConfigError: It is neither.
@@ -96,7 +96,7 @@ def path_of(value: str | os.PathLike[str]) -> Path:
 
 
 def check_engine(engine: str, base_url: str | None, api_key: str | None = None) -> None:
-    """Raise `ConfigError` for what is no engine, or a server that is not asked, or missing."""
+    """Raise `ConfigError` for an unknown engine, a server address or key that it does not use, or a missing address."""
     require_one_of(engine, "engine", ENGINES)
     if (engine == "vllm") != bool(base_url) or (api_key and engine != "vllm"):
         raise ConfigError(
@@ -171,12 +171,12 @@ def check_sampling(name: str, value: Any, *, alias: str | None = None) -> Any:
 
 
 def refuse_unknown(settings: Mapping[str, Any], known: Collection[str], also: Collection[str] = ()) -> None:
-    """Raise `ConfigError` for a setting that there is not, which names the nearest of those that there are.
+    """Raise `ConfigError` for an unknown setting, and suggest the nearest known names.
 
     Args:
-        settings: By name.
-        known: Those that there are.
-        also: Names that are let through, and not to be named.
+        settings: Values by name.
+        known: Names of the known settings.
+        also: Names that are accepted, and never suggested.
     """
     for name in sorted(settings.keys() - {*known, *also}):
         nearest = " or ".join(get_close_matches(name, known)) or f"one of {', '.join(sorted(known))}"
