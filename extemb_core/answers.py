@@ -1,4 +1,4 @@
-"""What comes back: an answer's text, what became of each document, and where the time went."""
+"""Answers: the text, what became of each document, and where the time went."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from extemb_core.models.generation import Generated, Sampling
     from extemb_core.models.llm import LLM
 
-# A fidelity is told by its form, whatever colours are seen; translucent tints suit light pages and dark ones.
+# Bold, underlined or struck out: the form tells the fidelities apart without colour. Translucent tints suit light and
+# dark pages.
 _RAW = '<mark style="background:rgba(86,180,233,.35);color:inherit;font-weight:600"{}>{}</mark>'
 _AT_RATIO = '<u style="text-decoration:underline dotted rgb(213,94,0) 2px"{}>{}</u><sub>{}</sub>'
 _PASSAGE = '<span{} style="outline:2px solid rgb(213,94,0);outline-offset:2px">{}</span>'
@@ -32,9 +33,9 @@ class ContextSpan:
     """What became of a part of a document.
 
     Attributes:
-        start, stop: Its characters.
+        start, stop: First character, and the one after the last.
         fidelity: "raw", a ratio, or "dropped".
-        positions: What it took of the LLM's window.
+        positions: Positions of the LLM's window that it took.
     """
 
     start: int
@@ -43,7 +44,7 @@ class ContextSpan:
     positions: int
 
     def to_html(self, text: str) -> str:
-        """Mark its part of a document's text by its fidelity."""
+        """Return HTML of this part of a document's text, marked by its fidelity."""
         shown = html.escape(strip_control_chars(text[self.start : self.stop]))
         title = f' title="{self.positions:,} positions"'
         if isinstance(self.fidelity, int):
@@ -59,11 +60,11 @@ class ContextEntry:
         source: Where it came from, to show and cite.
         ref: Its content hash.
         n_tokens: Its length as raw tokens.
-        positions: What it took of the LLM's window, its heading included; 0 when dropped.
+        positions: Positions of the LLM's window that it took, its heading included; 0 when dropped.
         fidelity: "raw", a ratio, "dropped", or "mixed": see `spans`.
-        cached: Its embeddings were there already.
+        cached: Whether its embeddings were in the store already.
         reason: Why this fidelity, in a few words.
-        spans: What became of each part of it, where that is not the same for all.
+        spans: What became of each part, where the parts differ.
         turn: True for an older turn of the conversation that did not fit the window, not a document.
     """
 
@@ -78,16 +79,16 @@ class ContextEntry:
     turn: bool = False
 
     def highlight(self, document: Any, *, passage: tuple[int, int] = (0, 0)) -> str:
-        """Return HTML of the document with its spans marked: raw, at a ratio, which is said, or dropped.
+        """Return HTML of the document with its spans marked as raw, dropped, or at a ratio, which is shown.
 
         In a notebook: `IPython.display.HTML(answer.context[0].highlight(document))`.
 
         Args:
-            document: The one that was asked about, in any form that `ExtensibleLM.ask` takes.
-            passage: First and last character of what is framed in it, under the id "passage".
+            document: The document of this entry, in any form that `ExtensibleLM.ask` takes.
+            passage: (start, stop) characters of a passage to frame, under the id "passage".
 
         Raises:
-            ConfigError: It is another document.
+            ConfigError: This is another document.
         """
         document = Document.from_any(document)
         if document.ref != self.ref:
@@ -123,9 +124,9 @@ class Answer:
         seconds: "compress" (documents to embeddings), "first_token" (from the call to the first token, compressing
             included) and "total".
         prompt_positions: Positions of the whole prompt.
-        new_tokens: Tokens written.
+        new_tokens: Number of tokens written.
         finish_reason: "stop", "length" (max_new_tokens reached) or "cancelled".
-        budget: Positions that the documents might take: those asked for, or what was free where that was less.
+        budget: Positions that the documents could take: the budget asked for, or less if less was free.
     """
 
     text: str
@@ -141,7 +142,7 @@ class Answer:
 
     @property
     def documents(self) -> tuple[ContextEntry, ...]:
-        """What became of the documents: `context` without turns of the conversation."""
+        """Entries of the documents: `context` without turns of the conversation."""
         return tuple(entry for entry in self.context if not entry.turn)
 
     @property
@@ -150,7 +151,7 @@ class Answer:
         return tuple(entry for entry in self.context if entry.fidelity == "dropped")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the answer as plain, JSON-able values, its budget left out."""
+        """Return the answer, except its budget, as plain values that JSON can hold."""
         values = {**asdict(self), "seconds": dict(self.seconds)}
         return {name: value for name, value in values.items() if name != "budget"}
 
@@ -187,7 +188,7 @@ class PreparedPrompt:
 
 
 class AnswerStream(Iterator[str]):
-    """The pieces of an answer as they come; usable in a `with` statement.
+    """An answer, piece by piece; usable in a `with` statement.
 
     After the last piece, or `close()`, `.answer` holds the answer.
     """
@@ -228,11 +229,11 @@ class AnswerStream(Iterator[str]):
                 self._settle()
                 raise
             except BaseException:
-                self._on_answer = None  # what failed is no answer
+                self._on_answer = None  # after a failure there is no answer to hand over
                 raise
             if self._first_token is None:
                 self._first_token = time.perf_counter() - self._prepared.start
-            if self._closed.is_set():  # meanwhile, by another thread
+            if self._closed.is_set():  # closed meanwhile by another thread
                 self._end()
             return piece
 
@@ -245,7 +246,7 @@ class AnswerStream(Iterator[str]):
     def close(self) -> None:
         """Stop the LLM; the answer is what was written so far.
 
-        While another thread waits for the next piece, the stream ends there once that has come.
+        If another thread is waiting for the next piece, the stream ends when that piece has come.
         """
         self._closed.set()
         if self._reading.acquire(blocking=False):

@@ -24,12 +24,12 @@ _ACCEPTED = (
 )
 
 
-_TEXT_ATTRIBUTES = ("page_content", "get_content", "text")  # of an object that is one document
+_TEXT_ATTRIBUTES = ("page_content", "get_content", "text")  # an object with one of these is a single document
 FILE_KEYS = ("file_path", "file_name", "url")
 """Where LlamaIndex's metadata names what a node was made of, in the order they are looked for."""
 REF_PREFIX = "ext:"
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which is no character
-_MAX_PATH_CHARS = 256  # of a text that may have been meant as a path
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not a character
+_MAX_PATH_CHARS = 256  # longer texts were not meant as a path
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,12 @@ def text_ref(text: str) -> str:
 
 
 def without_lone_surrogates(text: str) -> str:
-    """Join surrogates that stand in pairs, and put U+FFFD for others, as broken font tables of PDF files leave them."""
+    """Join surrogate pairs, and replace lone surrogates, which broken font tables of PDF files leave, by U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def valid_texts(value: Any) -> Any:
-    """Return a value with `without_lone_surrogates` of each text in its lists and mappings."""
+    """Apply `without_lone_surrogates` to every text in nested lists and mappings."""
     if isinstance(value, str):
         return without_lone_surrogates(value)
     if isinstance(value, Mapping):
@@ -104,13 +104,14 @@ class Document:
 
     @property
     def source(self) -> str:
-        """What to show as the origin: `metadata["source"]`, else the title, else the ref."""
+        """Name to cite: `metadata["source"]`, else the title, else the ref."""
         return str(self.metadata.get("source") or self.title or self.ref)
 
     def page_of(self, character: int) -> int | None:
         """Return the page that a character of the text is on, from 1; None where the document's pages are not known.
 
-        `metadata["page_starts"]` tells them: where each begins, one without text where the next one does.
+        `metadata["page_starts"]` holds the character at which each page begins; a page without text begins where the
+        next one does.
         """
         return bisect_right(self.metadata.get("page_starts", ()), character) or None
 
@@ -130,7 +131,7 @@ class Document:
         if isinstance(value, Document):
             return value
         if isinstance(value, str):
-            # No shares of a network, which looking at would ask for.
+            # Network shares are not looked for: that would contact the server.
             if len(value) < _MAX_PATH_CHARS and not value.startswith(("//", "\\\\")) and os.path.exists(value):
                 logger.warning("the text %r is the name of a file; to read that, pass read_document(%r)", value, value)
             return cls(without_lone_surrogates(value) if lenient else value)
@@ -164,24 +165,24 @@ class Document:
 
 
 def _place(value: Any, metadata: Mapping[str, Any]) -> str:
-    """Name the file, page and characters that a node of LlamaIndex was made of; "" where that is not known."""
+    """Name the file, page and characters that a LlamaIndex node was made from; "" if unknown."""
     keys = FILE_KEYS if hasattr(value, "get_content") and not metadata.get("source") else ()
     named = next((str(metadata[key]) for key in keys if metadata.get(key)), "")
     if named and metadata.get("page_label"):
         named += f", page {metadata['page_label']}"
-    node = getattr(value, "node", value)  # one with a score
+    node = getattr(value, "node", value)  # unwrap a node with a score
     start, stop = getattr(node, "start_char_idx", None), getattr(node, "end_char_idx", None)
     return f"{named}:{start}-{stop}" if named and start is not None else named
 
 
 @dataclass(frozen=True)
 class ReferencedDocument(Document):
-    """A document that a ref in a framework's text stood for.
+    """A document found behind a ref in a framework's text.
 
     Attributes:
-        finest: The finest ratio that it is to be read at; None is no limit.
-        spans: (start, stop, fidelity) of its tokens, as it was planned for a question (see `context.planning.Span`);
-            None where it is to be planned.
+        finest: The finest ratio at which it may be read; None is no limit.
+        spans: (start, stop, fidelity) in tokens, as planned for a question (see `context.planning.Span`); None if it
+            is still to be planned.
     """
 
     finest: int | None = field(default=None, kw_only=True)
@@ -193,7 +194,7 @@ Documents = str | Document | Mapping[str, Any] | Iterable[Any]
 
 
 def as_documents(documents: Documents) -> list[Document]:
-    """Make a list of `Document` of one document or several."""
+    """Convert one document or several to a list of `Document`."""
     return [Document.from_any(document) for document in several(documents)]
 
 
@@ -205,7 +206,8 @@ def is_open_file(value: Any) -> bool:
 def several(documents: Documents, name: str = "documents") -> list[Any]:
     """Return one document or several as a list; warn of an iterator that is already exhausted.
 
-    `name` is what messages call the argument."""
+    `name` is what messages call the argument.
+    """
     if isinstance(documents, str | bytes | Mapping) or any(hasattr(documents, name) for name in _TEXT_ATTRIBUTES):
         return [documents]
     if is_open_file(documents):

@@ -11,7 +11,7 @@
     │   └── WeightsCorruptError
     ├── StoreError (OSError)            a store that cannot be opened, read or written
     │   ├── StoreNotFoundError (FileNotFoundError)
-    │   ├── StoreFormatError            what is no store, or of a version that is not read
+    │   ├── StoreFormatError            a folder that is not a store, or of an unknown version
     │   └── StoreCorruptError           bytes that are not what was written
     ├── MismatchError (ValueError)      an embedder, store or embedding made for something else
     ├── EngineError (ConnectionError)   a server that cannot be reached, or refuses what it is asked
@@ -73,7 +73,7 @@ class StoreNotFoundError(StoreError, FileNotFoundError):
 
 
 class StoreFormatError(StoreError):
-    """What is named is no store, or of a version that this library does not read."""
+    """A folder that is not a store, or of a version that this library does not read."""
 
 
 class StoreCorruptError(StoreError):
@@ -106,7 +106,7 @@ class MissingExtraError(ExtembError, ImportError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

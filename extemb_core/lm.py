@@ -49,11 +49,11 @@ class ExtensibleLM:
         embedder: Made for that LLM.
         store: Where compressed documents are kept; in memory, 512 MiB, when not given.
         scorer: Says how much a sentence has to do with the question, for plans by sentence. When not given, the LLM's
-            attention where the embedder names its `retrieval_heads`, with BM25, which is alone elsewhere.
+            attention by its `retrieval_heads` and BM25 together, or BM25 alone if the embedder names none.
 
     Attributes:
-        refs: The documents that frameworks were handed refs of.
-        batcher: Answers what several threads ask at once.
+        refs: The documents whose refs were handed to frameworks.
+        batcher: Answers requests of several threads in batches.
         builder: Builds the prompts.
     """
 
@@ -102,12 +102,12 @@ class ExtensibleLM:
                 store. In memory when not given.
             device: "auto" or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype.
-            adapt: Take an embedder for an LLM with other tensors too: see `ExtensibleEmbedder.from_pretrained`.
+            adapt: Accept an embedder that was made for other tensors: see `ExtensibleEmbedder.from_pretrained`.
             scorer: Says how much a sentence has to do with the question, for plans by sentence. When not given, the
-                LLM's attention where the embedder names its `retrieval_heads`, with BM25, which is alone elsewhere.
-            engine: What writes the answers: "transformers", in this process, or "vllm", a server (docs/vllm.md).
-            base_url: Of the vLLM server's API, such as "http://localhost:8000/v1".
-            api_key: Of the vLLM server, if it has one.
+                LLM's attention by its `retrieval_heads` and BM25 together, or BM25 alone if the embedder names none.
+            engine: Engine that writes the answers: "transformers", in this process, or "vllm", a server (docs/vllm.md).
+            base_url: Address of the vLLM server's API, such as "http://localhost:8000/v1".
+            api_key: API key of the vLLM server, if it needs one.
 
         Raises:
             WeightsError: Files are missing or damaged.
@@ -146,13 +146,13 @@ class ExtensibleLM:
             question: In the user's words.
             documents: Best first: texts, `Document`s, mappings with a text, or the documents of LangChain and
                 LlamaIndex.
-            budget: Positions of the LLM's window that the documents may take at most; all that is free when not given,
-                or where it is less. `answer.budget` says which it was.
+            budget: Positions of the LLM's window that the documents may take at most; all that are free when not given,
+                or if fewer are free. `answer.budget` says how many there were.
             ratio: "auto", "raw", or a trained ratio for all documents.
-            plan: "focus", what says most about the question in full and, beside few sentences, the rest compressed (see
-                `plan_focus`); "even", each document at one ratio (see `plan_context`); "select", what says most about
-                the question and nothing else. When not given, where ratio is "auto" and the embedder enters above layer
-                0: "focus", or "select" with an untrained embedder (see `mode_of`).
+            plan: "focus": the sentences that say most about the question in full and, if they are few, the rest
+                compressed (see `plan_focus`); "select": those sentences and nothing else; "even": each document at one
+                ratio (see `plan_context`). When not given, "focus", or "select" with an untrained embedder, if ratio is
+                "auto" and the embedder enters above layer 0; otherwise "even" (see `mode_of`).
             **sampling: The fields of `Sampling`: max_new_tokens, temperature, top_p, top_k, stop, seed, ...
 
         Returns:
@@ -175,7 +175,7 @@ class ExtensibleLM:
         plan: str | None = None,
         **sampling: Any,
     ) -> Answer:
-        """Answer as `ask` in a whole conversation: messages with "role" and "content".
+        """Answer the last message of a conversation as `ask` answers a question: messages with "role" and "content".
 
         Documents join the last user turn. A content may also be a list of texts and `Document`s: these are read where
         they stand, without a heading, and rank below those that join.
@@ -193,7 +193,7 @@ class ExtensibleLM:
         plan: str | None = None,
         **settings: Any,
     ) -> AnswerStream:
-        """Answer as `ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what there is.
+        """Answer as `ask` or `chat`, piece by piece. Closing the stream stops the LLM; `.answer` holds what it wrote.
 
         Settings are those of `prepare`.
         """
@@ -213,17 +213,17 @@ class ExtensibleLM:
         assistant_prefix: str = "",
         **sampling: Any,
     ) -> tuple[PreparedPrompt, Sampling]:
-        """Prepare what `ask` or `chat` hands to the LLM: the documents are compressed, the prompt is whole.
+        """Prepare what `ask` or `chat` hands to the LLM: the documents are compressed, the prompt is complete.
 
-        What is not listed here is as for `ask` and `chat`.
+        Arguments that are not listed here are those of `ask` and `chat`.
 
         Args:
-            condense: Compress the older turns of a conversation that the window does not hold beside its documents,
-                instead of refusing it; the answer's context tells what became of each. Documents have the positions of
-                the budget before turns do, and half of the room where none is given.
+            condense: Compress the older turns of a conversation that does not fit the window beside its documents,
+                instead of refusing it; the answer's context says what became of each. Documents get their budget first
+                (half of the room when none is given), turns get the rest.
             tools: Functions in OpenAI's form that the LLM may call, where its template has a place for them; see
                 `context.tools`.
-            assistant_prefix: What the answer begins with; it is not repeated in it.
+            assistant_prefix: Text that the answer continues; it is not part of the answer.
         """
         settings = Sampling(**sampling)
         build = self._condenser.chat if condense else self.builder.chat
@@ -242,19 +242,19 @@ class ExtensibleLM:
     def model_inputs(
         self, question: str | Messages, documents: Documents = (), **settings: Any
     ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-        """Prepare what `ask` or `chat` would read for a loop of your own: `model.generate(**inputs, ...)`.
+        """Prepare the inputs of `ask` or `chat` for your own generation loop: `model.generate(**inputs, ...)`.
 
         The model is the LLM, or the one over its tensors that reads compressed text (`LLM.reading_model`): a
         `PreTrainedModel` like any.
 
         Args:
-            question: See `prepare`, as of all others.
-            documents: Texts or documents.
-            **settings: Further ones of `prepare`.
+            question: See `prepare`.
+            documents: See `ask`.
+            **settings: Further settings of `prepare`.
 
         Returns:
-            The model, and what its `forward` and `generate` take: "attention_mask" and "input_ids", (1, T); with
-            compressed documents "entry_states", (1, T, D), and "entry_mask", (1, T), too, or at entry layer 0
+            The model, and the inputs of its `forward` and `generate`: "attention_mask" and "input_ids", (1, T). With
+            compressed documents, "entry_states", (1, T, D), and "entry_mask", (1, T), as well; or at entry layer 0,
             "inputs_embeds", (1, T, D), instead of ids.
         """
         prepared, _ = self.prepare(question, documents, **settings)
@@ -271,7 +271,7 @@ class ExtensibleLM:
     ) -> Answer:
         """Continue a plain prompt, without a chat template, after the documents and with those that stand in it.
 
-        What is asked is nowhere said in it, so documents have the plan "even".
+        A plain prompt has no question to plan for, so the plan is "even".
         """
         return answer_now(self.llm, *self.prepare_text(prompt, documents, budget=budget, ratio=ratio, **sampling))
 
@@ -288,7 +288,7 @@ class ExtensibleLM:
         """Prepare what `generate` hands to the LLM.
 
         Raises:
-            ConfigError: The plan is another than "even" and None.
+            ConfigError: The plan is neither "even" nor None.
         """
         check_plan(plan, ratio, question=False)
         settings = Sampling(**sampling)
@@ -307,7 +307,7 @@ class ExtensibleLM:
         """Compute the log-probability, in nats, of a continuation after documents and a plain prompt.
 
         Raises:
-            ConfigError: There is nothing before the continuation, or nothing in it.
+            ConfigError: Nothing stands before the continuation, or it is empty.
         """
         targets = self.llm.encode(continuation)
         length = max(1, len(targets))
@@ -327,11 +327,11 @@ class ExtensibleLM:
         batch_size: int = 8,
         **sampling: Any,
     ) -> list[Answer]:
-        """Answer as `ask` or `chat` several at once, each with its own documents (one entry per question).
+        """Answer several questions or conversations at once, each with its own documents (one entry per question).
 
-        Questions are batched by length, at most `batch_size` together and no more positions than the device has memory
-        for (see `positions_at_once`); an answer does not depend on its batch. In `seconds`, "first_token" is the
-        time of the whole batch: nothing is streamed.
+        Questions are batched by length: at most `batch_size` together, and no more positions than the device has memory
+        for (see `positions_at_once`). An answer does not depend on its batch. In `seconds`, "first_token" is the time
+        of the whole batch, as nothing is streamed.
         """
         if isinstance(questions, str):
             raise ConfigError(f"questions={questions!r:.80} is one text; pass a list of questions")
@@ -385,7 +385,7 @@ class ExtensibleLM:
     ) -> Plan:
         """Plan what would become of each document, without answering; `print(lm.plan(...).explain())` shows it.
 
-        Nothing is compressed either, unless the plan goes by where the LLM looks in the documents (see `scorer`).
+        Nothing is compressed either, unless the plan uses the LLM's attention to the documents (see `scorer`).
         """
         messages, joined = as_messages(question), as_documents(documents)
         ranked = [*joined, *inline_documents(messages)]
@@ -406,7 +406,7 @@ class ExtensibleLM:
     ) -> int:
         """Count the positions that a prompt takes, its documents and tools included, planned as `plan` does.
 
-        One that the window does not hold beside its answer is counted too, with no position left for its documents.
+        A prompt too long for the window is counted too, with no position left for its documents.
         """
         messages, joined = as_messages(question), as_documents(documents)
         rendered = self.builder.render(messages, joined, tools=tools)
@@ -425,7 +425,7 @@ class ExtensibleLM:
         ratio: str | int = "auto",
         max_new_tokens: int = 0,
     ) -> int:
-        """Count the positions that a plain prompt takes, with those that documents in it have, as `positions` does."""
+        """Count the positions that a plain prompt takes, the documents in it included, as `positions` does."""
         prompt = several(prompt, "prompt")
         n_bare = len(assemble_text(self.llm, [part for part in prompt if isinstance(part, str)]))
         room = capped(budget, max(0, self.llm.context_window - n_bare - max_new_tokens))
@@ -446,8 +446,8 @@ class ExtensibleLM:
     ) -> None:
         """Compress documents now, so that later questions about them start at once.
 
-        What is done is in the store batch by batch, of 8 forward passes each: after Ctrl-C, or worse, the same call
-        goes on. A store that is only read is left as it is.
+        Finished batches, of 8 forward passes each, are in the store: after Ctrl-C or a crash, the same call goes on. A
+        read-only store is left as it is.
 
         Args:
             documents: As for `ask`.

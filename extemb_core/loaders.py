@@ -57,9 +57,9 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# What an encoding that is ASCII and more leaves as it stands, and UTF-7, escapes and IDNA do not.
+# Encodings that extend ASCII decode these bytes to the same characters; UTF-7, escapes and IDNA do not.
 _PLAIN = bytes(range(32, 91)) + bytes(range(94, 127)) + rb"+AEE-\u0041.xn--4ca"
-_MAX_DECLARATION_BYTES = 2048  # where a page declares its encoding; the standard has 1024
+_MAX_DECLARATION_BYTES = 2048  # in which a page declares its encoding; the standard says 1024
 _CONVERT = "convert it to text, Markdown, HTML or PDF (.txt, .md, .rst, .html, .pdf)"
 
 _UNSEEN_TAGS = _words("title script style noscript template nav svg datalist noframes iframe audio video canvas rp")
@@ -71,7 +71,7 @@ _BLOCK_TAGS = _words(
     """
 )
 _CELL_TAGS = frozenset({"td", "th"})
-# Tags whose end may be left out, and the children that then stand for it: the parser puts these inside.
+# Tags whose end may be left out, and the tags that then end them; the parser puts those inside.
 _CLOSED_BY = {
     "li": _words("li"),
     "p": _BLOCK_TAGS - {"br", "body", "html", "legend", "option", "summary", "tr"},
@@ -82,7 +82,7 @@ _CLOSED_BY = {
     **dict.fromkeys(_words("rp rt"), _words("rp rt")),
 }
 _UNSEEN_STYLE = re.compile(r"(?<![\w-])(display\s*:\s*none|opacity\s*:\s*0(\.0+)?%?\s*(;|!|$))", re.I)
-# What is inside may be seen again.
+# Elements inside one that is hidden by these styles may be visible again.
 _FONT_SIZE = re.compile(
     r"(?<![\w-])font-size\s*:\s*(?P<zero>0(?:\.0+)?[a-z%]*\s*(?:;|!|$))?(?P<relative>[\d.]+(?:em|%))?", re.I
 )
@@ -99,8 +99,8 @@ class Skipped:
     """Gathers what `read_documents` leaves out of the folders that it reads.
 
     Attributes:
-        unreadable: Why each file that is of a type to read, or folder, was not read.
-        passed_over: Files of other types, links to folders, what is no file, and stores and shards of embeddings.
+        unreadable: Errors of the folders, and of files of a readable type, that could not be read.
+        passed_over: Files of other types, links to folders, special files, and stores and shards of embeddings.
     """
 
     unreadable: list[DocumentError | MissingExtraError] = field(default_factory=list)
@@ -112,7 +112,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
     Text is UTF-8 (UTF-16 and UTF-32 with a byte order mark are recognised), line ends become `\\n`.
     `metadata["source"]` is the path; a PDF adds `metadata["pages"]`, `metadata["page_starts"]`, which
-    `Document.page_of` reads, and `metadata["pages_without_text"]` where there are such. An empty file is an empty
+    `Document.page_of` reads, and `metadata["pages_without_text"]` if there are any. An empty file is an empty
     document.
 
     Raises:
@@ -144,13 +144,13 @@ def read_documents(
 ) -> list[Document]:
     """Read files and folders, in the order given; a folder recursively, in sorted order.
 
-    Of a folder only the files with one of `SUPPORTED_SUFFIXES` are read, hidden ones never. Links to folders are not
-    followed, and a store inside it is not one of its documents.
+    In a folder, only files with one of `SUPPORTED_SUFFIXES` are read, never hidden ones. Links to folders are not
+    followed, and a store inside the folder is not read as a document.
 
     Args:
         paths: A file or folder, or several.
-        skipped: Takes what is left out of folders, so that the other files are read; without it the first that cannot
-            be read is an error.
+        skipped: Collects what is left out of folders, so that the other files are read; without it, the first file that
+            cannot be read is an error.
 
     Raises:
         DocumentError: as `read_document`, or a folder that holds nothing to read.
@@ -175,7 +175,7 @@ def _try_to_read(file: Path, skipped: Skipped | None) -> list[Document]:
 
 
 def _files(path: Path, skipped: Skipped | None) -> list[Path]:
-    """List a file, or what is to be read of a folder."""
+    """List a file, or the files to read in a folder."""
     if not os.path.isdir(path):
         return [path]
     skipped_here = Skipped()
@@ -195,7 +195,7 @@ def _files(path: Path, skipped: Skipped | None) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         skipped_here.passed_over += [link for name in folders if (link := Path(folder, name)).is_symlink()]
         for file in (Path(folder, name) for name in names if not name.startswith(".")):
-            # A link to nothing is a file that cannot be read; a pipe would keep its reader waiting for ever.
+            # A broken link counts as an unreadable file; a pipe would keep its reader waiting for ever.
             is_file = os.path.isfile(file) or not os.path.exists(file)
             taken = is_file and file.suffix.lower() in SUPPORTED_SUFFIXES
             (files if taken else skipped_here.passed_over).append(file)
@@ -229,8 +229,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _decode(path: Path, data: bytes, declared: str | None = None) -> str:
-    """Decode by byte order mark, else by the declared encoding, else as UTF-8; never with a guess."""
-    marks = (*_BYTE_ORDER_MARKS, (b"", declared or "utf-8"))  # all data begins with the last
+    """Decode by byte order mark, else by the declared encoding, else as UTF-8; never guess."""
+    marks = (*_BYTE_ORDER_MARKS, (b"", declared or "utf-8"))  # all data begins with the last mark, which is empty
     mark, encoding = next((mark, name) for mark, name in marks if data.startswith(mark))
     if not encoding.startswith(("utf-16", "utf-32")) and b"\0" in data:
         offset = data.index(b"\0")
@@ -245,14 +245,15 @@ def _decode(path: Path, data: bytes, declared: str | None = None) -> str:
 
 
 def _read_html(path: Path, data: bytes) -> tuple[str, str]:
-    """Return what a reader of the page sees (block elements on lines of their own), and its title.
+    """Return the visible text of a page (block elements on lines of their own), and its title.
 
-    What `hidden` or its own style hides is left out; stylesheets and scripts, which could hide more, are not run.
+    Text that `hidden` or an element's own style hides is left out; stylesheets and scripts, which could hide more, are
+    not run.
     """
     bs4 = optional_import("bs4", "documents", f"reading {path}", "beautifulsoup4")
     declared = bs4.dammit.EncodingDetector.find_declared_encoding(data[:_MAX_DECLARATION_BYTES], is_html=True)
     markup = _decode(path, data, _web_encoding(declared))
-    # A tag that nothing closes is text to the parser, which earlier versions of Python looked for to the end each time.
+    # The parser takes an unclosed tag for text; earlier versions of Python searched to the end of the page for each.
     end = markup.rfind(">") + 1
     markup = markup[:end] + markup[end:].replace("<", "&lt;")
     with warnings.catch_warnings():
@@ -269,20 +270,20 @@ def _read_html(path: Path, data: bytes) -> tuple[str, str]:
 def _web_encoding(declared: str | None) -> str | None:
     """Return the codec for an encoding named inside a page, as the HTML standard reads such names.
 
-    The declaration was read as ASCII, so one that reads that otherwise (UTF-16, punycode) or no text at all (hex) is
-    not the page's.
+    The declaration was read as ASCII, so an encoding that would read it otherwise (UTF-16, punycode), or that is not a
+    text encoding (hex), cannot be the page's.
     """
     try:
         name = codecs.lookup(declared or "utf-8").name
         if _PLAIN.decode(name) != _PLAIN.decode("ascii"):
             return None
-    except (LookupError, ValueError):  # ValueError: a NUL character in the name, and what the codec cannot decode
+    except (LookupError, ValueError):  # ValueError: a NUL character in the name, or bytes that the codec cannot decode
         return None
     return "cp1252" if name in ("iso8859-1", "ascii") else name
 
 
 def _visible_text(root: Tag) -> str:
-    """Read text in its order: blocks on lines of their own, cells apart by tabs, `<pre>` as it stands."""
+    """Read the text in order: blocks on lines of their own, cells separated by tabs, `<pre>` as it stands."""
     from bs4.element import NavigableString, PreformattedString, Tag
 
     lines: list[str] = []
@@ -297,8 +298,8 @@ def _visible_text(root: Tag) -> str:
         if joined.strip():
             lines.append(joined)
 
-    # A stack, not recursion: pages nest deeper than Python does. With each node, whether it closes, has no size, and is
-    # invisible.
+    # A stack, not recursion: pages nest deeper than Python's stack. With each node: whether it closes, has no size, and
+    # is invisible.
     stack: list[tuple[Any, bool, bool, bool]] = [(root, False, False, False)]
     while stack:
         node, closes, tiny, invisible = stack.pop()
@@ -341,19 +342,19 @@ def _is_hidden(tag: Tag, style: str) -> bool:
 
 
 def _after_missing_end(tag: Tag) -> list[Any]:
-    """List what stands behind the end of a tag that the page left out, which the parser takes for a part of it."""
+    """List the nodes that follow a tag whose end the page left out; the parser puts them inside it."""
     names: frozenset[str] = _CLOSED_BY.get(tag.name, frozenset())
     inside: Any = tag
     while inside is not None and inside.name in _CLOSED_BY:
         tags = [(at, child) for at, child in enumerate(inside.contents) if getattr(child, "name", None) is not None]
         if (first := next((at for at, child in tags if child.name in names), None)) is not None:
             return list(inside.contents[first:])
-        inside = tags[-1][1] if tags else None  # where its end is left out as well, it has the rest
+        inside = tags[-1][1] if tags else None  # if its end is left out as well, it holds the rest
     return []
 
 
 class _Losses(logging.Handler):
-    """Collects what pypdf, in this thread, says of text that it left out."""
+    """Collects pypdf's log messages, in this thread, about text that it left out."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -366,7 +367,7 @@ class _Losses(logging.Handler):
 
 
 def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
-    """Return the text of the pages joined by blank lines, and what to note in the metadata."""
+    """Return the text of the pages, joined by blank lines, and the metadata."""
     if b"%PDF-" not in data[:1024]:
         raise DocumentError(f"{path} is not a PDF in spite of its suffix; rename it to what it is, or save it again")
     pypdf = optional_import("pypdf", "documents", f"reading {path}")
@@ -401,12 +402,12 @@ def _read_pdf(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
 
 
 def _form_values(page: Any) -> Iterator[str]:
-    """Yield what was filled into a page's form, "name: value" each; a box that is not ticked has none."""
+    """Yield the values filled into a page's form, as "name: value"; a box that is not ticked has none."""
     for annotation in page.get("/Annots") or ():
         widget = annotation.get_object()
         if widget.get("/Subtype") != "/Widget":
             continue
-        # One of several of a field has the rest of what is known in its parent.
+        # A widget of a field with several widgets inherits the rest from its parent.
         parent = widget["/Parent"].get_object() if "/Parent" in widget else {}
         name, kind, value = (widget.get(key, parent.get(key)) for key in ("/T", "/FT", "/V"))
         if kind == "/Btn":

@@ -34,7 +34,7 @@ class Question:
 
     @cached_property
     def document(self) -> str:
-        """Name the text: questions about the same text have the same."""
+        """Name of the text: the same for all questions about it."""
         return hashlib.sha256(self.context.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
@@ -43,7 +43,7 @@ def read_questions(files: Sequence[str | os.PathLike[str]], *, unique: bool = Tr
 
     Args:
         files: .jsonl or .jsonl.zst.
-        unique: Ids name the rows, so none may occur twice; training does not need that.
+        unique: Require that no id occurs twice; training does not need that.
 
     Raises:
         DocumentError: A row is not a question, or its id occurs twice; the message has the file and line.

@@ -1,1 +1,1 @@
-"""From a budget of positions to the input of the frozen LLM: plan, assemble, keep a session going."""
+"""From documents and a budget of positions to the frozen LLM's input: plan, build prompts, keep conversations going."""

@@ -1,10 +1,9 @@
 """Share a budget out among sentences: which are read in full, which at a ratio, and which not at all.
 
-What it costs the answer when a sentence is read in less detail was measured (`pretrained/focus.json`): most for the
+What an answer loses when a sentence is read in less detail was measured (`pretrained/focus.json`): most for the
 sentence that is most like the question, next to nothing for one that shares no word with it. Every sentence starts
-dropped and rises along the convex hull of its options, always by the step that saves most loss per position, whichever
-sentence it is of. So one may rise from a ratio straight to its full text: it does where the ratios between buy too
-little.
+dropped and rises along the convex hull of its options; each step taken is the one, of all sentences, that saves most
+loss per position. A sentence may rise from a ratio straight to its full text, if the ratios between save too little.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ import numpy as np
 
 from extemb_core.context.spans import Array
 
-_DIGITS = 12  # after which two claims are equal
-_MAX_TRIES = 64  # of steps past the first that no longer fits
+_DIGITS = 12  # claims that agree in so many digits are equal
+_MAX_TRIES = 64  # steps to try after the first that no longer fits
 
 
 def convex_steps(costs: Sequence[float], losses: Sequence[float]) -> list[tuple[int, float]]:
     """List the options on the lower convex hull after the first, each with the loss that it saves per cost.
 
     Args:
-        costs: Of each option, rising.
-        losses: Of each option.
+        costs: Cost of each option, rising.
+        losses: Loss of each option.
 
     Returns:
-        (option, saved loss per cost), falling in the latter; none that saves nothing.
+        (option, saved loss per cost), by falling savings; options that save nothing are left out.
     """
     hull = [0]
     for option in range(1, len(costs)):

@@ -30,13 +30,13 @@ Part = str | Segment
 
 DOCUMENT_SEPARATOR = "\n\n"  # after each document of a message
 _CUT = np.empty(0, dtype=np.int32)  # empty: the texts on its two sides are tokenised separately
-# Private-use characters fence a placeholder's number; the first that no text contains is taken.
+# A placeholder's number stands between two private-use characters; the first that no text contains is taken.
 _FENCES = [chr(point) for point in range(0xF0000, 0xF0100)]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a document will stand in a prompt, and the number that it is filled by."""
+    """Place of a document in a prompt, and the number by which it is filled."""
 
     number: int
     document: Document
@@ -63,8 +63,8 @@ class Prompt:
         """Return what an `LLM` reads: ids if there is only text, else (T, D) embeddings, or ids with states.
 
         Raises:
-            MismatchError: An anchor is a control token or none, which no text becomes; or embeddings of several entry
-                layers stand in the prompt.
+            MismatchError: An anchor is a control token or not a token, which cannot come from text; or the prompt holds
+                embeddings of several entry layers.
         """
         if self.text_only:
             return [int(index) for segment in self.segments for index in segment]  # type: ignore[union-attr]
@@ -100,7 +100,7 @@ class Prompt:
 
 
 def document_heading(index: int, title: str | None = None) -> str:
-    """Return the line before document number `index`, from 0: one line, whatever white space a title has."""
+    """Return the heading of document number `index`, from 0; line breaks in the title become spaces."""
     return f"[{index + 1}] {' '.join((title or '').split()) or 'Document'}\n"
 
 
@@ -122,15 +122,15 @@ def render_chat(
         llm: Whose template and tokenizer are used.
         messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids, embeddings (see `Prompt`)
             and `Slot`s. An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}], which
-            are text where the template has no place for them, or refuses them. Where it refuses the order of the roles,
-            neighbours of one role are joined, and an empty turn of the user stands before an assistant who begins;
-            where it refuses a system message, that stands before the user's first text.
+            become text if the template has no place for them or refuses them. If it refuses the order of the roles,
+            neighbouring messages of one role are joined, and an empty user turn is put before an assistant's that
+            comes first; if it refuses a system message, that is put before the user's first text.
         tools: Functions in OpenAI's form, for templates that have a place for them.
-        assistant_prefix: What the assistant's turn, whose opening is the end of the prompt, begins with. Its control
-            tokens are obeyed, but for those in the name of a tool.
+        assistant_prefix: Text that begins the assistant's turn; the prompt ends with it. Its control tokens are obeyed, but for
+            those in the name of a tool.
 
     Raises:
-        ConfigError: A message is not of that form, or the template refuses or drops it.
+        ConfigError: A message does not have that form, or the template refuses or drops it.
     """
     if tools:
         require_tools(llm)
@@ -148,7 +148,7 @@ class _RefusedError(Exception):
 
 
 def _forms(llm: LLM, messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield messages with checked content in the forms in which a template may take them, the best first."""
+    """Yield the messages, with checked content, in the forms that a template might accept, best first."""
     # A template may ask only whether a field is there, not what is in it.
     plain = [{name: message[name] for name in message if name != "tool_calls" or message[name]} for message in messages]
     forms = [plain] if "tool_calls" in (llm.tokenizer.chat_template or "") else []
@@ -163,7 +163,7 @@ def _forms(llm: LLM, messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dic
 
 
 def _in_turn(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages in which user and assistant speak in turn, the user first, after what the system says."""
+    """Return messages in which user and assistant alternate, the user first, after the system's."""
     turns: list[dict[str, Any]] = []
     for message in messages:
         if message["role"] == "assistant" and all(turn["role"] == "system" for turn in turns):
@@ -177,7 +177,7 @@ def _in_turn(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_system_in_turn(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages in which what the system says stands in the user's first turn, before the text."""
+    """Return messages in which the system's text stands in the user's first turn, before the user's text."""
     first = next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
     end = first + 1 if _roles(messages[first : first + 1]) == ["user"] else first
     return [{"role": "user", "content": _joined(messages[:end])}, *messages[end:]]
@@ -188,7 +188,7 @@ def _roles(messages: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _joined(messages: Sequence[dict[str, Any]]) -> list[Part | Slot]:
-    """Join what messages hold, with a blank line between two."""
+    """Join the contents of messages, with blank lines between them."""
     return [part for message in messages if message["content"] for part in ("\n\n", *message["content"])][1:]
 
 
@@ -234,24 +234,25 @@ def _rendered(
 
 
 class ChatPrompt:
-    """Messages that went through a chat template once, with slots for documents that are filled as often as wanted."""
+    """Messages rendered once through a chat template, with slots for documents that can be filled repeatedly."""
 
     def __init__(self, llm: LLM, placeholders: _Placeholders, rendered: str) -> None:
         self._llm = llm
-        self._encode = cache(llm.encode_template)  # each of the template's pieces once
+        self._encode = cache(llm.encode_template)  # tokenises each piece of the template once
         self._placeholders = placeholders
         self._rendered = rendered
 
     @cached_property
     def n_around(self) -> int:
-        """Positions of all that stands around the slots, cut into tokens there as embeddings in them would cut it."""
+        """Positions of everything around the slots, tokenised as if embeddings stood in them."""
         slots = [part for part in self._placeholders.parts if isinstance(part, Slot) and len(part)]
         return len(self.fill({slot.number: [_CUT] for slot in slots}))
 
     def fill_within(self, contents: Mapping[int, Sequence[Part]], room: int) -> Prompt:
         """Fill the slots as `fill` does, in `room` positions.
 
-        If text merges with its surroundings into more tokens than `room` holds, it is tokenised separately."""
+        If text merges with its surroundings into more tokens than `room` holds, it is tokenised separately.
+        """
         prompt = self.fill(contents)
         if len(prompt) <= self.n_around + room:
             return prompt
@@ -266,7 +267,7 @@ class ChatPrompt:
         fence, parts = self._placeholders.fence, self._placeholders.parts
         pieces, edges, end = self._rendered.split(fence), set(), 0
         for at, piece in enumerate(pieces):
-            if at % 2:  # between two fences stands a number
+            if at % 2:  # every second piece is a placeholder's number
                 part = parts[int(piece)]
                 if isinstance(part, Slot):
                     pieces[at] = self._placeholders.mark_all(contents.get(part.number, ()))
@@ -291,11 +292,11 @@ def assemble_text(llm: LLM, parts: Sequence[Part]) -> Prompt:
 
 
 class _Placeholders:
-    """Numbers what does not pass through the template as text.
+    """Replaces by numbered placeholders what does not pass through the template as text.
 
     Attributes:
-        fence: Stands before and after each number.
-        parts: What the numbers stand for.
+        fence: Character before and after each number.
+        parts: Contents that the numbers stand for, in order.
     """
 
     def __init__(self, llm: LLM, contents: Sequence[Sequence[Part | Slot]]) -> None:
@@ -305,30 +306,30 @@ class _Placeholders:
         self.fence = next((fence for fence in _FENCES if not any(fence in text for text in texts)), _FENCES[0])
         self.parts: list[Segment | Slot] = []
         self._llm = llm
-        # The fence is one of them, for texts that hold every character that it could be.
+        # The fence is escaped too, in case the texts hold every character that it could be.
         tokens = sorted([*llm.control_tokens, self.fence], key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, tokens)))
 
     def mark(self, text: str) -> str:
-        """Put placeholders for the control tokens in a text."""
+        """Replace the control tokens in a text by placeholders."""
         return self._control.sub(self._as_data, text)
 
     def mark_all(self, parts: Sequence[Part | Slot]) -> str:
-        """Join parts, with placeholders for what is no text and for control tokens: one may lie across two texts."""
+        """Join parts, with placeholders for all but text and for control tokens, also those that span two texts."""
         return "".join(
             self.mark("".join(run)) if texts else "".join(map(self._number, run))  # type: ignore[arg-type]
             for texts, run in itertools.groupby(parts, lambda part: isinstance(part, str))
         )
 
     def mark_across(self, edges: Set[int], text: str) -> str:
-        """Put placeholders for the control tokens that lie across one of the edges; the others are the template's."""
+        """Replace the control tokens that span one of the edges by placeholders; the others are the template's own."""
         return self._control.sub(
             lambda match: match[0] if edges.isdisjoint(range(match.start() + 1, match.end())) else self._as_data(match),
             text,
         )
 
     def mark_within(self, value: Any) -> Any:
-        """Mark all texts in lists and mappings."""
+        """Apply `mark` to every text in nested lists and mappings."""
         if isinstance(value, str):
             return self.mark(value)
         if isinstance(value, Mapping):

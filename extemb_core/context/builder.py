@@ -1,4 +1,4 @@
-"""From documents and a question to the prompt that the LLM reads: tokenise, plan, compress, put in place."""
+"""Build the prompt that the LLM reads from documents and a question: tokenise, plan, compress, assemble."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class ReadDocuments:
     """Documents as they stand in a prompt.
 
     Attributes:
-        parts: Of each document: its heading if it gets one, then its text or embeddings; nothing where it is dropped.
-        context: What became of each.
-        seconds: That planning and compressing took.
+        parts: For each document, its heading if it gets one, then its text or embeddings; nothing if it is dropped.
+        context: What became of each document.
+        seconds: Time that planning and compressing took.
     """
 
     parts: Sequence[Sequence[Part]]
@@ -47,7 +47,7 @@ class ReadDocuments:
     seconds: float
 
     def cached(self) -> ReadDocuments:
-        """Return the same, read once more: what was compressed is there already."""
+        """Return the same documents as when read again: all that were compressed are marked as cached."""
         fidelities = [{entry.fidelity, *(span.fidelity for span in entry.spans)} for entry in self.context]
         compressed = [any(isinstance(fidelity, int) for fidelity in of_entry) for of_entry in fidelities]
         context = tuple(replace(one, cached=there) for one, there in zip(self.context, compressed, strict=True))
@@ -61,12 +61,12 @@ class ReadDocuments:
 
 @dataclass(frozen=True, eq=False)
 class _Fetched:
-    """Compressed texts by ref and ratio, as one call has them.
+    """Compressed texts of one call, by ref and ratio.
 
     Attributes:
-        store: Where they are kept.
-        texts: Those so far.
-        stored: Those of them that were in the store before.
+        store: Store that keeps them.
+        texts: Texts fetched or compressed so far.
+        stored: Keys of the texts that were in the store before.
     """
 
     store: Store
@@ -82,7 +82,7 @@ class ContextBuilder:
     Args:
         llm: The frozen LLM.
         embedder: Made for that LLM.
-        store: Where compressed documents are kept.
+        store: Store that keeps compressed documents.
         scorer: See `SentencePlanner`.
     """
 
@@ -93,7 +93,7 @@ class ContextBuilder:
         self.embedder = embedder
         self.store = store
         self.scorer = scorer
-        self.scorer_id = None if scorer is None else uuid4().hex  # its address may be another's when it is gone
+        self.scorer_id = None if scorer is None else uuid4().hex  # not id(scorer), which another object may have later
         self._planner = SentencePlanner(llm, embedder, scorer)
         self._tokens = lru_cache(_KEPT_TEXTS)(lambda text: llm.encode_with_ends(text))
         self._sentences = lru_cache(_KEPT_TEXTS)(
@@ -114,11 +114,11 @@ class ContextBuilder:
         rendered: ChatPrompt | None = None,
         **template: Any,
     ) -> PreparedPrompt:
-        """Build a prompt from messages, documents that join the last user message, and documents inside messages.
+        """Build a prompt from messages, the documents that join the last user message, and those inside messages.
 
         Args:
             messages, documents, budget, ratio, max_new_tokens, plan: See `ExtensibleLM.prepare`.
-            rendered: What `render` made of the same messages and documents; it is called with `template` otherwise.
+            rendered: Result of `render` for the same messages and documents; made here, with `template`, if not given.
             **template: See `render_chat`.
 
         Raises:
@@ -145,7 +145,7 @@ class ContextBuilder:
     ) -> PreparedPrompt:
         """Build a plain prompt, without a chat template: documents, then texts and the documents between them.
 
-        There is no question that documents could be planned for: each stands at one ratio.
+        There is no question to plan for, so each document is read at one ratio.
         """
         start = time.perf_counter()
         pieces = several(texts, "prompt")
@@ -194,12 +194,12 @@ class ContextBuilder:
             question: What is asked about them.
             plan: "focus", "select" or "even"; None for what suits the embedder and the question (see `mode_of`).
             overhead: Positions that each takes besides its content; those of its heading when not given.
-            fetched: What was compressed already; what is compressed to look at it is added.
+            fetched: Texts compressed so far; those that planning compresses are added.
 
         Raises:
-            RatioError: The ratio may not be asked for.
-            ConfigError: The plan is none of these, or cannot be.
-            StoreCorruptError: A document's spans are none that this embedder can make of it.
+            RatioError: The ratio is not one of the embedder's.
+            ConfigError: The plan is unknown, or not possible here.
+            StoreCorruptError: A document's spans cannot come from this embedder.
         """
         config = self.embedder.config
         if isinstance(ratio, int):
@@ -209,7 +209,7 @@ class ContextBuilder:
             overhead = [self.positions_of(after + heading) for heading, after in _around(documents, n_headed)]
         mode = mode_of(plan, ratio, question, config)
         if plan is None and mode == "select" and any(map(_finest_of, documents)):
-            mode = "focus"  # what may not stand in full would be dropped unread
+            mode = "focus"  # "select" would drop documents that may not be read in full
         fetched = fetched or _Fetched(self.store)
         before = {
             at: self._planned_before(at, document, positions)
@@ -234,7 +234,7 @@ class ContextBuilder:
         return Plan(documents=tuple(before[at] for at in range(len(documents))), budget=room, note=rest.note)
 
     def _planned_before(self, index: int, document: ReferencedDocument, overhead: int) -> DocumentPlan:
-        """Return what the spans say that a document carries, if they can be spans of it."""
+        """Return the plan in the spans that a document carries, after checking that they can be its spans."""
         config, grid, n_tokens = self.embedder.config, self._grid_of(document), self.n_tokens(document)
         spans = tuple(Span(*span) for span in document.spans or ())  # type: ignore[arg-type]
         legal: set[Fidelity] = {"dropped", *(ratio for ratio in config.ratios if ratio >= grid and config.entry_layer)}
@@ -252,7 +252,7 @@ class ContextBuilder:
         return plan_of_spans(index, spans, "as planned before", excerpt, overhead, config.chunk_size)
 
     def _coarsest(self, document: Document, overhead: int) -> int:
-        """Count the fewest positions that a plan by itself reads all of a document in."""
+        """Count the positions of a whole document at the coarsest ratio that a plan chooses by itself."""
         config, n_tokens = self.embedder.config, self.n_tokens(document)
         ratio = max(config.plan_ratios[-1], _finest_of(document) or 1)
         return compressed_positions(n_tokens, ratio, config.chunk_size) + overhead if n_tokens else 0
@@ -267,7 +267,7 @@ class ContextBuilder:
         mode: Mode,
         fetched: _Fetched,
     ) -> Plan:
-        """Plan documents, whatever they carry."""
+        """Plan documents anew, without the spans that they may carry."""
         config = self.embedder.config
         if mode == "even":
             return plan_context(
@@ -300,11 +300,11 @@ class ContextBuilder:
         return [fetched.texts[key] for key in keys]
 
     def _grid_of(self, document: Document) -> int:
-        """Return the ratio that a document is stored at for spans of it."""
+        """Return the ratio at which a document is stored when its spans are read at different fidelities."""
         return max(self.embedder.config.kept_ratio, _finest_of(document) or 1)
 
     def stored_ratio(self, document: Document, planned: DocumentPlan) -> Fidelity:
-        """Return the ratio that a document is compressed at for its plan; its fidelity where it is not compressed."""
+        """Return the ratio at which a document is compressed for its plan, or its fidelity if it is not compressed."""
         in_part = any(isinstance(span.fidelity, int) for span in planned.spans)
         return self._grid_of(document) if in_part else planned.fidelity
 
@@ -319,7 +319,7 @@ class ContextBuilder:
         plan: str | None = None,
         store: Store | None = None,
     ) -> ReadDocuments:
-        """Compress documents as `plan` has it, as far as they are not in `store` (the builder's when not given)."""
+        """Plan documents, and compress those that need it and are not in `store` (the builder's when not given)."""
         start = time.perf_counter()
         fetched = _Fetched(self.store if store is None else store)
         planned_all = self.plan(
@@ -362,7 +362,7 @@ class ContextBuilder:
         return ReadDocuments(parts, tuple(context), time.perf_counter() - start)
 
     def _as_text(self, document: Document, heading: str, separator: str) -> list[Part]:
-        """List what stands in a prompt for a document that is read as text."""
+        """List the parts of a prompt for a document that is read as text."""
         # As text it would be split at its control tokens, into more tokens than planned.
         if any(token in document.text for token in self.llm.control_tokens):
             ids = self.token_ids(document.text)
@@ -378,7 +378,7 @@ class ContextBuilder:
         )
 
     def _fetch(self, wanted: Mapping[tuple[str, int], str], fetched: _Fetched) -> None:
-        """Compress texts, by ref and ratio, as far as they are not in the store, where they are put."""
+        """Fetch texts, by ref and ratio, from the store; compress those that it lacks, and put them there."""
         fingerprint, store = self.embedder.fingerprint, fetched.store
         wanted = {key: text for key, text in wanted.items() if key not in fetched.texts}
         in_store = {(ref, ratio): store.get(ref, fingerprint, ratio) for ref, ratio in wanted}
@@ -394,15 +394,15 @@ class ContextBuilder:
                 if not store.readonly:  # a read-only store keeps nothing: what it lacks serves this call alone
                     store.put(*batch)
                 for text in batch:
-                    # As stored, which on disk is rounded: the first answer is what later ones will be.
+                    # Read back: a store on disk rounds, and the first answer must equal later ones.
                     rounded = store.get(text.ref, fingerprint, ratio)
                     fetched.texts[text.ref, ratio] = text if rounded is None else rounded
 
     def _own(self, text: Compressed, n_tokens: int) -> Compressed:
-        """Return what a store has as the embedder makes it, which may have more ratios than when it was put.
+        """Return a stored text with the embedder's ratios, which may be more than when it was put.
 
         Raises:
-            StoreCorruptError: It stands under the embedder's fingerprint, and cannot have been made by it.
+            StoreCorruptError: It is stored under the embedder's fingerprint, but cannot have been made by it.
         """
         config = self.embedder.config
         expected = (n_tokens, self.llm.hidden_size, config.chunk_size, config.downscaling, config.entry_layer)
@@ -426,7 +426,7 @@ class ContextBuilder:
         return len(self.token_ids(document.text))
 
     def room(self, n_bare: int, max_new_tokens: int, budget: int | None, documents: Sequence[Document]) -> int:
-        """Count the positions for documents: the budget, or what a prompt of `n_bare` and its answer leave, if less.
+        """Count the positions for documents: the budget, or less if a prompt of `n_bare` and its answer leave less.
 
         Raises:
             BudgetError: Nothing is left, or the budget is below 0 or no whole number.
@@ -444,7 +444,7 @@ class ContextBuilder:
     def length(
         self, rendered: ChatPrompt, documents: Sequence[Document], planned: Plan, room: int, *, n_headed: int
     ) -> int:
-        """Count the positions of the prompt that `chat` would build as planned: text is cut as it is there."""
+        """Count the positions of the prompt that `chat` would build from a plan, tokenising text as `chat` does."""
         contents: dict[int, list[Part]] = {}
         for document, one, (heading, separator) in zip(
             documents, planned.documents, _around(documents, n_headed), strict=True
@@ -467,12 +467,12 @@ class ContextBuilder:
 
 
 def parts_of(spans: Sequence[Span], ids: np.ndarray[Any, Any], text: Compressed | None) -> list[Part]:
-    """List what stands in a prompt for spans of a document.
+    """List the parts of a prompt for the spans of a document.
 
     Args:
-        spans: In order.
+        spans: Spans, in order.
         ids: (T,) the document's tokens.
-        text: The document compressed; None where no span is at a ratio.
+        text: The compressed document; None if no span is read at a ratio.
     """
     at_ratio = [(span.start, span.stop, span.fidelity) for span in spans if isinstance(span.fidelity, int)]
     compressed = iter(text.parts(at_ratio) if text is not None else ())
@@ -484,12 +484,12 @@ def parts_of(spans: Sequence[Span], ids: np.ndarray[Any, Any], text: Compressed 
 
 
 def capped(budget: int | None, free: int) -> int:
-    """Return the positions that are free, or the budget where that is less."""
+    """Return the budget, but no more than the positions that are free."""
     return free if budget is None else min(check_budget(budget), free)
 
 
 def _around(documents: Sequence[Document], n_headed: int | None) -> list[tuple[str, str]]:
-    """List what stands before and after each document: a heading and a separator, of the first `n_headed`."""
+    """List what stands before and after each document: a heading and a separator for the first `n_headed`."""
     headed = [assembly.document_heading(rank, document.title) for rank, document in enumerate(documents[:n_headed])]
     return [(heading, assembly.DOCUMENT_SEPARATOR) for heading in headed] + [("", "")] * (len(documents) - len(headed))
 

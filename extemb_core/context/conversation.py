@@ -1,13 +1,13 @@
 """Conversations of any length in a window of fixed size.
 
-`Condenser` takes a whole conversation at each call, as chat frameworks hand it over, and compresses the turns that the
-window does not hold.
+`Condenser` takes a whole conversation at each call, as chat frameworks hand it over, and compresses the older turns if
+the window does not hold it.
 
 `Session` is the online mode (twin paper, section 3), for a conversation or a stream. It keeps a timeline, oldest first:
 condensed text, then raw text and turns. When the next answer would not fit the window, the oldest raw part is condensed
 into extensible embeddings. When those take more than half of the window, the oldest are coarsened, ratio by ratio,
-without another forward pass; only when even the coarsest no longer fit does the oldest part go, and `dropped_tokens`
-says so. Memory stays flat: condensed text is not kept.
+without another forward pass; the oldest part is dropped, and counted in `dropped_tokens`, only when even the coarsest
+no longer fit. Memory stays flat: condensed text is not kept.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from extemb_core.utils.validation import require_text, whole_number
 _EARLIER = "Earlier in this conversation:\n"
 _FORGOTTEN = "the oldest turns"
 _PIECE_CHARS = 8192  # long texts are taken in piece by piece
-_FIRST_RATIO = 4  # what raw text is condensed at first; pressure coarsens it
-_MAX_TURN_BYTES = 64 * 2**20  # of the embeddings of recent conversations' older turns
+_FIRST_RATIO = 4  # ratio at which raw text is condensed first; it is coarsened when room runs out
+_MAX_TURN_BYTES = 64 * 2**20  # of embeddings of older turns, kept in memory
 
 
 class CompressedTurn(Document):
-    """A turn of a conversation that is compressed for room."""
+    """A turn of a conversation that is compressed to make room."""
 
 
 class Condenser:
     """Builds prompts from conversations, compressing the older turns that the window does not hold.
 
-    Embeddings of turns are kept in memory alone, for a while: what was said in a conversation is never put into the
+    Embeddings of turns are kept in memory only, the most recent ones: what was said in a conversation never enters the
     documents' store.
 
     Args:
@@ -75,9 +75,9 @@ class Condenser:
         plan: str | None = None,
         **template: Any,
     ) -> PreparedPrompt:
-        """Build what `ContextBuilder.chat` builds; `answer.context` tells what became of each older turn.
+        """Build what `ContextBuilder.chat` builds; `answer.context` says what became of each older turn.
 
-        Documents have the positions of the budget before turns do, and half of the room where none is given.
+        Documents get their budget first (half of the room when none is given), turns get the rest.
         """
         start = time.perf_counter()
         builder = self._builder
@@ -87,7 +87,7 @@ class Condenser:
         ranked = [*documents, *inline_documents(messages)]
         settings: dict[str, Any] = {"n_headed": len(documents), "question": question_in(messages), "plan": plan}
         n_bare, condensed = rendered.n_around, None
-        if n_bare > room - cap:  # else they fit, whatever the documents take
+        if n_bare > room - cap:  # otherwise all turns fit, even beside documents of the full budget
             left = room - builder.plan(ranked, cap, ratio, **settings).positions
             condensed = None if n_bare <= left else self._condensed(messages, left, template)
         if condensed is None:
@@ -104,7 +104,7 @@ class Condenser:
         n_bare = rendered.n_around
         room = builder.room(n_bare, max_new_tokens, cap, uncondensed)
         read = builder.read(uncondensed, room, ratio, **settings)
-        # Turns take what documents leave; the newest is the best of them.
+        # Turns share what the documents leave; newer turns rank higher.
         free = builder.llm.context_window - n_bare - max_new_tokens
         left = free - read.positions
         earlier = builder.read([ranked[at] for at in reversed(turns)], left, "auto", n_headed=0, store=self.turns)
@@ -115,7 +115,7 @@ class Condenser:
         return PreparedPrompt(prompt, context, seconds, start, room)
 
     def _condensed(self, messages: Messages, left: int, template: dict[str, Any]) -> Messages | None:
-        """Make the older turns documents before the first that stays; None where there are none.
+        """Turn the older turns into documents that stand before the first turn that stays; None if there are none.
 
         The newest turns stay text, up to half of `left`, beginning with a user's. If the tool rounds since the last
         user turn are still too long, tool results become documents in their places, except those of the newest calls.
@@ -182,15 +182,15 @@ class Session:
 
     Args:
         builder: Builds the prompts.
-        documents: Stay in the prompt throughout, as `ask` would place them.
-        ratio: For the documents.
-        window: Positions to use; the LLM's own at most and by default.
-        budget: Positions that the documents may take at most, where the conversation leaves them; half of the window
-            when not given.
+        documents: Documents that stay in the prompt throughout, as `ask` would place them.
+        ratio: Ratio of the documents.
+        window: Positions to use; by default, and at most, the LLM's own window.
+        budget: Positions that the documents may take at most, if the conversation leaves them; half of the window when
+            not given.
 
     Attributes:
         condensed_tokens: Tokens that are now extensible embeddings.
-        dropped_tokens: Tokens that even the coarsest ratio had no room for; each answer's context tells of them.
+        dropped_tokens: Tokens that did not fit even at the coarsest ratio; each answer's context reports them.
     """
 
     def __init__(
@@ -235,13 +235,13 @@ class Session:
             self._adopt(draft)
 
     def send(self, text: str, **sampling: Any) -> Answer:
-        """Say something and get the answer; both become part of the conversation."""
+        """Send a message and return the answer; both become part of the conversation."""
         return self.stream(text, **sampling).finish()
 
     def stream(self, text: str, **sampling: Any) -> AnswerStream:
-        """Do as `send`, piece by piece. What is written until the stream is closed joins the conversation.
+        """Answer as `send` does, piece by piece. What is written until the stream is closed joins the conversation.
 
-        Where that is nothing, or the LLM fails, the message does not join it either, and may be sent again.
+        If nothing was written, or the LLM fails, the message does not join it either, and may be sent again.
         """
         require_text(text, "message")
         start = time.perf_counter()
@@ -263,7 +263,7 @@ class Session:
         def take_in(answer: Answer) -> None:
             with self._lock:
                 joined = draft
-                if self._timeline is not before:  # something else joined meanwhile
+                if self._timeline is not before:  # another thread changed the conversation meanwhile
                     joined, question.text = self._draft(), text
                     joined._take_in(long)
                 joined._timeline += [question, _Turn("assistant", answer.text)]
@@ -272,7 +272,7 @@ class Session:
         return AnswerStream(self._llm, prepared, settings, take_in)
 
     def _holds(self, text: str, new_tokens: int) -> bool:
-        """Return whether a message is short or fits beside an answer; no more of it is encoded than tells that."""
+        """Return whether a message is short or fits beside an answer; it is encoded only as far as needed."""
         if len(text) <= _PIECE_CHARS:
             return True
         sizes = (len(self._llm.encode(piece)) for piece in pieces_of(text, _PIECE_CHARS))
@@ -295,7 +295,7 @@ class Session:
     # -- the timeline -----------------------------------------------------------------------------------------
 
     def _draft(self) -> Session:
-        """Copy the conversation, for something to be tried that may fail."""
+        """Copy the conversation, to try something that may fail."""
         draft = copy(self)
         draft._timeline, draft._condensed = [replace(turn) for turn in self._timeline], [*self._condensed]
         return draft
@@ -304,7 +304,7 @@ class Session:
         vars(self).update(vars(draft))
 
     def _take_in(self, text: str) -> None:
-        """Add streamed text in pieces, making room after each, so that the work grows with the text and no faster."""
+        """Add streamed text in pieces, making room after each, so that the work grows only linearly with the text."""
         for piece in pieces_of(text, _PIECE_CHARS):
             self._timeline.append(_Turn(None, piece))
             self._make_room([], 0)
@@ -341,7 +341,7 @@ class Session:
             self._relieve(room // 2)
 
     def _condense_oldest(self, coming: list[_Turn]) -> None:
-        """Turn the oldest raw text, a chunk of it at most, into embeddings."""
+        """Turn the oldest raw text, at most a chunk, into embeddings."""
         source = self._timeline if self._timeline else coming
         turn = source[0]
         size = self._builder.embedder.config.chunk_size
@@ -349,7 +349,7 @@ class Session:
         ids = self._llm.encode(label + turn.text)
         if len(ids) <= size and source is self._timeline:
             source.pop(0)
-        else:  # the head of a long text; what stays keeps its role
+        else:  # only the beginning of a long text; the rest keeps its role
             head, rest = _split_text(self._llm, turn.text, size)
             ids = self._llm.encode(label + head)
             turn.text = rest
@@ -372,7 +372,7 @@ class Session:
                 self._condensed[at] = finest.at_ratio(ratios[ratios.index(finest.ratio) + 1])
 
     def _forgotten(self) -> Iterator[ContextEntry]:
-        """Tell of what was dropped, as the answers of other conversations tell of older turns."""
+        """Report what was dropped, in the form in which `Condenser` reports older turns."""
         if self.dropped_tokens:
             yield ContextEntry(
                 source=_FORGOTTEN, ref="", n_tokens=self.dropped_tokens, positions=0, fidelity="dropped", cached=False,

@@ -1,4 +1,4 @@
-"""Plan for a question: what says most about it is read in full and, where it is little, the rest compressed around."""
+"""Plan for a question: read the sentences that say most about it in full and, if they are few, the rest compressed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from extemb_core.context.scoring import SentenceScorer, bm25_scores, ranking, ra
 from extemb_core.context.spans import MAX_SENTENCE_TOKENS, Array, GroupGrid, Sentences
 from extemb_core.errors import ConfigError
 
-if TYPE_CHECKING:  # it loads transformers, and settings are checked without
+if TYPE_CHECKING:  # loads transformers, which checking settings does not need
     from extemb_core.models.config import ExtensibleEmbedderConfig
 
 _MIN_LOSS = 1e-6  # per token
-_SCATTERED = 0.2  # what the second sentence adds; above it the answer is in more places than a ranking by words finds
-_MANY = 6  # sentences in full; beside so many, what is compressed distracts more than it tells (docs/experiments.md)
-_MANY_BY_HEADS = 3  # the same, of those that heads rank
-_MANY_PARTS = 9  # the same, of parts of sentences
+_SCATTERED = 0.2  # if the second sentence adds more, the answer is in more places than a ranking by words finds
+_MANY = 6  # sentences in full beside which compressed text distracts more than it helps (docs/experiments.md)
+_MANY_BY_HEADS = 3  # the same, if retrieval heads rank the sentences
+_MANY_PARTS = 9  # the same, for parts of sentences
 
 Mode = Literal["focus", "select", "even"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -47,17 +47,17 @@ FIDELITIES: tuple[Fidelity, ...] = ("dropped", 32, 16, 8, 4, 2, "raw")
 
 @dataclass(frozen=True, eq=False)
 class SentenceLosses:
-    """What it costs the answer when a sentence is not read in full, by what it has to do with the question.
+    """What an answer loses when a sentence is not read in full, by how much that says about the question.
 
     Fitted by `extemb eval plan`.
 
     Attributes:
         ranks: Sentences are classed by their rank among all, from 1: up to ranks[0], up to ranks[1], and so on; then
             those below; then those that have nothing to do with the question.
-        trust: Borders between levels of trust in the ranking: what the second sentence adds (see `words_added`).
-        losses: (levels, classes, F) for each of `FIDELITIES`; of the last two classes per hundred of their own tokens.
-        alike_above: What the second sentence adds; above it every token counts alike (docs/experiments.md).
-        many: Whole sentences in full beside which nothing is compressed.
+        trust: Borders between levels of trust in the ranking, by what the second sentence adds (see `words_added`).
+        losses: (levels, classes, F) for each of `FIDELITIES`; those of the last two classes per hundred tokens.
+        alike_above: If the second sentence adds more than this, every token counts alike (docs/experiments.md).
+        many: With so many whole sentences in full, nothing is compressed beside them.
     """
 
     ranks: tuple[int, ...]
@@ -67,13 +67,13 @@ class SentenceLosses:
     many: int = _MANY
 
     def classes(self, scores: Array, lengths: Array) -> tuple[Array, Array]:
-        """Return (U,) class of each of U sentences, and what the losses of that class are multiplied by for it."""
+        """Return the (U,) classes of U sentences, and the (U,) factors by which the losses of their classes count."""
         classes = np.searchsorted(self.ranks, ranks(scores) + 1)
         classes[scores <= 0] = len(self.ranks) + 1
         return classes, np.where(classes < len(self.ranks), 1, lengths / 100)
 
     def of(self, scores: Array, lengths: Array, added: float) -> Array:
-        """Return (U, F) losses of U sentences, of which the second adds so much."""
+        """Return the (U, F) losses of U sentences; `added` is what the second one adds (see `added_by_second`)."""
         classes, amounts = self.classes(scores, lengths)
         losses: Array = self.losses[np.searchsorted(self.trust, added)][classes] * amounts[:, None]
         return losses
@@ -81,21 +81,21 @@ class SentenceLosses:
 
 @cache
 def shipped_losses() -> dict[str, Any]:
-    """Load the table that was fitted for the shipped LLM, for `sentence_losses`."""
+    """Load the table fitted for the shipped LLM, for `sentence_losses`."""
     text = (resources.files("extemb_core") / "pretrained" / "focus.json").read_text(encoding="utf-8")
     values: dict[str, Any] = json.loads(text)
     return values
 
 
 def sentence_losses(fitted: Any = None, *, by_heads: bool = False) -> SentenceLosses:
-    """Read what sentences cost that are not read in full.
+    """Read the losses of sentences that are not read in full.
 
     Args:
-        fitted: The `summary` of a record of `extemb eval plan`; what was fitted for the shipped LLM when not given.
-        by_heads: For what is ranked by retrieval heads too, and not by words alone.
+        fitted: The `summary` of a record of `extemb eval plan`; the one fitted for the shipped LLM when not given.
+        by_heads: The sentences are ranked by retrieval heads too, not by words alone.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: `fitted` is not such a summary.
     """
     values = shipped_losses() if fitted is None else fitted
     try:
@@ -116,7 +116,7 @@ def sentence_losses(fitted: Any = None, *, by_heads: bool = False) -> SentenceLo
 
 
 def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> float:
-    """Measure what the second of a ranking adds to the first (see `words_added`); 0 where there are no two."""
+    """Measure what the second sentence of a ranking adds to the first (see `words_added`); 0 if there is no second."""
     order = ranking(scores)
     if len(order) < 2 or scores[order[1]] <= 0:
         return 0.0
@@ -124,7 +124,7 @@ def added_by_second(question: str, sentences: Sequence[str], scores: Array) -> f
 
 
 def mode_of(plan: str | None, ratio: str | int, question: str, config: ExtensibleEmbedderConfig) -> Mode:
-    """Return how documents are planned: as asked, or for the question where there is one and nothing against it.
+    """Return how documents are planned: as asked, or by default for the question if there is one and it is possible.
 
     Text compressed by an untrained embedder answers worse than chosen sentences in the same positions
     (docs/experiments.md). So the default is "select" for an untrained embedder without a table of losses of its own,
@@ -147,10 +147,10 @@ def check_plan(plan: str | None, ratio: str | int = "auto", *, question: bool = 
 
     Args:
         plan, ratio: As for `mode_of`.
-        question: There is one; a plain prompt has none.
+        question: Whether there is a question; a plain prompt has none.
 
     Raises:
-        ConfigError: The plan is unknown, comes with a ratio, or needs the question that there is not.
+        ConfigError: The plan is unknown, comes with a ratio, or needs a question that is missing.
     """
     if plan is not None and plan not in MODES:
         raise ConfigError(f"plan={plan!r} is none of {', '.join(MODES)}; pass one of them or leave it out")
@@ -170,11 +170,11 @@ class SplitDocument:
     """A document and its sentences.
 
     Attributes:
-        sentences: All of its tokens.
+        sentences: Its sentences, which together are all of its tokens.
         finest: Tokens of the smallest group that is stored.
         chunk_size: Tokens that are compressed together.
-        overhead: Positions that it costs besides its content, where any of it is read.
-        limit: The finest ratio that it may be read at; None is no limit.
+        overhead: Positions that it costs besides its content, if any of it is read.
+        limit: The finest ratio at which it may be read; None is no limit.
     """
 
     sentences: Sentences
@@ -192,7 +192,7 @@ class SplitDocument:
         return GroupGrid(self.sentences, self.finest, self.chunk_size)
 
     def positions(self, fidelities: Sequence[Fidelity], chosen: Array) -> int:
-        """Count the positions that the document takes when its sentences are read so."""
+        """Count the positions that the document takes when each sentence has its chosen fidelity."""
         content = sum(span.positions(self.chunk_size) for span in self.grid.spans(fidelities, chosen))
         return content + self.overhead if content else 0
 
@@ -207,23 +207,23 @@ def plan_focus(
     scorer: SentenceScorer = bm25_scores,
     losses: SentenceLosses | None = None,
 ) -> Plan:
-    """Choose what becomes of each sentence of some documents, so that the whole fits the budget.
+    """Choose the fidelity of each sentence of some documents, so that the whole fits the budget.
 
-    Where all documents fit raw, all are raw. Where so many sentences fit in full that the answer is mostly among them,
-    the rest is left out: beside them, compressed text distracts more than it tells (docs/experiments.md).
+    If all documents fit raw, all are raw. If so many sentences fit in full that the answer is most likely among them,
+    the rest is left out: beside them, compressed text distracts more than it helps (docs/experiments.md).
 
     Args:
-        question: What is asked.
-        documents: Best first.
+        question: The question to plan for.
+        documents: Documents, best first.
         budget: Positions that they may take.
-        ratios: That may be used.
+        ratios: Ratios that may be used.
         select: Read sentences in full or not at all: those that say most about the question.
         scorer: Says how much a sentence has to do with the question.
-        losses: What to weigh with; what was fitted for the shipped LLM and a ranking by words when not given.
+        losses: Losses to weigh with; those of the shipped LLM and a ranking by words when not given.
 
     Raises:
         BudgetError: budget is negative or not a whole number.
-        ConfigError: The scorer returned something else than a number for each sentence.
+        ConfigError: The scorer did not return a number for each sentence.
     """
     budget = check_budget(budget)
     table = losses or sentence_losses()
@@ -249,10 +249,10 @@ def plan_focus(
         many = in_full >= (_MANY_PARTS if in_parts else table.many)
         many &= not alike and all(document.limit is None for document in documents)
         per_position: Array = np.array([tokens_per_position(fidelity) for fidelity in fidelities])
-        if select or many:  # by rank alone, whatever a sentence's length
+        if select or many:  # by rank alone: length does not count
             of_each = np.full((len(scores), len(fidelities)), np.inf)
             of_each[:, 0], of_each[:, -1] = (len(scores) - ranks(scores)) * lengths, 0
-        else:  # positions that nothing was measured to gain by are used too
+        else:  # _LEAST_LOSS: positions without a measured gain are used too
             if alike:
                 of_each = (table.losses.sum((0, 1)) * lengths[:, None])[:, usable]
             else:
@@ -260,7 +260,7 @@ def plan_focus(
             of_each += _MIN_LOSS * lengths[:, None] * (1 - per_position**-0.5)
         of_each[per_position < np.repeat([document.limit or 0 for document in documents], counts)[:, None]] = np.inf
 
-        counted: dict[tuple[int, bytes], int] = {}  # most steps change one document of many
+        counted: dict[tuple[int, bytes], int] = {}  # most steps change only one document
 
         def positions(choice: Array) -> int:
             keys = []
@@ -280,7 +280,7 @@ def plan_focus(
 
 
 def _in_full(scores: Array, lengths: Array, budget: int) -> int:
-    """Count the sentences, best first, that fit a budget in full, as far as they have to do with the question."""
+    """Count the sentences that have to do with the question and, best first, fit the budget in full."""
     order = ranking(scores)
     fits: Array = np.cumsum(lengths[order]) <= budget
     return int((fits & (scores[order] > 0)).sum())

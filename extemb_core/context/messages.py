@@ -16,10 +16,10 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def as_messages(question: str | Messages) -> Messages:
-    """Make messages of a question.
+    """Convert a question to messages; messages stay as they are.
 
     Raises:
-        ConfigError: There is nothing in it, or what is no message.
+        ConfigError: The question is empty, or something in it is not a message.
     """
     if isinstance(question, str):
         require_text(question, "question")
@@ -38,7 +38,7 @@ def as_messages(question: str | Messages) -> Messages:
 
 
 def content_parts(message: Mapping[str, Any]) -> list[Any]:
-    """List what a message's content is made of."""
+    """List the parts of a message's content."""
     content = message.get("content")
     return [content] if isinstance(content, str) else list(content or ())
 
@@ -49,18 +49,18 @@ def inline_documents(messages: Messages) -> list[Document]:
 
 
 def question_in(messages: Messages) -> str:
-    """Return what is asked: the text of the last user message, after that of the one before it."""
+    """Return what is asked: the texts of the last two user messages, in order."""
     users = [message for message in messages if message.get("role") == "user"]
     return "\n".join(part for message in users[-2:] for part in content_parts(message) if isinstance(part, str))
 
 
 def with_slots(messages: Messages, joined: Sequence[Document] = ()) -> list[dict[str, Any]]:
-    """Put slots where documents stand, and those of `joined` before the content of the last user message.
+    """Replace documents by slots, and put those of `joined` before the content of the last user message.
 
     Slots are numbered as documents are ranked: those of `joined` first, then those inside messages in order.
 
     Raises:
-        ConfigError: There are documents to join, and no user message.
+        ConfigError: There are documents to join, but no user message.
     """
     last = max((at for at, message in enumerate(messages) if message.get("role") == "user"), default=None)
     if joined and last is None:

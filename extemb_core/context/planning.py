@@ -21,14 +21,14 @@ from extemb_core.utils.validation import whole_number
 
 Fidelity: TypeAlias = Literal["raw", "dropped", "mixed"] | int
 
-_MAX_EXPLAINED_SPANS = 12  # of a document
+_MAX_EXPLAINED_SPANS = 12  # shown for each document
 
 
 class Span(NamedTuple):
     """A run of one document's tokens that a plan treats alike.
 
     Attributes:
-        start, stop: Its tokens.
+        start, stop: First token, and the one after the last.
         fidelity: "raw", a ratio, or "dropped".
     """
 
@@ -37,7 +37,7 @@ class Span(NamedTuple):
     fidelity: Fidelity
 
     def positions(self, chunk_size: int) -> int:
-        """Count the positions that it takes, in a text that is compressed in chunks of this size."""
+        """Count the positions that it takes in a text compressed in chunks of this size."""
         if isinstance(self.fidelity, int):
             return span_positions(self.start, self.stop, self.fidelity, chunk_size)
         return self.stop - self.start if self.fidelity == "raw" else 0
@@ -54,14 +54,14 @@ class DocumentPlan:
     """What becomes of one document.
 
     Attributes:
-        index: Where it stands in the input, which is its rank, from 0.
+        index: Its place in the input, which is its rank, from 0.
         n_tokens: Its length as raw tokens.
         fidelity: "raw", a ratio, "dropped", or "mixed": see `spans`.
-        positions: What it takes of the budget, its overhead included; 0 when dropped.
+        positions: Positions of the budget that it takes, its overhead included; 0 when dropped.
         reason: Why, in a few words.
-        spans: What becomes of each of its tokens, where sentences were planned; see `plan_focus`.
+        spans: Fidelities of runs of its tokens, if it was planned by sentence; see `plan_focus`.
         chunk_size: Tokens that are compressed together; a span's positions are counted with it.
-        excerpts: The first characters of each span, where the document is "mixed".
+        excerpts: The first characters of each span, if the document is "mixed".
     """
 
     index: int
@@ -81,9 +81,9 @@ def plan_of_spans(
 
     Args:
         index, reason, chunk_size: See `DocumentPlan`.
-        spans: All of its tokens, in order.
-        excerpt: Returns the first characters of a span; called where the document is "mixed".
-        overhead: Positions that it costs besides its content, where any of it is read.
+        spans: Spans that cover all of its tokens, in order.
+        excerpt: Returns the first characters of a span; called if the document is "mixed".
+        overhead: Positions that it costs besides its content, if any of it is read.
     """
     fidelity, content = fidelity_of(spans), sum(span.positions(chunk_size) for span in spans)
     return DocumentPlan(
@@ -103,8 +103,8 @@ class Plan:
     """The fidelity of every document, in the order given; `positions` never exceeds `budget`.
 
     Attributes:
-        documents: Of each document.
-        budget: Positions that they might take.
+        documents: Plan of each document.
+        budget: Positions that they may take.
         note: What the plan is based on, in a few words.
     """
 
@@ -123,7 +123,7 @@ class Plan:
         return tuple(document for document in self.documents if document.fidelity == "dropped")
 
     def explain(self) -> str:
-        """Draw the plan as a plain-text table, with the spans that are read in most detail below each mixed document.
+        """Draw the plan as a plain-text table; below each mixed document, the spans that are read in most detail.
 
         >>> print(plan_context([30, 600, 0], budget=200).explain())
          rank  tokens  fidelity  positions  reason
@@ -176,13 +176,13 @@ def plan_context(
         raw_below: The longest document, in tokens, that counts as short.
         overhead: Positions that a kept document costs besides its content (title line, separators), for each
             document or one number for all.
-        finest: For each document, the finest ratio that it may have, or None where there is no limit. It is no limit
-            when "raw" is asked for.
-        auto_ratios: Those of ratios that "auto" chooses from, all when not given. A document's own finest is one of its
-            own besides.
-        keep_raw: For each document, whether it is to be raw. Such wishes drop no other document: they are granted
-            before anything else climbs, best first, up to the first whose text no longer fits. One that has a finest
-            ratio has no wish.
+        finest: For each document, the finest ratio that it may have, or None for no limit. Ignored when "raw" is asked
+            for.
+        auto_ratios: The ratios that "auto" chooses from, all when not given. A document's own `finest` is always one of
+            its choices.
+        keep_raw: For each document, whether it should be raw. Such wishes drop no other document: they are granted
+            before anything else climbs, best first, up to the first whose text no longer fits. The wish of a document
+            with a `finest` ratio is ignored.
 
     Raises:
         RatioError: ratio, or one of finest or auto_ratios, is not one of ratios.
@@ -213,7 +213,7 @@ def plan_context(
         content = compressed_positions(length, fidelity, chunk_size) if isinstance(fidelity, int) else length
         return content + extra[index]
 
-    # One that the whole budget could not hold is set aside: the others need not go because of it.
+    # A document larger than the whole budget is set aside, so that the others are not dropped because of it.
     too_large = {index for index, length in enumerate(lengths) if length and cost(index, ladders[index][0]) > budget}
     documents = [index for index, length in enumerate(lengths) if length and index not in too_large]
     kept, left = [], budget
@@ -259,7 +259,7 @@ def _climb(
     left: int,
     cost: Callable[[int, Fidelity], int],
 ) -> dict[int, Fidelity]:
-    """Raise the kept documents from the feet of their ladders with the positions that are left."""
+    """Raise the fidelity of the kept documents, from their coarsest on, with the positions that are left."""
     chosen = {index: ladders[index][0] for index in kept}
 
     def rise(index: int, fidelity: Fidelity) -> bool:
@@ -296,7 +296,7 @@ def _ladders(
     ladder = _ladder(ratio, ratios)
     if ratio == "auto" and auto_ratios is not None:
         for auto_ratio in auto_ratios:
-            _ladder(auto_ratio, ratios)  # whether it may be asked for
+            _ladder(auto_ratio, ratios)  # raises if it is not one of the ratios
         ladder = _ladder(ratio, auto_ratios)
     rungs = [rung for rung in ladder if isinstance(rung, int)]
     limited = {}
@@ -329,7 +329,7 @@ def check_budget(budget: Any) -> int:
 
 
 def _span_rows(plan: DocumentPlan) -> list[tuple[str, str, str, str, str]]:
-    """Describe a document's spans in its order, at most so many: those that are read in most detail."""
+    """Describe, in order, the spans of a document that are read in most detail."""
     spans = list(zip(plan.spans, plan.excerpts or [""] * len(plan.spans), strict=True))
     ranked = sorted(range(len(spans)), key=lambda at: tokens_per_position(spans[at][0].fidelity))
     rows = []
@@ -344,7 +344,7 @@ def _span_rows(plan: DocumentPlan) -> list[tuple[str, str, str, str, str]]:
 
 
 def count_fidelities(fidelities: Iterable[Fidelity]) -> str:
-    """Say how many have which fidelity, in falling detail.
+    """Say how many there are of each fidelity, in falling detail.
 
     >>> count_fidelities(["dropped", 8, "raw", 8])
     '1 raw, 2 at ratio 8, 1 dropped'
@@ -357,7 +357,7 @@ def count_fidelities(fidelities: Iterable[Fidelity]) -> str:
 
 
 def tokens_per_position(fidelity: Fidelity) -> float:
-    """Count the tokens that one position stands for; infinite for what is dropped."""
+    """Return the tokens that one position stands for; infinite for "dropped"."""
     return float(fidelity) if isinstance(fidelity, int) else 1.0 if fidelity == "raw" else math.inf
 
 

@@ -1,4 +1,4 @@
-"""Score sentences by where the LLM itself looks for an answer, once it has read the documents compressed.
+"""Score sentences by the LLM's own attention to them, when it reads the documents compressed.
 
 Some attention heads of an LLM copy from what it reads (retrieval heads, arXiv 2404.15574). `extemb eval heads` finds
 those whose greatest attention, at the position from which an answer comes, is most often on the sentence that holds it.
@@ -39,22 +39,22 @@ _MAX_PART_TOKENS = 32  # of a sentence (docs/experiments.md)
 # Total tokens up to which long sentences are cut into parts; in longer texts parts rank worse than whole sentences
 # (docs/experiments.md).
 _FEW_TOKENS = 768
-_LOOKS = 2  # how much looks count beside words: found on training questions (docs/experiments.md)
-_SHOWING = "extemb_showing"  # transformers' name for attention that shows itself
+_LOOKS = 2  # weight of attention relative to words: found on training questions (docs/experiments.md)
+_SHOWING = "extemb_showing"  # the name, in transformers, of attention that reports its weights
 _shown: ContextVar[dict[int, Tensor]] = ContextVar("shown")
 """Layer -> the attention of the last position that it read."""
-_KEPT_POSITIONS = 2048  # of the last documents looked at: the next question is often about the same ones
+_KEPT_POSITIONS = 2048  # longest prompt whose states are kept: the next question is often about the same documents
 
 
 class RetrievalHeads:
-    """Heads that tell where an LLM looks in compressed documents. Safe for several threads.
+    """Attention heads that show where an LLM looks in compressed documents. Safe for several threads.
 
     The LLM's tensors are shared, and its layers run no further than the last of the heads.
 
     Args:
-        llm: Reads.
+        llm: LLM that reads the documents.
         entry_layer: J, at which the documents' states enter.
-        heads: Those that are looked at; all when not given.
+        heads: Heads to look at; all when not given.
 
     Raises:
         ConfigError: The LLM cannot read compressed text at that layer.
@@ -70,7 +70,7 @@ class RetrievalHeads:
 
     @cached_property
     def _model(self) -> Any:
-        """The LLM's first layers, which show the attention of the last position that they read."""
+        """The LLM's first layers, which report the attention of the last position that they read."""
         AttentionInterface.register(_SHOWING, _attend_and_show)
         AttentionMaskInterface.register(_SHOWING, sdpa_mask)
         model: Any = reading_model(self.llm.model, self.entry_layer, self.llm.name)
@@ -79,10 +79,10 @@ class RetrievalHeads:
         return model
 
     def ratio_for(self, documents: Sequence[SplitDocument], room: int, ratios: Sequence[int]) -> int | None:
-        """Choose the ratio at which documents are looked at: from 8 on, the finest that fits; None where none does.
+        """Choose the ratio at which documents are looked at: the finest from 8 on that fits; None if none does.
 
-        They take no more than the room, so that to look takes no longer than to read what is then planned, and no more
-        than half of the window, as a room may be larger than that.
+        The documents may take no more than `room`, so that looking takes no longer than reading the planned prompt, and
+        no more than half of the window, which `room` may exceed.
         """
         most = min(room, self.llm.context_window // 2)
         for ratio in ratios:
@@ -98,7 +98,7 @@ class RetrievalHeads:
         It is the attention of the position from which the answer's first token comes.
 
         Args:
-            question: What is asked.
+            question: The question about the documents.
             parts: Compressed text, N positions in all, and what stands between.
         """
         prompt: Any = assemble_chat(self.llm, [{"role": "user", "content": [*parts, f"\n\n{question}"]}]).inputs(
@@ -116,11 +116,11 @@ class RetrievalHeads:
         ratios: Sequence[int],
         compressed: Callable[[], Sequence[Compressed]],
     ) -> SentenceScorer | None:
-        """Return what scores the sentences of documents by `scores`; None where the room is too small to look at them.
+        """Return a function that scores sentences by `scores`; None if the room is too small to look at the documents.
 
         Args:
             documents, room, ratios: See `ratio_for`.
-            compressed: Returns the documents compressed, when they are looked at.
+            compressed: Returns the compressed documents; called when they are looked at.
         """
         ratio = self.ratio_for(documents, room, ratios)
         if ratio is None:
@@ -138,11 +138,11 @@ class RetrievalHeads:
         """Score the sentences of some documents by what the heads look at, and half as much by their words (BM25).
 
         Args:
-            question: What is asked.
-            sentences: (U,) those of all documents.
-            documents: Which they are.
+            question: The question about the documents.
+            sentences: (U,) sentences of all documents.
+            documents: The documents.
             texts: The documents compressed, at `ratio` or finer.
-            ratio: Of what is looked at; see `ratio_for`.
+            ratio: Ratio at which they are looked at; see `ratio_for`.
         """
         read = [(one, text) for one, text in zip(documents, texts, strict=True) if one.n_tokens]
         parts: list[Part] = [part for _, text in read for part in (DOCUMENT_SEPARATOR, text.at_ratio(ratio).part)]
@@ -153,9 +153,9 @@ class RetrievalHeads:
         return both
 
     def _read(self, prompt: AnchoredPrompt) -> dict[int, Tensor]:
-        """Read a prompt, and show the attention of its last position: layer -> (H, T).
+        """Read a prompt, and return the attention of its last position: layer -> (H, T).
 
-        What it has in common with the one before is not read again.
+        A beginning that it shares with the prompt before is not read again.
         """
         cache, read, model = StoppableCache(self.llm.model.config, is_stopped), 0, self._model
         if (kept := self._kept) is not None and (read := _alike(kept[0], prompt)):
@@ -190,7 +190,7 @@ def _attend_and_show(
 
 
 def heads_of(llm: LLM, embedder: ExtensibleEmbedder) -> RetrievalHeads | None:
-    """Return the heads that an embedder names, where the LLM has them and sees all of its documents; None elsewhere."""
+    """Return the heads that an embedder names, if the LLM has them and attends to whole documents; else None."""
     heads, config = embedder.config.retrieval_heads, llm.text_config
     there = all(layer < config.num_hidden_layers and head < config.num_attention_heads for layer, head in heads)
     if not heads or not there or not llm.reads_in_parts or type(llm) is not LLM:  # a server's layers are not here
@@ -199,9 +199,9 @@ def heads_of(llm: LLM, embedder: ExtensibleEmbedder) -> RetrievalHeads | None:
 
 
 def max_sentence_tokens(heads: RetrievalHeads | None, n_tokens: int) -> int:
-    """Return how long a sentence is at most in a plan of texts of so many tokens together.
+    """Return the maximum length of a sentence, in tokens, when texts of `n_tokens` in all are planned.
 
-    Heads tell parts of one sentence apart where there are few, which words alone do not (docs/experiments.md).
+    In short texts, heads tell parts of one sentence apart, which words alone do not (docs/experiments.md).
     """
     return MAX_SENTENCE_TOKENS if heads is None or n_tokens > _FEW_TOKENS else _MAX_PART_TOKENS
 
@@ -212,7 +212,7 @@ def _share(scores: Array) -> Array:
 
 
 def _alike(one: AnchoredPrompt, other: AnchoredPrompt) -> int:
-    """Count the positions that two prompts begin alike with, as far as both have one more."""
+    """Count the positions at the start that two prompts share, leaving at least one more in each."""
     length = min(len(one), len(other)) - 1
     differs = (one.ids[:length] != other.ids[:length]) | (one.mask[:length] != other.mask[:length])
     differs |= (one.states[:length] != other.states[:length]).any(1)
@@ -221,12 +221,12 @@ def _alike(one: AnchoredPrompt, other: AnchoredPrompt) -> int:
 
 
 def of_sentences(shares: Array, documents: Sequence[Sentences], ratio: int, chunk_size: int) -> Array:
-    """Sum what positions get over sentences; a position's share is that of its tokens, evenly.
+    """Sum the shares of positions over sentences; a position's share is spread evenly over its tokens.
 
     Args:
         shares: (..., N) for each position of the documents.
-        documents: One after another.
-        ratio: They are compressed at.
+        documents: The documents, in order.
+        ratio: Ratio at which they are compressed.
         chunk_size: Tokens that are compressed together.
 
     Returns:

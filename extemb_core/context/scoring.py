@@ -10,14 +10,14 @@ import numpy as np
 
 from extemb_core.library.bm25 import WordIndex
 
-_KEPT_INDICES = 8  # of recent documents: a conversation asks about the same ones again
+_KEPT_INDICES = 8  # for recent documents: a conversation asks about the same ones again
 
 
 class SentenceScorer(Protocol):
     """Scores sentences by what they say of a question: BM25, or your own, such as a cross-encoder."""
 
     def __call__(self, question: str, sentences: Sequence[str]) -> Sequence[float]:
-        """Return a score for each sentence, higher where it says more; 0 or less where it has nothing to do with it."""
+        """Return a score for each sentence, higher if it says more; 0 or less if it is unrelated to the question."""
 
 
 @lru_cache(_KEPT_INDICES)
@@ -43,10 +43,10 @@ def ranks(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def words_added(question: str, sentences: Sequence[str], best: int, second: int) -> float:
-    """Measure how much of a question its second sentence holds that the best one lacks, from 0 to 1.
+    """Measure how much of a question the second-best sentence holds that the best one lacks, from 0 to 1.
 
-    Each word of the question counts by how rare it is among the sentences. Where little is added the answer stands in
-    one place, and the ranking can be trusted to have found it; where much is, several have to be put together.
+    Each word of the question counts by how rare it is among the sentences. If little is added, the answer stands in one
+    place, and the ranking can be trusted to have found it; if much is added, several places have to be combined.
     """
     words = index_of(tuple(sentences)).words(question)
     total = sum(rarity for rarity, _ in words)

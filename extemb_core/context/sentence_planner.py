@@ -1,4 +1,4 @@
-"""Plan documents by their sentences as an embedder has it: what is asked for an answer, and what is measured."""
+"""Plan documents by their sentences with an embedder's settings, for answers and for evaluation."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from extemb_core.models.llm import LLM
 
 
 class SentencePlanner:
-    """Calls `plan_focus` with an embedder's ratios and losses, and with its retrieval heads where the LLM has them.
+    """Calls `plan_focus` with an embedder's ratios and losses, and with its retrieval heads if the LLM has them.
 
     Safe for several threads.
 
     Args:
-        llm: Reads what is planned.
-        embedder: Compresses it.
-        scorer: Says how much a sentence has to do with the question. When not given BM25 and the embedder's
-            `retrieval_heads` together, or BM25 alone where it has none that the LLM has.
+        llm: LLM that reads the documents.
+        embedder: Embedder that compresses them.
+        scorer: Says how much a sentence has to do with the question. When not given, BM25 and the embedder's
+            `retrieval_heads` together, or BM25 alone if the LLM has no such heads.
 
     Raises:
-        ConfigError: The scorer is no function, or the embedder's table of losses is none.
+        ConfigError: The scorer is not a function, or the embedder's table of losses is not valid.
     """
 
     def __init__(self, llm: LLM, embedder: ExtensibleEmbedder, scorer: SentenceScorer | None = None) -> None:
@@ -44,7 +44,7 @@ class SentencePlanner:
         self._losses = {by_heads: sentence_losses(fitted, by_heads=by_heads) for by_heads in (False, True)}
 
     def max_sentence_tokens(self, n_tokens: int) -> int:
-        """Return how long a sentence is at most in a plan of texts of so many tokens together."""
+        """Return the maximum length of a sentence, in tokens, when texts of `n_tokens` in all are planned."""
         return max_sentence_tokens(self._heads, n_tokens)
 
     def plan(
@@ -59,8 +59,8 @@ class SentencePlanner:
         """Plan for a question; see `plan_focus`.
 
         Args:
-            question, documents, budget, select: See there.
-            compressed: Returns the documents compressed at their finest ratio, where the heads look at them.
+            question, documents, budget, select: See `plan_focus`.
+            compressed: Returns the documents compressed at their finest ratio; called if the heads look at them.
         """
         looking = self._heads and self._heads.scorer(documents, budget, self._ratios, compressed)
         plan = plan_focus(

@@ -15,7 +15,7 @@ import sentencex
 
 from extemb_core.context.planning import Fidelity, Span
 
-MAX_SENTENCE_TOKENS = 64  # what has no full stop for longer, such as code and tables, is cut
+MAX_SENTENCE_TOKENS = 64  # longer stretches without a full stop, such as code and tables, are cut
 
 _PART_ENDS = [  # where a sentence is cut, best first
     re.compile(ending)
@@ -25,7 +25,7 @@ _PART_ENDS = [  # where a sentence is cut, best first
         r"\S(?=\s)",  # a word
     )
 ]
-_EXCERPT_CHARS = 200  # more than is shown, as some may be white space
+_EXCERPT_CHARS = 200  # more than is shown, as white space may be collapsed
 # sentencex takes the space between an initial and its full stop for one byte, and panics at others ("J\u00a0. Ito").
 _PLAIN_SPACES = {point: " " for point in range(128, 0x3001) if chr(point).isspace()}
 
@@ -40,7 +40,7 @@ class Sentences:
         borders: (U + 1,) token at which each begins, and the number of tokens.
         text: The document.
         ends: (T,) character at which each of its tokens ends.
-        max_tokens: Longer sentences were cut.
+        max_tokens: Longest sentence; longer ones were cut.
     """
 
     borders: Array
@@ -53,12 +53,12 @@ class Sentences:
 
     @cached_property
     def texts(self) -> list[str]:
-        """(U,) what each says."""
+        """(U,) text of each sentence."""
         starts = map(self.character, self.borders.tolist())
         return [self.text[start:stop] for start, stop in itertools.pairwise(starts)]
 
     def character(self, token: int) -> int:
-        """Return where in the document a token begins; of the number of tokens, where the last one ends."""
+        """Return the character at which a token begins; for the number of tokens, where the last one ends."""
         return int(self.ends[token - 1]) if token else 0
 
     def excerpt(self, span: Span) -> str:
@@ -70,13 +70,13 @@ class Sentences:
 def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTENCE_TOKENS) -> Sentences:
     """Cut a document into sentences of at most `max_tokens` tokens; together they are all of its tokens.
 
-    White space goes with the sentence after it, as byte-level BPE has it.
+    White space belongs to the sentence after it, as in byte-level BPE.
 
     Args:
         text: A document.
         ends: (T,) character at which each of its tokens ends, ascending.
-        max_tokens: Longer sentences are cut into parts of about one length: after lines, as far as there are any where
-            such a part ends, else after clauses, else between words, else anywhere.
+        max_tokens: Longer sentences are cut into parts of about equal length: after a line if one ends near there, else
+            after a clause, else between words, else anywhere.
     """
     stops = _sentence_stops(text.translate(_PLAIN_SPACES))[:-1]
     borders = np.unique([0, *np.searchsorted(ends, stops, "right"), len(ends)])
@@ -94,7 +94,7 @@ def split_into_sentences(text: str, ends: Array, *, max_tokens: int = MAX_SENTEN
 
 
 def _cut(start: int, stop: int, max_tokens: int, places: Sequence[Array]) -> int:
-    """Return where the first of the fewest parts, of about one length, of a sentence that is too long ends."""
+    """Return where to cut a sentence that is too long: after the first of the fewest parts of about equal length."""
     ideal = start + (stop - start) / math.ceil((stop - start) / max_tokens)
     first, last = max(start + 1, ideal - max_tokens / 3), min(start + max_tokens, ideal + max_tokens / 3)
     for borders in places:
@@ -105,12 +105,12 @@ def _cut(start: int, stop: int, max_tokens: int, places: Sequence[Array]) -> int
 
 
 def _sentence_stops(text: str) -> list[int]:
-    """Return where each sentence ends, white space after it left out."""
+    """Return the character at which each sentence ends, without the white space after it."""
     try:
         found = sentencex.get_sentence_boundaries("en", text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # a panic of its Rust code, which is no Exception: then lines alone are known
+    except BaseException:  # a panic of its Rust code is not an Exception; then the text is cut by lines alone
         return []
     return [part["start_index"] + len(part["text"].rstrip()) for part in found if part["text"].strip()]
 
@@ -129,7 +129,7 @@ class GroupGrid:
     """The finest groups of one document: where its spans may begin and end.
 
     Args:
-        sentences: Of the document.
+        sentences: Sentences of the document.
         finest: Tokens of a group.
         chunk_size: Tokens that are compressed together; groups are counted in each chunk.
     """
@@ -146,11 +146,11 @@ class GroupGrid:
         self._groups = np.arange(len(self._sentences)) - np.repeat(np.cumsum(last - first) - last, last - first)
 
     def spans(self, fidelities: Sequence[Fidelity], chosen: Array) -> list[Span]:
-        """Join sentences into spans. A group of two sentences goes with the one that is read in more detail.
+        """Join sentences into spans. A group shared by two sentences goes with the one that is read in more detail.
 
         Args:
-            fidelities: In rising detail.
-            chosen: (U,) index into them, of each sentence.
+            fidelities: Fidelities in rising detail.
+            chosen: (U,) index into them for each sentence.
         """
         levels = np.zeros(len(self._starts), np.int64)
         np.maximum.at(levels, self._groups, chosen[self._sentences])

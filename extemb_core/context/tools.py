@@ -1,6 +1,6 @@
-"""Tools, as far as a chat template carries them: the calls that an LLM writes, and how to make it write one.
+"""Tools, for chat templates that have a place for them: parse the calls that an LLM writes, and make it write one.
 
-Understood is the form of Hermes and Qwen, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+The form understood is that of Hermes and Qwen, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _CLOSE = re.compile(rf"\s*(?:{CLOSE}|\Z)")
-_ARGUMENTS = re.compile(r'\\?"arguments\\?"')  # of a template: its calls are JSON, where some LLMs have XML
+_ARGUMENTS = re.compile(r'\\?"arguments\\?"')  # found in templates whose calls are JSON; some LLMs use XML
 
 Tool = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that an LLM wrote. `arguments` is None where what it wrote, `text`, is no such call."""
+    """A call that an LLM wrote. `arguments` is None if what it wrote, `text`, is not a valid call."""
 
     name: str
     arguments: Mapping[str, Any] | None
@@ -42,12 +42,12 @@ def takes_tools(llm: LLM) -> bool:
 
 
 def written_call(call: Tool) -> str:
-    """Write a call of a message as an LLM writes it."""
+    """Write a message's call as an LLM would write it."""
     return f"\n{OPEN}\n{json.dumps(valid_texts(call.get('function', call)), ensure_ascii=False)}\n{CLOSE}"
 
 
 def require_tools(llm: LLM) -> None:
-    """See that an LLM's chat template has a place for tools.
+    """Check that an LLM's chat template has a place for tools.
 
     Raises:
         ConfigError: It has none.
@@ -60,7 +60,7 @@ def require_tools(llm: LLM) -> None:
 
 
 def tool_name(choice: str | bool | Mapping[str, Any] | None) -> str | None:
-    """Return what a choice of a tool comes to, in any of the forms that are in use, as `prefix_of_call` takes it."""
+    """Convert a tool choice, in any of the usual forms, to the one that `prefix_of_call` takes."""
     if isinstance(choice, Mapping):  # {"type": "function", "function": {"name": ...}}, {"type": "tool", "name": ...}
         function = choice.get("function", choice)
         return str((function.get("name") if isinstance(function, Mapping) else function) or choice.get("type"))
@@ -68,7 +68,7 @@ def tool_name(choice: str | bool | Mapping[str, Any] | None) -> str | None:
 
 
 def prefix_of_call(tools: Sequence[Tool], choice: str | None) -> str:
-    """Begin the LLM's turn such that it goes on with a call: of one tool, of any ("any"), or freely (None, "auto").
+    """Return the beginning of a turn that makes the LLM call a tool; empty if it is free not to.
 
     Args:
         tools: Functions in OpenAI's form.
@@ -96,7 +96,7 @@ def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
         rest.append(text[at:start])
         call, at = _whole_call(text, start + len(OPEN)) or _cut_call(text, start + len(OPEN))
         try:
-            written = valid_texts(parse_json(call))  # half an emoji's escape is none
+            written = valid_texts(parse_json(call))  # an escape may be half of a surrogate pair
             name, arguments = written["name"], written.get("arguments", written.get("parameters", {}))
             if not isinstance(name, str) or not isinstance(arguments, dict):
                 raise TypeError("a name and arguments belong there")
@@ -107,7 +107,7 @@ def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
 
 
 def _whole_call(text: str, start: int) -> tuple[str, int] | None:
-    """Return the JSON that begins at a place, and where what closes it ends; a text in it may hold that, too."""
+    """Return the JSON that begins at `start`, and where its closing tag ends; a text inside may hold that tag too."""
     start += len(text[start:]) - len(text[start:].lstrip())
     with suppress(ValueError, RecursionError):
         end = json.JSONDecoder().raw_decode(text, start)[1]
@@ -117,6 +117,6 @@ def _whole_call(text: str, start: int) -> tuple[str, int] | None:
 
 
 def _cut_call(text: str, start: int) -> tuple[str, int]:
-    """Return what stands between a place and the nearest close, or the end of the text, and where that ends."""
+    """Return the text from `start` to the nearest closing tag, or to the end, and where that ends."""
     end = text.find(CLOSE, start)
     return (text[start:].strip(), len(text)) if end < 0 else (text[start:end].strip(), end + len(CLOSE))
