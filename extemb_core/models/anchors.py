@@ -1,4 +1,4 @@
-"""Which token of a group stands in the prompt above entry layer 0: its anchor (see `entry.py`)."""
+"""Anchors: the token of each group that stands in the prompt above entry layer 0 (see `entry.py`)."""
 
 from __future__ import annotations
 

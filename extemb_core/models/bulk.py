@@ -1,4 +1,4 @@
-"""Many texts or prompts, a batch at a time: no more than a batch is held in memory, or lost with the process."""
+"""Compress many texts, or answer many prompts, batch by batch: at most one is held in memory, or lost in a crash."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Pieces = Iterable[tuple[np.ndarray[Any, Any], int]]
-"""Of a text: (T,) ids, and what each counts for on a progress bar."""
+"""Pieces of a text: (T,) ids, each with its units on a progress bar."""
 
 Text = tuple[str, "np.ndarray[Any, Any]"]
 """A ref, and (T,) token ids."""
 
-POSITIONS_AT_ONCE = 4096  # of prompts in one pass, padding included: bounds memory, and the padding of unlike lengths
+POSITIONS_AT_ONCE = 4096  # in one pass over prompts, padding included: bounds memory, and padding of uneven lengths
 
 _SORT_WINDOW_BATCHES = 64
 _MEASURES = ("mean_norms", "norms", "weights")  # of each group, above entry layer 0
-_PASSES = 8  # forward passes of a batch
+_PASSES = 8  # forward passes in a batch
 _CPU_CHUNKS, _MAX_CUDA_CHUNKS = 4, 128
 _BYTES_PER_UNIT = 128  # of activations, for each token and unit of the hidden size; generous for a dense layer
 _quiet: dict[ExtensibleEmbedder, tuple[int, list[torch.nn.Module]]] = {}  # threads that compress, what they stopped
 _quiet_lock = threading.Lock()
-_SHARE = 4  # of the free memory, activations take a quarter at most
+_SHARE = 4  # activations take at most this fraction, a quarter, of the free memory
 
 
 def default_batch_size(llm: LLM, chunk_size: int) -> int:
     """Choose how many chunks of `chunk_size` tokens go through the layers at once on an LLM's device.
 
-    4 on a CPU, where more is not quicker; on CUDA what a quarter of the free memory holds, 4 to 128.
+    4 on a CPU, where more is not faster; on CUDA as many as fit a quarter of the free memory, from 4 to 128.
     """
     if llm.device.type != "cuda":
         return _CPU_CHUNKS
@@ -58,9 +58,9 @@ def default_batch_size(llm: LLM, chunk_size: int) -> int:
 
 
 def positions_at_once(llm: LLM) -> int:
-    """Choose how many positions of prompts and answers, padding included, are continued at once on an LLM's device.
+    """Choose how many positions of prompts and answers, padding included, go through an LLM at once on its device.
 
-    4096 on a CPU; on CUDA what a quarter of the free memory holds, if that is more. A prompt of more is alone.
+    4096 on a CPU; on CUDA as many as fit a quarter of the free memory, if that is more. A longer prompt is read alone.
     """
     return max(POSITIONS_AT_ONCE, _cuda_tokens(llm) if llm.device.type == "cuda" else 0)
 
@@ -72,7 +72,7 @@ def batch_with(first: T, lengths: Mapping[T, int], llm: LLM) -> list[T]:
 
 def _cuda_tokens(llm: LLM) -> int:
     free, _ = torch.cuda.mem_get_info(llm.device)
-    free += torch.cuda.memory_reserved(llm.device) - torch.cuda.memory_allocated(llm.device)  # held for the next pass
+    free += torch.cuda.memory_reserved(llm.device) - torch.cuda.memory_allocated(llm.device)  # PyTorch's to reuse
     return free // (_SHARE * _BYTES_PER_UNIT * llm.hidden_size)
 
 
@@ -84,14 +84,14 @@ def compress_in_batches(
     batch_size: int | None = None,
     show_progress: bool | None = None,
 ) -> Iterator[list[Compressed]]:
-    """Compress texts in the order given, for the caller to write each batch before the next is made.
+    """Compress texts in the order given, and yield each batch before the next is made, for the caller to write it.
 
-    A batch is the tokens of 8 forward passes, and one text at least.
+    A batch holds the tokens of 8 forward passes, and at least one text.
 
     Args:
-        embedder: Compresses.
+        embedder: Embedder that compresses them.
         texts: The ref and (T,) token ids of each.
-        ratio: Tokens per embedding; what the embedder keeps when not given.
+        ratio: Tokens per embedding; the embedder's `kept_ratio` when not given.
         batch_size: Chunks per forward pass; by the device when not given (see `default_batch_size`).
         show_progress: Show a bar over all texts; None shows it on a terminal.
 
@@ -116,14 +116,14 @@ def compress_pieces(
     total: int,
     show_progress: bool | Callable[[float], None] | None,
 ) -> list[Compressed]:
-    """Compress texts that come as pieces of ids, for `ExtensibleEmbedder.compress`, which says what the rest is.
+    """Compress texts that come as pieces of ids, as `ExtensibleEmbedder.compress` does.
 
     Args:
-        embedder: Compresses.
-        texts: The pieces of each.
-        refs: Of the texts.
-        ratio, batch_size, show_progress: See there.
-        total: What all pieces count for on the progress bar.
+        embedder: Embedder that compresses them.
+        texts: For each text, pieces of ids, each with its units on the progress bar.
+        refs: Refs of the texts.
+        ratio, batch_size, show_progress: See `ExtensibleEmbedder.compress`.
+        total: Units of all pieces on the progress bar.
     """
     config = embedder.config
     ratio = config.finest(ratio)
@@ -183,7 +183,7 @@ def _without_dropout(embedder: ExtensibleEmbedder) -> Iterator[None]:
 
 
 def _fields(config: ExtensibleEmbedderConfig) -> dict[str, _Rows]:
-    """Begin the fields of a `Compressed` that grow with its text."""
+    """Create empty buffers for the fields of a `Compressed` that grow with its text."""
     embeddings = {"embeddings": _Rows(config.hidden_size)}
     if not config.entry_layer:
         return embeddings
@@ -191,7 +191,7 @@ def _fields(config: ExtensibleEmbedderConfig) -> dict[str, _Rows]:
 
 
 def _chunks(texts: Sequence[Pieces], size: int, ratio: int, n_tokens: list[int]) -> Iterator[_Chunk]:
-    """Yield the chunks of all texts as they are asked for; count each text's tokens in `n_tokens`."""
+    """Yield the chunks of all texts on demand; count each text's tokens in `n_tokens`."""
     for text, pieces in enumerate(texts):
         offset = 0
         for ids, units in _regrouped(pieces, size):
@@ -239,7 +239,7 @@ class _Chunk:
 
 
 class _Rows:
-    """A field of a text's `Compressed` while it is made, (N, ...): memory that grows in place and is handed over."""
+    """A growing (N, ...) buffer for one field of a `Compressed`, whose memory the result then shares."""
 
     def __init__(self, *shape: int, dtype: type = np.float32) -> None:
         self._buffer = bytearray()
@@ -257,7 +257,7 @@ class _Rows:
 
 
 def _regrouped(pieces: Pieces, size: int) -> Iterator[tuple[np.ndarray[Any, Any], float]]:
-    """Yield pieces of ids as chunks of `size` and a tail, each with its share of what the pieces count for."""
+    """Regroup pieces of ids into chunks of `size` and a tail, each with its share of the pieces' units."""
     held: list[np.ndarray[Any, Any]] = []
     count, units = 0, 0.0
     for ids, worth in pieces:

@@ -25,7 +25,7 @@ from extemb_core.models.pooling import Groups, pool_groups
 from extemb_core.utils.files import atomic_write, parse_json
 from extemb_core.utils.validation import is_count, path_of
 
-FORMAT, VERSION = "extemb", 2  # version 1, which said none, knew no entry layer above 0
+FORMAT, VERSION = "extemb", 2  # version 1, written without a number, knew no entry layer above 0
 _TENSORS = ("embeddings", "anchors", "mean_norms", "norms", "weights")
 _NUMBERS = ("ratio", "n_tokens", "chunk_size", "entry_layer")
 _TEXTS = ("ref", "fingerprint", "downscaling")
@@ -40,10 +40,10 @@ class Compressed:
         ratio: Tokens per embedding.
         n_tokens: Tokens of the text; each is covered by exactly one embedding.
         ref: The text's content hash.
-        fingerprint: Of the embedder that made them.
+        fingerprint: Fingerprint of the embedder that made them.
         chunk_size: Tokens per chunk.
-        ratios: Those that may be asked for.
-        downscaling: How outputs were picked.
+        ratios: Ratios that may be asked for.
+        downscaling: How outputs were selected or combined.
         entry_layer: J, the layer of the LLM at whose input they take their place.
         anchors: (N,) int32, the last token of each group; None at entry layer 0, as are the next three.
         mean_norms: (N,) float32, |m| of each group (see `pooling`). Coarser ratios are derived from these three.
@@ -51,7 +51,7 @@ class Compressed:
         weights: (N,) float32, sum(w) of each group.
 
     Raises:
-        MismatchError: What belongs to states is missing above entry layer 0, of another length, or there at 0.
+        MismatchError: Anchors, norms or weights are missing or of another length above entry layer 0, or present at 0.
     """
 
     embeddings: Tensor
@@ -79,10 +79,10 @@ class Compressed:
             )
 
     def checked(self) -> Compressed:
-        """Return the text, whose embeddings are as many as its tokens have, and all finite.
+        """Return the text, after checking that it has as many embeddings as its tokens need, all of them finite.
 
         Raises:
-            MismatchError: They are not.
+            MismatchError: The embeddings are too many, too few, or not finite.
         """
         if len(self) != embeddings_of(self.n_tokens, self.ratio, self.chunk_size):
             raise MismatchError(
@@ -90,7 +90,7 @@ class Compressed:
                 f"{self.chunk_size}; compress the text again"
             )
         for values in (self.embeddings, self.mean_norms, self.norms, self.weights):
-            # Where a number is not finite, the sum, 50 times quicker, is not either; nor is that of huge ones.
+            # The sum is 50 times faster: it is not finite if any value is not, but also if finite values are huge.
             if values is not None and not math.isfinite(values.sum()) and not values.isfinite().all():
                 raise MismatchError(
                     f"embeddings made by {self.fingerprint} are not finite numbers, which no LLM reads; get the "
@@ -104,7 +104,7 @@ class Compressed:
 
     @property
     def part(self) -> Tensor | AnchoredStates:
-        """What stands in a prompt for the text."""
+        """Part of a prompt that stands for the text."""
         if self.anchors is None:
             return self.embeddings
         return AnchoredStates(self.anchors, self.embeddings, self.entry_layer)
@@ -113,7 +113,7 @@ class Compressed:
         """Derive the same text at a ratio, also at one that its embedder was given after the text was stored.
 
         Raises:
-            RatioError: No embedder of its ratios can have it.
+            RatioError: No embedder with its ratios can have that ratio.
         """
         # Beside a ratio of an embedder that has others, only those that one embedder can have together.
         together = [own for own in self.ratios if not (is_count(ratio) and ratio % own and own % ratio)]
@@ -127,7 +127,7 @@ class Compressed:
         """Derive the same text at a coarser ratio, without another forward pass.
 
         Raises:
-            RatioError: `ratio` may not be asked for, or is not a multiple of the ratio at hand.
+            RatioError: `ratio` is not one of the text's ratios, or not a multiple of its own.
         """
         if ratio not in self.ratios or ratio % self.ratio:
             derivable = tuple(r for r in self.ratios if r % self.ratio == 0)
@@ -155,11 +155,11 @@ class Compressed:
         )
 
     def parts(self, spans: Sequence[tuple[int, int, int]]) -> list[AnchoredStates]:
-        """Derive what stands in a prompt for some spans of the text, without another forward pass.
+        """Derive the parts of a prompt for some spans of the text, without another forward pass.
 
         Args:
-            spans: (start, stop, ratio) of each, in tokens: from a border of a group that is stored to another one.
-                Groups are counted from the span's start, and end where a chunk does.
+            spans: (start, stop, ratio) of each, in tokens; both ends are borders of stored groups. Coarser groups are
+                counted from the span's start, and end where a chunk does.
 
         Raises:
             RatioError: A ratio is not a multiple of the ratio at hand.
@@ -178,7 +178,7 @@ class Compressed:
         return [whole[int(end - count) : int(end)] for end, count in zip(ends, counts, strict=True)]
 
     def _pooled(self, spans: Sequence[tuple[int, int, int]]) -> tuple[Groups, np.ndarray[Any, Any], list[int]]:
-        """Pool spans (see `parts`) all at once: the groups, their anchors, and how many of them each span has."""
+        """Pool all spans (see `parts`) at once. Returns the groups, their anchors, and each span's number of groups."""
         per_chunk = n_embeddings(self.chunk_size, self.ratio)
         assert self.anchors is not None
         rows: list[np.ndarray[Any, Any]] = []
@@ -205,11 +205,11 @@ class Compressed:
         return groups, self.anchors[np.concatenate(anchored)], counts
 
     def save(self, file: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the text's embeddings into a safetensors file, exactly and whole or not at all.
+        """Write the text's embeddings, exactly, into a safetensors file, which is whole or not written at all.
 
         Args:
-            file: One of that name is replaced.
-            metadata: What else to note in the file, as text.
+            file: File to write; an existing one is replaced.
+            metadata: More text to note in the file.
 
         Raises:
             StoreError: The disk refuses.
@@ -222,7 +222,7 @@ class Compressed:
         header["ratios"] = json.dumps(list(self.ratios))
         try:
             with atomic_write(path_of(file)) as temporary:
-                # save_file would write beside it, under a name of its own that a kill leaves there.
+                # save_file would write to a temporary file of its own, which a kill would leave behind.
                 temporary.write_bytes(save(tensors, header))
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{file} could not be written ({error}); see to the disk") from error

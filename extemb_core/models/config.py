@@ -20,43 +20,43 @@ Adaptation = Literal["none", "lora", "full"]
 class ExtensibleEmbedderConfig(PretrainedConfig):
     """Configuration of an `ExtensibleEmbedder`.
 
-    Defaults depend on the entry layer: at 0 they are the papers', above 0 those of states that the LLM knows already.
+    Defaults depend on the entry layer: at 0 they are the papers'; above 0 they suit states that the LLM knows already.
 
     Args:
         num_layers: How many of the LLM's first layers the embedder uses; 8 (twin paper, section 2), or `entry_layer`.
         adaptation: "lora" trains low-rank adapters over the LLM's own tensors, "full" trains a copy of the layers,
             "none" takes them as they are (entry layers above 0 only).
-        downscaling: Which outputs become extensible embeddings: "strided", or above entry layer 0 "mean", weighted
+        downscaling: How outputs become extensible embeddings: "strided", or above entry layer 0 "mean", weighted
             (see `models/downscaling.py` and `models/pooling.py`).
-        connector: What stands between the layers' outputs and the LLM: "linear", or above entry layer 0 "none" (see
+        connector: Module between the layers' outputs and the LLM: "linear", or above entry layer 0 "none" (see
             `models/connector.py`).
         chunk_size: Tokens per chunk; chunks are compressed independently.
-        ratios: The ratios that may be asked for, finest first: those trained, (2, 4, 8, 16, 32), or above entry layer 0
-            1 as well.
-        residual_window: With a connector at entry layer 0: each output starts from the mean of this many token
-            embeddings; "conv" has a map for each of them. It does not depend on the ratio, so a coarser ratio stays a
-            slice of a finer one.
+        ratios: The ratios that may be asked for, finest first: (2, 4, 8, 16, 32) by default, and 1 as well above entry
+            layer 0.
+        residual_window: Number of token embeddings whose mean each output starts from, with a connector at entry layer
+            0; "conv" has a map for each of them. It does not depend on the ratio, so that a coarser ratio stays a slice
+            of a finer one.
         lora_rank: Rank of the adapters; their scale is `2 * rank`, as usual.
         entry_layer: J, the layer of the LLM at whose input the embeddings take their place; at 0 they stand among the
             input embeddings.
-        kept_ratio: The ratio that a text is compressed at where none is asked for; coarser ones are derived from it.
-            The finest, or above entry layer 0 2.
-        plan_ratios: The ratios that a plan chooses from by itself: all, or above entry layer 0 2, 4 and 8.
+        kept_ratio: Ratio at which a text is compressed if none is asked for; coarser ones are derived from it. By
+            default the finest, or 2 above entry layer 0.
+        plan_ratios: Ratios that a plan chooses from by itself: all by default, or 2, 4 and 8 above entry layer 0.
         token_weighting: Above entry layer 0, how much each token counts in its group (see `models/pooling.py`).
-        token_weights_digest: sha256 of the table of counted weights, where there is one.
+        token_weights_digest: sha256 of the table of counted weights, if there is one.
         retrieval_heads: Above entry layer 0, layer and number of the LLM's attention heads that look at what answers a
-            question (see `context/retrieval_heads.py`); plans go by them. None where they were not looked for.
-        sentence_losses: What it costs an answer when a sentence is read in less detail, as the `summary` of
-            `extemb eval plan` has it; plans weigh with it. None for what was fitted for the shipped LLM.
-        has_reader: An LLM was trained beside it to read what it makes, though it has learned nothing itself.
+            question (see `context/retrieval_heads.py`); plans use them. Empty if they were not looked for.
+        sentence_losses: What an answer loses when a sentence is read in less detail: the `summary` of `extemb eval
+            plan`, with which plans weigh. None for the one fitted for the shipped LLM.
+        has_reader: Whether an LLM was trained to read what it makes, though it has learned nothing itself.
         hidden_size: Width of the LLM's input embeddings, D.
-        llm_name: What the LLM was called when the embedder was made; only for messages and defaults.
+        llm_name: Name of the LLM when the embedder was made; only for messages and defaults.
         llm_layers_type: The LLM's `model_type`; an embedder is not moved between architectures.
-        bos_token_id: Put before every chunk where the LLM's tokenizer does so itself; its output is not used.
+        bos_token_id: Token put before every chunk if the LLM's tokenizer adds a BOS itself; its output is not used.
         tokenizer_digest: sha256 of the tokenizer's vocabulary and rules.
 
     Raises:
-        ConfigError: A setting is not legal, or has no meaning at this entry layer.
+        ConfigError: A setting is not legal, or does not apply at this entry layer.
     """
 
     model_type = "extemb"
@@ -153,14 +153,14 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
 
     @property
     def untrained(self) -> bool:
-        """Nothing was learned: the embedder is the LLM's own first layers as they are, which no LLM learned to read."""
+        """Whether nothing was learned: the embedder is the LLM's own first layers, and no reader was trained for it."""
         return self.adaptation == self.connector == "none" and not self.has_reader
 
     def finest(self, ratio: int | None = None) -> int:
-        """Return `ratio`, which must be one that may be asked for; the one that is kept when not given.
+        """Return `ratio` after checking that it is one of `ratios`; `kept_ratio` when not given.
 
         Raises:
-            RatioError: It is none of `ratios`.
+            RatioError: It is not one of `ratios`.
         """
         return self.kept_ratio if ratio is None else self.require_ratio(ratio)
 
@@ -175,7 +175,7 @@ class ExtensibleEmbedderConfig(PretrainedConfig):
         return ratio
 
 
-# Those to choose, in which the LLM's own have no place.
+# Settings that a user may choose; those that describe the LLM are left out.
 EMBEDDER_SETTINGS = frozenset(signature(ExtensibleEmbedderConfig.__init__).parameters) - {
     "self", "kwargs", "token_weights_digest", "hidden_size", "llm_name", "llm_layers_type", "bos_token_id",
     "tokenizer_digest",
@@ -183,7 +183,7 @@ EMBEDDER_SETTINGS = frozenset(signature(ExtensibleEmbedderConfig.__init__).param
 
 
 def _checked_heads(heads: Any, entry_layer: int) -> list[list[int]]:
-    """Return pairs of a layer and a head's number as lists, which is what JSON makes of them."""
+    """Check pairs of a layer and a head's number, and return them as lists, as JSON does."""
     pairs = [list(pair) for pair in heads] if all(isinstance(pair, list | tuple) for pair in heads) else [[]]
     if any(len(pair) != 2 or not all(number == 0 or is_count(number) for number in pair) for pair in pairs):
         raise ConfigError(f"retrieval_heads={heads!r} is not a list of [layer, head]; pass both as numbers from 0")

@@ -17,12 +17,12 @@ _ROTATED_SCALE = 0.3
 
 
 class OutputConnector(nn.Module):
-    """RMSNorm with a learnable scale, and nothing else (the paper's arm). Subclasses map what it gives.
+    """RMSNorm with a learnable scale, and nothing else (the paper's arm). Subclasses map its output further.
 
     Args:
         hidden_size: D.
-        embedding_rms: Of the LLM's token embeddings.
-        window: Token embeddings that `forward` is handed as `recent`.
+        embedding_rms: Root mean square of the LLM's token embeddings.
+        window: Number of token embeddings that `forward` gets as `recent`.
     """
 
     def __init__(self, hidden_size: int, embedding_rms: float, window: int = 1) -> None:
@@ -69,10 +69,10 @@ class MlpConnector(LinearConnector):
 
 
 class ConvConnector(LinearConnector):
-    """The place's own token embedding, the linear map, and a map for each of the last `window` token embeddings.
+    """The position's own token embedding, the linear map, and a map for each of the last `window` token embeddings.
 
-    A mean does not say in which order its tokens stood; the maps, a causal convolution over the token embeddings, can.
-    They start as random rotations at a small scale, so that what is between the places is there to be learned from the
+    A mean does not show the order of its tokens; the maps, a causal convolution over the token embeddings, can. They
+    start as random rotations at a small scale, so that the tokens between the selected positions contribute from the
     first step on.
     """
 
@@ -80,7 +80,7 @@ class ConvConnector(LinearConnector):
         super().__init__(hidden_size, embedding_rms, window)
         self.maps = nn.Linear(window * hidden_size, hidden_size, bias=False)
         with torch.no_grad():
-            for offset in range(window - 1):  # the last is the place's own, which the residual has
+            for offset in range(window - 1):  # the last is the position's own, which is the residual already
                 rotation = nn.init.orthogonal_(torch.empty(hidden_size, hidden_size))
                 self.maps.weight[:, offset * hidden_size : (offset + 1) * hidden_size] = _ROTATED_SCALE * rotation
             self.maps.weight[:, (window - 1) * hidden_size :] = 0
@@ -118,7 +118,7 @@ def trailing_means(embedded: Tensor, window: int) -> Tensor:
 
 
 def recent_embeddings(embedded: Tensor, places: Tensor, window: int) -> Tensor:
-    """Put the last `window` token embeddings at some places side by side, the place's own last; zeros before the start.
+    """Concatenate the last `window` token embeddings at some positions, the own one last; zeros before the start.
 
     embedded: (T, D), places: (N,) -> (N, window * D).
     """

@@ -3,7 +3,7 @@
 Every method is *nested*: the embeddings at a coarse ratio can be derived from those at any finer
 ratio that divides it, without another forward pass. That is what lets one stored copy serve all ratios.
 
-A tail shorter than `ratio` is a span like any other: no token is without an embedding. To add a method, write a
+A tail shorter than `ratio` is a span like any other, so that every token has an embedding. To add a method, write a
 subclass of `Downscaling` and name it in `DOWNSCALINGS`.
 """
 
@@ -44,7 +44,7 @@ def span_means(vectors: Tensor, weights: Tensor, span: int) -> Tensor:
     Args:
         vectors: (N, D).
         weights: (N,), above 0.
-        span: Vectors of a mean.
+        span: Number of vectors in a mean.
 
     Returns:
         (ceil(N / span), D); over spans of one, the vectors themselves.
@@ -52,7 +52,7 @@ def span_means(vectors: Tensor, weights: Tensor, span: int) -> Tensor:
     count = n_embeddings(vectors.shape[0], span)
     padding = count * span - vectors.shape[0]
     weights = torch.nn.functional.pad(weights, (0, padding)).to(vectors.dtype).view(count, span)
-    vectors = torch.nn.functional.pad(vectors, (0, 0, 0, padding)) if padding else vectors  # which would be a copy
+    vectors = torch.nn.functional.pad(vectors, (0, 0, 0, padding)) if padding else vectors  # pad by 0 would copy
     shares = weights / weights.sum(1, keepdim=True)
     return torch.bmm(shares[:, None], vectors.reshape(count, span, -1))[:, 0]
 
@@ -73,11 +73,11 @@ class Downscaling:
         raise NotImplementedError
 
     def reduce(self, selected: Tensor, ratio: int) -> Tensor:
-        """Turn what the connector made of the selected outputs into embeddings: (S, D) -> (ceil(L / ratio), D)."""
+        """Reduce the selected outputs, after the connector, to embeddings: (S, D) -> (ceil(L / ratio), D)."""
         return selected
 
     def coarsen(self, embeddings: Tensor, length: int, fine: int, coarse: int) -> Tensor:
-        """Derive a chunk's embeddings at `coarse` from those at `fine`, of which it is a multiple.
+        """Derive a chunk's embeddings at ratio `coarse`, a multiple of `fine`, from those at `fine`.
 
         Args:
             embeddings: (ceil(length / fine), D).

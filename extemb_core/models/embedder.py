@@ -67,12 +67,12 @@ _FINGERPRINTED_ABOVE_0 = ("entry_layer", "token_weighting", "token_weights_diges
 
 
 class ChunkOutputs(NamedTuple):
-    """What the layers give for a batch of chunks, and were given.
+    """Inputs and outputs of the layers for a batch of chunks.
 
     Attributes:
-        ids: (B, T) token ids, where they were given.
+        ids: (B, T) token ids, on the device where they were passed.
         hidden: (B, T, D).
-        weights: (B, T) of the tokens in their groups' means; above entry layer 0.
+        weights: (B, T) weights of the tokens in their groups' means; above entry layer 0.
         residuals, embedded: (B, T, D), the first in float32; at entry layer 0.
     """
 
@@ -105,7 +105,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         super().__init__(config)
         n_layers = len(decoder_layers(llm.model, llm.name))
         for name, value, limit in (
-            ("entry_layer", config.entry_layer, n_layers - 1),  # first: num_layers is the same where it is not given
+            ("entry_layer", config.entry_layer, n_layers - 1),  # checked first: num_layers defaults to it
             ("num_layers", config.num_layers, n_layers),
         ):
             if value > limit:
@@ -127,7 +127,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         self.register_buffer("token_weights", table, persistent=False)
         self.trainable_names = [name for name, p in self.named_parameters() if id(p) not in shared]
         parents = ((name, *name.rpartition(".")[::2]) for name in self.trainable_names)
-        self._parents = {name: (self.get_submodule(parent), leaf) for name, parent, leaf in parents}  # quick to look up
+        self._parents = {name: (self.get_submodule(parent), leaf) for name, parent, leaf in parents}  # for fast look-up
         self._fingerprint: tuple[int, str] | None = None
         self.train(False)
         if config.entry_layer:
@@ -137,11 +137,11 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     @torch.no_grad()
     def _check_exact(self) -> None:
-        """See that a new embedder's states are the LLM's own: at ratio 1 the LLM then reads what it would have read.
+        """Check that a new embedder's states equal the LLM's own, so that ratio 1 is read exactly as the text would be.
 
         Raises:
-            ConfigError: They are not: the LLM does something besides running its layers one after another. Or the LLM's
-                logits are not those that `LLM.logits` makes of its states.
+            ConfigError: They do not, as the LLM does more than run its layers one after another; or the LLM's logits
+                are not those that `LLM.logits` computes from its states.
         """
         bos = [] if self.config.bos_token_id is None else [self.config.bos_token_id]
         ids = np.linspace(0, self.token_weights.numel() - 1, _CHECKED_TOKENS).astype(np.int32)
@@ -165,10 +165,10 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     @torch.no_grad()
     def _check_runs(self) -> None:
-        """See that a new embedder's layers run by themselves, and that the LLM goes on from embeddings.
+        """Check that a new embedder's layers run by themselves, and that the LLM can generate from embeddings.
 
         Raises:
-            ConfigError: They do not, or it does not.
+            ConfigError: The layers do not run by themselves, or the LLM cannot generate from embeddings.
         """
         with self._running_alone("another LLM"):
             self(torch.arange(min(_CHECKED_TOKENS, self.token_weights.numel()))[None])
@@ -191,7 +191,7 @@ class ExtensibleEmbedder(PreTrainedModel):
             ) from error
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExtensibleEmbedder:
-        """Do what `to`, `half`, `float`, `cuda`, ... do.
+        """Move or convert the embedder, for `to`, `half`, `float`, `cuda`, ...
 
         Raises:
             ConfigError: The result would not be on the LLM's device, or in its dtype or that of the layers' own copy.
@@ -206,16 +206,16 @@ class ExtensibleEmbedder(PreTrainedModel):
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def requires_grad_(self, requires_grad: bool = True) -> ExtensibleEmbedder:
-        """Train, or no longer, the embedder's own tensors; the LLM's are never trained through it."""
+        """Let the embedder's own tensors require gradients, or not; the LLM's are never trained through it."""
         for name in self.trainable_names:
             self.get_parameter(name).requires_grad_(requires_grad)
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take the embedder's own tensors; those of the LLM stay what they are, whatever the state says of them."""
+        """Load the embedder's own tensors; the LLM's stay unchanged, even if the state holds others."""
         shared = {name: p.detach() for name, p in self.named_parameters() if name not in self._parents}
         loaded = super().load_state_dict({**state_dict, **shared}, strict, assign)
-        self._fingerprint = None  # tensors that take the place of others may be of the same version
+        self._fingerprint = None  # replaced tensors may have the same version number
         return loaded
 
     # -- making, saving, loading ------------------------------------------------------------------------------
@@ -226,8 +226,8 @@ class ExtensibleEmbedder(PreTrainedModel):
 
         Args:
             llm: The LLM whose layers it shares.
-            token_counts: (V,) how often each token occurs in text, for `token_weighting="frequency"` and the default
-                where they are given.
+            token_counts: (V,) how often each token occurs in text; needed for `token_weighting="frequency"`, which is
+                the default if they are given.
 
         Raises:
             ConfigError: A setting is not legal, or the LLM has fewer layers or an unsupported layout.
@@ -253,12 +253,12 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     @classmethod
     def untrained(cls, llm: LLM, entry_layer: int | None = None, **settings: Any) -> ExtensibleEmbedder:
-        """Make an embedder that is the LLM's own first layers as they are: for any LLM, without training or files.
+        """Make an embedder from the LLM's own first layers, unchanged: for any LLM, without training or files.
 
         Args:
             llm: The LLM.
             entry_layer: J; `default_entry_layer` of the LLM when not given.
-            **settings: Further ones of `ExtensibleEmbedderConfig`.
+            **settings: Further settings of `ExtensibleEmbedderConfig`.
 
         Raises:
             ConfigError: See `from_llm`.
@@ -276,8 +276,8 @@ class ExtensibleEmbedder(PreTrainedModel):
             pretrained_model_name_or_path: A folder with config.json and model.safetensors, a hub id, or "untrained"
                 (see `untrained`).
             llm: The LLM whose tensors it shares.
-            adapt: Take it for an LLM with other tensors too, a fine-tuned relative of its own; it is then another
-                embedder, with another fingerprint.
+            adapt: Accept an LLM with other tensors, fine-tuned from the same model; the result is another embedder,
+                with another fingerprint.
             **hub: Passed to `huggingface_hub` for a hub id (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
@@ -317,7 +317,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         return model
 
     def load_own(self, file: Path, *, adapt: bool = False) -> None:
-        """Take the embedder's own tensors from a file that `save_pretrained` wrote. See `from_pretrained`."""
+        """Load the embedder's own tensors from a file that `save_pretrained` wrote. See `from_pretrained`."""
         tensors = read_tensors(file)
         probe, table = tensors.pop("llm_probe", None), tensors.pop("token_weights", None)
         counted = self.config.token_weighting == "frequency"
@@ -345,12 +345,12 @@ class ExtensibleEmbedder(PreTrainedModel):
                 self.token_weights.copy_(table)
             if same_in_bfloat16(here, probe, through_float16=self.llm.dtype == torch.float16):
                 self.llm_probe.copy_(probe)  # as trained, so that the fingerprint does not depend on the dtype
-        # Of what the file holds: float16 tensors of the LLM's dtype may round the other way to bfloat16.
+        # Hash the file's values: tensors converted to float16 may round to bfloat16 differently.
         made = self.trainable_state_dict()
         self._fingerprint = (_version_of(made), self._digest(tensors | {"llm_probe": made["llm_probe"]}))
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """Collect the tensors that are the embedder's and not the LLM's: what is trained, saved and hashed."""
+        """Collect the embedder's own tensors, which are trained, saved and hashed, without the LLM's."""
         parameters = [(name, parent._parameters[leaf]) for name, (parent, leaf) in self._parents.items()]
         own = {name: tensor.detach() for name, tensor in parameters if tensor is not None}
         return own | {"llm_probe": self.llm_probe.detach()}
@@ -361,7 +361,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         if self.config.token_weighting == "frequency":
             tensors["token_weights"] = self.token_weights.half()
         kwargs["state_dict"] = {name: t.contiguous().cpu() for name, t in tensors.items()}
-        kwargs["save_original_format"] = False  # which names an LLM's experts otherwise than its modules do
+        kwargs["save_original_format"] = False  # it names an LLM's experts differently than its modules do
         folder = path_of(save_directory)
         with quiet_transformers(), safetensors_folder(folder, _TENSORS, _SETTINGS):
             super().save_pretrained(folder, **kwargs)
@@ -370,8 +370,8 @@ class ExtensibleEmbedder(PreTrainedModel):
     def fingerprint(self) -> str:
         """sha256 (32 hex digits) of what the embeddings depend on: own tensors, LLM probe, config, tokenizer.
 
-        Tensors are rounded to bfloat16 first, so that the same weights have one fingerprint in every dtype. A reader's
-        adapters are added in the dtype that it is loaded in, which gives other weights, and another fingerprint.
+        Tensors are rounded to bfloat16 first, so that the same weights have the same fingerprint in every dtype. But a
+        reader's adapters are added in the dtype in which it is loaded: other weights, and another fingerprint.
         """
         own = self.trainable_state_dict()
         version = _version_of(own)
@@ -384,7 +384,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         values = self.config.to_dict() | {"anchor": ANCHOR}
         names = {*_FINGERPRINTED, *(_FINGERPRINTED_ABOVE_0 if self.config.entry_layer else _FINGERPRINTED_AT_0)}
         if self.config.entry_layer and self.config.adaptation != "lora":
-            names.remove("lora_rank")  # of adapters that there are none of
+            names.remove("lora_rank")  # there are no adapters
         settings = {name: values[name] for name in names}
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for name in sorted(own):
@@ -401,7 +401,7 @@ class ExtensibleEmbedder(PreTrainedModel):
         needed and a chunk's outputs do not depend on its batch.
 
         Args:
-            input_ids: (B, T) token ids, on any device; where they are on the CPU, the anchors are known without waiting
+            input_ids: (B, T) token ids, on any device; if they are on the CPU, the anchors are known without waiting
                 for a GPU.
 
         Returns:
@@ -426,12 +426,12 @@ class ExtensibleEmbedder(PreTrainedModel):
 
     @property
     def _layer_dtype(self) -> torch.dtype:
-        """That of the layers' own base tensors: a copy in training may be wider than the LLM's."""
+        """Dtype of the layers' base tensors: that of a copy in training may be wider than the LLM's."""
         dtype: torch.dtype = next(p.dtype for name, p in self.stack.layers.named_parameters() if "lora_" not in name)
         return dtype
 
     def trainable_to(self, dtype: torch.dtype) -> None:
-        """Hold the embedder's own tensors in `dtype` (training needs float32); the LLM's stay as they are."""
+        """Convert the embedder's own tensors to `dtype` (training needs float32); the LLM's stay as they are."""
         for name in self.trainable_names:
             parameter = self.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
@@ -442,11 +442,11 @@ class ExtensibleEmbedder(PreTrainedModel):
         """Read out the extensible embeddings of one chunk of a batch, in float32, as they stand in a prompt.
 
         Args:
-            outputs: Of the batch.
-            row: The chunk's.
-            length: Tokens of the chunk, or where a part of it ends.
+            outputs: Outputs of the batch.
+            row: Row of the chunk in the batch.
+            length: Tokens of the chunk, or the token at which a part of it ends.
             ratio: Tokens per embedding.
-            start: Where a part begins; only above entry layer 0.
+            start: Token at which a part begins; only above entry layer 0.
 
         Returns:
             (ceil((length - start) / ratio), D), with the groups' anchors above entry layer 0.
@@ -469,7 +469,7 @@ class ExtensibleEmbedder(PreTrainedModel):
     ) -> Sequence[Tensor | AnchoredStates]:
         """Read out parts of chunks, given as `read_out` takes them: (row, length, ratio, start).
 
-        Above entry layer 0 they are pooled together: on a GPU many short parts cost what one long one does.
+        Above entry layer 0 they are pooled together: on a GPU many short parts cost as little as one long one.
         """
         if not self.config.entry_layer:
             return [self.read_out(outputs, *part) for part in parts]
@@ -522,8 +522,8 @@ class ExtensibleEmbedder(PreTrainedModel):
     ) -> Compressed | list[Compressed]:
         """Compress one text or several.
 
-        Chunks of all texts are batched together, those of like length side by side. Beyond the embeddings it
-        returns, memory does not grow with the texts.
+        Chunks of all texts are batched together, by length. Apart from the embeddings it returns, memory does not grow
+        with the texts.
 
         Args:
             texts: A text, or several.
@@ -560,7 +560,7 @@ class ExtensibleEmbedder(PreTrainedModel):
     ) -> list[Compressed]:
         """Compress texts that are token ids already, (T,) each, as `compress` does.
 
-        `show_progress` may be a function, which is told how many tokens are done (see `progress`).
+        `show_progress` may be a function that is called with the number of tokens done (see `progress`).
         """
         pieces = [[(tokens, len(tokens))] for tokens in ids]
         refs = [""] * len(ids) if refs is None else refs
@@ -568,7 +568,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
 
 def _alike(found: Tensor, own: Tensor) -> bool:
-    """Return whether this is what the LLM itself gives, but for rounding; where that is not finite, nobody knows."""
+    """Return whether a result equals the LLM's own up to rounding; True also if the LLM's own is not finite."""
     found, own = found.float(), own.float()
     near = found.shape == own.shape and bool((found - own).norm() <= _EXACT_TOLERANCE * own.norm())
     return near or not own.isfinite().all()

@@ -1,13 +1,13 @@
-"""Where compressed text enters an LLM: at the input of one of its layers, in place of the states that stand there.
+"""Let compressed text enter an LLM at the input of one of its layers, in place of the states that stand there.
 
 At an entry layer J above 0, a group of tokens is one position. Its last token, the *anchor*, stands in the prompt like
 any token and runs through layers 0 to J - 1; at the input of layer J its state is replaced by the group's. From there
 on everything goes its ordinary way. (At J = 0, the papers' way, embeddings stand among the input embeddings, and
 nothing of this module is needed.)
 
-`reading_model` makes a model of the LLM's own class whose layer J does this. It shares the LLM's tensors and has
-modules of its own: the LLM does not know of it. The states travel as two keyword arguments of `forward` and `generate`,
-`entry_states` (B, T, D) and `entry_mask` (B, T), which transformers hands on to every layer.
+`reading_model` makes a model of the LLM's own class whose layer J does this. It shares the LLM's tensors but has
+modules of its own, so that the LLM itself stays unchanged. The states are passed as two keyword arguments of `forward`
+and `generate`, `entry_states` (B, T, D) and `entry_mask` (B, T), which transformers hands on to every layer.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class AnchoredStates:
 
     @classmethod
     def cat(cls, parts: Sequence[AnchoredStates]) -> AnchoredStates:
-        """Join parts of one embedder, one or more."""
+        """Concatenate one or more parts made by the same embedder."""
         anchors = np.concatenate([part.anchors for part in parts])
         return cls(anchors, torch.cat([part.states for part in parts]), parts[0].layer)
 
@@ -73,7 +73,7 @@ class AnchoredPrompt:
 
     Attributes:
         ids: (T,) int64, anchors among them.
-        states: (T, D); what stands where `mask` is False is not read.
+        states: (T, D); rows where `mask` is False are not read.
         mask: (T,) bool, True where a state replaces the token's own.
         layer: J, the entry layer.
     """
@@ -110,7 +110,7 @@ class AnchoredPrompt:
                 f"compressed texts for entry layers {sorted(layers)} of widths {sorted({p.shape[-1] for p in states})} "
                 f"stand in one prompt of an LLM of width {width}; compress them all with one embedder of this LLM"
             )
-        # Joined on the CPU: one transfer to a GPU for each prompt, not for each segment.
+        # Joined on the CPU, for one transfer to a GPU per prompt and not per segment.
         joined_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(device)
         joined_mask = torch.from_numpy(np.concatenate(mask)).to(device)
         return cls(joined_ids, torch.cat(states), joined_mask, layers.pop() if layers else 0)
@@ -129,14 +129,14 @@ TokenIds = Sequence[int] | np.ndarray[Any, Any]
 
 
 def clamp_to_dtype(states: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert states; what is beyond the range of `dtype` becomes its largest value, not infinite."""
+    """Convert states to `dtype`; values beyond its range become its largest value, not infinite."""
     if dtype == torch.float16:
         states = states.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     return states.to(dtype)
 
 
 class SharedParameter(nn.Parameter):
-    """A parameter over memory of the LLM. It is never trained, whatever asks for it: an optimiser would write there."""
+    """A parameter over the LLM's memory. It never requires gradients: an optimiser would write into the LLM."""
 
     @property
     def requires_grad(self) -> bool:
@@ -150,7 +150,7 @@ class SharedParameter(nn.Parameter):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        """Make one of its own, with memory of its own."""
+        """Make an independent parameter with memory of its own."""
         if id(self) not in memo:
             memo[id(self)] = nn.Parameter(self.data.clone(memory_format=torch.preserve_format), requires_grad=False)
         copied: nn.Parameter = memo[id(self)]
@@ -161,7 +161,7 @@ def decoder_layers(model: PreTrainedModel, name: str) -> nn.ModuleList:
     """Return the layers of a causal LM's decoder.
 
     Raises:
-        ConfigError: They cannot be found, or the model's tensors are not plain and all here.
+        ConfigError: They cannot be found, or the model is quantised or spread over several devices.
     """
     decoder: Any = model.base_model
     layers = getattr(decoder, "layers", None)
@@ -187,7 +187,7 @@ def decoder_layers(model: PreTrainedModel, name: str) -> nn.ModuleList:
 
 
 def default_entry_layer(llm: LLM) -> int:
-    """Choose the entry layer where none is known: two fifths of the LLM's layers, and at least 1 (docs/experiments.md).
+    """Choose the entry layer if none is known: two fifths of the LLM's layers, and at least 1 (docs/experiments.md).
 
     Raises:
         ConfigError: The LLM has a single layer.
@@ -207,7 +207,7 @@ def final_norm(decoder: Any) -> str | None:
 
 
 def shared_parameters(module: nn.Module) -> dict[int, Any]:
-    """Make what `copy.deepcopy` takes as `memo` to copy a module but not the memory of its parameters.
+    """Make the `memo` for `copy.deepcopy` with which it copies a module, but not the memory of its parameters.
 
     The parameters of the copy are objects of their own over the same memory, so that `half()` and `to()` of the copy do
     not reach the original, and are never trained.
@@ -219,12 +219,12 @@ def reading_model(model: PreTrainedModel, layer: int, name: str = "") -> PreTrai
     """Make a model that shares `model`'s tensors and reads compressed text at the input of layer `layer`.
 
     Args:
-        model: A causal LM; nothing of it changes.
+        model: A causal LM, which stays unchanged.
         layer: J, from 1 to its last layer.
-        name: What it is called in messages.
+        name: Name of the model in messages.
 
     Raises:
-        ConfigError: It has no such layer, or is of an architecture that cannot be read in this way.
+        ConfigError: It has no such layer, or its architecture does not allow this.
     """
     layers = decoder_layers(model, name)
     if not 1 <= layer < len(layers):
@@ -252,7 +252,7 @@ def reading_model(model: PreTrainedModel, layer: int, name: str = "") -> PreTrai
 
 
 class _ReadingModel:
-    """What a reading model does differently from the LLM's own class, which stands behind it in the MRO."""
+    """Mixin of a reading model; the LLM's own class follows it in the MRO."""
 
     entry_layer: int
 
@@ -280,7 +280,7 @@ class _ReadingModel:
 
 
 class _EnteredLayer:
-    """A decoder layer that takes states in place of those it is handed."""
+    """Mixin of a decoder layer that replaces some of its input states by the compressed text's."""
 
     def forward(
         self,
@@ -300,12 +300,12 @@ def _reading_class(base: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    # generate() accepts what the signature names, and asks it whether a model takes position_ids.
+    # generate() accepts the arguments in the signature, and looks there for position_ids.
     signature = inspect.signature(base.forward)  # type: ignore[attr-defined]
     own = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("entry_states", "entry_mask")]
     named = list(signature.parameters.values())
     forward.__signature__ = signature.replace(parameters=[*named[:-1], *own, named[-1]])  # type: ignore[attr-defined]
-    # Named as its base, by which pipelines and saved folders tell what a model does.
+    # Pipelines and saved folders go by the class name, so it is the base's.
     own_class = type(base.__name__, (_ReadingModel, base), {"forward": forward, "__module__": __name__})
     own_class.__qualname__ = f"Reading{base.__name__}"
     return own_class

@@ -1,4 +1,4 @@
-"""An LLM, its reader merged in, as a Hugging Face folder that vLLM serves (see `integrations/vllm_extemb`)."""
+"""Export an LLM, its reader merged in, as a Hugging Face folder that vLLM serves (see `integrations/vllm_extemb`)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from extemb_core.utils.validation import path_of
 if TYPE_CHECKING:
     from extemb_core.models.embedder import ExtensibleEmbedder
 
-SETTINGS = "extemb"  # of the folder's config.json, where transformers passes over them
+SETTINGS = "extemb"  # key in the folder's config.json, which transformers ignores
 SERVED = {name: f"Extensible{name}" for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")}
-_JOINED = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"  # vLLM answers no chat without one
+_JOINED = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"  # vLLM needs a template for chats
 
 
 def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]) -> None:
@@ -29,11 +29,11 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
     the embedder whose states it reads. At 0 it is the plain LLM, which reads `prompt_embeds`.
 
     Args:
-        embedder: Made for the LLM.
-        folder: A new or empty one; it is there whole or not at all.
+        embedder: Embedder made for the LLM.
+        folder: A new or empty folder; it is written whole or not at all.
 
     Raises:
-        ConfigError: The folder is taken or cannot be made, or the plugin has no such architecture.
+        ConfigError: The folder is not empty or cannot be made, or the plugin has no such architecture.
     """
     target, llm, layer = path_of(folder), embedder.llm, embedder.config.entry_layer
     name = type(llm.model).__name__
@@ -59,7 +59,7 @@ def export_for_vllm(embedder: ExtensibleEmbedder, folder: str | os.PathLike[str]
             config["architectures"] = [SERVED[name]]
             config[SETTINGS] = {"entry_layer": layer, "fingerprint": embedder.fingerprint}
             atomic_write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
-        for file in made.iterdir():  # safetensors makes files that only their owner reads, as mkdtemp makes folders
+        for file in made.iterdir():  # safetensors makes files that only their owner can read, as mkdtemp makes folders
             file.chmod((made / "config.json").stat().st_mode)
         made.chmod(target.parent.stat().st_mode)
         made.replace(target)

@@ -1,4 +1,4 @@
-"""How an LLM goes on from prompts: which token is chosen, when it ends, and pieces of text as they come."""
+"""Generate from prompts: choose tokens, stop, and hand on text piece by piece."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Sampling:
     """How tokens are chosen. The default, temperature 0, is greedy and repeatable.
 
     Attributes:
-        max_new_tokens: The answer ends after so many.
-        temperature: 0 is greedy.
-        top_p: Draw from the likeliest tokens that have this probability together.
-        top_k: Draw from this many of the likeliest tokens; 0 from all.
-        repetition_penalty: Over the tokens of the answer, and of the prompt where that is text only: the anchors of
-            compressed text are nothing that was said.
+        max_new_tokens: Maximum number of tokens in the answer.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        top_k: Draw from this many of the likeliest tokens; 0 draws from all.
+        repetition_penalty: Penalty for tokens of the answer, and of the prompt if that is text only: the anchors of
+            compressed text do not count as said.
         stop: Texts that end the answer; they are not part of it.
         seed: Makes sampling repeatable; without it, draws follow torch's global generator.
     """
@@ -58,7 +58,7 @@ class Sampling:
 
 @dataclass(kw_only=True)
 class Generated:
-    """What one prompt's generation came to. `finish_reason`: "stop", "length" or "cancelled"."""
+    """Result of generating from one prompt. `finish_reason`: "stop", "length" or "cancelled"."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -72,10 +72,10 @@ class StreamedRow:
     Attributes:
         prompt: (T, D) embeddings, ids, or ids with states.
         sampling: How its tokens are chosen.
-        on_piece: Is handed each piece of its text as it comes, and None at its end, in the generating thread.
-        cancelled: When it is set, the row ends at the next token; the others go on. Where nobody waits for any
-            of the batch, it ends at the next layer, be it in the middle of a long prompt.
-        result: Filled with the whole of it as the stream goes on.
+        on_piece: Called in the generating thread with each piece of its text, and with None at its end.
+        cancelled: When set, the row ends at the next token; the others go on. When all rows of the batch are cancelled,
+            the pass ends at the next layer, even in the middle of a long prompt.
+        result: Filled with the complete result as the stream goes on.
     """
 
     prompt: PromptInputs
@@ -104,11 +104,11 @@ def generate(
     """Continue a batch of prompts: (T, D) embeddings, ids, or ids with states (`Prompt.inputs`).
 
     Prompts are padded on the left and positions counted from each prompt's own start, so that the answer to
-    one does not depend on the others. What all have in common at their start is read once.
+    one does not depend on the others. A prefix that all prompts share is read once.
 
     Args:
-        llm: Continues them.
-        prompts: What to continue.
+        llm: LLM that continues them.
+        prompts: Prompts to continue.
         sampling: How tokens are chosen.
         on_token: Called after each step.
     """
@@ -134,9 +134,9 @@ def generate_and_score(
         targets: (S,) ids that may follow each prompt.
 
     Returns:
-        The answers; and for each prompt (S,) float32 natural logarithms.
+        The answers, and for each prompt (S,) float32 natural logarithms.
     """
-    if not prompts or not llm.reads_in_parts:  # what follows a prompt cannot be taken back
+    if not prompts or not llm.reads_in_parts:  # what was read after a prompt cannot be removed from the cache
         return generate(llm, prompts, sampling), llm.log_probs(prompts, targets)
     model, inputs, log_probs = score_at_once(llm, prompts, targets)
     rows = _run(llm, model, inputs, [sampling] * len(prompts), _text_of(prompts), _end_none)
@@ -148,7 +148,7 @@ def score_at_once(
 ) -> tuple[Any, dict[str, Any], list[Tensor]]:
     """Return a model, its inputs to continue prompts, and `LLM.log_probs` of what may follow them, from one pass."""
     n = max(1, *map(len, targets))
-    # Rows end together: each prompt, then its target but for the last token, then what nobody looks at.
+    # Each row: the prompt, its target without the last token, then padding that is not looked at.
     follow = [[*map(int, target), *[0] * (n - len(target))][:-1] for target in targets]
     model, inputs = llm.batch_inputs([llm.continued(p, ids) for p, ids in zip(prompts, follow, strict=True)], own=n)
     mask, cache = inputs.pop("attention_mask"), inputs.pop(CACHE, DynamicCache(config=llm.model.config))
@@ -172,10 +172,10 @@ def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated
     """Continue one prompt, yielding text as it comes. Closing the iterator stops the LLM at the next token.
 
     Args:
-        llm: Continues it.
+        llm: LLM that continues it.
         prompt: (T, D) embeddings, ids, or ids with states.
         sampling: How tokens are chosen.
-        result: Filled with the whole of it as the stream goes on.
+        result: Filled with the complete result as the stream goes on.
     """
     result = result if result is not None else Generated()
     relay = _TokenRelay()
@@ -211,11 +211,11 @@ def stream(llm: LLM, prompt: PromptInputs, sampling: Sampling, result: Generated
 def stream_batch(llm: LLM, rows: Sequence[StreamedRow]) -> None:
     """Continue a batch of prompts in this thread, handing on the text of each as it comes.
 
-    The answer to one does not depend on the others; one that ends, or is cancelled, leaves them alone.
+    The answer to one does not depend on the others, nor on when they end or are cancelled.
     """
     texts = [_StreamedText(llm, row.sampling, row.result) for row in rows]
     longest = max(row.sampling.max_new_tokens for row in rows)
-    # What ends a row is told from its text below.
+    # Lengths and stop strings differ between rows; they are checked in `step`.
     samplings = [replace(row.sampling, max_new_tokens=longest, stop=()) for row in rows]
 
     def step(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -238,7 +238,7 @@ def stream_batch(llm: LLM, rows: Sequence[StreamedRow]) -> None:
 
 
 def _hand_on(row: StreamedRow, text: _StreamedText, token: int | None) -> None:
-    """Tell a row's reader what a token adds, and the end if it is one; of a row that is cancelled, the end."""
+    """Hand a row's reader the text that a token adds, and None if the row ends or is cancelled."""
     if token is None or row.cancelled.is_set():
         text.cancel()
     else:
@@ -267,11 +267,11 @@ def _run(
 
     Args:
         llm, inputs: See `generate`.
-        model: Reads the inputs.
-        samplings: Of each row; they differ in no length and no stop.
+        model: Model that reads the inputs.
+        samplings: Sampling of each row; all have the same length and stop strings.
         said: See `_Penalty`.
         after_step: Tells transformers which rows are to end, (B,).
-        streamer: Is handed the tokens.
+        streamer: Receives the tokens.
     """
     stop_ids, sampling = llm.stop_token_ids, samplings[0]
     prompt_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
@@ -280,7 +280,7 @@ def _run(
         repetition_penalty=1.0,
         eos_token_id=stop_ids or None,
         pad_token_id=stop_ids[0] if stop_ids else 0,
-        do_sample=False,  # greedy, or the greatest after `_Draw` added its noise
+        do_sample=False,  # greedy, or the highest score after `_Draw` added its noise
         num_beams=1,
     )
     n_recent = 4 * max(map(len, sampling.stop), default=0) + 8
@@ -296,7 +296,7 @@ def _run(
         each = [_processors(one, [ids], prompt_length) for one, ids in zip(samplings, said, strict=True)]
         processors = LogitsProcessorList([_RowByRow(each)])
     model = copy(model)  # the LLM's own stays as it is
-    model.generation_config = GenerationConfig()  # transformers takes from there what the other leaves open
+    model.generation_config = GenerationConfig()  # transformers would take from the LLM's what ours leaves open
     with torch.no_grad():
         output: Tensor = model.generate(
             **inputs,
@@ -309,7 +309,7 @@ def _run(
 
 
 def _processors(sampling: Sampling, said: Sequence[Sequence[int]], prompt_length: int) -> LogitsProcessorList:
-    """List what turns scores into those whose greatest is the next token; see `_Penalty` for `said`."""
+    """List the processors after which the highest score is the next token; see `_Penalty` for `said`."""
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(_Penalty(float(sampling.repetition_penalty), said, prompt_length))
@@ -324,7 +324,7 @@ def _processors(sampling: Sampling, said: Sequence[Sequence[int]], prompt_length
 
 
 def _visible(text: str, sampling: Sampling, *, final: bool) -> tuple[str, bool]:
-    """Return what to show of a text, and whether a stop string ends it; what may still change is held back."""
+    """Return the part of a text to show, and whether a stop string ended it; what may still change is held back."""
     cuts = [at for at in (text.find(stop) for stop in sampling.stop) if at >= 0]
     if cuts:
         return text[: min(cuts)], True
@@ -336,10 +336,10 @@ def _visible(text: str, sampling: Sampling, *, final: bool) -> tuple[str, bool]:
 
 
 def _finish(llm: LLM, ids: list[int], sampling: Sampling) -> Generated:
-    """Make the result of new token ids, up to the first stop token."""
+    """Make the result from new token ids, up to the first stop token."""
     end = next((at for at, index in enumerate(ids) if index in llm.stop_token_ids), None)
     text, stopped = _visible(llm.decode(ids[:end]), sampling, final=True)
-    if stopped and not llm.stop_token_ids:  # nothing tells where a row ended that others of its batch outlived
+    if stopped and not llm.stop_token_ids:  # without stop tokens, find where a row ended while others went on
         decoded = _DecodedText(llm)
         ends = (at for at, index in enumerate(ids, 1) if _visible(decoded.add(index), sampling, final=False)[1])
         end = next(ends, end)
@@ -347,16 +347,16 @@ def _finish(llm: LLM, ids: list[int], sampling: Sampling) -> Generated:
 
 
 class _DecodedText:
-    """Decodes tokens as they come: what one adds to the text is told from the few before it."""
+    """Decodes tokens one by one: the text that a token adds depends only on the few before it."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
-        self._text = ""  # of all tokens but those of `_open`
-        self._before: list[int] = []  # the last of those tokens: what is decoded at a beginning may lose its space
-        self._open: list[int] = []  # may still be parts of a character
+        self._text = ""  # of all tokens except `_open`
+        self._before: list[int] = []  # the last tokens of `_text`: a token decoded without them may lose its space
+        self._open: list[int] = []  # tokens that may still be parts of a character
 
     def add(self, token: int) -> str:
-        """Return the text of all tokens so far."""
+        """Add a token, and return the text of all tokens so far."""
         self._open.append(token)
         before, both = self._llm.decode(self._before), self._llm.decode(self._before + self._open)
         text = self._text + both[len(before) :]
@@ -370,7 +370,7 @@ class _StreamedText:
     """The text of one answer as its tokens come, and its end.
 
     Attributes:
-        ended: A stop token, a stop string, the last token that was asked for, or a cancellation came.
+        ended: Whether it ended: by a stop token, a stop string, the maximum length, or a cancellation.
     """
 
     def __init__(self, llm: LLM, sampling: Sampling, result: Generated) -> None:
@@ -382,7 +382,7 @@ class _StreamedText:
         self.ended = False
 
     def add(self, token: int) -> str:
-        """Return what a token adds to what is shown."""
+        """Add a token, and return the text that it adds."""
         self._result.token_ids.append(token)
         self.ended = len(self._result.token_ids) >= self._sampling.max_new_tokens
         if token in self._llm.stop_token_ids:
@@ -400,7 +400,7 @@ class _StreamedText:
         return self._send(finished.text)
 
     def cancel(self) -> None:
-        """End it with what was shown so far, which may be all of it."""
+        """End the answer with the text shown so far; it counts as finished if that is all of it."""
         if self.ended and _finish(self._llm, self._result.token_ids, self._sampling).text == self._sent:
             self.finish()
             return
@@ -416,8 +416,8 @@ class _TokenRelay:
     """Hands tokens from the generating thread to the reading one, and a cancellation back.
 
     Attributes:
-        tokens: What was written, then None; or what went wrong.
-        cancelled: Set when nobody reads any more.
+        tokens: The tokens written, then None; or the error that ended the generation.
+        cancelled: Set when the reader has gone.
     """
 
     def __init__(self) -> None:
@@ -425,12 +425,12 @@ class _TokenRelay:
         self.cancelled = threading.Event()
 
     def put(self, tokens: Tensor) -> None:
-        """Take from transformers first the prompt's ids (none here to relay), then each new token."""
+        """Receive from transformers the prompt's ids, which are not relayed, then each new token."""
         for token in tokens.tolist() if tokens.ndim == 1 else ():
             self.tokens.put(token)
 
     def end(self) -> None:
-        """Take from transformers that there are no more."""
+        """Receive from transformers the end of the tokens."""
         self.tokens.put(None)
 
     def is_cancelled(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -439,7 +439,7 @@ class _TokenRelay:
 
 
 class _RowByRow(LogitsProcessor):
-    """Applies to each row of a batch what is its own."""
+    """Applies to each row of a batch its own processors."""
 
     def __init__(self, rows: Sequence[LogitsProcessorList]) -> None:
         self._rows = rows
@@ -450,9 +450,9 @@ class _RowByRow(LogitsProcessor):
 
 
 class _Draw(LogitsProcessor):
-    """Draws each row's next token with a generator of its own: noise is added such that the greatest is the draw.
+    """Draws each row's next token with a generator of its own: with Gumbel noise added, the highest score is the draw.
 
-    So neither other threads, nor the batch around a row, nor torch's global generator play a part (Gumbel-max).
+    So a row's draws depend neither on other threads, nor on its batch, nor on torch's global generator.
     """
 
     def __init__(self, seed: int | None, rows: int) -> None:
@@ -467,14 +467,14 @@ class _Draw(LogitsProcessor):
 
 
 class _Penalty(LogitsProcessor):
-    """Makes less likely what was said: in each row's answer, and in its prompt where that is text.
+    """Penalises tokens that occur in a row's answer, or in its prompt if that is text only.
 
-    Not transformers' own, which takes all ids of a batch: padding, and anchors of compressed text, are not said.
+    transformers' own penalty counts all ids of a batch, also padding and the anchors of compressed text.
 
     Args:
-        penalty: Divides the scores of what was said, or multiplies them below 0.
+        penalty: Divides positive scores of such tokens, and multiplies negative ones.
         said: Ids of each row's prompt that count.
-        start: Where in a row's ids the answer begins.
+        start: Index in a row's ids at which the answer begins.
     """
 
     def __init__(self, penalty: float, said: Sequence[Sequence[int]], start: int) -> None:
@@ -493,10 +493,10 @@ class _Penalty(LogitsProcessor):
 
 
 def _text_of(prompts: Sequence[PromptInputs]) -> list[Sequence[int]]:
-    """List the ids of prompts that are text only; none of others."""
+    """List the ids of prompts that are text only; empty for other prompts."""
     return [() if isinstance(p, Tensor | AnchoredPrompt) else [int(index) for index in p] for p in prompts]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Measure the longest end of `text` that is a beginning of `stop`."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

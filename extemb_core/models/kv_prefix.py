@@ -1,4 +1,4 @@
-"""What an LLM has read so far: what follows it costs no more than its own tokens."""
+"""A prefix that an LLM keeps in its cache, so that reading on costs no more than the new tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from extemb_core.models.stoppable import CACHE
 
 
 class Prefix:
-    """Tokens that the LLM keeps in its cache, beginning with its BOS where it has one.
+    """Tokens that the LLM keeps in its cache, beginning with its BOS if it has one.
 
     Args:
-        llm: Reads; what it has read can be taken back if it `reads_in_parts`.
+        llm: LLM that reads them; `peek` needs one that `reads_in_parts`.
 
     Attributes:
-        last: (D,) hidden state of the last token read, which predicts the next; None before there is one.
+        last: (D,) hidden state of the last token read, which predicts the next; None if nothing was read.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -32,12 +32,12 @@ class Prefix:
         return int(self._cache.get_seq_length())
 
     def read(self, ids: TokenIds) -> None:
-        """Read tokens for good. ids: (T,)."""
+        """Read tokens and keep them. ids: (T,)."""
         if len(ids):
             self.last = self._run(ids)[-1]
 
     def peek(self, ids: TokenIds) -> Tensor:
-        """Compute hidden states of tokens that might follow, (T, D), and do not keep them. ids: (T,)."""
+        """Compute the hidden states of tokens that might follow, (T, D), without keeping them. ids: (T,)."""
         hidden = self._run(ids)
         self._cache.crop(-len(ids))
         return hidden

@@ -43,10 +43,10 @@ from extemb_core.weights.resolve import resolve_base, resolve_llm
 
 _MIN_SHARED_POSITIONS = 128  # reading a prefix apart takes about as long as that many positions in a batch
 MIN_FULL = 0.8  # of the longest prompt of a pass; shorter ones are not worth their padding
-_ROPES_BY_LENGTH = {"dynamic", "longrope"}  # turn all keys of a pass by its largest position
+_ROPES_BY_LENGTH = {"dynamic", "longrope"}  # these rotate all keys of a pass by its largest position
 _LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # Cohere's, Granite's, Falcon-H1's
 
-if hasattr(os, "register_at_fork"):  # a child has none of the parent's threads, and would wait for them
+if hasattr(os, "register_at_fork"):  # a forked child lacks the parent's threads, and would wait for them
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
@@ -56,10 +56,10 @@ class LLM(TextEncoder):
     Args:
         model: A `transformers` causal LM; it is put in eval mode and its parameters stop requiring gradients.
         tokenizer: Its fast tokenizer.
-        name: What it is called in messages.
+        name: Name of the LLM in messages.
 
     Attributes:
-        in_batches: Whether several prompts are answered quicker by one call.
+        in_batches: Whether one call answers several prompts faster than a call for each.
     """
 
     in_batches = True
@@ -79,7 +79,7 @@ class LLM(TextEncoder):
         A reader's folder or name gives its base LLM with the reader's adapters merged in.
 
         Args:
-            name: What to load.
+            name: Path, known name or hub id.
             device: "auto" (CUDA, then CPU) or a torch device.
             dtype: "auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype or its name.
         """
@@ -101,12 +101,12 @@ class LLM(TextEncoder):
                 raise
             except SafetensorError as error:
                 raise WeightsCorruptError(f"{name}: a file is damaged ({first_line(error)}); get it again") from error
-            except Exception as error:  # a config or tokenizer that is none makes it raise nearly anything
+            except Exception as error:  # a broken config or tokenizer makes it raise nearly anything
                 if isinstance(error, OSError) and isinstance(source, str):
                     raise not_from_hub(name, error) from error
                 raise WeightsError(f"{name}: transformers fails ({first_line(error)}); pass a causal LM") from error
         model, report = loaded
-        if missing := sorted(report["missing_keys"]):  # transformers would make them up at random
+        if missing := sorted(report["missing_keys"]):  # transformers would initialise them at random
             raise WeightsCorruptError(f"{name}: {len(missing)} tensors are missing, {missing[0]} first; get it again")
         model = model.to(chosen)
         for reader in readers:
@@ -130,7 +130,7 @@ class LLM(TextEncoder):
         return self.model.config.get_text_config()
 
     def weights_digest(self) -> str:
-        """Hash what the model consists of (128 bits, hex), rounded to bfloat16: the same in every dtype."""
+        """Hash of the model's tensors (128 bits, hex), rounded to bfloat16: the same in every dtype."""
         digest = xxhash.xxh3_128()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -144,7 +144,7 @@ class LLM(TextEncoder):
         return int(self.model.get_input_embeddings().embedding_dim)
 
     def reading_model(self, layer: int) -> PreTrainedModel:
-        """Return the model that reads compressed text at entry layer `layer`: made once, over the LLM's own tensors.
+        """Return the model that reads compressed text at entry layer `layer`; made once, over the LLM's own tensors.
 
         Raises:
             ConfigError: See `entry.reading_model`.
@@ -160,10 +160,10 @@ class LLM(TextEncoder):
 
     @cached_property
     def reads_in_parts(self) -> bool:
-        """Whether a text is read in parts as in one pass: every layer attends to all of it, and caches keep it all.
+        """Whether reading a text in parts equals reading it in one pass: all layers attend to all of it, and cache it.
 
-        Not where a layer's window slides, where it keeps a state instead (Mamba, linear attention), or where positions
-        are encoded by how many there are (RoPE of type longrope or dynamic).
+        Not if a layer has a sliding window or keeps a state instead (Mamba, linear attention), or if the encoding of
+        positions depends on their number (RoPE of type longrope or dynamic).
         """
         rope = getattr(self.text_config, "rope_parameters", None) or {}
         kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)}
@@ -228,7 +228,7 @@ class LLM(TextEncoder):
         """
         model, rows = self.rows_of(prompts)
         inputs = {name: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True) for name, tensors in rows.items()}
-        if mask is not None:  # as numbers, which every attention implementation reads
+        if mask is not None:  # an additive mask, which every attention implementation accepts
             mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
         outputs = model.base_model(**inputs, attention_mask=mask, position_ids=positions, use_cache=False)
         return torch.as_tensor(outputs.last_hidden_state)
@@ -242,7 +242,7 @@ class LLM(TextEncoder):
         Args:
             prompts: (T, D) embeddings, ids, or ids with states; at least one position each.
             targets: (S,) ids that follow each prompt.
-            at_once: Read all in one pass, and what they share at their start once; else in passes that stay small.
+            at_once: Read all prompts in one pass, and a prefix that they share once; otherwise in several small passes.
 
         Returns:
             (S,) float32 natural logarithms for each.
@@ -291,7 +291,7 @@ class LLM(TextEncoder):
         return self.model, {"input_ids": ids}
 
     def _require_one_entry(self, prompts: Sequence[PromptInputs]) -> None:
-        """Raise `MismatchError` where compressed texts of one batch enter at different layers."""
+        """Raise `MismatchError` if compressed texts of one batch enter at different layers."""
         layers = {prompt.layer for prompt in prompts if isinstance(prompt, AnchoredPrompt) and prompt.layer}
         layers |= {0 for prompt in prompts if isinstance(prompt, Tensor)}
         if len(layers) > 1:
@@ -301,7 +301,7 @@ class LLM(TextEncoder):
             )
 
     def continued(self, prompt: PromptInputs, ids: Sequence[int]) -> PromptInputs:
-        """Put text after a prompt."""
+        """Append token ids to a prompt."""
         if isinstance(prompt, AnchoredPrompt):
             more = AnchoredPrompt.of_text(ids, prompt)
             joined = {n: torch.cat([getattr(prompt, n), getattr(more, n)]) for n in ("ids", "states", "mask")}
@@ -313,12 +313,12 @@ class LLM(TextEncoder):
     def batch_inputs(
         self, prompts: Sequence[PromptInputs], own: int = 1, *, is_stopped: Callable[[], bool] | None = None
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Pad prompts for transformers to continue; what all share at their start is read once, if that is much.
+        """Pad prompts for transformers to continue; a prefix that all share is read once, if it is long enough.
 
         Args:
-            prompts: To be padded on the left.
-            own: Positions at the end of each prompt that are not read as shared.
-            is_stopped: Asked at each layer of each pass, here and over the inputs; see `StoppableCache`.
+            prompts: Prompts to pad on the left.
+            own: Positions at the end of each prompt that are never read as part of the prefix.
+            is_stopped: Asked at each layer of each pass, here and when the inputs are read; see `StoppableCache`.
         """
         if any(len(prompt) < own for prompt in prompts):
             raise ConfigError("a prompt has 0 positions; at least one token is needed to continue from")
@@ -331,7 +331,7 @@ class LLM(TextEncoder):
             visible[shared : shared + longest - length] = 0
         inputs: dict[str, Any] = {"attention_mask": mask}
 
-        def padded(row: Tensor) -> Tensor:  # padding is masked, so that any values do: those of the first position
+        def padded(row: Tensor) -> Tensor:  # padding is masked, so any values do
             return torch.cat([row[:shared], row[:1].expand(longest - len(row), *row.shape[1:]), row[shared:]])
 
         inputs |= {name: torch.stack([padded(row) for row in rows]) for name, rows in named.items()}
@@ -347,15 +347,16 @@ class LLM(TextEncoder):
         return model, inputs | {CACHE: cache}
 
     def shares_prefix(self, prompts: Sequence[PromptInputs]) -> bool:
-        """Return whether prompts begin alike for so long that reading it once is worth a batch of their own."""
+        """Return whether prompts share a prefix long enough to be read once, in a batch of their own."""
         return self._shared(self.rows_of(prompts)[1]) > 0
 
     def _shared(self, named: dict[str, list[Tensor]], own: int = 1) -> int:
-        """Count the positions that all begin with, where reading them once is worth it; each keeps `own` of its own.
+        """Return the length of the prefix that all prompts share, or 0 if reading it once does not pay.
 
-        Texts with the same anchors are the same only if their states are.
+        At least `own` positions of each prompt are left. Compressed texts count as shared only if their states are
+        equal, not just their anchors.
         """
-        if not self.reads_in_parts:  # a window that slides counts the padding after the prefix, too
+        if not self.reads_in_parts:  # a sliding window would count the padding after the prefix, too
             return 0
         first = next(iter(named.values()))
         length = min(map(len, first)) - own
@@ -372,7 +373,7 @@ def _memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
 
 
 def _require_plain(config: Any, name: str | os.PathLike[str]) -> None:
-    """Refuse a configuration that asks for code from a hub, or for weights that are no plain numbers."""
+    """Refuse a configuration that asks for code from a hub, or for quantised weights."""
     for part in (config, config.get_text_config()):
         for kernel in (getattr(part, "_attn_implementation", None), getattr(part, "_experts_implementation", None)):
             if "/" in str(kernel):
@@ -391,7 +392,7 @@ def choose_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} is not a torch device; pass auto, cpu, cuda or cuda:N") from error
-    if chosen.type not in ("cpu", "cuda"):  # else it is not looked for, which may take its time
+    if chosen.type not in ("cpu", "cuda"):  # torch.accelerator may be slow, so it is asked only for other devices
         here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         if here is None or here.type != chosen.type:
             raise ConfigError(f"device={device!r} is not on this machine; pass auto, cpu, cuda or cuda:N")
@@ -416,7 +417,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def not_from_hub(name: str, error: BaseException) -> WeightsNotFoundError:
-    """Make the error for what the hub does not give."""
+    """Make the error for something that the hub did not provide."""
     return WeightsNotFoundError(
         f"{name} cannot be had from the hub ({first_line(error)}); check the name and the network, or pass a folder"
     )

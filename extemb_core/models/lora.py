@@ -1,9 +1,8 @@
 """Low-rank adapters over linear layers whose weights belong to the LLM, and the files that hold what was trained.
 
-peft makes them. Its forward is replaced by one that gives the same sum with less work. In training the scale goes to
-the small matrix and not to every output. For inference, still without a merged copy of the shared weights: for many
-tokens the adapter is added to a weight that lives for this one product, for few its output is added to the base
-layer's in place.
+peft makes them. Its forward is replaced by one that computes the same sum with less work. In training, the small matrix
+is scaled instead of every output. In inference, there is still no permanent merged copy of the shared weights: for many
+tokens the adapter is added to a temporary copy of the weight, for few its output is added to the base layer's in place.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from torch import Tensor, nn
 from extemb_core.errors import ConfigError, WeightsCorruptError, WeightsNotFoundError, first_line
 from extemb_core.utils.files import parse_json
 
-ADAPTER = "default"  # peft's name for the only one
+ADAPTER = "default"  # peft's name for the only adapter
 
 
 def add_adapters(layers: nn.Module, rank: int, **settings: Any) -> LoraConfig:
     """Put an adapter of this rank, scaled by 2, on every linear layer in `layers`; at first it changes nothing.
 
-    A layer of a class of its own, such as a router that returns more than a product, gets none. `settings` are further
-    ones of peft's.
+    Subclasses of `Linear`, such as a router that returns more than a product, get none. `settings` are further settings
+    of peft's `LoraConfig`.
 
     Raises:
         ConfigError: peft does not adapt these layers.
@@ -40,7 +39,7 @@ def add_adapters(layers: nn.Module, rank: int, **settings: Any) -> LoraConfig:
     )
     try:
         inject_adapter_in_model(config, layers, adapter_name=ADAPTER)
-    except ValueError as error:  # another kind of layer has the name of a linear one
+    except ValueError as error:  # a layer of another kind has the name of a linear one
         raise ConfigError(f"peft cannot adapt these layers ({first_line(error)}); use another LLM") from error
     for module in layers.modules():
         if type(module) is LoraLinear:
@@ -49,10 +48,10 @@ def add_adapters(layers: nn.Module, rank: int, **settings: Any) -> LoraConfig:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """Read the JSON file that describes an embedder or a reader: no settings where it holds no object.
+    """Read the JSON file that describes an embedder or a reader; no settings if it does not hold an object.
 
     Raises:
-        WeightsNotFoundError, WeightsCorruptError: It is missing, or not JSON.
+        WeightsNotFoundError, WeightsCorruptError: The file is missing, or not JSON.
     """
     try:
         settings = parse_json(file.read_text(encoding="utf-8"))
@@ -89,7 +88,7 @@ def first_mismatch(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 
 class _FrugalLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        module: Any = self  # whose types peft does not say
+        module: Any = self  # peft does not declare its types
         base, scale = module.base_layer, module.scaling[ADAPTER]
         down: Tensor = module.lora_A[ADAPTER].weight
         up: Tensor = module.lora_B[ADAPTER].weight

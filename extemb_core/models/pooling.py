@@ -1,4 +1,4 @@
-"""From the states of a group's tokens to the one state that stands for them (entry layers above 0).
+"""Pool the states of a group's tokens into one state that stands for them (entry layers above 0).
 
 A group's state is the norm-keeping weighted mean of its tokens' states h: with weights w, the mean
 m = sum(w h) / sum(w), rescaled to the weighted mean of the norms, s = sum(w |h|) / sum(w). A plain mean of states is
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from extemb_core.errors import ConfigError
 from extemb_core.models.downscaling import span_means
 
-_MIN_WEIGHT = 0.01  # of a token that is nearly all there is: no group is without weight
+_MIN_WEIGHT = 0.01  # of a token that makes up nearly all of the text: no group may have weight 0
 # H, the sum of 1/rank over a vocabulary of some 50,000: by Zipf's law, a token of rank r has a share of 1/(r H).
 _HARMONIC = 11.4
 
@@ -40,13 +40,13 @@ class Groups(NamedTuple):
 
     @property
     def states(self) -> Tensor:
-        """(N, D) float32: the means, rescaled to `norms`; zero where a mean is."""
+        """(N, D) float32: the means, rescaled to `norms`; a zero mean stays zero."""
         return rescaled(self.means, self.norms)
 
 
 def rescaled(means: Tensor, norms: Tensor) -> Tensor:
-    """Give each row of `means`, (N, D), the length in `norms`, (N,); a row of zeros stays one."""
-    largest = means.detach().abs().amax(-1, keepdim=True)  # the squares of what is very short would be zero
+    """Scale each row of `means`, (N, D), to the length in `norms`, (N,); a row of zeros stays zero."""
+    largest = means.detach().abs().amax(-1, keepdim=True)  # very small values squared would be zero
     shaped = means / torch.where(largest > 0, largest, 1)
     return torch.mul(shaped, norms[:, None] / shaped.norm(dim=-1, keepdim=True).clamp_min(1))
 
@@ -60,8 +60,8 @@ def token_groups(states: Tensor, weights: Tensor) -> Groups:
 def pool(states: Tensor, weights: Tensor, ratio: int) -> Groups:
     """Pool every `ratio` consecutive states of one chunk; a tail is a group like any other.
 
-    Summed inside each group, never as a difference of running sums: a state far longer than the others, such as a
-    sequence's first, would cost the groups after it their digits.
+    Sums are taken inside each group, not as differences of running sums: a state far longer than the others, such as a
+    sequence's first, would cost the groups after it their precision.
 
     Args:
         states: (L, D).
@@ -72,11 +72,11 @@ def pool(states: Tensor, weights: Tensor, ratio: int) -> Groups:
 
 
 def pool_groups(groups: Groups, lengths: Tensor) -> Groups:
-    """Pool consecutive groups, as many together as `lengths` says: equal to `coarsen_groups` where all are alike.
+    """Pool consecutive groups, as many together as `lengths` says; equal to `coarsen_groups` if all lengths are equal.
 
     Args:
-        groups: L of them; of one token each to pool tokens (see `token_groups`).
-        lengths: (N,) 1 or more, which together are L; on the CPU.
+        groups: L groups; of one token each to pool tokens (see `token_groups`).
+        lengths: (N,) groups to pool into each, 1 or more, L in all; on the CPU.
     """
     count = len(lengths)
     group = torch.arange(count).repeat_interleave(lengths).to(groups.weights.device)
@@ -87,7 +87,7 @@ def pool_groups(groups: Groups, lengths: Tensor) -> Groups:
 
 
 def coarsen_groups(groups: Groups, times: int) -> Groups:
-    """Pool every `times` consecutive groups of one chunk: equal to `pool` at the coarser ratio, to rounding."""
+    """Pool every `times` consecutive groups of one chunk; equal, up to rounding, to `pool` at the coarser ratio."""
     padding = -len(groups.weights) % times
     total = nn.functional.pad(groups.weights, (0, padding)).view(-1, times).sum(1)
     norms = span_means(groups.norms[:, None], groups.weights, times)[:, 0]
@@ -100,7 +100,7 @@ def uniform_weights(vocab_size: int, counts: Tensor | None = None) -> Tensor:
 
 
 def rank_weights(vocab_size: int, counts: Tensor | None = None) -> Tensor:
-    """Weigh tokens by log(N / count) as Zipf's law has it, with a token's id for its rank.
+    """Weigh tokens by log(N / count), with counts estimated by Zipf's law from a token's id as its rank.
 
     A BPE vocabulary lists its merges by frequency.
     """
@@ -108,7 +108,7 @@ def rank_weights(vocab_size: int, counts: Tensor | None = None) -> Tensor:
 
 
 def frequency_weights(vocab_size: int, counts: Tensor | None = None) -> Tensor:
-    """Weigh tokens by log(N / count) of what was counted; those that were not seen count as seen once."""
+    """Weigh tokens by log(N / count) of the given counts; tokens that were not seen count as seen once."""
     if counts is None or counts.shape != (vocab_size,) or not (counts >= 0).all() or not counts.sum() > 0:
         given = "none" if counts is None else f"counts of shape {tuple(counts.shape)}"
         raise ConfigError(
@@ -144,5 +144,5 @@ def token_weights(weighting: str, vocab_size: int, counts: Tensor | None = None)
 
 
 def digest_of(weights: Tensor) -> str:
-    """Return the sha256 (32 hex digits) of a table of weights, which is kept in float16."""
+    """Return the sha256 (32 hex digits) of a table of weights, rounded to float16 as in files."""
     return hashlib.sha256(weights.to("cpu", torch.float16).contiguous().numpy().tobytes()).hexdigest()[:32]

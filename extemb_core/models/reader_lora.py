@@ -1,7 +1,7 @@
 """Readers: low-rank adapters that teach an LLM to answer from the text it is given.
 
-A reader's folder is one that peft reads too: `adapter_config.json` and `adapter_model.safetensors`. Named as an LLM, it
-is its base LLM with the adapters added to the weights: from then on frozen like any other.
+A reader's folder has peft's format: `adapter_config.json` and `adapter_model.safetensors`. Loaded as an LLM, it is its
+base LLM with the adapters added to the weights, and frozen like any other.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_SETTING = 10**6
-_PREFIX = "base_model.model."  # of all names in peft's files
-# What other adapters may have set; each changes what is to be added to the weights.
+_PREFIX = "base_model.model."  # begins all names in peft's files
+# Settings of a plain adapter; any other value changes what has to be added to the weights.
 _PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
           "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": None,
           "alora_invocation_tokens": None}  # fmt: skip
-_BEGIN_AT_NOTHING = (None, True, False, "gaussian", "orthogonal", "eva")  # other ways change the LLM's weights
+_BEGIN_AT_NOTHING = (None, True, False, "gaussian", "orthogonal", "eva")  # other initialisations change the LLM
 
 
 def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
@@ -38,8 +38,9 @@ def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
 
     Args:
         llm: The LLM.
-        rank: Of the adapters.
-        first_layer: Decoder layers before it get none: an embedder that is trained beside the reader shares them.
+        rank: Rank of the adapters.
+        first_layer: Decoder layers before this one get no adapters, so that an embedder trained with the reader can
+            share them.
 
     Raises:
         ConfigError: No layer is left, or the LLM's experts would get adapters, which cannot be added to its weights.
@@ -58,19 +59,19 @@ def add_reader(llm: LLM, rank: int, first_layer: int = 0) -> LoraConfig:
         layers_to_transform=list(range(first_layer, len(decoder.layers))) if first_layer else None,
         layers_pattern="layers" if first_layer else None,
     )
-    if config.target_parameters:  # peft takes a dense layer's names for those of the experts
+    if config.target_parameters:  # peft takes the names of dense layers for those of experts
         raise ConfigError(
             f"{llm.name} is a mixture of experts whose layers peft adapts in another form than linear ones; train an "
             "embedder alone, with the recipe frozen, or pass another LLM"
         )
     for name, parameter in decoder.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.float()  # in bfloat16 a small update would round to none
+            parameter.data = parameter.data.float()  # in bfloat16 small updates would be rounded away
     return config
 
 
 def save_reader(llm: LLM, config: LoraConfig, folder: Path) -> None:
-    """Write the folder of the reader that `add_reader` began."""
+    """Write the reader that `add_reader` put on the LLM into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().float().cpu().contiguous() for name, p in reader_adapters(llm).items()}
     with safetensors_folder(folder, TENSORS, SETTINGS):
@@ -79,7 +80,7 @@ def save_reader(llm: LLM, config: LoraConfig, folder: Path) -> None:
 
 
 def load_reader(llm: LLM, folder: Path) -> None:
-    """Take the adapters of a reader's folder into those that `add_reader` put there.
+    """Load the adapters in a reader's folder into those that `add_reader` put on the LLM.
 
     Raises:
         WeightsNotFoundError, WeightsCorruptError: The file is missing or damaged.
@@ -100,7 +101,7 @@ def merge_reader(model: PreTrainedModel, folder: Path) -> None:
 
     Raises:
         WeightsNotFoundError, WeightsCorruptError: A file is missing or damaged.
-        WeightsError: The adapters are of a kind that is more than a sum of weights.
+        WeightsError: The adapters are of a kind that cannot be added to the weights.
         MismatchError: They are another LLM's.
     """
     settings = read_settings(folder / SETTINGS)

@@ -1,4 +1,4 @@
-"""The LLM's first layers in modules of an embedder's own, and a sample of their values to know the LLM again by.
+"""Put the LLM's first layers into modules of an embedder's own, and sample their values to recognise the LLM.
 
 An LLM's base tensors are recognised by a sample of their values, rounded to bfloat16, so that the same LLM matches in
 every dtype. (float16 may round some values the other way. If the embedder's file holds the sample, that is accounted
@@ -24,7 +24,7 @@ _PROBE_VALUES = 16
 
 
 def first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]:
-    """Cut the LLM's decoder to its first layers, in modules of its own.
+    """Make a decoder of the LLM's first layers, with modules of its own.
 
     Returns:
         The stack, and the ids of the parameters that it shares with the LLM (all but the layers' if `copied`).
@@ -32,8 +32,8 @@ def first_layers(llm: LLM, count: int, *, copied: bool) -> tuple[Any, set[int]]:
     layers = decoder_layers(llm.model, llm.name)
     decoder: Any = llm.model.base_model
     kept = list(layers[:count])
-    # deepcopy takes from `memo` what it must not copy: the shared parameters, and empty modules in place of what
-    # the embedder does not use.
+    # deepcopy takes from `memo` what it is not to copy: the shared parameters, the first layers in place of all, and
+    # nothing in place of the final norm.
     memo: dict[int, Any] = {}
     for module in [decoder.get_input_embeddings()] + ([] if copied else kept):
         memo |= shared_parameters(module)

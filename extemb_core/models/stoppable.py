@@ -1,4 +1,4 @@
-"""A cache that ends a pass through the LLM where nobody waits for it any more: at the next layer, not at its end."""
+"""A cache that can stop a pass through the LLM at the next layer, when nobody waits for it any more."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from transformers import DynamicCache, __version__
 
 CACHE = "cache" if tuple(map(int, __version__.split(".")[:2])) >= (5, 24) else "past_key_values"
-"""What transformers calls the cache among the arguments of a model."""
+"""Name of the cache among the arguments of a transformers model."""
 
 
 class StoppableCache(DynamicCache):
-    """transformers' own cache, to which each layer of a pass comes before its attention.
+    """transformers' own cache, which each layer updates before its attention.
 
-    So a long prompt need not be cut into pieces to be stopped, which would round differently, and no module is touched.
+    So a long prompt can be stopped without cutting it into pieces, which would round differently, or changing modules.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         is_stopped: Asked at each layer, in the thread of the pass; true ends it with a `CancelledError`.
     """
 

@@ -1,4 +1,4 @@
-"""Text as token ids and back: as data, whose control tokens are never obeyed, and as a model's own prompt text."""
+"""Convert text to token ids and back: as data, whose control tokens are not obeyed, or as a model's own prompt text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from extemb_core.documents import refuse_lone_surrogates
 from extemb_core.errors import ConfigError
 
 # Long texts are tokenised in pieces of at most this many characters, so that memory does not grow with the text.
-# A space between two letters begins a new word for every byte-level BPE in use (not so the line break after a full
-# stop), so cut there the ids are those of the whole text; other tokenizers may start a piece anew.
+# A space between two letters begins a new word in every byte-level BPE in use (a line break after a full stop does
+# not), so a cut there does not change the ids; other tokenizers may encode the start of a piece differently.
 _PIECE_CHARS = 32_768
 _WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _TOKENIZER_PROBE = "The 3 quick brown foxes\n\n\tjumped over naïve 東京 dogs; x_1 += 42.5  # ok?"
@@ -31,7 +31,7 @@ class TextEncoder:
 
     Args:
         tokenizer: Its fast tokenizer.
-        name: What the model is called in messages.
+        name: Name of the model in messages.
 
     Raises:
         ConfigError: The tokenizer has no fast version.
@@ -55,7 +55,7 @@ class TextEncoder:
 
     @cached_property
     def bos_token_id(self) -> int | None:
-        """The id this tokenizer puts before a text by itself, if it does."""
+        """The id that the tokenizer itself puts before a text, or None."""
         bos = self.tokenizer.bos_token_id
         ids = self.tokenizer("a").input_ids
         return int(bos) if bos is not None and len(ids) > 1 and ids[0] == bos else None
@@ -68,21 +68,21 @@ class TextEncoder:
 
     @cached_property
     def control_ids(self) -> np.ndarray[Any, Any]:
-        """Ids that no text may become. A character outside the vocabulary becomes the unknown token, rightly."""
+        """Ids that text never becomes; the unknown token is not one: characters outside the vocabulary become it."""
         ids = (index for index in self.control_tokens.values() if index != self.tokenizer.unk_token_id)
         return np.array(list(ids), dtype=np.int64)
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
-        """The same: one look for each token of a short text is sooner done than anything of numpy's."""
+        """The same as a set, which is faster than numpy for short texts."""
         return frozenset(self.control_ids.tolist())
 
     @cached_property
     def _plain_encoder(self) -> Tokenizer:
         """A copy of the tokenizer that obeys no special token and truncates nothing.
 
-        A copy, because these switches are state: the tokenizer itself is in use by other threads, and others who
-        hold it may have set a truncation.
+        A copy, because these switches are state: the tokenizer itself is in use by other threads, and its other users
+        may have set a truncation.
         """
         encoder = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         encoder.encode_special_tokens = True
@@ -108,20 +108,20 @@ class TextEncoder:
             (T,) int32 ids, and (T,) int32 characters, ascending.
         """
         refuse_lone_surrogates(text)
-        ids, ends = array("i"), array("i")  # grow in place: joining pieces at the end would hold all of them twice
+        ids, ends = array("i"), array("i")  # grow in place: joining the pieces at the end would need twice the memory
         start = 0
         for piece in pieces_of(text, _PIECE_CHARS):
             piece_ids, piece_ends = self._encode_piece(piece)
             ids.frombytes(piece_ids.tobytes())
             ends.frombytes((piece_ends + np.int32(start)).tobytes())
             start += len(piece)
-        if ends:  # what is left out after the last token, such as an accent that is joined to it, is covered too
+        if ends:  # the last token also covers what follows it, such as a combining accent
             ends[-1] = start
         # An empty array has no buffer.
         return tuple(np.frombuffer(values, np.int32) if values else np.empty(0, np.int32) for values in (ids, ends))  # type: ignore[return-value]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Count the tokens of each of some texts."""
+        """Count the tokens of each text."""
         return [len(self.encode(text)) for text in texts]
 
     def encode_pieces(self, text: str) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
@@ -139,8 +139,8 @@ class TextEncoder:
         if self._control_ids.isdisjoint(encoding.ids):
             ends = np.array([end for _, end in encoding.offsets], dtype=np.int32)
             return np.array(encoding.ids, dtype=np.int32), ends
-        # Added tokens that the tokenizer does not flag as special are still recognised: take them apart, by
-        # encoding their first character on its own.
+        # Added tokens that the tokenizer does not flag as special are still recognised: split them by encoding their
+        # first character on its own.
         parts: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             cuts = [start, start + 1, end] if index in self._control_ids and end - start > 1 else []
@@ -164,7 +164,7 @@ class TextEncoder:
 
 
 def pieces_of(text: str, n_chars: int) -> Iterator[str]:
-    """Yield a text in pieces of at most `n_chars` characters, cut between two words where there are some."""
+    """Yield a text in pieces of at most `n_chars` characters, cut between words if possible."""
     start = 0
     while len(text) - start > n_chars:
         middle, end = start + n_chars // 2, start + n_chars

@@ -1,4 +1,4 @@
-"""An LLM whose answers a vLLM server writes. Documents are compressed, planned and put in place here (docs/vllm.md).
+"""An LLM whose answers a vLLM server writes; documents are planned, compressed and put in place here (docs/vllm.md).
 
 A request is a whole prompt. Text is token ids; compressed text is sent as `image_embeds` parts of a message, one for
 each run of states, which also hold the ids around it (see `integrations/vllm_extemb/items.py`); embeddings of entry
@@ -35,10 +35,10 @@ class VllmLLM(LLM):
     """An LLM that a vLLM server serves, from a folder of `extemb export --vllm`. Scores are computed here.
 
     Attributes:
-        base_url: Of the server's OpenAI-compatible API, such as http://localhost:8000/v1.
-        api_key: Of the server, if it has one.
-        fingerprint: Of the embedder, which has to be the one of the folder.
-        in_batches: False: the server makes batches of what comes.
+        base_url: Address of the server's OpenAI-compatible API, such as http://localhost:8000/v1.
+        api_key: API key of the server, if it needs one.
+        fingerprint: Fingerprint of the embedder, which must be the one for which the folder was exported.
+        in_batches: False: the server batches requests itself.
     """
 
     base_url: str = ""
@@ -54,13 +54,13 @@ class VllmLLM(LLM):
 
     @cached_property
     def _served(self) -> dict[str, Any]:
-        """What the server says of its model."""
+        """The server's description of its model."""
         with self._request("GET", "models") as response:
             return dict(json.loads(response.read())["data"][0])
 
     @property
     def context_window(self) -> int:
-        """Positions the LLM was trained for, or of the server where these are fewer."""
+        """Positions the LLM was trained for, or those that the server allows if they are fewer."""
         return min(super().context_window, int(self._served.get("max_model_len") or super().context_window))
 
     def generate(
@@ -126,7 +126,7 @@ class VllmLLM(LLM):
             "temperature": float(sampling.temperature),
             "top_p": float(sampling.top_p),
             "top_k": sampling.top_k,
-            "min_p": 0.0,  # whatever the folder's generation_config.json has
+            "min_p": 0.0,  # overrides the folder's generation_config.json
             "repetition_penalty": float(sampling.repetition_penalty),
             "stop": list(sampling.stop),
             "stop_token_ids": self.stop_token_ids,
@@ -154,7 +154,7 @@ class VllmLLM(LLM):
             result.token_ids.pop()
 
     def _body(self, prompt: PromptInputs) -> tuple[str, dict[str, Any]]:
-        """Return the path that reads a prompt, and what it is there."""
+        """Return the API path for a prompt, and the fields of the request that hold it."""
         if isinstance(prompt, AnchoredPrompt):
             parts = [{"type": "image_embeds", "image_embeds": item} for item in self._items(prompt)]
             return "chat/completions", {"messages": [{"role": "user", "content": parts}]}
@@ -165,7 +165,7 @@ class VllmLLM(LLM):
         return "completions", {"prompt": [int(index) for index in prompt]}
 
     def _items(self, prompt: AnchoredPrompt) -> list[dict[str, Any]]:
-        """Cut a prompt at its runs of states."""
+        """Split a prompt into its runs of states, each with the ids around it."""
         ids, mask = prompt.ids.tolist(), prompt.mask.tolist()
         items: list[dict[str, Any]] = []
         before: list[int] = []
@@ -186,7 +186,7 @@ class VllmLLM(LLM):
 
     @contextmanager
     def _request(self, method: str, path: str, **content: Any) -> Iterator[Any]:
-        """Open a request; its failures are errors of this library."""
+        """Open a request; turn its failures into errors of this library."""
         httpx = optional_import("httpx", "vllm", "engine='vllm'")
         try:
             with self._client.stream(method, path, **content) as response:
@@ -221,11 +221,11 @@ def load_llm(
     Args:
         name, device, dtype: See `LLM.from_pretrained`.
         engine: "transformers", in this process; or "vllm", the server at `base_url`.
-        base_url: Of its OpenAI-compatible API.
-        api_key: Of the server, if it has one.
+        base_url: Address of its OpenAI-compatible API.
+        api_key: API key of the server, if it needs one.
 
     Raises:
-        ConfigError: There is no such engine, or a server is named without "vllm", or "vllm" without a server.
+        ConfigError: The engine is unknown, or a server is named without "vllm", or "vllm" without a server.
     """
     check_engine(engine, base_url, api_key)
     if engine == "transformers":
