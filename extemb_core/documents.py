@@ -16,7 +16,7 @@ from typing import Any
 from extemb_core.errors import DocumentError
 
 TEXT_KEYS = ("text", "page_content", "content")
-"""Where a dict may hold its text, in the order they are looked for."""
+"""Keys under which a dict may hold its text, in the order in which they are tried."""
 
 _ACCEPTED = (
     f"pass a str, a Document, a dict with one of {', '.join(map(repr, TEXT_KEYS))}, or an object with .page_content, "
@@ -26,7 +26,7 @@ _ACCEPTED = (
 
 _TEXT_ATTRIBUTES = ("page_content", "get_content", "text")  # an object with one of these is a single document
 FILE_KEYS = ("file_path", "file_name", "url")
-"""Where LlamaIndex's metadata names what a node was made of, in the order they are looked for."""
+"""Keys of a LlamaIndex node's metadata that may name its file, in the order in which they are tried."""
 REF_PREFIX = "ext:"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not a character
 _MAX_PATH_CHARS = 256  # longer texts were not meant as a path

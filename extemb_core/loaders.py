@@ -38,7 +38,7 @@ TEXT_SUFFIXES = _words(
     """
 )
 SUPPORTED_SUFFIXES = TEXT_SUFFIXES | HTML_SUFFIXES | PDF_SUFFIXES
-"""What a folder is searched for; a file named by the caller is tried as text under any other suffix too."""
+"""Suffixes that are read in a folder; a file named by the caller is tried as text under any other suffix too."""
 
 BINARY_SUFFIXES = _words(
     """

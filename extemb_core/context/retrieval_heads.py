@@ -42,7 +42,7 @@ _FEW_TOKENS = 768
 _LOOKS = 2  # weight of attention relative to words: found on training questions (docs/experiments.md)
 _SHOWING = "extemb_showing"  # the name, in transformers, of attention that reports its weights
 _shown: ContextVar[dict[int, Tensor]] = ContextVar("shown")
-"""Layer -> the attention of the last position that it read."""
+"""Layer -> attention of the last position that was read."""
 _KEPT_POSITIONS = 2048  # longest prompt whose states are kept: the next question is often about the same documents
 
 

@@ -33,7 +33,7 @@ from extemb_core.utils.files import parse_json
 logger = logging.getLogger(__name__)
 
 MARK = re.compile(r"\[\[ext:([0-9a-f]{32}(?:/[1-9][0-9]{0,3})?):([0-9a-f]{32})\]\]")
-"""Pattern of a mark; only its store can tell a real one."""
+"""Pattern of a mark; only the store that made it can tell whether it is genuine."""
 
 Spans: TypeAlias = tuple[tuple[int, int, int | str], ...]
 

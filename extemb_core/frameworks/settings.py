@@ -68,7 +68,7 @@ class StrictSettings(pydantic.BaseModel):
     """
 
     _WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()
-    """Settings that other models have, which are taken with a warning."""
+    """Settings of other models, which are accepted with a warning."""
     _SHARED: ClassVar[tuple[str, ...]] = ()
     """Fields that may hold live objects: copies share them, and pickling them is an error."""
 
@@ -130,13 +130,13 @@ class ModelSettings(StrictSettings):
     dtype: str = "auto"
     """"auto" (bfloat16 on CUDA, float32 elsewhere) or a torch dtype."""
     engine: str = "transformers"
-    """What writes the answers: "transformers", in this process, or "vllm", a server (docs/vllm.md)."""
+    """Engine that writes the answers: "transformers", in this process, or "vllm", a server (docs/vllm.md)."""
     base_url: str | None = None
-    """Of the vLLM server's API, such as "http://localhost:8000/v1"."""
+    """Address of the vLLM server's API, such as "http://localhost:8000/v1"."""
     api_key: ApiKey = None
-    """Of the vLLM server, if it has one."""
+    """API key of the vLLM server, if it needs one."""
     loaded_lm: Any = Field(default=None, exclude=True, repr=False)
-    """The `ExtensibleLM` of `from_lm`: a field, so that frameworks that make an object anew from its fields keep it."""
+    """The `ExtensibleLM` of `from_lm`; a field, so that frameworks that rebuild an object from its fields keep it."""
 
     @classmethod
     def from_model_id(cls, model_id: str | os.PathLike[str], **settings: Any) -> Self:
@@ -198,28 +198,28 @@ class GenerationSettings(ModelSettings):
 
     _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream"})  # settings of a call that are not an answer's
     _HAS_QUESTION: ClassVar[bool] = True
-    """False of a model for plain prompts alone."""
+    """False for a model that only continues plain prompts."""
 
     budget: Budget = None
-    """Positions of the window that documents may take at most; all that is free when not given, or where it is less."""
+    """Positions of the window that documents may take at most; all that are free when not given, or if there are fewer."""
     plan: str | None = None
-    """"focus", what says most about the question in full and, beside few sentences, the rest compressed; "even", each
-    document at one ratio; "select", what says most and nothing else. When not given, what suits the embedder (see
-    `ExtensibleLM.ask`); plain prompts, in which nothing is asked, have "even" alone."""
+    """"focus": the sentences that say most about the question in full and, if they are few, the rest compressed;
+    "select": those sentences and nothing else; "even": each document at one ratio. When not given, the best for the
+    embedder (see `ExtensibleLM.ask`); plain prompts, which have no question, allow only "even"."""
     max_tokens: int = 256
-    """Longest answer."""
+    """Maximum number of tokens in an answer."""
     temperature: float = 0.0
-    """0 is greedy and repeatable."""
+    """Sampling temperature; 0 is greedy and repeatable."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that have this probability together."""
+    """Draw from the likeliest tokens that together have this probability."""
     top_k: int = 0
-    """Draw from this many of the likeliest tokens; 0 from all."""
+    """Draw from this many of the likeliest tokens; 0 draws from all."""
     repetition_penalty: float = 1.0
-    """Of tokens that stand there already; 1 is off."""
+    """Penalty for tokens that occur already; 1 is off."""
     seed: int | None = None
-    """Makes sampling repeatable."""
+    """Random seed, which makes sampling repeatable."""
     stop: str | list[str] | None = None
-    """Text that ends an answer, or several."""
+    """Text or texts that end an answer."""
 
     @pydantic.field_validator(*_SAMPLED, "stop", mode="before")
     @classmethod

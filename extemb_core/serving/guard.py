@@ -24,7 +24,7 @@ from extemb_core.serving.metrics import Metrics
 from extemb_core.serving.settings import ServerSettings, is_loopback
 
 PAGE = "/chat"
-"""Where the chat page is, which asks for a key itself; `/` leads there."""
+"""Path of the chat page, which asks for a key itself; `/` leads there."""
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/metrics", PAGE})
 """Paths that need no key."""

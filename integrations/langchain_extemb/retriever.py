@@ -32,11 +32,11 @@ class ExtensibleRetriever(StrictSettings, BaseRetriever):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     library: Annotated[Library | str, BeforeValidator(folder_as_text)]
-    """A library, or the folder of one, which is opened to read when it is first asked."""
+    """A library, or its folder, which is opened for reading at the first question."""
     k: int = N_PASSAGES
-    """Passages at most."""
+    """Maximum number of passages."""
     hybrid: bool = True
-    """By vectors and words; else by vectors alone."""
+    """Search by vectors and by words, or by vectors alone."""
 
     _opened: Library | None = PrivateAttr(default=None)
 

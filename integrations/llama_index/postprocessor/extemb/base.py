@@ -34,7 +34,7 @@ class CompressionSettings(ModelSettings):
     """LLM that will read what is compressed: its weights compress, into its store."""
 
     llm: Any = Field(default=None, exclude=True)
-    """The `ExtensibleLLM` that will read the nodes; in its place, `model`, `embedder` and `store`."""
+    """The `ExtensibleLLM` that will read the nodes, or instead of it `model`, `embedder` and `store`."""
     batch_size: int | None = Field(default=None, ge=1)
     """Chunks per forward pass; by the device when not given."""
 
