@@ -1,4 +1,4 @@
-"""Answers for event loops: the work is done in threads, and stops when nobody waits for it any more."""
+"""Answers for event loops: work runs in threads, and stops when nobody waits for it any more."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @cache
 def _pool_of(_process: int) -> ThreadPoolExecutor:
-    """Return the threads of a process, for all models: none of them blocks a loop. A fork has none of its parent's."""
+    """Return the thread pool of a process, shared by all models; a forked process gets a new one."""
     return ThreadPoolExecutor(MAX_CONCURRENCY, thread_name_prefix="extemb")
 
 
@@ -34,7 +34,7 @@ async def in_thread(work: Callable[..., T], *args: Any) -> T:
 
 
 async def until_cancelled(work: Callable[[threading.Event], T]) -> T:
-    """Run work in a thread, and set its event when whoever awaits it is cancelled: what is compressed stops too."""
+    """Run work in a thread, and set its event when the awaiting task is cancelled; compressing stops then too."""
     cancelled = threading.Event()
     try:
         return await in_thread(_stoppable, cancelled, work, cancelled)
@@ -46,10 +46,10 @@ async def until_cancelled(work: Callable[[threading.Event], T]) -> T:
 class AsyncAnswerStream:
     """Streams an answer, piece by piece: `async with AsyncAnswerStream(open) as stream: async for piece in stream`.
 
-    Leaving it stops the LLM, once the step that is under way is done.
+    Leaving the block stops the LLM after the current step.
 
     Args:
-        opened: Gives the stream; called in a thread, as it may load and compress.
+        opened: Returns the stream; called in a thread, as it may load and compress.
     """
 
     def __init__(self, opened: Callable[[], AnswerStream]) -> None:
@@ -75,7 +75,7 @@ class AsyncAnswerStream:
 
     @property
     def answer(self) -> Answer:
-        """Answer, once the pieces are read."""
+        """The answer, once all pieces are read."""
         return self._opening.result().answer
 
 

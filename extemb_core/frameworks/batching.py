@@ -19,7 +19,7 @@ from extemb_core.models.llm import LLM
 from extemb_core.utils.threads import at_once
 from extemb_core.utils.validation import whole_number
 
-_GATHER_SECONDS = 0.2  # at most, for the requests that were announced
+_GATHER_SECONDS = 0.2  # maximum wait for requests that were announced
 
 
 @dataclass(eq=False)
@@ -31,19 +31,19 @@ class _Request:
 
     @property
     def positions(self) -> int:
-        """Positions that the prompt and its answer take at most."""
+        """Maximum number of positions of the prompt and its answer."""
         return len(self.prepared.prompt) + self.sampling.max_new_tokens
 
 
 class Batcher:
-    """Answers one batch at a time: whoever finds the LLM free answers all that wait, the others find theirs answered.
+    """Answers one batch at a time: a thread that finds the LLM free answers all waiting requests, also other threads'.
 
-    A batch takes no more positions than the device has memory for (see `positions_at_once`). The requests of one that
-    fails are answered one by one, so that an error is of the request that it belongs to.
+    A batch takes no more positions than the device has memory for (see `positions_at_once`). If a batch fails, its
+    requests are answered one by one, so that each gets its own error.
 
     Args:
-        llm: Answers.
-        batch_size: Requests of a batch at most.
+        llm: LLM that answers.
+        batch_size: Maximum number of requests in a batch.
     """
 
     def __init__(self, llm: LLM, batch_size: int = 32) -> None:
@@ -54,15 +54,15 @@ class Batcher:
         _batchers.add(self)
 
     def _begin(self) -> None:
-        """Begin with nothing to answer, as a forked process does: the threads that ask here are its parent's."""
-        self._changed = threading.Condition()  # what follows, and whether a request is done
+        """Reset to no requests, also in a forked process, which lacks the threads that asked."""
+        self._changed = threading.Condition()  # guards the lists below, and signals finished requests
         self._answering = False
         self._waiting: list[_Request] = []
-        self._announced: list[list[int]] = []  # how many of each announcement are still to come
+        self._announced: list[list[int]] = []  # for each announcement, how many requests are still to come
 
     @contextmanager
     def announce(self, count: int) -> Iterator[None]:
-        """Announce that so many requests are about to come at once: the first of them waits a moment for the others."""
+        """Announce that `count` requests are about to come at once: the first waits a moment for the others."""
         to_come = [count]
         with self._changed:
             self._announced.append(to_come)
@@ -70,17 +70,17 @@ class Batcher:
             yield
         finally:
             with self._changed:
-                to_come[0] = 0  # whatever became of them
+                to_come[0] = 0  # some may never have come
                 self._announced = [some for some in self._announced if some[0]]
                 self._changed.notify_all()
 
     def answer(self, prepared: PreparedPrompt, sampling: Sampling, cancelled: threading.Event | None = None) -> Answer:
-        """Answer what `ExtensibleLM.prepare` made, with what other threads ask meanwhile.
+        """Answer a prompt from `ExtensibleLM.prepare`, in one batch with what other threads ask meanwhile.
 
-        An answer does not depend on the others.
+        An answer does not depend on the others in its batch.
 
         Args:
-            prepared, sampling: What to answer, and how.
+            prepared, sampling: The prompt, and how its tokens are chosen.
             cancelled: When set, the answer is what was written so far; in a batch, that is nothing or the whole answer.
         """
         return self.answer_all([(prepared, sampling)], cancelled)[0]
@@ -103,13 +103,13 @@ class Batcher:
         try:
             for request in requests:
                 self._answer_with_others(request)
-        finally:  # after Ctrl-C, nobody takes what is left
+        finally:  # after Ctrl-C nobody collects the remaining answers
             with self._changed:
                 self._waiting = [request for request in self._waiting if request not in requests]
         return [request.answer.result() for request in requests]
 
     def _answer_with_others(self, first: _Request) -> None:
-        """Wait until `first` is answered, or nobody answers: then answer a batch with it."""
+        """Wait until `first` is answered, or the LLM is free; then answer a batch with it."""
         with self._changed:
             self._changed.wait_for(lambda: first.answer.done() or not self._answering)
             if first.answer.done():
@@ -119,20 +119,20 @@ class Batcher:
         try:
             batch = self._gathered(first)
             if len(batch) > 1:
-                with suppress(Exception):  # of memory, or of one of them
+                with suppress(Exception):  # out of memory, or an error of one request
                     _together(self.llm, batch)
             for request in batch:
                 if not request.answer.done():
                     _alone(self.llm, request)
         finally:
             with self._changed:
-                # After Ctrl-C here, the others are answered by whom they belong to.
+                # After Ctrl-C here, the other requests are answered by their own threads.
                 self._waiting += [request for request in batch if not (request is first or request.answer.done())]
                 self._answering = False
                 self._changed.notify_all()
 
     def _gathered(self, first: _Request) -> list[_Request]:
-        """Take a batch of what waits, `first` first."""
+        """Take a batch of waiting requests, beginning with `first`."""
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._announced or len(self._waiting) >= self.batch_size, timeout=_GATHER_SECONDS
@@ -140,7 +140,7 @@ class Batcher:
             others = [
                 request
                 for request in self._waiting
-                # Draws with a seed are those of a prompt on its own.
+                # With a seed, a prompt's draws must equal those when it is answered alone.
                 if request is not first and request.sampling == first.sampling and first.sampling.seed is None
             ]
             lengths = {request: request.positions for request in [first, *others][: self.batch_size]}

@@ -2,10 +2,10 @@
 
 A framework formats prompts, caches them and writes them to logs. What passes through it in a document's place is a
 mark, `[[ext:REF:SEAL]]`, of characters that templates and splitters leave alone; `[[ext:REF/8:SEAL]]` where the text
-is to be read at ratio 8 or coarser. REF is a hash of text, title and source: who cites one of two documents with equal
-texts cites no other; and of the spans, where the document was planned sentence by sentence. The seal is made with a
-secret of the store that keeps the document, so that nobody can write a mark who was not handed it: what merely looks
-like one, in a user's or a document's text, is text.
+is to be read at ratio 8 or coarser. REF is a hash of text, title and source, so that documents with equal texts are
+cited separately, and of the spans, if the document was planned sentence by sentence. The seal is made with a secret of
+the store that keeps the document, so that nobody can forge a mark: what merely looks like one, in a user's or a
+document's text, is text.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ Spans: TypeAlias = tuple[tuple[int, int, int | str], ...]
 _SECRET = b"refs"
 _SECRET_BYTES = 32
 _SEAL_DIGITS = 32
-_MAX_CHARS = 2**28  # of documents in memory
-_MAX_BYTES = 2**28  # of a document on disk, as JSON
-_MAX_NAMES = 2**14  # of documents on disk that need not be written again, and of lists of spans in memory
+_MAX_CHARS = 2**28  # of all documents in memory
+_MAX_BYTES = 2**28  # of one document on disk, as JSON
+_MAX_NAMES = 2**14  # remembered: names of documents already on disk, and lists of spans in memory
 
 
 class Refs:
-    """Keeps the documents that were handed out as marks. Those of a store on disk are there for later processes too.
+    """Keeps the documents behind marks; in a store on disk, for later processes too.
 
     Args:
-        store: Where the documents' embeddings are kept: an `EmbeddingStore` that can be written keeps the documents
-            too, beside any other store they are kept in memory.
+        store: Store of the documents' embeddings: a writable `EmbeddingStore` keeps the documents too; with any other
+            store they are kept in memory.
     """
 
     def __init__(self, store: Store) -> None:
-        self._keepers: list[_InMemory | _OnDisk] = [_InMemory()]  # the first is put to
+        self._keepers: list[_InMemory | _OnDisk] = [_InMemory()]  # new documents go to the first
         if isinstance(store, EmbeddingStore):
             self._keepers.insert(1 if store.readonly else 0, _OnDisk(store.environment))
 
@@ -67,9 +67,9 @@ class Refs:
         """Keep documents. Returns the mark of each; documents of equal text, title, source and spans have equal marks.
 
         Args:
-            documents: What the marks will stand for.
-            finest: For each, the finest ratio that it is to be read at, or None.
-            spans: For each, how it is to be read where there is room (see `ReferencedDocument`), or None.
+            documents: Documents that the marks will stand for.
+            finest: For each, the finest ratio at which it may be read, or None.
+            spans: For each, the spans in which it is read if there is room (see `ReferencedDocument`), or None.
 
         Raises:
             StoreError: The disk refuses.
@@ -89,9 +89,9 @@ class Refs:
 
         Raises:
             DocumentError: A mark's document is not kept any more.
-            StoreCorruptError: It is not what was put.
+            StoreCorruptError: The document is not what was put.
         """
-        text = without_lone_surrogates(text)  # of one page, which would make all that was found an error
+        text = without_lone_surrogates(text)  # one bad page must not make all that was found an error
         parts: list[str | Document] = []
         start = 0
         for match in MARK.finditer(text):
@@ -103,7 +103,7 @@ class Refs:
         return [part for part in parts if part != ""]
 
     def _document(self, match: re.Match[str]) -> Document | None:
-        """Return the document of a mark; None if the mark is none of ours."""
+        """Return the document of a mark; None if the mark is not ours."""
         sealed = REF_PREFIX + match[1]
         name, _, limit = sealed.partition("/")
         for keeper in self._keepers:
@@ -130,7 +130,7 @@ class _InMemory:
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(_SECRET_BYTES)
         self._documents: OrderedDict[str, Document] = OrderedDict()
-        self._spans: OrderedDict[str, tuple[str, Spans]] = OrderedDict()  # with the name of the document without them
+        self._spans: OrderedDict[str, tuple[str, Spans]] = OrderedDict()  # with the name of the document without spans
         self._chars = 0
         self._lock = threading.Lock()
 
@@ -167,7 +167,7 @@ class _InMemory:
 class _OnDisk:
     """Keeps documents in the environment of a store, as compressed JSON.
 
-    name -> text, title and source; of a document with spans: name -> its name without them, and spans.
+    name -> text, title and source; for a document with spans, name -> its name without spans, and the spans.
     """
 
     def __init__(self, environment: Environment) -> None:
@@ -176,7 +176,7 @@ class _OnDisk:
         self._written: OrderedDict[str, None] = OrderedDict()  # recently, by this process
 
     def secret(self) -> bytes:
-        """Return the secret, made with the first document; until then, one that seals nothing."""
+        """Return the secret, which is made with the first document; before that, one that no mark was sealed with."""
         if self._known_secret is None:
             with self._environment.read() as transaction:
                 stored = self._environment.get(transaction, "settings", _SECRET)
@@ -192,7 +192,7 @@ class _OnDisk:
             if (spans := _spans_of(document)) is not None:
                 named[_name(document)] = [_name_of_text(document), spans]
         if not named or self._are_there(named):
-            return  # most often; a write waits for the disk
+            return  # usually known; a write would wait for the disk
         rows = {ref_bytes(name): _packed(values) for name, values in named.items()}
 
         def work(transaction: Any) -> None:
@@ -227,7 +227,7 @@ class _OnDisk:
             document = document if spans is None else _referenced(document, spans)
         except (ValueError, TypeError, zlib.error, DocumentError) as error:
             raise StoreCorruptError(f"the text of {name} cannot be read ({error}); add the document again") from error
-        if name != _name(document) and (spans is not None or name != document.ref):  # the latter before version 0.2
+        if name != _name(document) and (spans is not None or name != document.ref):  # the ref, before version 0.2
             raise StoreCorruptError(f"the text of {name} is not what was put; add the document again")
         return document
 
@@ -235,18 +235,18 @@ class _OnDisk:
         with self._environment.read() as transaction:
             value = self._environment.get(transaction, "handed", ref_bytes(name))
             data = None if value is None else bytes(value)
-        # However much is packed in it.
+        # Limits the size also if little compressed data unpacks to a lot.
         return None if data is None else parse_json(zlib.decompressobj().decompress(data, _MAX_BYTES))
 
 
 def _name(document: Document) -> str:
-    """Name a document as refs do, by its text, title, source and spans. 32 hex digits."""
+    """Return a document's name in marks: a hash of its text, title, source and spans. 32 hex digits."""
     name, spans = _name_of_text(document), _spans_of(document)
     return name if spans is None else text_ref(json.dumps([name, spans]))
 
 
 def _name_of_text(document: Document) -> str:
-    """Name a document by its text with its title and source, which an answer cites."""
+    """Return a hash of a document's text, title and source, which answers cite."""
     return text_ref(json.dumps([document.ref, document.title, document.source]))
 
 

@@ -47,24 +47,24 @@ def folder_as_text(store: Any) -> Any:
 
 
 def _saved_store(store: Any) -> str | None:
-    """Return the folder of a store that is open; of one in memory nothing is saved."""
+    """Return the folder of a store, open or not, to save; None for one in memory."""
     path = getattr(store, "path", store)
     return os.fspath(path) if isinstance(path, str | os.PathLike) else None
 
 
-# Paths become text here: a framework makes JSON, cache keys and names of models of its objects.
+# Paths become text here: frameworks turn settings into JSON, cache keys and model names.
 NameOrPath = Annotated[str, BeforeValidator(name_or_path)]
 Folder = Annotated[Any, BeforeValidator(folder_as_text), PlainSerializer(_saved_store)]
 Ratio = Annotated[str | int, BeforeValidator(_checked_ratio)]
 Budget = Annotated[int, BeforeValidator(check_budget)] | None
-# Left out of what is saved: LlamaIndex makes JSON of it, and asterisks would be taken for a key where it is read again.
+# Not saved: LlamaIndex would write asterisks to JSON, and read them back as the key.
 ApiKey = Annotated[SecretStr | None, PlainSerializer(lambda _: None)]
 
 
 class StrictSettings(pydantic.BaseModel):
-    """Settings whose unknown names and illegal values are errors of this library when an object is made.
+    """Settings that raise errors of this library for unknown names and illegal values when an object is made.
 
-    The frameworks' own classes pass over names that they do not know.
+    The frameworks' own classes ignore unknown names.
     """
 
     _WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()
@@ -98,7 +98,7 @@ class StrictSettings(pydantic.BaseModel):
 
 
 def token_usage(*answers: Answer) -> dict[str, int]:
-    """Count the positions of the window that were really used, of all answers together."""
+    """Count the positions of the window that all answers together really used."""
     read, written = sum(one.prompt_positions for one in answers), sum(one.new_tokens for one in answers)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
@@ -113,7 +113,7 @@ def _as_own(error: ValidationError) -> ExtembError:
 
 
 class ModelSettings(StrictSettings):
-    """Settings of a model. No weights are loaded before they are needed; all objects of a process share them."""
+    """Settings of a model. Weights are loaded when first needed, and shared by all objects of a process."""
 
     _SHARED: ClassVar[tuple[str, ...]] = ("loaded_lm", "store")
 
@@ -140,12 +140,12 @@ class ModelSettings(StrictSettings):
 
     @classmethod
     def from_model_id(cls, model_id: str | os.PathLike[str], **settings: Any) -> Self:
-        """Make one by the model's name, folder or hub id; settings are the fields of this class."""
+        """Make an object from a model's name, folder or hub id; settings are the fields of this class."""
         return cls(model=name_or_path(model_id), **settings)
 
     @classmethod
     def from_lm(cls, lm: ExtensibleLM, **settings: Any) -> Self:
-        """Make one over a model that is loaded already, with its embedder and store."""
+        """Make an object over a model that is loaded already, with its embedder and store."""
         return cls(**{"model": lm.llm.name, "loaded_lm": lm, **settings})
 
     @property
@@ -158,7 +158,7 @@ class ModelSettings(StrictSettings):
 
     @property
     def _place(self) -> dict[str, Any]:
-        """Where documents are kept, and where the model runs, as `share` takes them."""
+        """Store, device and engine of the model, as arguments of `share`."""
         place = {"store": self.store, "device": self.device, "dtype": self.dtype}
         if self.engine == "transformers":
             return place
@@ -171,14 +171,14 @@ class ModelSettings(StrictSettings):
             close_store(self.model, self.embedder, **self._place)
 
     def _model_elsewhere(self) -> str | None:
-        """Return the name of the field that has the model, unless it is to be loaded by the fields of this one."""
+        """Return the name of the field that holds the model; None if it is to be loaded from the settings."""
         return None if self.loaded_lm is None else "loaded_lm"
 
     @pydantic.model_validator(mode="after")
     def _one_model(self) -> Self:
-        """Refuse what would choose another model or store than the one that is here, and an engine that is none."""
+        """Refuse settings that contradict the model or store passed as an object, and unknown engines."""
         check_engine(self.engine, self.base_url)
-        if self.api_key and self.engine == "transformers":  # which LangChain's users may pass to any model
+        if self.api_key and self.engine == "transformers":  # LangChain's users may pass api_key to any model
             logger.warning("api_key= makes no difference to a %s without engine='vllm'", type(self).__name__)
         if (field := self._model_elsewhere()) is not None:
             for name in OF_MODEL:
@@ -194,14 +194,14 @@ class ModelSettings(StrictSettings):
 
 
 class GenerationSettings(ModelSettings):
-    """Settings of a model and of its answers."""
+    """Settings of a model and of the answers that it generates."""
 
-    _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream"})  # settings of a call that are not an answer's
+    _ELSEWHERE: ClassVar[frozenset[str]] = frozenset({"stream"})  # settings of a call that are handled elsewhere
     _HAS_QUESTION: ClassVar[bool] = True
     """False for a model that only continues plain prompts."""
 
     budget: Budget = None
-    """Positions of the window that documents may take at most; all that are free when not given, or if there are fewer."""
+    """Maximum positions of the window for documents; all that are free when not given, or if fewer are free."""
     plan: str | None = None
     """"focus": the sentences that say most about the question in full and, if they are few, the rest compressed;
     "select": those sentences and nothing else; "even": each document at one ratio. When not given, the best for the
@@ -235,11 +235,11 @@ class GenerationSettings(ModelSettings):
         return self
 
     def _model_of(self, settings: Mapping[str, Any]) -> str:
-        """Return the name of the model of one call."""
+        """Return the name of the model for one call."""
         return name_or_path(settings.get("model") or self.model)
 
     def _lm_of(self, settings: Mapping[str, Any]) -> ExtensibleLM:
-        """Return the model of one call, which may name another than this object's."""
+        """Return the model for one call, which may name another one than this object's."""
         model, embedder = self._model_of(settings), settings.get("embedder")
         embedder = None if embedder is None else name_or_path(embedder)
         if model == self.model and embedder in (None, self.embedder):
@@ -270,7 +270,7 @@ class GenerationSettings(ModelSettings):
         """Return the settings of one call, for `ExtensibleLM.stream`, without its documents.
 
         Raises:
-            ConfigError: One is unknown, or its value not legal.
+            ConfigError: A setting is unknown, or its value not legal.
         """
         refuse_unknown(settings, _PER_CALL, self._ELSEWHERE)
         chosen = {name: getattr(self, name) if settings.get(name) is None else settings[name] for name in _OF_ANSWER}
@@ -281,10 +281,10 @@ class GenerationSettings(ModelSettings):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """Collect all that an answer depends on, besides the messages."""
+        """Collect everything that an answer depends on, besides the messages."""
         settings = {name: getattr(self, name) for name in ("model", "embedder", "dtype", *_OF_ANSWER, "stop")}
-        settings["own_stop"] = self.stop  # over "stop" LangChain puts that of a call, which is most often None
-        with suppress(Exception):  # of a model that cannot be loaded, which the call will meet, if it is the call's
+        settings["own_stop"] = self.stop  # LangChain overwrites "stop" with that of the call, which is usually None
+        with suppress(Exception):  # if the model cannot be loaded, the call itself will raise
             settings |= {"embedder": self.lm.embedder.fingerprint, "dtype": str(self.lm.llm.dtype)}
             settings["scorer"] = self.lm.builder.scorer_id
         return settings

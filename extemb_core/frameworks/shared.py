@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Name = str | os.PathLike[str]
 
-_lock = threading.Lock()  # held for a moment; each of those below while its object is made
+_lock = threading.Lock()  # held only briefly; each lock below is held while its object is made
 _locks: dict[tuple[Any, ...], threading.Lock] = {}
-_models: dict[tuple[Any, ...], Any] = {}  # LLMs, and embedders of them
-_opened: dict[tuple[Any, ...], ExtensibleLM] = {}  # with a store
+_models: dict[tuple[Any, ...], Any] = {}  # LLMs and embedders
+_opened: dict[tuple[Any, ...], ExtensibleLM] = {}  # models with their stores
 _beside: WeakKeyDictionary[ExtensibleLM, dict[tuple[Any, ...], ExtensibleLM]] = WeakKeyDictionary()
 
 
@@ -41,8 +41,8 @@ def share(
 ) -> ExtensibleLM:
     """Load as `ExtensibleLM.from_pretrained` does; the same arguments give the same object, until `release`.
 
-    Objects with other embedders share the LLM, unless a server has it, those with other stores the embedder too. While
-    one is loaded, nobody waits who asks for one that is there.
+    Objects with different embedders share the LLM, unless it runs on a server; objects with different stores share the
+    embedder too. While one model is loaded, requests for loaded ones do not wait.
 
     What stands `beside` a model has its store, the documents behind its refs and its engine, runs where it does, and is
     let go of with it; under the name of that model's LLM it has that LLM.
@@ -65,7 +65,7 @@ def share(
     def load() -> ExtensibleLM:
         files = resolve_embedder(embedder, llm)
         of_llm: tuple[Any, ...] = llm, device, dtype
-        if engine:  # whose LLM knows its embedder
+        if engine:  # a server's LLM depends on the embedder
             of_llm = *of_llm, str(files), *sorted(engine.items())
         model = _once(_models, of_llm, lambda: load_llm(llm, device=device, dtype=dtype, **engine))
         own = _once(_models, (*of_llm, str(files)), lambda: ExtensibleEmbedder.from_pretrained(files, llm=model))
@@ -109,11 +109,11 @@ def close_store(llm: Name, embedder: Name | None, *, store: Name | Store | None,
         with _lock:
             lm: Any = _opened.pop(_key(llm, embedder, store, **where), None)
         if lm is not None:
-            getattr(lm.store, "close", lambda: None)()  # shards stay open for no longer than a read
+            getattr(lm.store, "close", lambda: None)()  # shards are open only during a read
 
 
 def release() -> None:
-    """Let go of all models: each is freed once no object holds it, and loaded again when one asks for it."""
+    """Release all models: each is freed when no object holds it any more, and loaded again when needed."""
     with _lock:
         for kept in (_models, _opened, _locks):
             kept.clear()
@@ -127,10 +127,10 @@ def _key(llm: Name, embedder: Name | None, store: Name | Store | None, **where: 
 
 
 def _once(made: dict[tuple[Any, ...], T], key: tuple[Any, ...], make: Callable[[], T]) -> T:
-    """Return what was made under a key, or make it while all others who want the same wait."""
+    """Return the object made for a key, or make it; other threads that want the same one wait."""
     with _lock:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
         if (one := made.get(key)) is None:
             one = made[key] = make()
-        return one  # whoever lets go of it meanwhile
+        return one  # also if it is released meanwhile

@@ -1,4 +1,4 @@
-"""Search passages by their words, whose ranking is fused with that of vectors: BM25 finds names and numbers."""
+"""Search passages by their words (BM25), which finds names and numbers, and fuse the ranking with that of vectors."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from extemb_core.errors import StoreError
 from extemb_core.utils.files import atomic_write
 from extemb_core.utils.imports import hidden
 
-with hidden("jax"):  # bm25s would begin it, and it would take most of a GPU's memory for itself
+with hidden("jax"):  # bm25s would start jax, which would take most of a GPU's memory
     import bm25s
 
 # Scripts without spaces: Thai, Lao, Burmese, Khmer, and those of Chinese and Japanese.
 _UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
-# Each of their characters is a word. So is a letter or digit alone, but not what an apostrophe cut off.
+# Each of their characters is a word. So is a single letter or digit, but not what follows an apostrophe.
 _WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]{{2,}}|(?<!['\u2019])[^\W{_UNSPACED}]"
-RANK_OFFSET = 60  # of reciprocal rank fusion, as its authors set it (Cormack et al., 2009)
-MAX_REMOVED = 0.2  # of an index, before it is made anew
+RANK_OFFSET = 60  # the constant of reciprocal rank fusion, as its authors set it (Cormack et al., 2009)
+MAX_REMOVED = 0.2  # share of removed passages beyond which an index is made anew
 
 _K1, _B = 1.5, 0.75
 _REMOVED = -1  # stands for the id of a passage that was removed
-_VERSION = "2"  # of the file, and of how words are told from each other
+_VERSION = "2"  # of the file, and of the rules that split text into words
 
 
 class WordIndex:
-    """BM25 index (Lucene's form) over passages, of which more are added and some removed at no cost for the others.
+    """BM25 index (Lucene's form) over passages; adding or removing some does not touch the others.
 
     Args:
-        ids: (n,) of the first passages.
-        texts: Of these passages.
+        ids: (n,) ids of the first passages.
+        texts: Texts of these passages.
     """
 
     def __init__(self, ids: Sequence[int] = (), texts: Sequence[str] = ()) -> None:
-        # Of each row, that is of each passage that was ever added: its id, or _REMOVED, and its words.
+        # For each row, that is each passage ever added: its id, or _REMOVED, and its number of words.
         self._ids, self._lengths = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        # Word -> the rows that hold it, and how often.
+        # Word -> the rows that contain it, and how often.
         self._postings: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("I"), array("I")))
         self.add(ids, texts)
 
@@ -58,7 +58,7 @@ class WordIndex:
         return set(self._ids[self._ids != _REMOVED].tolist())
 
     def add(self, ids: Sequence[int], texts: Sequence[str]) -> None:
-        """Add passages that it does not hold. ids, texts: (n,) of both."""
+        """Add passages that are not in the index. ids, texts: (n,) each."""
         words_of_each, first = self._words(texts), len(self._ids)
         lengths = np.array([*map(len, words_of_each)], np.int64)
         unknown = np.full_like(lengths, _REMOVED)
@@ -68,7 +68,7 @@ class WordIndex:
                 rows, counts = self._postings[word]
                 rows.append(row)
                 counts.append(count)
-        self._ids[first:] = ids  # only now: where this is interrupted, they can be added again
+        self._ids[first:] = ids  # last, so that after an interruption they can be added again
 
     def remove(self, ids: Iterable[int]) -> None:
         """Remove passages."""
@@ -82,7 +82,7 @@ class WordIndex:
     def search(self, question: str, k: int) -> list[tuple[int, float]]:
         """Return (id, score) of the passages with the question's words, best first; equal scores by id.
 
-        More than `k` if others are as good as the last of them: which of them are older says nothing.
+        More than `k` if others score the same as the last one, as their order of ids means nothing.
         """
         ids, lengths, scores = self._ids, self._lengths, np.zeros(len(self._ids))
         mean_length = lengths[ids != _REMOVED].mean() if (ids != _REMOVED).any() else 0
@@ -94,23 +94,23 @@ class WordIndex:
         return list(zip(ids[best].tolist(), scores[best].tolist(), strict=True))
 
     def words(self, question: str) -> list[tuple[float, set[int]]]:
-        """Return how rare each word of a question is among the passages (its idf), and the ids of those with it."""
+        """Return, for each word of a question, its rarity among the passages (idf), and the ids of those with it."""
         found = map(self._look_up, dict.fromkeys(self._words([question])[0]))
         return [(rarity, set(self._ids[rows].tolist())) for rarity, rows, _ in found]
 
     def _look_up(self, word: str) -> tuple[float, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Return a word's idf, the rows that hold it, and how often."""
+        """Return a word's idf, the rows that contain it, and how often."""
         rows, counts = (np.array(part, np.int64) for part in self._postings.get(word, ((), ())))
         here = self._ids != _REMOVED
         rows, counts = rows[here[rows]], counts[here[rows]]
         return float(np.log1p((np.count_nonzero(here) - len(rows) + 0.5) / (len(rows) + 0.5))), rows, counts
 
     def save(self, file: Path, mark: str | None = None) -> None:
-        """Write it atomically, with a checksum.
+        """Write the index atomically, with a checksum.
 
         Args:
-            file: To write.
-            mark: What `load` has to be given again.
+            file: File to write.
+            mark: Value that `load` must be given to accept the file.
 
         Raises:
             StoreError: The disk refuses.
@@ -141,7 +141,7 @@ class WordIndex:
                 if stream.metadata() != _metadata_of(tensors, mark):
                     return None
             return cls._of(tensors)
-        except (OSError, SafetensorError, KeyError, ValueError, IndexError, TypeError):  # its maker makes its checksum
+        except (OSError, SafetensorError, KeyError, ValueError, IndexError, TypeError):  # a checksum can be forged
             return None
 
     @classmethod
@@ -163,13 +163,13 @@ class WordIndex:
 
     def _words(self, texts: Sequence[str]) -> list[list[str]]:
         settings = {"token_pattern": _WORD, "stopwords": "en", "return_ids": False, "show_progress": False}
-        # Ligatures, accents apart from their letters and hyphens that may be shown make no other word.
+        # Ligatures, separate accents and soft hyphens do not make a different word.
         plain = [unicodedata.normalize("NFKC", text).replace("\xad", "") for text in texts]
         return [list(words) for words in bm25s.tokenize(plain, **settings)]
 
 
 def _metadata_of(tensors: Mapping[str, np.ndarray[Any, Any]], mark: str | None) -> dict[str, str]:
-    """Return what stands in a file beside its tensors."""
+    """Return the metadata that stands beside the tensors in a file."""
     metadata = {"version": _VERSION, "checksum": _checksum_of(tensors)}
     return metadata if mark is None else metadata | {"mark": mark}
 
@@ -185,10 +185,10 @@ def _checksum_of(tensors: Mapping[str, np.ndarray[Any, Any]]) -> str:
 def fuse(rankings: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
     """Fuse rankings by reciprocal rank: an item's score is the sum of 1 / (60 + rank), ranks from 1.
 
-    Items of equal score share a rank, the last of them.
+    Items of equal score all have the rank of the last of them.
 
     Args:
-        rankings: (item, score), best first, of each ranking.
+        rankings: Rankings, each of (item, score), best first.
 
     Returns:
         (item, score), best first; equal scores in the order of the items.

@@ -5,7 +5,7 @@ passages    id -> document, ref, offsets        vectors   id -> the text encoder
 refs        ref, id -> nothing                  settings  the text encoder, its width, the next id, the generation,
                                                           how many documents each embedder compressed
 
-What is read is compared with what was written: texts with the refs, JSON with a checksum in it.
+All that is read is checked: texts against their refs, JSON against a checksum in it.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from extemb_core.utils.files import parse_json
 _PASSAGE = struct.Struct("<16s16sQQQQ")  # document, ref, first and last byte, first and last character
 _ID = struct.Struct(">Q")
 _SETTINGS, _MARK = b"library", b"mark"
-_NO_SETTINGS = {"encoder": None, "width": 1, "next_id": 0, "generation": 0}  # of a library without documents
+_NO_SETTINGS = {"encoder": None, "width": 1, "next_id": 0, "generation": 0}  # for a library without documents
 
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """Part of a document that was found.
+    """Part of a document, found by a search.
 
     Attributes:
         id: Its number in the library.
         text: Its text.
-        source: The document's.
-        title: The document's.
-        start, end: Characters of the document's text that it is.
-        score: Of the search; larger is better, comparable within one search only.
-        ref: Content hash of the text.
+        source: Source of the document.
+        title: Title of the document.
+        start, end: Its first character in the document's text, and the one after the last.
+        score: Score in the search; larger is better, comparable within one search only.
+        ref: Content hash of its text.
     """
 
     id: int
@@ -58,10 +58,10 @@ class Passage:
     ref: str
 
     def to_document(self) -> Document:
-        """Return it as a document; an answer cites it as `source:start-end`."""
+        """Convert it to a document; an answer cites it as `source:start-end`."""
         return Document(
             self.text,
-            title=without_lone_surrogates(self.title or self.source),  # names of files need not be Unicode
+            title=without_lone_surrogates(self.title or self.source),  # file names need not be valid Unicode
             metadata={"source": f"{self.source}:{self.start}-{self.end}", "score": self.score},
         )
 
@@ -82,12 +82,12 @@ class Catalogue:
         self._environment = environment
 
     def settings(self, transaction: Any) -> dict[str, Any]:
-        """Read encoder (None in a library without documents), width, next_id, generation (new after every change)."""
+        """Read encoder (None if there are no documents), width, next_id, and generation (new after every change)."""
         data = self._environment.get(transaction, "settings", _SETTINGS)
         return self._parsed(data) if data is not None else dict(_NO_SETTINGS)
 
     def check_encoder(self, transaction: Any, encoder: TextEncoder) -> None:
-        """Raise `MismatchError` if the vectors are of another text encoder: the two are never compared."""
+        """Raise `MismatchError` if the vectors were made by another text encoder: such vectors cannot be compared."""
         settings = self.settings(transaction)
         name, width = settings["encoder"], settings["width"]
         if name is not None and (name, width) != (encoder.name, encoder.width):
@@ -105,18 +105,18 @@ class Catalogue:
         return counted
 
     def change(self, transaction: Any, **settings: Any) -> None:
-        """Write settings, with another generation to show that something has changed."""
+        """Write settings with a new generation, to show that something has changed."""
         now = self.settings(transaction)
         data = _sealed(now | settings | {"generation": now["generation"] + 1})
         transaction.put(_SETTINGS, data, db=self._environment.database("settings"))
 
     def index_mark(self, transaction: Any) -> str | None:
-        """Return the mark of the index files that are of these passages; None where none has one."""
+        """Return the mark of the index files that belong to these passages; None if there are none."""
         data = self._environment.get(transaction, "settings", _MARK)
         return None if data is None else bytes(data).decode(errors="replace")
 
     def set_index_mark(self, transaction: Any, mark: str) -> None:
-        """Note which index files are of these passages: in a database that comes from a copy their ids mean others."""
+        """Note which index files belong to these passages: in a copied database, their ids may mean other passages."""
         transaction.put(_MARK, mark.encode(), db=self._environment.database("settings"))
 
     def put(
@@ -128,22 +128,22 @@ class Catalogue:
         ratio: int,
         encoder: TextEncoder,
     ) -> set[tuple[bytes, str]]:
-        """Write documents over those of the same source.
+        """Write documents; they replace those of the same source.
 
         Args:
-            transaction: A writing one.
-            documents: With their passages.
-            vectors: (passages of all of them, width) float16.
-            fingerprint: Of the embedder that compressed them.
-            ratio: The finest that they were compressed at.
-            encoder: Made the vectors.
+            transaction: A write transaction.
+            documents: Documents with their passages.
+            vectors: (passages of all documents, width) float16.
+            fingerprint: Fingerprint of the embedder that compressed them.
+            ratio: Finest ratio at which they were compressed.
+            encoder: Text encoder that made the vectors.
 
         Returns:
-            The refs of the passages that the documents of the same source had, or were to have, each with the
-            embedder's fingerprint.
+            The refs of the passages of replaced documents, and of those that `expect` noted for these sources, each
+            with the embedder's fingerprint.
 
         Raises:
-            MismatchError: The vectors that are here are of another text encoder.
+            MismatchError: The vectors in the library were made by another text encoder.
         """
         self.check_encoder(transaction, encoder)
         database = self._environment.database
@@ -173,10 +173,10 @@ class Catalogue:
         return before
 
     def forget(self, transaction: Any, source: str) -> set[tuple[bytes, str]] | None:
-        """Drop a document and its passages.
+        """Remove a document and its passages.
 
         Returns:
-            The refs of the passages, each with the embedder's fingerprint; None when there is no such document.
+            The refs of the passages, each with the embedder's fingerprint; None if there is no such document.
         """
         database = self._environment.database
         record = self.record(transaction, source)
@@ -196,7 +196,7 @@ class Catalogue:
         return refs
 
     def expect(self, transaction: Any, documents: Iterable[Split], fingerprint: str) -> None:
-        """Note the passages of documents before they are compressed: until `put` what is kept of them is nobody's."""
+        """Note passages before they are compressed: until `put`, no document refers to their embeddings."""
         for split in documents:
             key = _key(split.document.source)
             for text in split.texts:
@@ -204,7 +204,7 @@ class Catalogue:
                 transaction.put(name, b"", db=self._environment.database("pending"))
 
     def expected(self, transaction: Any, source: str) -> set[tuple[bytes, str]]:
-        """Take back what `expect` noted of a document: refs of passages, each with the embedder's fingerprint."""
+        """Remove and return what `expect` noted for a document: (ref of a passage, fingerprint of the embedder)."""
         key = _key(source)
         rows = (bytes(name) for name, _ in self._environment.rows(transaction, "pending", key))
         names = list(takewhile(lambda name: name.startswith(key), rows))
@@ -226,16 +226,19 @@ class Catalogue:
         return False
 
     def record(self, transaction: Any, source: str) -> dict[str, Any] | None:
-        """Read the record of a document: source, title, ref, n_chars, metadata, its passages' first and last id, and
-        the embedder and the ratio that it was compressed with."""
+        """Read the record of a document.
+
+        It has source, title, ref, n_chars, metadata, the first and last id of its passages, and the embedder and ratio
+        with which it was compressed.
+        """
         data = self._environment.get(transaction, "documents", _key(source))
         return None if data is None else self._parsed(data)
 
     def text(self, transaction: Any, source: str) -> str | None:
-        """Read the text of a document, or None if it is not here.
+        """Read the text of a document; None if it is not in the library.
 
         Raises:
-            StoreCorruptError: It is not what was written.
+            StoreCorruptError: The text is not what was written.
         """
         record = self.record(transaction, source)
         if record is None:
@@ -246,7 +249,7 @@ class Catalogue:
         return text
 
     def problem(self, transaction: Any, source: str) -> str | None:
-        """Say what is wrong with a document, its embeddings and vectors aside; None if it is what was written."""
+        """Describe what is wrong with a document, apart from its embeddings and vectors; None if nothing is."""
         try:
             text, record = self.text(transaction, source), self.record(transaction, source)
             numbers = range(*record["passages"]) if record is not None else ()
@@ -258,13 +261,13 @@ class Catalogue:
         return None
 
     def refs(self, transaction: Any, record: Mapping[str, Any]) -> list[str]:
-        """List the refs of a document's passages, as far as they are here."""
+        """List the refs of a document's passages that exist."""
         numbers = range(*record["passages"])
         rows = (self._environment.get(transaction, "passages", _ID.pack(number)) for number in numbers)
         return [ref_of(_PASSAGE.unpack(data)[1]) for data in rows if data is not None]
 
     def problems(self) -> Iterator[str]:
-        """Yield what `problem` says of every document; no transaction stays open while the caller works."""
+        """Yield the result of `problem` for every document; no transaction stays open while the caller works."""
         for _, value in self._environment.items("documents"):
             try:
                 source = self._parsed(value)["source"]
@@ -276,12 +279,12 @@ class Catalogue:
                 yield problem
 
     def ids(self, transaction: Any, first: int = 0) -> set[int]:
-        """Return the ids of all passages, or of those from `first` on, which are the newest."""
+        """Return the ids of all passages, or of the newest, from `first` on."""
         rows = self._environment.rows(transaction, "passages", _ID.pack(first))
         return {int(_ID.unpack(key)[0]) for key, _ in rows}
 
     def changes(self, transaction: Any, known: set[int]) -> tuple[set[int], set[int]]:
-        """Tell which passages are gone since there were those that are known, and which are new."""
+        """Return the ids among `known` whose passages are gone, and the ids of new passages."""
         new = self.ids(transaction, max(known, default=-1) + 1)
         if len(known) + len(new) == self._environment.count(transaction, "passages"):
             return set(), new
@@ -289,17 +292,17 @@ class Catalogue:
         return known - ids, ids - known
 
     def vectors(self, transaction: Any, ids: Sequence[int]) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float32]]]:
-        """Return the ids of those passages that are here, and their (n, width) vectors."""
+        """Return those of the ids whose passages exist, and their (n, width) vectors."""
         width = int(self.settings(transaction)["width"])
         stored = {number: self._environment.get(transaction, "vectors", _ID.pack(number)) for number in ids}
         rows = {number: np.frombuffer(data, "<f2") for number, data in stored.items() if data is not None}
         return list(rows), np.array([*rows.values()], np.float32).reshape(-1, width)
 
     def passages(self, transaction: Any, scores: Iterable[tuple[int, float]]) -> list[Passage]:
-        """Read passages by their (id, score); those removed meanwhile are left out.
+        """Read passages by (id, score); passages removed meanwhile are left out.
 
         Raises:
-            StoreCorruptError: One of them is not what was written.
+            StoreCorruptError: A passage is not what was written.
         """
         passages = []
         records: dict[bytes, dict[str, Any]] = {}
@@ -326,7 +329,7 @@ class Catalogue:
             yield record | {"n_passages": end - first}
 
     def _parsed(self, data: Any) -> dict[str, Any]:
-        """Read a record, and compare it with its checksum, which earlier versions did not write."""
+        """Parse a record and check it against its checksum, which earlier versions did not write."""
         try:
             record = dict(parse_json(bytes(data)))
             if (checksum := record.pop("checksum", None)) not in (None, _checksum(record)):
@@ -348,7 +351,7 @@ class Catalogue:
         )
 
     def _counted(self, transaction: Any, fingerprint: str, more: int) -> dict[str, int]:
-        """Return `embedders` with so many more documents of one."""
+        """Return `embedders` with the count of one fingerprint raised by `more`."""
         counted = Counter(self.embedders(transaction))
         counted[fingerprint] += more
         return dict(+counted)
@@ -362,9 +365,9 @@ def is_of(record: Mapping[str, Any], document: Document, fingerprint: str, ratio
 
 def _described(document: Document) -> dict[str, Any]:
     try:
-        # What JSON cannot hold, NaN too, as text.
+        # Values that JSON cannot hold, also NaN, are written as text.
         metadata = json.loads(json.dumps(dict(document.metadata), default=str), parse_constant=str)
-    except (TypeError, ValueError, RecursionError):  # keys that it cannot hold, and what holds itself
+    except (TypeError, ValueError, RecursionError):  # keys that JSON cannot hold, or circular references
         metadata = {str(name): str(value) for name, value in document.metadata.items()}
     return {
         "source": document.source,

@@ -21,12 +21,12 @@ from extemb_core.utils.files import sha256_of
 from extemb_core.weights.registry import Part
 from extemb_core.weights.sources import installed_file
 
-SENTENCE_TRANSFORMERS = "sentence-transformers:"  # begins the names of its encoders
+SENTENCE_TRANSFORMERS = "sentence-transformers:"  # prefix of the names of such encoders
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
-# MIT; 16 MB of float16, 32,000 tokens. Token vectors need no forward pass, so that a passage costs next to nothing
-# beside its compression, and BM25 finds the exact words. The wheel is read as data and never imported.
+# MIT licence; 16 MB of float16, 32,000 tokens. Token vectors need no forward pass, so that encoding a passage costs
+# next to nothing compared with compressing it; BM25 finds exact words. The wheel is read as data and never imported.
 _WORDLLAMA = {"dist": "wordllama", "version": "0.4.0.post1"}
 _WEIGHTS = Part(
     **_WORDLLAMA,
@@ -47,15 +47,15 @@ class TextEncoder(Protocol):
     """Turns texts into vectors of unit length.
 
     Attributes:
-        name: Says which encoder it is: vectors of different names are never compared.
-        width: Of its vectors.
+        name: Identifies the encoder: vectors of encoders with different names are never compared.
+        width: Width of its vectors.
     """
 
     name: str
     width: int
 
     def encode(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
-        """Return (n, width) float32, each of length 1, or 0 for an unknown text. `query` for questions."""
+        """Return (n, width) float32 vectors of length 1, or 0 for an unknown text. `query`: the texts are questions."""
 
 
 class StaticEncoder:
@@ -63,7 +63,7 @@ class StaticEncoder:
 
     Raises:
         WeightsNotFoundError: The wordllama wheel is not installed.
-        WeightsCorruptError: Its files are not the pinned ones.
+        WeightsCorruptError: Files in the wheel are not the pinned ones.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class SentenceTransformerEncoder:
         self.width = int(self._model.get_sentence_embedding_dimension() or 0)
 
     def encode(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
-        kind = "encode_query" if query else "encode_document"  # newer versions know the prompts of asymmetric models
+        kind = "encode_query" if query else "encode_document"  # newer versions apply the prompts of asymmetric models
         encode = getattr(self._model, kind, self._model.encode)
         with self._lock:
             vectors = encode(list(texts), show_progress_bar=False)
@@ -115,8 +115,8 @@ class CallableEncoder:
     """Encodes with any function from a list of texts to (n, width) numbers.
 
     Args:
-        function: The same vectors for the same texts.
-        name: Says which function it is; another name for another one.
+        function: Must return the same vectors for the same texts.
+        name: Identifies the function; use another name for another function.
     """
 
     def __init__(self, function: Callable[[list[str]], Any], name: str | None = None) -> None:
@@ -135,7 +135,7 @@ class CallableEncoder:
 
 
 def as_encoder(encoder: TextEncoder | str | os.PathLike[str] | Callable[[list[str]], Any] | None) -> TextEncoder:
-    """Make an encoder: None is the default; or a sentence-transformers name or folder, a function, or an encoder."""
+    """Make an encoder from a sentence-transformers name or folder, a function, or an encoder; None is the default."""
     if encoder is None or encoder == "static":
         return _default()
     if isinstance(encoder, str | os.PathLike):

@@ -1,8 +1,8 @@
 """Library: documents kept compressed, found by their content, and asked in any later process.
 
-It shares the folder and the LMDB file of an `EmbeddingStore`, so that a process killed at any moment leaves documents
-that are there or not, never half; see `catalog`. The indices beside it, of vectors and of words, are made from what is
-there: one that is lost, damaged or late is brought up to date.
+It shares the folder and the LMDB file of an `EmbeddingStore`, so that a process killed at any moment leaves each
+document either complete or absent; see `catalog`. The indices beside it, of vectors and of words, are derived from
+these: one that is lost, damaged or out of date is rebuilt or brought up to date.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ logger = logging.getLogger(__name__)
 
 INDEX_FILE = "passages.faiss"
 WORDS_FILE = "passages.words"
-_BATCH_TOKENS = 4_096  # compressed and written together, or those of a forward pass where that takes more
-_FETCHED = 4  # times k, from each ranking before they are fused
+_BATCH_TOKENS = 4_096  # compressed and written together, or more if a forward pass takes more
+_FETCHED = 4  # times k: taken from each ranking before they are fused
 _ROUNDS = 5  # of compressing what others drop before the documents are written
-_INDEXED = 10_000  # passages whose texts are in memory at once
+_INDEXED = 10_000  # passages whose texts are in memory at once while indexing
 _MIN_UNSAVED, _UNSAVED_SHARE = 10_000, 8  # the indices are written after so many changes, or an eighth of all passages
 
 
@@ -58,10 +58,10 @@ class Added:
     """Result of an `add` or a `refresh`.
 
     Attributes:
-        added, updated, unchanged: Documents.
-        n_passages: New ones.
-        n_tokens: Of the new passages.
-        compressed_tokens: Of those whose embeddings were not there already.
+        added, updated, unchanged: Numbers of documents.
+        n_passages: Number of new passages.
+        n_tokens: Tokens of the new passages.
+        compressed_tokens: Tokens of the new passages that had to be compressed.
         seconds: Duration.
     """
 
@@ -78,19 +78,19 @@ class Library:
     """Documents in a folder: add them once, search and ask them in any later process.
 
     Args:
-        path: Its folder, which is made if it is not there.
-        lm: Compresses the passages and answers. None to search and look after a library without a model.
+        path: Folder of the library, which is made if it does not exist.
+        lm: Compresses the passages and answers. None to search and maintain a library without a model.
         encoder: Finds passages: the name of a sentence-transformers model, or a function from texts to vectors. A
-            library stays with the one it was made with; None is that one, or the default in a new library.
+            library keeps the encoder it was made with; None is that one, or the default in a new library.
         mode: "a" to add, "r" to read.
-        passage_tokens: Tokens of a passage at most, by the LLM's tokenizer; documents that are unchanged keep theirs.
-        ratio: The finest ratio that will be asked for; the embedder's `kept_ratio`, which plans by sentence need, when
-            not given.
-        dtype: Of the embeddings on disk: see `EmbeddingStore.open`.
+        passage_tokens: Maximum tokens of a passage, by the LLM's tokenizer; unchanged documents keep their passages.
+        ratio: The finest ratio that will be asked for; when not given, the embedder's `kept_ratio`, which plans by
+            sentence need.
+        dtype: Data type of the embeddings on disk: see `EmbeddingStore.open`.
         index: FAISS name of the index, such as "HNSW32"; by the number of passages when not given.
 
     Raises:
-        StoreError: The folder cannot be opened, or is something else.
+        StoreError: The folder cannot be opened, or is not a library.
         MismatchError: It was made with another text encoder, or `dtype` does not suit the embedder.
         WeightsNotFoundError, MissingExtraError: The text encoder is not installed.
     """
@@ -114,7 +114,7 @@ class Library:
         self._requested_encoder = encoder
         self._encoder: TextEncoder | None = None
         if encoder is not None or (lm is not None and not path_of(path).exists()):
-            self._encoder = as_encoder(encoder)  # one that is missing leaves no empty library
+            self._encoder = as_encoder(encoder)  # first: if it is missing, no empty library is left behind
         self.store = EmbeddingStore.open(path, mode, dtype=dtype)
         self.lm = None if lm is None else type(lm)(lm.llm, lm.embedder, self.store, scorer=lm.builder.scorer)
         self.ratio = ratio
@@ -123,13 +123,13 @@ class Library:
         self._factory = index
         self._vectors: VectorIndex | None = None
         self._words: WordIndex | None = None
-        self._vectors_synced = self._words_synced = -1  # the generations that the indices are of
-        self._unsaved = 0  # passages that came or went since the indices were written
-        self._warned = False  # that some documents are stale
-        self._embedders: tuple[int, dict[str, int]] | None = None  # of a generation
+        self._vectors_synced = self._words_synced = -1  # generations of the indices
+        self._unsaved = 0  # passages added or removed since the indices were written
+        self._warned = False  # whether stale documents were warned of
+        self._embedders: tuple[int, dict[str, int]] | None = None  # of one generation
         if encoder is not None:
             try:
-                _ = self.encoder  # refuses another one than the library's now
+                _ = self.encoder  # refuses a wrong encoder now, not at the first search
             except BaseException:
                 self.store.close()
                 raise
@@ -139,7 +139,7 @@ class Library:
         """Text encoder that finds passages.
 
         Raises:
-            MismatchError: Another one than the library was made with was passed.
+            MismatchError: The library was made with another text encoder than the one passed.
         """
         if self._encoder is None:
             known = self._read(self._catalogue.settings)["encoder"]
@@ -147,7 +147,7 @@ class Library:
             if requested is None and known is not None and known.startswith(SENTENCE_TRANSFORMERS):
                 requested = known.removeprefix(SENTENCE_TRANSFORMERS)
             self._encoder = as_encoder(requested)
-        # Each time: another process may have been the first to add to a new library.
+        # Checked each time: another process may have been the first to add to a new library.
         self._read(self._catalogue.check_encoder, self._encoder)
         return self._encoder
 
@@ -171,7 +171,7 @@ class Library:
         self.close()
 
     def __len__(self) -> int:
-        """Count the documents."""
+        """Return the number of documents."""
         return self._read(self.store.environment.count, "documents")
 
     @property
@@ -179,16 +179,16 @@ class Library:
         """Number of documents that each embedder compressed, by its fingerprint."""
         with self.store.environment.read() as transaction:
             generation = self._catalogue.settings(transaction)["generation"]
-            if self._embedders is None or self._embedders[0] != generation:  # version 1 has to be counted each time
+            if self._embedders is None or self._embedders[0] != generation:  # version 1 stores no counts
                 self._embedders = generation, self._catalogue.embedders(transaction)
         return dict(self._embedders[1])
 
     @property
     def n_stale(self) -> int:
-        """Number of documents that another embedder compressed than that of `lm`; 0 without one.
+        """Number of documents that were compressed by another embedder than that of `lm`; 0 without an `lm`.
 
-        Their texts are found and read like all others, but are compressed again at each question. `refresh` compresses
-        them once.
+        They are found and read like all others, but compressed again at each question. `refresh` compresses them once
+        and for all.
         """
         current = None if self.lm is None else self.lm.embedder.fingerprint
         return sum(count for name, count in self.embedders.items() if current not in (None, name))
@@ -196,16 +196,16 @@ class Library:
     # -- documents --------------------------------------------------------------------------------------------
 
     def add(self, documents: Any, *, skipped: Skipped | None = None, show_progress: bool | None = None) -> Added:
-        """Add documents, or replace those of the same source; what has not changed costs nothing.
+        """Add documents, or replace those of the same source; unchanged documents cost nothing.
 
-        A document that another embedder compressed, or this one more coarsely, is brought up to date too. Every few
-        thousand tokens what is done is on disk: after Ctrl-C, or worse, the same call goes on.
+        Documents that were compressed by another embedder, or more coarsely, are brought up to date too. Finished work
+        is on disk every few thousand tokens: after Ctrl-C or a crash, the same call goes on.
 
         Args:
-            documents: Files and folders (`pathlib.Path`), texts, `Document`s, or what `Document.from_any` takes. A
-                document is known by its `source`: where its file is, seen from the folder that the library is in, or
-                else the absolute path; metadata["source"], or its title; without one, by its text. The last of a
-                source counts, and a warning says so where texts differ.
+            documents: Files and folders (`pathlib.Path`), texts, `Document`s, or what else `Document.from_any` takes.
+                A document is identified by its `source`: the path of its file, relative to the folder that holds the
+                library if the file is below it, else absolute; metadata["source"], or its title; else its text. Of
+                several documents with one source the last counts, with a warning if their texts differ.
             skipped: See `read_documents`.
             show_progress: Show a bar; None shows it on a terminal.
 
@@ -225,11 +225,11 @@ class Library:
         return self._compress_changed("add", by_source.values(), len(by_source), show_progress)
 
     def refresh(self, *, show_progress: bool | None = None) -> Added:
-        """Compress again the documents that another embedder compressed, from the texts that are here; see `n_stale`.
+        """Compress again, from the texts in the library, the documents that another embedder compressed; see `n_stale`.
 
-        Those that were compressed more coarsely than `ratio` too, and those whose embeddings are lost or not what was
-        written, for which all of them are read. What the other embedder made of them goes. Every few thousand tokens
-        what is done is on disk: after Ctrl-C, or worse, the same call goes on.
+        So are those compressed more coarsely than `ratio`, and those whose embeddings are lost or damaged; to find
+        these, all embeddings are read. The other embedder's embeddings of these documents are removed. Finished work is
+        on disk every few thousand tokens: after Ctrl-C or a crash, the same call goes on.
 
         Args:
             show_progress: Show a bar; None shows it on a terminal.
@@ -243,14 +243,14 @@ class Library:
         damaged: dict[str, list[str]] = {}
         for ref, fingerprint, _ in self.store.verify().damaged:
             damaged.setdefault(fingerprint, []).append(ref)
-        for fingerprint, refs in damaged.items():  # what other embedders made of the same texts stays
+        for fingerprint, refs in damaged.items():  # embeddings of the same texts by other embedders stay
             self.store.remove(refs, None if fingerprint == LOST else fingerprint)
         return self._compress_changed("refresh", self._stored_documents(), len(self), show_progress)
 
     def remove(self, sources: str | Iterable[str]) -> int:
-        """Remove documents by their sources, and what an interrupted `add` has compressed of them.
+        """Remove documents by their sources, and embeddings that an interrupted `add` has left of them.
 
-        Returns how many were there; what is not there is no error.
+        Returns how many documents were removed; unknown sources are not an error.
 
         Raises:
             StoreError: The library is read-only, or the disk refuses.
@@ -277,7 +277,7 @@ class Library:
 
         Raises:
             DocumentError: There is no document of that source.
-            StoreCorruptError: It is not what was written.
+            StoreCorruptError: The text is not what was written.
         """
         return self.document(source).text
 
@@ -286,7 +286,7 @@ class Library:
 
         Raises:
             DocumentError: There is no document of that source.
-            StoreCorruptError: It is not what was written.
+            StoreCorruptError: The document is not what was written.
         """
         with self.store.environment.read() as transaction:
             record, text = self._catalogue.record(transaction, source), self._catalogue.text(transaction, source)
@@ -297,7 +297,7 @@ class Library:
     def verify(self) -> Verified:
         """Read every document with its passages and embeddings, and compare them with their checksums.
 
-        Embeddings that are not there are a problem, too.
+        Missing embeddings count as a problem, too.
         """
         found = self.store.verify()
         lost = [
@@ -309,7 +309,7 @@ class Library:
         return replace(found, problems=(*found.problems, *self._catalogue.problems(), *lost))
 
     def drop_embeddings(self, refs: Iterable[str]) -> None:
-        """Drop the embeddings of texts, but for those that are a passage of a document."""
+        """Drop the embeddings of texts, except of those that are a passage of a document."""
         passages = [(ref_bytes(ref), "") for ref in refs]
         self.store.write(lambda transaction: self._drop_orphans(transaction, passages))
 
@@ -320,12 +320,12 @@ class Library:
 
         Args:
             question: In the user's words.
-            k: Passages at most.
-            hybrid: By vectors and by words (BM25), fused by reciprocal rank; else by vectors alone.
+            k: Maximum number of passages.
+            hybrid: Search by vectors and by words (BM25), fused by reciprocal rank, or by vectors alone.
 
         Raises:
-            ConfigError: The question is empty or no text, or `k` is not positive.
-            DocumentError: The question is no valid Unicode.
+            ConfigError: The question is empty or not a text, or `k` is not positive.
+            DocumentError: The question is not valid Unicode.
             StoreCorruptError: A passage is not what was written.
         """
         require_text(question, "question")
@@ -352,13 +352,13 @@ class Library:
     def ask(self, question: str, *, k: int = N_PASSAGES, hybrid: bool = True, **settings: Any) -> Answer:
         """Answer from the passages nearest to the question: `search`, then `ExtensibleLM.ask`.
 
-        Each passage is a document there, and short: "focus" and "select" rank the sentences of all of them together.
+        Each passage becomes a short document: "focus" and "select" rank the sentences of all passages together.
 
         Args:
             question: In the user's words.
-            k: Passages at most; those that the budget has no room for are reported as dropped.
+            k: Maximum number of passages; those that do not fit the budget are reported as dropped.
             hybrid: See `search`.
-            **settings: Of `ExtensibleLM.ask`: budget, ratio, plan, max_new_tokens, ...
+            **settings: Settings of `ExtensibleLM.ask`: budget, ratio, plan, max_new_tokens, ...
         """
         return self.stream(question, k=k, hybrid=hybrid, **settings).finish()
 
@@ -376,16 +376,16 @@ class Library:
             return query(transaction, *args)
 
     def _stored_documents(self) -> Iterator[Document]:
-        """Yield the documents that are here, one by one."""
+        """Yield all documents of the library, one by one."""
         for record in self._catalogue.records():
             text = self._read(self._catalogue.text, record["source"])
-            if text is not None:  # else it was removed meanwhile
+            if text is not None:  # otherwise it was removed meanwhile
                 yield Document(text, title=record["title"], metadata=record["metadata"])
 
     def _compress_changed(
         self, name: str, documents: Iterable[Document], total: int, show_progress: bool | None
     ) -> Added:
-        """Compress and write the documents that are not here in this form."""
+        """Compress and write the documents that are new, changed, or compressed otherwise."""
         start = time.perf_counter()
         lm = self._need_lm()
         self.store.require_writable()
@@ -410,13 +410,13 @@ class Library:
         return Added(**counts, seconds=time.perf_counter() - start)
 
     def _is_whole(self, record: Mapping[str, Any], ratio: int) -> bool:
-        """Return whether a document is what was written, and its embeddings are here; these are not read."""
+        """Return whether a document is what was written, and its embeddings exist; they are not read."""
         if self._read(self._catalogue.problem, record["source"]) is not None:
             return False
         return not self._missing(record, ratio)
 
     def _missing(self, record: Mapping[str, Any], ratio: int | None = None) -> list[str]:
-        """List the passages of a document whose embeddings are not here at a ratio, or that which it was added at."""
+        """List the passages of a document without embeddings at a ratio (when not given, the one it was added at)."""
         refs = self._read(self._catalogue.refs, record)
         return self.store.missing(refs, record["fingerprint"], ratio or record["ratio"])
 
@@ -426,13 +426,13 @@ class Library:
         encoder = self.encoder
         vectors = (encoder.encode(texts) if texts else np.zeros((0, encoder.width))).astype("<f2")
         if self._factory is not None:
-            VectorIndex(vectors.shape[1], self._factory)  # refuses what FAISS does not know before anything is written
+            VectorIndex(vectors.shape[1], self._factory)  # refuses an unknown FAISS name before anything is written
         finest, fingerprint = lm.embedder.config.finest(self.ratio), lm.embedder.fingerprint
         refs = [text_ref(text) for text in texts]
         wanted = {ref: lm.llm.encode(text) for ref, text in zip(refs, texts, strict=True)}
 
         def work(transaction: Any) -> list[str]:
-            """Write the documents if all embeddings are here, and else list those that are not, or not any more."""
+            """Write the documents if all their embeddings exist; otherwise list those that are missing."""
             missing = self.store.missing_within(transaction, wanted, fingerprint, finest)
             if missing:
                 self._catalogue.expect(transaction, batch, fingerprint)
@@ -455,7 +455,7 @@ class Library:
         self._changed(len(texts))
 
     def _compress(self, lm: ExtensibleLM, texts: Mapping[str, Any], counts: Counter[str]) -> None:
-        """Compress texts, token ids by ref, and keep them a batch at a time: one document may be longer than that."""
+        """Compress texts, given as token ids by ref, and store them batch by batch: a document may exceed a batch."""
         finest = lm.embedder.config.finest(self.ratio)
         for part in batches(texts.items(), lambda text: len(text[1]), _batch_tokens(lm)):
             for compressed in compress_in_batches(lm.embedder, part, ratio=finest, show_progress=False):
@@ -465,8 +465,7 @@ class Library:
     def _drop_orphans(
         self, transaction: Any, passages: Iterable[tuple[bytes, str]], fingerprint: str | None = None
     ) -> None:
-        """Drop the embeddings of passages that no document has any more, and those of other embedders than this that no
-        document is read with."""
+        """Drop embeddings of passages that no document has any more, and other embedders' that no document uses."""
         for ref, other in passages:
             if not self._catalogue.holds(transaction, ref):
                 self.store.forget(transaction, ref_of(ref))
@@ -481,16 +480,16 @@ class Library:
                 return self._vectors
             mark = self._catalogue.index_mark(transaction)
         width = settings["width"]
-        if settings["encoder"] is None:  # the first to be added tell how wide vectors are
+        if settings["encoder"] is None:  # the width is known when the first are added
             return VectorIndex(width)
-        index, self._vectors = self._vectors, None  # what a Ctrl-C leaves of it, FAISS's half too, is not gone on with
+        index, self._vectors = self._vectors, None  # after Ctrl-C a half-updated index is not used again
         index = index or VectorIndex.load(
             self.path / INDEX_FILE, width, self._factory, encoder=settings["encoder"], mark=mark
         )
         if index is not None and index.width == width:
             try:
                 self._add_vectors(index)
-            except ConfigError:  # it is of a kind that takes no more
+            except ConfigError:  # an index of this kind takes no more vectors
                 index = None
         if index is None or index.width != width or index.should_be_made_anew():
             count = self._read(self.store.environment.count, "passages")
@@ -528,14 +527,14 @@ class Library:
             index.add([passage.id for passage in passages], [passage.text for passage in passages])
 
     def _changed(self, n_passages: int) -> None:
-        """Note that passages came or went, and write the indices now and then: all of an index is written each time."""
+        """Note that passages were added or removed; write the indices only now and then, as each is written whole."""
         self._unsaved += n_passages
         n_there = self._read(self.store.environment.count, "passages")
         if self._unsaved > max(_MIN_UNSAVED, n_there // _UNSAVED_SHARE):
             self._save_indices()
 
     def _save_indices(self) -> None:
-        """Write the indices, which are made anew from what is in the store where that fails."""
+        """Write the indices; if that fails, they are made anew from the store later."""
         with self.store.environment.lock:
             self._unsaved = 0
             try:
@@ -559,7 +558,7 @@ def _batch_tokens(lm: ExtensibleLM) -> int:
 
 
 def as_documents(documents: Any, near: Path, skipped: Skipped | None) -> Iterator[Document]:
-    """Read paths, whose documents are named as `_located` has it, and take everything else as documents."""
+    """Read paths, with sources as `_located` makes them, and take everything else as documents."""
     for item in [documents] if isinstance(documents, os.PathLike) else several(documents):
         if isinstance(item, os.PathLike):
             yield from (_located(document, near) for document in read_documents(item, skipped=skipped))
@@ -568,8 +567,8 @@ def as_documents(documents: Any, near: Path, skipped: Skipped | None) -> Iterato
 
 
 def _located(document: Document, near: Path) -> Document:
-    """Name a file's document by where the file is, however its path was typed: relative to `near` if it is below."""
+    """Set the source of a file's document to its path, however that was typed: relative to `near` if it is below."""
     typed = Path(document.source)
-    file = typed.parent.resolve() / typed.name  # a file that is a link keeps its name, and so its type
+    file = typed.parent.resolve() / typed.name  # a linked file keeps its name, and so its suffix
     source = file.relative_to(near) if file.is_relative_to(near) else file
     return replace(document, metadata={**document.metadata, "source": str(source)})

@@ -1,4 +1,4 @@
-"""Split documents into passages, which are found, compressed and quoted on their own."""
+"""Split documents into passages, which are found, compressed and quoted separately."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _CUTS = tuple(re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"(?<=[.!?]
 def split_passages(
     text: str, max_tokens: int, count: Callable[[Sequence[str]], Sequence[int]]
 ) -> list[tuple[int, int]]:
-    """Cut a text into passages of at most `max_tokens` tokens, at the best places there are.
+    """Cut a text into passages of at most `max_tokens` tokens, at the best available places.
 
     Args:
         text: A document.
-        max_tokens: Of a passage.
-        count: How many tokens each of some texts has.
+        max_tokens: Maximum tokens of a passage.
+        count: Counts the tokens of each of several texts.
 
     Returns:
         (start, end) character offsets. Together they are the whole text, none overlaps another.

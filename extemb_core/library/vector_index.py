@@ -16,7 +16,7 @@ from extemb_core.library.bm25 import MAX_REMOVED
 from extemb_core.utils.files import atomic_write, atomic_write_text, parse_json, sha256_of
 
 _FLAT_UP_TO = 50_000  # exact search of so many vectors takes a few milliseconds
-_GRAPH_UP_TO = 5_000_000  # beyond, vectors whole are more memory than a machine has to spare
+_GRAPH_UP_TO = 5_000_000  # beyond, uncompressed vectors need more memory than a machine has to spare
 _EF_SEARCH, _EF_CONSTRUCTION = 128, 200
 _PROBES = 64
 _MAX_GROWTH = 4  # an index is retrained once it holds this many times the vectors it was trained on
@@ -30,12 +30,12 @@ def choose_factory(count: int) -> str:
 
 
 class VectorIndex:
-    """Finds the vectors of the largest inner product with another.
+    """Finds the vectors with the largest inner product with a given one.
 
     Args:
-        width: Of the vectors.
+        width: Width of the vectors.
         factory: FAISS name of the index ("Flat", "HNSW32", "IVF4096,PQ32"); flat when not given.
-        wanted: The factory that it stays with; None when its size may ask for another.
+        wanted: Factory to use whatever its size; None to choose by size.
 
     Raises:
         MissingExtraError: faiss is not installed.
@@ -55,8 +55,8 @@ class VectorIndex:
     def add(self, ids: Sequence[int], vectors: np.ndarray[Any, Any]) -> None:
         """Add vectors. ids, vectors: (n,), (n, width).
 
-        An index that is trained is trained on the first ones, and should be made anew once it holds four times as many.
-        As long as they are too few for that, they are in a flat one.
+        An index that needs training is trained on the first vectors, and should be made anew once it holds four times
+        as many. If they are too few for training, a flat index holds them.
 
         Raises:
             ConfigError: FAISS adds no more vectors to an index of this kind.
@@ -107,7 +107,7 @@ class VectorIndex:
         return outgrown or len(self._removed) > MAX_REMOVED * max(1, len(self.ids))
 
     def save(self, file: Path, **description: Any) -> None:
-        """Write it atomically, with a description beside it that is checked when it is read.
+        """Write the index atomically, with a description beside it that is checked when it is read.
 
         Raises:
             StoreError: The disk refuses.
@@ -136,7 +136,7 @@ class VectorIndex:
             loaded = cls(width, saved["factory"], factory)
             loaded._index = faiss.read_index(str(file))
             loaded._removed = set(saved["gone"])
-            loaded._trained_on = int(saved.get("trained_on", 0))  # which earlier versions did not write
+            loaded._trained_on = int(saved.get("trained_on", 0))  # not written by earlier versions
             if loaded._index.d != width:
                 return None
             loaded.ids = set(faiss.vector_to_array(loaded._index.id_map).tolist()) - loaded._removed
@@ -164,6 +164,6 @@ def _built(width: int, factory: str) -> Any:
 @cache
 def _faiss() -> Any:
     faiss = optional_import("faiss", "library", "a library of documents")
-    if hasattr(os, "register_at_fork"):  # a child has none of the parent's threads, and would wait for them
+    if hasattr(os, "register_at_fork"):  # a forked child lacks the parent's threads, and would wait for them
         os.register_at_fork(after_in_child=partial(faiss.omp_set_num_threads, 1))
     return faiss

@@ -26,11 +26,11 @@ from extemb_core.utils.validation import name_or_path, path_of, whole_number
 
 PARQUET = (".parquet",)
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
-_MAX_ROW_BYTES = 2**27  # of JSON Lines; read at once, at most
+_MAX_ROW_BYTES = 2**27  # longest row of JSON Lines that is read
 _ERROR = "error"
-_RETRIES = 4  # of a batch whose worker is lost: one that always ends its worker would be handed on for ever
+_RETRIES = 4  # for a batch whose worker is lost: one that kills every worker would otherwise be retried for ever
 _CONTEXT = {
-    "target_max_block_size": 2**20,  # bytes of text handed to a worker at a time, about: what is lost with it at most
+    "target_max_block_size": 2**20,  # approximate bytes of text handed to a worker at a time, and lost with it at most
     "enable_progress_bars": False,
     "print_on_execution_start": False,
 }
@@ -41,8 +41,8 @@ class Compression:
     """Result of a run.
 
     Attributes:
-        batch: All batches together.
-        shards: In the folder now, those of earlier runs included.
+        batch: Counts over all batches.
+        shards: Number of shards in the folder, those of earlier runs included.
         seconds: Duration, without the start of Ray.
     """
 
@@ -72,8 +72,8 @@ def compress_corpus(
 ) -> Compression:
     """Compress the texts of a corpus into a folder of shards, on one machine or many.
 
-    What is in the folder already is not compressed again, so the same call goes on after an interruption and adds what
-    came to the corpus. A batch whose worker is lost is handed to another, four times at most.
+    Texts in the folder are not compressed again, so the same call goes on after an interruption, and adds what is new
+    in the corpus. A batch whose worker is lost is handed to another, at most four times.
 
     Args:
         inputs: Files or folders of Parquet or JSON Lines (.gz, .zst), or URLs of such that Ray Data knows.
@@ -83,7 +83,7 @@ def compress_corpus(
         dtype: Data type of the embeddings on disk: "float16", "int8" or "float32".
         passage_tokens: Cut documents into the passages of a `Library` with this setting; None compresses them whole.
         column: Name of the column that holds the text.
-        rows_per_batch: What a worker compresses at once, loses at most, and puts into one shard.
+        rows_per_batch: Rows that a worker compresses at once, puts into one shard, and can lose at most.
         workers: Number of processes.
         cpus_per_worker, gpus_per_worker: Processors and GPUs that Ray gives each.
         ray_address: Address of a cluster ("auto": the one of this machine); a new one on this machine when not given.
@@ -106,11 +106,11 @@ def compress_corpus(
         from ray.exceptions import OutOfMemoryError, RayActorError
         from ray.util.annotations import RayDeprecationWarning
 
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_task_retries, which nothing replaces yet
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # for max_task_retries, which has no replacement yet
 
         start = time.perf_counter()
         read = data.read_parquet if kind == PARQUET else partial(data.read_json, read_options=_json_options())
-        # Reading takes no processor of its own: there may be as many workers as there are processors.
+        # Reading reserves no processor, so that there can be as many workers as processors.
         results = read(files, num_cpus=0).map_batches(
             _RayWorker,
             fn_constructor_args=[CompressWorker, StorageLocation(output).absolute()],
@@ -152,7 +152,7 @@ def compress_corpus(
 
 
 class _RayWorker:
-    """Runs a `CompressWorker` and returns its errors: Ray hides what is raised, and restarts what fails to start."""
+    """Runs a `CompressWorker` and returns its errors: Ray hides errors, and restarts actors that fail to start."""
 
     def __init__(self, worker: Any, *args: Any, **kwargs: Any) -> None:
         self._failed: ExtembError | None = None
@@ -172,16 +172,16 @@ class _RayWorker:
 
 
 def _error_of(text: str) -> ExtembError:
-    """Make the error again whose type and message a worker sent."""
+    """Recreate an error from the type and message that a worker sent."""
     name, message = json.loads(text)
     kind: type[ExtembError] = getattr(errors, name, ExtembError)
-    return kind.__new__(kind, message)  # without what its own __init__ asks for
+    return kind.__new__(kind, message)  # bypasses __init__, which may need other arguments
 
 
 def _inputs(
     inputs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
 ) -> tuple[tuple[str, ...], list[str]]:
-    """List the files to read, after their kind; a URL is taken as it is, and what is in the output is none of them."""
+    """Return the kind of the files to read, and the files; URLs stay as they are, files in the output are left out."""
     files: list[str] = []
     made = None if is_url(output) else path_of(output).resolve()
     for one in inputs:
@@ -206,12 +206,12 @@ def _inputs(
 
 @contextmanager
 def _readable(files: Sequence[str], column: str) -> Iterator[None]:
-    """Name the file and line that Ray could not read, where the rows are on this machine."""
+    """Name the file and line that Ray could not read, if the files are on this machine."""
     try:
         yield
     except ExtembError:
         raise
-    except ValueError as error:  # of JSON and of Arrow alike, as what a Ray task raised
+    except ValueError as error:  # from JSON or Arrow, as the cause of a Ray task's error
         for file in map(Path, files):
             if is_jsonl(file) and file.is_file():
                 for number, row in read_jsonl(file):
@@ -226,21 +226,21 @@ def _readable(files: Sequence[str], column: str) -> Iterator[None]:
 
 
 def _json_options() -> Any:
-    """Return options that read rows of any size that is likely: Ray's own stop at a block's."""
+    """Return options that read rows of any likely size: Ray's defaults fail at rows larger than a block."""
     from pyarrow.json import ReadOptions
 
     return ReadOptions(use_threads=False, block_size=_MAX_ROW_BYTES)
 
 
 def _absolute(where: str | os.PathLike[str]) -> str:
-    """Return a model's folder for a process that works in another one; a name stays."""
+    """Make a model's folder absolute, for processes with another working directory; names stay as they are."""
     return str(Path(where).absolute()) if Path(where).is_dir() else name_or_path(where)
 
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
-    """Connect to Ray Data, with our settings while it is used."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported unless the caller asks for it
+    """Connect to a Ray cluster and yield Ray Data, with our settings while it is used."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics unless the caller wants them
     data = optional_import("ray.data", "ray", "compressing a corpus", package="ray")
     import ray
 

@@ -37,7 +37,7 @@ from extemb_core.utils.files import parse_json
 
 logger = logging.getLogger(__name__)
 
-SHARD = "shard"  # column of what `CompressWorker` returns
+SHARD = "shard"  # column of the rows that `CompressWorker` returns
 _RECEIPT = ".json"
 Refs = np.ndarray[Any, Any]
 Done = Mapping[tuple[str, int], Refs]  # (fingerprint, ratio) -> refs, (E,) of 16 bytes, sorted
@@ -48,14 +48,14 @@ class Batch:
     """Counts for one batch, or for all batches together.
 
     Attributes:
-        n_rows: Handed in.
-        n_empty: Of these, without any text.
-        n_unreadable: Of these, with something that is no text.
+        n_rows: Rows handed in.
+        n_empty: Rows without any text.
+        n_unreadable: Rows with something that is not text.
         n_texts: Documents, or passages of them, each counted once in its batch.
-        n_present: Of these, in the shards already.
-        n_tokens: Of those that were compressed now.
-        n_embeddings: That these became.
-        n_bytes: What they take on disk.
+        n_present: Texts that were in the shards already.
+        n_tokens: Tokens that were compressed now.
+        n_embeddings: Embeddings that they became.
+        n_bytes: Bytes that these take on disk.
     """
 
     n_rows: int = 0
@@ -72,21 +72,21 @@ class Batch:
 
 
 class CompressWorker:
-    """Compresses batches of rows into shards. A callable for any engine that keeps an object for each process.
+    """Compresses batches of rows into shards. A callable for any engine that keeps one object per process.
 
-    Every batch becomes one shard, whose name follows from what is in it, and a receipt beside it once it is whole. So a
-    batch that is handed out again, after a worker or its machine was lost, replaces what is not whole and is not
-    compressed again where it is.
+    Every batch becomes one shard, whose name follows from its content, and gets a receipt beside it once it is whole.
+    So when a batch is handed out again, after a worker or its machine was lost, an incomplete shard is replaced and a
+    whole one is not compressed again.
 
     Args:
-        output: Folder, or URL that fsspec knows, of the shards: the same for all workers.
-        llm, embedder, device, llm_dtype: Of `ExtensibleLM.from_pretrained`, where the last is `dtype`.
+        output: Folder of the shards, or a URL that fsspec knows; the same for all workers.
+        llm, embedder, device, llm_dtype: As `llm`, `embedder`, `device` and `dtype` of `ExtensibleLM.from_pretrained`.
         ratio: The finest ratio that will be asked for; the embedder's `kept_ratio` when not given.
-        dtype: Of the embeddings on disk: "float16", "int8" or "float32".
+        dtype: Data type of the embeddings on disk: "float16", "int8" or "float32".
         passage_tokens: Cut documents into the passages of a `Library` with this setting; None compresses them whole.
-        column: Of the rows, which holds the text.
+        column: Name of the column that holds the text.
         batch_size: Chunks per forward pass; by the device when not given (see `models.bulk.default_batch_size`).
-        done: What is in the shards already (see `finished`).
+        done: Refs of the texts in the shards already (see `finished`).
 
     Raises:
         RatioError: The ratio was not trained.
@@ -115,7 +115,7 @@ class CompressWorker:
         self._passage_tokens = passage_tokens
         self._column = column
         self._batch_size = batch_size
-        # Workers of one process load once.
+        # Workers of one process share the loaded models.
         self._embedder = share(llm, embedder, device=device, dtype=llm_dtype).embedder
         self._dtype = check_dtype(dtype, self._embedder.config.entry_layer)
         self._ratio = self._embedder.config.finest(ratio)
@@ -201,7 +201,7 @@ def _document(value: Any) -> Document | None:
 
 
 def receipts(output: str | os.PathLike[str]) -> list[Shard]:
-    """List the whole shards in a folder, by their receipts. Others are what a lost worker left."""
+    """List the whole shards in a folder, by their receipts. Shards without one were left by lost workers."""
     location = StorageLocation(output)
     sizes = location.sizes()
     names = [name for name in sorted(sizes) if re.fullmatch(COMPRESSED, name) and name.endswith(_RECEIPT)]
@@ -222,7 +222,7 @@ def _parsed(location: StorageLocation, name: str, text: str, size_of: Callable[[
     """Parse a receipt; None if it is damaged, is that of another shard, or its shard is not whole."""
     try:
         shard = Shard(**parse_json(text))
-    except (ValueError, TypeError) as error:  # storage whose put is not atomic may keep half of it
+    except (ValueError, TypeError) as error:  # storage without atomic writes may hold half a receipt
         logger.warning(
             "its texts are compressed again: %s is not a receipt of a shard (%s)", location.naming(name), error
         )
@@ -232,10 +232,10 @@ def _parsed(location: StorageLocation, name: str, text: str, size_of: Callable[[
 
 
 def check_output(output: str | os.PathLike[str]) -> list[Shard]:
-    """Check that a folder is empty or of earlier runs. Returns their whole shards.
+    """Check that a folder is empty or holds shards of earlier runs. Returns the whole ones.
 
     Raises:
-        StoreError: It holds something else, which `seal` must not touch.
+        StoreError: The folder holds something else, which `seal` must not touch.
     """
     location = StorageLocation(output)
     names, shards = require_only_shards(location, EXPORTED, COMPRESSED), receipts(output)
@@ -247,8 +247,8 @@ def check_output(output: str | os.PathLike[str]) -> list[Shard]:
 def finished(output: str | os.PathLike[str]) -> dict[tuple[str, int], Refs]:
     """List the sorted refs in the shards of a folder, by fingerprint and ratio, for `CompressWorker(done=)`.
 
-    Of every shard no more is read than its list of documents. One that is damaged there loses its receipt, so that its
-    texts are compressed again.
+    Only the list of documents is read of each shard. If that is damaged, the shard loses its receipt, so that its texts
+    are compressed again.
 
     Raises:
         StoreError: See `check_output`.
@@ -270,20 +270,20 @@ def finished(output: str | os.PathLike[str]) -> dict[tuple[str, int], Refs]:
 def seal(output: str | os.PathLike[str], written: Iterable[str] = ()) -> list[Shard]:
     """Name the whole shards of a folder in its manifest, and remove what lost workers left. Returns them.
 
-    For when all workers are done. What another run has finished in the meantime is named too, and what was written
-    less than an hour ago stays: its worker may be about to finish it.
+    Call it when all workers are done. Shards that another run finished meanwhile are named too, and files written less
+    than an hour ago stay: a worker may be about to finish them.
 
     Args:
         output: Folder, or URL that fsspec knows.
-        written: The `SHARD` of each batch, all of which must be there.
+        written: The `SHARD` of each batch, all of which must exist.
 
     Raises:
-        StoreError: One of them is not listed, or the output refuses.
+        StoreError: One of these shards is not listed, or the output cannot be written.
     """
     location = StorageLocation(output)
     shards, sealed = receipts(output), None
     expected = set(written) - {""}
-    while shards != sealed:  # the manifest that was replaced may be another run's, and name more
+    while shards != sealed:  # another run may have replaced the manifest meanwhile, and named more shards
         if lost := expected.difference(shard.file for shard in shards):
             raise StoreError(
                 f"{location} does not list {len(lost):,} of the shards that were written there, {min(lost)} for one, "
@@ -294,7 +294,7 @@ def seal(output: str | os.PathLike[str], written: Iterable[str] = ()) -> list[Sh
     whole = {name for shard in shards for name in (shard.file, _receipt_of(shard))}
     left = [name for name in location.names() if re.fullmatch(f"{COMPRESSED}|{LEFT}", name) and name not in whole]
     for name in filter(location.is_left, left):
-        if not _is_whole(location, name.rpartition(".")[0]):  # its receipt may just have come
+        if not _is_whole(location, name.rpartition(".")[0]):  # its receipt may just have been written
             location.remove(name)
     return shards
 
@@ -305,5 +305,5 @@ def _receipt_of(shard: Shard) -> str:
 
 
 def _sortable(refs: Any) -> Refs:
-    """Return (E,) of 16 bytes each, to sort and compare as one."""
+    """Return refs as (E,) items of 16 bytes, which numpy can sort and compare."""
     return np.frombuffer(b"".join(bytes(ref) for ref in refs), "S16")
