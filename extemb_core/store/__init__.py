@@ -1,1 +1,1 @@
-"""Where compressed documents are kept, by ref and fingerprint."""
+"""Stores of compressed documents, by ref and fingerprint."""

@@ -1,4 +1,4 @@
-"""Store protocol, and the store in memory that a second question is answered from."""
+"""Store protocol, and the store in memory, so that a second question compresses nothing again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Store(Protocol):
-    """Keeps compressed documents by ref and fingerprint: `MemoryStore`, `EmbeddingStore`, or your own."""
+    """Keeps compressed documents by ref and fingerprint: `MemoryStore`, `EmbeddingStore`, or a class of your own."""
 
     @property
     def readonly(self) -> bool:
@@ -28,14 +28,14 @@ class Store(Protocol):
 
 
 def missing_from(store: Store, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
-    """List those of some documents that a store lacks at `ratio`; one on disk tells it without reading embeddings."""
+    """List the refs whose documents a store lacks at `ratio`; a store on disk does not read embeddings for it."""
     if (missing := getattr(store, "missing", None)) is not None:
         return list(missing(refs, fingerprint, ratio))
     return [ref for ref in refs if store.get(ref, fingerprint, ratio) is None]
 
 
 class MemoryStore:
-    """Keeps compressed texts by ref and fingerprint, the finest ratio of each; the least recently used go first.
+    """Keeps compressed texts by ref and fingerprint, each at its finest ratio; drops the least recently used first.
 
     Args:
         max_bytes: Limit on the total size of the embeddings.

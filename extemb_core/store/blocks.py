@@ -5,7 +5,7 @@
     live      number -> bytes of the block that entries refer to; at 0 the block goes
     kinds     number -> the embedder's fingerprint, chunk size, ratios, down-scaling, width and entry layer
 
-LMDB keeps large values in whole pages; documents that are put together share one, so that little is lost to them.
+LMDB keeps large values in whole pages; documents that are put together share a block, so that little space is lost.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Blocks:
 
     def entries(self) -> Iterator[tuple[bytes, Entry, EmbeddingFormat]]:
         """Yield every entry with its key and format; no transaction stays open while the caller works."""
-        kinds: dict[tuple[int, bytes], EmbeddingFormat] = {}  # committed, and rows never go
+        kinds: dict[tuple[int, bytes], EmbeddingFormat] = {}  # may be remembered: rows are never removed
         for key, value in self.environment.items("entries"):
             entry = Entry.unpack(value)
             embedder = entry.kind, name_in(key)
@@ -99,7 +99,7 @@ class Blocks:
         """Write documents with their keys and bytes, except those that can be derived from what is here."""
         new = []
         for key, text, payload, dtype in coded:
-            # Before what is here is left as it is: it also makes documents readable whose kind was lost.
+            # Done even if nothing has to be written: it makes documents readable again whose kind was lost.
             kind = self._number_of(transaction, EmbeddingFormat.of(text))
             stored = self.environment.get(transaction, "entries", key)
             if stored is not None and text.ratio % Entry.unpack(stored).ratio == 0:
@@ -132,7 +132,7 @@ class Blocks:
         transaction.put(NUMBER.pack(number), COUNT.pack(len(payload)), db=live)
 
     def forget(self, transaction: Any, key: bytes) -> None:
-        """Drop an entry, if it is there, and its block with the last of them."""
+        """Drop an entry if it exists, and its block with the last entry in it."""
         entries, blocks, live = map(self.environment.database, ("entries", "blocks", "live"))
         data = transaction.get(key, db=entries)
         if data is None:
@@ -149,14 +149,14 @@ class Blocks:
             transaction.delete(name, db=blocks)
 
     def keys_of(self, transaction: Any, ref: str, fingerprint: str | None) -> list[bytes]:
-        """Return the keys of a document: of one embedder, or of all."""
+        """Return the keys of a document, for one embedder or for all."""
         start = ref_bytes(ref) if fingerprint is None else key_of(ref, fingerprint)
         cursor = transaction.cursor(db=self.environment.database("entries"))
         cursor.set_range(start)
         return list(takewhile(lambda key: key.startswith(start), map(bytes, cursor.iternext(values=False))))
 
     def _from(self, transaction: Any, entry: Entry) -> memoryview:
-        """Return a block from a document on, a view of the file."""
+        """Return a block from an entry's document on, a view of the file."""
         block = self.environment.get(transaction, "blocks", NUMBER.pack(entry.block))
         return memoryview(b"" if block is None else block)[entry.offset :]
 

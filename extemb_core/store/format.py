@@ -1,7 +1,7 @@
 """On-disk format of a store: its folder, the records of its databases, and embeddings as bytes.
 
 Embeddings are float16, int8 with a scale for each vector, or float32. Above entry layer 0 each has 16 bytes more, so
-that every coarser ratio can still be derived, and is kept as a direction, which no range of numbers is too small for.
+that every coarser ratio can still be derived, and is kept as a direction, which fits the range of every dtype.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from extemb_core.utils.files import atomic_write_text, make_folder, parse_json, 
 from extemb_core.utils.validation import require_one_of, whole_number
 
 FORMAT, VERSION = "extemb-store", 2
-_READ = (1, 2)  # version 1 knew no entry layer above 0: all it holds is as version 2 has it
+_READ = (1, 2)  # version 1 knew no entry layer above 0; otherwise the two are the same
 DESCRIPTION = "store.json"
 Dtype = Literal["float32", "float16", "int8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -40,11 +40,11 @@ _COLUMNS = {"anchors": "<i4", "mean_norms": "<f4", "norms": "<f4", "weights": "<
 COUNT = struct.Struct("<Q")
 NUMBER = struct.Struct(">Q")  # big-endian: keys in order
 _ENTRY = struct.Struct("<QQQIIIIQ")  # of `Entry`
-_SETTINGS = ("fingerprint", "chunk_size", "ratios", "downscaling", "entry_layer")  # of a text that are its embedder's
+_SETTINGS = ("fingerprint", "chunk_size", "ratios", "downscaling", "entry_layer")  # set by a text's embedder
 _REF_BYTES = 16
 _UNFINISHED = re.compile(
     rf"{re.escape(LOCK_FILE)}|\.{re.escape(DESCRIPTION)}\..*\.tmp"
-)  # all that is there where the disk was full at once
+)  # all that a folder holds if the disk was full from the start
 _REF = re.compile(f"{REF_PREFIX}[0-9A-Fa-f]{{32}}")
 
 
@@ -52,7 +52,7 @@ def prepare(folder: Path) -> None:
     """Create the folder of a store, or check that one that is there holds nothing else."""
     if folder.exists() and not folder.is_dir():
         raise StoreFormatError(f"{folder} is a file, and a store is a folder; pass another path")
-    if not (folder / DATA_FILE).is_file():  # of one that is there LMDB tells whether it may be written
+    if not (folder / DATA_FILE).is_file():  # LMDB itself checks whether an existing one may be written
         make_folder(folder, StoreError, "pass another path")
     if not (folder / DATA_FILE).is_file() and not (folder / DESCRIPTION).is_file():
         foreign = [name for name in os.listdir(folder) if not _UNFINISHED.fullmatch(name)]
@@ -87,7 +87,7 @@ def check_description(folder: Path) -> int | None:
 
 
 def describe(folder: Path) -> None:
-    """Mark a folder as a store of this version, atomically, once the data file is there.
+    """Mark a folder as a store of this version, atomically, once its data file exists.
 
     Raises:
         StoreError: The disk refuses.
@@ -114,12 +114,12 @@ class Entry(NamedTuple):
 
     @classmethod
     def of(cls, n_tokens: Any, n_embeddings: Any, ratio: Any, dtype: Dtype, kind: int = 0) -> Entry:
-        """Make a document's entry, but for its location and checksum; a shard has no number for its kind."""
+        """Make a document's entry without its location and checksum; `kind` is not used in a shard."""
         return cls(0, 0, int(n_tokens), int(n_embeddings), int(ratio), kind, DTYPES.index(dtype), 0)
 
     @classmethod
     def unpack(cls, data: Any) -> Entry:
-        """Read an entry from its bytes. Raises `StoreCorruptError` if they are none."""
+        """Read an entry from its bytes. Raises `StoreCorruptError` if they are not an entry."""
         try:
             return cls._make(_ENTRY.unpack(data))
         except struct.error as error:
@@ -136,9 +136,9 @@ class Entry(NamedTuple):
         return digest.intdigest()
 
     def size_in(self, key: bytes, payload: Any) -> int:
-        """Find the size of the embeddings, at the start of a payload, by their checksum, without their format; else 0.
+        """Find the size of the embeddings that begin a payload by their checksum, without their format; 0 if none fits.
 
-        Anchors and norms are as many bytes as some dimensions more.
+        Anchors and norms only add the bytes of some more dimensions.
         """
         digest = self._sum_begun(key)
         end = 0
@@ -163,7 +163,7 @@ class EmbeddingFormat:
     """Settings that documents of one embedder have in common.
 
     Raises:
-        ConfigError: They cannot be an embedder's.
+        ConfigError: The settings cannot be an embedder's.
     """
 
     fingerprint: str
@@ -190,9 +190,9 @@ class EmbeddingFormat:
         return cls(**settings, width=int(text.embeddings.shape[1]))
 
     @staticmethod
-    @lru_cache  # every document that is read asks for it
+    @lru_cache  # called for every document that is read
     def parse(data: bytes) -> EmbeddingFormat:
-        """Read a format from what `to_bytes` wrote. Raises `StoreCorruptError` if it is none."""
+        """Read a format from what `to_bytes` wrote. Raises `StoreCorruptError` if it is not a format."""
         try:
             values = parse_json(data)
             return EmbeddingFormat(**values | {"ratios": tuple(values["ratios"])})
@@ -210,7 +210,7 @@ class EmbeddingFormat:
         return n_bytes(entry.n_embeddings, self.width, DTYPES[entry.dtype], anchored=self.entry_layer > 0)
 
     def decode(self, payload: Any, entry: Entry, ref: str) -> Compressed:
-        """Read a document of this format from its `size` bytes. Raises `StoreCorruptError` if it cannot be one."""
+        """Read a document of this format from its `size` bytes. Raises `StoreCorruptError` if that is not possible."""
         anchored = self.entry_layer > 0
         embeddings = decode(payload, entry.n_embeddings, self.width, DTYPES[entry.dtype], anchored=anchored)
         settings = {name: getattr(self, name) for name in _SETTINGS}
@@ -231,7 +231,7 @@ def key_of(ref: str, fingerprint: str) -> bytes:
 
 
 def name_in(key: bytes) -> bytes:
-    """Return the part of a key that stands for the embedder."""
+    """Return the part of a key that identifies the embedder."""
     return key[_REF_BYTES:]
 
 
@@ -243,7 +243,7 @@ def ref_bytes(ref: str) -> bytes:
 
 
 def ref_of(data: bytes) -> str:
-    """Return the ref that a key, or the bytes of a ref, begin with."""
+    """Return the ref with which a key, or the bytes of a ref, begin."""
     return REF_PREFIX + data[:_REF_BYTES].hex()
 
 
@@ -255,7 +255,7 @@ def fingerprint_bytes(fingerprint: str) -> bytes:
 
 
 def check_dtype(dtype: str, entry_layer: int = 0) -> Dtype:
-    """Return the dtype.
+    """Return the dtype after checking it.
 
     Raises:
         ConfigError: It is unknown.
@@ -273,8 +273,9 @@ def check_dtype(dtype: str, entry_layer: int = 0) -> Dtype:
 def encode(text: Compressed, dtype: Dtype) -> tuple[bytes, Dtype]:
     """Write the embeddings of a text as bytes: `n_bytes` of them.
 
-    float16 rounds to 11 bits; int8, which is N float32 scales and then the rows, to 1/127 of a vector's largest value.
-    Above entry layer 0: N anchors, mean norms, norms and weights, and then the embeddings, each divided by its norm.
+    float16 rounds to 11 bits; int8, stored as N float32 scales and then the rows, to 1/127 of a vector's largest value.
+    Above entry layer 0 come first N anchors, mean norms, norms and weights, then the embeddings, each divided by its
+    norm.
 
     Returns:
         The bytes and their dtype: float32 where a value is beyond float16, so that none becomes infinite.
@@ -299,7 +300,7 @@ def n_bytes(count: int, width: int, dtype: Dtype, *, anchored: bool) -> int:
 
 
 def decode(buffer: Any, count: int, width: int, dtype: Dtype, *, anchored: bool) -> dict[str, Any]:
-    """Read what `encode` wrote: the fields of a `Compressed` that hold its (count, width) embeddings, as copies."""
+    """Read what `encode` wrote. Returns copies: the fields of a `Compressed` with its (count, width) embeddings."""
     if not anchored:
         return {"embeddings": _decode_rows(buffer, count, width, dtype)}
     fields: dict[str, Any] = {}
@@ -324,7 +325,7 @@ def _encode_rows(embeddings: Tensor, dtype: Dtype) -> tuple[bytes, Dtype]:
 
 
 def _decode_rows(buffer: Any, count: int, width: int, dtype: Dtype, scales: Tensor | None = None) -> Tensor:
-    """Read (count, width) float32 rows, each times its scale, (count,), if there are any."""
+    """Read (count, width) float32 rows, multiplied by their scales, (count,), if there are any."""
     if dtype == "int8":
         scales, buffer = _numbers(buffer, "<f4", count), memoryview(buffer)[4 * count :]
     rows = _numbers(buffer, _STORED[dtype], count * width).view(count, width)
@@ -332,7 +333,7 @@ def _decode_rows(buffer: Any, count: int, width: int, dtype: Dtype, scales: Tens
 
 
 def _numbers(buffer: Any, kind: str, count: int) -> Tensor:
-    """Copy the first numbers of a buffer, (count,): torch converts them many times faster than numpy does."""
+    """Copy the first (count,) numbers of a buffer, by torch, which converts them many times faster than numpy."""
     return torch.from_numpy(np.frombuffer(buffer, kind, count).copy())
 
 

@@ -1,8 +1,8 @@
 """Tell whether an LMDB file was cut: whether pages that are in use lie beyond its end.
 
-That its last page does is no proof: LMDB counts pages that a transaction took at the end of the file and gave back
-before its commit, and never writes them. They are in its list of free pages, which the package lmdb does not show, so
-it is read here, as LMDB 0.9 writes it on little-endian machines (version 1 of its format).
+A last page beyond the end is no proof: LMDB also counts pages that a transaction took at the end of the file and gave
+back before its commit, and never writes them. They are in its list of free pages, which the package lmdb does not
+expose, so that list is read here, as LMDB 0.9 writes it on little-endian machines (version 1 of its format).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def is_cut(file: Path, transaction_id: int) -> bool:
     with file.open("rb") as stream:
         try:
             page_size = _META.unpack(_read(stream, _HEADER.size, _META.size))[4]
-            start = transaction_id % 2 * page_size  # the last two states have a page each, in turn
+            start = transaction_id % 2 * page_size  # two pages hold the last two states, alternately
             fields = _META.unpack(_read(stream, start + _HEADER.size, _META.size))
             root, last, state = fields[11], fields[-2], fields[-1]
             there = stream.seek(0, 2) // page_size
             beyond = sum(number >= there for number in _free_pages(stream, page_size, root))
-        except (EOFError, struct.error, RecursionError):  # the list of free pages itself is not whole
+        except (EOFError, struct.error, RecursionError):  # the list of free pages itself is incomplete
             return True
     return bool(state != transaction_id or beyond < last + 1 - there)
 
 
 def _free_pages(stream: BinaryIO, page_size: int, number: int) -> Iterator[int]:
-    """Yield the numbers of all free pages below a page of their tree."""
+    """Yield the numbers of all free pages in the subtree of a page."""
     if number == _NO_ROOT:
         return
     page = _read(stream, number * page_size, page_size)

@@ -30,13 +30,13 @@ DATABASES = ("entries", "blocks", "live", "kinds",  # of the store
              "documents", "texts", "passages", "vectors", "refs", "settings", "pending",  # of a library
              "handed")  # documents behind refs  # fmt: skip
 _READERS = 1024
-_LOCK_BYTES = 64 * (_READERS + 2)  # of the lock file: 64 for each reader, and what they share
-_PAGE = 1000  # items that are listed in one transaction
+_LOCK_BYTES = 64 * (_READERS + 2)  # size of the lock file: 64 bytes for each reader, and a shared part
+_PAGE = 1000  # items listed in one transaction
 _FIRST_MAP_BYTES = 64 * 2**20
 _UNHARMED = "nothing of this call was kept and what was there before still is"
 _CHECK_DISK = f"{_UNHARMED}; check the disk and call again"
 
-# The second line is what comes of rows that are not what was written.
+# The errors in the second line come from rows that are not what was written.
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError, lmdb.VersionMismatchError,
            struct.error, ValueError, TypeError, IndexError, ArithmeticError)  # fmt: skip
 
@@ -52,9 +52,9 @@ class Environment:
     """Databases of one folder. Get one with `open_environment`, and release it with `close`.
 
     Attributes:
-        folder: Where the files are.
+        folder: Folder of the files.
         readonly: Whether nothing can be written.
-        lock: For what is derived from the files: a fork waits for it, and the child has another.
+        lock: Guards data derived from the files; a fork waits for it, and the child gets a new one.
     """
 
     def __init__(self, folder: Path, readonly: bool) -> None:
@@ -63,8 +63,8 @@ class Environment:
         self.lock = threading.RLock()
         self._users = 1
         self._gate = threading.Condition(threading.Lock())
-        self._open = 0  # transactions of this process
-        self._waiting = 0  # for there to be none: no new one begins
+        self._open = 0  # transactions that this process has open
+        self._waiting = 0  # threads that wait until there are none; no new one begins meanwhile
         self._writing = threading.Lock()
         self._databases: dict[str, Any] = {}
         self._file: tuple[int, int] | None = None  # device and inode of the file that is open
@@ -94,13 +94,13 @@ class Environment:
     def read(self) -> Iterator[Any]:
         """Open a transaction that sees one state of all databases. Its buffers are views of the file: copy what stays.
 
-        A thread has one at a time: a second one within it could wait for the end of the first.
+        A thread must have only one at a time: a second one could wait for the end of the first.
         """
         with self._entered(), self._failures(), self._begun(write=False) as transaction:
             yield transaction
 
     def items(self, name: str) -> Iterator[tuple[bytes, bytes]]:
-        """Yield keys and values of a database, a page at a time: no transaction stays open while the caller works."""
+        """Yield keys and values of a database, page by page: no transaction stays open while the caller works."""
         start = b""
         while True:
             with self.read() as transaction:
@@ -114,11 +114,11 @@ class Environment:
     def write(self, work: Callable[[Any], T]) -> T:
         """Run `work(transaction)` and commit: all of it is on disk when this returns, or none of it.
 
-        `work` may run more than once: when the map is full it is grown, and the transaction begins anew. What it wrote
-        is therefore not to be remembered outside the transaction before this returns.
+        `work` may run more than once: when the map is full it is grown, and the transaction begins anew. So do not rely
+        on what it wrote before this returns.
 
         Raises:
-            StoreError: The environment is read-only, or the disk refuses (then nothing of it was kept).
+            StoreError: The environment is read-only, or the disk refuses; then nothing was written.
         """
         with self._writing:
             while True:
@@ -129,7 +129,7 @@ class Environment:
                 self._grow()
 
     def close(self) -> None:
-        """Release it; the files are closed when nothing in this process uses them."""
+        """Release the environment; the files are closed when nothing in this process uses them any more."""
         with _shared_lock:
             self._users -= 1
             if self._users == 0:
@@ -151,14 +151,17 @@ class Environment:
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _before_fork(self) -> None:
-        """Close until used again: a child can neither use what it inherits nor close it, as that would end the parent's
-        transactions. The gate is held until the fork is done, so that no thread connects in between."""
+        """Close the files before a fork; they are opened again when used.
+
+        A child can neither use what it inherits nor close it, as that would end the parent's transactions. The gate is
+        held until the fork is done, so that no thread connects in between.
+        """
         self.lock.acquire()
         self._gate.acquire()
         self._disconnect()
 
     def _after_fork(self) -> None:
-        """Reset the locks in the child, where no other thread is left that could hold them or wait."""
+        """Reset the locks in the child, where no other thread is left to hold or wait for them."""
         self._waiting = 0
         self.lock = threading.RLock()
         self._gate = threading.Condition(threading.Lock())
@@ -171,7 +174,7 @@ class Environment:
             try:
                 self._connect()
             except BaseException:
-                self.readonly = True  # as it was, from the next transaction on
+                self.readonly = True  # as before, from the next transaction on
                 raise
 
     def _abandon(self) -> None:
@@ -187,7 +190,7 @@ class Environment:
             self._gate.wait_for(lambda: self._open == 0)
         finally:  # Ctrl-C ends a wait
             self._waiting -= 1
-            self._gate.notify_all()  # those who want in get the gate when it is free
+            self._gate.notify_all()  # waiting threads take the gate when it is free
 
     def _disconnect(self) -> None:
         self._settle()
@@ -211,11 +214,11 @@ class Environment:
                 return lmdb.open(str(self.folder), max(_FIRST_MAP_BYTES, size), readahead=False, **options)
             except lmdb.Error:
                 if not (self.readonly or size) and file.is_file() and file.stat().st_size < 2 * mmap.PAGESIZE:
-                    file.unlink()  # a full disk took less of a new one than LMDB needs to know it for its own
+                    file.unlink()  # a full disk left a new file shorter than LMDB needs to recognise it
                 raise
 
         with self._failures("cannot be opened", "check that the folder may be read and written"):
-            self._env = _following(opened, lambda: None)  # another process may write between the two lines of `opened`
+            self._env = _following(opened, lambda: None)  # another process may write between the size and the opening
         try:
             status = file.stat()
             self._file = status.st_dev, status.st_ino
@@ -239,12 +242,12 @@ class Environment:
                     "from a copy, or add the documents to a new store"
                 )
         if not self.readonly:
-            self._env.reader_check()  # drops the slots of processes that are gone
+            self._env.reader_check()  # frees the slots of processes that have ended
 
     def _open_databases(self) -> None:
-        """Open them once, before anything else, as LMDB allows one thread to. To write, wait for the current writer."""
+        """Open the databases once, before anything else: only one thread may do it. To write, wait for the writer."""
         self._databases = dict.fromkeys(DATABASES)
-        with suppress(lmdb.NotFoundError):  # to read: they are made together, so none of the others is there
+        with suppress(lmdb.NotFoundError):  # read-only: databases are made together, so the others do not exist either
             for name in DATABASES:
                 opened = partial(self._env.open_db, name.encode(), create=not self.readonly)
                 self._databases[name] = _following(opened, lambda: self._env.set_mapsize(0))
@@ -275,14 +278,14 @@ class Environment:
             self._resize(2 * self._env.info()["map_size"])
 
     def _resize(self, size: int) -> None:
-        """Resize the map once no transaction of this process but the caller's own, not yet begun, is open."""
+        """Resize the map when no transaction of this process is open; the caller's own has not begun yet."""
         with self._gate:
             self._open -= 1
             try:
                 self._settle()
                 self._env.set_mapsize(size)
             except lmdb.Error as error:
-                self._env.close()  # it has no map any more; the next transaction opens it anew
+                self._env.close()  # its map is gone; the next transaction opens it anew
                 self._env = None
                 wanted = f"{size:,} bytes" if size else "the size that another process gave it"
                 raise StoreError(
@@ -310,12 +313,12 @@ class Environment:
 
 
 def open_environment(folder: Path, *, readonly: bool) -> Environment:
-    """Open the environment of a folder, shared with whoever has it open in this process.
+    """Open the environment of a folder, shared with all users of the folder in this process.
 
     Raises:
-        StoreNotFoundError: It is to be read, and is not there.
+        StoreNotFoundError: `readonly`, and it does not exist.
         StoreCorruptError: The file is damaged.
-        StoreError: It cannot be opened, or only to read.
+        StoreError: It cannot be opened, or only for reading.
     """
     folder = folder.resolve()
     with _shared_lock:
@@ -326,7 +329,7 @@ def open_environment(folder: Path, *, readonly: bool) -> Environment:
         environment = _shared.get(str(folder))
         if environment is None:
             for file in (folder / DATA_FILE, folder / LOCK_FILE):
-                if file.is_symlink():  # LMDB would write to whatever it leads to
+                if file.is_symlink():  # LMDB would write to the link's target
                     raise StoreError(f"{file} is a link, and no store has one; copy the store's files themselves")
             if readonly and not (folder / DATA_FILE).is_file():
                 raise StoreNotFoundError(f"{folder} has no store in it; check the path")
@@ -363,9 +366,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _has_room(file: Path) -> bool:
-    """Give LMDB's lock file its room; False where the disk is full.
+    """Reserve the space of LMDB's lock file; False if the disk is full.
 
-    It is written through a map: without room, that would end the process.
+    The file is written through a memory map: without space, that would kill the process.
     """
     if not hasattr(os, "posix_fallocate"):
         return True
@@ -375,7 +378,7 @@ def _has_room(file: Path) -> bool:
             os.posix_fallocate(handle, 0, _LOCK_BYTES)
         finally:
             os.close(handle)
-    except OSError as error:  # of all others LMDB tells, or does without
+    except OSError as error:  # other errors LMDB reports itself, or works without
         return error.errno not in FULL
     return True
 
@@ -388,7 +391,7 @@ def _is_of_caller(error: BaseException) -> bool:
 
 
 def _following(begin: Callable[[], T], resize: Callable[[], None]) -> T:
-    """Call `begin`, with the map resized to what other processes made it meanwhile."""
+    """Call `begin`; if another process has grown the map meanwhile, call `resize` and try again."""
     while True:
         try:
             return begin()

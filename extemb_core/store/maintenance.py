@@ -1,4 +1,4 @@
-"""Maintain a store: count what is in it, verify that it is what was written, and make room."""
+"""Maintain a store: count its content, verify that it is what was written, and free space."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from extemb_core.store.blocks import BLOCK_BYTES, Blocks
 from extemb_core.store.format import COUNT, NUMBER, Entry, ref_of
 from extemb_core.store.lmdb_env import DATA_FILE
 
-LOST = "?"  # in the place of a fingerprint that is lost
+LOST = "?"  # stands for a fingerprint that is lost
 _SMALL_BLOCK_BYTES = BLOCK_BYTES // 4
 
 
@@ -23,12 +23,12 @@ class StoreStats:
 
     Attributes:
         n_documents: Texts, each counted once for every embedder that compressed it.
-        n_tokens: Of these texts.
-        n_embeddings: Of these texts.
-        live_bytes: What their embeddings take.
-        block_bytes: The same and what was replaced or removed since; `gc` frees the difference for reuse.
+        n_tokens: Tokens of these texts.
+        n_embeddings: Embeddings of these texts.
+        live_bytes: Bytes of their embeddings.
+        block_bytes: Bytes of the blocks, with replaced and removed embeddings; `gc` frees the difference for reuse.
         file_bytes: Size of the file. Freed space is used again and never given back: export and import to shrink it.
-        by_fingerprint: Documents of each embedder.
+        by_fingerprint: Number of documents of each embedder.
     """
 
     n_documents: int
@@ -45,9 +45,9 @@ class Verified:
     """Result of `verify`.
 
     Attributes:
-        n_documents: That were read and are what was written.
+        n_documents: Documents that are what was written.
         damaged: (ref, fingerprint, reason) of those that are not.
-        problems: What else does not fit together.
+        problems: Other inconsistencies, in words.
     """
 
     n_documents: int
@@ -127,16 +127,16 @@ def keys_in(blocks: Blocks, numbers: set[int]) -> dict[int, list[bytes]]:
 
 
 def move(blocks: Blocks, keys: Mapping[int, Sequence[bytes]], transaction: Any) -> None:
-    """Rewrite documents together, given by block: those that are still there."""
+    """Rewrite the documents of some blocks together, except those that have gone meanwhile."""
     rows = ((key, blocks.environment.get(transaction, "entries", key)) for key in chain(*keys.values()))
     there = ((key, Entry.unpack(value)) for key, value in rows if value is not None)
     entries = [(key, entry) for key, entry in there if entry.block in keys]
-    # Checked, as damage is not to be sealed with a new checksum; a copy, as writing may move what it is a view of.
+    # `payload` checks it, as a new checksum must not hide damage; a copy, as writing may move what it is a view of.
     blocks.write(transaction, ((key, entry, bytes(blocks.payload(transaction, key, entry))) for key, entry in entries))
 
 
 def _sizes(blocks: Blocks, transaction: Any) -> tuple[dict[int, int], dict[int, int]]:
-    """Map the blocks to their bytes, and to those that are noted as live."""
+    """Return the bytes of each block, and the bytes in each that are noted as live."""
     values, live = (blocks.environment.rows(transaction, name) for name in ("blocks", "live"))
     sizes = {NUMBER.unpack(key)[0]: len(value) for key, value in values}
     return sizes, {NUMBER.unpack(key)[0]: COUNT.unpack(value)[0] for key, value in live}

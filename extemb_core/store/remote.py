@@ -1,4 +1,4 @@
-"""Folders of files that are written once: on this machine, or wherever fsspec reaches (s3://, gs://, hf://, ...)."""
+"""Folders of files that are written once, on this machine or wherever fsspec reaches (s3://, gs://, hf://, ...)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _READ_AT_ONCE = 16
 
 
 class StorageLocation:
-    """Folder of files, local or remote. All that reads or removes raises what `errors` does.
+    """Folder of files, local or remote. Methods that read or remove raise the errors listed at `errors`.
 
     Args:
         where: A path, or a URL that fsspec knows.
 
     Raises:
-        StoreError: fsspec knows no such URL, lacks the package that it reaches it with, or that refuses.
+        StoreError: fsspec does not know the URL, lacks the package for it, or the package refuses it.
     """
 
     def __init__(self, where: str | os.PathLike[str]) -> None:
@@ -34,7 +34,7 @@ class StorageLocation:
         try:
             self.where = os.fspath(where)
             self._files, self._root = url_to_fs(self.where)
-        except Exception as error:  # ImportError and ValueError are fsspec's; each package has its own
+        except Exception as error:  # fsspec raises ImportError or ValueError, and each package errors of its own
             why = first_line(error).rstrip(".")
             raise StoreError(f"{where} cannot be reached ({why}); pass a folder, or a URL that fsspec knows") from error
         self.local = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
@@ -52,7 +52,7 @@ class StorageLocation:
         return f"{self.where.rstrip('/')}/{name}"
 
     def absolute(self) -> str:
-        """Return the location for a process that works in another folder."""
+        """Return the location as an absolute one, for a process with another working directory."""
         return self.where if self.local is None else str(self.local)
 
     @contextmanager
@@ -60,8 +60,8 @@ class StorageLocation:
         """Translate errors of any storage backend raised in this block into errors of this library.
 
         Raises:
-            StoreNotFoundError: There is no such file, or folder.
-            StoreError: It cannot be reached, or refuses.
+            StoreNotFoundError: There is no such file or folder.
+            StoreError: The storage cannot be reached, or refuses.
         """
         try:
             yield
@@ -80,7 +80,7 @@ class StorageLocation:
         return sorted(self._listed())
 
     def sizes(self) -> dict[str, int]:
-        """Map the files here to their bytes, from one listing; links are left out."""
+        """Map the names of the files here to their sizes in bytes, from one listing; links are left out."""
         infos = self._listed().items()
         return {name: int(info["size"]) for name, info in infos if info["type"] == "file" and not info.get("islink")}
 
@@ -96,7 +96,7 @@ class StorageLocation:
         return {PurePosixPath(info["name"]).name: info for info in infos}
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of a file; None if there is none of that name, or a link."""
+        """Return the size of a file in bytes; None if it does not exist or is a link."""
         try:
             with self.errors(name):
                 if self.local is not None and (self.local / name).is_symlink():
@@ -107,7 +107,7 @@ class StorageLocation:
         return int(info["size"]) if info["type"] == "file" else None
 
     def open(self, name: str) -> BinaryIO:
-        """Open a seekable file for reading; what is read from it raises what storage does."""
+        """Open a seekable file for reading; reading it raises the storage's own errors."""
         with self.errors(name):
             return cast(BinaryIO, self._files.open(self._path(name), "rb"))
 
@@ -117,11 +117,11 @@ class StorageLocation:
             return sha256_of_stream(stream)
 
     def write(self, name: str, fill: Callable[[Path], Any]) -> tuple[str, int]:
-        """Write a file atomically; one of its name is replaced.
+        """Write a file atomically; an existing one is replaced.
 
         Args:
-            name: Of the file.
-            fill: Writes what belongs there to a file on this machine.
+            name: Name of the file.
+            fill: Writes the content to a file on this machine.
 
         Returns:
             Its sha256 and its size in bytes.
@@ -135,7 +135,7 @@ class StorageLocation:
             temporary = Path(folder) / name
             fill(temporary)
             self._files.makedirs(self._root, exist_ok=True)
-            self._files.put_file(str(temporary), self._path(name))  # object storage shows no half of it
+            self._files.put_file(str(temporary), self._path(name))  # object storage never shows half a file
             return sha256_of(temporary), temporary.stat().st_size
 
     def write_text(self, name: str, text: str) -> None:
@@ -148,11 +148,11 @@ class StorageLocation:
             return cast(bytes, self._files.cat_file(self._path(name), begin, end))
 
     def read_text(self, name: str) -> str:
-        """Read a small text file; a byte that is no UTF-8 becomes \\xff or the like, which is no JSON either."""
+        """Read a small text file; bytes that are not UTF-8 become \\xff or the like, which is not valid JSON either."""
         return self.read(name).decode("utf-8", "backslashreplace")
 
     def read_texts(self, names: Sequence[str]) -> dict[str, str]:
-        """Read several small text files, some at once; those that another process has removed are left out."""
+        """Read several small text files in parallel; files that another process has removed are left out."""
 
         def text(name: str) -> str | None:
             with suppress(StoreNotFoundError):

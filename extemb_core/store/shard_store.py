@@ -1,4 +1,4 @@
-"""Store that reads a folder of shards where it is: on this machine or in object storage."""
+"""Store that reads a folder of shards in place, on this machine or in object storage."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from extemb_core.utils.validation import path_of
 class ShardStore:
     """Read-only store over the shards that a manifest names. Reads no more than it is asked for.
 
-    It serves what a distributed job or an export wrote; `import_shards` takes that into a store on this machine
+    It reads what a distributed job or an export wrote; `import_shards` copies that into a store on this machine
     instead, which is faster to read.
 
     Args:
         folder: A path, or a URL that fsspec knows.
-        verify: Compare every file with its sha256 first, which reads all of it; each document is compared with its
+        verify: Compare every file with its sha256 first, which reads all files; each document is compared with its
             checksum in any case.
 
     Raises:
         StoreNotFoundError: There is no manifest.
-        StoreCorruptError: It does not fit the shards.
+        StoreCorruptError: The manifest does not fit the shards.
     """
 
     readonly = True
@@ -38,7 +38,7 @@ class ShardStore:
     def __init__(self, folder: str | os.PathLike[str], *, verify: bool = False) -> None:
         self._location = StorageLocation(folder)
         self._readers = open_shards(self._location, read_manifest(self._location, verify=verify))
-        # Of each embedder: refs, (E,) of 16 bytes, sorted; and (E, 3) the ratio, the shard and the index in it.
+        # For each embedder: refs, (E,) of 16 bytes, sorted; and (E, 3) ratio, shard, and index in the shard.
         self._documents: dict[str, tuple[Array, Array]] = {}
         for fingerprint in {reader.kind.fingerprint for reader in self._readers}:
             shards = [(at, one) for at, one in enumerate(self._readers) if one.kind.fingerprint == fingerprint]
@@ -49,7 +49,7 @@ class ShardStore:
             self._documents[fingerprint] = refs, np.concatenate(where)[finest_first[first]]
 
     def __len__(self) -> int:
-        """Count the documents, each once for every embedder that compressed it."""
+        """Return the number of documents, each counted once for every embedder that compressed it."""
         return sum(len(refs) for refs, _ in self._documents.values())
 
     def get(self, ref: str, fingerprint: str, ratio: int) -> Compressed | None:

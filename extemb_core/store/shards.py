@@ -3,7 +3,7 @@
 A shard holds documents of one embedder in one dtype:
 
     refs (E, 16) uint8, n_tokens (E,) int64, n_embeddings (E,) int64, ratios (E,) int64: the documents, in order
-    checksums (E,) int64: of each, see `format.Entry.sum_of`
+    checksums (E,) int64: one for each, see `format.Entry.sum_of`
     payload (sum of bytes,) uint8: their embeddings as `format.encode` writes them, one after another
 
 Its settings are in the file's metadata. A file is written under another name, flushed to disk and renamed, so that one
@@ -44,10 +44,10 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "extemb-shards", 2
 _READ = (1, 2)  # version 1 knew no entry layer above 0
 SUFFIX = ".safetensors"
-# Names in a folder of shards: of an export, of `scale.worker`, and of writes that were killed.
+# Names in a folder of shards: those of an export, of `scale.worker`, and of interrupted writes.
 EXPORTED, COMPRESSED = r"shard-\d{5,}\.safetensors", r"shard-[0-9a-f]{32}\.(safetensors|json)"
 LEFT = r"\.(shard-|manifest\.json\.).*\.tmp"
-_NAMED = 9  # damaged shards beside the first
+_NAMED = 9  # damaged shards that an error names besides the first
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _OPENED_AT_ONCE = 16
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -86,17 +86,17 @@ def write_errors(location: StorageLocation, file: str) -> Iterator[None]:
 
 
 def write_shard(folder: AnyFolder, name: str, texts: Sequence[Compressed], dtype: Dtype = "float16") -> Shard:
-    """Write one shard, `name`.safetensors; one of that name is replaced.
+    """Write one shard, `name`.safetensors; an existing one is replaced.
 
     Args:
-        folder: A path, which is made if it is not there, or a URL that fsspec knows.
-        name: Without a suffix.
-        texts: Of one embedder.
-        dtype: Of the embeddings; float32 for all if a value is beyond it.
+        folder: A path, which is made if it does not exist, or a URL that fsspec knows.
+        name: Name without a suffix.
+        texts: Compressed texts of one embedder.
+        dtype: Data type of the embeddings; float32 for all if a value is beyond its range.
 
     Raises:
-        ConfigError: There are none, or they are of several embedders.
-        StoreError: The disk refuses; nothing is left of it.
+        ConfigError: There are no texts, or they are of several embedders.
+        StoreError: The disk refuses; no part of the shard remains.
         MismatchError: They enter above layer 0, and `dtype` is int8.
     """
     location = StorageLocation.of(folder)
@@ -123,30 +123,30 @@ def write_shard(folder: AnyFolder, name: str, texts: Sequence[Compressed], dtype
     }
     file = f"{name}{SUFFIX}"
     with write_errors(location, file):
-        # save_file would write beside it, under a name of its own that a kill leaves there.
+        # save_file would write to a temporary file of its own, which a kill would leave behind.
         sha256, size = location.write(file, lambda target: target.write_bytes(save(tensors, metadata)))
     return Shard(file, sha256, size, len(texts))
 
 
 class ShardReader:
-    """Reads one shard, no more of it than is asked for.
+    """Reads one shard, and of it only what is asked for.
 
     Attributes:
-        kind: The format of its documents.
-        dtype: Of the embeddings.
+        kind: Format of its documents.
+        dtype: Data type of the embeddings.
         refs: (E, 16) uint8.
-        n_tokens: (E,) int64; so are n_embeddings and ratios.
+        n_tokens: (E,) int64, as are n_embeddings and ratios.
 
     Raises:
         StoreNotFoundError: There is no such file.
-        StoreCorruptError: It is not a whole shard.
-        StoreError: It cannot be read.
+        StoreCorruptError: The file is not a whole shard.
+        StoreError: The file cannot be read.
     """
 
     def __init__(self, folder: AnyFolder, file: str) -> None:
         self._location = StorageLocation.of(folder)
         self.file = file
-        with self._location.errors(file):  # what cannot be read now may be whole
+        with self._location.errors(file):  # a failure to read does not mean damage
             try:
                 self._read_header()
             except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -233,12 +233,12 @@ def open_shards(
     shards: Iterable[Shard],
     damaged: Callable[[Shard, StoreCorruptError], None] | None = None,
 ) -> list[ShardReader]:
-    """Open shards, several at once: from object storage, a header is two or three requests that mostly wait.
+    """Open shards, several at once: in object storage, a header takes two or three requests that mostly wait.
 
     Args:
         folder: A path, or a URL that fsspec knows.
-        shards: In it.
-        damaged: Is called with each that is not whole, which is left out then; an error when not given.
+        shards: Shards in that folder.
+        damaged: Called with each shard that is not whole, which is then left out; without it, that is an error.
 
     Raises:
         StoreNotFoundError, StoreCorruptError, StoreError: See `ShardReader`.
@@ -271,7 +271,7 @@ def write_manifest(folder: AnyFolder, shards: Iterable[Shard]) -> None:
 
 
 def read_manifest(folder: AnyFolder, *, verify: bool = True) -> list[Shard]:
-    """Read the manifest of a folder and check its shards, all of them before one is called damaged.
+    """Read the manifest of a folder and check all its shards, so that an error names all that are damaged.
 
     Args:
         folder: A path, or a URL that fsspec knows, with a manifest.
@@ -279,7 +279,7 @@ def read_manifest(folder: AnyFolder, *, verify: bool = True) -> list[Shard]:
 
     Raises:
         StoreNotFoundError: There is no manifest.
-        StoreCorruptError: It is damaged, names what is not in its folder, or a shard is not what was written.
+        StoreCorruptError: It is damaged, names a file outside its folder, or a shard is not what was written.
     """
     location = StorageLocation.of(folder)
     where, shards = location.naming(MANIFEST), parse_manifest(location)
@@ -300,10 +300,10 @@ def read_manifest(folder: AnyFolder, *, verify: bool = True) -> list[Shard]:
 
 
 def parse_manifest(location: StorageLocation) -> list[Shard]:
-    """Read the manifest of a folder, whatever has become of its shards.
+    """Read the manifest of a folder without checking its shards.
 
     Raises:
-        StoreNotFoundError, StoreCorruptError: There is none, or it is damaged or names what is not in its folder.
+        StoreNotFoundError, StoreCorruptError: There is none, or it is damaged or names a file outside its folder.
     """
     where = location.naming(MANIFEST)
     try:
@@ -324,14 +324,14 @@ def parse_manifest(location: StorageLocation) -> list[Shard]:
 
 
 def require_only_shards(folder: AnyFolder, *kinds: str) -> list[str]:
-    """List the files in a folder of shards, whole ones and leftovers of writes that were killed.
+    """List the files in a folder of shards, also leftovers of interrupted writes.
 
     Args:
         folder: A path, or a URL that fsspec knows.
-        *kinds: Of names that may be there, `EXPORTED` or `COMPRESSED`: what others call shard-00000.parquet is theirs.
+        *kinds: Patterns of allowed names, `EXPORTED` or `COMPRESSED`; a file such as shard-00000.parquet is not ours.
 
     Raises:
-        StoreError: There is something else, which is not ours to remove.
+        StoreError: There is something else, which must not be removed.
     """
     location = StorageLocation.of(folder)
     names = location.names()
@@ -341,5 +341,5 @@ def require_only_shards(folder: AnyFolder, *kinds: str) -> list[str]:
 
 
 def _again(what: str = "it") -> str:
-    """Say how to come by damaged shards anew."""
+    """Say how to get damaged shards again."""
     return f"remove {what}, and copy, export or compress {what} again"

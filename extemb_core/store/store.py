@@ -1,6 +1,6 @@
 """Store on disk: compressed documents by ref and fingerprint, written once and read by any number of processes.
 
-It is an LMDB, so that a process killed at any moment loses nothing that was acknowledged; see `blocks`.
+It uses LMDB, so that a process killed at any moment loses nothing that was acknowledged; see `blocks`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from extemb_core.utils.validation import path_of, whole_number
 
 T = TypeVar("T")
 
-_WRITE_BYTES = 64 * 2**20  # of one transaction when blocks are moved
+_WRITE_BYTES = 64 * 2**20  # per transaction when blocks are moved
 
 
 class EmbeddingStore:
-    """Compressed documents on disk, the finest ratio of each, by ref and fingerprint. See `open`.
+    """Keeps compressed documents on disk by ref and fingerprint, each at its finest ratio. See `open`.
 
     One object may be used from several threads, several objects may be open on one folder, and any number of processes
     may read while one writes; writers wait for each other.
@@ -47,7 +47,7 @@ class EmbeddingStore:
     def __init__(self, environment: Environment, dtype: Dtype = "float16", *, readonly: bool = False) -> None:
         self.environment = environment
         self.dtype = dtype
-        self.readonly = readonly  # the environment may be open to write for another store of this process
+        self.readonly = readonly  # another store of this process may have the environment open for writing
         self._closing = ExitStack()
         self._closing.callback(environment.close)
         self._blocks = Blocks(environment)
@@ -59,14 +59,14 @@ class EmbeddingStore:
         """Open a store.
 
         Args:
-            path: Its folder.
+            path: Folder of the store.
             mode: "r" reads; "a" reads and writes, and makes the folder if there is none.
-            dtype: What new embeddings are kept in. "float16" rounds to 11 bits and is right for all but tests of
-                exactness, which take "float32"; "int8" halves the size, with a scale for each vector.
+            dtype: Data type of new embeddings. "float16" rounds to 11 bits and is right for everything but tests of
+                exactness, which need "float32"; "int8" halves the size, with a scale for each vector.
 
         Raises:
-            StoreNotFoundError: It is to be read, and is not there.
-            StoreCorruptError: It is damaged.
+            StoreNotFoundError: The mode is "r", and there is no store.
+            StoreCorruptError: The store is damaged.
             StoreError: The folder is something else, or may not be read or written.
         """
         if mode not in ("r", "a"):
@@ -79,7 +79,7 @@ class EmbeddingStore:
         store = cls(open_environment(folder, readonly=mode == "r"), dtype, readonly=mode == "r")
         if mode == "a":
             try:
-                describe(folder)  # earlier versions of this library are not to read what this one will write
+                describe(folder)  # earlier versions of this library must not read what this one will write
             except BaseException:
                 store.close()
                 raise
@@ -118,13 +118,13 @@ class EmbeddingStore:
             return [self._blocks.at(transaction, key, ratio) for key in keys]
 
     def missing(self, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
-        """List those of some documents that are not here at `ratio`; no embeddings are read."""
+        """List the refs whose documents are not here at `ratio`; no embeddings are read."""
         listed = list(refs)
         with self.environment.read() as transaction:
             return self.missing_within(transaction, listed, fingerprint, ratio)
 
     def missing_within(self, transaction: Any, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
-        """Call `missing` within a transaction, such as that of a `write` which counts on what is here."""
+        """Call `missing` within a transaction, such as that of a `write` that relies on the result."""
         ratio = _checked_ratio(ratio)
         return [ref for ref in refs if not self._blocks.holds(transaction, key_of(ref, fingerprint), ratio)]
 
@@ -135,12 +135,12 @@ class EmbeddingStore:
             return self._blocks.at(transaction, key)
 
     def items(self) -> Iterator[tuple[str, str]]:
-        """Yield (ref, fingerprint) of every document, as of now."""
+        """Yield (ref, fingerprint) of every document."""
         for ref, fingerprint, _ in self.entries():
             yield ref, fingerprint
 
     def entries(self) -> Iterator[tuple[str, str, Dtype]]:
-        """Yield (ref, fingerprint, dtype on disk) of every document, as of now."""
+        """Yield (ref, fingerprint, dtype on disk) of every document."""
         for key, entry, kind in self._blocks.entries():
             yield ref_of(key), kind.fingerprint, DTYPES[entry.dtype]
 
@@ -167,8 +167,8 @@ class EmbeddingStore:
         """Keep texts, except those that can be derived from what is here; all are on disk when this returns.
 
         Args:
-            *texts: To keep.
-            dtype: To keep them in; the store's own when not given.
+            *texts: Texts to keep.
+            dtype: Data type to keep them in; the store's own when not given.
 
         Raises:
             StoreError: The store is read-only, or the disk refuses; then none of them was kept.
@@ -184,12 +184,12 @@ class EmbeddingStore:
             self.write(lambda transaction: self._blocks.put(transaction, coded))
 
     def remove(self, refs: Iterable[str], fingerprint: str | None = None) -> int:
-        """Remove documents, of one embedder or of all. Returns how many entries went."""
+        """Remove documents, as compressed by one embedder or by all. Returns how many entries were removed."""
         wanted = list(refs)
         return self.write(lambda transaction: sum(self.forget(transaction, ref, fingerprint) for ref in wanted))
 
     def forget(self, transaction: Any, ref: str, fingerprint: str | None = None) -> int:
-        """Remove one document within a transaction of `write`. Returns how many entries went."""
+        """Remove one document within a transaction of `write`. Returns how many entries were removed."""
         keys = self._blocks.keys_of(transaction, ref, fingerprint)
         for key in keys:
             self._blocks.forget(transaction, key)
@@ -225,7 +225,7 @@ class EmbeddingStore:
         return self.environment.write(work)
 
     def require_writable(self) -> None:
-        """Raise `StoreError` if it was opened to read, before long work that would end in that error."""
+        """Raise `StoreError` if the store is read-only, before long work that would end in that error."""
         if self.readonly:
             raise StoreError(f"{self.path} was opened to read; open it with mode='a' to write")
 

@@ -32,7 +32,7 @@ from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import whole_number
 
 SHARD_BYTES = 256 * 2**20
-_PUT_BYTES = 32 * 2**20  # of one transaction
+_PUT_BYTES = 32 * 2**20  # per transaction
 
 
 def export_store(
@@ -42,18 +42,18 @@ def export_store(
     shard_bytes: int = SHARD_BYTES,
     show_progress: bool | None = None,
 ) -> list[Shard]:
-    """Write every document of a store, in the dtype that it is kept in, into shards and a manifest.
+    """Write every document of a store, in its stored dtype, into shards and a manifest.
 
     Args:
-        store: Is read while others may write; documents that come meanwhile may be among them or not.
+        store: Store to export; documents that others write meanwhile may be exported or not.
         folder: A path or a URL that fsspec knows: a new or empty one, or one whose export was interrupted.
         shard_bytes: Approximate size of the embeddings of a shard.
         show_progress: Show a bar; None shows it on a terminal.
 
     Raises:
         ConfigError: `shard_bytes` is not positive.
-        StoreError: The folder holds a finished export or other files, another export into it ended first, or the disk
-            refuses.
+        StoreError: The folder holds a finished export or other files, another export into it finished first, or the
+            disk refuses.
     """
     whole_number(shard_bytes, "shard_bytes", remedy=f"e.g. {SHARD_BYTES}")
     location = StorageLocation(folder)
@@ -62,12 +62,12 @@ def export_store(
         raise StoreError(f"{location} holds an export already; pass another folder")
     for name in names:
         if name.endswith(SUFFIX):
-            ShardReader(location, name)  # refuses what only has the name of a shard
-    left = [name for name in names if location.is_left(name)]  # of an export that was interrupted
+            ShardReader(location, name)  # refuses a file that is not a shard
+    left = [name for name in names if location.is_left(name)]  # left by an interrupted export
     for name in left:
         location.remove(name)
-    others = set(names).difference(left)  # of one too, or of one that goes on
-    first = secrets.randbelow(10**15)  # others may begin at this moment: numbers are of our own
+    others = set(names).difference(left)  # of another interrupted export, or of one that is running
+    first = secrets.randbelow(10**15)  # another export may begin at the same time: use different numbers
     shards: list[Shard] = []
     try:
         with progress("export", len(store), show_progress) as advance:
@@ -80,7 +80,7 @@ def export_store(
             if not alone or not _is_of(location, shards):
                 raise StoreError(f"{location} holds an export that ended before this one did; pass another folder")
     except BaseException:
-        with suppress(StoreError):  # what ended the export is said, and not what storage says to this
+        with suppress(StoreError):  # report what ended the export, not errors of the clean-up
             if not _is_of(location, shards):
                 for shard in shards:
                     location.remove(shard.file)
@@ -91,7 +91,7 @@ def export_store(
 
 
 def _alone(location: StorageLocation) -> AbstractContextManager[bool]:
-    """Lock a folder of this machine while its manifest is written; yields False where another export does."""
+    """Lock a local folder while its manifest is written; yields False if another export holds the lock."""
     if location.local is None:
         return nullcontext(True)
     make_folder(location.local, StoreError, "pass another folder")
@@ -106,18 +106,18 @@ def _is_of(location: StorageLocation, shards: list[Shard]) -> bool:
 
 
 def import_shards(store: EmbeddingStore, folder: str | os.PathLike[str], *, show_progress: bool | None = None) -> int:
-    """Put the documents of a folder of shards into a store, in the shards' dtypes: nothing is rounded once more.
+    """Put the documents of a folder of shards into a store, in the shards' dtypes: nothing is rounded again.
 
-    Those that can be derived from what is there stay as they are.
-    Every file is compared with the manifest before the first document is put; a call that was interrupted is repeated.
+    Documents that can be derived from what is in the store stay as they are. Every file is compared with the manifest
+    before the first document is put; after an interruption, make the same call again.
 
     Args:
-        store: To put them into.
+        store: Store to put them into.
         folder: A path, or a URL that fsspec knows, with shards and their manifest.
         show_progress: Show a bar; None shows it on a terminal.
 
     Returns:
-        Documents read.
+        Number of documents read.
 
     Raises:
         StoreNotFoundError, StoreCorruptError: The shards are not what was written.
@@ -137,11 +137,11 @@ def import_shards(store: EmbeddingStore, folder: str | os.PathLike[str], *, show
 
 
 def _groups(store: EmbeddingStore, shard_bytes: int) -> Iterator[tuple[Dtype, list[Compressed]]]:
-    """Group the documents of one embedder and dtype, about `shard_bytes` of embeddings together."""
+    """Group documents by embedder and dtype, with about `shard_bytes` of embeddings in a group."""
     for fingerprint, dtype in sorted({(fingerprint, dtype) for _, fingerprint, dtype in store.entries()}):
         texts = (store.finest(ref, fingerprint) for ref, *kind in store.entries() if kind == [fingerprint, dtype])
-        present = (text for text in texts if text is not None)  # the others were removed meanwhile
-        for _, alike in groupby(present, EmbeddingFormat.of):  # a fingerprint leaves some settings out
+        present = (text for text in texts if text is not None)  # None: removed meanwhile
+        for _, alike in groupby(present, EmbeddingFormat.of):  # one fingerprint may have several formats
             size = partial(_size, dtype)
             yield from ((dtype, group) for group in batches(alike, size, shard_bytes))
 
