@@ -39,13 +39,13 @@ register_url_convertor("id", _IdConvertor())
 def create_app(
     lm: ExtensibleLM, settings: ServerSettings | None = None, *, encoder: Any = None, page: bool = False
 ) -> FastAPI:
-    """Make the ASGI application, for `serve` or any other ASGI server (one process: the model is in it).
+    """Make the ASGI application, for `serve` or any other ASGI server (with one process, as the model is in it).
 
     Args:
-        lm: Answers; what its store holds is read, and nothing is added to it.
+        lm: Model that answers; its store is read, and never added to.
         settings: Limits and keys.
-        encoder: Finds passages of stored documents; see `Library`.
-        page: Add the chat page, of which there can be one in a process.
+        encoder: Text encoder that finds passages of stored documents; see `Library`.
+        page: Add the chat page; a process can have only one.
     """
     service = Service(lm, settings or ServerSettings(), encoder)
     app = FastAPI(title="extemb", version=__version__, lifespan=service.running, docs_url=None, redoc_url=None)
@@ -53,7 +53,7 @@ def create_app(
     app.include_router(_routes(service), responses=_ERRORS)
     app.include_router(_open_routes(service))
     if page:
-        from extemb_core.serving.page import add_page  # slow to import, and all applications share one of NiceGUI
+        from extemb_core.serving.page import add_page  # slow to import, and NiceGUI has one application per process
 
         add_page(app, service)
     app.add_middleware(Guard, settings=service.settings, metrics=service.metrics)
@@ -63,12 +63,12 @@ def create_app(
 
 
 def _routes(service: Service) -> APIRouter:
-    router = APIRouter(prefix="/v1", dependencies=[Depends(HTTPBearer(auto_error=False))])  # checked by the guard
+    router = APIRouter(prefix="/v1", dependencies=[Depends(HTTPBearer(auto_error=False))])  # the guard checks it
     started = int(time.time())
 
     @router.post("/chat/completions", response_model=responses.Completion, responses=_STREAM)
     async def chat(request: Request, asked: requests.ChatRequest) -> Response:
-        """Answer a conversation from documents, whole or as server-sent events."""
+        """Answer a conversation from documents, at once or as server-sent events."""
         messages = [message.to_dict() for message in asked.messages]
 
         def prepare(workspace: Workspace) -> Prepared:
@@ -84,7 +84,7 @@ def _routes(service: Service) -> APIRouter:
 
     @router.post("/completions", response_model=responses.Completion, responses=_STREAM)
     async def complete(request: Request, asked: requests.CompletionRequest) -> Response:
-        """Go on with a text after documents, without a chat template."""
+        """Continue a text after documents, without a chat template."""
 
         def prepare(workspace: Workspace) -> Prepared:
             return workspace.lm.prepare_text(
@@ -111,7 +111,7 @@ def _routes(service: Service) -> APIRouter:
 
     @router.post("/documents")
     async def add(request: Request, asked: requests.DocumentsRequest) -> responses.DocumentList:
-        """Add documents to those of this key, or replace those of the same id."""
+        """Add documents under this key, or replace those of the same id."""
         service.check_count(len(asked.documents))
         records = await service.work(request, lambda workspace: workspace.add(asked.documents), changes=True)
         return responses.DocumentList(data=[responses.StoredRecord.of(record) for record in records])
@@ -141,7 +141,7 @@ def _open_routes(service: Service) -> APIRouter:
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """Count what the server does, for Prometheus."""
+        """Return the server's metrics, for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     return router

@@ -1,6 +1,6 @@
-"""Answers all clients with one LLM: what waits is answered together, each streamed as it is made.
+"""Answers all clients with one LLM: waiting requests form batches, and each answer is streamed as it is made.
 
-A batch is taken when the one before it is done: the first that waits, and as many of those behind it as fit beside it.
+A batch is taken when the one before it is done: the request that waited longest, and as many behind it as fit with it.
 See docs/decisions/0008-server.md.
 """
 
@@ -26,7 +26,7 @@ from extemb_core.serving.errors import ApiError
 from extemb_core.serving.metrics import Metrics
 
 _RETRY_SECONDS = 1
-_PREPARED_AT_ONCE = 2  # one compresses on all cores while another reads and plans; more would hold more in memory
+_PREPARED_AT_ONCE = 2  # one request compresses on all cores while another reads and plans; more would need more memory
 
 T = TypeVar("T")
 
@@ -35,8 +35,8 @@ class Job:
     """A request at work, and its answer as it is made.
 
     Attributes:
-        row: What the LLM is handed.
-        ended: Whether nothing more comes.
+        row: The LLM's input, and how it is answered.
+        ended: Whether the answer is complete, or failed.
     """
 
     def __init__(self, engine: Engine, prepared: PreparedPrompt, inputs: PromptInputs, sampling: Sampling) -> None:
@@ -57,7 +57,7 @@ class Job:
         return to_answer(self._prepared, self.row.result, first_token=first, total=self._seconds)
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Yield the text as it comes. Who leaves before the end is to call `Engine.cancel`."""
+        """Yield the text as it comes. A caller that stops before the end must call `Engine.cancel`."""
         while (piece := await self._pieces.get()) is not None:
             if isinstance(piece, BaseException):
                 raise piece
@@ -70,7 +70,7 @@ class Job:
         return self.answer
 
     def put(self, piece: str | BaseException | None) -> None:
-        """Hand a piece to the reader, or what went wrong, or the end; nothing comes after that."""
+        """Hand the reader a piece, or an error or None, which end the answer."""
         if self.ended:
             return
         self._seconds = time.perf_counter() - self._prepared.start
@@ -87,8 +87,8 @@ def _hand_over(
 ) -> None:
     """Hand a piece over to a job's own loop, from the LLM's thread.
 
-    The job is known weakly: in a circle with its row it would keep its documents in memory until the garbage collector
-    came by, which counts objects and not their bytes.
+    The job is held by a weak reference: in a reference cycle with its row, it would keep its documents in memory until
+    the garbage collector ran, which counts objects and not their bytes.
     """
     if (there := put()) is not None:
         loop.call_soon_threadsafe(there, piece)
@@ -98,10 +98,10 @@ class Engine:
     """Takes requests up to a limit, prepares each in a thread, and answers them in batches in a thread of its own.
 
     Args:
-        llm: Answers.
-        batch_size: Requests of a batch at most.
-        max_requests: Requests at work or waiting; more are refused.
-        metrics: Counts them.
+        llm: LLM that answers.
+        batch_size: Maximum number of requests in a batch.
+        max_requests: Maximum number of requests at work or waiting; more are refused.
+        metrics: Metrics that count them.
 
     Attributes:
         running: The batch that is being answered.
@@ -120,10 +120,10 @@ class Engine:
         self._n_requests = 0
 
     def admit(self) -> None:
-        """Count a request that is at work, until `release`.
+        """Count a request as at work, until `release`.
 
         Raises:
-            ApiError: There are as many as may be.
+            ApiError: The limit is reached.
         """
         if self._n_requests >= self._max_requests:
             raise ApiError(
@@ -134,12 +134,12 @@ class Engine:
         self._metrics.at_work.set(self._n_requests)
 
     def release(self) -> None:
-        """Count a request no more."""
+        """Stop counting a request."""
         self._n_requests -= 1
         self._metrics.at_work.set(self._n_requests)
 
     async def work(self, work: Callable[[], T], alone: AbstractAsyncContextManager[None]) -> T:
-        """Do in a thread what takes as long as an answer, counted as a request; `alone` is waited for without one."""
+        """Run work that takes as long as an answer in a thread, counted as a request, after entering `alone`."""
         self.admit()
         try:
             async with alone:
@@ -148,11 +148,11 @@ class Engine:
             self.release()
 
     async def start(self, prepare: Callable[[], tuple[PreparedPrompt, Sampling]]) -> Job:
-        """Prepare a prompt, which stops when nobody waits for it any more, and put it in the queue.
+        """Prepare a prompt, unless the client leaves meanwhile, and put it in the queue.
 
         Raises:
-            ExtembError: What `prepare` raises.
-            ConfigError: There is nothing to go on from.
+            ExtembError: `prepare` raised it.
+            ConfigError: The prompt is empty.
         """
 
         def ready(_: object) -> tuple[PreparedPrompt, PromptInputs, Sampling]:
@@ -174,9 +174,9 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Let the LLM stop a job at the next token, at the next layer if it is alone, or never begin.
+        """Stop a job at the next token, or at the next layer if it is alone; drop it if it is still waiting.
 
-        One that has ended stays as it is.
+        A job that has ended stays as it is.
         """
         job.row.cancelled.set()
         if job in self._waiting:
@@ -185,7 +185,7 @@ class Engine:
             job.put(None)
 
     async def run(self) -> None:
-        """Answer what comes, until this is cancelled."""
+        """Answer requests until this is cancelled."""
         while True:
             await self._came.wait()
             if batch := self._next_batch():
@@ -196,11 +196,11 @@ class Engine:
                 self._came.clear()
 
     def close(self) -> None:
-        """Let go of the thread."""
+        """Shut down the LLM's thread."""
         self._thread.shutdown()
 
     def _next_batch(self) -> list[Job]:
-        """Take the first that waits, and of those behind it what fits beside it."""
+        """Take the job that waited longest, and those behind it that fit with it."""
         if not self._waiting:
             return []
         first, lengths = self._waiting[0], {job: job.positions for job in self._waiting[: self._batch_size]}
@@ -209,7 +209,7 @@ class Engine:
         return batch
 
     async def _answer(self, batch: list[Job]) -> None:
-        """Answer a batch. Where it fails, each is answered alone, so that an error is of whom it belongs to."""
+        """Answer a batch. If it fails, each job is answered alone, so that it gets its own error."""
         self._metrics.batch_size.observe(len(batch))
         rows = [job.row for job in batch]
         try:

@@ -1,4 +1,4 @@
-"""Tell clients what went wrong in OpenAI's form, with the status that docs/server.md lists."""
+"""Report errors to clients in OpenAI's form, with the status that docs/server.md lists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong: a sentence, and what a program tells it by."""
+    """An error: a sentence for people, and a code for programs."""
 
     message: str
     type: str
@@ -38,9 +38,9 @@ class ApiError(Exception):
     """An error with its HTTP status.
 
     Args:
-        status: Of the answer.
+        status: HTTP status of the answer.
         message: One sentence: value, rule, remedy.
-        code: What a program tells it by; by the status when not given.
+        code: Code for programs; chosen by the status when not given.
         param: The field of the request that is wrong.
         headers: More headers of the answer.
     """
@@ -62,12 +62,12 @@ class ApiError(Exception):
         self.body = ErrorBody(error=detail).model_dump()
 
     def response(self) -> JSONResponse:
-        """Make the answer that tells it."""
+        """Make the HTTP response for the error."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """Return what a client is told of an error: all of one that it made, nothing of what is inside the server."""
+    """Return the error that a client sees: all about its own mistakes, nothing about the inside of the server."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BudgetError):
@@ -76,7 +76,7 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, RequestValidationError):
         return _of_validation(error)
-    if isinstance(error, HTTPException):  # of routes and methods that there are not
+    if isinstance(error, HTTPException):  # for unknown routes and methods
         return ApiError(error.status_code, f"{error.detail}; docs/server.md lists what there is", headers=error.headers)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return ApiError(503, "there is no memory for this request; send a smaller one", headers={"Retry-After": "1"})
@@ -84,7 +84,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def _place_of(error: Mapping[str, Any], body: Any) -> list[str]:
-    """Return where in a request an error is, without the variants of unions that pydantic names as well."""
+    """Return the place of an error in a request, without the variants of unions that pydantic also names."""
     start, *parts = error["loc"]
     if start != "body":
         return [str(part) for part in parts]
@@ -99,15 +99,15 @@ def _place_of(error: Mapping[str, Any], body: Any) -> list[str]:
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """Say which field is wrong, and never what stands in it: a text may be a document's."""
+    """Say which field is wrong, but never quote its value, which may be a document's text."""
     first = error.errors()[0]
     place = _place_of(first, error.body)
-    for other in error.errors()[1:]:  # the variant of a union that is wrong farthest inside was meant
+    for other in error.errors()[1:]:  # the variant of a union with the deepest error was meant
         inside = _place_of(other, error.body)
         if len(inside) > len(place) and inside[: len(place)] == place:
             first, place = other, inside
     param = ".".join(place) or None
-    if isinstance(error.body, bytes):  # which is how a body comes that is not said to be JSON
+    if isinstance(error.body, bytes):  # the body was not declared as JSON
         return ApiError(400, "the body is not said to be JSON; send it with the header Content-Type: application/json")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no valid JSON ({first['ctx']['error']}); send a JSON object")

@@ -1,4 +1,4 @@
-"""What every request passes before it is read: its key, its size, its time; and what is logged and counted of it."""
+"""Checks that every request passes before it is read: key, size and time; and its entry in the log and the metrics."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ NO_KEY = "default"
 
 
 class ClientGone(Exception):  # noqa: N818  # nothing is wrong
-    """The client has gone away: nobody waits for an answer."""
+    """The client has disconnected: nobody waits for an answer."""
 
 
 @dataclass
 class Record:
-    """What is logged of a request. `owner` names the key, without telling it."""
+    """Fields of a request that are logged. `owner` identifies the key without revealing it."""
 
     id: str
     owner: str = NO_KEY
@@ -50,7 +50,7 @@ class Record:
 
 
 class Keys:
-    """The API keys, of which hashes alone are kept and compared."""
+    """The API keys; only their hashes are kept and compared."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._hashes = [_hash(key) for key in keys]
@@ -59,13 +59,13 @@ class Keys:
         """Return the name of a key's workspace.
 
         Raises:
-            ApiError: It is missing, or none of the keys.
+            ApiError: The key is missing, or not one of the server's.
         """
         if not self._hashes:
             return NO_KEY
         scheme, _, key = (authorization or "").partition(" ")
         given = _hash(key.strip())
-        matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all of them, whichever it is
+        matches = [hmac.compare_digest(given, known) for known in self._hashes]  # compares with all, in constant time
         if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(
                 401, "the API key is missing or wrong; send it as: Authorization: Bearer KEY",
@@ -84,14 +84,14 @@ class Guard:
         self._keys = Keys(settings.keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or hand it on with its whole body."""
+        """Refuse a request, or hand it on with its complete body."""
         if scope["type"] == "websocket" and not self._is_own_page(Headers(scope=scope)):
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status, record = time.perf_counter(), 499, Record(secrets.token_hex(12))  # 499: nobody was there
+        start, status, record = time.perf_counter(), 499, Record(secrets.token_hex(12))  # 499: the client left
         is_read = False
         scope["state"] = {**scope.get("state", {}), "record": record}
 
@@ -117,7 +117,7 @@ class Guard:
                 response = as_api_error(error).response()
                 await (response(scope, receive, answer) if is_read else self._refuse(response, receive, answer))
         finally:
-            is_part = scope["path"].startswith(f"{PAGE}/_")  # of the page, which has many: each visit its own
+            is_part = scope["path"].startswith(f"{PAGE}/_")  # one of the page's many paths, which differ for each visit
             route = f"{PAGE}/_nicegui" if is_part else getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, str(status)).inc()
             seconds = round(time.perf_counter() - start, 4)
@@ -126,23 +126,23 @@ class Guard:
             logger.log(level, "request", extra={"fields": {**told, "owner": record.owner, **record.fields}})
 
     def _check(self, path: str, headers: Headers, record: Record) -> None:
-        """Refuse who has no key, and pages of other sites that reach a server without keys by a name of theirs."""
+        """Refuse requests without a valid key, and other sites' pages that reach a keyless server by their own name."""
         if not self._is_known(host := headers.get("host", "")):
             raise ApiError(400, f"{host!r:.80} is not this server; ask it as localhost, or start it with a key")
         if path not in OPEN_PATHS and not path.startswith(f"{PAGE}/"):
             record.owner = self._keys.owner_of(headers.get("authorization"))
 
     def _is_own_page(self, headers: Headers) -> bool:
-        """Return whether a WebSocket was opened by the page of this server: a browser opens them for any site."""
+        """Return whether a WebSocket was opened by this server's own page: browsers open them for pages of any site."""
         host = headers.get("host", "")
         return self._is_known(host) and headers.get("origin", "").partition("//")[2] == host
 
     def _is_known(self, host: str) -> bool:
-        """Return whether a host is this server; where there are keys, it may have names besides those of loopback."""
+        """Return whether a host names this server; with keys, any name is allowed, without keys only loopback's."""
         return bool(self._settings.keys) or is_loopback(re.sub(r":\d+$", "", host))
 
     async def _refuse(self, response: Response, receive: Receive, send: Send) -> None:
-        """Answer before the body is read, and pass over what comes of it: else the connection is reset."""
+        """Answer before the body is read, and discard the rest of it; otherwise the connection would be reset."""
         await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
 
@@ -162,7 +162,7 @@ class Guard:
             raise ApiError(TIMED_OUT, message, headers={"Connection": "close"}) from None
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """Read a body that is not too large, by what it says of itself or by what comes."""
+        """Read the body, unless its declared or actual size is too large."""
         limit = self._settings.max_body_mib * 2**20
         declared = headers.get("content-length", "")
         parts: list[bytes] = []
@@ -182,7 +182,7 @@ class Guard:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Give a body that was read once more, then what comes after it."""
+    """Return a `receive` that gives a body again that was read already, then what follows it."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

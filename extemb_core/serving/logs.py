@@ -1,4 +1,4 @@
-"""Write logs as lines of JSON, in which nothing of a document, a question or an answer stands."""
+"""Write logs as lines of JSON, without any text of documents, questions or answers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ logger = logging.getLogger("extemb_core.serving")
 
 
 class JsonLines(logging.Formatter):
-    """Makes one JSON object of a record, with the fields that it was given.
+    """Formats a record as one JSON object, with the fields that it was given.
 
-    Of an error there is the type and where it was raised; its message, which may quote what was sent, only when
+    An error is logged by its type and the place where it was raised; its message, which may quote a request, only when
     debugging.
     """
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
-        if message.startswith("Traceback ") and not logger.isEnabledFor(logging.DEBUG):  # uvicorn's, of a forced end
+        if message.startswith("Traceback ") and not logger.isEnabledFor(logging.DEBUG):  # uvicorn's, when forced to end
             message = "an error ended this; extemb --debug serve shows where"
         fields = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
@@ -37,7 +37,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Send what this library and uvicorn log to stderr, as lines of JSON."""
+    """Send the logs of this library and uvicorn to stderr, as lines of JSON."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     for name in ("extemb_core", "uvicorn"):

@@ -10,7 +10,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """Metrics of one server; none holds anything of a document, a question or a key."""
+    """Metrics of one server; none reveals anything about documents, questions or keys."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -35,5 +35,5 @@ class Metrics:
         self._completion.inc(answer.new_tokens)
 
     def text(self) -> bytes:
-        """Write them down as Prometheus reads them."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,7 +1,7 @@
-"""The chat page, for people: documents of one's own, a budget for them, and answers that say where they come from.
+"""The chat page: a visitor's own documents, a budget for them, and answers with their sources.
 
-NiceGUI draws it, in the server's process; each visit, which is one tab, is an object here. Whatever comes from
-documents or the LLM is shown as text.
+NiceGUI draws it, in the server's process; each visit, which is one browser tab, is an object here. Everything that
+comes from documents or the LLM is shown as text.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from extemb_core.serving.service import Service
 from extemb_core.serving.workspace import Workspace
 from extemb_core.utils.text import strip_control_chars
 
-_N_PASSAGES = 8  # of documents that are too long to be read whole, even at the coarsest ratio
+_N_PASSAGES = 8  # read instead of documents that are too long even at the coarsest ratio
 _MIN_BUDGET, _BUDGET_STEP, _USUAL_BUDGET = 128, 128, 1024
 _N_QUOTES, _QUOTE_CHARS = 3, 240
-_STEP = 16  # positions by which documents are cut shorter until they fit with their headings
-_OPENING_SECONDS = 0.3  # until a dialog is there
-_PASSAGE = re.compile(r":(\d+)-\d+$")  # of a document's source
+_STEP = 16  # positions by which documents are shortened until they fit with their headings
+_OPENING_SECONDS = 0.3  # until a dialog has opened
+_PASSAGE = re.compile(r":(\d+)-\d+$")  # ends the source of a passage
 _WAYS = {"compressed": "Compressed", "truncated": "Truncated", "full": "Full text"}
 _HINT = (
     "Drop in documents at the left (behind the menu on a narrow screen), then ask about them. Each answer quotes what "
@@ -57,7 +57,7 @@ _STYLE = """
 .q-uploader__list { min-height: 0; padding: 0 }
 """
 
-# Quasar's own, whose button has no name for who cannot see its icon.
+# Replaces Quasar's own, whose button has no label for screen readers.
 _ADD = """
 <div class="q-uploader__header-content row flex-center no-wrap q-gutter-xs">
   <q-spinner v-if="props.isUploading" class="q-uploader__spinner"></q-spinner>
@@ -68,16 +68,16 @@ _ADD = """
 </div>
 """
 
-_AROUND_FILE = 4096  # bytes of a body besides the one file in it
+_AROUND_FILE = 4096  # bytes of a request besides the file in it
 
-# What Quasar says of files, as names and numbers; one that failed leaves its list, as it is told of.
+# Quasar's events about files, reduced to names and numbers; a failed file is removed from its list once reported.
 _REJECTED = "(entries) => emit(entries.map((entry) => [entry.file.name, entry.failedPropValidation]))"
 _FAILED = """({files, xhr}) => {
   files.forEach((file) => getElement(%d).$refs.qRef.removeFile(file));
   emit(files.map((file) => file.name), xhr.status);
 }"""
 
-_service: Service  # NiceGUI has one application for a process, and so one model is behind its pages
+_service: Service  # NiceGUI has one application per process, so its pages share one model
 
 
 def add_page(app: FastAPI, service: Service) -> None:
@@ -103,11 +103,11 @@ class _Visit:
         self._service = service
         self._owner: str | None = None  # until a key is entered
         self._drawer: ui.left_drawer
-        self._tokens: dict[str, int] = {}  # of each document
-        self._reading: list[str] = []  # documents of this tab that are not there yet
-        self._counted: dict[str, int] = {}  # of each text, by its ref
-        self._positions: dict[str, int] = {}  # what it took in the last answer
-        self._free = 0  # positions that documents might take in the last answer
+        self._tokens: dict[str, int] = {}  # by document
+        self._reading: list[str] = []  # documents of this tab that are still being added
+        self._counted: dict[str, int] = {}  # tokens of texts, by ref
+        self._positions: dict[str, int] = {}  # by document, in the last answer
+        self._free = 0  # positions that documents could take in the last answer
         self._messages: list[dict[str, str]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -123,7 +123,7 @@ class _Visit:
             ui.label(self._service.model).classes("text-caption")
             ui.space()
             _icon("contrast", "Dark or light", lambda: dark.set_value(not dark.value), "white")
-        # Without a value the server would ask the browser for one, and log an error where that takes over a second.
+        # Without a value the server would ask the browser for one, and log an error if that takes over a second.
         drawer = ui.left_drawer(value=False, bordered=True)
         with drawer.props("width=340 breakpoint=700 show-if-above") as self._drawer:
             self._documents_panel()
@@ -211,7 +211,7 @@ class _Visit:
     # -- documents --------------------------------------------------------------------------------------------
 
     async def _refresh(self) -> None:
-        """Count the tokens of what is in the workspace."""
+        """Count the tokens of the documents in the workspace."""
 
         def count() -> dict[str, int]:
             records = self._workspace.records()
@@ -234,7 +234,7 @@ class _Visit:
                 _say_wrong("Of a type that is not read", names, "convert to text, Markdown, HTML or PDF")
 
     def _say_failed(self, event: Any) -> None:
-        """Say which files did not come whole, and why."""
+        """Say which files did not arrive completely, and why."""
         names, status = event.args
         if status == TIMED_OUT:
             what = f"Not there within {self._service.settings.body_seconds} s"
@@ -271,10 +271,10 @@ class _Visit:
         finally:
             self._reading.remove(name)
             self._show_documents()
-            event.sender.run_method("removeUploadedFiles")  # what is still being sent stays
+            event.sender.run_method("removeUploadedFiles")  # files still being sent stay
 
     def _free_name(self, name: str, ref: str) -> str:
-        """Return a file's name, with a number where another text has it: the browser says no folder of a file."""
+        """Return a file's name, with a number if another text has that name: browsers do not send a file's folder."""
         refs = {record["source"]: record["ref"] for record in self._workspace.records()}
         file, number = Path(name), 1
         while refs.get(name, ref) != ref:
@@ -376,7 +376,7 @@ class _Visit:
     async def _stream(
         self, way: str, messages: Sequence[dict[str, str]], shown: ui.label
     ) -> tuple[Answer, list[Document]]:
-        """Stream an answer into a label. Returns it, and the documents that it was asked about."""
+        """Stream an answer into a label. Returns the answer and its documents."""
         budget, text = int(self._budget.value), ""
         documents: list[Document] = []
 
@@ -398,14 +398,14 @@ class _Visit:
         return job.answer, documents
 
     def _documents(self, question: str) -> list[Document]:
-        """Return all documents, or the passages that say most of the question where they are too long for that."""
+        """Return all documents, or the passages that say most about the question if the documents are too long."""
         coarsest = max(self._service.lm.embedder.config.ratios)
         if sum(self._tokens.values()) > coarsest * int(self._budget.value):
             return self._workspace.search(question, _N_PASSAGES)
         return [self._document(name) for name in self._tokens]
 
     def _truncated(self, messages: Sequence[dict[str, str]], documents: Sequence[Document]) -> list[Document]:
-        """Cut documents to what fits where the compressed ones were, headings included."""
+        """Truncate documents to the positions that the compressed ones took, headings included."""
         ends = [self._llm.encode_with_ends(document.text)[1] for document in documents]
         for n_tokens in range(self._free, 0, -_STEP):
             cut = _cut(documents, ends, n_tokens)
@@ -417,7 +417,7 @@ class _Visit:
         return []
 
     async def _tell(self, answer: Answer, documents: Sequence[Document], question: str) -> None:
-        """Say what an answer took and quote its sources."""
+        """Show what an answer took, and quote its sources."""
         taken = sum(entry.positions for entry in answer.documents)
         tokens = sum(entry.n_tokens for entry in answer.documents)
         first = answer.seconds.get("first_token", 0)
@@ -440,7 +440,7 @@ class _Visit:
     def _quotes(
         self, answer: Answer, documents: Sequence[Document], question: str
     ) -> list[tuple[ContextEntry, Document, int, int, int | None]]:
-        """Find in each document that was read the sentence that has most of question and answer, and its page."""
+        """Find in each document that was read the sentence that shares most with question and answer, and its page."""
         found: list[tuple[float, ContextEntry, Document, int, int]] = []
         for entry, document in zip(answer.documents, documents, strict=True):
             if entry.fidelity == "dropped":
@@ -465,7 +465,7 @@ class _Visit:
             return document.page_of(start)
         try:
             whole = self._document(document.source[: passage.start()])
-        except ApiError:  # it was removed since
+        except ApiError:  # it has been removed since
             return None
         return whole.page_of(int(passage[1]) + start)
 
@@ -486,7 +486,7 @@ def _show_error(message: str) -> None:
 
 
 def _open(entry: ContextEntry, document: Document, start: int, stop: int) -> None:
-    """Show a document with what became of each part of it, at a passage."""
+    """Show a document with the fidelity of each part, scrolled to a passage."""
     with ui.dialog(value=True) as dialog, ui.card().style("max-width: 90vw"):
         _icon("close", "Close", dialog.close).classes("self-end")
         ui.html(entry.highlight(document, passage=(start, stop)), sanitize=False)  # every part of the text is escaped
@@ -503,7 +503,7 @@ def _by_document(context: Sequence[ContextEntry]) -> dict[str, int]:
 
 
 def _cut(documents: Sequence[Document], ends: Sequence[Array], n_tokens: int) -> list[Document]:
-    """Cut documents to their first tokens, those of all together. ends: (T,) where each token of a document ends."""
+    """Cut documents to the first `n_tokens` tokens of all together. ends: (T,) where each token of a document ends."""
     kept = []
     for document, of_tokens in zip(documents, ends, strict=True):
         if (taken := min(len(of_tokens), n_tokens)) > 0:

@@ -1,4 +1,4 @@
-"""Run the server in this process, until it is told to stop."""
+"""Run the server in this process until it is stopped."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def serve(
     encoder: Any = None,
     on_bound: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM: then answers that are at work are finished, and nothing new is taken.
+    """Serve until SIGINT or SIGTERM; then finish the answers at work, and take no new requests.
 
     Args:
         lm, settings, encoder: See `create_app`.
-        on_bound: Is handed the address, once connections to it are queued.
+        on_bound: Called with the address once connections to it are queued.
 
     Raises:
-        OSError: Nothing can listen at that address.
+        OSError: The server cannot listen at that address.
     """
     log_as_json()
     server = make_server(lm, settings, encoder=encoder, page=True)
@@ -46,7 +46,7 @@ def make_server(
     """Make the uvicorn server of an application; see `create_app`."""
     config = uvicorn.Config(
         create_app(lm, settings, encoder=encoder, page=page), http="h11", ws="auto", lifespan="on", log_config=None,
-        loop="asyncio",  # the same whether or not uvloop is there, which NiceGUI brings; the LLM is what takes time
+        loop="asyncio",  # the same with or without uvloop, which NiceGUI installs; the LLM takes the time
         access_log=False, server_header=False, timeout_graceful_shutdown=settings.request_seconds,
     )  # fmt: skip
     return uvicorn.Server(config)

@@ -1,7 +1,7 @@
-"""What clients send: OpenAI's fields, and beside them those for documents. What is not known is refused.
+"""Requests of clients: OpenAI's fields, and others for documents. Unknown fields are refused.
 
-Fields of OpenAI's API that change nothing are taken; those that would change an answer are taken with the value that
-does not.
+Fields of OpenAI's API without effect here are accepted; those that would change an answer are accepted only with the
+value that does not.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class Strict(BaseModel):
-    """A JSON object without unknown fields, whose values are of their type as they are."""
+    """A JSON object without unknown fields, whose values have the right type without conversion."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextDocument(Strict):
-    """A document whose text is here. `id` is what answers cite, and what replaces or deletes a stored one."""
+    """A document sent with its text. Answers cite its `id`, by which a stored one is replaced or deleted."""
 
     text: str
     title: str | None = None
@@ -48,7 +48,7 @@ AnyDocument = Annotated[
 
 
 class DocumentsRequest(Strict):
-    """Documents to add, or to put in the place of those of the same id."""
+    """Documents to add; they replace those of the same id."""
 
     documents: list[TextDocument] = Field(min_length=1)
 
@@ -61,7 +61,7 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """A message of a conversation. The fields after its content are taken as answers of this server have them."""
+    """A message of a conversation. The fields after its content are accepted as this server's answers have them."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None
@@ -73,7 +73,7 @@ class Message(Strict):
     tool_calls: Empty | None = None
 
     def to_dict(self) -> dict[str, str]:
-        """Return what a chat template takes."""
+        """Return the message in the form that a chat template takes."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
@@ -93,7 +93,7 @@ class ResponseFormat(Strict):
 
 
 class AnswerRequest(Strict):
-    """What both kinds of questions have in common."""
+    """Fields that both kinds of requests have in common."""
 
     model: str
     documents: list[AnyDocument] = []
@@ -123,12 +123,12 @@ class AnswerRequest(Strict):
 
     @property
     def with_usage(self) -> bool:
-        """Whether the last chunk of a stream is to tell the usage."""
+        """Whether the last chunk of a stream has the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class ChatRequest(AnswerRequest):
-    """A conversation whose last message is to be answered."""
+    """A conversation; its last message is answered."""
 
     messages: list[Message] = Field(min_length=1)
     plan: Literal["focus", "even", "select"] | None = None
@@ -154,7 +154,7 @@ class ChatRequest(AnswerRequest):
 
 
 class CompletionRequest(AnswerRequest):
-    """A text to go on with, after the documents."""
+    """A text to continue, after the documents."""
 
     prompt: str
     # Taken, and changing nothing:

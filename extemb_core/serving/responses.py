@@ -1,4 +1,4 @@
-"""What clients get: OpenAI's objects, and in `extemb` what became of the documents."""
+"""Responses to clients: OpenAI's objects, with what became of the documents in `extemb`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from extemb_core.answers import Answer
 
 
 class Usage(BaseModel):
-    """What an answer took. `prompt_tokens` are positions of the LLM's window, real ones."""
+    """Size of prompt and answer. `prompt_tokens` counts the positions of the LLM's window that were really used."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -21,7 +21,7 @@ class Usage(BaseModel):
 
     @classmethod
     def of(cls, answer: Answer) -> Usage:
-        """Count what an answer took."""
+        """Count the positions and tokens of an answer."""
         before, new = answer.prompt_positions, answer.new_tokens
         raw = sum(entry.n_tokens for entry in answer.documents)
         return cls(prompt_tokens=before, completion_tokens=new, total_tokens=before + new, document_tokens=raw)
@@ -42,7 +42,7 @@ class ChatChoice(Choice):
 
 
 class TextChoice(Choice):
-    """An answer that goes on with a text."""
+    """An answer that continues a text."""
 
     text: str
 
@@ -60,7 +60,7 @@ class Completion(BaseModel):
 
 
 class StoredRecord(BaseModel):
-    """A document that is kept."""
+    """A stored document."""
 
     id: str
     object: Literal["document"] = "document"
@@ -71,7 +71,7 @@ class StoredRecord(BaseModel):
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> StoredRecord:
-        """Describe what `Library.documents` gives."""
+        """Make it from a record of `Library.documents`."""
         return cls(
             id=record["source"], ref=record["ref"], title=record["title"], characters=record["n_chars"],
             passages=record["n_passages"],
@@ -79,14 +79,14 @@ class StoredRecord(BaseModel):
 
 
 class DocumentList(BaseModel):
-    """Documents that are kept."""
+    """The stored documents."""
 
     object: Literal["list"] = "list"
     data: list[StoredRecord]
 
 
 class DeletedDocument(BaseModel):
-    """A document that is gone."""
+    """A deleted document."""
 
     id: str
     object: Literal["document"] = "document"
@@ -105,7 +105,7 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The models that answer, of which there is one."""
+    """The models that answer: there is one."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -139,12 +139,12 @@ class Writer:
         return self._chunk(self._delta(text))
 
     def last(self, answer: Answer) -> dict[str, Any]:
-        """Make the chunk that tells why the answer ended, and what became of the documents."""
+        """Make the chunk with the reason why the answer ended, and what became of the documents."""
         end = self._delta("") | {"finish_reason": answer.finish_reason}
         return self._chunk(end) | {"extemb": _details(answer)}
 
     def usage(self, answer: Answer) -> dict[str, Any]:
-        """Make the chunk that tells the usage."""
+        """Make the chunk with the usage."""
         return self._chunk(None) | {"usage": Usage.of(answer).model_dump()}
 
     def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:

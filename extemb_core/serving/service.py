@@ -1,4 +1,4 @@
-"""What is behind the routes: one model, its engine, and the documents of each key."""
+"""The service behind the routes: one model, its engine, and the documents of each key."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Service:
     """One model behind the routes, with a workspace for each key.
 
     Args:
-        lm: Answers.
+        lm: Model that answers.
         settings: Limits and keys.
-        encoder: Finds passages of stored documents; see `Library`.
+        encoder: Text encoder that finds passages of stored documents; see `Library`.
 
     Attributes:
-        changing: Of each workspace, what is held while its documents are changed.
+        changing: Lock of each workspace, held while its documents are changed.
     """
 
     def __init__(self, lm: ExtensibleLM, settings: ServerSettings, encoder: Any = None) -> None:
@@ -55,7 +55,7 @@ class Service:
         self.settings = settings
         self.model = settings.name or short_name(lm.llm.name)
         self.metrics = Metrics()
-        self.engine: Engine  # while the server runs
+        self.engine: Engine  # set while the server runs
         self._encoder = encoder
         self._folder = path_of(settings.data) if settings.data is not None else user_data_path("extemb") / "server"
         make_folder(self._folder, StoreError, "pass another folder as --data")
@@ -65,7 +65,7 @@ class Service:
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
-        """Run the engine as long as the server; then close the libraries."""
+        """Run the engine while the server runs; then close the libraries."""
         settings = self.settings
         self.engine = Engine(
             self.lm.llm, batch_size=settings.batch_size, max_requests=settings.max_requests, metrics=self.metrics
@@ -83,7 +83,7 @@ class Service:
             self._workspaces.clear()
 
     def workspace(self, owner: str) -> Workspace:
-        """Open the workspace of a key, or return it; in a thread, as it may load the text encoder."""
+        """Return the workspace of a key, opening it if needed."""
         with self._lock:
             if owner not in self._workspaces:
                 if isinstance(self._encoder, str | os.PathLike):  # once for all keys
@@ -95,13 +95,13 @@ class Service:
             return self._workspaces[owner]
 
     def check_model(self, name: str) -> None:
-        """Refuse another model."""
+        """Refuse a request for another model."""
         if name != self.model:
             message = f"there is no model {name!r:.80}; ask for {self.model!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
 
     def check_count(self, n_documents: int) -> None:
-        """Refuse more documents than may be."""
+        """Refuse more documents than the limit."""
         if n_documents > (most := self.settings.max_documents):
             message = f"{n_documents} documents are more than {most}, the limit of a request; send fewer, or add them"
             raise ApiError(400, message, code="too_many_documents", param="documents")
@@ -109,7 +109,7 @@ class Service:
     async def answer(
         self, request: Request, asked: AnswerRequest, writer: Writer, prepare: Callable[[Workspace], Prepared]
     ) -> Response:
-        """Answer in the form that was asked for."""
+        """Answer a request, streamed or at once, as it asks."""
         self.check_model(asked.model)
         self.check_count(len(asked.documents))
         record: Record = request.state.record
@@ -127,7 +127,7 @@ class Service:
         return JSONResponse(writer.completion(answer).model_dump())
 
     async def work(self, request: Request, work: Callable[[Workspace], T], *, changes: bool = False) -> T:
-        """Do something with the documents of a key; what changes them is done one after another."""
+        """Do something with the documents of a key; changes are made one after another."""
         owner = request.state.record.owner
         deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
         alone = self.changing[owner] if changes else nullcontext()
@@ -135,7 +135,7 @@ class Service:
         return await self._while_there(request, done, deadline)
 
     async def _while_there(self, request: Request, work: Awaitable[T], deadline: float) -> T:
-        """Await something as long as the client is there and its time lasts."""
+        """Await something, unless the client disconnects or its time is over."""
         task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
         try:
             left = deadline - asyncio.get_running_loop().time()
@@ -151,7 +151,7 @@ class Service:
         return ApiError(504, f"the answer was not there within {self.settings.request_seconds} s; ask for less")
 
     def _tell(self, job: Job, record: Record) -> None:
-        """Count an answer, and write down what it took."""
+        """Count an answer in the metrics, and note its size in the log record."""
         answer, reason = job.answer, "cancelled"
         if job.ended:
             self.metrics.answered(answer)
@@ -162,7 +162,7 @@ class Service:
     async def _events(
         self, job: Job, writer: Writer, record: Record, deadline: float, *, with_usage: bool
     ) -> AsyncIterator[str]:
-        """Write an answer as server-sent events. What goes wrong is the last of them."""
+        """Yield an answer as server-sent events. An error is the last event."""
         loop = asyncio.get_running_loop()
         try:
             if (first := writer.first()) is not None:
@@ -184,10 +184,10 @@ class Service:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; `at_end` is called when all are sent, or the client is gone."""
+    """Server-sent events; `at_end` is called when all are sent, or the client has disconnected."""
 
     def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nothing on the way is to hold them back
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not hold events back
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._at_end = at_end
 

@@ -15,23 +15,23 @@ _LAST_PORT = 65_535
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Where the server listens, and what it takes.
+    """Address and limits of the server.
 
     Attributes:
         host: Address to listen at; all but loopback need an API key.
         port: Port to listen at; 0 is any that is free.
         name: Name of the model that clients ask for.
         data: Folder of the documents that clients add; a folder in it for each key.
-        max_requests: Requests at work or waiting, beyond which clients are sent away with status 429.
-        batch_size: Requests of one forward pass at most.
-        max_new_tokens: Longest answer where a client names no length.
-        max_body_mib: Size of a request.
-        max_documents: Documents of a request.
-        max_stored_documents: Documents that a key may keep.
-        memory_mib: Embeddings of documents that came with questions, kept in memory for each key.
-        body_seconds: Time in which the body of a request has to come.
-        request_seconds: Time in which an answer has to be there.
-        keys: API keys; None are asked for where there are none.
+        max_requests: Maximum requests at work or waiting; more clients get status 429.
+        batch_size: Maximum requests in one forward pass.
+        max_new_tokens: Maximum tokens of an answer if a client names no length.
+        max_body_mib: Maximum size of a request, in MiB.
+        max_documents: Maximum documents in a request.
+        max_stored_documents: Maximum documents that a key may store.
+        memory_mib: Embeddings of documents sent with questions, kept in memory for each key, in MiB.
+        body_seconds: Seconds in which the body of a request must arrive.
+        request_seconds: Seconds in which an answer must be finished.
+        keys: API keys; without any, none is asked for.
 
     Raises:
         ConfigError: A value is not legal, or the server would be open to others without a key.

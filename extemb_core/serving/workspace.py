@@ -1,4 +1,4 @@
-"""The documents of one API key: a library on disk of those that were added, in memory those that came with questions.
+"""The documents of one API key: those that were added, in a library on disk, and those sent with questions, in memory.
 
 No workspace can read another's documents, or learn whether they exist.
 """
@@ -24,20 +24,20 @@ class Workspace:
     """Documents of a key.
 
     Args:
-        folder: Of its library, made if it is not there.
-        lm: Compresses; what its store holds is read and never added to.
-        encoder: Finds passages; see `Library`.
-        memory_bytes: Embeddings kept of documents that came with questions.
-        max_documents: Documents kept in the library.
+        folder: Folder of its library, made if it does not exist.
+        lm: Model that compresses; its store is read, and never added to.
+        encoder: Text encoder that finds passages; see `Library`.
+        memory_bytes: Maximum bytes of embeddings kept of documents sent with questions.
+        max_documents: Maximum number of documents in the library.
 
     Attributes:
-        lm: Prepares questions with what is here.
+        lm: Prepares questions with the documents of this workspace.
     """
 
     def __init__(self, folder: Path, lm: ExtensibleLM, *, encoder: Any, memory_bytes: int, max_documents: int) -> None:
         self._library = Library(folder, lm, encoder=encoder)
         self._max_documents = max_documents
-        self._lock = threading.Lock()  # of what is added and removed
+        self._lock = threading.Lock()  # held while documents are added or removed
         store = _Layers(self._library.store, lm.store, MemoryStore(memory_bytes))
         self.lm = ExtensibleLM(lm.llm, lm.embedder, store, scorer=lm.builder.scorer)
 
@@ -52,7 +52,7 @@ class Workspace:
     def add(self, documents: Sequence[TextDocument | Document]) -> list[dict[str, Any]]:
         """Add documents, or replace those of the same id, which is a `Document`'s source. Returns the record of each.
 
-        Passages are compressed to be found, and the whole of each to be read by its ref.
+        Of each document its passages are compressed, which searches find, and the whole text, which is read by its ref.
 
         Raises:
             ApiError: The library would hold too many, or two texts have one id.
@@ -77,7 +77,7 @@ class Workspace:
                 self._library.add(list(added.values()), show_progress=False)
                 if self._library.lm is not None:
                     self._library.lm.compress(list(added.values()), show_progress=False)
-            finally:  # what was replaced goes, whatever becomes of the others
+            finally:  # embeddings of replaced texts are dropped even after an error
                 records = {record["source"]: record for record in self.records()}
                 self._forget({before[source] for source in added if source in before}, records.values())
         return [records[document.source] for document in sent]
@@ -86,7 +86,7 @@ class Workspace:
         """Remove a document by its id.
 
         Raises:
-            ApiError: There is none.
+            ApiError: There is no such document.
         """
         with self._lock:
             refs = {record["ref"] for record in self.records() if record["source"] == name}
@@ -95,10 +95,10 @@ class Workspace:
             self._forget(refs, self.records())
 
     def documents(self, named: Sequence[TextDocument | StoredDocument]) -> list[Document]:
-        """Return the documents that a question came with.
+        """Return the documents that a question names or brings with it.
 
         Raises:
-            ApiError: One of them is not in the library.
+            ApiError: A document that is named is not in the library.
             DocumentError: A text is not valid Unicode.
         """
         return [self._find(one.ref) if isinstance(one, StoredDocument) else _document(one) for one in named]
@@ -108,7 +108,7 @@ class Workspace:
         return [passage.to_document() for passage in self._library.search(question, k)]
 
     def _find(self, name: str) -> Document:
-        """Return a document by its id or ref; one that has no other id is cited by its title."""
+        """Return a document by its id or ref; one without an id is cited by its title."""
         try:
             document = self._library.document(name)
         except DocumentError:
@@ -124,7 +124,7 @@ class Workspace:
 
 
 class _Layers:
-    """Stores that are read one after the other, the last of which is put to."""
+    """Several stores: texts are looked for in each in turn, and put into the last."""
 
     readonly = False
 
@@ -147,7 +147,7 @@ def _document(sent: TextDocument) -> Document:
 
 
 def _stored_document(sent: TextDocument | Document) -> Document:
-    """Return a document that is known by its id, or else by its text: not by a title, which others may have too."""
+    """Return a document identified by its id, or else by its text; not by its title, which others may have too."""
     if isinstance(sent, Document):
         return sent
     document = _document(sent)
