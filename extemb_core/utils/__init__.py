@@ -1,1 +1,1 @@
-"""Files, JSON Lines, progress bars and checks: what has nothing to do with the method."""
+"""Helpers that have nothing to do with the method: files, JSON Lines, progress bars and checks."""

@@ -1,4 +1,4 @@
-"""Items in batches of a size."""
+"""Group items into batches of limited size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 
 def batches(items: Iterable[Item], size_of: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Group items in their order: a batch ends with the item that brings it to the limit."""
+    """Group items in order; a batch ends with the item with which it reaches the limit."""
     batch: list[Item] = []
     size = 0
     for item in items:
@@ -25,13 +25,13 @@ def batches(items: Iterable[Item], size_of: Callable[[Item], int], limit: int) -
 def padded_batches(
     lengths: Mapping[Item, int], limit: int, batch_size: int | None = None, at_least: float = 0
 ) -> Iterator[list[Item]]:
-    """Group items, shortest first, such that a batch padded to its longest stays within the limit; a long one is alone.
+    """Group items, shortest first, so that a batch padded to its longest item fits the limit; a longer item is alone.
 
     Args:
         lengths: Item -> its length.
-        limit: Of a batch, padding included.
+        limit: Maximum total length of a batch, padding included.
         batch_size: Maximum number of items in a batch; None for no limit.
-        at_least: Share of a batch's longest item that each of its others is long.
+        at_least: Minimum length of an item, as a share of the longest in its batch.
     """
     batch: list[Item] = []
     for item in sorted(lengths, key=lambda item: lengths[item]):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process or the machine stops, and what tells one from another."""
+"""Write files so that they are whole or absent, whenever the process or the machine stops; lock and hash them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _BLOCK_BYTES = 1 << 20
-LEFT_SECONDS = 3600  # after which what is half written is no longer being written
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a disk without room, or a limit on files
-_OF_SAFETENSORS = ".tmp" + 6 * "[0-9A-Za-z]"  # the name that it writes under
-_REFUSED = re.compile(r"I/O error: (.*) \(os error (\d+)\)")  # by the disk, as safetensors says it
-_NAME_CHARS = 60  # of a file's name in that of its temporary one: 255 bytes is the most that there may be
+LEFT_SECONDS = 3600  # an unfinished file older than this is no longer being written
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, a quota, or a limit on file sizes
+_OF_SAFETENSORS = ".tmp" + 6 * "[0-9A-Za-z]"  # pattern of safetensors' temporary files
+_REFUSED = re.compile(r"I/O error: (.*) \(os error (\d+)\)")  # a disk's error in safetensors' words
+_NAME_CHARS = 60  # of a file's name are kept in that of its temporary file: names have at most 255 bytes
 
 
 def fsync(path: Path) -> None:
-    """Push what was written to a file, or the names in a folder, to the disk."""
+    """Flush the content of a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
@@ -37,10 +37,11 @@ def fsync(path: Path) -> None:
 
 
 def make_folder(folder: Path, error: Callable[[str], Exception], remedy: str) -> None:
-    """Create a folder to write to, and those above it, where they are not there.
+    """Create a folder to write to, and its parents, unless they exist.
 
     Raises:
-        Exception: That of `error`, which ends with the remedy: it cannot be made, or may not be written to.
+        Exception: The folder cannot be made or written to; `error` makes the exception from a message that ends with
+            the remedy.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,9 +69,9 @@ def refuse_foreign(where: object, foreign: Iterable[str], whose: str, error: Cal
 
 
 def lock(handle: int) -> bool:
-    """Lock an open file or folder until it is closed, where the system has such locks; False if another has.
+    """Lock an open file or folder until it is closed, if the system has such locks; False if another process holds it.
 
-    Not with filelock, which leaves a file of its own beside the one that it is for.
+    filelock is not used, as it leaves a lock file beside the locked one.
     """
     try:
         import fcntl
@@ -79,15 +80,15 @@ def lock(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # a file system may have none
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # some file systems have no locks
     return True
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[bool]:
-    """Lock a folder as `lock` does, without a file in it, and yield whether it could be.
+    """Lock a folder as `lock` does, without creating a file, and yield whether that succeeded.
 
-    The lock ends with the block, whatever a process that was forked there still has open.
+    The lock ends with the block, even if a process forked in it still has the folder open.
     """
     if os.name == "nt":  # Windows opens no folders
         yield True
@@ -132,9 +133,9 @@ def partial_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_left(folder: Path, pattern: str = _OF_SAFETENSORS, *, folders: bool = False) -> None:
-    """Remove the files, or folders, that processes left in a folder which were killed more than an hour ago.
+    """Remove the files, or folders, that processes killed more than an hour ago left in a folder.
 
-    What is not to be removed stays, without an error: it may be another user's.
+    Those that cannot be removed stay, without an error: they may be another user's.
     """
     for left in folder.glob(pattern):
         with suppress(OSError):
@@ -144,18 +145,18 @@ def remove_left(folder: Path, pattern: str = _OF_SAFETENSORS, *, folders: bool =
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """Yield a name to write a file under, beside it: it becomes the file at the end, and is gone after an error.
+    """Yield a temporary path beside a file to write to: at the end it becomes the file; after an error it is removed.
 
-    What processes left there that were killed is removed an hour later.
+    Leftovers of killed processes are removed an hour later.
     """
     name = file.name[:_NAME_CHARS]
     remove_left(file.parent, f".{glob.escape(name)}.*.tmp")
-    temporary = file.with_name(f".{name}.{secrets.token_hex(8)}.tmp")  # threads may write one file too
+    temporary = file.with_name(f".{name}.{secrets.token_hex(8)}.tmp")  # several threads may write the same file
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner reads
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         fsync(temporary)
         temporary.replace(file)
         fsync(file.parent)
@@ -172,7 +173,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
-    except Exception as error:  # safetensors' own, which this module does without
+    except Exception as error:  # safetensors' own, which is not imported here
         if (refused := _REFUSED.search(str(error))) is None:
             raise
         raise OSError(int(refused[2]), refused[1], str(path)) from error
@@ -191,13 +192,13 @@ def safetensors_folder(folder: Path, tensors: str, settings: str) -> Iterator[No
 
 
 def atomic_write_text(file: Path, text: str) -> None:
-    """Write a text file that is whole or not there."""
+    """Write a text file atomically."""
     with atomic_write(file) as temporary, disk_errors(file):
         temporary.write_text(text, encoding="utf-8")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON as `json.loads` does; what is nested deeper than Python's stack is a `JSONDecodeError` too."""
+    """Parse JSON as `json.loads` does, but raise `JSONDecodeError` also for JSON nested deeper than Python's stack."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -211,7 +212,7 @@ def sha256_of(file: Path) -> str:
 
 
 def sha256_of_stream(stream: BinaryIO) -> str:
-    """Compute the hash of what is left of a stream, read block by block."""
+    """Compute the hash of the rest of a stream, read block by block."""
     digest = hashlib.sha256()
     while block := stream.read(_BLOCK_BYTES):
         digest.update(block)

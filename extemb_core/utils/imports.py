@@ -1,4 +1,4 @@
-"""Import a library without what it would take along."""
+"""Import a library without an optional package that it would import."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def hidden(name: str) -> Iterator[None]:
-    """Let a package look as if it were not installed to what is imported meanwhile.
+    """Hide a package, as if it were not installed, from what is imported in this block.
 
     Args:
-        name: Of the package. What is imported of it already is there again afterwards.
+        name: Name of the package. Modules of it that are imported already are restored afterwards.
     """
     mine = {key: module for key, module in sys.modules.items() if key == name or key.startswith(f"{name}.")}
     for key in mine:

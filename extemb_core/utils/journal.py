@@ -1,4 +1,4 @@
-"""Rows of a long run, kept as they are finished, so that a run that is stopped goes on where it was."""
+"""Keep the rows of a long run as they are finished, so that a stopped run goes on where it was."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from extemb_core.errors import ConfigError, DocumentError
 from extemb_core.utils.files import disk_errors, lock, make_folder, parse_json
 
 to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False)
-_LATER = ("llm_digest", "hardware")  # what earlier versions did not write down of an identity
+_LATER = ("llm_digest", "hardware")  # parts of an identity that earlier versions did not write
 
 
 class Journal:
-    """File of finished rows, a JSON line each, after a first line that says what run it is.
+    """File of finished rows, one JSON line each, after a first line that identifies the run.
 
     Args:
-        file: Read first, if it is there; half a line that a kill left is cut off. One without a row is of no run yet.
-        identity: Of the run, JSON-able; values may be mappings, which are compared name by name.
-        remedy: What to do where the file is of another run.
-        resume: Without it, what is there is dropped.
+        file: File of the journal. An existing one is read first; half a line left by a kill is cut off. Without a row,
+            it belongs to no run yet.
+        identity: Identity of the run, which JSON can hold; values may be mappings, which are compared name by name.
+        remedy: What to do if the file belongs to another run, for the message.
+        resume: Keep the existing rows; otherwise they are dropped.
 
     Attributes:
         rows: All finished rows.
 
     Raises:
-        ConfigError: The file is of a run with another identity, or another process writes it, or its folder cannot be
+        ConfigError: The file belongs to a run with another identity, another process writes it, or its folder cannot be
             made.
         DocumentError: The file is damaged.
     """
@@ -49,7 +50,7 @@ class Journal:
             raise
 
     def _read(self, identity: Mapping[str, Any], remedy: str) -> tuple[list[dict[str, Any]], int]:
-        """Return the rows, and up to which byte the file is whole: 0 where a run of any identity left no row."""
+        """Return the rows, and the byte up to which the file is whole: 0 if it has no row, whatever its identity."""
         text = self.file.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         try:
@@ -65,7 +66,7 @@ class Journal:
 
     @staticmethod
     def identity_in(file: Path) -> dict[str, Any]:
-        """Read the identity in a journal's first line; {} where there is no such file, or no whole line of it."""
+        """Read the identity in a journal's first line; {} if the file is missing or has no whole line."""
         try:
             with file.open("rb") as stream:
                 return dict(parse_json(stream.readline())["identity"])
@@ -73,7 +74,7 @@ class Journal:
             return {}
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write down a finished row. Raises `ValueError` for what JSON cannot hold."""
+        """Write a finished row. Raises `ValueError` for values that JSON cannot hold."""
         self._write(row)
         self.rows.append(row)
 
@@ -92,18 +93,18 @@ class Journal:
             self._stream.close()
 
     def remove(self) -> None:
-        """Remove the file and close it; no other run has it until then."""
-        if os.name == "nt":  # no open file is removed there, and none is locked
+        """Remove the file, and only then release it to other runs."""
+        if os.name == "nt":  # Windows cannot remove an open file, and files are not locked there
             self._stream.close()
         self.file.unlink(missing_ok=True)
         self._stream.close()
 
 
 def _open_locked(file: Path) -> TextIO:
-    """Open a file to append whole lines, which no other process then writes.
+    """Open a file to append whole lines, and lock it against other processes.
 
     Raises:
-        ConfigError: Another process writes it.
+        ConfigError: Another process has locked it.
     """
     while True:
         stream = file.open("a", buffering=1, encoding="utf-8")  # flushed with every line
@@ -113,16 +114,16 @@ def _open_locked(file: Path) -> TextIO:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
                 return stream
-        stream.close()  # a run that has ended meanwhile has removed it
+        stream.close()  # a run that ended meanwhile has removed the file
 
 
 def require_same_run(known: Mapping[str, Any], identity: Mapping[str, Any], file: Path, remedy: str) -> None:
-    """Raise `ConfigError` unless a file holds this run and no other.
+    """Raise `ConfigError` if a file belongs to another run.
 
     Args:
-        known: The identity of the file's run; what it does not name counts as None, or was not known to its version.
-        identity: That of this run.
-        file, remedy: For the message.
+        known: Identity of the file's run; missing values count as None, or as equal if its version did not write them.
+        identity: Identity of this run.
+        file, remedy: File and remedy, for the message.
     """
     for name, now in identity.items():
         if name in _LATER and name not in known:

@@ -1,4 +1,4 @@
-"""Data files: rows of JSON Lines, or plain text, each also compressed with zstd. Errors name file and line."""
+"""Read data files: JSON Lines or plain text, also compressed with zstd. Errors name file and line."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def is_jsonl(file: Path) -> bool:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read the rows of a .jsonl or .jsonl.zst file with their line numbers, from 1; empty lines are passed over.
+    """Yield the rows of a .jsonl or .jsonl.zst file with their line numbers, from 1; empty lines are skipped.
 
     Raises:
-        DocumentError: A line is not a JSON object in UTF-8, or holds half of a character, or the compressed data is
+        DocumentError: A line is not a JSON object in UTF-8, or holds a lone surrogate, or the compressed data is
             damaged.
     """
     for number, line in enumerate(_lines(_blocks_of(file)), 1):
@@ -41,7 +41,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise DocumentError(
                 f"{file}, line {number}: a JSON {type(row).__name__}, not an object; fix or remove the row"
             )
-        if _SURROGATE.search(text):  # as an escape: UTF-8 has none
+        if _SURROGATE.search(text):  # written as an escape, as UTF-8 has no surrogates
             try:
                 json.dumps(row, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
@@ -53,7 +53,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_text_file(file: Path) -> str:
-    """Read the text of a file that is not rows."""
+    """Read the text of a file that does not hold rows."""
     return _decoded(b"".join(_blocks_of(file)), file, 1)
 
 
@@ -69,7 +69,7 @@ def _blocks(file: Path) -> Iterator[bytes]:
 
 
 def _decompressed(file: Path) -> Iterator[bytes]:
-    """Decompress all frames of a .zst file. The package's own stream reader takes a file cut short for a whole one."""
+    """Decompress all frames of a .zst file. The package's own stream reader does not notice a truncated file."""
     zstandard = optional_import("zstandard", "train", f"reading {file.name}")
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = None
@@ -87,7 +87,7 @@ def _decompressed(file: Path) -> Iterator[bytes]:
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    parts: list[bytes] = []  # of a line, which may be many blocks long
+    parts: list[bytes] = []  # of one line, which may span many blocks
     for block in blocks:
         end, *lines = block.split(b"\n")
         parts.append(end)

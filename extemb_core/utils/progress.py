@@ -1,4 +1,4 @@
-"""One progress bar for all long work: shown on a terminal, silent in a pipe. Where it advances, work can be stopped."""
+"""One progress bar for all long work: shown on a terminal, silent in a pipe. Work can be stopped when it advances."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _cancelled: ContextVar[threading.Event | None] = ContextVar("cancelled", default
 
 @contextmanager
 def stopped_by(cancelled: threading.Event) -> Iterator[None]:
-    """Let an event stop the long work of this thread: its next step is a `CancelledError`."""
+    """Let an event stop the long work of this thread: its next step raises `CancelledError`."""
     token = _cancelled.set(cancelled)
     try:
         yield
@@ -35,10 +35,10 @@ def progress(
     """Yield a function that advances the bar by a number of units, or stops the work (see `stopped_by`).
 
     Args:
-        description: What is being done, e.g. "compress".
-        total: Units of work in all; None where that is not known.
-        show: True or False to force; None shows it when stderr is a terminal; a function that was yielded advances the
-            bar of the longer work that this is a part of.
+        description: Name of the work, e.g. "compress".
+        total: Units of work in all; None if unknown.
+        show: True shows the bar, False does not; None shows it if stderr is a terminal; a function yielded by an outer
+            call advances that call's bar instead.
     """
     if callable(show):
         yield show

@@ -1,4 +1,4 @@
-"""Checks of settings, without torch: the command line reads its options off configurations that are checked by them."""
+"""Check settings, without torch: the command line makes its options from configurations that use these checks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def whole_number(
     """Return a setting as an int.
 
     Args:
-        value: What was passed; numpy's integers are taken, True and False are not.
-        name: Of the setting.
+        value: Value passed; numpy's integers are accepted, True and False are not.
+        name: Name of the setting.
         at_least: The smallest legal value.
         remedy: What to pass instead, e.g. "steps, or None".
-        error: What is raised.
+        error: Type of the error.
 
     Raises:
-        ConfigError: It is no whole number, or below `at_least`.
+        ConfigError: The value is not a whole number, or below `at_least`.
     """
     try:
         number = at_least - 1 if isinstance(value, bool) else operator.index(value)
@@ -49,14 +49,14 @@ def whole_number(
 
 
 def check_seed(seed: Any) -> None:
-    """Raise `ConfigError` for what is no seed of numpy, which takes 32 bits, torch and transformers alike."""
+    """Raise `ConfigError` for a seed that numpy, which takes 32 bits, torch or transformers would refuse."""
     whole_number(seed, "seed", 0, remedy=(remedy := f"an int from 0 to {_MAX_SEED}"))
     if seed > _MAX_SEED:
         raise ConfigError(f"seed={seed!r:.80} is more than 32 bits; pass {remedy}")
 
 
 def require_text(value: Any, name: str, *, may_be_empty: bool = False) -> None:
-    """Raise `ConfigError` for what is no text, or says nothing; `name` is what the error calls it."""
+    """Raise `ConfigError` for a value that is not a text, or is empty; `name` is its name in the message."""
     if not isinstance(value, str):
         raise ConfigError(f"the {name} is a {type(value).__name__}, {value!r:.80}; pass a str")
     if not (may_be_empty or value.strip()):
@@ -64,13 +64,13 @@ def require_text(value: Any, name: str, *, may_be_empty: bool = False) -> None:
 
 
 def require_number(value: Any, name: str, is_legal: Callable[[Any], bool], rule: str) -> None:
-    """Raise `ConfigError` for a setting that is no number (True is none), or breaks its rule, which the error says."""
+    """Raise `ConfigError` for a setting that is not a number (nor is True), or breaks the rule in the message."""
     if isinstance(value, bool) or not isinstance(value, Real) or not is_legal(value):
         raise ConfigError(f"{name}={value!r:.80} is not {rule}")
 
 
 def require_one_of(value: Any, name: str, legal: Iterable[str]) -> None:
-    """Raise `ConfigError` for a setting that is none of its legal values."""
+    """Raise `ConfigError` for a setting that is not one of its legal values."""
     if value not in (legal := tuple(legal)):
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(legal)}; pass one of them")
 
@@ -106,16 +106,16 @@ def check_engine(engine: str, base_url: str | None, api_key: str | None = None) 
 
 
 def paths_as_text(config: Any, *names: str, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
-    """Make text of the paths in a frozen dataclass, alone or in tuples.
+    """Convert paths in the fields of a frozen dataclass to text, single or in tuples.
 
     Args:
         config: The dataclass.
-        *names: Fields that may hold a name too.
+        *names: Fields that may also hold a name.
         files: Fields that are tuples of files; in these a "~" is expanded, as in `folders`.
         folders: Fields that are a folder, or None.
 
     Raises:
-        ConfigError: One of `files` is a lone text, of which each letter would be a file.
+        ConfigError: One of `files` is a single text, whose letters would be taken for files.
     """
     for name in files:
         if isinstance(getattr(config, name), str):
@@ -155,7 +155,9 @@ _SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_sampling(name: str, value: Any, *, alias: str | None = None) -> Any:
-    """Return a field of `Sampling`, which the caller may know by another name; a whole number as an int.
+    """Check a field of `Sampling`, and return its value, whole numbers as int.
+
+    `alias` is the caller's name for the field.
 
     Raises:
         ConfigError: The value is not legal.
@@ -163,7 +165,7 @@ def check_sampling(name: str, value: Any, *, alias: str | None = None) -> Any:
     is_legal, rule = _SAMPLING_RULES[name]
     try:
         legal = is_legal(value)
-    except TypeError:  # not of the kind at all
+    except TypeError:  # of a wrong type
         legal = False
     if not legal:
         raise ConfigError(f"{alias or name}={value!r:.80} must be {rule}; pass such a value")

@@ -1,4 +1,4 @@
-"""Keep the folder of a known model in the cache: written atomically, and checked against its manifest."""
+"""Keep the folders of known models in the cache: written atomically, and checked against their manifests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cache_root() -> Path:
 
 
 def folder_of(model: KnownModel) -> Path:
-    """Return the folder where the model is, or will be."""
+    """Return the folder where a model is, or will be."""
     return cache_root() / "models" / model.name
 
 
@@ -48,7 +48,7 @@ def is_ready(model: KnownModel) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what ``extemb-weights.json`` says of the model, and the (sha256, size in bytes) of the files beside it."""
+    """Read ``extemb-weights.json``: its fields about the model, and (sha256, size in bytes) of the files beside it."""
     try:
         manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (str(file["sha256"]), int(file["size_bytes"])) for name, file in manifest["files"].items()}
@@ -68,7 +68,7 @@ def check_files(folder: Path, *, hashes: bool = False) -> None:
     """
     manifest = read_manifest(folder)
     remedy = f"run: extemb weights get {manifest['name']}"
-    for file in folder.rglob("*"):  # transformers would read more than was written, such as a chat template
+    for file in folder.rglob("*"):  # transformers would also read files that were added, such as a chat template
         name = file.relative_to(folder).as_posix()
         is_known = name in (MANIFEST, *manifest["files"]) or name.startswith(".") or "/." in name
         if file.is_file() and not is_known:
@@ -95,7 +95,7 @@ def need_space(parent: Path, model: KnownModel) -> None:
 
 
 def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
-    """Write the manifest, the last of the files, and flush all of them to disk, readable as the umask has it."""
+    """Write the manifest after all other files, flush all of them to disk, and make them readable as the umask says."""
     files = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = {"sha256": sha256_of(file), "size_bytes": file.stat().st_size}
@@ -111,7 +111,7 @@ def write_manifest(folder: Path, model: KnownModel, origin: str) -> None:
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for name in files:  # safetensors makes files that only their owner reads
+    for name in files:  # safetensors makes files that only their owner can read
         (folder / name).chmod((folder / MANIFEST).stat().st_mode)
     fsync(folder / MANIFEST)
 

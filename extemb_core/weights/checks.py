@@ -1,4 +1,4 @@
-"""Check a model folder that the caller points at: that it is one, of a supported kind, and whole."""
+"""Check that a folder named by the caller is a model of a supported kind, and whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from extemb_core.weights import cache
 
 
 def check_llm(path: Path) -> None:
-    """Raise an error for what is not a causal LM in safetensors, or is visibly damaged.
+    """Raise an error if a folder is not a causal LM in safetensors, or is visibly damaged.
 
     Raises:
         WeightsError: Not a folder with ``config.json`` and safetensors, or an embedder.
@@ -35,7 +35,7 @@ def check_llm(path: Path) -> None:
 
 
 def check_embedder(path: Path) -> None:
-    """Raise the errors of ``check_llm`` for what is not the folder of an embedder."""
+    """Raise the errors of ``check_llm`` if a folder is not an embedder's."""
     kind = _read_config(path).get("model_type")
     if kind != "extemb":
         raise WeightsError(

@@ -55,8 +55,8 @@ def _load_dense(gguf: Path) -> Any:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
     )
     config = loaded.config
-    # What is loaded from a GGUF file stays marked as quantised, and transformers refuses to save such a
-    # model. The second is the file's internal title, which would be saved as if it were a path.
+    # A model loaded from a GGUF file stays marked as quantised, and transformers refuses to save it. The second
+    # attribute is the file's internal title, which would be saved as if it were a path.
     for leftover in ("quantization_config", "_model_name_or_path"):
         config.__dict__.pop(leftover, None)
     config.name_or_path = ""

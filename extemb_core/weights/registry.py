@@ -31,7 +31,7 @@ class KnownModel:
 
     Attributes:
         size_bytes: Size of the GGUF file. The de-quantised cache takes 4 bytes per parameter.
-        sha256: Of the GGUF file.
+        sha256: sha256 of the GGUF file.
         hub_id: Hugging Face repository that holds ``gguf_file``, or None when no hub has these bytes.
         parts: Files of distributions on the Python package index that, one after another, are the GGUF file.
     """

