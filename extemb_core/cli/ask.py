@@ -1,4 +1,4 @@
-"""`extemb ask` and `extemb chat`: questions in, answers and what they rest on out."""
+"""`extemb ask` and `extemb chat`: answer questions from documents, and show what became of each."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AskOptions(options.ModelOptions):
-    """Options of `extemb ask`; those of `extemb chat` are all but the plan and the ones on a library.
+    """Options of `extemb ask`; `extemb chat` has all but `plan`, `library` and `k`.
 
     Attributes:
         documents: Files and folders to read, best first: text, Markdown, HTML, PDF; - is text from stdin.
         ratio: Tokens per extensible embedding: one ratio for all documents, raw text, or the finest that fits.
-        plan: Read what says most about the question in full and, beside few sentences, the rest compressed (focus),
-            that alone (select), or each document at one ratio (even).
+        plan: Read the sentences that say most about the question in full and, if they are few, the rest compressed
+            (focus); those sentences alone (select); or each document at one ratio (even).
         budget: Positions of the LLM's window that the documents may take.
-        store: Keep compressed documents in this folder, and reuse those that are there.
+        store: Keep compressed documents in this folder, and reuse those in it.
         library: Ask the documents of a library (`extemb index add`).
         k: Maximum number of passages of the library.
         max_new_tokens: Maximum tokens of an answer.
@@ -60,7 +60,7 @@ class AskOptions(options.ModelOptions):
     seed: int | None = field(default=None, metadata={"default": "another each time"})
 
     def __post_init__(self) -> None:
-        """Check what needs no LLM, which takes its time to load."""
+        """Check all settings that can be checked without an LLM, which is slow to load."""
         from extemb_core.context.planning import check_budget
 
         for name, value in self.sampling().items():
@@ -85,7 +85,7 @@ class AskOptions(options.ModelOptions):
         return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
 
     def load_for(self, question: str) -> ExtensibleLM:
-        """Load what answers; raise `BudgetError` for a budget that its window does not hold, which it would lower."""
+        """Load the LLM and its embedder; raise `BudgetError` for a budget that would be lowered to fit the window."""
         lm = self.load(store=self.store)
         if self.budget is None:
             return lm
@@ -154,9 +154,9 @@ def ask(
 def chat(as_json: options.JsonOption = False, **settings: Any) -> None:
     """Talk about documents: a prompt on a terminal, one message per line from a pipe.
 
-    Ctrl-C stops the answer that is being written; at the prompt, Ctrl-C or Ctrl-D leaves. What no longer fits
-    the window is condensed, and at last left out, which is said: a conversation may be of any length. With --json,
-    one object per answer and line.
+    Ctrl-C stops the answer that is being written; at the prompt, Ctrl-C or Ctrl-D leaves. A conversation may be of any
+    length: what no longer fits the window is condensed, and in the end left out, with a note. With --json, one object
+    per answer and line.
     """
     given = AskOptions(**settings)
     ratio = given.parsed_ratio()
@@ -168,7 +168,7 @@ def chat(as_json: options.JsonOption = False, **settings: Any) -> None:
 
 
 def _converse(session: Session, given: AskOptions, *, as_json: bool) -> None:
-    """Answer message by message; end with the code of the first that failed, where they come from a pipe."""
+    """Answer message by message; if they come from a pipe, end with the exit code of the first that failed."""
     first_error: Exception | None = None
     context_shown = False
     read_message = _terminal_reader() if sys.stdin.isatty() else _pipe_reader()
@@ -180,7 +180,7 @@ def _converse(session: Session, given: AskOptions, *, as_json: bool) -> None:
             answer = _turn(session, message, given, as_json=as_json)
         except BrokenPipeError:
             raise
-        except Exception as error:  # a message that does not fit, or is no text: the next one may
+        except Exception as error:  # a message too long or not text; the next one may be fine
             if message is None and not isinstance(error, (DocumentError, UnicodeDecodeError)):
                 raise  # stdin itself has failed
             output.print_error(error, as_json=as_json)
@@ -194,7 +194,7 @@ def _converse(session: Session, given: AskOptions, *, as_json: bool) -> None:
 
 
 def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, list[str]]:
-    """Find the question, which may stand behind the documents, where it was taken for one more of them."""
+    """Find the question, which may follow the documents, so that it was parsed as one of them."""
     if question is not None:
         return question, paths
     last = paths[-1] if paths else options.STDIN
@@ -210,14 +210,14 @@ def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, li
 
 
 def _looks_like_a_file(words: str) -> bool:
-    """Return whether what stands last on the command line was meant as a file: a/b, letter.txt or my letter.txt."""
+    """Return whether the last words of the command line were meant as a file: a/b, letter.txt or my letter.txt."""
     if len(words.split()) == 1:
         return bool(re.search(r"[/\\]|\.\w{1,5}$", words))
     return Path(words).suffix.lower() in SUPPORTED_SUFFIXES | BINARY_SUFFIXES
 
 
 def _pipe_reader() -> Callable[[], str | None]:
-    """Return what reads the next line of stdin that is not blank; None after the last."""
+    """Return a function that reads the next line of stdin that is not blank; None after the last."""
     lines = enumerate(sys.stdin.buffer, 1)
 
     def read() -> str | None:
@@ -231,7 +231,7 @@ def _pipe_reader() -> Callable[[], str | None]:
 
 
 def _terminal_reader() -> Callable[[], str | None]:
-    """Return what asks for the next message; None after Ctrl-D, or Ctrl-C at the prompt."""
+    """Return a function that asks for the next message; None after Ctrl-D, or Ctrl-C at the prompt."""
     with suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  # lets input() edit lines and keep a history
 
@@ -273,9 +273,9 @@ def _turn(session: Session, message: str, given: AskOptions, *, as_json: bool) -
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into a wish to stop, which is granted between two pieces; a second one leaves the program.
+    """Turn Ctrl-C into a request to stop between two pieces; a second Ctrl-C ends the program.
 
-    An exception in the midst of an answer could leave the session half changed.
+    An exception in the middle of an answer could leave the session half changed.
     """
     stopped = threading.Event()
 
@@ -305,7 +305,7 @@ def _print_context(answer: Answer) -> None:
 
 
 def _note_cut(answer: Answer, given: AskOptions) -> None:
-    """Say that an answer was cut, or documents were left out, and what would help."""
+    """Say if an answer was cut off, or documents were left out, and what would help."""
     if answer.finish_reason == "length":
         output.print_note(f"(cut at {answer.new_tokens} tokens; --max-new-tokens allows more)")
     if given.library is not None and not answer.context:

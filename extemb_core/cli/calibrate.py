@@ -65,7 +65,7 @@ def _print_losses(kind: str, table: Mapping[str, Any], ratios: Sequence[int], re
     columns = (f"loss of {kind} (n = {table['n']})", *(f"ratio {ratio}" for ratio in ratios), average, "minus the best")
 
     def row(name: str, arm: str, difference: str = "") -> list[object]:
-        """Fill a row; `arm` has a place for the ratio, or is the same at every one; at ratio 1 nothing is cut."""
+        """Fill a row; `arm` may have a placeholder for the ratio; at ratio 1 nothing is truncated."""
         by_ratio = {ratio: losses.get(arm.format(ratio), losses["full"]) for ratio in ratios}
         mean = sum(by_ratio[ratio] for ratio in coarse_ratios) / len(coarse_ratios)
         return [name, *by_ratio.values(), mean, difference]

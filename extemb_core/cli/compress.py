@@ -1,4 +1,4 @@
-"""`extemb compress`: documents in, one safetensors file of extensible embeddings per document out."""
+"""`extemb compress`: compress documents into safetensors files of extensible embeddings, one per document."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from extemb_core.utils.files import make_folder
 from extemb_core.utils.validation import path_of, whole_number
 
 SUFFIX = ".safetensors"
-_MAX_STEM_BYTES = 200  # of a file's name
+_MAX_STEM_BYTES = 200  # of a file's name, which may have 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class CompressOptions(ModelOptions):
         output: A name ending in .safetensors for one document, a folder for several.
         ratio: Tokens per extensible embedding.
         batch_size: Chunks per forward pass.
-        force: Overwrite files that are there.
+        force: Overwrite existing files.
     """
 
     output: str = field(metadata={"metavar": "PATH"})
@@ -40,7 +40,7 @@ class CompressOptions(ModelOptions):
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Check what needs no LLM, which takes its time to load."""
+        """Check all settings that can be checked without an LLM, which is slow to load."""
         if self.batch_size is not None:
             whole_number(self.batch_size, "batch_size")
 
@@ -67,8 +67,8 @@ def _compress(documents: Sequence[Document], given: CompressOptions, *, as_json:
     if existing and not given.force:
         more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
         raise _misused(f"{existing[0]}{more} is there already; pass --force to overwrite.")
-    folder = targets[0].parent  # of all of them
-    make_folder(folder, _misused, "pass another path.")  # before anything is compressed that could not be written
+    folder = targets[0].parent  # the same for all
+    make_folder(folder, _misused, "pass another path.")  # before compressing what could not be written
     with library_output():
         model = given.load().embedder
         finest = model.config.finest(given.ratio)
@@ -101,14 +101,14 @@ def _compress(documents: Sequence[Document], given: CompressOptions, *, as_json:
 
 
 def _targets(documents: Sequence[Document], output: Path) -> list[Path]:
-    """Choose one file per document; those of one name are told apart by their refs, or by a number."""
+    """Choose one file per document; documents of the same name get their ref, or a number, in the file's name."""
     if output.suffix == SUFFIX and not output.is_dir():
         if len(documents) > 1:
             raise _misused(f"{output} is one file and there are {len(documents)} documents; pass a folder.")
         return [output]
     if output.exists() and not output.is_dir():
         raise _misused(f"{output} is a file; pass a folder, or a name ending in {SUFFIX}.")
-    # Room is left for what is put behind a name, within the 255 bytes that there may be.
+    # A file's name may have 255 bytes: leave room for a ref, a number and the suffix.
     names_in_bytes = [os.fsencode(Path(document.source).stem or "document") for document in documents]
     stems = [name[:_MAX_STEM_BYTES].decode("utf-8", "ignore") for name in names_in_bytes]
     targets: list[Path] = []

@@ -1,4 +1,4 @@
-"""Read a command's options off a configuration, so that a setting's name, type, default and help are stated once."""
+"""Make a command's options from a configuration, so that a setting's name, type, default and help are stated once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from extemb_core.cli.options import option, parse_whole_numbers
 
-# Where the command line shows a field in another way than its type says.
+# Types that the command line shows differently.
 _METAVARS = {
     **dict.fromkeys(("output", "store", "library"), "DIR"),
     **dict.fromkeys(("embedder", "start_from"), "PATH"),
@@ -25,18 +25,18 @@ _LETTERS = {int: "N", float: "X", str: "NAME"}
 def options_from(
     config: type[Any], *names: str, panel: str | None = None, **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command, in place of its `**settings`, an option for each of these fields of a dataclass.
+    """Replace a command's `**settings` by an option for each of these fields of a dataclass.
 
     Type and default are those of the field, and the help is the first sentence on it in the `Attributes:` of the
-    docstring: for a new option, add the field and name it here. A tuple takes several values. What was not given, and
-    is None or () then, is left out of `settings`.
+    docstring: for a new option, add the field and name it here. A tuple takes several values. Options that were not
+    given and have the default None or () are left out of `settings`.
 
     Args:
         config: The dataclass. Its module is imported with the command line and must not import torch.
-        names: Fields, in the order of the help, where what is required comes first; all fields when none is named.
+        names: Fields, in the order of the help, which lists required ones first; all fields when none is named.
         panel: Heading of the options in the help.
-        **defaults: By field: `...` if the command requires it, or what the help calls a default of None or (), which
-            may also stand in the field's own `metadata`, as may its "metavar".
+        **defaults: By field: `...` if the command requires it, or the words that the help shows for a default of None
+            or (). The field's own `metadata` may hold these words too, as "default", and its "metavar".
     """
     hints, texts = get_type_hints(config), _read_field_docs(config)
     fields = {field.name: field for field in dataclasses.fields(config)}
@@ -52,7 +52,7 @@ def options_from(
         annotation: Any = list[str] if takes_several else item_type
         if words is ... or default is dataclasses.MISSING:
             default, words = inspect.Parameter.empty, True
-        elif default is None or takes_several:  # what the help says then is in words
+        elif default is None or takes_several:  # the help describes the default in words
             words = " ".join(map(str, default or ())) or True if words is True else words
             default, annotation = None, annotation | None
         annotation = Annotated[annotation, option(_flag(name), metavar, texts.get(name, ""), words, panel)]
@@ -88,14 +88,14 @@ def _flag(name: str) -> str:
 
 
 def _item_type(hint: Any) -> tuple[Any, bool]:
-    """Return X of `X`, `X | None`, `tuple[X, ...]` and `tuple[X, ...] | None`, and whether it is of a tuple."""
+    """Return X of `X`, `X | None`, `tuple[X, ...]` or `tuple[X, ...] | None`, and whether it is in a tuple."""
     if type(None) in get_args(hint):
         (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
     return (get_args(hint)[0], True) if get_origin(hint) is tuple else (hint, False)
 
 
 def _read_field_docs(config: type[Any]) -> dict[str, str]:
-    """Read the first sentence on each field in the `Attributes:` of a class and of those that it extends."""
+    """Read the first sentence on each field in the `Attributes:` of a class and of its base classes."""
     texts = {}
     for base in reversed(config.__mro__):
         attributes = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")[2]

@@ -1,4 +1,4 @@
-"""`extemb doctor`: what is here and what works. Each part is examined on its own, so a broken one hides no other."""
+"""`extemb doctor`: show what is installed and works. Each part is checked on its own: a broken one hides no other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from extemb_core.cli.options import JsonOption
 from extemb_core.cli.output import ExitCode, debugging, library_output, print_json, print_note, print_table
 from extemb_core.errors import ConfigError, ExtembError, WeightsError
 
-# Large enough that a CPU which advertises bfloat16 units does use them.
+# Large enough that a CPU with bfloat16 units uses them.
 _BFLOAT16_PROBE = """
 import time, torch
 def seconds(dtype):
@@ -38,13 +38,13 @@ if longer > 1.25:
 """
 _MAX_PROBE_SECONDS = 120
 _MAX_ERROR_CHARS = 200
-_NOT_FOR_USERS = ("dev", "demos")  # extras
+_NOT_FOR_USERS = ("dev", "demos")  # extras that users do not need
 _INSTALL = "pip install --upgrade extemb"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing examined: "ok", a "note" on what could be better, or a "problem" that keeps extemb from working."""
+    """Result of one check: "ok", a "note" on what could be better, or a "problem" that keeps extemb from working."""
 
     name: str
     value: str
@@ -68,7 +68,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 def examine() -> Iterator[Check]:
-    """Examine this machine, quick things first. The network is not used."""
+    """Examine this machine, quick checks first. The network is not used."""
     yield Check("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})")
     yield Check("extemb", __version__)
     packages = [_check_package(name) for name in ("torch", "transformers", "peft")]
@@ -77,7 +77,7 @@ def examine() -> Iterator[Check]:
     yield from _attempt("weights", _check_weights)
     yield from _attempt("text encoder", _check_encoder)
     yield from _check_extras()
-    if can_work(packages):  # nothing below runs without them
+    if can_work(packages):  # the checks below need them
         yield from _attempt("device", _check_device)
         yield from _attempt("bfloat16", _check_bfloat16)
         yield from _attempt("self-test", _check_answer)
@@ -100,7 +100,7 @@ def _attempt(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]
 
 
 def _version(distribution: str) -> str | None:
-    """Look up the version that is installed, if one is."""
+    """Return the installed version, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -108,7 +108,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _check_package(name: str) -> Check:
-    """Import a package: it is not enough that pip knows of it."""
+    """Import a package: an installed one may still be broken."""
     try:
         importlib.import_module(name)
         return Check(name, _version(name) or "of unknown version")
@@ -129,7 +129,7 @@ def _check_cache() -> Iterator[Check]:
 
 
 def _check_weights() -> Iterator[Check]:
-    """Look for the known models, which are a choice and not a need: any folder or hub id does as well."""
+    """Look for the known models. None is required: any folder or hub id will do."""
     from extemb_core.weights import resolve as weights
     from extemb_core.weights import sources
 
@@ -151,7 +151,7 @@ def _check_weights() -> Iterator[Check]:
 
 
 def _check_encoder() -> Iterator[Check]:
-    """Look for what finds the passages of a library, unless it was made with another encoder."""
+    """Look for the default text encoder, which finds the passages of a library."""
     from extemb_core.library.encoders import as_encoder
 
     try:
@@ -162,7 +162,7 @@ def _check_encoder() -> Iterator[Check]:
 
 
 def _check_extras() -> Iterator[Check]:
-    """Look for the optional dependencies of each extra, which the metadata of the installed distribution lists."""
+    """Look for the optional dependencies of each extra, as listed in the metadata of the installed distribution."""
     try:
         requirements = importlib.metadata.requires("extemb") or []
     except importlib.metadata.PackageNotFoundError:  # used from its source folder
@@ -192,7 +192,7 @@ def _check_device() -> Iterator[Check]:
 
 
 def _check_bfloat16() -> Iterator[Check]:
-    """Try bfloat16, and whether it is worth while; some CPUs die of it, so a process of its own finds out."""
+    """Try whether bfloat16 works and is fast, in a separate process, as some CPUs crash."""
     import torch
 
     from extemb_core.models.llm import choose_device
@@ -208,7 +208,7 @@ def _check_bfloat16() -> Iterator[Check]:
 
 
 def _probe(code: str) -> str | None:
-    """Run code in a process of its own; return None if it came through, else what happened, in words."""
+    """Run code in a separate process; return None if it succeeds, else what happened, in words."""
     import signal
 
     command = [sys.executable, "-c", code]
@@ -226,7 +226,7 @@ def _probe(code: str) -> str | None:
 
 
 def _check_answer() -> Iterator[Check]:
-    """Compress a document and answer a question with a random LLM made here: all the code, no weights."""
+    """Compress a document and answer a question with a random LLM made here, which tests the code without weights."""
     from extemb_core.lm import ExtensibleLM
     from extemb_core.models.embedder import ExtensibleEmbedder
 

@@ -27,7 +27,7 @@ Experiment = Callable[..., Any]
 def _measurement(
     config_type: type[Any], *fields: str, **defaults: Any
 ) -> Callable[[Callable[[], Experiment]], Callable[..., None]]:
-    """Make the command that measures from a function with its name and help, which imports the kind of experiment."""
+    """Make a command that measures from a function that has its name and help, and imports its kind of experiment."""
 
     def register(import_experiment: Callable[[], Experiment]) -> Callable[..., None]:
         def measure(
@@ -104,7 +104,7 @@ def speed() -> Experiment:
 
 @_measurement(kinds.PlanConfig, "data", "passages", "plans", "batch_size", data=...)
 def plan() -> Experiment:
-    """Fit what it costs an answer to read a sentence in less detail: the table that plans for a question weigh with."""
+    """Fit what an answer loses when a sentence is read in less detail: the table that plans for a question use."""
     from extemb_core.evaluation.plan_losses import PlanExperiment
 
     return PlanExperiment
@@ -112,7 +112,7 @@ def plan() -> Experiment:
 
 @_measurement(kinds.HeadsConfig, "data", "batch_size", data=...)
 def heads() -> Experiment:
-    """Find the LLM's attention heads that look, in compressed text, at what answers a question: plans go by them."""
+    """Find the LLM's attention heads that look, in compressed text, at what answers a question: plans use them."""
     from extemb_core.evaluation.retrieval_heads import HeadsExperiment
 
     return HeadsExperiment

@@ -1,4 +1,4 @@
-"""`extemb export`: an LLM for another engine to serve."""
+"""`extemb export`: write an LLM for another engine to serve."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ExportOptions(ModelOptions):
 def export(as_json: JsonOption = False, **settings: Any) -> None:
     """Write an LLM, its reader's adapters merged in, as a folder that vLLM serves; transformers reads it too.
 
-    vLLM reads compressed documents with it where this package is installed beside it: see docs/vllm.md.
+    vLLM can then read compressed documents, if this package is installed beside it: see docs/vllm.md.
     """
     given = ExportOptions(**settings)
     with library_output():

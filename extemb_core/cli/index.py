@@ -32,7 +32,7 @@ class AddOptions(options.StoringOptions):
     Attributes:
         documents: Files and folders to add or bring up to date.
         encoder: A sentence-transformers model that finds passages.
-        passage_tokens: Maximum tokens of a passage; documents that are unchanged keep theirs.
+        passage_tokens: Maximum tokens of a passage; unchanged documents keep their passages.
         prune: Remove the documents whose files are gone from these folders.
     """
 
@@ -49,9 +49,9 @@ class AddOptions(options.StoringOptions):
 @app.command()
 @options_from(AddOptions)
 def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) -> None:
-    """Add documents to a library, which is made if it is not there; what has not changed costs nothing.
+    """Add documents to a library, which is made if it does not exist; unchanged documents cost nothing.
 
-    Every few thousand tokens what is done is on disk: after Ctrl-C the same command goes on.
+    Finished work is on disk every few thousand tokens: after Ctrl-C the same command goes on.
     """
     given = AddOptions(**settings)
     paths = [path_of(name) for name in given.documents]
@@ -60,7 +60,7 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
             from extemb_core.library.library import Library, as_documents
 
             near = path_of(library).resolve().parent
-            documents = list(as_documents(paths, near, skipped))  # before a library is made for nothing
+            documents = list(as_documents(paths, near, skipped))  # before a library is made in vain
             lm, names = given.load(dtype=given.llm_dtype), ("encoder", "ratio", "passage_tokens", "dtype")
             with Library(library, lm, **{name: getattr(given, name) for name in names}) as opened:
                 added = opened.add(documents)
@@ -81,7 +81,7 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
 
 
 def _was_read(record: Mapping[str, Any]) -> bool:
-    """Return whether a document has the source and title that files give; what Python or a client named was none."""
+    """Return whether a document has the source and title of a file; others were added by Python or a client."""
     if "source" not in record["metadata"] or record["title"] is None:
         return False
     file = Path(record["source"])
@@ -89,21 +89,21 @@ def _was_read(record: Mapping[str, Any]) -> bool:
 
 
 def _gone_from(paths: Iterable[Path], sources: Iterable[str], near: Path) -> list[str]:
-    """List the sources, seen from `near`, that name a file in one of some folders which is not there any more."""
+    """List the sources, relative to `near`, that name a file in these folders that no longer exists."""
     folders = [path.resolve() for path in paths if path.is_dir()]
     return [
         source
         for source in sources
-        if (file := near / source).suffix.lower() in SUPPORTED_SUFFIXES  # else a folder did not bring it
-        and "://" not in source  # a page of the web, which Python brought
+        if (file := near / source).suffix.lower() in SUPPORTED_SUFFIXES  # otherwise it did not come from a folder
+        and "://" not in source  # a web page, added by Python
         and _is_gone(file)
         and any(file.resolve().is_relative_to(folder) for folder in folders)
-        and not re.search(r"\\x[0-9a-f]{2}", source)  # a name that is not UTF-8, and written down as UTF-8
+        and not re.search(r"\\x[0-9a-f]{2}", source)  # a name that was not UTF-8, and is stored escaped
     ]
 
 
 def _is_gone(file: Path) -> bool:
-    """Return whether there is no such file; what cannot be looked at, without permission or a disk, may be there."""
+    """Return whether a file is certainly gone; one that cannot be looked at, for want of permission, may exist."""
     try:
         os.lstat(file)
     except (FileNotFoundError, NotADirectoryError):
@@ -116,10 +116,10 @@ def _is_gone(file: Path) -> bool:
 @app.command()
 @options_from(options.StoringOptions, "llm", "embedder", "ratio", "device", "llm_dtype")
 def refresh(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) -> None:
-    """Compress anew, from the texts in a library, the documents that another embedder compressed.
+    """Compress again, from the texts in a library, the documents that another embedder compressed.
 
-    Those too whose embeddings are lost or damaged. Every few thousand tokens what is done is on disk: after Ctrl-C the
-    same command goes on.
+    So are those whose embeddings are lost or damaged. Finished work is on disk every few thousand tokens: after Ctrl-C
+    the same command goes on.
     """
     given = options.StoringOptions(**settings)
     with output.library_output():
@@ -141,7 +141,7 @@ def remove(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="As `extemb index stats` lists them.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Remove documents by their sources. Those that are not there are named, and the exit code is 3 then.
+    """Remove documents by their sources. Unknown sources are named, and make the exit code 3.
 
     The others are removed all the same.
     """
@@ -191,7 +191,7 @@ def stats(
     embedder: options.EmbedderOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the documents of a library, what they take, and which embedders compressed them."""
+    """List the documents of a library, their sizes, and which embedders compressed them."""
     from extemb_core.library.library import Library
 
     if embedder is not None and llm is None:

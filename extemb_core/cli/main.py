@@ -1,4 +1,4 @@
-"""The command line `extemb`. Each verb is a file beside this one; nothing heavy is imported before one of them runs."""
+"""The command line `extemb`. Each verb has a file beside this one; nothing heavy is imported before one runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ app.command()(doctor.doctor)
 
 
 def _point_to(replacement: str, group: typer.Typer, verb: str) -> None:
-    """Register a verb of 0.1.0 that left the package: hidden, it names what replaces it, and ends as a usage error."""
+    """Register a hidden verb for one of 0.1.0 that is gone: it names its replacement and ends as a usage error."""
     anything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
     @group.command(verb, hidden=True, context_settings=anything)
@@ -65,30 +65,30 @@ def extemb(
 ) -> None:
     """Ask an LLM about documents that do not fit its window, through extensible embeddings."""
     if debug:
-        os.environ["EXTEMB_DEBUG"] = "1"  # read here and by the processes that a command starts
+        os.environ["EXTEMB_DEBUG"] = "1"  # read in this process and in those that a command starts
 
 
 def main() -> None:
-    """Run `extemb` as a process of its own, whose logging and warnings are set up here."""
+    """Run `extemb` as a process, with logging and warnings set up."""
     _open_closed_streams()
     _set_up_logging("--debug" in sys.argv[1:] or output.debugging())
     if isinstance(sys.stdout, TextIOWrapper) and not output.writes_unicode():
-        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks, as stderr writes it
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr writes characters outside its encoding
     try:
         app(prog_name="extemb")
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)
         sys.exit(ExitCode.INTERRUPTED)
-    except SystemExit as ended:  # with 1, where what click prints itself, such as help, has lost its reader
+    except SystemExit as ended:  # click exits with 1 if the reader of its own output, such as help, has gone
         sys.exit(ExitCode.CLOSED_PIPE if isinstance(ended.__context__, BrokenPipeError) else ended.code)
-    except OSError as error:  # of stdout itself, where not even an error in JSON can be written
+    except OSError as error:  # stdout itself failed, so an error in JSON cannot be written either
         output.discard_stdout()
         output.print_error(error, as_json=False)
         sys.exit(ExitCode.FAILURE)
 
 
 def _open_closed_streams() -> None:
-    """Let a stream that the shell has closed (`extemb ... >&-`) be the null device: Python has None there."""
+    """Replace streams that the shell has closed (`extemb ... >&-`), which are None in Python, by the null device."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
@@ -108,12 +108,12 @@ def _set_up_logging(debug: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("pypdf").addHandler(logging.NullHandler())
-    logging.getLogger("pypdf").propagate = False  # what matters in it `loaders` tells
+    logging.getLogger("pypdf").propagate = False  # `loaders` reports what matters
     warnings.filterwarnings("ignore")
 
 
 class _LevelFirst(logging.Formatter):
-    """Begin with the level, as compilers do: `warning: ...`; a file's name tells a terminal nothing."""
+    """Formats a message with its level first, as compilers do: `warning: ...`, and without a file's name."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         return output.one_line(f"{record.levelname.lower()}: {super().formatMessage(record)}")

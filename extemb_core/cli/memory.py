@@ -1,6 +1,6 @@
-"""Memory for long computations on a CPU: what was freed is used again instead of going back to the system.
+"""Let long computations on a CPU reuse freed memory instead of returning it to the system.
 
-Every step makes and frees the same large tensors. glibc asks the system for each of them anew and gives it back at
+Every step allocates and frees the same large tensors. glibc requests each of them from the system and returns it at
 once, and clearing the pages takes up to half of a core's time (docs/experiments.md).
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # constants of malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Set glibc's malloc so, for this process; elsewhere nothing is done. Returns whether it was set."""
+    """Make glibc's malloc keep freed memory in this process. Returns whether it does; other C libraries do not."""
     if not sys.platform.startswith("linux"):
         return False
     try:

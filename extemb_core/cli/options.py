@@ -1,4 +1,4 @@
-"""Define what several commands take: options, numbers, and documents from files, folders and stdin."""
+"""Define what several commands share: options, numbers, and documents from files, folders and stdin."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 SHIPPED = "the one shipped for the LLM"
-_MAX_NAMES = 8  # of what is passed over, in one line
+_MAX_NAMES = 8  # of skipped files, in one line
 _NAMES_OF_FILES = ("DIR", "FILE", "PATH", "FILE...")
 KEPT_RATIO = "what the embedder keeps: 2, or its finest"
 
-UsageError: Any = typer.BadParameter.__base__  # where it is defined differs between versions of typer
+UsageError: Any = typer.BadParameter.__base__  # its module differs between versions of typer
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -58,16 +58,16 @@ class SeveralValues(typer.core.TyperCommand):
         for param in self.params:
             names = ctx.params.get(param.name)
             names = names if isinstance(names, list | tuple) else [names]
-            if param.metavar in _NAMES_OF_FILES and "" in names:  # Path's current folder
+            if param.metavar in _NAMES_OF_FILES and "" in names:  # Path("") is the current folder
                 raise typer.BadParameter("an empty name is not a file or folder.", param_hint=f"'{param.opts[0]}'")
         return rest
 
 
 class RootGroup(typer.core.TyperGroup):
-    """The whole command line: what it cannot understand is told in JSON where that was asked for."""
+    """The whole command line; usage errors are reported in JSON if --json was given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.obj = "--json" in args  # as long as no command says otherwise, of which some take `--json FILE`
+        ctx.obj = "--json" in args  # until a command says otherwise: some take `--json FILE`
         with _json_errors(ctx):
             return list(super().parse_args(ctx, args))
 
@@ -120,7 +120,7 @@ def _repeat(args: Sequence[str], repeatable: set[str]) -> list[str]:
 
 
 def option(flag: str, metavar: str | None, text: str, default: bool | str = True, panel: str | None = None) -> Any:
-    """Describe an option in an `Annotated` type; `default` says in words what a default of None stands for."""
+    """Describe an option in an `Annotated` type; `default` describes in words what a default of None means."""
     return typer.Option(flag, metavar=metavar, help=text, show_default=default, rich_help_panel=panel)
 
 
@@ -137,7 +137,7 @@ JsonOption = Annotated[bool, option("--json", None, "Print JSON on stdout, error
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Options on an LLM and its embedder.
+    """Options for an LLM and its embedder.
 
     Attributes:
         llm: The frozen LLM: a known name, a folder or a Hugging Face id.
@@ -152,7 +152,7 @@ class ModelOptions:
     dtype: str = "auto"
 
     def load(self, **settings: Any) -> ExtensibleLM:
-        """Load both; `settings` are those of `ExtensibleLM.from_pretrained`, instead of these or besides."""
+        """Load both; `settings` of `ExtensibleLM.from_pretrained` add to these options or override them."""
         from extemb_core.lm import ExtensibleLM
 
         chosen: dict[str, Any] = {"device": self.device, "dtype": self.dtype} | settings
@@ -161,7 +161,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StoringOptions(ModelOptions):
-    """Options on embeddings that are kept on disk.
+    """Options for embeddings that are kept on disk.
 
     Attributes:
         ratio: The finest ratio that will be asked for.
@@ -174,7 +174,7 @@ class StoringOptions(ModelOptions):
     llm_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        """Check what needs no LLM, which takes its time to load."""
+        """Check all settings that can be checked without an LLM, which is slow to load."""
         from extemb_core.store.format import check_dtype
 
         check_dtype(self.dtype)
@@ -194,7 +194,7 @@ def parse_whole_numbers(flag: str, words: Sequence[str]) -> tuple[int, ...]:
 
 @contextmanager
 def skipping() -> Iterator[Skipped]:
-    """Yield what takes the files of folders that are not read; end with an exit code where one should have been."""
+    """Yield a collector of files in folders that are not read; exit with a code at the end if one should have been."""
     skipped = Skipped()
     yield skipped
     if skipped.unreadable:
@@ -202,7 +202,7 @@ def skipping() -> Iterator[Skipped]:
 
 
 def print_skipped(skipped: Skipped) -> None:
-    """Say which files of folders are not read, on stderr."""
+    """Print on stderr which files in folders are not read."""
     for error in skipped.unreadable:
         print_note(f"warning: not read: {error}")
     if skipped.passed_over:
@@ -211,13 +211,13 @@ def print_skipped(skipped: Skipped) -> None:
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Write down some names: the first of many, and how many more there are."""
+    """Format names: the first of many, and how many more there are."""
     first, more = (names := list(names))[:_MAX_NAMES], len(names) - _MAX_NAMES
     return ", ".join(first) + (f" and {more:,} more" if more > 0 else "")
 
 
 def load_documents(paths: Sequence[str], skipped: Skipped, *, stdin: bool = True) -> list[Document]:
-    """Read files, folders, and `-` as text from stdin, in the order given; say what of folders is not read."""
+    """Read files, folders, and `-` as text from stdin, in the order given; report files that are not read."""
     if paths.count(STDIN) > (1 if stdin else 0):
         why = "stdin can be read once." if stdin else "stdin is where the messages come from; name a file."
         raise typer.BadParameter(why)
@@ -239,7 +239,7 @@ def _read_stdin() -> Document:
 
 
 def decode_stdin(data: bytes, name: str, encoding: str = "utf-8-sig") -> str:
-    """Decode what came from stdin; `name` is what an error calls it."""
+    """Decode input from stdin; `name` is what an error calls it."""
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Print what a command says, and end it: with an exit code, and for a failure one sentence instead of a traceback."""
+"""Print a command's output, and end it with an exit code; a failure prints one sentence instead of a traceback."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from extemb_core.utils.text import strip_control_chars as strip_control_chars
 
 P = ParamSpec("P")
 
-_MAX_QUOTED_CHARS = 200  # of an error that is not ours
+_MAX_QUOTED_CHARS = 200  # of an error that is not this library's
 _ESCAPED_IN_JSON = re.compile(rf"[\x7f-\x9f\ud800-\udfff{UNSEEN}]")
-_LOG_COLUMNS = 200  # a log or a pipe has no edge to wrap at
+_LOG_COLUMNS = 200  # width of tables in a log or pipe
 
 
 class ExitCode(IntEnum):
-    """What the shell gets; documented in docs/cli.md and at the end of `extemb --help`."""
+    """Exit codes; documented in docs/cli.md and at the end of `extemb --help`."""
 
     meaning: str
 
@@ -51,7 +51,7 @@ class ExitCode(IntEnum):
 
 EXIT_CODES = {code: code.meaning for code in ExitCode}
 
-# The first that fits; everything else is a FAILURE.
+# The first that matches is used; everything else is a FAILURE.
 _CODES: tuple[tuple[Any, ExitCode], ...] = (
     (
         (errors.DocumentError, errors.StoreNotFoundError, errors.StoreFormatError, errors.StoreCorruptError),
@@ -69,7 +69,7 @@ def debugging() -> bool:
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
-    """Make a command end with its exit code; its parameter `as_json` decides where a failure is printed."""
+    """Make a command end with its exit code; its parameter `as_json` decides how a failure is printed."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -89,23 +89,23 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def code_of(error: BaseException) -> ExitCode:
-    """Choose the exit code that stands for an error."""
+    """Choose the exit code for an error."""
     return next((code for kinds, code in _CODES if isinstance(error, kinds)), ExitCode.FAILURE)
 
 
 def library_output() -> redirect_stdout[TextIO]:
-    """Send what libraries print on stdout to stderr: stdout is for the result alone."""
+    """Redirect what libraries print on stdout to stderr: stdout is for the result alone."""
     return redirect_stdout(sys.stderr)
 
 
 def goes_on_from(where: object, *, resume: bool) -> str:
-    """Say how a command that was stopped is gone on with."""
+    """Say how to go on with a stopped command."""
     return f"the same command{'' if resume else ' without --no-resume'} goes on from {where}"
 
 
 @contextmanager
 def explain_interrupt(explain: Callable[[], str]) -> Iterator[None]:
-    """Say what an interrupted command has done, or how to go on from there."""
+    """Say, after an interruption, what a command has done, or how to go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -120,27 +120,27 @@ def writes_unicode() -> bool:
 def print_json(value: Any) -> None:
     """Print an object, or a dataclass as one, on one line of stdout."""
     fields = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    line = json.dumps(fields, ensure_ascii=not writes_unicode())  # escapes what is below the space
+    line = json.dumps(fields, ensure_ascii=not writes_unicode())  # escapes control characters below the space
     typer.echo(_ESCAPED_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], line))
 
 
 def print_note(message: str) -> None:
-    """Print a line that is not the result, on stderr."""
+    """Print a line that is not part of the result, on stderr."""
     typer.echo(one_line(message), err=True)
 
 
 def print_line(text: str) -> None:
-    """Print a line of the result, without what a terminal would obey."""
+    """Print a line of the result, without characters that a terminal would obey."""
     typer.echo(one_line(text))
 
 
 def print_piece(text: str) -> None:
-    """Print a part of an answer: to a file as it is, to a terminal without what that would obey."""
+    """Print a part of an answer: unchanged to a file, without characters that it would obey to a terminal."""
     typer.echo(strip_control_chars(text) if sys.stdout.isatty() else text, nl=False)
 
 
 def print_result(value: Any, message: str, *, as_json: bool) -> None:
-    """Print what a command did: as JSON on stdout, or in words on stderr."""
+    """Print the result of a command: as JSON on stdout, or in words on stderr."""
     if as_json:
         print_json(value)
     else:
@@ -148,7 +148,7 @@ def print_result(value: Any, message: str, *, as_json: bool) -> None:
 
 
 def print_error(error: BaseException, *, as_json: bool) -> None:
-    """Print what went wrong: one line on stderr, or one JSON object on stdout."""
+    """Print an error: one line on stderr, or one JSON object on stdout."""
     if debugging():
         traceback.print_exception(error)
     kind, message = _describe(error)
@@ -158,9 +158,9 @@ def print_error(error: BaseException, *, as_json: bool) -> None:
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = (), stderr: bool = False
 ) -> None:
-    """Print rows under their column names, as they are: no cell is read as markup.
+    """Print rows under their column names, without reading cells as markup.
 
-    Columns with numbers are set to the right, and those in `right`.
+    Columns with numbers, and those in `right`, are aligned to the right.
     """
     from rich.console import Console
     from rich.table import Table
@@ -176,7 +176,7 @@ def print_table(
     console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = _LOG_COLUMNS
-    with console.capture() as captured:  # printing itself, it would end the program where a pipe has no reader
+    with console.capture() as captured:  # printed directly, rich would end the program if a pipe has no reader
         console.print(table)
     typer.echo(captured.get(), nl=False, err=stderr)
 
@@ -188,7 +188,7 @@ def _format_cell(value: object) -> str:
 
 
 def _describe(error: BaseException) -> tuple[str, str]:
-    """Return the type to name in JSON, and one line of text."""
+    """Return the name of an error's type for JSON, and its message on one line."""
     kind = type(error).__name__
     text = strip_control_chars(" ".join(str(error).split()))
     quoted = text if len(text) <= _MAX_QUOTED_CHARS else text[:_MAX_QUOTED_CHARS] + "..."
@@ -206,6 +206,6 @@ def _describe(error: BaseException) -> tuple[str, str]:
 
 
 def discard_stdout() -> None:
-    """Let the interpreter flush what is left into nothing, or it complains at exit."""
-    with suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:  # stdout may be no file: a notebook's
+    """Redirect stdout to the null device, or the interpreter would complain at exit about what it cannot flush."""
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:  # stdout may not be a file, as in a notebook
         os.dup2(nothing.fileno(), sys.stdout.fileno())

@@ -18,14 +18,14 @@ from extemb_core.scale import ROWS_PER_BATCH
 app = CommandGroup(no_args_is_help=True)
 
 
-@app.callback()  # without it a group of one command would be that command
+@app.callback()  # without it typer would turn a group of one command into that command
 def scale() -> None:
     """Compress a corpus over many processes and machines."""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Ray from saying things of its own accord; what a run comes to is printed at its end."""
+    """Silence Ray's own messages; the result of a run is printed at its end."""
     if debugging():
         yield
         return
@@ -39,15 +39,15 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusOptions(options.StoringOptions):
-    """Options that `compress_corpus` has defaults for too: its module needs Ray.
+    """Options of `extemb scale compress`; their defaults are repeated from `compress_corpus`, whose module needs Ray.
 
     Attributes:
         passage_tokens: Cut documents into passages as `extemb index add` does.
-        column: Column of the input that holds the text.
-        rows_per_batch: Rows of a shard, and lost with a worker at most.
+        column: Name of the column that holds the text.
+        rows_per_batch: Rows per shard; a lost worker loses at most so many.
         workers: Number of processes.
-        cpus_per_worker: Processors of each.
-        gpus_per_worker: GPUs of each.
+        cpus_per_worker: Processors per process.
+        gpus_per_worker: GPUs per process.
         ray_address: Address of a running cluster; auto for the one that this machine is part of.
     """
 
@@ -73,7 +73,7 @@ def compress(
 ) -> None:
     """Compress the texts of a corpus into a folder of shards, with Ray Data.
 
-    What is there already is not compressed again: the same command goes on after an interruption, and adds what is new.
+    Texts in the folder are not compressed again: the same command goes on after an interruption, and adds new texts.
     """
     with library_output(), _quiet():
         from extemb_core.scale.corpus import compress_corpus

@@ -22,7 +22,7 @@ class ServeOptions(options.ModelOptions, ServerSettings):
     """Options of `extemb serve`.
 
     Attributes:
-        store: Folder of compressed documents that are read beside those of clients.
+        store: Folder of compressed documents that are read in addition to those of clients.
         encoder: A sentence-transformers model that finds passages.
         api_keys: A file of API keys, one a line; without it the variable EXTEMB_API_KEYS, separated by commas.
     """
@@ -40,8 +40,8 @@ class ServeOptions(options.ModelOptions, ServerSettings):
 def serve(**settings: Any) -> None:
     """Answer clients of OpenAI's API, with documents in their requests: docs/server.md.
 
-    Logs are lines of JSON on stderr, without text of documents, questions or answers. Ctrl-C finishes the answers that
-    are at work.
+    Logs are lines of JSON on stderr, without text of documents, questions or answers. After Ctrl-C, the answers at work
+    are finished.
     """
     file = settings.get("api_keys")
     try:
@@ -57,7 +57,7 @@ def serve(**settings: Any) -> None:
             f"{file} cannot be read ({error.strerror}); pass a file with an API key on a line"
         ) from error
     keys = tuple(word.strip() for word in words if word.strip())
-    if file is not None and not keys:  # would be open to all who reach it
+    if file is not None and not keys:  # the server would be open to all who can reach it
         raise ConfigError(f"{file} holds no API key; put one on a line, or leave out --api-keys to ask for none")
     given = ServeOptions(**settings, keys=keys)
     for module in ("fastapi", "prometheus_client", "uvicorn"):

@@ -1,4 +1,4 @@
-"""`extemb store stats | verify | gc | export | import`: looking after a store of embeddings."""
+"""`extemb store stats | verify | gc | export | import`: maintain a store of embeddings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ StoreArgument = Annotated[str, typer.Argument(metavar="DIR", help="The store's f
 
 @app.command()
 def stats(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Show what is in a store, and what it takes."""
+    """Show what is in a store, and its size."""
     from extemb_core.store.store import EmbeddingStore
 
     with EmbeddingStore.open(store, "r") as opened:
@@ -41,7 +41,7 @@ def stats(store: StoreArgument, as_json: JsonOption = False) -> None:
 
 
 def require_store(store: str) -> None:
-    """Raise `StoreNotFoundError` for a store that is not there: one that is opened to be changed would be made."""
+    """Raise `StoreNotFoundError` if a store does not exist: opening it for changes would make it."""
     from extemb_core.store.store import EmbeddingStore
 
     EmbeddingStore.open(store, "r").close()
@@ -57,7 +57,7 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
 
 
 def print_verified(result: Verified, *, as_json: bool) -> None:
-    """Print what is not what was written, and end with a failure if something is not."""
+    """Print what is damaged, and end with a failure if anything is."""
     if not as_json:
         for ref, _, reason in result.damaged:
             print_line(f"damaged: {ref}: {reason}")
@@ -110,12 +110,12 @@ def import_(
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help="A folder of shards with its manifest, or its URL.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Put the documents of a folder of shards into a store, which is made if it is not there."""
+    """Put the documents of a folder of shards into a store, which is made if it does not exist."""
     from extemb_core.store.shards import read_manifest
     from extemb_core.store.store import EmbeddingStore
     from extemb_core.store.transfer import import_shards
 
-    read_manifest(shards, verify=False)  # before a store is made for nothing
+    read_manifest(shards, verify=False)  # before a store is made in vain
     with library_output(), EmbeddingStore.open(store) as opened:
         count = import_shards(opened, shards)
     print_result({"n_documents": count}, f"{count:,} documents from {shards}", as_json=as_json)

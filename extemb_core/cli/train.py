@@ -1,6 +1,6 @@
 """`extemb train`: a recipe, or the main settings of `TrainingConfig` and of the embedder's configuration as options.
 
-`extemb train make-targets` writes question rows to train on whose answers are the LLM's own.
+`extemb train make-targets` writes question rows for training whose answers are the LLM's own.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ app = CommandGroup(cls=DefaultCommand, help="Train an embedder or a reader; or w
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions(ModelOptions):
-    """Options that `targets.make_targets` has defaults for too: its module needs torch.
+    """Options of `make-targets`; their defaults are repeated from `targets.make_targets`, whose module needs torch.
 
     Attributes:
         questions: Training questions: .jsonl[.zst] with "id", "context", "question" and "answers".
         output: A .jsonl file; resumes if interrupted.
         limit: Maximum number of questions, the first ones.
-        max_document_tokens: A question about a longer text keeps its references.
-        batch_size: Questions at once.
+        max_document_tokens: Maximum tokens of a text; a question about a longer one keeps its references.
+        batch_size: Questions per batch.
     """
 
     questions: tuple[str, ...]
@@ -52,7 +52,7 @@ class TargetOptions(ModelOptions):
     llm=...,
 )  # fmt: skip
 def make_targets(as_json: JsonOption = False, **settings: Any) -> None:
-    """Write question rows whose answers are the LLM's own from the full text, where these are right."""
+    """Write question rows with the LLM's own answers from the full text, where these are right."""
     output = settings.pop("output")
     with library_output():
         from extemb_core.models.llm import LLM
@@ -71,7 +71,7 @@ def make_targets(as_json: JsonOption = False, **settings: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class NewEmbedder:
-    """The settings of `ExtensibleEmbedderConfig` that are options, and its defaults: its module needs transformers.
+    """Settings of `ExtensibleEmbedderConfig` that are options, with its defaults, as its module needs transformers.
 
     Attributes:
         entry_layer: LLM layer at whose input embeddings enter; 0 makes them input embeddings.
@@ -80,8 +80,8 @@ class NewEmbedder:
         adaptation: lora: adapters over the LLM's own tensors; full: a trained copy of the layers; none: the layers as
             they are, above entry layer 0.
         lora_rank: Rank of the adapters.
-        downscaling: Which outputs become embeddings: strided, mean, terminal or random.
-        connector: Between the layers and the LLM's input space: none, linear, mlp or conv.
+        downscaling: How outputs become embeddings: strided, mean, terminal or random.
+        connector: Module between the layers and the LLM's input space: none, linear, mlp or conv.
         chunk_size: Tokens per chunk.
         ratios: Ratios to train.
     """
@@ -132,7 +132,7 @@ def train(
 
     For answers in the LLM's own words to train on: extemb train make-targets --help.
     """
-    # For what is not on the command line, a recipe's stages may have their own values.
+    # Settings that are not on the command line keep the values of a recipe's stages.
     sources = {name: context.get_parameter_source(name) for name in settings}
     given = {name: value for name, value in settings.items() if getattr(sources[name], "name", "") == "COMMANDLINE"}
     embedder = {name: given.pop(name) for name in NewEmbedder.__dataclass_fields__ if name in given}
@@ -184,9 +184,9 @@ def _train(
     given: dict[str, Any],
     stages: list[TrainingConfig],
 ) -> tuple[TrainableModel | None, bool]:
-    """Return what was trained so far, and whether it is finished; None before the last stage of a recipe is.
+    """Return what was trained so far, and whether it is finished; None if a recipe's last stage is not finished.
 
-    The run, or those of a recipe's stages, are put into `stages` before they begin.
+    The run, or the runs of a recipe's stages, are added to `stages` before they begin.
     """
     if recipe is not None:
         from extemb_core.training.recipes import read_recipe, stage_configs, train_recipe
@@ -205,7 +205,7 @@ def _train(
 
 
 def _how_to_resume(stages: Sequence[TrainingConfig], resume: bool) -> str:
-    """Say where the last whole checkpoint is."""
+    """Say where the last whole checkpoint is, and how to go on from it."""
     from extemb_core.training.checkpoints import checkpoint_to_resume
 
     if not stages:

@@ -19,7 +19,7 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A known model
 
 @app.command("list")
 def list_models(as_json: JsonOption = False) -> None:
-    """Show every known model, and whether it is ready on this machine; then the adapters that are shipped for them."""
+    """Show every known model, and whether it is ready on this machine; then the adapters shipped for them."""
     models, shipped = weights.list_models(), weights.list_shipped()
     if as_json:
         listed = [asdict(model) | {"path": str(model.path)} for model in models]
@@ -56,7 +56,7 @@ def get(
 
 @app.command()
 def verify(name: NameArgument, as_json: JsonOption = False) -> None:
-    """Hash every file of a known model against what was written."""
+    """Check the hash of every file of a known model against its manifest."""
     _print_folder(name, weights.verify(name), as_json=as_json)
     if not as_json:
         print_note(f"every file of {name} is what was written")

@@ -1,6 +1,6 @@
 """Fill the same positions with something else: plain tokens chosen from the text in several ways, or noise.
 
-Each baseline is a pure function of a text or its token ids (T,), or of embeddings, and of how many positions there are.
+Each baseline is a pure function of a text or its token ids (T,), or of embeddings, and of the number of positions.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from extemb_core.models.kv_prefix import Prefix
 from extemb_core.models.llm import LLM
 from extemb_core.utils.validation import whole_number
 
-_LOGITS_AT_ONCE = 256  # positions: logits are wide
+_LOGITS_AT_ONCE = 256  # positions, as logits take much memory
 
 Ids = np.ndarray[Any, Any]
 
 
 def nearest(ids: Ids, n: int) -> Ids:
-    """Return the last `n` tokens; all of them where there are no more. ids: (T,)."""
+    """Return the last `n` tokens, or all if there are fewer. ids: (T,)."""
     whole_number(n, "n", 0)
     return ids[max(0, len(ids) - n) :]
 
 
 def head(ids: Ids, n: int) -> Ids:
-    """Return the first `n` tokens; all of them where there are no more. ids: (T,)."""
+    """Return the first `n` tokens, or all if there are fewer. ids: (T,)."""
     whole_number(n, "n", 0)
     return ids[:n]
 
 
 def sinks_and_window(ids: Ids, n: int, sinks: int = 4) -> Ids:
-    """Keep what StreamingLLM (Xiao et al., arXiv 2309.17453) does: the first tokens and the most recent ones.
+    """Keep the tokens that StreamingLLM (Xiao et al., arXiv 2309.17453) keeps: the first and the most recent ones.
 
-    As there, positions are slots of the cache, contiguous whatever lies between the tokens in the text. This is the
-    variant with re-computation: the tokens are read anew within the cache, whereas the states of a running stream's
-    cache still carry something of the tokens that were in it when they were made.
+    As there, positions are slots of the cache, contiguous also across the gap in the text. This is the variant with
+    re-computation: the tokens are read anew within the cache, whereas the states in a running stream's cache still
+    carry something of tokens that have left it.
 
     Args:
         ids: (T,).
-        n: Positions of the cache; where all tokens fit, all stay.
-        sinks: First tokens that stay; the other n - sinks are the most recent.
+        n: Positions of the cache; if all tokens fit, all stay.
+        sinks: Number of first tokens that stay; the other n - sinks are the most recent.
 
     Raises:
-        ConfigError: The cache does not hold the sinks.
+        ConfigError: The cache has fewer positions than sinks.
     """
     whole_number(n, "n", 0)
     if len(ids) <= n:
@@ -63,17 +63,17 @@ def sinks_and_window(ids: Ids, n: int, sinks: int = 4) -> Ids:
 def token_information(llm: LLM, ids: Ids, prefix: Sequence[int] | Ids = ()) -> Ids:
     """Measure how unexpected each token is to the LLM: its negative log-likelihood given those before it.
 
-    A text longer than the window is read in windows, each beginning with a BOS where the LLM has one; each token is
-    then scored once, given all before it or at least half a window of them.
+    A text longer than the window is read in windows, each beginning with a BOS if the LLM has one; each token is then
+    scored once, given all tokens before it or at least half a window of them.
 
     Args:
-        llm: Predicts them.
+        llm: LLM that predicts them.
         ids: (T,).
         prefix: Tokens before them, which are not scored.
 
     Returns:
-        (T,) float32, in nats. Where nothing stands before the first token, not even a BOS, it is given the maximum of
-        the others, so that it counts as a surprise.
+        (T,) float32, in nats. If nothing stands before the first token, not even a BOS, it gets the maximum of the
+        others, so that it counts as a surprise.
     """
     bos = [llm.bos_token_id] if llm.bos_token_id is not None else []
     text = np.concatenate([np.asarray(prefix, dtype=np.int64), np.asarray(ids, dtype=np.int64)])
@@ -97,19 +97,19 @@ def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
     """Select the `n` most informative tokens of a text, in their order.
 
     The token-level criterion of LLMLingua (Jiang et al., arXiv 2310.05736, iterative token-level prompt compression),
-    with the LLM that reads the outcome as its small model too: the text is gone through in segments, and a token's
-    information is taken given what was kept of the segments before and all of its own segment so far. Each segment
-    keeps its share of the budget exactly, where the original keeps what is above a threshold estimated from it; the
-    other parts of LLMLingua (choosing among demonstrations, aligning the small model) have nothing to act on here.
+    with the LLM that reads the result as its small model too: the text is processed in segments, and a token's
+    information is measured given what was kept of earlier segments and all of its own segment so far. Each segment
+    keeps exactly its share of the budget, while the original keeps what is above a threshold estimated from it; the
+    other parts of LLMLingua (choosing among demonstrations, aligning the small model) do not apply here.
 
     Args:
-        llm: Judges the tokens. Of what was kept, it sees the most recent that fits its window beside the segment.
+        llm: Judges the tokens. Of the tokens kept, it sees the most recent that fit its window beside the segment.
         ids: (T,).
-        n: Tokens to keep; with n >= T the text comes back unchanged.
+        n: Tokens to keep; with n >= T the text is returned unchanged.
         segment: Tokens of a segment.
 
     Returns:
-        (min(n, T),) ids. Of equally informative tokens the earlier ones are kept.
+        (min(n, T),) ids. Of equally informative tokens, the earlier ones are kept.
     """
     whole_number(n, "n", 0)
     whole_number(segment, "segment")
@@ -117,7 +117,7 @@ def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
     if n >= total:
         return ids
     room = llm.context_window - int(llm.bos_token_id is not None)
-    # While everything kept fits the window, it is read once; else anew with every segment.
+    # While everything kept fits the window, it is read once; otherwise it is read anew with every segment.
     prefix = Prefix(llm) if n + min(segment, total) <= room and llm.reads_in_parts else None
     selected = ids[:0]
     for start in range(0, total, segment):
@@ -138,17 +138,17 @@ def select_tokens(llm: LLM, ids: Ids, n: int, segment: int = 200) -> Ids:
 
 
 def choose_sentences(llm: LLM, text: str, question: str, n: int) -> Ids:
-    """Choose the sentences of a text that a question is about: what retrieval can do within the same positions.
+    """Choose the sentences of a text that a question is about, as retrieval would within the same positions.
 
-    Sentences (`split_into_sentences`) are ranked by BM25 against the question, those without a word of it after all
-    others, and the earlier first among equals. They are taken in that order until `n` tokens are full: of the sentence
-    that does not fit any more, its first tokens are. What was taken stands in the order of the text.
+    Sentences (`split_into_sentences`) are ranked by BM25 against the question, those that share no word with it last,
+    and equal ones in their order. They are taken in that order until there are `n` tokens; the last sentence may be
+    cut. The result is in the order of the text.
 
     Args:
-        llm: Whose tokens are counted.
-        text: What is chosen from.
-        question: What is asked.
-        n: Tokens.
+        llm: LLM whose tokens are counted.
+        text: Text to choose from.
+        question: The question about the text.
+        n: Number of tokens.
 
     Returns:
         (min(n, T),) ids, T being the tokens of the text.
@@ -166,17 +166,17 @@ def choose_sentences(llm: LLM, text: str, question: str, n: int) -> Ids:
 
 
 def random_tokens(llm: LLM, n: int, seed: int) -> Ids:
-    """Draw `n` token ids, each of those that text may become with equal chance. Returns (n,) int32."""
+    """Draw `n` token ids uniformly from those that text may become. Returns (n,) int32."""
     ordinary = np.setdiff1d(np.arange(len(llm.tokenizer)), llm.control_ids)
     return np.random.default_rng(seed).choice(ordinary, n).astype(np.int32)
 
 
 def random_embeddings(like: Tensor, seed: int) -> Tensor:
-    """Draw Gaussian vectors with the norms of others: they show what positions are worth that say nothing.
+    """Draw Gaussian vectors with the norms of others, to show what positions without content are worth.
 
     Args:
         like: (N, D).
-        seed: The same on every device.
+        seed: Random seed; the draws are the same on every device.
 
     Returns:
         (N, D), each row in a random direction and as long as the same row of `like`; on its device, in its dtype.

@@ -1,7 +1,7 @@
 """Find the entry layer that suits an LLM for which nothing was trained.
 
-Every candidate layer reads the same samples at the same ratios: text that goes on after a compressed context, and where
-there are questions, those about compressed texts; `calibration_rule` has the rule.
+Every candidate layer reads the same samples at the same ratios: texts that continue a compressed context and, if there
+are any, questions about compressed texts. `calibration_rule` has the rule.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from extemb_core.utils.files import refuse_foreign
 from extemb_core.utils.validation import path_of
 
 RECORD, PLOT = "calibration.json", "calibration.png"
-_EMBEDDER = ("model.safetensors", "config.json")  # which shows that there is one, and comes last
+_EMBEDDER = ("model.safetensors", "config.json")  # config.json is written last, and shows that there is an embedder
 _OURS = {RECORD, f"{RECORD}.partial", PLOT, *_EMBEDDER}
-_DEPTHS = (1 / 5, 3 / 10, 2 / 5, 1 / 2, 2 / 3)  # of all layers; two fifths is `default_entry_layer`
+_DEPTHS = (1 / 5, 3 / 10, 2 / 5, 1 / 2, 2 / 3)  # shares of all layers; two fifths is `default_entry_layer`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class Calibration:
 
     Attributes:
         layer: The entry layer.
-        reason: Why, in words that follow "entry layer N: ".
+        reason: Why this layer, as a phrase to follow "entry layer N: ".
         embedder: The untrained embedder that enters there, as loaded from `folder`.
-        folder: What `embedder=` takes; the record and the plot stand there too.
-        plot: Its file; None where matplotlib is not installed.
-        record: Settings, tables and every sample, as `calibration.json` has it.
+        folder: Folder to pass as `embedder=`; the record and the plot are there too.
+        plot: File of the plot; None if matplotlib is not installed.
+        record: Settings, tables and every sample, as in `calibration.json`.
     """
 
     layer: int
@@ -99,7 +99,7 @@ class CalibrationExperiment(Experiment):
 
     @property
     def fingerprint(self) -> str:
-        """Return the fingerprint of the deepest candidate, which depends on all that the others do."""
+        """Return the fingerprint of the deepest candidate, which depends on everything that the others depend on."""
         return self.embedders[max(self.embedders)].fingerprint
 
     def groups(self) -> list[list[str]]:
@@ -123,7 +123,7 @@ class CalibrationExperiment(Experiment):
 
 
 def candidate_layers(llm: LLM) -> tuple[int, ...]:
-    """Spread some entry layers over an LLM, from a fifth to two thirds of its layers.
+    """Choose entry layers spread over an LLM, from a fifth to two thirds of its layers.
 
     Raises:
         ConfigError: It has a single layer, or none that can be shared.
@@ -153,20 +153,20 @@ def calibrate(
 ) -> Calibration:
     """Find the entry layer of an LLM, and write an untrained embedder that enters there.
 
-    A call that was stopped goes on where it was when it is made again.
+    A call that was stopped goes on where it was when it is repeated.
 
     Args:
-        config: What to measure.
+        config: Settings of the measurement.
         output: A new or empty folder, or that of an earlier call.
-        llm: The LLM, where it is loaded already.
+        llm: The LLM, if it is loaded already.
         command: The words of the command line, for the record.
-        resume: Take over samples of an earlier call with the same settings; without it they are measured anew.
+        resume: Keep samples of an earlier call with the same settings; otherwise they are measured anew.
         show_progress: Show a bar; None shows it on a terminal.
 
     Raises:
-        ConfigError: See `CalibrationExperiment`; or the folder holds something else, or a call with other settings.
+        ConfigError: See `CalibrationExperiment`; or the folder holds other files, or a call with other settings.
         DocumentError: A file cannot be read.
-        WeightsCorruptError: The folder does not give back what was written there.
+        WeightsCorruptError: The embedder in the folder is not what was written there.
     """
     output = path_of(output)
     _check_folder(output)
@@ -184,7 +184,7 @@ def calibrate(
 
 
 def _text(files: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Read the files of text, or the Python reference without any: their names, and the documents in them."""
+    """Read the files of text, or without any the Python reference. Returns their names, and the documents in them."""
     if files:
         return list(files), [text for file in files for text in read_texts(Path(file))]
     try:
@@ -197,16 +197,16 @@ def _text(files: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_folder(output: Path) -> None:
-    """Raise `ConfigError` unless a folder is new, empty, or of an earlier call."""
+    """Raise `ConfigError` unless a folder is new, empty, or from an earlier call."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file, and an embedder is a folder; pass the name of a new one")
-    names = {path.name for path in output.glob("[!.]*")}  # hidden ones are ours, of a call that was killed
+    names = {path.name for path in output.glob("[!.]*")}  # hidden files are left by a killed call
     foreign = names - _OURS if names & {RECORD, f"{RECORD}.partial"} else names
     refuse_foreign(output, foreign, "a calibration's", ConfigError)
 
 
 def _write_embedder(embedder: ExtensibleEmbedder, output: Path) -> ExtensibleEmbedder:
-    """Write an embedder's files whole or not at all, and return what they give back."""
+    """Write an embedder's files, whole or not at all, and return the embedder loaded from them."""
     hidden = output / ".embedder"
     shutil.rmtree(hidden, ignore_errors=True)
     try:

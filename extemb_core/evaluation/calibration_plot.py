@@ -9,7 +9,7 @@ from typing import Any
 from extemb_core.errors import optional_import
 from extemb_core.utils.files import atomic_write
 
-# Okabe and Ito's, which colour-blind readers tell apart: a ratio's line, and its cut text, dashed.
+# Okabe and Ito's colours, which colour-blind readers can tell apart: one per ratio; truncated text is dashed.
 _COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00")
 _MARKERS = "os^Dvp"
 

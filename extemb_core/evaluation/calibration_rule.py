@@ -1,7 +1,7 @@
-"""Choose the entry layer that suits an LLM, by the losses that were measured at each.
+"""Choose the entry layer that suits an LLM, by the losses measured at each.
 
 1. A layer at which text is read worse than no text at all, beyond noise and at any of the ratios, is out. Answers do
-   not show this: there are layers that are level on answers and spoil text (docs/experiments.md).
+   not show this: some layers are equal on answers but spoil text (docs/experiments.md).
 2. Of the others, the one with the lowest mean loss over the ratios above 1 is the best, by answers where there are
    questions and by text otherwise. At ratio 1 every layer reads about the same.
 3. The earliest layer whose loss is not above the best one's beyond noise is taken: with fewer layers to run, text is
@@ -32,13 +32,13 @@ def choose_layer(
         tasks: "text" and perhaps "answers" -> samples, each with its number of `target_tokens` and `arms`: losses of
             "none", "full", "truncated/RATIO" and "LAYER/RATIO".
         layers: Candidates, in order.
-        ratios: Those measured.
-        seed: Of the bootstrap.
+        ratios: Ratios measured.
+        seed: Random seed of the bootstrap.
 
     Returns:
         `layer`, `best` and `reason`; `unfit`, the layers that are out, each with the ratios that show it; and `tasks`:
-        for each task its `n`, every arm's mean loss over tokens with its 95% interval, and by layer the mean over
-        ratios above 1 (`mean`) and that minus the best one's (`minus_best`).
+        for each task its `n`, every arm's mean loss over tokens with its 95% interval, and for each layer the mean over
+        ratios above 1 (`mean`) and its difference from the best layer's (`minus_best`).
     """
     decisive = "answers" if "answers" in tasks else "text"
     coarse = [ratio for ratio in sorted(ratios) if ratio > 1]

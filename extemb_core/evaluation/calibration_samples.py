@@ -1,4 +1,4 @@
-"""Samples by which an entry layer is chosen for an LLM: texts to be continued, and questions about texts.
+"""Make the samples by which an entry layer is chosen for an LLM: texts to be continued, and questions about texts.
 
 A task has samples, and each sample a text, a prompt around any form of it, and target tokens after that prompt. Every
 arm puts another form of the text into the same prompt:
@@ -38,7 +38,7 @@ class Reading:
     """One sample, ready to be read.
 
     Attributes:
-        text: (T,) ids, what is compressed.
+        text: (T,) ids of the text to compress.
         controls: Arm -> the form of the text that it reads.
         prompt: Makes the prompt around a form.
         target: (S,) ids whose loss is measured after it.
@@ -51,7 +51,7 @@ class Reading:
 
 
 class Task(Protocol):
-    """One kind of sample; `names` are those of all samples, those of like length side by side."""
+    """One kind of sample; `names` lists all samples, those of similar length side by side."""
 
     names: list[str]
 
@@ -60,16 +60,16 @@ class Task(Protocol):
 
 
 class Continuations:
-    """Texts that go on after a compressed context, in windows evenly spread over some texts.
+    """Texts that continue a compressed context, in windows evenly spread over some documents.
 
     Args:
-        llm: Reads them.
-        texts: Each is a document; no window crosses two.
-        ratios: Of the cut texts.
-        limit: At most so many windows, evenly from all.
+        llm: LLM that reads them.
+        texts: Documents; no window crosses two of them.
+        ratios: Ratios of the truncated texts.
+        limit: Maximum number of windows, evenly from all.
 
     Raises:
-        ConfigError: No text holds a window, or the LLM's own does not.
+        ConfigError: No text is long enough for a sample, or the LLM's window is too short.
     """
 
     def __init__(self, llm: LLM, texts: Iterable[str], ratios: Sequence[int], limit: int | None = None) -> None:
@@ -94,7 +94,7 @@ class Continuations:
         document, start = self._documents[window.document], window.start
         context, following = document[start - CONTEXT_TOKENS : start], document[start : start + CONTINUED_TOKENS]
         cut: dict[int, list[Part]] = {ratio: [nearest(context, -(-len(context) // ratio))] for ratio in self._ratios}
-        # The first token follows nothing where there is no context: it is given, and not scored.
+        # Without a context the first token follows nothing: so it is given, and not scored.
         prompt: Callable[[list[Part]], Prompt] = lambda form: assemble_text(self._llm, [*form, following[:1]])  # noqa: E731
         return Reading(context, _controls([], cut, [context]), prompt, following[1:])
 
@@ -103,11 +103,11 @@ class Answers:
     """Reference answers to questions about compressed texts, one question a text, put as `extemb eval qa` does.
 
     Args:
-        llm: Reads them.
-        files: Rows of questions.
-        ratios: Of the cut texts.
-        limit: At most so many, evenly from all.
-        seed: Of the draw from the questions about one text.
+        llm: LLM that reads them.
+        files: Files of questions.
+        ratios: Ratios of the truncated texts.
+        limit: Maximum number of questions, evenly from all.
+        seed: Random seed of the draw from the questions about one text.
 
     Raises:
         ConfigError, DocumentError: See `QaExperiment` and `read_questions`.
@@ -148,7 +148,7 @@ def arm_losses(
     for name, embedder in embedders.items():
         compressed = compress_at_ratios(embedder, [reading.text for reading in readings], ratios)
         forms |= {f"{name}/{ratio}": [[part] for part in parts] for ratio, parts in compressed.items()}
-    for arm, arm_forms in forms.items():  # one at a time: prompts of like length, so that little is padding
+    for arm, arm_forms in forms.items():  # one arm at a time: prompts of similar length need little padding
         prompts = [reading.prompt(form).inputs(llm) for reading, form in zip(readings, arm_forms, strict=True)]
         for by_arm, scores in zip(losses, llm.log_probs(prompts, targets), strict=True):
             by_arm[arm] = round(-float(scores.mean()), 6)
@@ -156,5 +156,5 @@ def arm_losses(
 
 
 def _controls(none: list[Part], cut: Mapping[int, list[Part]], full: list[Part]) -> dict[str, list[Part]]:
-    """Gather the controls by arm. At ratio 1 nothing is cut: that is the full text."""
+    """Gather the controls by arm. At ratio 1 nothing is truncated: that is the full text."""
     return {"none": none} | {f"truncated/{ratio}": form for ratio, form in cut.items() if ratio > 1} | {"full": full}

@@ -1,4 +1,4 @@
-"""Make the forms in which an LLM is given a text, one for each arm of question answering.
+"""Make the forms in which an LLM gets a text, one for each arm of question answering.
 
     none             nothing
     full             the whole text
@@ -6,12 +6,13 @@
     chosen/k         the sentences that share words with the question, as many (`choose_sentences`)
     lingua/k         its most informative tokens, as many (`select_tokens`)
     extensible/k     extensible embeddings at ratio k
-    focus/k          what says most about the question in full, beside few sentences the rest compressed (`plan_focus`)
+    focus/k          the sentences that say most about the question in full, and the rest compressed if they are few
+                     (`plan_focus`)
     random/k         random vectors in their place, of the same norms
     wrong/k          the extensible embeddings of another text
 
 Where embeddings enter above layer 0, each stands in the place of an anchor, the last token of its group. There random/k
-has random anchors and `wrong/k` the other text's, and two controls more tell what anchors and states are worth:
+has random anchors and wrong/k the other text's, and two more controls show what anchors and states are worth:
 
     anchors/k        the anchors alone, ordinary tokens with nothing in their place
     random_states/k  the text's anchors, and random states of the same norms in their place
@@ -48,11 +49,11 @@ _NEED = {
     "focus": 2,
     "anchors": 2,
     "random_states": 2,
-}  # an embedder; one that enters above layer 0
+}  # 1: needs an embedder; 2: one that enters above layer 0
 
 
 def arm_name(kind: str, ratio: int) -> str:
-    """Name the arm of a kind at a ratio; some kinds have none."""
+    """Return the name of the arm of a kind at a ratio; some kinds have no ratio."""
     return kind if kind in _WITHOUT_RATIO else f"{kind}/{ratio}"
 
 
@@ -67,7 +68,7 @@ def compress_at_ratios(
     """Compress texts once, for all ratios; {} without an embedder or a ratio.
 
     Args:
-        embedder: Compresses them.
+        embedder: Embedder that compresses them.
         texts: (T,) ids each.
         ratios: Each a multiple of the finest.
 
@@ -80,7 +81,7 @@ def compress_at_ratios(
 
 
 def parts_at_ratios(texts: Sequence[Compressed], ratios: Sequence[int]) -> dict[int, list[Tensor | AnchoredStates]]:
-    """List what stands in a prompt for each of some texts, by ratio."""
+    """List the parts of a prompt for each text, by ratio."""
     return {ratio: [text.at_ratio(ratio).part for text in texts] for ratio in ratios}
 
 
@@ -88,11 +89,11 @@ def controls_for(embedder: ExtensibleEmbedder | None, asked: Sequence[str] | Non
     """List the controls to measure beside an embedder.
 
     Args:
-        embedder: None where only controls are measured.
-        asked: Some of `CONTROLS`; None for all that can be made.
+        embedder: The embedder; None if only controls are measured.
+        asked: Some of `CONTROLS`; None for all that are possible.
 
     Raises:
-        ConfigError: One that is asked for cannot be made.
+        ConfigError: A control that is asked for is not possible.
     """
     have = 0 if embedder is None else 1 + (embedder.config.entry_layer > 0)
     for name in asked or ():
@@ -108,13 +109,13 @@ class Forms:
     """Makes every arm's form of some passages.
 
     Attributes:
-        llm: Reads them.
-        embedder: None for the controls alone.
+        llm: LLM that reads them.
+        embedder: The embedder; None for the controls alone.
         texts: Name -> text.
-        separator: Stands between two passages.
-        ratios: Of the arms that have one.
-        controls: Those to make; "none" and "full" always are.
-        seed: Of what is drawn.
+        separator: Text between two passages.
+        ratios: Ratios of the arms that have one.
+        controls: Controls to make; "none" and "full" are always made.
+        seed: Random seed of everything drawn.
     """
 
     llm: LLM
@@ -137,11 +138,11 @@ class Forms:
             self._planner = SentencePlanner(self.llm, self.embedder)
 
     def of(self, passages: Sequence[str], question: str) -> dict[str, list[Part]]:
-        """Make the form of each arm, as parts of a prompt; "full" is not cut.
+        """Make the form of each arm, as parts of a prompt; "full" is not truncated.
 
         Args:
-            passages: Names of texts. Those of the last call are not read again.
-            question: What is asked about them.
+            passages: Names of texts. Forms of the last call's passages are reused.
+            question: The question about them.
         """
         if self._recent != list(passages):
             self._recent, self._recent_forms = list(passages), self._of_passages(passages)
@@ -162,7 +163,7 @@ class Forms:
         return self._separated([self._ids[name] for name in passages])
 
     def wrong(self, passages: Sequence[str]) -> list[str]:
-        """Find for each passage the text nearest to it in length that is none of them; one may come twice.
+        """Find for each passage the other text nearest to it in length; one text may serve twice.
 
         Raises:
             ConfigError: There is no other text.
@@ -175,7 +176,7 @@ class Forms:
 
     @torch.no_grad()
     def _of_passages(self, passages: Sequence[str]) -> dict[str, list[Part]]:
-        """Make what does not depend on the question, and count the positions that each ratio takes."""
+        """Make the forms that do not depend on the question, and count the positions that each ratio takes."""
         raw = self.tokens(passages)
         flat: Ids = np.concatenate(raw)
         forms: dict[str, list[Part]] = {"none": [], "full": list(raw)}
@@ -199,7 +200,7 @@ class Forms:
         return forms
 
     def _focused(self, passages: Sequence[str], question: str, budget: int) -> list[Part]:
-        """Make the form that a plan by sentences has for a question."""
+        """Make the form that a plan by sentences gives for a question."""
         assert self.embedder is not None
         assert self._planner is not None
         config, separator = self.embedder.config, self.llm.encode(self.separator)
@@ -232,7 +233,7 @@ class Forms:
         return {ratio: self._separated(of_ratio) for ratio, of_ratio in parts.items()}
 
     def _control(self, kind: str, part: Part, seed: int) -> Part:
-        """Take the text out of a compressed part, or the part of it that `kind` says; separators stay."""
+        """Replace the text in a compressed part, or only its anchors or states, as `kind` says; separators stay."""
         if isinstance(part, Tensor):
             return baselines.random_embeddings(part, seed)
         if not isinstance(part, AnchoredStates):

@@ -1,9 +1,9 @@
 """Score an answer by the rules of SQuAD v1.1 (Rajpurkar et al., arXiv 1606.05250), and by ROUGE-L.
 
 Every score is between 0 and 1, the best over the reference answers. SQuAD's rules compare without case, ASCII
-punctuation and English articles. Of an answer such as "A" or "%" they leave nothing, which an empty prediction would
-equal and every prediction contain; so such an answer is compared raw instead, split at white space and no more. That
-is the only departure from the rules.
+punctuation and English articles. They leave nothing of an answer such as "A" or "%", which an empty prediction would
+equal and every prediction contain; so such an answer is compared raw instead, only split at white space. That is the
+only departure from the rules.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1 where the prediction is one of the answers, else 0.
+    """Return 1 if the prediction is one of the answers, else 0.
 
     Raises:
-        ConfigError: There is no answer to compare with; so all of these functions.
+        ConfigError: There is no answer to compare with. The other metrics raise it too.
     """
     return _best(operator.eq, prediction, answers, _answer_tokens)
 
@@ -45,12 +45,12 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def contained(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1 where an answer's tokens stand side by side in the prediction, else 0: long-winded answers count too."""
+    """Return 1 if the prediction contains an answer's tokens in a row, else 0: long-winded answers count too."""
     return _best(_holds, prediction, answers, _answer_tokens)
 
 
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
-    """Return ROUGE-L (Lin, 2004): as `f1`, but in common is the longest common subsequence, of lower-cased words.
+    """Return ROUGE-L (Lin, 2004): as `f1`, but with the longest common subsequence of lower-cased words.
 
     A word is a run of letters and digits; articles count, and nothing is stemmed.
     """
@@ -64,8 +64,8 @@ METRICS = {"em": exact_match, "f1": f1, "contained": contained, "rouge_l": rouge
 def _best(
     score: Callable[[Tokens, Tokens], float], prediction: str, answers: Sequence[str], split: Callable[[str], Tokens]
 ) -> float:
-    """Score the prediction's tokens against each answer's, raw where an answer would have none; return the best."""
-    if isinstance(answers, str) or not answers:  # a lone text would be taken as its characters
+    """Score the prediction's tokens against each answer's, or raw words if an answer has no tokens; return the best."""
+    if isinstance(answers, str) or not answers:  # a single text would be taken for its characters
         raise ConfigError(f"answers={answers!r} must be a sequence of at least one text; pass [answer]")
     scores = []
     for answer in answers:
@@ -96,7 +96,7 @@ def _f_measure(common: int, predicted: Tokens, wanted: Tokens) -> float:
 
 
 def _longest_common_subsequence(a: Tokens, b: Tokens) -> int:
-    """Return its length, by rows of the usual table: entry j is what `a` so far shares with the first j of `b`."""
+    """Return its length, by rows of the usual table: entry j is the length for `a` so far and the first j of `b`."""
     numbers: dict[str, int] = {}
     a_ids, b_ids = (np.array([numbers.setdefault(token, len(numbers)) for token in tokens]) for tokens in (a, b))
     row = np.zeros(len(b) + 1, dtype=np.int64)

@@ -1,6 +1,6 @@
-"""Measure how well an LLM finds one thing in much text: a pass key, or the value of one key among many.
+"""Measure how well an LLM finds one thing in a long text: a pass key, or the value of one key among many.
 
-A haystack has exactly so many tokens, and its needle stands at a depth from 0 (first) to 1 (last):
+A haystack has exactly the given number of tokens, and its needle stands at a depth from 0 (first) to 1 (last):
 
     passkey      running text, and one sentence in it that holds a pass key of five digits
     key_value    lines of `key: value`, all of made-up words; the needle is one of them
@@ -9,15 +9,15 @@ Each arm puts another form of the same haystack into the same prompt:
 
     none            nothing
     truncated/k     its first tokens: as many positions as ratio k takes
-    chosen/k        what shares words with the question, as many
-    lingua/k        its most informative tokens, as many (where it is asked for)
+    chosen/k        sentences that share words with the question, as many positions
+    lingua/k        its most informative tokens, as many (only if asked for)
     extensible/k    extensible embeddings at ratio k
-    focus/k         a plan for the question, as many: how an answer is made by default
+    focus/k         a plan for the question, as many positions: how an answer is made by default
     full            all of it
 
 An arm that does not fit the window, beside the prompt and the answer, is absent; see `forms` for how each is made. A
-haystack depends on the seed and on its own task, length, depth and trial: not on which others are measured. What is
-read of it is its text, encoded anew: where text of files is cut within a character, some tokens more or fewer.
+haystack depends on the seed and on its own task, length, depth and trial, not on which others are measured. Its text
+is encoded anew to be read: if a file's text was cut within a character, that may be a few tokens more or fewer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PROMPTS: Mapping[str, Mapping[str, str]] = {
     "key_value": {
         "before": "Each of the following lines holds a key and its value.\n\nLines:\n",
         "needle": "{key}: {answer}\n",
-        # Copying the line is what the smallest LLMs manage; asked for the value alone they make one up.
+        # The smallest LLMs manage to copy the line; asked for the value alone, they invent one.
         "after": "\n\nWhich line begins with {key}? Copy that line.",
     },
 }
@@ -68,7 +68,7 @@ SENTENCES = tuple(Path(__file__).with_name("sentences.txt").read_text(encoding="
 
 @dataclass(frozen=True)
 class Case:
-    """One haystack that is to be made; `id` is the name of its sample."""
+    """One haystack to be made; `id` is the name of its sample."""
 
     task: str
     tokens: int
@@ -105,7 +105,7 @@ class NeedleExperiment(Experiment):
         super().__init__(config, llm, embedder)
         controls = [name for name in controls_for(embedder, config.controls) if name in NEEDLE_CONTROLS]
         if config.controls is None:
-            controls.remove("lingua")  # it reads all of a haystack anew for each ratio
+            controls.remove("lingua")  # reads a whole haystack anew for each ratio
         self.config = replace(config, controls=tuple(controls))
         self._texts = read_filler(llm, config.data)
         self._sampling = Sampling(max_new_tokens=config.max_new_tokens)
@@ -120,7 +120,7 @@ class NeedleExperiment(Experiment):
         self._cases = {case.id: case for case in evenly(cases, config.limit)}
 
     def groups(self) -> list[list[str]]:
-        """List one haystack a group: its arms are one sample."""
+        """List one haystack per group: its arms are one sample."""
         return groups_of(list(self._cases), 1)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
@@ -139,7 +139,7 @@ class NeedleExperiment(Experiment):
             yield {"id": name, **asdict(case), "at": haystack.at, "answer": haystack.answer, "arms": arms}
 
     def haystack(self, case: Case) -> Haystack:
-        """Make the haystack of a case: its needle is in that of the gaps which is nearest to the depth."""
+        """Make the haystack of a case, with its needle in the gap nearest to the depth."""
         draw = np.random.default_rng(
             [self.config.seed, TASKS.index(case.task), case.tokens, round(case.depth * 10_000), case.trial]
         )
@@ -161,7 +161,7 @@ class NeedleExperiment(Experiment):
         return Haystack(case.task, ids, at, words["after"].format(key=key), answer)
 
     def forms(self, haystack: Haystack) -> dict[str, list[Part]]:
-        """Make what each arm that fits puts in the place of the text: parts of a prompt."""
+        """Make the form of the text, as parts of a prompt, for each arm that fits."""
         prompt = len(self.prompt(haystack, []))
         room = self.llm.context_window - prompt - self.config.max_new_tokens
         if room < 0:
@@ -179,7 +179,7 @@ class NeedleExperiment(Experiment):
         return {arm: fitting[arm] for arm in arm_names(_ARMS, self.config.ratios) if arm in fitting}
 
     def prompt(self, haystack: Haystack, parts: Sequence[Part]) -> Prompt:
-        """Make the chat prompt with these parts in the place of the text; around them, every form has the same ids."""
+        """Make the chat prompt with these parts in place of the text; the ids around them are always the same."""
         content = [PROMPTS[haystack.task]["before"], *(parts or [haystack.ids[:0]]), haystack.question]
         return assemble_chat(self.llm, [{"role": "user", "content": content}])
 
@@ -214,7 +214,7 @@ class NeedleExperiment(Experiment):
 
 
 def read_filler(llm: LLM, files: Sequence[str]) -> Ids | None:
-    """Read all texts of some files as (T,) ids, an empty line between two; None where there are no files.
+    """Read all texts of some files as (T,) ids, with an empty line between two; None if there are no files.
 
     Raises:
         DocumentError: There is no text in them.
@@ -229,13 +229,13 @@ def read_filler(llm: LLM, files: Sequence[str]) -> Ids | None:
 
 
 def filler(llm: LLM, count: int, draw: np.random.Generator, texts: Ids | None = None) -> tuple[Ids, Ids]:
-    """Make running text of exactly so many tokens, and find where a sentence may be put into it.
+    """Make running text of exactly `count` tokens, and find where a sentence may be put into it.
 
     Args:
-        llm: Encodes the sentences.
-        count: Tokens.
+        llm: LLM whose tokenizer encodes the sentences.
+        count: Number of tokens.
         draw: Chooses where in `texts` to begin, or the order of the sentences.
-        texts: (T,) ids to take it from, going on at their start after their end; SENTENCES when not given.
+        texts: (T,) ids to take it from, continuing at their start after their end; SENTENCES when not given.
 
     Returns:
         (count,) ids, and ascending offsets from 0 to `count`: between any two tokens of `texts`, or between two
@@ -248,15 +248,15 @@ def filler(llm: LLM, count: int, draw: np.random.Generator, texts: Ids | None = 
 
 
 def positions_at(n_tokens: int, ratio: int, embedder: ExtensibleEmbedder | None) -> int:
-    """Count the positions that so many tokens take at a ratio: the tail of each chunk takes one too."""
+    """Count the positions that `n_tokens` tokens take at a ratio; the tail of each chunk takes one, too."""
     size = embedder.config.chunk_size if embedder is not None else max(1, n_tokens)
     return compressed_positions(n_tokens, ratio, size)
 
 
 def _fill(pieces: Iterable[Ids], count: int) -> tuple[Ids, Ids]:
-    """Join as many pieces as make exactly `count` ids, and return the offsets between them too.
+    """Join pieces into exactly `count` ids, and return the offsets between the pieces too.
 
-    What is too much is cut from the start: so whatever the depth, a piece that is whole comes before the needle.
+    Surplus ids are cut from the start, so that at every depth a whole piece comes before the needle.
     """
     taken: list[Ids] = []
     total = 0
@@ -275,7 +275,7 @@ def _fill(pieces: Iterable[Ids], count: int) -> tuple[Ids, Ids]:
 
 
 def _shuffled(llm: LLM, draw: np.random.Generator) -> Iterator[Ids]:
-    """Yield SENTENCES in a random order, then all of them again in another, without end."""
+    """Yield SENTENCES endlessly, each round in another random order."""
     encoded = [llm.encode(f" {sentence}") for sentence in SENTENCES]
     while True:
         for at in draw.permutation(len(encoded)):
@@ -283,7 +283,7 @@ def _shuffled(llm: LLM, draw: np.random.Generator) -> Iterator[Ids]:
 
 
 def _pairs(draw: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Yield keys and values, no word twice: each has three syllables, can be said and means nothing."""
+    """Yield keys and values, no word twice: pronounceable words of three syllables without meaning."""
     size = len(_SYLLABLES)
     numbers = map(int, draw.permutation(size**3))
     words = ("".join(_SYLLABLES[number // size**digit % size] for digit in range(3)) for number in numbers)

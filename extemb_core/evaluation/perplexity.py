@@ -94,13 +94,13 @@ class PerplexityExperiment(Experiment):
             yield {"id": name, "document": window.document, "contexts": contexts}
 
     def forms(self, contexts: Ids) -> dict[str, list[Prompt]]:
-        """Make what each arm puts before the target tokens.
+        """Make the prompts that each arm puts before the target tokens.
 
         Args:
             contexts: (B, C) token ids.
 
         Returns:
-            Arm -> B prompts of one length; arms that do not fit are absent, and "streaming" is where it is "full".
+            Arm -> B prompts of one length; arms that do not fit are absent, and so is "streaming" where "full" fits.
         """
         length = contexts.shape[1]
         compressed = compress_at_ratios(self.embedder, list(contexts), self.config.ratios)
@@ -120,9 +120,9 @@ class PerplexityExperiment(Experiment):
         }
 
     def _losses(self, prompts: Sequence[Prompt], targets: Ids, known: Sequence[dict[str, float]]) -> list[float]:
-        """Compute each window's mean loss; `known` has those of each by the text before it, and is added to.
+        """Compute each window's mean loss; `known` caches losses of each window by the text before it.
 
-        The same text comes up again and again: the nearest tokens at ratio 2 of 1,024 are all of 512.
+        The same text comes up repeatedly: the nearest tokens at ratio 2 of 1,024 are the whole context of 512.
         """
         keys = [str(prompt.inputs(self.llm)) if prompt.text_only else None for prompt in prompts]
         losses = {at: known[at][key] for at, key in enumerate(keys) if key is not None and key in known[at]}
@@ -146,12 +146,12 @@ class PerplexityExperiment(Experiment):
 
 
 def spread_windows(lengths: Sequence[int], per_document: int, contexts: Sequence[int], target: int) -> list[Window]:
-    """Spread windows evenly over each document, never overlapping in what the longest context of theirs holds.
+    """Spread windows evenly over each document; with their longest contexts they never overlap.
 
     Args:
         lengths: Tokens of each document; one without room for the shortest context gets no window.
-        per_document: Windows per document; fewer where so many do not fit side by side.
-        contexts: Lengths of context; a document has those for which it has room.
+        per_document: Windows per document; fewer if they do not fit side by side.
+        contexts: Lengths of context; a document gets those for which it has room.
         target: Tokens after the context.
     """
     windows = []
@@ -171,8 +171,8 @@ def target_losses(llm: LLM, prompts: Sequence[Prompt], targets: Ids) -> Tensor:
     """Compute the negative log-likelihood in nats of every target token but the first.
 
     Args:
-        llm: Predicts them.
-        prompts: B of them, what stands before the target tokens; they may have no positions.
+        llm: LLM that predicts them.
+        prompts: B prompts that stand before the target tokens; they may be empty.
         targets: (B, S) ids.
 
     Returns:
@@ -183,7 +183,7 @@ def target_losses(llm: LLM, prompts: Sequence[Prompt], targets: Ids) -> Tensor:
 
 
 def _table(samples: Sequence[Sample], context: str, config: PerplexityConfig) -> dict[str, Any]:
-    """Summarise one context length: every arm, and what the extensible ones are worth against the others."""
+    """Summarise one context length: every arm, and the extensible ones compared with the others."""
     rows = [sample["contexts"][context] for sample in samples]
     groups = np.array([sample["document"] for sample in samples])
     arms = {}

@@ -1,12 +1,12 @@
-"""Fit what it costs an answer when a sentence is read in less detail: the table that `plan_focus` weighs with.
+"""Fit what an answer loses when a sentence is read in less detail: the table with which `plan_focus` weighs.
 
-Each question is put with its text several times, each time under another plan drawn at random: now every sentence at a
-fidelity of its own, now the best few in full and the rest at one ratio. What such a plan costs, against the full text,
-is fitted as a sum over its sentences of w(trust, class) g(fidelity): how much a sentence matters, by what the ranking
-says of it, times how much of it is lost. Both are least squares in turn; w is not negative and g falls with detail.
+Each question is asked with its text several times, each time under another random plan: either every sentence at a
+fidelity of its own, or the best few in full and the rest at one ratio. The cost of such a plan, compared with the full
+text, is fitted as a sum over its sentences of w(trust, class) g(fidelity): how much a sentence matters, by its rank,
+times how much of it is lost. Both are fitted by least squares in turn; w is not negative and g falls with detail.
 
-The cost is half the loss of the right answer and half the fall of its probability as a whole, each over its own mean.
-The loss alone would have everything compressed a little; but an answer that is nearly right is not right.
+The cost is half the loss of the right answer and half the fall of the whole answer's probability, each divided by its
+own mean. The loss alone would favour compressing everything a little; but an answer that is nearly right is not right.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from extemb_core.questions import Question, read_questions, template_for, templa
 
 RANKS = (1, 2, 3, 6)
 _MIN_SENTENCES = 3
-_MAX_LOSS, _MIN_LOSS = 4.0, -1.0  # nats per token by which a plan counts as worse, or as better, than the full text
-_RANDOM = (0.12, 0.15, 0.13, 0.18, 0.17, 0.10, 0.15)  # chance of each fidelity for a sentence by itself
-_MAX_BEST, _MAX_NEXT = 4, 3  # sentences in full, and after them at a ratio of their own
-_RANKS_BY_TRUST = 2  # ranks whose sentences matter differently where the ranking is trusted
-_NEAR = 0.02  # of a share that is lost; resampling 296 questions moves it by 0.05 to 0.12
+_MAX_LOSS, _MIN_LOSS = 4.0, -1.0  # limits of a plan's loss beyond the full text's, in nats per token
+_RANDOM = (0.12, 0.15, 0.13, 0.18, 0.17, 0.10, 0.15)  # probability of each fidelity, if drawn independently
+_MAX_BEST, _MAX_NEXT = 4, 3  # maximum of sentences in full, and of those that follow at a finer ratio
+_RANKS_BY_TRUST = 2  # ranks whose sentences matter differently by level of trust
+_NEAR = 0.02  # shares of loss as close as this count as equal; resampling 296 questions moves one by 0.05 to 0.12
 _STEP = 0.001
 _TURNS = 60
 _RIDGE, _ROUNDS = 1.0, 400  # of each least squares
 
 
 class DrawnQuestions(Experiment):
-    """Draws questions at random, `limit` at most, as many of each source (the id up to its colon) as there are.
+    """Draws up to `limit` questions, the same number from each source (the id up to its colon) while it has some.
 
     Raises:
         ConfigError: The embedder enters at layer 0.
@@ -70,7 +70,7 @@ class DrawnQuestions(Experiment):
 
 
 class PlanExperiment(DrawnQuestions):
-    """Puts questions under random plans, and fits the table.
+    """Asks questions under random plans, and fits the table.
 
     Raises:
         ConfigError: The embedder enters at layer 0, or no text has several sentences and fits the window.
@@ -92,7 +92,7 @@ class PlanExperiment(DrawnQuestions):
             yield {"id": name, **self._measured(self._rows[at], text, draw)}
 
     def _measured(self, question: Question, text: str, draw: np.random.Generator) -> dict[str, Any]:
-        """Score the answer under plans drawn for the text; without a plan where it is too short or too long."""
+        """Score the answer under plans drawn for the text; no plans if the text is too short or too long."""
         llm, size = self.llm, self._embedder.config.chunk_size
         ids, ends = llm.encode_with_ends(text)
         sentences = split_into_sentences(text, ends, max_tokens=max_sentence_tokens(self._heads, len(ids)))
@@ -125,13 +125,13 @@ class PlanExperiment(DrawnQuestions):
         }
 
     def _scores(self, question: str, document: SplitDocument, compressed: Compressed) -> Array:
-        """Rank as plans do: by retrieval heads too, where the embedder names any."""
+        """Score sentences as plans do: with retrieval heads if the embedder names any."""
         ratios = self.config.ratios
         scorer = self._heads and self._heads.scorer([document], document.n_tokens, ratios, lambda: [compressed])
         return np.array((scorer or bm25_scores)(question, document.sentences.texts))
 
     def _drawn(self, scores: Array, number: int, draw: np.random.Generator) -> Array:
-        """Draw the fidelity of each sentence: by itself, or by rank, in turn."""
+        """Draw the fidelity of each sentence, alternately independently and by rank."""
         if number % 2 == 0:
             return draw.choice(len(FIDELITIES), len(scores), p=_RANDOM)
         rank = ranks(scores)
@@ -152,7 +152,7 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
     """Fit the table (see the module): JSON-able values, with the share of the cost's variance that it explains.
 
     Raises:
-        ConfigError: It costs nothing to read in less detail.
+        ConfigError: Reading in less detail costs nothing.
     """
     added = np.array([sample["added"] for sample in samples])
     positive = added[added > 0]
@@ -175,7 +175,7 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
             "token on average), so that there is no cost to fit; pass other questions, or train the embedder first"
         )
     x, y = np.stack(features), np.array(nats) / np.mean(nats) + np.array(falls) / np.mean(falls)
-    # One weight for each level and class; for classes of lower rank, of which little is seen, one for all levels.
+    # One weight for each level and class; for classes of lower rank, with little data, one for all levels.
     levels, n_classes, _ = blank.losses.shape
     number = np.arange(n_classes)
     of_cell = np.where(
@@ -190,7 +190,7 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
         steps = _non_negative_least_squares(np.cumsum((x * weights[:, None]).sum(1)[:, :-1], axis=1), y)
         lost = np.append(np.cumsum(steps[::-1])[::-1], 0)
         lost /= max(lost[0], 1e-9)
-    # All of a text at ratio 32 takes the positions of half of it at 16. Where the two are as good, all of it is read.
+    # A whole text at ratio 32 takes as many positions as half of it at 16. If both are equally good, all of it is read.
     half = (lost[0] + lost[2]) / 2
     if lost[1] < half + _NEAR:
         lost[1] = max(lost[2], min(lost[1], half - _STEP))

@@ -1,4 +1,4 @@
-"""Record where a number comes from: versions, hardware in words, git revision and the command that made it."""
+"""Record the origin of a number: versions, hardware in words, git revision, and the command that made it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy
 
 
 def provenance(command: Sequence[str]) -> dict[str, Any]:
-    """Collect everything about this run that is not its settings.
+    """Collect everything about this run except its settings.
 
     Args:
-        command: The words of the command line; of paths outside the repository only the file's name is kept.
+        command: The words of the command line; paths outside the repository are reduced to the file's name.
     """
     import torch
 
@@ -36,13 +36,13 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
             "memory_gib": _memory_gib(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "system": f"{platform.system()} {platform.machine()}",
-            "load_before": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # other work shows here
+            "load_before": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # shows other work
         },
     }
 
 
 def git_revision() -> dict[str, Any]:
-    """Return the commit, and whether code differs from it; None where the package has no git checkout of its own."""
+    """Return the commit, and whether code differs from it; None if the package is not in a git checkout of its own."""
     if not (ROOT / "pyproject.toml").is_file():  # installed, perhaps inside somebody else's checkout
         return {"revision": None, "dirty": None}
     revision = _git("rev-parse", "HEAD")
@@ -68,7 +68,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _without_folders(word: str) -> str:
-    word = os.fsencode(word).decode(errors="backslashreplace")  # a name may be no UTF-8, which a record is
+    word = os.fsencode(word).decode(errors="backslashreplace")  # a name may not be UTF-8, and a record must be
     option, equals, value = word.rpartition("=")
     if os.sep not in value:
         return word

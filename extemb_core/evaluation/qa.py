@@ -1,10 +1,10 @@
 """Measure question answering: what an LLM answers, and how likely the right answer is, by the form of the text.
 
 Every arm fills the same prompt, through the LLM's own chat template, with another form of the same text: see `forms`.
-Where the whole text does not fit the window, "full" has its first tokens, and the sample says "cut".
+If the whole text does not fit the window, "full" has its first tokens, and the sample says "cut".
 
-With `passages` above 1 the text is that many passages: the question's own and others of the same files; the rank of
-the question's own goes round those that are put, so that every rank has its share, whatever the limit.
+With `passages` above 1 the text is that many passages: the question's own and others of the same files. The rank of the
+question's own rotates over the questions asked, so that every rank has its share at any limit.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _ARMS = (
     "full",
 )
 
-_CACHED = 8  # times as many positions as in one pass, where most of them are read once for all rows
+_CACHED = 8  # so many times the positions of an ordinary pass, if most of them are a prefix that is read once
 _Key = tuple[str, int]  # arm, and number of the question
 
 
 class QaExperiment(Experiment):
-    """Puts questions. Without an embedder only "none", "full", "truncated", "chosen" and "lingua" are measured.
+    """Asks questions. Without an embedder only "none", "full", "truncated", "chosen" and "lingua" are measured.
 
     Raises:
-        ConfigError: There are too few texts, or a control is asked for that the embedder does not allow, or an arm is
-            to be measured anew that is not measured.
+        ConfigError: There are too few texts, or a control is asked for that the embedder does not allow, or `remeasure`
+            names an arm that is not measured.
     """
 
     kind: ClassVar[str] = "qa"
@@ -93,11 +93,11 @@ class QaExperiment(Experiment):
         )  # fmt: skip
 
     def questions(self) -> list[Question]:
-        """Return the questions that are put."""
+        """Return the questions that are asked."""
         return list(self._questions.values())
 
     def groups(self) -> list[list[str]]:
-        """List questions about one text side by side, and texts by length: little padding, and prefixes are shared."""
+        """Group questions about one text, and texts by length, to share prefixes and need little padding."""
         ordered = sorted(self._questions.values(), key=lambda q: (len(q.context), q.document, self._ranks[q.id], q.id))
         return groups_of([question.id for question in ordered], self.config.batch_size)
 
@@ -144,14 +144,14 @@ class QaExperiment(Experiment):
         return sample["id"] not in self._ranks or sample["rank"] == self._rank(sample["id"])
 
     def _rank(self, name: str) -> int | None:
-        """Return the rank of a question's own passage, which goes by the limit; None where there is no other."""
+        """Return the rank of a question's own passage, which depends on the limit; None if it is the only one."""
         return self._ranks[name] if self.config.passages > 1 else None
 
     def _batches(self, inputs: Mapping[_Key, PromptInputs], texts: Sequence[tuple[str, ...]]) -> Iterator[list[_Key]]:
-        """Group prompts by arm and question to be read in one pass each.
+        """Group prompts, named by arm and question, into passes.
 
-        What an arm makes of one text stands at the start of all its prompts and is read once, where that is worth it;
-        the other passes stay small, with little padding.
+        Prompts of one arm about one text begin with the same form of it, which is read once if that pays; the other
+        passes stay small, with little padding.
         """
         alike: dict[tuple[str, tuple[str, ...]], list[_Key]] = {}
         for arm, at in inputs:
@@ -160,19 +160,19 @@ class QaExperiment(Experiment):
         limit, single = positions_at_once(self.llm), dict(lengths)
         for keys in alike.values():
             if len(keys) > 1 and self.llm.shares_prefix([inputs[key] for key in keys]):
-                # Of what is shared only the cache grows with the questions.
+                # With a shared prefix only the cache grows with the number of questions.
                 yield from padded_batches({key: single.pop(key) for key in keys}, _CACHED * limit)
         yield from padded_batches(single, limit, at_least=MIN_FULL)
 
     def _answers(self, prompts: list[PromptInputs], references: list[Ids]) -> tuple[Sequence[str | None], list[Tensor]]:
-        """Let the LLM answer if it is to, and compute the log-probabilities of the reference answers, in one pass."""
+        """Let the LLM answer, if asked to, and compute the log-probabilities of the reference answers, in one pass."""
         if not self.config.generate:
             return [None] * len(prompts), self.llm.log_probs(prompts, references, at_once=True)
         answers, scores = self.llm.generate_and_score(prompts, references, self._sampling)
         return [answer.text.strip() for answer in answers], scores
 
     def forms(self, question: Question) -> dict[str, list[Part]]:
-        """Make what each arm puts in the place of the text: parts of a prompt.
+        """Make the form of the text, as parts of a prompt, for each arm.
 
         Raises:
             BudgetError: The text does not fit the window at the finest ratio.
@@ -191,7 +191,7 @@ class QaExperiment(Experiment):
         return {arm: parts for arm, parts in forms.items() if arm.split("/")[0] in (self.remeasure or _ARMS)}
 
     def reference(self, question: Question) -> Ids:
-        """Encode the first reference answer and what ends the assistant's turn: the tokens that training scores."""
+        """Encode the first reference answer and the end of the assistant's turn: the tokens that training scores."""
         return np.append(self.llm.encode(question.answers[0].strip()), np.int32(turn_end(self.llm)))
 
     def prompt(self, question: Question, parts: Sequence[Part]) -> Prompt:
@@ -200,7 +200,7 @@ class QaExperiment(Experiment):
         return assemble_chat(self.llm, [{"role": "user", "content": [self.template["before"], *parts, after]}])
 
     def passages(self, question: Question) -> list[str]:
-        """Draw the texts that the question is put with, by the seed and its id; its own is at its rank."""
+        """Draw the texts with which a question is asked, by the seed and its id; its own stands at its rank."""
         names = [name for name in self._texts if name != question.document]
         draw = np.random.default_rng([self.config.seed, int.from_bytes(question.id.encode()[-6:], "big")])
         chosen = [names[int(at)] for at in draw.permutation(len(names))[: self.config.passages - 1]]
@@ -212,7 +212,7 @@ class QaExperiment(Experiment):
         names = [arm for arm in arm_names(_ARMS, self.config.ratios) if arm in measured_arms]
         groups = np.array([sample["document"] for sample in samples])
         metrics, seed = self.metrics, self.config.seed
-        # Each question counts the same for a score; for the loss, each token does.
+        # In a score each question counts the same, in the loss each token.
         weights = dict.fromkeys(metrics, np.ones(len(samples)))
         weights["loss"] = np.array([sample["answer_tokens"] for sample in samples], dtype=float)
 
@@ -263,7 +263,7 @@ class QaExperiment(Experiment):
 
 
 def _of_same_text(inputs: Mapping[_Key, PromptInputs]) -> dict[_Key, list[_Key]]:
-    """Group the prompts of a question that are the same text, as chosen sentences at ratio 1 are all of it."""
+    """Group the prompts of a question that are the same text, such as chosen sentences at ratio 1 and the full text."""
     groups: dict[Any, list[_Key]] = {}
     for key, prompt in inputs.items():
         groups.setdefault((key[1], tuple(prompt)) if isinstance(prompt, list) else key, []).append(key)
@@ -271,7 +271,7 @@ def _of_same_text(inputs: Mapping[_Key, PromptInputs]) -> dict[_Key, list[_Key]]
 
 
 def draw_one_per_text(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Draw one of the questions about each text: which one does not depend on the other texts."""
+    """Draw one of the questions about each text, independently of the other texts."""
     by_text: dict[str, list[Question]] = {}
     for question in questions:
         by_text.setdefault(question.document, []).append(question)

@@ -1,7 +1,7 @@
 """Find the attention heads of an LLM that look, in compressed text, at the sentence that answers a question.
 
-Each text is read compressed, with its question, and for every head it is noted whether of all sentences the one it
-attends to most, at the position from which the answer comes, is one that holds the answer.
+Each text is read compressed, with its question, and for every head it is noted whether the sentence to which it attends
+most, at the position from which the answer comes, contains the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from extemb_core.questions import Question
 
 N_HEADS = 8
 _MIN_SENTENCES = 3
-_MAX_HOLDING_SHARE = 1 / 3  # of the sentences: an answer that stands in more says nothing about where a head looks
+_MAX_HOLDING_SHARE = 1 / 3  # of the sentences: an answer in more of them does not show where a head looks
 
 
 class HeadsExperiment(DrawnQuestions):
@@ -47,7 +47,7 @@ class HeadsExperiment(DrawnQuestions):
             yield {"id": name, **self._looked_at(self._rows[self._questions[name]])}
 
     def _looked_at(self, question: Question) -> dict[str, Any]:
-        """Note which heads look at a sentence with an answer; nothing where it is in none, in many, or too long."""
+        """Note which heads look at a sentence with the answer; nothing if none or many have it, or the text is long."""
         (ratio,), size = self.config.ratios, self._embedder.config.chunk_size
         ids, ends = self.llm.encode_with_ends(question.context)
         sentences = split_into_sentences(question.context, ends)

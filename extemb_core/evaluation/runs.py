@@ -3,7 +3,7 @@
 A run that is stopped goes on where it was: each finished sample is a line of `OUT.partial`, on disk before the next
 group begins, and is not measured again. The record keeps every sample, so that any table can be recomputed.
 
-Some arms of a finished record can be measured anew, where what changed touches no others: see `Experiment.remeasure`.
+Some arms of a finished record can be measured anew, after a change that affects no others: see `Experiment.remeasure`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from extemb_core.weights.resolve import short_name
 
 Sample = dict[str, Any]
 
-RECORD_VERSION = 2  # version 1, which said none, knew neither the kind of an embedder nor the loss of an answer
-# What may differ between the parts of one run: how many samples, and how they are computed.
+RECORD_VERSION = 2  # version 1, written without a number, had neither an embedder's kind nor an answer's loss
+# Settings that may differ between the parts of one run: the number of samples, and how they are computed.
 _FREE = ("limit", "batch_size", "device")
 _EMBEDDER_SETTINGS = (
     "entry_layer", "num_layers", "adaptation", "downscaling", "token_weighting", "connector", "chunk_size", "llm_name",
@@ -40,13 +40,13 @@ _REMEDY = "write the result elsewhere, or pass --no-resume to replace it"
 
 
 class Experiment:
-    """One kind of measurement, ready to run: of an LLM, and of an embedder whose ratios it asks for, or none.
+    """One kind of measurement, ready to run, of an LLM with an embedder or without one.
 
     Attributes:
         kind: "ppl", "qa", "needle", "speed", "plan", "heads" or "calibration".
-        hardware: What the samples depend on of the machine, JSON-able, for the parts of one run to be alike in; None
-            where it is nothing.
-        config: A frozen dataclass of JSON-able settings, `data` (paths) and `limit` among them.
+        hardware: Properties of the machine on which the samples depend, which all parts of a run must share; values
+            that JSON can hold, or None.
+        config: A frozen dataclass of settings that JSON can hold, with `data` (paths) and `limit` among them.
         remeasure: Kinds of arms that are measured anew in a finished record, whose other arms stay; () for all arms.
     """
 
@@ -70,24 +70,24 @@ class Experiment:
 
     @property
     def llm_digest(self) -> str:
-        """Return what tells the LLM from another of the same name."""
+        """Return a hash that tells the LLM from others of the same name."""
         return self.llm.weights_digest()
 
     @property
     def embedder_settings(self) -> dict[str, Any] | None:
-        """Return the embedder's settings that records keep; None without one."""
+        """Return the embedder's settings for the record; None without an embedder."""
         if self.embedder is None:
             return None
         return {name: getattr(self.embedder.config, name) for name in _EMBEDDER_SETTINGS}
 
     def groups(self) -> list[list[str]]:
-        """List the ids of all samples, in the groups in which they are measured together."""
+        """List the ids of all samples, grouped as they are measured together."""
         raise NotImplementedError
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
-        """Measure a group, or what a stopped run left of it; yields samples with their "id".
+        """Measure a group, or the rest of it after a stopped run; yields samples with their "id".
 
-        With `remeasure` a sample's "arms" are those alone.
+        With `remeasure`, a sample has only these "arms".
         """
         raise NotImplementedError
 
@@ -96,7 +96,7 @@ class Experiment:
         return True
 
     def summarise(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Make the tables, a pure function of the samples."""
+        """Make the tables; a pure function of the samples."""
         raise NotImplementedError
 
 
@@ -116,18 +116,18 @@ def run(
     """Measure what is not yet measured and write the record.
 
     Args:
-        experiment: What to measure.
-        out: The record's file; what is finished so far stands in `out` + ".partial".
+        experiment: The measurement.
+        out: File of the record; finished samples are in `out` + ".partial" until the end.
         command: The words of the command line, for the record.
-        resume: Take over samples of an earlier run with the same settings; without it they are measured anew.
+        resume: Keep samples of an earlier run with the same settings; otherwise they are measured anew.
         show_progress: Show a bar; None shows it on a terminal.
 
     Raises:
-        ConfigError: There is nothing to measure, or `out` is a folder, holds a run with other settings or more finished
-            samples than are asked for, or is being written by another process, or, where arms are to be measured anew,
-            does not hold the same samples; or a loss is not finite.
+        ConfigError: There is nothing to measure; `out` is a folder, holds a run with other settings, finished samples
+            that are not asked for, or, if arms are measured anew, other samples; another process writes it; or a loss
+            is not finite.
         DocumentError: `out` is not such a record.
-        DocumentNotFoundError: Arms are to be measured anew, and `out` does not exist.
+        DocumentNotFoundError: Arms are to be measured anew, but `out` does not exist.
     """
     out, identity = path_of(out), _identity(experiment)
     groups = experiment.groups()
@@ -165,12 +165,13 @@ def run(
 
 
 class FinishedSamples:
-    """Finished samples of one run, by id, and the time that they took: of its record, and of its journal.
+    """Finished samples of one run, by id, and the time that they took, from its record and its journal.
 
-    Where arms are measured anew, samples of the record are not finished, and those of the journal have no other arms.
+    If arms are measured anew, samples of the record do not count as finished, and those of the journal have only these
+    arms.
 
     Raises:
-        ConfigError: They are of another run.
+        ConfigError: The record or the journal belongs to another run.
         DocumentError: The journal or the record is damaged.
     """
 
@@ -187,11 +188,11 @@ class FinishedSamples:
         self.remeasure = remeasure = experiment.remeasure
         self.by_id: dict[str, Sample] = {}
         self.seconds = 0.0
-        self._n_parts = 0  # before this one
+        self._n_parts = 0  # parts in the record
         self._record: dict[str, Any] = {}
         self._earlier: dict[str, Sample] = {}
-        anew = not resume or Journal.identity_in(file).get("anew")  # what --no-resume began does without the record
-        if remeasure or (not anew and out.is_file()):  # a finished run may go on too: with a higher limit
+        anew = not resume or Journal.identity_in(file).get("anew")  # a run begun with --no-resume ignores the record
+        if remeasure or (not anew and out.is_file()):  # a finished run may go on, with a higher limit
             self._record = read_record(out)
             require_same_run(self._record, identity, out, _REMEDY)
             with _undamaged(out):
@@ -227,11 +228,11 @@ class FinishedSamples:
 
     @property
     def parts(self) -> int:
-        """In how many parts the samples were measured."""
+        """Number of parts in which the samples were measured."""
         return max(1, self._n_parts + self._part - (not self._has_added))
 
     def add(self, sample: Sample) -> None:
-        """Write down a finished sample, and the time since the last."""
+        """Add a finished sample to the journal, with the time since the last one."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         try:
@@ -253,7 +254,7 @@ class FinishedSamples:
         return self._earlier[name] | {"arms": self._earlier[name]["arms"] | sample["arms"]}
 
     def origins(self, origin: dict[str, Any]) -> dict[str, Any]:
-        """Say where the samples come from, `origin` being of this run, and where arms that were measured anew do."""
+        """Return the provenance of the samples, and of arms that were measured anew; `origin` is this run's."""
         anew = self._record.get("remeasured", {}) | dict.fromkeys(self.remeasure, origin)
         stays = self.remeasure or self.parts == self._record.get("parts")  # nothing has been measured since
         first = self._record["provenance"] if stays else origin
@@ -269,7 +270,7 @@ def _undamaged(file: Path) -> Iterator[None]:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """Read a record and check that it is one, of the version that is written today.
+    """Read a record and check that it is one of the current version.
 
     Raises:
         DocumentError: The file is missing, not JSON, not the record of a run, or one of another version.
@@ -301,7 +302,7 @@ def write_record(record: dict[str, Any], file: Path) -> None:
 
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
-    """Collect what must be the same for a sample of an earlier run to count in this one."""
+    """Collect what must be equal for a sample of an earlier run to count in this one."""
     config = json.loads(json.dumps(asdict(experiment.config)))
     config |= {"llm": short_name(config["llm"]), "data": [Path(file).name for file in config["data"]]}
     config["embedder"] = short_name(config["embedder"]) if config["embedder"] else None

@@ -14,7 +14,7 @@ from extemb_core.utils.validation import check_seed, is_count, paths_as_text, re
 CONTROLS = ("none", "truncated", "chosen", "focus", "lingua", "anchors", "random", "random_states", "wrong", "full")
 NEEDLE_CONTROLS = ("truncated", "chosen", "focus", "lingua")
 TASKS = ("passkey", "key_value")
-_MIN_TOKENS = 64  # of a haystack: more than any needle has characters
+_MIN_TOKENS = 64  # in a haystack: more than any needle has characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,10 @@ class CommonConfig:
     Attributes:
         llm: Name, path or hub id of the frozen LLM.
         embedder: Folder or hub id of its embedder; None measures the controls alone.
-        data: Files.
+        data: Data files.
         ratios: Ratios to measure. The controls take as many positions.
         limit: Maximum number of samples, evenly from all.
-        seed: Random seed, of the bootstrap and of all that is drawn.
+        seed: Random seed of the bootstrap and of everything drawn.
         batch_size: Samples per batch.
         device: auto (CUDA, then CPU), cpu, cuda or cuda:N.
         dtype: Data type of the LLM: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
@@ -59,7 +59,7 @@ class PerplexityConfig(CommonConfig):
         contexts: Lengths of context, in tokens (C).
         target: Tokens after the context that are predicted (S). All but the first are scored.
         windows: Windows per document, evenly spread.
-        window: Positions that the LLM is given. None is its own window.
+        window: Positions that the LLM may use. None is its own window.
         sinks: First tokens that the streaming arm keeps.
     """
 
@@ -89,8 +89,8 @@ class QaConfig(CommonConfig):
         passages: Passages per question: its own and others.
         template: auto (by the reference answers), short, yes_no or long. They are in `question_templates.json`.
         controls: Besides none and full: truncated, chosen, lingua, random, wrong; above entry layer 0 focus, anchors
-            and random_states too. None measures all that can be made.
-        generate: Let the LLM answer, or measure the loss of the right answers alone, which is quicker.
+            and random_states too. None measures all possible ones.
+        generate: Let the LLM answer, or only measure the loss of the right answers, which is faster.
         one_per_text: Ask one question about each text, drawn by the seed.
         remeasure: Measure these arms anew in a finished record and leave its others: controls, or extensible. For a
             change that affects these arms alone. None measures whatever is not measured yet.
@@ -122,10 +122,10 @@ class HeadsConfig(CommonConfig):
 
     Attributes:
         data: Questions: .jsonl[.zst] with id, context, question, answers. Never those that plans are judged by.
-        limit: Maximum number of questions, as many of each source (the id up to its colon) as there are.
+        limit: Maximum number of questions, the same from each source (the id up to its colon) while it has some.
     """
 
-    ratios: tuple[int, ...] = (8,)  # that texts are looked at
+    ratios: tuple[int, ...] = (8,)  # at which heads look at texts
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,10 +140,10 @@ class PlanConfig(CommonConfig):
         data: Questions: .jsonl[.zst] with id, context, question, answers. Never those that plans are judged by.
         passages: Passages per question at most: its own and others.
         plans: Random plans per question.
-        limit: Maximum number of questions, as many of each source (the id up to its colon) as there are.
+        limit: Maximum number of questions, the same from each source (the id up to its colon) while it has some.
     """
 
-    ratios: tuple[int, ...] = (2, 4, 8, 16, 32)  # those of every plan
+    ratios: tuple[int, ...] = (2, 4, 8, 16, 32)  # all plans use these
     passages: int = 4
     plans: int = 6
 
@@ -155,12 +155,12 @@ class PlanConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleConfig(CommonConfig):
-    """Settings of finding one thing in much text.
+    """Settings of finding one thing in a long text.
 
     Attributes:
         data: Text to hide pass keys in. `SENTENCES` of `needle.py` when there is none.
         controls: Besides none and full: truncated, chosen, lingua, and above entry layer 0 focus. None measures all
-            but lingua that can be made.
+            possible ones but lingua.
         tasks: Tasks to measure, of passkey and key_value.
         tokens: Lengths of text, in tokens.
         depths: Number of depths, evenly from the start of the text to its end. A single one is in the middle.
@@ -193,9 +193,9 @@ class SpeedConfig(CommonConfig):
     """Settings of timing answers.
 
     Attributes:
-        data: Text to read. It is repeated where it is short, and made up when there is none.
+        data: Text to read. A short one is repeated; without any, text is made up.
         tokens: Lengths of text, in tokens.
-        rounds: Rounds per length, each of which measures every side once.
+        rounds: Rounds per length. Each measures every side once.
         new_tokens: Tokens of the answer.
     """
 
@@ -216,10 +216,10 @@ class CalibrationConfig(CommonConfig):
     """Settings of finding an entry layer.
 
     Attributes:
-        data: Questions to choose by: .jsonl[.zst] with id, context, question, answers. Text alone decides without any.
-        text: Text to continue: .jsonl[.zst] with a "text" field, .txt, .md. The Python reference, which ships with
-            Python, where there is none.
-        layers: Candidate layers. `candidate_layers` where there are none.
+        data: Questions to choose by: .jsonl[.zst] with id, context, question, answers. Without any, text alone decides.
+        text: Text to continue: .jsonl[.zst] with a "text" field, .txt, .md. Without any, the Python reference, which
+            ships with Python.
+        layers: Candidate layers. Without any, those of `candidate_layers`.
         ratios: Ratios to measure, powers of two. One is above 1.
         weighting: Weight of a token in its group: uniform, rank or frequency. See `models/pooling.py`.
         counts: Text to count tokens in, for the weighting "frequency".
@@ -250,7 +250,7 @@ class CalibrationConfig(CommonConfig):
 
 
 def require_counts(config: Any, *names: str) -> None:
-    """Raise `ConfigError` unless these are positive whole numbers, or tuples, made of lists too, of distinct ones."""
+    """Raise `ConfigError` unless these fields are positive whole numbers, or tuples or lists of distinct ones."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, list):

@@ -7,21 +7,21 @@ For each length the same text is read in several ways, one question after it:
     offline/k    the embeddings were made before; making or loading them does not count, reading them does
 
 A side that does not fit the window, beside the prompt and the answer, is absent. Within a round the sides take turns,
-and the order turns round with every round, so that a busy moment hits all of them; `first_token_over_full` compares
-within a round. Tokenising the text counts nowhere; putting the prompt together counts everywhere.
+and every round reverses their order, so that a busy moment hits all of them; `first_token_over_full` compares within
+a round. Tokenising the text counts nowhere; building the prompt counts everywhere.
 
 **First token**: from the token ids of the text (offline: from its embeddings, in main memory) until the first token
 of the answer is known. **Decoding**: the tokens after it, one forward pass each, over the time they took. Tokens are
-chosen greedily by a plain loop over the LLM (`greedy`): always as many as asked for, where an answer would end at the
-LLM's first stop token, and each one timed when it is there, where streamed text may wait for the next.
+chosen greedily by a plain loop over the LLM (`greedy`): always as many as asked for, while a real answer would end at
+the first stop token, and each is timed when it is known, while streamed text may wait for the next.
 
 **Peak memory**: the highest use while a side runs, less what was in use before (the models' weights, the text, the
-offline embeddings). It is taken once per length, in the pass before the first round that is not timed. On CUDA it is
-what PyTorch's allocator hands out. On the CPU it is the process's resident set, whose peak the Linux kernel keeps:
-null on other systems and where the process may not reset that peak. Its limits: memory that an earlier side freed and
-the C library kept is in use before (on glibc it is handed back first, as far as that can be), and so is not counted;
-what other threads of the process do is; and pages that are touched for the first time count, which is why a short
-text goes through every side before the first length.
+offline embeddings). It is measured once per length, in an untimed pass before the first round. On CUDA it is what
+PyTorch's allocator hands out. On the CPU it is the process's resident set, whose peak the Linux kernel keeps: null on
+other systems and if the process may not reset that peak. Its limits: memory that an earlier side freed and the C
+library kept counts as in use before (on glibc it is handed back first, as far as possible); work of other threads in
+the process is counted; and so are pages that are touched for the first time, which is why a short text goes through
+every side before the first length.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ from extemb_core.utils.jsonl import evenly
 
 BEFORE = "Read the text.\n\nText:\n"
 AFTER = "\n\nIn one sentence, what is this text about?"
-_FIRST_TOKENS = 64  # of the text that goes through every side before anything counts
+_FIRST_TOKENS = 64  # of the text that goes through every side before anything is measured
 _MIB = 2**20
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One length's text as (T,) `ids`, compressed by ratio, and the sides that fit with the positions they take."""
+    """Text of one length: (T,) `ids`, the compressed text by ratio, and the sides that fit, with their positions."""
 
     ids: Ids
     compressed: dict[int, Segment]
@@ -89,7 +89,7 @@ class SpeedExperiment(Experiment):
         self._peaks: dict[str, float | None] = {}
 
     def groups(self) -> list[list[str]]:
-        """List one round of one length a group; a length at which no side fits has none."""
+        """List one round of one length per group; a length at which no side fits has none."""
         return groups_of(list(self._rounds), 1)
 
     def measure(self, group: Sequence[str]) -> Iterator[Sample]:
@@ -145,29 +145,29 @@ class SpeedExperiment(Experiment):
         return Document(ids, {ratio: part for ratio, (part,) in compressed.items()}, sides)
 
     def _prepared(self, tokens: int) -> Document:
-        """Prepare the text of a length; where it is another than the last, after the pass that is not timed."""
+        """Prepare the text of a length; for a new length, run the untimed pass first."""
         if self._document is None:
             self._untimed_pass(self._document_of(_FIRST_TOKENS))
         if self._document is None or len(self._document.ids) != tokens:
-            self._document = None  # the last one's memory
+            self._document = None  # frees the last one's memory
             document = self._document_of(tokens)
             self._peaks = self._untimed_pass(document)
             self._document = document
         return self._document
 
     def _untimed_pass(self, document: Document) -> dict[str, float | None]:
-        """Run every side once, for its memory in MiB."""
+        """Run every side once, to measure its memory in MiB."""
         return {side: peak_mib(partial(self.answer, side, document), self.llm.device) for side in document.sides}
 
 
 @torch.no_grad()
 def greedy(llm: LLM, prompt: PromptInputs, count: int) -> tuple[list[int], list[float]]:
-    """Take the LLM's likeliest next token, `count` times in a row; stop tokens are tokens like any other.
+    """Take the LLM's likeliest next token, `count` times in a row; stop tokens are treated like any other.
 
     Args:
-        llm: Goes on from the prompt.
-        prompt: Of at least one position.
-        count: At least 1.
+        llm: LLM that continues the prompt.
+        prompt: Prompt of at least one position.
+        count: Number of tokens, at least 1.
 
     Returns:
         The token ids, and the time (`time.perf_counter`) at which each was known.
@@ -186,11 +186,11 @@ def greedy(llm: LLM, prompt: PromptInputs, count: int) -> tuple[list[int], list[
 
 
 def peak_mib(work: Callable[[], object], device: torch.device) -> float | None:
-    """Measure the peak of memory of some work beyond what was in use before; None where the system cannot.
+    """Measure the peak of memory of some work, beyond what was in use before; None if the system cannot.
 
     Args:
-        work: What to do.
-        device: Whose memory: a CUDA device, or else the process's resident set.
+        work: Function that does the work.
+        device: A CUDA device, to measure its memory; for others, the process's resident set is measured.
     """
     gc.collect()
     if device.type == "cuda":
@@ -207,10 +207,10 @@ def peak_mib(work: Callable[[], object], device: torch.device) -> float | None:
 
 
 def _reset_resident_peak() -> bool:
-    """Have the peak of the resident set counted from now on; False where the system cannot."""
+    """Reset the peak of the resident set; False if the system cannot."""
     if not _CLEAR_REFS.exists():
         return False
-    with suppress(AttributeError):  # not every C library can hand back what it keeps
+    with suppress(AttributeError):  # not every C library can hand back freed memory
         ctypes.CDLL(None).malloc_trim(0)
     try:
         _CLEAR_REFS.write_text("5", encoding="ascii")

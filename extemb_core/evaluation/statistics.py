@@ -1,7 +1,7 @@
 """Compute means, and shares of means, with intervals over documents.
 
-Measurements of one document are not independent, so whole groups are resampled: a bootstrap of as many groups as
-there are, drawn with replacement, and the 2.5% and 97.5% quantiles of what is computed from them.
+Measurements of one document are not independent, so whole groups are resampled: a bootstrap draws as many groups as
+there are, with replacement, and gives the 2.5% and 97.5% quantiles of what is computed from them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from extemb_core.errors import ConfigError
 
 _RESAMPLES = 10_000
-_DRAWS_AT_ONCE = 2_000_000  # so that memory does not grow with the number of groups
+_DRAWS_AT_ONCE = 2_000_000  # keeps memory from growing with the number of groups
 
 Values = np.ndarray[Any, Any]
 Arms = Mapping[str, Mapping[str, Any]]
@@ -28,8 +28,8 @@ def bootstrap_interval(
     Args:
         values: (W,).
         groups: (W,) the document of each value.
-        seed: Of the resampling; the same seed and groups give the same resamples for any values.
-        weights: (W,) what each value counts, such as its tokens; all the same when not given.
+        seed: Random seed of the resampling; the same seed and groups give the same resamples for any values.
+        weights: (W,) weight of each value, such as its tokens; all equal when not given.
 
     Returns:
         The 2.5% and the 97.5% quantile; None with fewer than two groups.
@@ -45,8 +45,8 @@ def mean_with_interval(values: Values, groups: Values, seed: int = 0, weights: V
     Args:
         values: (W,), at least one.
         groups: (W,) the document of each value.
-        seed: Of the resampling.
-        weights: (W,) what each value counts; all the same when not given.
+        seed: Random seed of the resampling.
+        weights: (W,) weight of each value; all equal when not given.
     """
     _require_values(values)
     interval = bootstrap_interval(values, groups, seed, weights)
@@ -54,13 +54,13 @@ def mean_with_interval(values: Values, groups: Values, seed: int = 0, weights: V
 
 
 def paired(rows: Sequence[Arms], groups: Values, field: str, *arms: str) -> tuple[list[Values], Values]:
-    """Return a field of some arms on the rows that have all of them, (N,) each, and those rows' groups.
+    """Return a field of several arms from the rows that have all these arms, (N,) each, and the groups of these rows.
 
     Args:
-        rows: W of them, arm -> fields.
+        rows: W rows, arm -> fields.
         groups: (W,) the document of each row.
-        field: Of the arms.
-        arms: Their names.
+        field: Name of the field.
+        arms: Names of the arms.
     """
     having = [at for at, row in enumerate(rows) if all(arm in row for arm in arms)]
     return [np.array([rows[at][arm][field] for at in having], dtype=float) for arm in arms], groups[having]
@@ -69,7 +69,7 @@ def paired(rows: Sequence[Arms], groups: Values, field: str, *arms: str) -> tupl
 def differences(
     rows: Sequence[Arms], groups: Values, field: str, arm: str, others: Mapping[str, str], seed: int = 0
 ) -> dict[str, Any]:
-    """Compute the mean of an arm less each of the `others`, by name, on the rows that have both; none without any."""
+    """Compute, by name, the mean of an arm minus each of the `others`, on the rows that have both, if there are any."""
     means = {}
     for name, other in others.items():
         (values, other_values), documents = paired(rows, groups, field, arm, other)
@@ -79,31 +79,31 @@ def differences(
 
 
 def share(numerator: Values, denominator: Values, groups: Values, seed: int = 0) -> dict[str, Any]:
-    """Compute the ratio of two means, such as the part of a gain that is retained, or why there is none to speak of.
+    """Compute the ratio of two means, such as the part of a gain that is retained, or the reason for not giving one.
 
     Args:
         numerator: (W,), at least one: what was gained.
         denominator: (W,): what there was to gain, paired with it.
         groups: (W,) the document of each pair.
-        seed: Of the resampling.
+        seed: Random seed of the resampling.
 
     Returns:
-        `mean`, the ratio, and `interval`, its 95% interval over groups as a list or None with fewer than two groups.
-        Where the mean of the denominator is not clearly above 0 (its interval reaches 0 or below; with one group,
-        it does itself) a ratio to it says nothing: then only `refused`, a sentence.
+        `mean`, the ratio, and `interval`, its 95% interval over groups as a list, or None with fewer than two groups.
+        If the mean of the denominator is not clearly above 0 (its interval, or with one group the mean itself, reaches
+        0 or below), a ratio to it says nothing: then only `refused`, a sentence.
     """
     _require_values(numerator)
     part, whole = float(np.mean(numerator)), float(np.mean(denominator))
     bounds = bootstrap_interval(denominator, groups, seed)
     least = bounds[0] if bounds is not None else whole
-    if not least > 0:  # so that a value that is no number is refused too
+    if not least > 0:  # written so that NaN is refused too
         noise = f" (95% interval {bounds[0]:.4g} to {bounds[1]:.4g})" if bounds is not None else ""
         return {"refused": f"what there was to gain, {whole:.4g}{noise}, is not clearly above 0"}
     resampled = _resampled_sums([numerator, denominator], groups, seed)
     if resampled is None:
         return {"mean": part / whole, "interval": None}
     parts, wholes = resampled
-    positive = wholes > 0  # all but fewer than 2.5%, or it had been refused; the others have no share
+    positive = wholes > 0  # more than 97.5%, or it had been refused; in the others a share has no meaning
     return {"mean": part / whole, "interval": _quantiles(parts[positive] / wholes[positive])}
 
 

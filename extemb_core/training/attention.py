@@ -1,9 +1,10 @@
-"""Attend in training.
+"""Attention in training.
 
 torch's own kernel for CPUs is slow in the backward pass of short rows in bfloat16: at 128 positions it takes four
 times as long as this one, at 350 more than twice (docs/experiments.md). Here the probabilities are kept instead of
-computed again, one row of the batch after another, so that a row's scores stay in the cache. On a GPU, cuDNN's kernels
-are prepared anew for each shape, and in training every step has another: that took about half of its time.
+computed again, one row of the batch after another, so that a row's scores stay in the processor's cache. On a GPU,
+cuDNN prepares its kernels anew for each shape, and in training every step has another shape: that took about half of
+the time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _PREPARED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 @contextmanager
 def training_attention(*models: Any) -> Iterator[None]:
-    """Let transformers models attend by rows on a CPU, where they attend as torch does, and without cuDNN on a GPU."""
+    """Make transformers models that use torch's attention attend row by row on a CPU, and without cuDNN on a GPU."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     chosen = [model for model in models if model.config._attn_implementation == "sdpa" and model.device.type == "cpu"]
@@ -49,10 +50,10 @@ def attend(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend. query (B, H, T, D), key and value (B, G, S, D), mask (B or 1, 1, T, S) -> (B, T, H, D).
+    """Compute attention. query (B, H, T, D), key and value (B, G, S, D), mask (B or 1, 1, T, S) -> (B, T, H, D).
 
-    transformers calls this. Without a mask attention is causal. What it is not made for goes to torch's kernel:
-    float32, long rows, a cache, no gradient.
+    transformers calls this. Without a mask attention is causal. Other cases go to torch's kernel: float32, long rows, a
+    cache, no gradient.
     """
     length = query.shape[2]
     ours = query.dtype == torch.bfloat16 and 1 < length <= _MAX_LENGTH and length == key.shape[2] and not dropout

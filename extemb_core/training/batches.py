@@ -1,4 +1,4 @@
-"""Plan which batch of a run trains what, item by item.
+"""Plan what each batch of a run trains on, item by item.
 
 Every batch is of one objective. Which one, and which of its samples, follows from the seed and the batch's number
 alone, so that a resumed run, and each of several processes, trains on what one uninterrupted process would have.
@@ -36,15 +36,15 @@ class Batches:
     """Map-style dataset in training order: `batch_size` consecutive items are one batch.
 
     Attributes:
-        shares: Share of the batches of each objective.
-        n_batches: Of the whole run, over all processes.
-        batch_size: Samples of a batch.
-        seed: Of all that is drawn.
-        llm: Whose tokenizer is used.
+        shares: Share of the batches for each objective.
+        n_batches: Number of batches in the whole run, over all processes.
+        batch_size: Samples per batch.
+        seed: Random seed of everything drawn.
+        llm: LLM whose tokenizer is used.
         samples: Text, for every objective but "questions".
-        questions: For "questions".
+        questions: Readings for the objective "questions".
         spans: Tokens of the longest span to reconstruct, at the start and at the end of the run.
-        objectives: That of each batch.
+        objectives: Objective of each batch.
     """
 
     shares: Mapping[str, float]
@@ -62,7 +62,7 @@ class Batches:
         shares = np.array([self.shares[name] for name in names], dtype=float)
         drawn = np.random.default_rng([self.seed, 0]).choice(len(names), size=self.n_batches, p=shares / shares.sum())
         self.objectives = [names[int(at)] for at in drawn]
-        self._before = np.zeros(self.n_batches, dtype=np.int64)  # batches of the same objective before each
+        self._before = np.zeros(self.n_batches, dtype=np.int64)  # earlier batches of each one's objective
         for which in range(len(names)):
             self._before[drawn == which] = np.arange((drawn == which).sum())
 
@@ -86,13 +86,13 @@ class Batches:
         }
 
     def _text(self, number: int) -> np.ndarray[Any, Any]:
-        """Return sample `number` of an endless stream; each round over the samples is another order."""
+        """Return sample `number` of an endless stream, in which each round over the samples has another order."""
         assert self.samples is not None
         rounds, at = divmod(number, len(self.samples))
         return self.samples[int(shuffled(len(self.samples), self.seed, 1, rounds)[at])]["input_ids"]  # type: ignore[no-any-return]
 
     def _spans_of(self, ids: np.ndarray[Any, Any], batch: int, draw: np.random.Generator) -> list[Reading]:
-        """Cut spans side by side, from anywhere in the sample: a span is read twice, so they take half its length."""
+        """Cut adjacent spans at a random place; each is read twice, so together they take half the sample's length."""
         first, last = self.spans
         longest = round(first + (last - first) * batch / max(1, len(self.objectives) - 1))
         length = min(int(draw.integers(min(first, longest), longest + 1)), len(ids))
@@ -104,8 +104,8 @@ class Batches:
 class Collator:
     """Draws the ratios of each sample and the chunk size of the batch, from the index of its first item.
 
-    A ratio that is named twice is drawn twice as often, but never twice for one sample. Two streams take a chunk size
-    that leaves something to predict.
+    A ratio that is named twice is drawn twice as often, but never twice for one sample. The objective "two_stream" only
+    gets chunk sizes that leave something to predict.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ def plan_batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Seq
     if "two_stream" in wanted:
         short = short_chunks(config, chunk_sizes)
         shortest = max(short) + 1
-        for size in short:  # that the longest sample fits the window is known now, not at some step
+        for size in short:  # fail now, not at some step, if the longest sample does not fit the window
             lengths = chunk_lengths(config.sample_length, size)
             plan_passes(lengths, finest, pass_window(llm), int(llm.bos_token_id is not None))
     else:
@@ -168,7 +168,7 @@ def plan_batches(config: TrainingConfig, llm: LLM, finest: int, chunk_sizes: Seq
 
 
 def short_chunks(config: TrainingConfig, chunk_sizes: Sequence[int]) -> list[int]:
-    """List those that leave something of a sample to predict after a chunk: what two streams are made of."""
+    """List the chunk sizes that leave something of a sample to predict after a chunk, as "two_stream" needs."""
     short = [size for size in chunk_sizes if size < config.sample_length]
     if not short:
         raise ConfigError(
@@ -179,7 +179,7 @@ def short_chunks(config: TrainingConfig, chunk_sizes: Sequence[int]) -> list[int
 
 
 def held_out_samples(config: TrainingConfig, llm: LLM) -> Samples | None:
-    """Take the samples that the loss is measured on, all of one length; None without such text."""
+    """Return the held-out samples on which the loss is measured, all of one length; None without held-out text."""
     if not config.eval_data:
         return None
     tokens = token_file(config, llm, config.eval_data)
@@ -193,7 +193,7 @@ def held_out_samples(config: TrainingConfig, llm: LLM) -> Samples | None:
 
 
 def drawn_from(config: TrainingConfig, settings: ExtensibleEmbedderConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ratios and the chunk sizes that a run draws from; `RatioError` where the embedder lacks a ratio."""
+    """Return the ratios and chunk sizes that a run draws from; raise `RatioError` if the embedder lacks a ratio."""
     ratios = config.ratios or tuple(settings.ratios)
     for ratio in ratios:
         settings.require_ratio(ratio)
@@ -201,5 +201,5 @@ def drawn_from(config: TrainingConfig, settings: ExtensibleEmbedderConfig) -> tu
 
 
 def token_file(config: TrainingConfig, llm: LLM, files: Sequence[str]) -> TokenFile:
-    """Tokenise a run's files, or take what was tokenised before."""
+    """Tokenise a run's files, or open the tokens of an earlier call."""
     return TokenFile.build([Path(file) for file in files], llm, config.token_cache)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which are whole, what run they are of, and how far it was."""
+"""Checkpoints of a run: which are whole, to which run they belong, and how far it had come."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from extemb_core.training.config import TrainingConfig
 from extemb_core.utils.files import atomic_write_text, fsync, parse_json
 
 COMPLETE, OPTIMIZER = "complete.json", "optimizer.safetensors"
-# What a checkpoint's tensors depend on; all else may change when a run goes on, and the log says so.
+# Settings that a checkpoint's tensors depend on; others may change when a run resumes, and the log says so.
 _FIXED = ("llm", "embedder", "trained", "reader_rank", "reader_first_layer", "start_from")
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """Find the last whole checkpoint in a run's folder, of whatever run."""
+    """Find the last whole checkpoint in a folder, whichever run it belongs to."""
     whole = [folder for folder in checkpoints_in(output) if (folder / COMPLETE).is_file()]
     return max(whole, key=step_of, default=None)
 
@@ -51,9 +51,9 @@ def is_finished(config: TrainingConfig) -> bool:
 
 
 def checkpoint_to_resume(stages: Sequence[TrainingConfig]) -> Path | None:
-    """Find the last whole checkpoint up to the first stage that is not finished: what a call that resumes begins with.
+    """Find the checkpoint that a resumed call begins with: the last whole one up to the first unfinished stage.
 
-    There is none where checkpoints of another run are in the way.
+    None if checkpoints of another run are in the way.
     """
     last = None
     try:
@@ -67,9 +67,9 @@ def checkpoint_to_resume(stages: Sequence[TrainingConfig]) -> Path | None:
 
 
 def is_saved(config: TrainingConfig) -> bool:
-    """Return whether the run is finished, and its folder holds what its last checkpoint does.
+    """Return whether the run is finished, and its folder holds the result of its last checkpoint.
 
-    A checkpoint without tensors, as earlier versions carried it to another machine, has nothing more to save there.
+    A checkpoint without tensors, as earlier versions sent to other machines, has nothing left to save.
     """
     checkpoint = checkpoint_of(config)
     if checkpoint is None or not is_finished(config):
@@ -89,19 +89,19 @@ def named_if_damaged(checkpoint: Path) -> Iterator[None]:
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, MismatchError):  # the LLM is another
             raise
-        what = str(error).split("; ")[0]  # without the remedy for weights from elsewhere
+        what = str(error).split("; ")[0]  # without its remedy, which is for downloaded weights
         earlier = any((one / COMPLETE).is_file() for one in checkpoints_in(checkpoint.parent) if one != checkpoint)
         then = "goes on from the one before" if earlier else "begins anew"
         raise TrainingError(f"{checkpoint} is damaged ({what}); remove it, and the run {then}") from error
 
 
 def checkpoints_in(output: Path) -> list[Path]:
-    """List a run's checkpoints, whole or not; a folder of another name, a copy that was put aside, is none."""
+    """List a run's checkpoints, whole or not; a folder with another name, such as a copy, is not one."""
     return [folder for folder in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", folder.name)]
 
 
 def mark_complete(folder: Path, tokens: int, config: TrainingConfig, outdated: Sequence[Path] = ()) -> None:
-    """Have a checkpoint count as whole once all of it is on disk, and those in outdated folders no longer."""
+    """Mark a checkpoint as whole, after flushing it to disk, and discard those in outdated folders."""
     for file in filter(Path.is_file, folder.rglob("*")):
         fsync(file)
     discard_checkpoints(*outdated)
@@ -110,19 +110,19 @@ def mark_complete(folder: Path, tokens: int, config: TrainingConfig, outdated: S
 
 
 def mark_saved(checkpoint: Path) -> None:
-    """Note that the run's folder holds what this checkpoint does: another run can begin there."""
+    """Note that the run's folder holds the result of this checkpoint, so that another run can start from it."""
     atomic_write_text(checkpoint / COMPLETE, json.dumps(_mark_of(checkpoint) | {"saved": True}, indent=2))
 
 
 def remove_incomplete(output: Path) -> None:
-    """Remove what a kill left, or was discarded: it counts for nothing, but would push a whole checkpoint out."""
+    """Remove incomplete and discarded checkpoints, which would otherwise displace whole ones."""
     for folder in checkpoints_in(output):
         if not (folder / COMPLETE).is_file():
             shutil.rmtree(folder)
 
 
 def discard_checkpoints(*outputs: Path) -> None:
-    """Have no run go on from what is in these folders."""
+    """Discard the checkpoints in these folders: no run resumes from them."""
     for output in outputs:
         for folder in checkpoints_in(output):
             (folder / COMPLETE).unlink(missing_ok=True)
@@ -134,7 +134,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def tokens_of(checkpoint: Path, config: TrainingConfig) -> int:
-    """Read how many tokens a checkpoint has seen; earlier versions did not say, and had steps of one size."""
+    """Return how many tokens a checkpoint has seen; earlier versions noted none, and had steps of constant size."""
     mark = _mark_of(checkpoint)
     if "tokens" in mark:
         return int(mark["tokens"])
@@ -144,7 +144,7 @@ def tokens_of(checkpoint: Path, config: TrainingConfig) -> int:
 
 
 def _mark_of(checkpoint: Path) -> dict[str, Any]:
-    """Read what says that a checkpoint is whole."""
+    """Read the mark that makes a checkpoint whole."""
     try:
         return dict(parse_json((checkpoint / COMPLETE).read_bytes()))
     except (ValueError, TypeError) as error:
@@ -156,8 +156,8 @@ def _mark_of(checkpoint: Path) -> dict[str, Any]:
 def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tuple[Any, Any]]:
     """Compare the settings with those that a checkpoint was made with: changed name -> (then, now).
 
-    One that the checkpoint's version did not know was its default. A folder is the same however its path is typed, and
-    a stage of a recipe goes on from the one beside it wherever the recipe's folder was moved.
+    A setting that the checkpoint's version did not know had its default. Paths are equal if they lead to the same
+    folder, also if a recipe's folder, with its stages side by side, was moved.
     """
     defaults = _settings(TrainingConfig(llm="", data=("",), output=""))
     before = defaults | {"data": [], "llm": ""} | _config_of(checkpoint)
@@ -169,7 +169,7 @@ def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tupl
 
 
 def _same_place(then: str, now: str, output_then: str, output_now: str) -> bool:
-    """Return whether two paths are one, or lead to one place beside a run's folder before and after that was moved."""
+    """Return whether two paths are the same, or the same relative to the parent of a run's folder, which may be moved."""
     one, other, beside_then, beside_now = (
         Path(os.path.abspath(path)) for path in (then, now, Path(output_then).parent, Path(output_now).parent)
     )
@@ -180,12 +180,12 @@ def _same_place(then: str, now: str, output_then: str, output_now: str) -> bool:
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
-    """Return the settings of a run as JSON has them."""
+    """Return the settings of a run as they are after a round trip through JSON."""
     return dict(json.loads(json.dumps(asdict(config))))
 
 
 def _config_of(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint's settings: in its own mark, in those of the first versions in the run's file."""
+    """Read a checkpoint's settings from its mark, or, for the first versions, from the run's file."""
     for file in (checkpoint / COMPLETE, checkpoint.parent / "training.json"):
         try:
             values = parse_json(file.read_text(encoding="utf-8"))

@@ -36,29 +36,27 @@ class TrainingConfig:
         questions: Training questions: .jsonl[.zst] with "id", "context", "question" and "answers".
         eval_data: Held-out text, for the loss at every ratio. Without any there is no evaluation during training.
         embedder: Settings of `ExtensibleEmbedderConfig` for a new embedder.
-        start_from: Go on from what was trained in this folder, instead of a new embedder. It is an embedder, a reader
-            or both, and what the last checkpoint knows of the optimiser.
+        start_from: Start from what was trained in this folder, instead of a new embedder. It is an embedder, a reader
+            or both, with the optimiser's state in the last checkpoint.
         cache: Folder for tokenised text; "data" in `output` when not given.
         objectives: Share of the batches of each of `OBJECTIVES`; they add up to 1 after scaling.
-        distillation: Weight, 0 to 1, of the divergence from the LLM reading the text itself.
+        distillation: Weight, 0 to 1, of the divergence from the LLM when it reads the text itself.
         trained: "embedder"; "connector", which is a part of it; "reader", adapters on the LLM that teach it to
             answer from text; or "both" the embedder and a reader on the layers above the embedder's.
         reader_rank: Rank of a reader's adapters.
-        reader_first_layer: Decoder layers before it get none. An embedder shares the layers that a reader leaves as
-            they are; 0 takes all, or all above those of an embedder that is trained beside it.
-        most_per_source: Questions of each source (the id up to its number) in one round over them.
-        raw_share: Share of a question's documents that stays text, so that what learns to read embeddings goes on
-            reading text.
+        reader_first_layer: First decoder layer that gets a reader's adapters. An embedder shares the layers without
+            adapters; 0 takes all layers, or all above those of an embedder that is trained with the reader.
+        most_per_source: Maximum questions of each source (the id up to its number) in one round over them.
+        raw_share: Share of a question's documents that stays text, so that the LLM does not forget how to read text.
         mixed_share: Share of documents compressed around a part left as text, above entry layer 0. It is a share of
-            those that `raw_share` leaves.
+            the documents that do not stay text by `raw_share`.
         focus_share: Share of questions that read their documents by a plan: the sentences nearest to the question stay
             text, above entry layer 0.
-        most_distractors: Documents of other questions that are read beside a question's own, as far as `sample_length`
-            goes.
-        sample_length: Tokens per training sample. It is also the most that a question's documents take.
+        most_distractors: Maximum documents of other questions beside a question's own, if they fit `sample_length`.
+        sample_length: Tokens per training sample. A question's documents take no more together.
         spans: Tokens of the spans to reconstruct, at the start of the run and at its end: short ones first.
         chunk_sizes: Chunk lengths in training, one drawn per batch. Without any it is the embedder's own;
-            "two_stream" takes those shorter than a sample.
+            "two_stream" uses those shorter than a sample.
         ratios: Ratios drawn per sample; the embedder's own when empty.
         ratios_per_sample: Ratios per sample; one pass of the embedder serves them all.
         total_tokens: Tokens to train on. Steps follow from it.
@@ -67,16 +65,17 @@ class TrainingConfig:
         learning_rate: Peak learning rate.
         connector_lr_factor: Learning rate of the connector, as a multiple of the layers'.
         warmup_steps: Warm-up steps of the learning rate.
-        decay_steps: Last steps, in which the learning rate falls to 0; 0 keeps it constant. None is all after the
-            warm-up. With 0 the run's end need not be known: a later resume goes on with more tokens, or with a decay.
+        decay_steps: Last steps, in which the learning rate falls to 0; 0 keeps it constant. None is all steps after
+            the warm-up. With 0 the run may be resumed later with more tokens, or with a decay.
         weight_decay: Weight decay of the optimiser.
         max_grad_norm: Norm that gradients are clipped to.
         save_steps: Steps between checkpoints.
         eval_steps: Steps between evaluations.
-        eval_samples: Held-out samples used.
+        eval_samples: Maximum number of held-out samples.
         logging_steps: Steps between log entries.
-        dataloader_num_workers: Processes that make the batches; 0 makes them between the steps. A GPU waits for one.
-        save_minutes: Minutes between checkpoints. They are saved besides those of `save_steps`.
+        dataloader_num_workers: Processes that make the batches; 0 makes them between the steps, while a GPU
+            waits.
+        save_minutes: Minutes between checkpoints. They are saved in addition to those of `save_steps`.
         max_minutes: Save and stop after this many minutes; the same run resumes.
         seed: Random seed.
         device: auto (CUDA, then CPU), cpu, cuda or cuda:N.
@@ -158,7 +157,7 @@ class TrainingConfig:
             whole_number(self.decay_steps, "decay_steps", 0, remedy="steps, or None")
         require_one_of(self.trained, "trained", TRAINED)
         require_one_of(self.dtype, "dtype", ("auto", "float32", "bfloat16"))
-        rule = "between 0 and 1; pass e.g. 0.0003"  # which YAML reads as text where it is written 3e-4
+        rule = "between 0 and 1; pass e.g. 0.0003"  # YAML reads 3e-4 as text
         require_number(self.learning_rate, "learning_rate", lambda rate: 0 < rate < 1, rule)
 
     def _check_objectives(self) -> None:
@@ -191,7 +190,7 @@ class TrainingConfig:
 
     @property
     def max_steps(self) -> int:
-        """Optimiser steps that `total_tokens` come to."""
+        """Optimiser steps for `total_tokens`."""
         return math.ceil(self.total_tokens / self.tokens_per_step)
 
     @property
@@ -201,15 +200,15 @@ class TrainingConfig:
 
     @property
     def processes(self) -> int:
-        """Number of processes that train together, as torchrun says."""
+        """Number of processes that train together, according to torchrun."""
         return torchrun_number("WORLD_SIZE", 1)
 
 
 def torchrun_number(name: str, at_least: int = 0) -> int:
-    """Read what torchrun says of a process; `at_least` without it.
+    """Read a number that torchrun sets for a process; `at_least` without torchrun.
 
     Raises:
-        ConfigError: It is no such number.
+        ConfigError: The variable does not hold such a number.
     """
     text = os.environ.get(name) or str(at_least)
     if not text.isdecimal() or int(text) < at_least:

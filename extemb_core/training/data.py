@@ -1,8 +1,8 @@
 """Training text, tokenised once into a memory-mapped file and cut into samples.
 
 A token file is a folder: `tokens.bin` (uint16 or uint32), `offsets.npy` (documents' ends, int64) and `meta.json`.
-It is built in a temporary folder and renamed, so a folder under its final name is always whole; what a killed build
-left behind is cleared away by the next one.
+It is built in a temporary folder and renamed, so a folder under its final name is always whole; the next build removes
+what a killed one left behind.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class TokenFile:
         """Tokenise text files (.jsonl, .jsonl.zst with a "text" field, .txt, .md), or open what was built before.
 
         Args:
-            files: Where the documents are; or one folder of tokens, which is opened.
-            llm: Whose tokenizer encodes them.
+            files: Files of documents; or one folder of tokens, which is opened.
+            llm: LLM whose tokenizer encodes them.
             cache: Folder that holds one sub-folder per set of files and tokenizer.
             show_progress: Show a bar; None shows it on a terminal.
 
@@ -79,7 +79,7 @@ class TokenFile:
         for file in files:
             if not file.is_file():
                 raise DocumentNotFoundError(f"{file} does not exist; pass .jsonl, .jsonl.zst, .txt or .md files")
-            digest.update(f"{sha256_of(file)} {is_jsonl(file)}".encode())  # rows, or one document: its name tells
+            digest.update(f"{sha256_of(file)} {is_jsonl(file)}".encode())  # its suffix says if it holds rows
         folder = cache / f"tokens-{digest.hexdigest()[:16]}"
         if not folder.is_dir():
             with locked(folder, ConfigError, "pass another --output, or cache="):

@@ -1,8 +1,8 @@
 """Make readings to train on: a text to give back from its embeddings, and questions about documents.
 
-Both are made on demand from an index, with nothing drawn but from the seed and that index, so that a resumed run
+Both are made on demand from an index; all that is drawn follows from the seed and that index, so that a resumed run
 trains on what an uninterrupted one would have. The objective that reads plain text is in `two_stream`; the loss of
-these is in `reading_loss`.
+readings is in `reading_loss`.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ NOT_FOUND = "not in the documents"
 _REPEAT = "\n\nRepeat the text above, word for word:\n"
 _GO_ON = "\n\nGo on from each of these words of the text above:\n"
 _MAX_CUE, _MAX_RECALLED, _MAX_CUES = 4, 7, 12
-_CHARS_PER_TOKEN = 3  # few enough that a cut by characters seldom has too many tokens
+_CHARS_PER_TOKEN = 3  # low, so that a text cut by characters seldom has too many tokens
 _MIN_DISTRACTOR = 32
-_SPAN_GRID = 8  # raw spans inside compressed text begin and end at such places: group borders of the ratios up to it
+_SPAN_GRID = 8  # raw spans inside compressed text begin and end at multiples: group borders of ratios up to 8
 _MAX_RAW = 64
-_MAX_FOCUS = 3  # sentences that stay text where documents are read by a plan for the question
+_MAX_FOCUS = 3  # maximum of sentences that stay text when documents are read by a plan
 _SOURCE = re.compile(r"[A-Za-z_-]+(?::[A-Za-z-]+(?=:))?")
 
 
 def reconstruction(llm: LLM, ids: Ids) -> Reading:
-    """Give a span back from its embeddings, after a short instruction. ids: (T,)."""
+    """Make a reading that repeats a span from its embeddings, after a short instruction. ids: (T,)."""
     prompt = assemble_text(llm, [ids, _REPEAT])
     return Reading((*_with_document(prompt.segments, ids), (_array(ids), "answer")))
 
 
 def recall(llm: LLM, ids: Ids, draw: np.random.Generator) -> Reading:
-    """Go on from a few words of a text that is read as embeddings, at several of its places. ids: (T,).
+    """Make a reading that continues, at several places, a text read as embeddings from a few of its words. ids: (T,).
 
     Each reading practises many times what a question asks of a document: find a place by its words, and say what comes
     next.
@@ -70,27 +70,27 @@ def recall(llm: LLM, ids: Ids, draw: np.random.Generator) -> Reading:
 
 @dataclass(eq=False, repr=False)
 class QuestionReadings:
-    """Questions about their own document, often among others, in the prompts that `ask` and `extemb eval` make.
+    """Questions about a document, often among others, in the prompts that `ask` and `extemb eval` make.
 
-    Further questions about the same document follow as further turns: reading the document is most of the work. Some
+    More questions about the same document follow as further turns, as reading the document is most of the work. Some
     documents stay text, and some questions lose their document, so that the answer is `NOT_FOUND`.
 
     Attributes:
-        questions: What to ask. Left out are those whose document is too long and does not hold the answer literally,
-            and those with longer answers than `max_answer_tokens`.
-        llm: Whose tokenizer and chat template are used.
-        max_tokens: Of all documents of a reading.
-        max_answer_tokens: Of an answer.
-        most_per_source: Rows of each source (the id up to its number) in one round over the questions.
-        missing_share: Of the questions with a literal answer, how many lose their document.
-        raw_share: Of the documents, how many stay text.
-        mixed_share: Of the others, how many are compressed around a part that stays text, as a plan would have it that
-            finds something in it; at entry layers above 0.
-        focus_share: Of the questions, how many read their documents as a plan for the question has them: up to three
-            sentences of all of them, the nearest to it by BM25, stay text; at entry layers above 0.
-        most_distractors: Documents of other questions beside a question's own, as far as `max_tokens` goes.
-        most_further: Further questions about the same document.
-        seed: Of all that is drawn.
+        questions: Questions to ask. Left out are those whose document is too long and does not contain the answer
+            literally, and those whose answers are longer than `max_answer_tokens`.
+        llm: LLM whose tokenizer and chat template are used.
+        max_tokens: Maximum tokens of all documents of a reading.
+        max_answer_tokens: Maximum tokens of an answer.
+        most_per_source: Maximum rows of each source (the id up to its number) in one round over the questions.
+        missing_share: Share of the questions with a literal answer that lose their document.
+        raw_share: Share of the documents that stay text.
+        mixed_share: Share of the other documents that are compressed around a part left as text, as a plan that finds
+            something in them would do; at entry layers above 0.
+        focus_share: Share of the questions that read their documents by a plan: up to three sentences of all documents,
+            the nearest to the question by BM25, stay text; at entry layers above 0.
+        most_distractors: Maximum documents of other questions beside a question's own, if they fit `max_tokens`.
+        most_further: Maximum number of further questions about the same document.
+        seed: Random seed of everything drawn.
 
     Raises:
         TrainingError: No question is left.
@@ -136,7 +136,7 @@ class QuestionReadings:
         return len(self.questions)
 
     def reading(self, index: int) -> Reading:
-        """Make the reading of question `index` of an endless stream: each round over them is another order."""
+        """Make the reading of question `index` of an endless stream, in which each round has another order."""
         rounds, at = divmod(index, len(self))
         question = self.questions[int(shuffled(len(self), self.seed, rounds)[at])]
         draw = np.random.default_rng([self.seed, 1, index])
@@ -170,9 +170,9 @@ class QuestionReadings:
     def _focus(
         self, question: str, documents: Sequence[Ids], draw: np.random.Generator
     ) -> list[list[tuple[int, int]]] | None:
-        """Find the parts of each document that a plan for the question leaves as text; None where it goes by no plan.
+        """Find the parts of each document that a plan for the question leaves as text; None if no plan is drawn.
 
-        Further questions of the conversation read what the first one's plan left.
+        Further questions of the conversation read the documents as planned for the first.
         """
         if not self.focus_share or draw.random() >= self.focus_share:
             return None
@@ -188,7 +188,7 @@ class QuestionReadings:
         ]
 
     def _sentences(self, ids: Ids) -> Sentences:
-        """Cut a document into sentences; one whose text has other tokens, as it was cut within a word, is one."""
+        """Cut a document into sentences; one cut within a word, whose text has other tokens, stays one sentence."""
         text = self.llm.decode(ids.tolist())
         again, ends = self.llm.encode_with_ends(text)
         if np.array_equal(again, ids):
@@ -196,7 +196,7 @@ class QuestionReadings:
         return Sentences(np.array([0, len(ids)]), text, np.full(len(ids), len(text)))
 
     def _some_part(self, ids: Ids, draw: np.random.Generator) -> list[tuple[int, int]]:
-        """Draw a part that stays text, or none."""
+        """Draw at most one part that stays text."""
         if not self.mixed_share or draw.random() >= self.mixed_share or len(ids) <= 2 * _SPAN_GRID:
             return []
         start = _SPAN_GRID * int(draw.integers(len(ids) // _SPAN_GRID))
@@ -213,10 +213,10 @@ class QuestionReadings:
         """Make the reading of a conversation, in the prompt of `ExtensibleLM.ask` or that of the evaluation.
 
         Args:
-            documents: The pieces of each.
+            documents: Pieces of each document.
             turns: Questions and answers.
-            compressed: What is read in the place of a piece, by its `id`.
-            as_asked: In the prompt of `ExtensibleLM.ask`.
+            compressed: By the `id` of a piece, what is read compressed in its place.
+            as_asked: Use the prompt of `ExtensibleLM.ask`, not the evaluation's.
         """
         messages: list[dict[str, Any]] = []
         answers = [self.llm.encode(answer) for _, answer in turns]
@@ -247,7 +247,7 @@ class QuestionReadings:
         return Reading((*parts, (last, "answer")))
 
     def _further(self, question: Question, document: Ids, draw: np.random.Generator) -> list[tuple[str, str]]:
-        """Draw more questions about a document, as far as it holds their answers: with their answers."""
+        """Draw more questions about a document, with their answers, which it must contain."""
         siblings = [other for other in self._by_document[question.document] if other is not question]
         cut = len(question.context) > self._most_chars or len(document) >= self.max_tokens
         text = self.llm.decode(document.tolist()) if cut else question.context
@@ -265,7 +265,7 @@ class QuestionReadings:
         return fits and short and len(self.llm.encode(longest)) <= self.max_answer_tokens
 
     def _own_document(self, question: Question, answer: str, draw: np.random.Generator) -> Ids:
-        """Encode the question's document; of a long one a part with the answer somewhere in it."""
+        """Encode the question's document; if it is too long, a part that contains the answer."""
         text = question.context
         end = text.find(answer) + len(answer) if answer in text else 0
         if len(text) > self._most_chars:
@@ -280,7 +280,7 @@ class QuestionReadings:
     def _others(
         self, question: Question, answer: str, documents: Sequence[Ids], count: int, draw: np.random.Generator
     ) -> list[Ids]:
-        """Draw up to `count` documents of other questions, as far as tokens are left, none with the answer in it."""
+        """Draw up to `count` documents of other questions that do not contain the answer, while tokens are left."""
         left = self.max_tokens - sum(map(len, documents))
         distractors: list[Ids] = []
         for at in draw.integers(len(self), size=count):
@@ -296,7 +296,7 @@ class QuestionReadings:
 
 @lru_cache(maxsize=8)
 def shuffled(count: int, *seed: int) -> np.ndarray[Any, Any]:
-    """Draw an order of `count` things, once for all who ask for it: a round over a million samples is drawn once."""
+    """Draw a random order of `count` things; cached, so that a round over a million samples is drawn once."""
     return np.random.default_rng(seed).permutation(count)
 
 

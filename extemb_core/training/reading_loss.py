@@ -1,7 +1,7 @@
-"""Compute the loss of readings: what an LLM answers after text and extensible embeddings.
+"""Compute the loss of readings: of an LLM's answers after text and extensible embeddings.
 
 Reconstruction, recall and question answering are readings. The cross-entropy may be mixed with self-distillation: the
-divergence from what the same LLM predicts when it reads the text itself.
+divergence from the same LLM's predictions when it reads the text itself.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from extemb_core.models.embedder import ExtensibleEmbedder
 from extemb_core.models.entry import AnchoredStates, PromptInputs
 from extemb_core.models.llm import LLM
 
-# Of a group of rows that go through the LLM together. A small LLM's pass over 8,192 positions takes a GPU less time
-# than the processor takes to launch it.
+# For a group of rows that go through the LLM together. A GPU takes less time for a small LLM's pass over 8,192
+# positions than the processor takes to launch it.
 _MIN_FILLED = 0.8
 _MIN_POSITIONS = {"cpu": 1024, "cuda": 32768}
-_MAX_SCORED = 4096  # places whose logits are held at once: 0.8 GB a copy with 49,152 tokens, and there are several
+_MAX_SCORED = 4096  # positions whose logits are in memory at once: 0.8 GB a copy with 49,152 tokens, several copies
 
 Ids = np.ndarray[Any, Any]
 
@@ -37,7 +37,7 @@ class Losses:
 
     Attributes:
         values: (S,) negative log-likelihoods in nats, mixed with divergences by distillation; with gradient.
-        rows: Of each row, the ratio of the embeddings in it (0 where all is text), and its tokens.
+        rows: For each row, the ratio of its embeddings (0 if all is text), and its number of tokens.
     """
 
     values: Tensor
@@ -57,12 +57,12 @@ class Losses:
 class Span(NamedTuple):
     """Part of a document that is read as extensible embeddings, at entry layers above 0.
 
-    The document's chunks are encoded whole, as a store holds them; groups are counted from the span's start, and never
+    The document's chunks are encoded as a whole, as for a store; groups are counted from the span's start, and never
     cross a chunk's border.
 
     Attributes:
         document: (L,) token ids; spans of one document share the array.
-        start, stop: The tokens of it.
+        start, stop: First token of the span, and the one after the last.
     """
 
     document: Ids
@@ -75,8 +75,8 @@ class Reading:
     """One row that an LLM reads and answers.
 
     Attributes:
-        parts: (T,) token ids and what they are, in order: "text"; a "document", which is read as extensible
-            embeddings and may be a `Span`; or an "answer", which is scored. The last one is an answer.
+        parts: (T,) token ids and their role, in order: "text"; a "document", which is read as extensible embeddings and
+            may be a `Span`; or an "answer", which is scored. The last one is an answer.
     """
 
     parts: tuple[tuple[Ids | Span, Literal["text", "document", "answer"]], ...]
@@ -94,12 +94,12 @@ def reading_losses(
     """Compute the negative log-likelihood, in nats, of the answers' tokens after their prompts.
 
     Args:
-        llm: Reads; gradient flows through it, and to what of it is trained.
+        llm: LLM that reads them; gradient flows through it, and to its trained parts.
         readings: Prompts and answers.
-        embedder: Makes the embeddings; without one every piece is read as text.
-        ratios: Of each reading; one pass of the embedder serves all of them.
+        embedder: Embedder of the documents; without one every part is read as text.
+        ratios: Ratios of each reading; one pass of the embedder serves all of them.
         chunk_size: Tokens per chunk; the embedder's own when not given.
-        distillation: Weight of the divergence from the LLM that reads every piece as text, instead of the tokens.
+        distillation: Weight, instead of the tokens' loss, of the divergence from the LLM that reads every part as text.
 
     Raises:
         ConfigError: A reading does not end with an answer, or holds a part of a document at entry layer 0.
@@ -130,7 +130,7 @@ def reading_losses(
 
 
 def _prompt(llm: LLM, row: Sequence[Segment]) -> PromptInputs:
-    """Assemble a row without its last token, after which nothing is predicted."""
+    """Assemble a row without its last token, as nothing is predicted after it."""
     return Prompt((*row[:-1], row[-1][:-1])).inputs(llm)
 
 
@@ -188,7 +188,7 @@ def joined(llm: LLM, parts: Sequence[Tensor | AnchoredStates]) -> Segment:
 
 
 def _answers_at(reading: Reading, rows: Sequence[Segment]) -> Tensor:
-    """Find the (S,) positions before each token of the answers, in a row of parts."""
+    """Find the (S,) positions from which the answers' tokens are predicted, in a row of parts."""
     positions, start = [], 0
     for (_, role), row in zip(reading.parts, rows, strict=True):
         if role == "answer":
@@ -203,10 +203,10 @@ def read_states(
     """Compute the LLM's hidden states at some positions of some inputs.
 
     Args:
-        llm: Reads them, those of like length in one batch.
+        llm: LLM that reads them, inputs of similar length in one batch.
         inputs: Prompts.
-        positions: Number of an input and (S,) positions in it, each.
-        frozen: Without gradient.
+        positions: For each entry, the number of an input and (S,) positions in it.
+        frozen: Compute without gradient.
 
     Returns:
         (all positions, D).
@@ -222,7 +222,7 @@ def read_states(
 def groups_of_like_length(lengths: Sequence[int], min_positions: int) -> list[list[int]]:
     """Group rows that go through the LLM together, longest first.
 
-    A group is cut off where padding would be a fifth of a row, once it has `min_positions`.
+    Once a group has `min_positions`, it ends where padding would exceed a fifth of a row.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
@@ -238,7 +238,7 @@ def groups_of_like_length(lengths: Sequence[int], min_positions: int) -> list[li
 def mixed(llm: LLM, scored: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:
     """Mix losses with divergences. scored, teacher: (S, D) hidden states; targets: (S,) ids -> (S,).
 
-    The logits of many places are computed part by part, and again for the gradient.
+    The logits of many positions are computed part by part, and again for the gradient.
     """
     if len(scored) <= _MAX_SCORED:
         return _mixed(llm, scored, targets, teacher, distillation)

@@ -1,7 +1,7 @@
 """Run recipes: the stages of a training, each a `TrainingConfig`, from a file of the package or the caller's own.
 
 A recipe is YAML: `embedder`, the settings of a new one, and `stages`, each with a `name`, its `share` of the tokens
-and any other field of `TrainingConfig`. Every stage goes on from what the one before it left.
+and any other field of `TrainingConfig`. Every stage starts from the result of the one before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Recipe:
     """Checked content of a recipe's file.
 
     Raises:
-        ConfigError: It does not say what a recipe says.
+        ConfigError: The content is not a recipe's.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Recipe:
                 raise ConfigError(
                     f"{where} has the name {stage['name']!r}, which YAML takes for no text; put it in quotes"
                 )
-            if not _STAGE_NAME.fullmatch(stage["name"]):  # of a folder, and nowhere but below the output
+            if not _STAGE_NAME.fullmatch(stage["name"]):  # it names a folder, which must be inside the output
                 raise ConfigError(
                     f"{where} has the name {stage['name']!r:.60}; a name is up to 60 letters, digits, spaces, '.', '-' "
                     "and '_'"
@@ -76,7 +76,7 @@ def read_recipe(name: str | os.PathLike[str]) -> Recipe:
     """Read a recipe of the package by name, or a YAML file.
 
     Raises:
-        ConfigError: There is none, or it does not say what a recipe says.
+        ConfigError: There is no such recipe, or the file is not a recipe.
     """
     names, name = recipe_names(), os.fspath(name)
     if name in names:
@@ -87,7 +87,7 @@ def read_recipe(name: str | os.PathLike[str]) -> Recipe:
         raise ConfigError(f"recipe={name!r} is neither a file nor one of {', '.join(names)}; pass one of them")
     try:
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
         raise ConfigError(f"recipe {name} is not YAML ({' '.join(str(error).split())}); fix it") from error
     if not isinstance(values, dict) or not isinstance(values.get("stages"), list) or not values["stages"]:
         raise ConfigError(f'recipe {name} has no list of "stages"; see the recipes {", ".join(names)}')
@@ -99,14 +99,14 @@ def read_recipe(name: str | os.PathLike[str]) -> Recipe:
 def stage_configs(
     recipe: Recipe, output: str | os.PathLike[str], total_tokens: int, **settings: Any
 ) -> list[TrainingConfig]:
-    """Configure the run of every stage, in folders of their own under `output`.
+    """Configure the run of every stage, each in a folder of its own under `output`.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         output: Folder of the whole training.
-        total_tokens: Of all stages together.
-        **settings: Fields of `TrainingConfig` that hold for every stage, over what the recipe says. `embedder` adds
-            to the recipe's; `start_from` is for the first stage.
+        total_tokens: Tokens of all stages together.
+        **settings: Fields of `TrainingConfig` for every stage, which override the recipe's. `embedder` adds to the
+            recipe's; `start_from` is for the first stage.
     """
     whole = sum(stage["share"] for stage in recipe.stages)
     embedder = {**recipe.embedder, **settings.pop("embedder", {})}
@@ -137,14 +137,14 @@ def train_recipe(
     """Run a recipe's stages one after another and leave the result in `output`; finished stages are not run again.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         output: Folder of the whole training.
-        total_tokens: Of all stages together.
-        resume: Go on where an earlier run stopped. Stages after one that is trained on begin anew.
+        total_tokens: Tokens of all stages together.
+        resume: Go on where an earlier run stopped. Stages after one that is trained further begin anew.
         **settings: See `stage_configs`; `max_minutes` is for all stages together.
 
     Returns:
-        What the last stage trained, or None when `max_minutes` ended it or an earlier one.
+        Result of the last stage, or None if `max_minutes` ended it or an earlier one.
 
     Raises:
         ConfigError, TrainingError: See `trainer.train`.
@@ -162,8 +162,8 @@ def _train_stages(configs: Sequence[TrainingConfig], output: Path, resume: bool)
             continue
         if config.max_minutes is not None:
             left = config.max_minutes - (time.monotonic() - start) / 60
-            config = replace(config, max_minutes=max(left, 1e-6))  # a step at least, however little is left
-        # What later stages have made from an earlier state of this one is out of date.
+            config = replace(config, max_minutes=max(left, 1e-6))  # at least one step, however little time is left
+        # Results of later stages from an earlier state of this one are out of date.
         trained = train(config, resume=resume, outdated=[Path(later.output) for later in configs[number:]])
         if not is_finished(config):
             logger.warning("%s is not finished; a call that resumes goes on", config.output)
@@ -179,5 +179,5 @@ def _is_share(share: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Turn YAML's lists into the tuples that settings are."""
+    """Convert YAML's lists to tuples, as settings need."""
     return tuple(value) if isinstance(value, list) else value

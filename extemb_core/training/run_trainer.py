@@ -1,4 +1,4 @@
-"""The Trainer of a run: its losses, its optimiser and rates, what it logs, and when a checkpoint counts as whole."""
+"""The Trainer of a run: losses, optimiser and rates, logs, and marks of whole checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOG = "log.jsonl"
 
 
 class RunTrainer(Trainer):
-    """Trainer of transformers for a `TrainableModel`, over `Batches` in their order."""
+    """transformers' Trainer for a `TrainableModel`, over `Batches` in their order."""
 
     model: TrainableModel
     eval_dataset: Samples | None
@@ -73,14 +73,14 @@ class RunTrainer(Trainer):
         return (loss, {"loss": loss}) if kwargs.get("return_outputs") else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log with the mean loss of each objective and each ratio since the last log: one can hide the other."""
+        """Add to the log the mean loss of each objective and each ratio since the last log: one can hide another."""
         if "loss" in logs:
             logs |= {f"loss_{name}": float(torch.stack(losses).mean()) for name, losses in sorted(self._parts.items())}
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warm up, stay, and fall to 0 over the last steps."""
+        """Make a schedule that warms up, stays constant, and falls to 0 over the last steps."""
         if self.lr_scheduler is None:
             steps: dict[str, Any] = {"warmup_steps": self.args.warmup_steps, "decay_steps": self._config.decay_steps}
             rate = partial(learning_rate_factor, last=num_training_steps, **steps)
@@ -100,7 +100,7 @@ class RunTrainer(Trainer):
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the held-out loss at every ratio, each over the same samples: eval_ratio_K."""
+        """Measure the held-out loss at every ratio, over the same samples: eval_ratio_K."""
         if self.eval_dataset is None:
             return {}
         metrics: dict[str, float] = {}
@@ -136,7 +136,7 @@ class RunTrainer(Trainer):
         return [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Keep the optimiser's state as safetensors, by parameter name; the schedule follows from the step."""
+        """Save the optimiser's state as safetensors, by parameter name; the schedule follows from the step."""
         state = {
             f"{name}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
             for name, parameter in self.model.trainable().items()
@@ -148,7 +148,7 @@ class RunTrainer(Trainer):
                 save_file(state, file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Go on with the optimiser's state and the schedule."""
+        """Load the optimiser's state, and set the schedule to the checkpoint's step."""
         if checkpoint is None:
             return
         with named_if_damaged(Path(checkpoint)):
@@ -163,10 +163,10 @@ class RunTrainer(Trainer):
             group["lr"] = rate
 
     def _take_optimizer(self, checkpoint: Path) -> tuple[int, int]:
-        """Take what a checkpoint knows of each parameter, by its name.
+        """Load the optimiser's state of each parameter that a checkpoint has, by name.
 
         Returns:
-            How many parameters begin anew, and of how many.
+            Number of parameters that begin anew, and number of all parameters.
         """
         file = checkpoint / OPTIMIZER
         saved: dict[str, dict[str, Tensor]] = {}
@@ -184,7 +184,7 @@ class RunTrainer(Trainer):
         return sum(parameter not in self.optimizer.state for parameter in parameters.values()), len(parameters)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save nothing: all that is drawn follows from the seed and the batch's number."""
+        """Save nothing: all random draws follow from the seed and the batch's number."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load nothing: see `_save_rng_state`."""
@@ -193,7 +193,7 @@ class RunTrainer(Trainer):
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter], learning_rate: float, connector_lr_factor: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Make the optimiser of parameters by name; the connector's have a rate of their own."""
+    """Make the optimiser for parameters, given by name; those of the connector have a rate of their own."""
     rates = {False: learning_rate, True: learning_rate * connector_lr_factor}
     groups = [
         {"params": [p for name, p in parameters.items() if (".connector." in name) == connector], "lr": rate}
@@ -204,14 +204,14 @@ def make_optimizer(
 
 
 def learning_rate_factor(step: float, *, last: float, warmup_steps: float, decay_steps: float | None) -> float:
-    """Return by what the rates are multiplied at a step: it rises, stays, and falls to 0 over the last steps."""
+    """Return the factor of the rates at a step: it rises, stays at 1, and falls to 0 over the last steps."""
     fall = last - warmup_steps if decay_steps is None else decay_steps
     rising = step / warmup_steps if warmup_steps else 1.0
     return min(1.0, rising, (last - step) / fall if fall > 0 else 1.0)
 
 
 class RunCallback(TrainerCallback):
-    """Marks whole checkpoints, writes the log as JSON Lines, moves the progress bar, and stops in time."""
+    """Marks whole checkpoints, writes the log as JSON Lines, advances the progress bar, and stops in time."""
 
     def __init__(
         self, config: TrainingConfig, advance: Callable[[int], None], lag: int, outdated: Sequence[Path]
@@ -219,7 +219,7 @@ class RunCallback(TrainerCallback):
         self._config = config
         self._advance = advance
         self._outdated = outdated
-        self._lag = lag  # tokens by which the steps of earlier settings were larger than today's
+        self._lag = lag  # tokens by which steps with earlier settings exceeded today's
         self._start = self._saved = time.monotonic()
         self._logged: tuple[float, int] | None = None  # when, and at which step
 
@@ -237,7 +237,7 @@ class RunCallback(TrainerCallback):
         return step * self._config.tokens_per_step + self._lag
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.compute_steps(args, state.max_steps)  # the Trainer goes on with the intervals of the checkpoint
+        state.compute_steps(args, state.max_steps)  # otherwise the Trainer keeps the checkpoint's intervals
         self._advance(state.global_step)
         self._logged = time.perf_counter(), state.global_step
 
@@ -246,7 +246,7 @@ class RunCallback(TrainerCallback):
         limit, every = self._config.max_minutes, self._config.save_minutes
         due = every is not None and time.monotonic() - self._saved > 60 * every
         over = limit is not None and time.monotonic() - self._start > 60 * limit
-        if self._config.processes > 1 and (every or limit):  # one that stops by its own clock leaves the others waiting
+        if self._config.processes > 1 and (every or limit):  # decided by one clock, or some would wait for others
             decided = [due, over]
             torch.distributed.broadcast_object_list(decided, src=0)
             due, over = decided
@@ -261,13 +261,13 @@ class RunCallback(TrainerCallback):
 
 
 def mend_log(output: Path) -> None:
-    """Cut off half a line that a full disk or a kill left in a run's log."""
+    """Cut off an incomplete last line, left in a run's log by a full disk or a kill."""
     file = output / LOG
     if file.exists():
         os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def append_log(config: TrainingConfig, row: dict[str, Any]) -> None:
-    """Write a line of a run's log."""
+    """Append a line to a run's log."""
     with (Path(config.output) / LOG).open("a", encoding="utf-8") as log:
         log.write(json.dumps(row) + "\n")

@@ -1,7 +1,7 @@
-"""Make targets of question training: what the LLM itself answers from the full text, where that is right.
+"""Make targets for question training: the LLM's own answers from the full text, where these are right.
 
 An answer in the LLM's own words is easier to learn than a reference in another's (sequence-level distillation, as in
-PISCO and CompLLM). Where its own answer does not agree with a reference, the reference stays the target.
+PISCO and CompLLM). If its own answer does not agree with a reference, the reference stays the target.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from extemb_core.utils.journal import Journal, to_json
 from extemb_core.utils.progress import progress
 from extemb_core.utils.validation import path_of, whole_number
 
-_AGREEMENT = 0.5  # F1 with the best reference
+_AGREEMENT = 0.5  # minimum F1 with the best reference
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ def make_targets(
     batch_size: int = 8,
     show_progress: bool | None = None,
 ) -> TargetCounts:
-    """Write question rows whose answers are the targets; the references stand in "references".
+    """Write question rows whose answers are the targets; the references are kept under "references".
 
-    A run that was stopped goes on: finished rows are in `output` + ".partial".
+    A call that was stopped goes on when it is repeated: finished rows are in `output` + ".partial".
 
     Args:
-        llm: Answers.
+        llm: LLM that answers.
         files: Question files.
         output: A .jsonl file.
-        limit: At most so many questions, the first ones.
-        max_document_tokens: A question about a longer text keeps its references.
-        batch_size: Questions at once.
+        limit: Maximum number of questions, the first ones.
+        max_document_tokens: Maximum tokens of a text; a question about a longer one keeps its references.
+        batch_size: Questions per batch.
         show_progress: Show a bar; None shows it on a terminal.
 
     Raises:
@@ -94,7 +94,7 @@ def make_targets(
 
 
 def _rows(llm: LLM, questions: Sequence[Question], max_document_tokens: int) -> list[dict[str, Any]]:
-    prompts: dict[int, dict[int, PromptInputs]] = defaultdict(dict)  # by how long an answer may be
+    prompts: dict[int, dict[int, PromptInputs]] = defaultdict(dict)  # by the maximum length of the answer
     for at, question in enumerate(questions):
         template = templates()[template_for(question.answers)]
         ids = llm.encode(question.context)

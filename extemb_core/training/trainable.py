@@ -1,4 +1,4 @@
-"""What a run trains, as it is before the first step: an embedder, a reader, or both, with their losses."""
+"""The model that a run trains, from before the first step: an embedder, a reader, or both, with their losses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainableModel(nn.Module):
     """Trained parts with their losses: an embedder, a reader (adapters on the LLM), or both.
 
     An LLM without a reader is not a submodule, so that it is neither moved nor saved. Above entry layer 0, a reader's
-    adapters are put on a reading model of their own (see `models/entry.py`), and `llm` is that.
+    adapters are put on a separate reading model (see `models/entry.py`), and `llm` is that model.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TrainableModel(nn.Module):
         samples: Sequence[Tensor] | None = None,
         readings: Sequence[Reading] | None = None,
     ) -> dict[str, Any]:
-        """Compute the loss with gradient, and that of each ratio without."""
+        """Compute the loss, with gradient, and the loss of each ratio, without."""
         distillation = self.distillation if self.training else 0.0
         if samples is not None:
             assert self.embedder is not None
@@ -70,17 +70,17 @@ class TrainableModel(nn.Module):
                 distillation=distillation,
             )
         loss = losses.mean()
-        if self.training and not loss.requires_grad:  # nothing but raw text in this batch, and an embedder alone learns
+        if self.training and not loss.requires_grad:  # only raw text in this batch, and only the embedder is trained
             loss = loss + 0 * next(iter(self.trainable().values())).sum()
         return {"loss": loss, "by_ratio": losses.by_ratio()}
 
     def train(self, mode: bool = True) -> TrainableModel:
         super().train(mode)
-        self.llm.model.train(False)  # its dropout stays off
+        self.llm.model.train(False)  # keeps its dropout off
         return self
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Return what is trained, by the names that it has in the files: other versions of the code have the same."""
+        """Return the trained parameters by their names in the files, which do not depend on the version of the code."""
         embedder, reader = {}, {}
         if self.embedder is not None:
             embedder = {f"embedder.{n}": self.embedder.get_parameter(n) for n in self.embedder.trainable_names}
@@ -89,11 +89,11 @@ class TrainableModel(nn.Module):
         return {name: parameter for name, parameter in (embedder | reader).items() if parameter.requires_grad}
 
     def transformers(self) -> list[Any]:
-        """List the models of transformers that a step goes through."""
+        """List the transformers models that take part in a step."""
         models: list[Any] = [self.llm.model]
         if self.embedder is not None:
             models.append(self.embedder.stack)
-            if layer := self.embedder.config.entry_layer:  # embeddings are read by a model of their own
+            if layer := self.embedder.config.entry_layer:  # a separate model reads the embeddings
                 models.append(self.llm.reading_model(layer))
         return models
 
@@ -111,9 +111,9 @@ class TrainableModel(nn.Module):
 
 
 def starting_point(config: TrainingConfig, llm: LLM, checkpoint: Path | None = None) -> TrainableModel:
-    """Make what a run trains, as it is before the first step.
+    """Make the model that a run trains, as before the first step.
 
-    With a checkpoint, an embedder that weighs tokens by counts has its weights: the text may be another one by now.
+    With a checkpoint, an embedder that weighs tokens by counts takes its weights: the text may have changed since.
     """
     embedder: ExtensibleEmbedder | None = None
     reader: LoraConfig | None = None
@@ -131,9 +131,9 @@ def starting_point(config: TrainingConfig, llm: LLM, checkpoint: Path | None = N
             embedder = _new_embedder(config, llm, checkpoint, config.embedder)
         else:
             embedder = ExtensibleEmbedder.from_pretrained(before, llm=llm, adapt=True)
-        embedder.trainable_to(torch.float32)  # in bfloat16 a small update would round to none
+        embedder.trainable_to(torch.float32)  # in bfloat16 small updates would be rounded away
         layer = embedder.config.entry_layer
-    elif layer:  # a reader of what the LLM's first layers give as they are
+    elif layer:  # a reader of the unchanged states of the LLM's first layers
         settings = {**config.embedder, "adaptation": "none", "has_reader": True}
         embedder = _new_embedder(config, llm, checkpoint, settings)
     for name in ("mixed_share", "focus_share"):

@@ -1,4 +1,4 @@
-"""Train with `transformers.Trainer`: resume, accumulation, evaluation, logs and devices are its work."""
+"""Train with `transformers.Trainer`, which handles resuming, accumulation, evaluation, logs and devices."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _SAME_FOR_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps",
                      "eval_steps", "logging_steps", "seed", "dataloader_num_workers")  # fmt: skip
-_OF_A_RUN = ("training.json", LOG, "data", "checkpoint-*", "stages")  # some of what its folder, or a recipe's, holds
+_OF_A_RUN = ("training.json", LOG, "data", "checkpoint-*", "stages")  # some names in its folder, or in a recipe's
 
 
 @contextmanager
@@ -61,10 +61,10 @@ def train(config: TrainingConfig, *, resume: bool = True, outdated: Sequence[Pat
     """Train an embedder, or a reader, or both, and leave them in `config.output` (a reader in `reader/` there).
 
     Args:
-        config: The run.
-        resume: Go on from the last whole checkpoint in `config.output`, if there is one of this run. Without it, those
-            that are there count no longer.
-        outdated: Folders of runs that go on from this one. With a new checkpoint here, those there count no longer.
+        config: Settings of the run.
+        resume: Go on from the last whole checkpoint of this run in `config.output`, if there is one. Otherwise earlier
+            checkpoints there are discarded.
+        outdated: Folders of runs that start from this one; a new checkpoint here discards theirs.
 
     Raises:
         ConfigError: The settings do not go together, the folder cannot be written to, or another run writes there.
@@ -82,13 +82,13 @@ def _train(config: TrainingConfig, resume: bool, outdated: Sequence[Path]) -> Tr
     model = starting_point(config, llm, checkpoint)
     if checkpoint is not None and is_finished(config):
         with named_if_damaged(checkpoint):
-            model.load(checkpoint)  # finished before; the Trainer would take one more step
+            model.load(checkpoint)  # the run is finished; the Trainer would take one more step
         model.save(output)
         mark_saved(checkpoint)
         return model
     settings = model.embedder.config if model.embedder is not None else ExtensibleEmbedderConfig(ratios=(1,))
     ratios, chunk_sizes = drawn_from(config, settings)
-    # Steps are counted on from the checkpoint's, which may have been of another size.
+    # Steps are counted on from the checkpoint's, which may have had another size.
     lag = 0
     if checkpoint is not None:
         lag = tokens_of(checkpoint, config) - step_of(checkpoint) * config.tokens_per_step
@@ -96,13 +96,13 @@ def _train(config: TrainingConfig, resume: bool, outdated: Sequence[Path]) -> Tr
     batches = plan_batches(counted, llm, min(ratios), chunk_sizes)
     held_out = held_out_samples(config, llm)
     longest = max(short_chunks(config, chunk_sizes)) if held_out is not None else 0
-    if is_first_process():  # not before it is known that this run can begin
+    if is_first_process():  # only now that this run can begin
         if checkpoint is None:
             discard_checkpoints(output)
         remove_incomplete(output)
         mend_log(output)
     logger.info("%d steps of %d tokens at most", counted.max_steps, config.tokens_per_step)
-    before = None  # the checkpoint that holds the optimiser's state of the run that this one goes on from
+    before = None  # checkpoint with the optimiser's state of the run that this one starts from
     if checkpoint is None and config.start_from is not None:
         before = last_checkpoint(Path(config.start_from))
     with progress("train", counted.max_steps) as advance:
@@ -132,15 +132,15 @@ def _train(config: TrainingConfig, resume: bool, outdated: Sequence[Path]) -> Tr
     if trainer.is_world_process_zero():
         model.save(output)
         mark_saved(output / f"checkpoint-{trainer.state.global_step}")
-    trainer.accelerator.wait_for_everyone()  # else another process would look for what is not written yet
+    trainer.accelerator.wait_for_everyone()  # otherwise another process would look for files that are not written yet
     return model
 
 
 @contextmanager
 def only_run_in(output: Path, *others: Path) -> Iterator[None]:
-    """Make a run's folder and keep other runs out of it; where this one cannot begin, remove what folders it made.
+    """Make a run's folder and keep other runs out of it; if this run cannot begin, remove the folders it made.
 
-    Whole files of tokens stay, for the next to use.
+    Complete token files stay, for the next run.
 
     Raises:
         ConfigError: The folder cannot be made or written to, another run writes there, or it holds other files.
@@ -157,19 +157,19 @@ def only_run_in(output: Path, *others: Path) -> Iterator[None]:
             yield
         except BaseException:
             for folder in sorted(made, key=lambda folder: -len(folder.parts)) if is_first_process() else ():
-                with suppress(OSError):  # not there, or something is in it
+                with suppress(OSError):  # missing, or not empty
                     if all(file.suffix == ".lock" for file in folder.iterdir()):
                         shutil.rmtree(folder)
             raise
 
 
 def is_first_process() -> bool:
-    """Return whether this is the one of those that train together that writes files."""
+    """Return whether this is the process, of those that train together, that writes files."""
     return torchrun_number("RANK") == 0
 
 
 def _device(config: TrainingConfig) -> str:
-    """Choose the device of the Trainer: with several processes, each takes the GPU of its local rank."""
+    """Choose the Trainer's device; of several processes, each takes the GPU of its local rank."""
     chosen = choose_device(config.device)
     if chosen.type != "cuda":
         return str(chosen)
@@ -199,7 +199,7 @@ def _arguments(config: TrainingConfig, llm: LLM, *, evaluate: bool) -> TrainingA
         dataloader_pin_memory=llm.device.type == "cuda",
         label_names=[],
     )
-    if arguments.n_gpu > 1:  # several GPUs are for several processes (torchrun); DataParallel cannot split samples
+    if arguments.n_gpu > 1:  # use one process per GPU (torchrun): DataParallel cannot split samples
         arguments._n_gpu = 1
     return arguments
 

@@ -31,7 +31,7 @@ from extemb_core.training.reading_loss import Losses, joined, mixed, read_states
 
 @dataclass(frozen=True)
 class Pass:
-    """One LLM pass: raw chunks `first` up to and without `end`, after the embeddings of chunks before `end - 1`."""
+    """One LLM pass: raw chunks from `first` to before `end`, after the embeddings of all chunks before `end - 1`."""
 
     first: int
     end: int
@@ -42,12 +42,12 @@ class Layout:
     """Layout of one pass of T slots: [BOS?] [embeddings] [raw tokens of the pass's chunks].
 
     Attributes:
-        n_embedded: Embeddings in the pass, chunks in order.
+        n_embedded: Number of embeddings in the pass, chunk after chunk.
         raw: (start, stop) of the pass's raw tokens within the sample.
         positions: (T,) position ids.
-        mask: (T, T), True where the row's slot may look at the column's.
+        mask: (T, T), True where the slot of the row may attend to that of the column.
         sources: (S,) slots whose output is scored.
-        targets: (S,) places within the sample of the tokens they predict.
+        targets: (S,) positions within the sample of the tokens that they predict.
     """
 
     n_embedded: int
@@ -59,10 +59,10 @@ class Layout:
 
 
 def pass_window(llm: LLM) -> int:
-    """Return the positions of a pass of an LLM in which the block mask holds.
+    """Return the longest pass, in positions, in which an LLM obeys the block mask.
 
     Raises:
-        ConfigError: A layer keeps a state of all that it has read, whatever a mask says.
+        ConfigError: A layer keeps a state of everything it has read, which a mask cannot change.
     """
     if not llm.mask_window:
         raise ConfigError(
@@ -156,19 +156,19 @@ def two_stream_losses(
     Args:
         embedder: The model being trained. Gradient flows to it through its frozen LLM.
         samples: (T,) token ids each, longer than one chunk.
-        ratios: Of each sample; one pass of the embedder serves all of them.
+        ratios: Ratios of each sample; one pass of the embedder serves all of them.
         chunk_size: Tokens per chunk.
-        llm: Predicts; the embedder's own when not given.
-        window: Positions per LLM pass; never more than `pass_window`, which it is when not given.
-        distillation: Weight of the divergence from the LLM that reads the whole sample, instead of the tokens.
+        llm: LLM that predicts; the embedder's own when not given.
+        window: Positions per LLM pass; at most `pass_window`, which is the default.
+        distillation: Weight, instead of the tokens' loss, of the divergence from the LLM that reads the whole sample.
 
     Returns:
-        With gradient to the embedder's own parameters.
+        The losses, with gradient to the embedder's own parameters.
     """
     llm = embedder.llm if llm is None else llm
     window = pass_window(llm) if window is None else min(window, pass_window(llm))
     device = llm.device
-    samples = [sample.cpu() for sample in samples]  # the Trainer moves them to its own
+    samples = [sample.cpu() for sample in samples]  # the Trainer has moved them to its device
     lengths = [chunk_lengths(len(sample), chunk_size) for sample in samples]
     short = next((len(sample) for sample, parts in zip(samples, lengths, strict=True) if len(parts) < 2), None)
     if short is not None:
@@ -181,7 +181,7 @@ def two_stream_losses(
     bos = llm.bos_token_id
     n_prefix = int(bos is not None)
     embeddings: dict[tuple[int, int], Segment] = {}
-    runs: list[tuple[int, int, Pass]] = []  # with their samples and ratios
+    runs: list[tuple[int, int, Pass]] = []  # passes with their samples and ratios
     row = 0
     for index, (parts, wanted) in enumerate(zip(lengths, ratios, strict=True)):
         for ratio in wanted:
@@ -200,7 +200,7 @@ def two_stream_losses(
         visible = embeddings[index, ratio][: layout.n_embedded]
         inputs.append(Prompt((before, visible, sample[slice(*layout.raw)].numpy())).inputs(llm))
         padding = longest - len(layout.positions)
-        # A slot of the padding sees itself alone, so that its softmax is defined.
+        # A padding slot attends only to itself, so that its softmax is defined.
         mask = torch.nn.functional.pad(layout.mask, (0, padding, 0, padding))
         masks.append(mask | torch.eye(longest, dtype=torch.bool))
         positions.append(torch.nn.functional.pad(layout.positions, (0, padding)))
@@ -214,7 +214,7 @@ def two_stream_losses(
     teacher = None
     if distillation:
         whole = [[*([bos] * n_prefix), *sample.tolist()] for sample in samples]
-        # A token is predicted at the place before it, and a BOS moves all places by one.
+        # A token is predicted at the position before it, and a BOS shifts all positions by one.
         teacher = read_states(llm, whole, [(index, at + n_prefix - 1) for index, at in owners])
     scored_rows = [(ratio, len(ids)) for (_, ratio, _), ids in zip(runs, targets, strict=True)]
     return Losses(mixed(llm, scored, torch.cat(targets), teacher, distillation), scored_rows)
