@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
 
-_METHODS = ("function_calling", "json_mode", "json_schema")  # of structured output; the first is what all come to
+_METHODS = ("function_calling", "json_mode", "json_schema")  # of structured output; all do what the first does
 
 
 class ChatExtensible(LoadedInThread, BaseChatModel):
@@ -50,7 +50,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
     Documents are read wherever LangChain puts them: `documents=` of a call or of `bind` (they join the last human
     message), `text-plain`, `document` and `search_result` content blocks, the artifact of a retriever tool's message,
     and refs that an `ExtensibleCompressor` left in a prompt. `response_metadata["extemb"]["documents"]` says what
-    became of each. Of a conversation that the window does not hold the older turns are compressed too.
+    became of each. If a conversation does not fit the window, its older turns are compressed too.
     """
 
     _ELSEWHERE: ClassVar[frozenset[str]] = frozenset(
@@ -62,7 +62,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         return "extemb-chat"
 
     def _resolve_model_profile(self) -> ModelProfile:
-        """Return what the LLM can do, as far as that is known before its weights are loaded."""
+        """Return what the LLM can do, as far as this is known without loading its weights."""
         profile: ModelProfile = {
             "text_inputs": True,
             "image_inputs": False,
@@ -98,9 +98,9 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         return params
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """Name the settings of a call in a cache; documents and tools whole, whatever their own class shows of them."""
+        """Return a cache key for the settings of a call; it holds documents and tools completely, unlike their repr."""
         if (documents := kwargs.get("documents")) is not None:
-            # Texts as they are: one that is the name of a file is warned of where it is read.
+            # Texts stay as they are: a warning about one that names a file comes when it is read.
             kwargs["documents"] = [one if isinstance(one, str) else to_documents([one]) for one in several(documents)]
         if kwargs.get("tools"):
             kwargs["tools"] = _formatted(kwargs["tools"])
@@ -165,7 +165,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
             yield self._last(stream.answer, kwargs)
 
     def bind(self, **kwargs: Any) -> _BoundChat:  # type: ignore[override]  # newer versions of LangChain have their own
-        """Return a runnable with settings of each of its calls, which tools and schemas can be bound to as well."""
+        """Return a runnable with settings for all its calls, to which tools and schemas can be bound as well."""
         return _BoundChat(bound=self, kwargs=super().bind(**kwargs).kwargs, config={})  # type: ignore[attr-defined]
 
     def bind_tools(
@@ -175,29 +175,29 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         tool_choice: str | bool | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Let the LLM call tools, where its chat template has a place for them (Qwen's has, SmolLM2-135M's has not).
+        """Let the LLM call tools, if its chat template has a place for them (Qwen's has, SmolLM2-135M's has not).
 
         Args:
             tools: As for any chat model.
             tool_choice: The name of a tool, or "any", or OpenAI's form of these: the answer then begins with a call.
-                What the LLM writes of it is its own; a call that is none is in `invalid_tool_calls`.
+                The LLM writes the rest of it; a call that is not valid is in `invalid_tool_calls`.
             **kwargs: Further settings of the calls; `strict` and `parallel_tool_calls` make no difference here.
 
         Raises:
-            ConfigError: No tool has that name, or one is none. That the template has no place for tools is told by
-                the first call.
+            ConfigError: No tool has that name, or a tool is not one. If the template has no place for tools, the first
+                call raises it.
         """
         formatted = _formatted(tools)
         choice = tool_name(tool_choice)
-        prefix_of_call(formatted, choice)  # refuses an unknown tool now
+        prefix_of_call(formatted, choice)  # refuses an unknown tool now, not at the first call
         settings = {name: value for name, value in kwargs.items() if name not in ("strict", "parallel_tool_calls")}
         return self.bind(tools=formatted, tool_choice=choice, **settings)
 
     def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
-        """Let the LLM answer in a schema, as with any chat model: as the call of a tool, whichever `method` is named.
+        """Let the LLM answer in a schema, as with any chat model: by a tool call, whichever `method` is named.
 
         Raises:
-            ConfigError: `method` is none of LangChain's. See `bind_tools`, too.
+            ConfigError: `method` is not one of LangChain's. See `bind_tools`, too.
         """
         require_one_of(kwargs.get("method", _METHODS[0]), "method", _METHODS)
         return BaseChatModel.with_structured_output(self, schema, **kwargs)
@@ -266,7 +266,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _last(self, answer: Answer, settings: Mapping[str, Any]) -> ChatGenerationChunk:
-        """Return the chunk with what is known at the end."""
+        """Return the last chunk, with what is known only at the end."""
         message = AIMessageChunk(
             content="",
             usage_metadata=_usage(answer),
@@ -277,7 +277,7 @@ class ChatExtensible(LoadedInThread, BaseChatModel):
 
 
 class _BoundChat(Bound):
-    """A chat model with settings, which LangChain's own loses where tools or a schema are bound to it afterwards."""
+    """A chat model with settings; LangChain's own class loses them when tools or a schema are bound afterwards."""
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         return self.bind(**self.bound.bind_tools(tools, **kwargs).kwargs)  # type: ignore[attr-defined]
@@ -287,10 +287,10 @@ class _BoundChat(Bound):
 
 
 def _as_chunk(message: BaseMessage) -> ChatGenerationChunk:
-    """Return a whole message as the one chunk of a stream: a tool call is incomplete before its end."""
+    """Return a whole message as the only chunk of a stream: a tool call is incomplete before its end."""
     assert isinstance(message, AIMessage)
     calls = [(call["name"], json.dumps(call["args"]), call["id"]) for call in message.tool_calls]
-    # As a JSON string: LangChain completes the JSON of a chunk, and would make a call of one that was cut off.
+    # As a JSON string: LangChain completes the JSON of a chunk, and would turn one that was cut off into a call.
     invalid = [(call["name"], json.dumps(call["args"]), call["id"]) for call in message.invalid_tool_calls]
     chunk = AIMessageChunk(
         content=message.content,
@@ -309,7 +309,7 @@ def _formatted(tools: Any) -> list[dict[str, Any]]:
     """Convert the tools of a call to OpenAI's form."""
     try:
         formatted = [convert_to_openai_tool(tool) for tool in tools or ()]
-        prefix_of_call(formatted, None)  # reads the names of all
+        prefix_of_call(formatted, None)  # checks that all have a name
         return formatted
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(
@@ -332,6 +332,6 @@ def _chunk(piece: str) -> ChatGenerationChunk:
 
 
 def _usage(answer: Answer) -> UsageMetadata:
-    """Return the positions that were really used."""
+    """Return the numbers of positions that were really used."""
     read, written = answer.prompt_positions, answer.new_tokens
     return cast(UsageMetadata, {"input_tokens": read, "output_tokens": written, "total_tokens": read + written})

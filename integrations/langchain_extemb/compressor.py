@@ -1,4 +1,4 @@
-"""Compress documents on their way from a retriever to a chain, which carries a ref of each."""
+"""Compress documents on their way from a retriever to a chain, which passes on a ref of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REF = "extemb_ref"
 
 
 class ExtensibleCompressor(ModelSettings, BaseDocumentCompressor):
-    """Compresses documents into the store and adds `metadata["extemb_ref"]`; all else about them stays as it was.
+    """Compresses documents into the store and adds `metadata["extemb_ref"]`; the documents stay as they are otherwise.
 
     For `ContextualCompressionRetriever` and LCEL. A chain that formats documents with
     `PromptTemplate.from_template("{extemb_ref}")` then hands refs to a `ChatExtensible` or `ExtensibleLLM` of the same
@@ -31,7 +31,7 @@ class ExtensibleCompressor(ModelSettings, BaseDocumentCompressor):
     ) -> Sequence[Document]:
         """Return the same documents, ids and all, with a ref in the metadata of each.
 
-        The query makes no difference: what is read of each is planned for the question that the model is asked.
+        The query makes no difference: the model plans how each is read when it is asked.
         """
         lm, documents = self.lm, list(documents)
         ours = to_documents(documents)

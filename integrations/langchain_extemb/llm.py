@@ -22,15 +22,15 @@ from langchain_extemb.messages import to_documents
 if TYPE_CHECKING:
     from extemb_core.lm import ExtensibleLM
 
-_OF_LANGCHAIN = {"prompts", "stop", "callbacks", "tags", "metadata", "run_name", "run_id"}  # of `generate` itself
+_OF_LANGCHAIN = {"prompts", "stop", "callbacks", "tags", "metadata", "run_name", "run_id"}  # `generate`'s own
 
 
 class ExtensibleLLM(LoadedInThread, BaseLLM):
     """Frozen LLM that continues a prompt, without a chat template; documents are compressed instead of truncated.
 
-    `documents=` of a call stand before each prompt; refs in a prompt are read where they stand. LangChain's cache keeps
-    nothing of calls with documents or settings of their own: it knows an answer by prompt and object alone. The only
-    `plan` is "even": what is asked is nowhere said in a plain prompt.
+    `documents=` of a call stand before each prompt; refs in a prompt are read where they stand. LangChain's cache is
+    not used for calls with documents or settings of their own, as its key is only the prompt and the object. The only
+    `plan` is "even", as a plain prompt has no question.
     """
 
     _HAS_QUESTION: ClassVar[bool] = False
@@ -49,7 +49,7 @@ class ExtensibleLLM(LoadedInThread, BaseLLM):
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of messages, joined as a call joins them, as `get_num_tokens` does."""
-        ignored = super().get_num_tokens_from_messages([], tools)  # warns of tools
+        ignored = super().get_num_tokens_from_messages([], tools)  # for its warning about tools
         return ignored + self.get_num_tokens(get_buffer_string(messages))
 
     def _positions_of_documents(self, lm: ExtensibleLM, parts: list[str | Document]) -> int:
@@ -58,7 +58,7 @@ class ExtensibleLLM(LoadedInThread, BaseLLM):
         return lm.text_positions(parts, **settings) - lm.text_positions(texts)  # type: ignore[arg-type]
 
     def _uncached(self, settings: dict[str, Any]) -> Self:
-        """Return this model, or one that uses no cache where a call has settings of its own."""
+        """Return this model, or a copy without a cache if a call has settings of its own."""
         return self.model_copy(update={"cache": False}) if settings.keys() - _OF_LANGCHAIN else self
 
     def _generate(

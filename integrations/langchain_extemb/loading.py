@@ -1,4 +1,4 @@
-"""What both models do before LangChain sees a call: load weights in a thread, and make a list of its documents."""
+"""Prepare the calls of both models for LangChain: load weights in a thread, and make a list of the documents."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class LoadedInThread(GenerationSettings):
-    """Base of a model, before LangChain's own, which asks on the event loop for what only loaded weights tell."""
+    """Loads weights in a thread. A base class before LangChain's own, which would need them on the event loop."""
 
-    # Parameters that LangChain standardises, of which a model in this process has no use.
+    # Standard parameters of LangChain that have no meaning for a model in this process.
     _WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"timeout", "max_retries", "streaming", "stream_usage"})
 
     def bind(self, **kwargs: Any) -> Runnable[Any, Any]:
-        """Return a runnable with settings of each of its calls; see LangChain."""
+        """Return a runnable with settings for all its calls; see LangChain."""
         return Bound(bound=self, kwargs=_listed(kwargs), config={})  # type: ignore[arg-type]
 
     def batch(
@@ -61,7 +61,7 @@ class LoadedInThread(GenerationSettings):
         if not inputs:
             return []
         configs, at_once = _at_once(config, len(inputs))
-        with suppress(Exception):  # which each of the calls will meet
+        with suppress(Exception):  # each call will raise it
             await in_thread(self._lm_of, kwargs)
         with self._announced(at_once, kwargs):
             return await Runnable.abatch(
@@ -100,9 +100,9 @@ class LoadedInThread(GenerationSettings):
             yield chunk
 
     def astream_events(self, *args: Any, **kwargs: Any) -> Any:
-        """Tell of the events of an answer; see LangChain."""
+        """Yield the events of an answer; see LangChain."""
         told = super().astream_events  # type: ignore[misc]
-        if kwargs.get("version") != "v3":  # all others go through `astream`
+        if kwargs.get("version") != "v3":  # other versions use `astream`
             return told(*args, **kwargs)
 
         async def loaded() -> Any:
@@ -112,7 +112,7 @@ class LoadedInThread(GenerationSettings):
         return loaded()
 
     def get_num_tokens(self, text: str) -> int:
-        """Count a text's tokens, and of documents behind refs in it the positions that a call would read them in."""
+        """Count a text's tokens; documents behind refs in it count as the positions in which a call would read them."""
         lm = self.lm
         parts = lm.refs.find(text)
         texts = [part for part in parts if isinstance(part, str)]
@@ -121,16 +121,16 @@ class LoadedInThread(GenerationSettings):
         return sum(len(self.get_token_ids(part)) for part in texts) + self._positions_of_documents(lm, parts)
 
     def _positions_of_documents(self, lm: ExtensibleLM, parts: list[str | Document]) -> int:
-        """Count the positions of the documents of a prompt."""
+        """Count the positions of the documents in a prompt."""
         raise NotImplementedError
 
     async def _load(self) -> None:
-        with suppress(Exception):  # which the call will meet, where callbacks are told
+        with suppress(Exception):  # the call will raise it, where callbacks see it
             await in_thread(lambda: self.lm)
 
     @contextmanager
     def _announced(self, count: int, settings: dict[str, Any]) -> Iterator[None]:
-        """Let so many calls be answered together; a model that cannot be loaded fails in each of them."""
+        """Let `count` calls be answered together; if the model cannot be loaded, each call will fail."""
         with ExitStack() as stack:
             with suppress(Exception):
                 stack.enter_context(self._lm_of(settings).batcher.announce(count))
@@ -138,14 +138,14 @@ class LoadedInThread(GenerationSettings):
 
 
 def _at_once(config: RunnableConfig | list[RunnableConfig] | None, count: int) -> tuple[list[RunnableConfig], int]:
-    """Return the configs of a batch, and how many prompts run at once: as many as they allow, or as it holds."""
+    """Return the configs of a batch, and how many prompts run at once: all, if the configs allow it."""
     configs = get_config_list(config, count)
     at_once = min(configs[0].get("max_concurrency") or MAX_CONCURRENCY, count)
     return [{**one, "max_concurrency": at_once} for one in configs], at_once
 
 
 class Bound(RunnableBinding[Any, Any]):
-    """A model with settings, which more can be bound to as to the model itself."""
+    """A model with settings, to which more can be bound as to the model itself."""
 
     @classmethod
     def lc_id(cls) -> list[str]:
@@ -156,6 +156,6 @@ class Bound(RunnableBinding[Any, Any]):
 
 
 def _listed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Make a list of documents that come one by one, of which several calls would each read what others left."""
+    """Make a list of an iterator's documents, which several calls would otherwise share among them."""
     documents = settings.get("documents")
     return {**settings, "documents": several(documents)} if isinstance(documents, Iterator) else settings

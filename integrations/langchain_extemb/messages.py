@@ -1,4 +1,4 @@
-"""Convert LangChain's messages to ours: texts, and the documents in them wherever LangChain puts any."""
+"""Convert LangChain's messages to ours: texts, and documents, wherever LangChain puts them."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ Part = str | Document
 def to_messages(messages: Iterable[BaseMessage], refs: Refs) -> list[dict[str, Any]]:
     """Return messages with "role" and "content", a list of texts and documents.
 
-    Documents are found in `text-plain`, `document` and `search_result` blocks, behind refs in text, and where the text
-    of a tool's message holds that of documents in its artifact.
+    Documents are found in `text-plain`, `document` and `search_result` blocks, behind refs in text, and in a tool's
+    message, if its text contains that of documents in its artifact.
 
     Raises:
-        DocumentError: A block of another than the assistant holds what is no text, or a ref's document is not kept any
-            more.
+        DocumentError: A block holds something else than text, unless the message is the assistant's; or a ref's
+            document is not kept any more.
     """
     converted: list[dict[str, Any]] = []
     for message in messages:
@@ -60,7 +60,7 @@ def to_messages(messages: Iterable[BaseMessage], refs: Refs) -> list[dict[str, A
             content += refs.find(part) if isinstance(part, str) else [part]
         converted.append({"role": _role(message), "content": content})
         if isinstance(message, AIMessage):
-            for invalid in message.invalid_tool_calls:  # what was written, as it was written
+            for invalid in message.invalid_tool_calls:  # as the LLM wrote it
                 written = filter(None, (invalid["name"], _as_written(invalid["args"])))
                 content.append(f"\n{OPEN}\n{' '.join(written)}\n{CLOSE}")
         if isinstance(message, AIMessage) and message.tool_calls:
@@ -72,7 +72,7 @@ def to_messages(messages: Iterable[BaseMessage], refs: Refs) -> list[dict[str, A
 
 
 def _as_written(arguments: str | None) -> str | None:
-    """Return what an LLM wrote in the place of a call, which a stream of ours hands over as a JSON string."""
+    """Return the text that an LLM wrote instead of a valid call; our streams pass it on as a JSON string."""
     with suppress(ValueError):
         whole = parse_json(arguments or "")
         return whole if isinstance(whole, str) else arguments
@@ -83,7 +83,7 @@ def to_documents(documents: Any) -> list[Document]:
     """Convert the value of `documents=`: one document or several, of LangChain or ours, dicts or texts.
 
     Raises:
-        DocumentError: It is none of these.
+        DocumentError: The value is none of these.
     """
     if documents is None:
         return []
@@ -92,7 +92,7 @@ def to_documents(documents: Any) -> list[Document]:
 
 def _document(one: Any) -> Document:
     if isinstance(one, Mapping) and "data" in one and not any(key in one for key in TEXT_KEYS):
-        one = {**one, "text": _text_of(one["data"])}  # the shape of Cohere: {"id": ..., "data": ...}
+        one = {**one, "text": _text_of(one["data"])}  # Cohere's form: {"id": ..., "data": ...}
         del one["data"]
     return Document.from_any(one, lenient=True)
 
@@ -116,7 +116,7 @@ def _role(message: BaseMessage) -> str:
 def _parts(message: BaseMessage) -> list[Part]:
     content = message.content
     blocks = [content] if isinstance(content, str) else content
-    # What the assistant's turns hold besides text are traces of other models: reasoning, refusals, calls on a server.
+    # Other blocks in the assistant's turns come from other models: reasoning, refusals, calls on a server.
     parts = [part for block in blocks for part in _of_block(block, lenient=isinstance(message, AIMessage))]
     parts = [without_lone_surrogates(part) if isinstance(part, str) else part for part in parts]
     documents = list(_retrieved(getattr(message, "artifact", None)))
@@ -126,9 +126,9 @@ def _parts(message: BaseMessage) -> list[Part]:
 
 
 def _retrieved(artifact: Any) -> Iterator[Document]:
-    """Yield the documents of a tool's artifact; a checkpoint gives them back as mappings."""
+    """Yield the documents of a tool's artifact; restored from a checkpoint, they are mappings."""
     for item in artifact if isinstance(artifact, Sequence) and not isinstance(artifact, str | bytes) else [artifact]:
-        # As it is, as a checkpoint has it, or as langchain_core.load.dumpd writes it.
+        # The object, its form in a checkpoint, or that of langchain_core.load.dumpd.
         fields = item.get("kwargs", item) if isinstance(item, Mapping) else None
         if isinstance(item, LangChainDocument):
             yield _document(item)
@@ -137,7 +137,7 @@ def _retrieved(artifact: Any) -> Iterator[Document]:
 
 
 def _replaced(text: str, documents: Sequence[Document]) -> list[Part]:
-    """Put documents in the place of their own text, once each, longest first; all else that the tool said stays."""
+    """Replace the text of each document by the document, once each, longest first; other text of the tool stays."""
     parts: list[Part] = [text]
     with_text = [document for document in documents if document.text.strip()]
     for document in sorted(with_text, key=lambda document: -len(document.text)):
@@ -150,7 +150,7 @@ def _replaced(text: str, documents: Sequence[Document]) -> list[Part]:
 
 
 def _of_block(block: Any, *, lenient: bool = False) -> list[Part]:
-    """Return the texts and documents of a content block; none of a foreign one where that is `lenient`."""
+    """Return the texts and documents of a content block; if `lenient`, none for an unknown block."""
     if isinstance(block, str):
         return [block]
     kind = block.get("type")

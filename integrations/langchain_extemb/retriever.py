@@ -16,15 +16,15 @@ from extemb_core.library import N_PASSAGES
 from extemb_core.library.library import Library
 from extemb_core.utils.validation import refuse_unknown, whole_number
 
-_opening = threading.Lock()  # not of an object, which is copied and pickled
+_opening = threading.Lock()  # one for all objects, which are copied and pickled
 
 
 class ExtensibleRetriever(StrictSettings, BaseRetriever):
     """Finds passages in a `Library`, by vectors and by words.
 
-    Metadata of each: source, title, start and end (characters of the document), and ref, which names the text. In a
-    prompt it stands for nothing: that is `extemb_ref`, of an `ExtensibleCompressor`. A passage is the same document
-    whatever is asked, so that retrievers of several questions find each once; `Library.search` gives scores.
+    Metadata of each: source, title, start and end (characters of the document), and ref, a hash of the text. In a
+    prompt `ref` does not stand for the document; `extemb_ref`, of an `ExtensibleCompressor`, does. A passage is the
+    same document for every question, so that retrievers that ask several return it once; `Library.search` gives scores.
     """
 
     _SHARED: ClassVar[tuple[str, ...]] = ("library",)
@@ -46,21 +46,21 @@ class ExtensibleRetriever(StrictSettings, BaseRetriever):
         return whole_number(k, "k", remedy=f"e.g. {N_PASSAGES}")
 
     def close(self) -> None:
-        """Close a library that was opened by its folder; the next question opens it again."""
+        """Close a library that was given as a folder; the next question opens it again."""
         with _opening:
             opened, self._opened = self._opened, None
         if opened is not None and opened is not self.library:
             opened.close()
 
     def _open(self) -> Library:
-        """Return the library, which is opened once, whatever number of threads ask first."""
+        """Return the library, which is opened once, even if several threads ask first."""
         with _opening:
             if self._opened is None:
                 library = self.library
                 self._opened = library if isinstance(library, Library) else Library(library, mode="r")
             return self._opened
 
-    # A copy, or another process, opens a folder by itself: each may close what it opened.
+    # A copy, or another process, opens the folder itself, so that each may close its own.
 
     def __copy__(self) -> Self:
         copied = super().__copy__()

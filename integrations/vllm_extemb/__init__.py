@@ -1,6 +1,6 @@
 """extemb for vLLM: an LLM that reads compressed documents at its entry layer, from a folder of `extemb export --vllm`.
 
-vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`.
+vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Tell vLLM of the architectures; they are imported when one is served."""
+    """Register the architectures with vLLM, which imports them when one is served."""
     from vllm import ModelRegistry
 
     for name in SERVED.values():

@@ -1,4 +1,4 @@
-"""What a request holds for one compressed text: tensors by name, or the ref of a text in a store that vLLM can read.
+"""Items of a request, one per compressed text: tensors by name, or the ref of a text in a store that vLLM can read.
 
 | field | |
 |---|---|
@@ -6,7 +6,7 @@
 | `states` | (N, D), which take the anchors' place at the entry layer |
 | `ref`, `ratio` | instead of both: the 16 bytes of a document's ref, and the ratio to read it at |
 | `before`, `after` | ids around the anchors, in all items of a request or in none: together they are the whole prompt |
-| `fingerprint` | the 16 bytes of that of the embedder that made the states; checked where it is given |
+| `fingerprint` | the 16 bytes of the fingerprint of the embedder that made the states; checked if it is given |
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Item:
     Attributes:
         anchors: (N,) ids.
         states: (N, D).
-        around: Ids before and after the anchors, where the request brings the whole prompt.
+        around: Ids before and after the anchors, if the request brings the whole prompt.
     """
 
     anchors: list[int]
@@ -45,14 +45,14 @@ class Item:
 
 
 class ItemReader:
-    """Reads items as one LLM can take them.
+    """Reads and checks items for one LLM.
 
     Args:
-        settings: Of the folder's config.json: "entry_layer" and "fingerprint".
+        settings: "entry_layer" and "fingerprint", from the folder's config.json.
         hidden_size: D.
         vocab_size: V.
-        control_ids: No text becomes one of these, so that none is an anchor.
-        store: Folder of the store that refs are found in.
+        control_ids: Ids that text never becomes, so that they cannot be anchors.
+        store: Folder of the store in which refs are looked up.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class ItemReader:
         """Read one item.
 
         Raises:
-            ConfigError: Its fields are not those above.
-            MismatchError: States or anchors are none that this LLM reads.
+            ConfigError: Its fields are not those listed in the module.
+            MismatchError: This LLM cannot read these states or anchors.
             DocumentNotFoundError: The store does not have the document at that ratio.
         """
         names = set(fields) - {"before", "after", "fingerprint"}

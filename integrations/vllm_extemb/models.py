@@ -1,7 +1,7 @@
 """vLLM's own models, in which states take their anchors' place at the input of the entry layer.
 
-Anchors are ordinary tokens up to there. The states of a step lie in a buffer of the entry layer, with a mask of the
-positions that have one, as those of Qwen3-VL's deepstack lie in theirs; the mask is cleared after each step.
+Anchors are ordinary tokens up to there. The states of a step are in a buffer of the entry layer, with a mask of the
+positions that have one, as in Qwen3-VL's deepstack; the mask is cleared after each step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm_extemb.processing import PLACEHOLDER, ExtensibleDummyInputs, Extensibl
 
 
 class EnteredLayer:
-    """A decoder layer that takes states in place of those it is handed, as a sum with a residual that it adds."""
+    """Mixin of a decoder layer that replaces some of its inputs, hidden states plus residual, by given states."""
 
     entry_states: Tensor
     entry_mask: Tensor
@@ -41,12 +41,12 @@ class EnteredLayer:
 
 @cache
 def entered_class(base: type) -> type:
-    """Make the class of an entry layer from that of the LLM's layers."""
+    """Make the class of an entry layer from the class of the LLM's layers."""
     return type(f"Entered{base.__name__}", (EnteredLayer, base), {"__module__": __name__})
 
 
 class ExtensibleModel:
-    """What a model does besides its own class of vLLM, which stands behind it in the MRO."""
+    """Mixin of a model that reads compressed text; vLLM's own class of the model follows it in the MRO."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -84,7 +84,7 @@ class ExtensibleModel:
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        """Embed all tokens, anchors too, and lay the states of this step ready for the entry layer."""
+        """Embed all tokens, anchors too, and store the states of this step for the entry layer."""
         if is_multimodal is not None:
             mask = is_multimodal.to(input_ids.device, non_blocking=True)[:, None]
             self._entry.entry_mask[: len(mask)] = mask
@@ -108,7 +108,7 @@ _served = MULTIMODAL_REGISTRY.register_processor(
 
 @_served
 class ExtensibleLlamaForCausalLM(ExtensibleModel, LlamaForCausalLM, SupportsMultiModal):
-    """Llama and what is built as it is, SmolLM2 for one."""
+    """Llama and models of its architecture, such as SmolLM2."""
 
 
 @_served

@@ -1,4 +1,4 @@
-"""How vLLM's front end reads compressed documents: a modality whose placeholders are the documents' anchors."""
+"""Let vLLM's front end read compressed documents, as a modality whose placeholders are the documents' anchors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from extemb_core.models.export import SETTINGS
 from extemb_core.models.tokenization import TextEncoder
 from vllm_extemb.items import METADATA, Item, ItemReader
 
-PLACEHOLDER = "<|extemb|>"  # of a text in a message, where a request does not bring the whole prompt
-MODALITY = "image"  # vLLM's only road for tensors of a modality that it does not know: the content part image_embeds
+PLACEHOLDER = "<|extemb|>"  # stands for a text in a message, if the request does not bring the whole prompt
+MODALITY = "image"  # vLLM accepts tensors of an unknown modality only as image_embeds parts
 
 
 class CompressedTexts(DictEmbeddingItems):
@@ -49,7 +49,7 @@ class CompressedTexts(DictEmbeddingItems):
 
 
 class CompressedTextParser(MultiModalDataParser):
-    """Reads the dicts of `image_embeds` parts, which vLLM has joined field by field."""
+    """Reads the dicts of `image_embeds` parts, whose fields vLLM has joined."""
 
     embedding_fields: ClassVar[Any] = {MODALITY: dict.fromkeys(METADATA, "metadata") | {"states": "embedding"}}
 
@@ -68,7 +68,7 @@ class CompressedTextParser(MultiModalDataParser):
 
 
 class ExtensibleInfo(BaseProcessingInfo):
-    """What the front end knows of the LLM."""
+    """Properties of the LLM for the front end."""
 
     @cached_property
     def reader(self) -> ItemReader:
@@ -95,7 +95,7 @@ class ExtensibleInfo(BaseProcessingInfo):
 
 
 class ExtensibleDummyInputs(BaseDummyInputsBuilder[ExtensibleInfo]):
-    """What vLLM measures memory with."""
+    """Inputs with which vLLM measures memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return PLACEHOLDER * mm_counts.get(MODALITY, 0)
@@ -116,7 +116,7 @@ class ExtensibleProcessor(BaseMultiModalProcessor[ExtensibleInfo]):
         return {name: MultiModalFieldConfig.batched(MODALITY) for name in hf_inputs}
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
-        """Hash what is read, whatever uuid a request gives: caches tell texts with the same anchors apart."""
+        """Hash the content, ignoring a request's uuids, so that caches distinguish texts with the same anchors."""
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         items = inputs.mm_data_items.get(MODALITY)
         return {
@@ -135,7 +135,7 @@ class ExtensibleProcessor(BaseMultiModalProcessor[ExtensibleInfo]):
     def _maybe_apply_prompt_updates(
         self, mm_items: MultiModalDataItems, mm_res: Any
     ) -> tuple[list[int], Mapping[str, list[PlaceholderFeaturesInfo]]]:
-        """Put the prompt together that the items bring with them; without one, replace its placeholders."""
+        """Assemble the prompt that the items bring; if they bring none, replace the prompt's placeholders."""
         items: list[Item] = mm_items[MODALITY].get_all() if mm_items else []
         brought = [item.around for item in items if item.around is not None]
         if not brought:

@@ -36,9 +36,9 @@ Response = TypeVar("Response", ChatResponse, CompletionResponse)
 
 
 class ExtensibleLLMError(ExtembError, RuntimeError):
-    """What is wrong with a call; its cause is the library's own error.
+    """An error of a call; its cause is the library's own error.
 
-    It is no ValueError: where LlamaIndex refines an answer it takes those, and TypeErrors, for an answer that is empty.
+    It is not a ValueError: LlamaIndex, when it refines an answer, takes those and TypeErrors for an empty answer.
     """
 
 
@@ -55,7 +55,7 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     Documents are read where they stand: behind the refs that an `ExtensibleEmbeddingPostprocessor` leaves in the place
     of a node's text, in citable and document blocks of a chat, and from `documents=` of a call. `raw["extemb"]` of a
-    response says what became of each. Of a chat that the window does not hold the older turns are compressed too.
+    response says what became of each. If a chat does not fit the window, its older turns are compressed too.
     """
 
     @field_validator("messages_to_prompt", "completion_to_prompt", mode="before")
@@ -74,7 +74,7 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """Context window of the LLM, and its longest answer."""
+        """Context window of the LLM, and the maximum length of its answers."""
         of_files = self.loaded_lm is None and self.engine == "transformers"  # a server's may be smaller
         window = window_of(self.model) if of_files else None
         return LLMMetadata(
@@ -85,7 +85,7 @@ class ExtensibleLLM(GenerationSettings, CustomLLM):
         )
 
     def to_payload(self) -> dict[str, Any]:
-        """Describe the LLM to callbacks, which ask on the event loop: no weights are loaded for it."""
+        """Describe the LLM to callbacks, which ask on the event loop, without loading weights."""
         return {"class_name": self.class_name(), "model_name": self.model, "num_output": self.max_tokens}
 
     # -- chats ------------------------------------------------------------------------------------------------

@@ -31,15 +31,15 @@ _ROLES = {
     MessageRole.MODEL: "assistant",
     MessageRole.FUNCTION: "tool",
 }
-_SILENT = {"cache", "thinking", "tool_call"}  # by name: not all versions have their classes; calls are not content
+_SILENT = {"cache", "thinking", "tool_call"}  # by name: not all versions have the classes
 
 
 def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, Any]]:
     """Return messages with "role", "content", a list of texts and documents, and "tool_calls" where there are any.
 
     Raises:
-        DocumentError: A block of another than the assistant holds what is no text, or a ref's document is not kept any
-            more.
+        DocumentError: A block holds something else than text, unless the message is the assistant's; or a ref's
+            document is not kept any more.
     """
     converted: list[dict[str, Any]] = []
     for message in messages:
@@ -54,14 +54,14 @@ def to_messages(messages: Iterable[ChatMessage], refs: Refs) -> list[dict[str, A
 
 
 def _calls(message: ChatMessage) -> list[tuple[str, Any]]:
-    """Return name and arguments of each call: of blocks, or as LlamaIndex 0.13 and some of its LLMs keep calls."""
+    """Return name and arguments of each call: from blocks, or from where LlamaIndex 0.13 and some LLMs keep calls."""
     calls = [(block.tool_name, block.tool_kwargs) for block in message.blocks if block.block_type == "tool_call"]
     if calls:
         return calls
     for call in message.additional_kwargs.get("tool_calls") or ():
         fields = call.model_dump() if isinstance(call, BaseModel) else call
         function = fields.get("function", fields) if isinstance(fields, Mapping) else {}
-        if isinstance(function, Mapping) and function.get("name"):  # of OpenAI, or of Anthropic, which says "input"
+        if isinstance(function, Mapping) and function.get("name"):  # OpenAI's form, or Anthropic's, which has "input"
             calls.append((str(function["name"]), function.get("arguments", function.get("input", {}))))
         else:
             logger.debug("a call of type %s in the assistant's turn is left out", type(call).__name__)
@@ -80,7 +80,7 @@ def _parts(block: Any, refs: Refs, *, lenient: bool) -> list[str | Document]:
         return [_text_of(block.cited_content)]
     if isinstance(block, DocumentBlock):
         return [_document(_text_of(block), block.title, str(block.path or block.title))]
-    if lenient:  # a picture that another model made
+    if lenient:  # such as a picture that another model made
         logger.debug("a %s in the assistant's turn is left out", type(block).__name__)
         return []
     raise _no_text(block)

@@ -20,14 +20,14 @@ _SYSTEM = (MessageRole.SYSTEM, MessageRole.DEVELOPER)
 
 
 def extensible_prompt_helper(llm: ExtensibleLLM, **settings: Any) -> PromptHelper:
-    """Make one for `Settings.prompt_helper` or `get_response_synthesizer(prompt_helper=...)`; it loads the LLM.
+    """Make a helper for `Settings.prompt_helper` or `get_response_synthesizer(prompt_helper=...)`; it loads the LLM.
 
     Texts with refs in them are packed whole and counted in positions; the prompt is counted through the LLM's chat
     template; texts without refs are packed as LlamaIndex does.
 
     Args:
-        llm: Whose positions are counted.
-        **settings: Of `PromptHelper`: chunk_overlap_ratio, chunk_size_limit, separator.
+        llm: LLM whose positions are counted.
+        **settings: Settings of `PromptHelper`: chunk_overlap_ratio, chunk_size_limit, separator.
     """
     return ExtensiblePromptHelper(llm, **settings)
 
@@ -66,11 +66,11 @@ class ExtensiblePromptHelper(PromptHelper):
         if system_prompt := getattr(llm, "system_prompt", None):
             messages = [ChatMessage(system_prompt, role=MessageRole.SYSTEM), *messages]
         size = self._get_available_context_size(self._positions(messages)) // num_chunks - padding
-        size -= size // 64  # a splitter counts word by word, which comes to a little less than the whole
+        size -= size // 64  # a splitter counts word by word, which gives a little less than the whole
         return size if self.chunk_size_limit is None else min(size, self.chunk_size_limit)
 
     def _positions(self, messages: Sequence[ChatMessage]) -> int:
-        """Count a prompt, whose older turns are compressed into half of the room when they leave less than that."""
+        """Count a prompt; its older turns count as half of the room at most, into which they would be compressed."""
         lm = self._llm.lm
         last = max((at for at, message in enumerate(messages) if message.role == MessageRole.USER), default=0)
         older = [at for at, message in enumerate(messages[:last]) if message.role not in _SYSTEM]

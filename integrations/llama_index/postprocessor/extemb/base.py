@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class CompressionSettings(ModelSettings):
-    """LLM that will read what is compressed: its weights compress, into its store."""
+    """Settings of the LLM that will read the nodes: its embedder compresses them, into its store."""
 
     llm: Any = Field(default=None, exclude=True)
     """The `ExtensibleLLM` that will read the nodes, or instead of it `model`, `embedder` and `store`."""
@@ -41,7 +41,7 @@ class CompressionSettings(ModelSettings):
     @field_validator("llm")
     @classmethod
     def _reads_embeddings(cls, llm: Any) -> Any:
-        if llm is not None and not hasattr(type(llm), "lm"):  # of the object it would load weights
+        if llm is not None and not hasattr(type(llm), "lm"):  # on the object it would load weights
             raise ConfigError(
                 f"a {type(llm).__name__} reads text alone; pass an ExtensibleLLM, or model=, or leave it out"
             )
@@ -52,15 +52,15 @@ class CompressionSettings(ModelSettings):
 
     def __getstate__(self) -> dict[Any, Any]:
         if self.llm is not None:
-            self.llm.__getstate__()  # LlamaIndex would leave out one that cannot be pickled
+            self.llm.__getstate__()  # raises: LlamaIndex would leave out one that cannot be pickled
         return super().__getstate__()
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Describe it, with the model and the store of its LLM: `from_dict` makes one that has the same."""
+        """Describe the object, with the model and store of its LLM, so that `from_dict` can make an equal one."""
         data: dict[str, Any] = super().to_dict(**kwargs)  # type: ignore[misc]
         if isinstance(self.llm, ModelSettings):
             saved = self.llm.model_dump(include=set(OF_MODEL))
-            data |= {name: value for name, value in saved.items() if name in OF_MODEL}  # not LlamaIndex's class_name
+            data |= {name: value for name, value in saved.items() if name in OF_MODEL}  # not its class_name
         return data
 
     @property
@@ -73,32 +73,32 @@ class CompressionSettings(ModelSettings):
 
 
 class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocessor):
-    """Sends nodes to the LLM as embeddings; `source_nodes` keep text, scores, ids, metadata and relationships.
+    """Sends nodes to the LLM as embeddings; `source_nodes` keep their text, scores, ids, metadata and relationships.
 
     ```python
     index.as_query_engine(llm=llm, node_postprocessors=[ExtensibleEmbeddingPostprocessor(llm=llm, budget=1024)])
     ```
 
-    Of a query, the sentences that say most about it stay text, and the rest is compressed around them where they are
-    few (`extemb_core.context.focus`). In an even plan the nodes' order is their rank: those ranked higher are never
-    read coarser (`extemb_core.context.planning`). Metadata that the LLM is to see stays text. Only an `ExtensibleLLM`
-    of the same model and store can read the result; anything else that asks a node for its text gets its text.
+    For a query, the sentences that say most about it stay text, and the rest is compressed around them if they are few
+    (`extemb_core.context.focus`). In an even plan the nodes' order is their rank: a node ranked higher is never read
+    more coarsely (`extemb_core.context.planning`). Metadata that the LLM may see stays text. Only an `ExtensibleLLM` of
+    the same model and store can read the result; everything else that asks a node for its text gets its text.
     """
 
     budget: Budget = None
-    """Positions of the window that the nodes may take together, with their metadata. What does not fit is dropped, the
-    worst first, with a warning. When not given, "auto" aims at the LLM's own budget or half of the window, or what all
-    nodes need at the coarsest ratio where that is more, so that an even plan drops none: LlamaIndex asks several times
-    then."""
+    """Positions of the window that the nodes may take together, with their metadata. Nodes that do not fit are dropped,
+    the worst first, with a warning. When not given, "auto" aims at the LLM's own budget or half of the window, or at
+    what all nodes need at the coarsest ratio if that is more, so that an even plan drops none: LlamaIndex then asks in
+    several calls."""
     plan: str | None = None
-    """"focus": what says most about the query stays text, the rest is compressed where that is little, or dropped;
-    "even": each node at one ratio, by its rank; "select": what says most about the query, and nothing else. When not
-    given, that of the LLM, or else "focus" ("select" with an untrained embedder) where there is a query, `ratio` is
-    "auto", `top_raw` is 0 and the embedder enters above layer 0. Without a query "even"."""
+    """"focus": the sentences that say most about the query stay text, and the rest is compressed if they are few, or
+    dropped; "select": those sentences and nothing else; "even": each node at one ratio, by its rank. When not given,
+    that of the LLM, or else "focus" ("select" with an untrained embedder) if there is a query, `ratio` is "auto",
+    `top_raw` is 0 and the embedder enters above layer 0; otherwise "even"."""
     min_tokens: int = Field(default=64, ge=0)
-    """Nodes of at most so many tokens stay text in an even plan, as far as the budget allows."""
+    """Nodes of at most this many tokens stay text in an even plan, as far as the budget allows."""
     top_raw: int = Field(default=0, ge=0)
-    """So many of the best ranked nodes stay text in an even plan, as far as the budget allows; the best comes first."""
+    """This many of the best ranked nodes stay text in an even plan, best first, as far as the budget allows."""
 
     @model_validator(mode="after")
     def _one_way_to_plan(self) -> Self:
@@ -190,7 +190,7 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
         """Plan what becomes of the nodes that are text, each with its metadata as overhead.
 
         Returns:
-            The plan, and which of the nodes that are no text, and stay what they are, do not fit beside them.
+            The plan, and those of the other nodes, which stay as they are, that do not fit beside these.
         """
         config = lm.embedder.config
         others = {
@@ -201,7 +201,7 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
         tokens = [lm.builder.n_tokens(document) for document in documents.values()]
         overhead = [len(lm.llm.encode(heading_of(nodes[at].node))) for at in documents]
         for index, document in enumerate(documents.values()):
-            if not document.text.strip():  # its metadata is all there is to it: nothing to compress
+            if not document.text.strip():  # only metadata: nothing to compress
                 whole = tokens[index] + overhead[index]
                 tokens[index] = min(1, whole)
                 overhead[index] = whole - tokens[index]
@@ -240,7 +240,7 @@ class ExtensibleEmbeddingPostprocessor(CompressionSettings, BaseNodePostprocesso
 
 
 def _beyond(needed: Mapping[int, int], budget: int) -> list[int]:
-    """List the nodes, by their rank, from the first on that does not fit the budget beside those before it."""
+    """List the nodes, by rank, from the first on that does not fit the budget beside those before it."""
     ranked = sorted(needed)
     taken = accumulate(needed[at] for at in ranked)
     return [at for at, _ in dropwhile(lambda pair: pair[1] <= budget, zip(ranked, taken, strict=True))]
@@ -255,7 +255,7 @@ def _plan_sentences(
     query: str,
     mode: Mode,
 ) -> Plan:
-    """Plan documents for a query; those without text, which are all overhead, have what the others leave."""
+    """Plan documents for a query; those without text, which are only overhead, share what the others leave."""
     texts = [at for at, document in enumerate(documents) if document.text.strip()]
     others = [at for at, document in enumerate(documents) if not document.text.strip()]
     planned = lm.builder.plan(

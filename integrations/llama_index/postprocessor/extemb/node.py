@@ -1,4 +1,4 @@
-"""Node with its text for whoever asks, and a ref of its embeddings for the LLM."""
+"""A node that gives a ref of its embeddings to the LLM, and its text to everything else."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _SOURCES = ("source", *FILE_KEYS, "title")
 
 
 class ExtensibleNode(TextNode):
-    """Node whose text the LLM reads as extensible embeddings, or as text where that is short or all fits.
+    """Node whose text the LLM reads as extensible embeddings, or as text if that is short or everything fits.
 
-    All else about it is as it was, its text included.
+    Everything else stays as it was, its text included.
 
     Attributes:
-        extemb_mark: What the LLM is given in the text's place (see `extemb_core.frameworks.refs`); None for the text.
-        extemb_ref: Of the text that the mark stands for: a node whose text is changed is text again.
+        extemb_mark: Mark that the LLM gets in place of the text (see `extemb_core.frameworks.refs`); None for the text.
+        extemb_ref: Ref of the text that the mark stands for: if the node's text is changed, it is read as text again.
         extemb_ratio: Tokens per embedding, "raw", or "mixed": some of its sentences are text.
-        extemb_tokens: Length of the text.
-        extemb_positions: What it takes of the LLM's window, its metadata not counted.
+        extemb_tokens: Length of the text in tokens.
+        extemb_positions: Positions of the LLM's window that it takes, without its metadata.
     """
 
     extemb_mark: str | None
@@ -46,7 +46,7 @@ class ExtensibleNode(TextNode):
         return "ExtensibleNode"
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
-        """Return the node's content; in LLM mode with the mark in the text's place."""
+        """Return the node's content; in LLM mode, with the mark in place of the text."""
         if metadata_mode != MetadataMode.LLM or self.extemb_mark is None or not self.stands:
             return super().get_content(metadata_mode)
         metadata = self.get_metadata_str(mode=metadata_mode).strip()
@@ -68,8 +68,8 @@ class ExtensibleNode(TextNode):
 
 
 def text_of(node: BaseNode) -> str | None:
-    """Return the text of a node that is nothing but text; None for images, links to other things, and the like."""
-    if isinstance(node, TextNode):  # a subclass too, unless it makes its own content
+    """Return the text of a node that is only text; None for images, index nodes and the like."""
+    if isinstance(node, TextNode):  # also a subclass, unless it makes its own content
         own = type(node).get_content not in (TextNode.get_content, ExtensibleNode.get_content)
         return None if own or isinstance(node, ImageNode | IndexNode) else node.text
     resources = ("image_resource", "audio_resource", "video_resource")
@@ -79,7 +79,7 @@ def text_of(node: BaseNode) -> str | None:
 
 
 def heading_of(node: BaseNode) -> str:
-    """Return the metadata that an LLM is shown around the node's text; empty if there is none."""
+    """Return the metadata that an LLM sees around the node's text; empty if there is none."""
     metadata = node.get_metadata_str(mode=MetadataMode.LLM).strip()
     template = getattr(node, "text_template", DEFAULT_TEXT_NODE_TMPL)
     return without_lone_surrogates(template.format(content="", metadata_str=metadata)) if metadata else ""
@@ -94,7 +94,7 @@ def to_document(node: BaseNode, text: str) -> Document:
 def extensible(
     node: BaseNode, document: Document, *, mark: str | None, ratio: int | str, tokens: int, positions: int
 ) -> ExtensibleNode:
-    """Return the node with a mark for the LLM, if it gets one; nothing of it is copied or validated again."""
+    """Return the node with a mark for the LLM, if it gets one; its fields are not copied or validated again."""
     kind = _extensible_kind(type(node))
     fields = {name: getattr(node, name) for name in kind.model_fields if hasattr(node, name)}
     fields |= {
@@ -110,7 +110,7 @@ def extensible(
 
 @cache
 def _extensible_kind(kind: type[BaseNode]) -> type[ExtensibleNode]:
-    """Return the class of a kind of node with marks, in which a subclass of `TextNode` keeps what it has."""
+    """Return the class of nodes with marks for a class of nodes; a subclass of `TextNode` keeps its own members."""
     if issubclass(kind, ExtensibleNode):
         return kind
     if kind is TextNode or not issubclass(kind, TextNode):
@@ -120,5 +120,5 @@ def _extensible_kind(kind: type[BaseNode]) -> type[ExtensibleNode]:
 
 
 def _empty(kind: type[BaseNode]) -> ExtensibleNode:
-    """Return a node to be filled, of a class that no module holds: a copy or a pickle is made from it."""
+    """Return an empty node of a class that is not in any module, from which copies and unpickled nodes are made."""
     return ExtensibleNode.__new__(_extensible_kind(kind))

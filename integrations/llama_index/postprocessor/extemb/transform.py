@@ -17,9 +17,9 @@ from llama_index.postprocessor.extemb.node import text_of, to_document
 class ExtensibleTransform(CompressionSettings, TransformComponent):
     """Compresses nodes into the store, each text once; the nodes go on unchanged.
 
-    The last transformation of an `IngestionPipeline`, after the splitter. What is done is in the store batch by batch:
-    an interrupted run resumes, and a node whose text is there costs a look-up. Give `ratio` the
-    finest one that will be asked for, or "auto" for the one that the embedder keeps, which a plan for a query needs.
+    Use it as the last transformation of an `IngestionPipeline`, after the splitter. Finished batches are in the store:
+    an interrupted run resumes, and a node whose text is there costs only a look-up. Give as `ratio` the finest one that
+    will be asked for, or "auto" for the embedder's `kept_ratio`, which a plan for a query needs.
     """
 
     show_progress: bool | None = None
@@ -30,16 +30,16 @@ class ExtensibleTransform(CompressionSettings, TransformComponent):
         return "ExtensibleTransform"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Describe it, and what it fills: to a pipeline's cache the same nodes for another store are other work."""
+        """Describe the object and its store: for a pipeline's cache, the same nodes in another store are other work."""
         return {**super().to_dict(**kwargs), "fills": self._fills()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
-        """Make one of what `to_dict` gave."""
+        """Make an object from the result of `to_dict`."""
         return super().from_dict({name: value for name, value in data.items() if name != "fills"}, **kwargs)
 
     def _fills(self) -> str:
-        """Name the embedder and the store; one in memory is that of this process alone. Nothing is loaded for it."""
+        """Return names of the embedder and the store, without loading them; one in memory belongs to this process."""
         owner = self if self.llm is None else self.llm
         lm = getattr(owner, "loaded_lm", None)
         names = [getattr(owner, name, None) for name in ("model", "embedder")]
@@ -57,5 +57,5 @@ class ExtensibleTransform(CompressionSettings, TransformComponent):
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Compress in a thread, so that an event loop goes on; it stops when nobody waits any more."""
+        """Compress in a thread, without blocking the event loop; it stops when nobody waits any more."""
         return await until_cancelled(lambda _cancelled: self(nodes, **kwargs))
