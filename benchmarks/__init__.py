@@ -1,1 +1,1 @@
-"""What the project measures itself with; not part of the package that users install."""
+"""Measurements of the project itself; not part of the package that users install."""

@@ -1,4 +1,4 @@
-"""Short trainings that differ in one thing each, on the same samples, and what comes of them.
+"""Compare short trainings that differ in one thing each, on the same samples.
 
     python benchmarks/ablations.py benchmarks/ablations.yaml --llm smollm2-135m-instruct --data train_text.jsonl.zst \
         --dev-text dev_books.jsonl.zst --output runs/ablations --json benchmarks/results/ablations.json
@@ -6,11 +6,11 @@
         --data train_text.jsonl.zst --questions train_qa.jsonl.zst --dev-questions dev_squad.jsonl.zst \
         --dev-text dev_books.jsonl.zst --output runs/ablations --json benchmarks/results/ablations_reader.json
 
-The YAML file has `base`, fields of `TrainingConfig` that all arms have, and `arms`, by name what each has besides.
-Measured are losses, which tell small differences that answers to a few hundred questions do not:
+The YAML file has `base`, fields of `TrainingConfig` that all arms share, and `arms`, by name the other fields of each.
+Losses are measured, as they show small differences that answers to a few hundred questions do not:
 
-    answers   of the reference answer after the question, the text given in several forms; with --dev-questions
-    text      of the next 255 tokens of books, 512 tokens of context given in several forms
+    answers   of the reference answer after the question, with the text in several forms; with --dev-questions
+    text      of the next 255 tokens of books, with 512 tokens of context in several forms
 
 A stopped run goes on; arms that are in the JSON are not trained again.
 """
@@ -87,7 +87,7 @@ def arm_config(args: argparse.Namespace, name: str, settings: dict[str, Any]) ->
 def measure(
     trained: TrainableModel, questions: str | None, text: str, ratios: tuple[int, ...], limit: int
 ) -> dict[str, dict[str, Any]]:
-    """Losses in nats, with intervals over documents; "answers/full" and so on."""
+    """Measure losses in nats, with intervals over documents; "answers/full" and so on."""
     found: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
         if questions is not None:
@@ -108,7 +108,7 @@ def measure(
 def answer_losses(
     trained: TrainableModel, questions: str, ratios: tuple[int, ...], limit: int
 ) -> tuple[dict[str, list[float]], list[str]]:
-    """Arm -> mean loss per token of each question's first answer and the end of its turn; the questions' documents."""
+    """Return arm -> mean loss per token of each question's first answer and the end of its turn; and the documents."""
     config = QaConfig(
         llm="", data=(questions,), ratios=ratios, limit=limit, controls=(), template="short", generate=False
     )

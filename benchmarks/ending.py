@@ -1,4 +1,4 @@
-"""What scripts share: sections, a report as JSON with where it is from, and an ending of one line when it fails."""
+"""Shared parts of the scripts: sections, a JSON report with its provenance, and a one-line error at the end."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from extemb_core.weights.registry import DEFAULT_LLM
 
 
 def parser(description: str | None, sections: Sequence[str]) -> argparse.ArgumentParser:
-    """What every script of sections takes; each adds its own."""
+    """Make the parser of options that every script with sections has; each adds its own."""
     made = model_parser(description, llm="smollm2-135m-instruct")
     made.add_argument("--only", nargs="+", choices=sections, help="some sections")
     return made
 
 
 def model_parser(description: str | None, llm: str = DEFAULT_LLM) -> argparse.ArgumentParser:
-    """What every script takes that measures an LLM with its embedder."""
+    """Make the parser of options that every script has that measures an LLM with its embedder."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--llm", default=llm, help="known name, folder or hub id")
     made.add_argument("--embedder", help="folder or hub id; the shipped one when not given")
@@ -33,7 +33,7 @@ def model_parser(description: str | None, llm: str = DEFAULT_LLM) -> argparse.Ar
 
 
 def verdicts(rows: Sequence[tuple[str, str, str, bool]]) -> list[str]:
-    """Lines of what was measured, its value, its target, and whether that was met."""
+    """Format, line by line, what was measured, its value, its target, and whether that was met."""
     return [f"{what:<58}{value:>12}  {target:<14} {'met' if met else 'MISSED'}" for what, value, target, met in rows]
 
 
@@ -53,7 +53,7 @@ def report(
 
 
 def measured(sections: Mapping[str, Callable[[], dict[str, Any]]], only: Sequence[str] | None) -> dict[str, Any]:
-    """The results of some sections, or of all, one after another, with a note when each is done."""
+    """Run some sections, or all, one after another, with a note after each, and return their results."""
     found = {}
     for name in only or sections:
         start = time.perf_counter()
@@ -69,12 +69,12 @@ def write_json(report: dict[str, Any], file: Path) -> None:
 
 
 def note(message: str) -> None:
-    """Tell how far a run is, on stderr."""
+    """Print a message on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script; an error of ours is one line on stderr and exit status 2."""
+    """Run a script; an error of this library becomes one line on stderr and exit status 2."""
     try:
         main()
     except ExtembError as error:

@@ -1,13 +1,13 @@
-"""How near what an LLM reads at ratio 1 is to the text itself, where a document has several chunks or text before it.
+"""Measure how exact reading at ratio 1 is if a document has several chunks, or text before it.
 
     python benchmarks/entry_exactness.py --text dev_books.jsonl.zst --json benchmarks/results/entry_exactness.json
 
 A document of one chunk that opens the prompt is read exactly. A later chunk is compressed without those before it, and
 every chunk without a chat's opening: this measures what that costs. For `--windows` places in the text and each number
-of chunks, an untrained embedder's states at ratio 1 against the same prompt as ids: the next-token logits over the 64
-tokens after the document (`opening`), and over a chat's question, turn and 64 tokens after it (`chat`). Of each the
-greatest difference of a logit, the Kullback-Leibler divergence from the text's distribution in nats, the share of
-places with the same likeliest token, and the loss of the tokens that follow, both ways.
+of chunks, an untrained embedder's states at ratio 1 are compared with the same prompt as ids: the next-token logits
+over the 64 tokens after the document (`opening`), and over a chat's question, turn and 64 tokens after it (`chat`). For
+each, the report has the greatest difference of a logit, the Kullback-Leibler divergence from the text's distribution in
+nats, the share of positions with the same likeliest token, and the loss of the following tokens, both ways.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def prompt_of(llm: LLM, place: str, document: Part, after: Part) -> Prompt:
 def compared(llm: LLM, place: str, ids: Any, states: Any, after: Any) -> dict[str, float]:
     text, read = (prompt_of(llm, place, document, after) for document in (ids, states))
     first = next(i for i, segment in enumerate(read.segments) if segment is states)
-    places = 1 + sum(len(segment) for segment in read.segments[first + 1 :])  # the document's last and all behind it
+    places = 1 + sum(len(segment) for segment in read.segments[first + 1 :])  # the document's last and all after it
     logits = [llm.logits(llm.hidden_of([prompt.inputs(llm)])[0, -places:]).float() for prompt in (text, read)]
     plain, other = (each.log_softmax(-1) for each in logits)
     targets = torch.from_numpy(after).long()
@@ -108,7 +108,7 @@ def compared(llm: LLM, place: str, ids: Any, states: Any, after: Any) -> dict[st
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The greatest of the greatest differences; means of the others."""
+    """Return the maximum of the greatest differences, and means of the others."""
     found = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     return found | {"max_logit_difference": max(row["max_logit_difference"] for row in rows)}
 

@@ -1,4 +1,4 @@
-"""Which entry layer and which token weights suit an LLM that nothing was trained for?
+"""Compare entry layers and token weights for an LLM for which nothing was trained.
 
     python benchmarks/entry_layer.py --llm smollm2-135m-reader --layers 4 8 12 16 --weighting rank frequency uniform \
         --questions dev_squad.jsonl.zst --limit 100 --counts train_text.jsonl.zst \
@@ -8,10 +8,10 @@
 each layer, weighting and ratio, with an untrained embedder:
 
 - with `--questions`, the loss of the reference answers, one question a text, as `extemb eval qa --loss-only` has it;
-- with `--text`, the loss of 127 tokens of each file after 512 compressed ones, `--windows` of them, evenly spread.
+- with `--text`, the loss of 127 tokens of each file after 512 compressed ones, in `--windows` places, evenly spread.
 
-Nats per token, beside no context, the full text, and the text cut to its last tokens at as many positions (for
-questions its first).
+Losses are in nats per token, beside those with no context, with the full text, and with the text truncated to its last
+tokens (for questions, its first) at as many positions.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _mean(losses: list[float], tokens: list[int]) -> dict[str, Any]:
-    """Over tokens, with its interval over samples."""
+    """Compute the mean over tokens, with its interval over samples."""
     return mean_with_interval(np.array(losses), np.arange(len(losses)), weights=np.array(tokens, dtype=float))
 
 

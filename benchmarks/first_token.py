@@ -1,10 +1,10 @@
-"""Time to the first token of an answer, by what the LLM reads in the place of its text: questions of data files.
+"""Time the first token of answers to questions of data files, by what the LLM reads in place of the text.
 
     python benchmarks/first_token.py --data dev_squad.jsonl.zst dev_multihop.jsonl.zst --json first_token.json
 
-Questions are asked in every way, one after another, in an order that turns round with every question; no two are about
-one text. The text was compressed before and is in the store; everything else is done anew: it is tokenised, its
-sentences are found, ranked and looked at, the prompt is built and read. `python -m benchmarks.report --times` draws
+Each question is asked in every way, one after another, in an order that is reversed with every question; no two are
+about the same text. The text was compressed before and is in the store; everything else is done anew: it is tokenised,
+its sentences are found, ranked and looked at, the prompt is built and read. `python -m benchmarks.report --times` plots
 quality against these times.
 """
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The report without its provenance."""
+    """Make the report without its provenance."""
     embedder = resolve_embedder(options.embedder, options.llm)
     lm = ExtensibleLM.from_pretrained(options.llm, embedder, dtype=options.dtype)
     ratios = [2] if options.quick else options.ratios
@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(lm: ExtensibleLM, questions: Sequence[Question], ratios: Sequence[int]) -> dict[str, Any]:
-    """Time each way of reading the text of some questions; the first one is asked to warm up, and does not count."""
+    """Time each way of reading the text of some questions; the first question only warms up."""
     asked = ways(lm, ratios)
     samples: list[dict[str, Any]] = []
     for number, question in enumerate(questions):
@@ -80,10 +80,10 @@ def timed(lm: ExtensibleLM, questions: Sequence[Question], ratios: Sequence[int]
 
 
 def ways(lm: ExtensibleLM, ratios: Sequence[int]) -> dict[str, Callable[[Question], Callable[[], Any]]]:
-    """List the ways of reading a text, named as the arms of `extemb eval qa`: each makes ready to ask a question.
+    """Make, by the names of `extemb eval qa`'s arms, functions that prepare a question in each way of reading its text.
 
-    Each way has an `ExtensibleLM` of its own over the same store, so that what one of them found in a text is not known
-    to another. A budget counts a document's heading, which stands before it in the other ways too.
+    Each way has an `ExtensibleLM` of its own over the same store, so that none reuses what another has found in a text.
+    A budget includes a document's heading, which stands before it in the other ways too.
     """
     heading = lm.positions_of([DOCUMENT_SEPARATOR + document_heading(0)])
 
@@ -120,7 +120,7 @@ def _summary(samples: Sequence[dict[str, Any]], way: str) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A line for each way of each set: seconds, and how many times those of the full text."""
+    """Format a line for each way of each set: seconds, and how many times those of the full text."""
     lines = []
     for name, found in report["sets"].items():
         lines.append(f"{name}, n = {found['n']}")

@@ -1,4 +1,4 @@
-"""What the base install takes on disk: this package, its shipped weights, and what its requirements pull in."""
+"""Measure the size of the base install on disk: this package, its shipped weights, and its requirements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MB = 1_000_000
 
 
 def install_size() -> dict[str, Any]:
-    """Sizes in MB (10^6 bytes) of the files that are on disk, byte code left out."""
+    """Return sizes in MB (10^6 bytes) of the files on disk, without byte code."""
     with_torch = closure(base_requirements())
     without = closure(base_requirements(), skip={"torch"})
     own = [file for file in PACKAGE.rglob("*") if file.is_file() and _counts(file)]
@@ -38,7 +38,7 @@ def install_size() -> dict[str, Any]:
 
 
 def base_requirements() -> list[str]:
-    """What the base package asks for: of the installed distribution, else of pyproject.toml."""
+    """Return the requirements of the base package, from the installed distribution or else from pyproject.toml."""
     try:
         return metadata.requires("extemb") or []
     except metadata.PackageNotFoundError:
@@ -52,7 +52,7 @@ def closure(
     skip: Iterable[str] = (),
     requires: Callable[[str], list[str] | None] = metadata.requires,
 ) -> list[str]:
-    """Names of the distributions that requirements need here, and theirs; none in `skip`, nor reached through it."""
+    """Return the distributions that requirements need here, directly or not, without those in `skip` and their own."""
     found: dict[str, set[str]] = {}
     skipped = set(skip)
     waiting = [(requirement, "") for requirement in requirements]
@@ -68,14 +68,14 @@ def closure(
         try:
             needed = requires(name) or []
         except metadata.PackageNotFoundError:
-            continue  # asked for by an extra or on another system
+            continue  # needed by an extra or on another system only
         found.setdefault(name, set()).update(wanted)
         waiting += [(line, extra) for extra in wanted for line in needed]
     return sorted(found)
 
 
 def distribution_bytes(name: str) -> int:
-    """Bytes of the files that a distribution installed."""
+    """Return the bytes of the files that a distribution has installed."""
     paths = (Path(str(file.locate())) for file in metadata.files(name) or [])
     return sum(path.stat().st_size for path in paths if _counts(path) and path.is_file())
 

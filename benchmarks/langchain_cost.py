@@ -1,4 +1,4 @@
-"""What LangChain's interface costs: beside `ExtensibleLM` itself, and a batch beside single calls.
+"""Measure what LangChain's interface costs, compared with `ExtensibleLM` itself, and a batch with single calls.
 
     python benchmarks/langchain_cost.py --json benchmarks/results/langchain.json
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The report without its provenance."""
+    """Make the report without its provenance."""
     rounds = 2 if options.quick else options.rounds
     lm = ExtensibleLM.from_pretrained(options.llm, resolve_embedder(options.embedder, options.llm))
     sections: dict[str, Callable[[], dict[str, Any]]] = {
@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def first_token(lm: ExtensibleLM, rounds: int) -> dict[str, Any]:
-    """Seconds until the first piece of an answer from documents that are in the store, half of the window as text."""
+    """Time the first piece of an answer from documents that are in the store and take half of the window as text."""
     ids = lm.llm.encode(sample_text(4 * lm.llm.context_window))[: lm.llm.context_window // 2]
     size = -(-len(ids) // _PARTS)
     documents = [
@@ -73,7 +73,7 @@ def first_token(lm: ExtensibleLM, rounds: int) -> dict[str, Any]:
 
 
 def batch(lm: ExtensibleLM, rounds: int, new_tokens: int) -> dict[str, Any]:
-    """Seconds of eight prompts of equal length, together and one after another."""
+    """Time eight prompts of equal length, together and one after another."""
     chat = ChatExtensible.from_lm(lm, max_tokens=new_tokens)
     prompts = [f"Write one sentence about the number {at}." for at in range(_PROMPTS)]
     lengths = {lm.positions(prompt) for prompt in prompts}
@@ -91,7 +91,7 @@ def batch(lm: ExtensibleLM, rounds: int, new_tokens: int) -> dict[str, Any]:
 
 
 def construct(rounds: int) -> dict[str, Any]:
-    """Milliseconds to make the object."""
+    """Time making the object, in milliseconds."""
     samples = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -102,7 +102,7 @@ def construct(rounds: int) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """What was measured against its target, as plain text."""
+    """Format what was measured beside its target, as plain text."""
     rows: list[tuple[str, str, str, bool]] = []
     if row := report.get("first_token"):
         rows.append(("first token, LangChain / core", f"{row['ratio']:.3f}x", "<= 1.03x", row["met"]))

@@ -1,4 +1,4 @@
-"""The store and the library: speed and size, each beside what it is measured against, in one run.
+"""Measure speed and size of the store and the library, each beside a baseline, in one run.
 
     python benchmarks/library.py --json benchmarks/results/library.json
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The report without its provenance."""
+    """Make the report without its provenance."""
     quick = options.quick
     rounds = 2 if quick else options.rounds
     loaded: list[ExtensibleLM] = []
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def made(name: int, count: int, width: int, entry_layer: int = 0, ratio: int = 8) -> Compressed:
-    """A document of `count` random embeddings."""
+    """Make a document of `count` random embeddings."""
     generator = torch.Generator().manual_seed(name)
     embeddings = torch.randn(count, width, generator=generator)
     norms = embeddings.norm(dim=-1)
@@ -101,8 +101,10 @@ def made(name: int, count: int, width: int, entry_layer: int = 0, ratio: int = 8
 
 
 def reading(folder: Path, rounds: int, width: int, entry_layer: int) -> dict[str, Any]:
-    """64 documents of 64 embeddings as float32 tensors: from the store, checksums included, and from a memmap of
-    float16, times their norms above entry layer 0."""
+    """Time reading 64 documents of 64 embeddings as float32 tensors, from the store and from a memmap of float16.
+
+    The store checks checksums; above entry layer 0, embeddings are multiplied by their norms.
+    """
     texts = [made(at, 64, width, entry_layer) for at in range(64)]
     file = folder / "plain.bin"
     norms = [text.norms[:, None] if text.norms is not None else torch.ones(64, 1) for text in texts]
@@ -127,7 +129,7 @@ def reading(folder: Path, rounds: int, width: int, entry_layer: int) -> dict[str
 
 
 def disk(folder: Path, llm: LLM, entry_layer: int, count: int) -> dict[str, Any]:
-    """What documents of 64 embeddings take in the file, against raw arrays and the LLM's cache of the same text."""
+    """Measure the size of documents of 64 embeddings in the file, beside raw arrays and the LLM's cache of the text."""
     sizes = {}
     for dtype, each in (("float16", 2), *([] if entry_layer else [("int8", 1)])):
         with EmbeddingStore.open(folder / f"disk-{dtype}", dtype=dtype) as store:  # type: ignore[arg-type]
@@ -157,15 +159,15 @@ def disk(folder: Path, llm: LLM, entry_layer: int, count: int) -> dict[str, Any]
 
 
 def rounding(lm: ExtensibleLM, n_windows: int) -> dict[str, Any]:
-    """Loss, in nats, of the 128 tokens after 512 that are read as embeddings at ratio 8, rounded as the store would.
+    """Measure the loss, in nats, of 128 tokens after 512 read as embeddings at ratio 8, rounded as in the store.
 
-    In a small window 3/8 and 1/8 of it; the text is the Python reference.
+    In a small window, 3/8 and 1/8 of it; the text is the Python reference.
     """
     ratio = 8 if 8 in lm.embedder.config.ratios else min(lm.embedder.config.ratios)
     context, scored = min(512, 3 * lm.llm.context_window // 8), min(128, lm.llm.context_window // 8)
     ids = lm.llm.encode(sample_text(40 * n_windows * (context + scored)))
     anchored = lm.embedder.config.entry_layer > 0
-    dtypes = [dtype for dtype in DTYPES if not (anchored and dtype == "int8")]  # which a store refuses
+    dtypes = [dtype for dtype in DTYPES if not (anchored and dtype == "int8")]  # a store refuses int8
     losses: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
     for start in range(0, n_windows * (context + scored), context + scored):
         (text,) = lm.embedder.compress_ids([ids[start : start + context]], refs=[text_ref(str(start))], ratio=ratio)
@@ -185,7 +187,7 @@ def rounding(lm: ExtensibleLM, n_windows: int) -> dict[str, Any]:
 
 
 def opening(folder: Path, count: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds to open a store of many entries and read one of them."""
+    """Time opening a store of many entries and reading one of them, in milliseconds."""
     path = folder / "open"
     with EmbeddingStore.open(path) as store:
         for start in range(0, count, 10_000):
@@ -201,7 +203,7 @@ def opening(folder: Path, count: int, rounds: int) -> dict[str, Any]:
 
 
 def first_token(folder: Path, lm: ExtensibleLM, count: int, rounds: int) -> dict[str, Any]:
-    """Time to the first token from documents in the store, against the same as full text, 7/8 of the window."""
+    """Time the first token from documents in the store, beside the same documents as full text, 7/8 of the window."""
     n_tokens = (7 * lm.llm.context_window // 8 // count - 32) * count
     ids = lm.llm.encode(sample_text(12 * n_tokens))[:n_tokens]
     part = n_tokens // count
@@ -224,7 +226,7 @@ def first_token(folder: Path, lm: ExtensibleLM, count: int, rounds: int) -> dict
 
 
 def adding(folder: Path, lm: ExtensibleLM, count: int, rounds: int) -> dict[str, Any]:
-    """Seconds to add documents of 2,048 tokens to a new library, against compressing its passages and no more."""
+    """Time adding documents of 2,048 tokens to a new library, beside only compressing their passages."""
     ids = lm.llm.encode(sample_text(12 * 2048 * count))
     texts = [lm.llm.decode(ids[2048 * at : 2048 * (at + 1)].tolist()) for at in range(count)]
     documents = [Document(text, metadata={"source": f"document {at}"}) for at, text in enumerate(texts)]
@@ -246,7 +248,7 @@ def adding(folder: Path, lm: ExtensibleLM, count: int, rounds: int) -> dict[str,
 
 
 def adding_again(folder: Path, lm: ExtensibleLM, count: int) -> dict[str, Any]:
-    """Seconds to add a corpus, and to add it again unchanged in another opening."""
+    """Time adding a corpus, and adding it again, unchanged, after reopening the library."""
     text = sample_text(400 * count + 1000)
     documents = [Document(text[300 * at : 300 * at + 300], metadata={"source": f"part {at}"}) for at in range(count)]
     seconds = []
@@ -261,9 +263,9 @@ def adding_again(folder: Path, lm: ExtensibleLM, count: int) -> dict[str, Any]:
 
 
 def searching(count: int, n_queries: int, width: int = 256, k: int = 10) -> dict[str, Any]:
-    """Milliseconds of a search in HNSW, and how many of the exact nearest it finds.
+    """Time a search in HNSW, in milliseconds, and count how many of the exact nearest vectors it finds.
 
-    Vectors lie around 1,000 centres, as passages around their subjects; in evenly random ones nothing is near.
+    Vectors lie around 1,000 centres, as passages lie around their subjects; among uniformly random ones none are near.
     """
     draw = np.random.default_rng(0)
     centres = draw.standard_normal((1000, width)).astype(np.float32)
@@ -296,7 +298,7 @@ def searching(count: int, n_queries: int, width: int = 256, k: int = 10) -> dict
 
 
 def table(report: dict[str, Any]) -> str:
-    """What was measured against its target, as plain text."""
+    """Format what was measured beside its target, as plain text."""
     rows: list[tuple[str, str, str, bool]] = []
     lines: list[str] = []
     if row := report.get("read"):

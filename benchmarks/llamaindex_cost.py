@@ -1,4 +1,4 @@
-"""What compressing nodes saves in LlamaIndex, and what it costs: beside the same nodes as text, with the same LLM.
+"""Measure what compressing nodes saves and costs in LlamaIndex, beside the same nodes as text, with the same LLM.
 
     python benchmarks/llamaindex_cost.py --json benchmarks/results/llamaindex.json
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The report without its provenance."""
+    """Make the report without its provenance."""
     rounds = 1 if options.quick else options.rounds
     words = sample_text(40 * _NODES * _WORDS).split()
     count = 200 if options.quick else _WORDS
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         lm = ExtensibleLM(loaded.llm, loaded.embedder, store)
         lm.llm.text_config.max_position_embeddings = WINDOW  # the same for both sides
         llm = ExtensibleLLM.from_lm(lm, max_tokens=2 if options.quick else NEW_TOKENS)
-        # What embeddings cost, also where an untrained embedder would have none.
+        # "focus" has embeddings also with an untrained embedder, whose default plan has none.
         plan = "focus" if lm.embedder.config.entry_layer else None
         post = ExtensibleEmbeddingPostprocessor(llm=llm, plan=plan)
         post.postprocess_nodes(nodes)  # warms the store
@@ -96,7 +96,7 @@ def engine(llm: ExtensibleLLM, mode: str, nodes: list[NodeWithScore], *post: Any
 
 
 def calls(llm: ExtensibleLLM, post: Any, nodes: list[NodeWithScore]) -> dict[str, Any]:
-    """How often the LLM is asked, and in how many positions; nothing is generated for it."""
+    """Count how often the LLM is asked, and with how many positions; nothing is generated."""
     found = {}
     for mode in _MODES:
         with counted(llm) as plain:
@@ -111,7 +111,7 @@ def calls(llm: ExtensibleLLM, post: Any, nodes: list[NodeWithScore]) -> dict[str
 
 @contextmanager
 def counted(llm: ExtensibleLLM) -> Any:
-    """The positions of each prompt; the LLM says one word to it."""
+    """Collect the positions of each prompt; the LLM answers with one word."""
     batcher = llm.lm.batcher
     whole, made = batcher.answer, []
 
@@ -129,7 +129,7 @@ def counted(llm: ExtensibleLLM) -> Any:
 
 
 def query(llm: ExtensibleLLM, post: Any, nodes: list[NodeWithScore], rounds: int) -> dict[str, Any]:
-    """Seconds of a query, retrieval not counted."""
+    """Time a query, without retrieval, in seconds."""
     ours, plain = engine(llm, "compact", nodes, post), engine(llm, "compact", nodes)
     row = compare(
         alternate({"embeddings": lambda: ours.query(QUESTION), "text": lambda: plain.query(QUESTION)}, rounds),
@@ -139,7 +139,7 @@ def query(llm: ExtensibleLLM, post: Any, nodes: list[NodeWithScore], rounds: int
 
 
 def postprocessor(post: Any, nodes: list[NodeWithScore], rounds: int) -> dict[str, Any]:
-    """Milliseconds a node."""
+    """Time the postprocessor, in milliseconds per node."""
     samples = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -150,7 +150,7 @@ def postprocessor(post: Any, nodes: list[NodeWithScore], rounds: int) -> dict[st
 
 
 def table(report: dict[str, Any]) -> str:
-    """What was measured against its target, as plain text."""
+    """Format what was measured beside its target, as plain text."""
     rows: list[tuple[str, str, str, bool]] = []
     for mode, row in report.get("calls", {}).get("modes", {}).items():
         target = "1" if mode in ("compact", "tree_summarize") else "stated"

@@ -1,8 +1,8 @@
-"""Peak memory of `compress`, measured in a process of its own that does nothing else.
+"""Measure the peak memory of `compress` in a process that does nothing else.
 
     python benchmarks/memory.py --llm NAME --bytes 1000000            one JSON object on stdout
 
-What counts is the process's peak while `compress` runs, less the embeddings it returns. The LLM is a tiny random
+The result is the process's peak while `compress` runs, less the embeddings it returns. The LLM is a tiny random
 one with the tokenizer of the one named, unless --embedder is given: memory that grows with the text (ids, chunks,
 buffers) does not depend on the LLM's size, and a real one takes half an hour for 10 MB.
 """
@@ -45,7 +45,7 @@ def probe(llm_name: str, embedder_name: str | None, n_bytes: int) -> dict[str, A
         llm = tiny_llm(llm_name)
         embedder = ExtensibleEmbedder.from_llm(llm, num_layers=2)
     text = sample_text(n_bytes)
-    embedder.compress(text[:20_000], show_progress=False)  # what is allocated once is there before
+    embedder.compress(text[:20_000], show_progress=False)  # allocates what is allocated only once
     before = current_bytes()
     reset = reset_peak()
     compressed = embedder.compress(text, show_progress=False)
@@ -65,7 +65,7 @@ def probe(llm_name: str, embedder_name: str | None, n_bytes: int) -> dict[str, A
 
 
 def growth(llm_name: str, embedder_name: str | None, sizes: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """Two sizes of text, each in fresh processes, alternated."""
+    """Measure two sizes of text alternately, each in fresh processes."""
     samples: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
     for _ in range(rounds):
         for size in sizes:
@@ -85,7 +85,7 @@ def growth(llm_name: str, embedder_name: str | None, sizes: tuple[int, int], rou
 
 
 def tiny_llm(name: str) -> Any:
-    """A random LLM of width 64 with 2 layers and the tokenizer of the LLM called `name`."""
+    """Make a random LLM of width 64 with 2 layers and the tokenizer of the LLM called `name`."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -108,7 +108,7 @@ def tiny_llm(name: str) -> Any:
 
 
 def sample_text(n_bytes: int) -> str:
-    """The Python language reference that comes with every CPython, as often as it takes; all of it is ASCII."""
+    """Return `n_bytes` of the Python language reference in every CPython, repeated if needed; all of it is ASCII."""
     from pydoc_data.topics import topics
 
     whole = "\n\n".join(topics.values()).encode("ascii", "ignore").decode("ascii")
@@ -116,20 +116,20 @@ def sample_text(n_bytes: int) -> str:
 
 
 def current_bytes() -> int:
-    """Resident memory now; where the system does not tell, its peak so far."""
+    """Return the resident memory now, or its peak so far if the system does not say."""
     return status_bytes("VmRSS") or _maxrss()
 
 
 def peak_bytes() -> int:
-    """The peak of resident memory since the start or since `reset_peak`.
+    """Return the peak of resident memory since the start or since `reset_peak`.
 
-    ru_maxrss alone will not do on Linux: a child process starts with its parent's.
+    ru_maxrss alone is not enough on Linux: a child process starts with its parent's.
     """
     return status_bytes("VmHWM") or _maxrss()
 
 
 def reset_peak() -> bool:
-    """Count the peak from now on; False where the system cannot."""
+    """Reset the peak of resident memory; False if the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

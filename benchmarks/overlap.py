@@ -1,9 +1,9 @@
-"""Does training data hold what is measured? Word n-grams that rows of data files share with held-out files.
+"""Count the word n-grams that held-out files share with training files: is what is measured in the training data?
 
     python benchmarks/overlap.py --train train_text.jsonl.zst train_qa.jsonl.zst --held-out dev_squad.jsonl.zst ... \
         --json benchmarks/results/overlap.json
 
-Of every held-out row: how many of its n-grams (lower-case words, 13 at a time) occur anywhere in the training files.
+For every held-out row: how many of its n-grams (lower-case words, 13 at a time) occur anywhere in the training files.
 Fields "text" and "context" are compared. N-grams are compared by 64-bit hashes.
 """
 
@@ -27,7 +27,7 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def hashes(text: str, n: int) -> np.ndarray[Any, Any]:
-    """(words - n + 1,) hashes of all n-grams; of a shorter text one of the whole."""
+    """Return (words - n + 1,) hashes of all n-grams; for a shorter text, one hash of all of it."""
     words = _WORD.findall(text.lower())
     if not words:
         return np.empty(0, dtype=np.uint64)

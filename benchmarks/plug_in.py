@@ -1,4 +1,4 @@
-"""An embedder on a fine-tuned derivative of its LLM, untouched: what is lost, and whose layers it should use.
+"""Measure an embedder, unchanged, on a fine-tuned derivative of its LLM: what is lost, and whose layers it should use.
 
     python benchmarks/plug_in.py --llm smollm2-135m-instruct --derivative runs/tuned/reader \
         --questions dev_squad.jsonl.zst --text dev_books.jsonl.zst --json benchmarks/results/plug_in.json

@@ -1,10 +1,10 @@
-"""What a corpus costs: tokens per second of a process, bytes of a token, and from these machines and disks for a day.
+"""Measure what a corpus costs: tokens per second of a process and bytes per token, and from these what a day takes.
 
     python benchmarks/scale.py --json benchmarks/results/scale.json
 
 Sections: throughput (`CompressWorker` in this process on all cores, and Ray Data with a process for each core), size
 (bytes of shards and of a store per token, at every ratio), index (bytes of a passage's vector in each kind of index).
-The plan that follows is arithmetic on all of them: so many tokens every day, compressed as they come.
+The plan that follows is computed from these: for a number of tokens every day, compressed as they come.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECTIONS = ("throughput", "size", "index")
 DAYS = (1_000_000, 100_000_000, 10_000_000_000)  # tokens
 _SECONDS = 24 * 60 * 60
 INDICES = ("Flat", "HNSW32", "IVF1024,PQ32")
-_VECTOR_WIDTH = 256  # of the default text encoder
+_VECTOR_WIDTH = 256  # width of the default text encoder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The report without its provenance."""
+    """Make the report without its provenance."""
     models = {"llm": options.llm, "embedder": str(resolve_embedder(options.embedder, options.llm))}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -67,15 +67,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def texts(chars: int, rows: int, first: int = 0) -> list[str]:
-    """Parts of the Python reference, of so many characters each, none equal to another."""
+    """Return parts of the Python reference, of `chars` characters each, all different."""
     whole = sample_text(chars * (first + rows))
     return [f"Part {at}.\n" + whole[chars * at :][:chars] for at in range(first, first + rows)]
 
 
 def throughput(folder: Path, models: dict[str, str], chars: int, rows: int, rounds: int) -> dict[str, Any]:
-    """Tokens per second, each round with other texts: one process on all cores, and Ray with a process for each core.
+    """Measure tokens per second, each round with other texts: one process on all cores, and Ray with one per core.
 
-    Without the start of the process or of Ray and its workers, which is told on its own.
+    The start of the process, or of Ray and its workers, is reported separately.
     """
     own: list[dict[str, float]] = []
     by_ray: list[dict[str, float]] = []
@@ -103,7 +103,7 @@ def throughput(folder: Path, models: dict[str, str], chars: int, rows: int, roun
 
 
 def size(folder: Path, models: dict[str, str], chars: int, rows: int) -> dict[str, Any]:
-    """Bytes per token of text, receipts and manifest included, and in a store that took them in."""
+    """Measure bytes per token of text in shards, receipts and manifest included, and in a store after an import."""
     found: dict[str, Any] = {}
     lm = ExtensibleLM.from_pretrained(**models)
     dtypes = ("float16",) if lm.embedder.config.entry_layer else ("float16", "int8")  # a store refuses int8 above 0
@@ -124,7 +124,7 @@ def size(folder: Path, models: dict[str, str], chars: int, rows: int) -> dict[st
 
 
 def index(folder: Path, count: int, factories: Sequence[str]) -> dict[str, Any]:
-    """Bytes of a vector in the index of a library, which is in memory while it is searched."""
+    """Measure bytes per vector in the index of a library, which is in memory while it is searched."""
     vectors = np.random.default_rng(0).standard_normal((count, _VECTOR_WIDTH)).astype(np.float32)
     found = {}
     for factory in factories:
@@ -137,7 +137,7 @@ def index(folder: Path, count: int, factories: Sequence[str]) -> dict[str, Any]:
 
 
 def plan(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Machines like this one that keep up with a day's tokens, and what a day adds on disk and in memory."""
+    """Compute how many machines like this one a day's tokens need, and what a day adds on disk and in memory."""
     speed = report["throughput"]["tokens_per_second"]
     bytes_per_token = report["size"]["bytes_per_token"]
     ratio = "8" if "8-float16" in bytes_per_token else next(iter(bytes_per_token)).split("-")[0]
@@ -161,7 +161,7 @@ def plan(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """What was measured, and the plan, as plain text."""
+    """Format what was measured, and the plan, as plain text."""
     lines: list[str] = []
     if row := report.get("throughput"):
         lines.append(f"tokens/s: {row['tokens_per_second']:,.0f}, through Ray {row['tokens_per_second_ray']:,.0f}")

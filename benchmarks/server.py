@@ -1,4 +1,4 @@
-"""The server: many streaming clients with compressed documents against raw text, and what HTTP costs one client.
+"""Measure the server: many streaming clients with compressed documents or raw text, and what HTTP costs one client.
 
     python benchmarks/server.py --json benchmarks/results/server.json
 
@@ -44,8 +44,8 @@ SECTIONS = ("clients", "overhead", "page")
 QUESTION = "What is this about?"
 NAME = "measured"
 _PARTS = 4  # documents of a client
-_PATIENCE = 600  # seconds of a request
-_PAGE_PATIENCE = 120  # seconds until something is there on the page
+_PATIENCE = 600  # time limit of a request, in seconds
+_PAGE_PATIENCE = 120  # time limit for something to appear on the page, in seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The report without its provenance."""
+    """Make the report without its provenance."""
     if options.quick:
         options.clients, options.document_tokens, options.seconds, options.rounds = 3, 64, 0.5, 2
     embedder = resolve_embedder(options.embedder, options.llm)
@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def client_documents(lm: ExtensibleLM, n_clients: int, n_tokens: int) -> list[list[Document]]:
-    """Documents of each client: other text for each, so many tokens together."""
+    """Make the documents of each client: different text for each, `n_tokens` tokens together."""
     ids = lm.llm.encode(sample_text(6 * n_clients * n_tokens))[: n_clients * n_tokens]
     size = n_tokens // _PARTS
     texts = [lm.llm.decode(ids[at : at + size].tolist()) for at in range(0, n_clients * n_tokens, size)]
@@ -93,7 +93,7 @@ def client_documents(lm: ExtensibleLM, n_clients: int, n_tokens: int) -> list[li
 def clients(
     lm: ExtensibleLM, documents: list[list[Document]], options: argparse.Namespace, folder: Path, embedder: str
 ) -> dict[str, Any]:
-    """Answers a second of all clients at once, compressed and as text, in a process that only serves."""
+    """Measure answers per second of all clients at once, compressed and as text, from a process that only serves."""
     lm.compress([one for of_client in documents for one in of_client], show_progress=False)
     ratios: dict[str, int | str] = {"compressed": options.ratio, "text": "raw"}
     with server_process(options, folder, embedder) as (url, pid):
@@ -101,7 +101,7 @@ def clients(
         sides: dict[str, dict[str, Any]] = {name: {"samples_per_second": [], "counts": Counter()} for name in ratios}
         memory: list[int] = []
         for name, ratio in ratios.items():
-            for client in asking:  # alone: what is to come at once too
+            for client in asking:  # alone, to compare the answers of all at once with
                 client.expected[name] = asyncio.run(client.ask(ratio))[0]
         for number in range(options.rounds):
             for name in list(ratios) if number % 2 else list(ratios)[::-1]:
@@ -130,7 +130,7 @@ def clients(
 
 
 class _Client:
-    """One client, its documents, and what it was answered when it was alone."""
+    """One client, its documents, and the answers that it got when it was alone."""
 
     def __init__(self, url: str, documents: list[Document], new_tokens: int) -> None:
         self._url = url
@@ -152,7 +152,7 @@ class _Client:
         return "".join(chunk.choices[0].delta.content or "" for chunk in chunks), refs == self._refs
 
     async def ask_until(self, end: float, name: str, ratio: int | str, counts: Counter[str]) -> None:
-        """Ask again and again; what is under way at the end is waited for, and not counted as an answer in time."""
+        """Ask repeatedly; wait for the answer under way at the end, without counting it."""
         while time.perf_counter() < end:
             try:
                 text, is_own = await self.ask(ratio)
@@ -160,7 +160,7 @@ class _Client:
                 counts["errors"] += 1
                 continue
             counts["mixed"] += not is_own
-            counts["other_text_than_alone"] += text != self.expected[name]  # sums in another order may tip a token
+            counts["other_text_than_alone"] += text != self.expected[name]  # another order of sums may tip a token
             counts["answers" if time.perf_counter() < end else "late"] += 1
 
 
@@ -182,14 +182,14 @@ async def _at_once(
 
 @contextmanager
 def server_process(options: argparse.Namespace, folder: Path, embedder: str) -> Iterator[tuple[str, int]]:
-    """Serve in a process of its own, from the store of this one; yield its address and its number."""
+    """Serve in a separate process, from the store of this one; yield its address and its process id."""
     command = [sys.executable, "-m", "extemb_core.cli.main", "serve", "--llm", options.llm, "--embedder", embedder]
     command += ["--store", str(folder / "store"), "--data", str(folder / "data"), "--name", NAME, "--port", "0"]
     command += ["--max-requests", str(2 * options.clients), "--request-seconds", str(_PATIENCE)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         found = next(filter(None, (re.search(r"listening at (\S+)", line) for line in process.stderr)), None)
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # or it would wait for a reader
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # or the process would block on a full pipe
         try:
             yield found[1] if found else "", process.pid
         finally:
@@ -200,7 +200,7 @@ def server_process(options: argparse.Namespace, folder: Path, embedder: str) -> 
 
 
 def overhead(lm: ExtensibleLM, url: str, documents: list[Document], options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds until the first piece of an answer, over HTTP and from the object itself, in one process."""
+    """Time the first piece of an answer, over HTTP and from the object itself, in one process."""
     lm.compress(documents, show_progress=False)
     sent = [{"title": one.title, "text": one.text} for one in documents]
     ratio = options.ratio
@@ -223,7 +223,7 @@ def overhead(lm: ExtensibleLM, url: str, documents: list[Document], options: arg
 
 @contextmanager
 def serving(lm: ExtensibleLM, data: Path, new_tokens: int, *, page: bool) -> Iterator[str]:
-    """Serve an object of this process in a thread; yield its address. There can be one page in a process."""
+    """Serve an object of this process in a thread; yield its address. A process can have only one page."""
     server = make_server(lm, ServerSettings(port=0, name=NAME, data=str(data), max_new_tokens=new_tokens), page=page)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -245,7 +245,7 @@ _SHOWN = """() => { new MutationObserver(() => {
 
 
 def page(lm: ExtensibleLM, url: str, document: Document, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds until the page is there, each time in a fresh browser context, and from a first token to its text."""
+    """Time the page's loading, each time in a fresh browser context, and a first token's way to the page."""
     from playwright.sync_api import sync_playwright
 
     rounds = 2 if options.quick else options.page_rounds
@@ -253,7 +253,7 @@ def page(lm: ExtensibleLM, url: str, document: Document, options: argparse.Names
     stream_batch = lm.llm.stream_batch
 
     def noting(rows: Sequence[StreamedRow]) -> None:
-        """Write down when the first token of a batch is there."""
+        """Note when the first token of a batch is generated."""
 
         def first(piece: str | None, row: StreamedRow = rows[0]) -> None:
             made.append(time.time())
@@ -299,7 +299,7 @@ def page(lm: ExtensibleLM, url: str, document: Document, options: argparse.Names
 
 
 def table(report: dict[str, Any]) -> str:
-    """What was measured against its target, as plain text."""
+    """Format what was measured beside its target, as plain text."""
     rows: list[tuple[str, str, str, bool]] = []
     if row := report.get("clients"):
         what, grown = (

@@ -1,4 +1,4 @@
-"""Speed and size, each beside what it is measured against, in one run.
+"""Measure speed and size, each beside a baseline, in one run.
 
     python benchmarks/speed.py --json benchmarks/results/speed.json
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The report without its provenance."""
+    """Make the report without its provenance."""
     quick = options.quick
     rounds = 2 if quick else options.rounds
     sizes = (20_000, 60_000) if quick else (1_000_000, 10_000_000)
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """What was measured against its target, as plain text."""
+    """Format what was measured beside its target, as plain text."""
     rows: list[tuple[str, str, str, bool]] = []
     if start := report.get("start"):
         for name, what in (("import", "import extemb_core"), ("help", "extemb --help")):

@@ -1,4 +1,4 @@
-"""Side by side timings: what is compared alternates within one run, so that a busy moment hits both."""
+"""Time two sides alternately within one run, so that a busy moment hits both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HELP = "import sys; sys.argv = ['extemb', '--help']; from extemb_core.cli.main i
 
 
 def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round; the order turns round every time. One round before is not counted."""
+    """Time each side in each round, in seconds, reversing the order every round; a first round is not counted."""
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(-1, rounds):
         for name in list(sides) if number % 2 else list(sides)[::-1]:
@@ -45,7 +45,7 @@ def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def compare(samples: Mapping[str, Sequence[float]], ours: str, base: str, target: float) -> dict[str, Any]:
-    """How many times the base's seconds ours takes: the median over the rounds of their ratio."""
+    """Compute how many times the base's seconds ours takes: the median over the rounds of their ratio."""
     ratios = [a / b for a, b in zip(samples[ours], samples[base], strict=True)]
     return {
         "n": len(ratios),
@@ -63,7 +63,7 @@ def compare(samples: Mapping[str, Sequence[float]], ours: str, base: str, target
 
 
 def cold_start(runs: int) -> dict[str, Any]:
-    """Seconds of the import and of `extemb --help`, each in fresh interpreters."""
+    """Time the import and `extemb --help`, each in fresh interpreters."""
     imports, helps, interpreters = [], [], []
     for _ in range(runs):
         imports.append(float(_python(IMPORT)[1]))
@@ -101,7 +101,7 @@ def _python(code: str) -> tuple[float, str]:
 
 
 def bare_layers(llm: LLM, count: int) -> nn.Module:
-    """The LLM's own decoder, cut to its first layers, without adapters, connector or final norm.
+    """Return the LLM's own decoder, cut to its first layers, without adapters, connector or final norm.
 
     The decoder object is a shallow copy with the LLM's own layers in it, so the LLM is not touched.
     """
@@ -116,7 +116,7 @@ def bare_layers(llm: LLM, count: int) -> nn.Module:
 
 
 def batches(ids: Sequence[np.ndarray[Any, Any]], chunk_size: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """(B, T) ids: the chunks of all texts as `compress` batches them, longest first, padded with 0."""
+    """Make (B, T) ids: the chunks of all texts as `compress` batches them, longest first, padded with 0."""
     chunks = []
     for tokens in ids:
         ends = np.cumsum(chunk_lengths(len(tokens), chunk_size))
@@ -131,7 +131,7 @@ def batches(ids: Sequence[np.ndarray[Any, Any]], chunk_size: int, batch_size: in
 
 
 def compress_cost(embedder: ExtensibleEmbedder, text: str, *, rounds: int, batch_size: int = 4) -> dict[str, Any]:
-    """`compress` at the finest ratio against a bare forward pass of the same layers over the same tokens."""
+    """Time `compress` at the finest ratio beside a bare forward pass of the same layers over the same tokens."""
     llm = embedder.llm
     bare = bare_layers(llm, embedder.config.num_layers)
     ids = [llm.encode(text)]
@@ -171,9 +171,9 @@ def compress_cost(embedder: ExtensibleEmbedder, text: str, *, rounds: int, batch
 
 
 def first_token(lm: ExtensibleLM, text: str, *, embeddings: int, ratio: int, rounds: int) -> dict[str, Any]:
-    """A question about a compressed document against a plain prompt of as many positions, to the first token.
+    """Time the first token of a question about a compressed document, beside a plain prompt of as many positions.
 
-    Both go through `ExtensibleLM.stream`. The document was compressed before, as documents are.
+    Both go through `ExtensibleLM.stream`. The document has been compressed before, as usual.
     """
     document = Document(lm.llm.decode(lm.llm.encode(text)[: embeddings * ratio].tolist()))
     question = "In one sentence, what is this text about?"
@@ -199,10 +199,10 @@ def first_token(lm: ExtensibleLM, text: str, *, embeddings: int, ratio: int, rou
 
 
 def planning(lm: ExtensibleLM, text: str, *, tokens: int, rounds: int) -> dict[str, Any]:
-    """A plan for the question against an even one in as many positions, to the first token.
+    """Time the first token with a plan for the question, beside an even one in as many positions.
 
-    The document was compressed before; its sentences are found, indexed and looked at anew in each round, as for a new
-    document. Beside them a question to a conversation about the document goes on, of which these are known.
+    The document has been compressed before; its sentences are found, indexed and looked at anew in each round, as for a
+    new document. A third side asks again about a document whose sentences are known.
     """
     document = Document(lm.llm.decode(lm.llm.encode(text)[:tokens].tolist()))
     budget, going_on, number = tokens // 8 + 16, ExtensibleLM(lm.llm, lm.embedder, lm.store), count()
@@ -210,7 +210,7 @@ def planning(lm: ExtensibleLM, text: str, *, tokens: int, rounds: int) -> dict[s
     def asked(plan: str, of: ExtensibleLM | None = None) -> Any:
         if of is None:
             scoring.index_of.cache_clear()
-            of = ExtensibleLM(lm.llm, lm.embedder, lm.store)  # which knows no sentences yet
+            of = ExtensibleLM(lm.llm, lm.embedder, lm.store)  # it knows no sentences yet
         question = f"What is said about names? Question {next(number)}."
         return of.stream(question, [document], budget=budget, plan=plan, max_new_tokens=1).finish()
 
@@ -229,7 +229,7 @@ def planning(lm: ExtensibleLM, text: str, *, tokens: int, rounds: int) -> dict[s
 
 
 def _plain_question(llm: LLM, text: str, positions: int) -> str:
-    """The beginning of a text, cut so that the chat prompt with it takes `positions`, or as near below as it gets."""
+    """Cut the beginning of a text so that the chat prompt with it takes `positions`, or slightly fewer."""
     ids = llm.encode(text)
     best, best_positions = "", 0
     kept = positions

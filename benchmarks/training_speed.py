@@ -1,4 +1,4 @@
-"""How fast training is: beside plain matrix products that do the same arithmetic, and beside one LLM call per chunk.
+"""Measure the speed of training, beside plain matrix products of the same size, and beside one LLM call per chunk.
 
     python benchmarks/training_speed.py --data train_text.jsonl.zst --json benchmarks/results/training_speed.json
 
@@ -29,7 +29,7 @@ from extemb_core.training.data import read_texts
 from extemb_core.training.two_stream import two_stream_losses
 from extemb_core.weights.resolve import short_name
 
-_PRODUCTS = 20  # of a measurement of the floor's rate
+_PRODUCTS = 20  # in a measurement of the floor's rate
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def one_call_per_chunk(embedder: ExtensibleEmbedder, samples: Sequence[Tensor], ratio: int, size: int) -> Tensor:
-    """The two-stream loss without packing: each chunk is compressed, and read after the embeddings before it."""
+    """Compute the two-stream loss without packing: each chunk is compressed, and read after earlier embeddings."""
     llm = embedder.llm
     losses = []
     for sample in samples:

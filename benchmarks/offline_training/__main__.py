@@ -1,4 +1,4 @@
-"""Train on a machine without a network and without this package: pack all that it takes, run it there, get it back.
+"""Train on a machine without a network and without this package: pack everything needed, run it there, get it back.
 
     python -m benchmarks.offline_training pack --recipe joint --llm runs/text/reader --data text.jsonl.zst \
         --questions questions.jsonl.zst --total-tokens 50000000 --output bundle
@@ -6,8 +6,8 @@
     python -m benchmarks.offline_training unpack left --output runs/trained
 
 Run it from the root of the repository. The bundle holds the LLM's weights, text as tokens, questions, the recipe and
-this package's code; there, it takes torch, transformers, peft, accelerate and safetensors. `run` does here what
-`run.py` does there, to see that a bundle works.
+this package's code; the other machine needs torch, transformers, peft, accelerate and safetensors. `run` does here what
+`run.py` does there, to check that a bundle works.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Write a bundle, and say how large it is and what to do with it."""
+    """Write a bundle, and print its size and what to do with it."""
     settings: dict[str, Any] = {"seed": options.seed}
     if options.batch_size is not None:
         settings["batch_size"] = options.batch_size
@@ -53,7 +53,7 @@ def pack(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train in a bundle, and say whether the training is finished."""
+    """Train in a bundle, and print whether the training is finished."""
     finished = bundles.run(
         options.bundle,
         options.output,
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def unpack(options: argparse.Namespace) -> None:
-    """Join slices, and say where."""
+    """Join slices, and print where the result is."""
     bundles.unpack(options.slices, options.output)
     print(options.output)
 

@@ -1,8 +1,8 @@
-"""Training bundles: all that a training needs, for a machine without a network and without this package.
+"""Training bundles: everything a training needs, for a machine without a network and without this package.
 
 `pack` writes a folder of slices (see `slices.py`) that hold the LLM's weights, tokenised text, questions, the recipe,
 the package's code and this folder's, beside `run.py`, which unpacks and trains with torch, transformers, peft and
-safetensors alone. `run` trains within a time limit and leaves slices again: what it takes to go on and to use them.
+safetensors alone. `run` trains within a time limit and leaves slices of what is needed to go on and to use the result.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ def pack(
     """Write a bundle.
 
     Args:
-        recipe: What to train.
+        recipe: The recipe.
         output: The bundle's folder; it must not exist.
         llm: Name, path or hub id of the LLM.
-        total_tokens: Of all stages together.
+        total_tokens: Tokens of all stages together.
         data: Text files; their documents are shuffled, so that a part of them is a fair sample.
         questions: Question files.
-        start_from: An embedder to go on from.
-        max_tokens: Tokens of text that travel; all when not given.
-        max_questions: Questions that travel, drawn from all.
-        slice_size: Of each file, such as "60MiB".
-        dtype: In which the weights travel and the LLM runs.
+        start_from: An embedder to start from.
+        max_tokens: Tokens of text in the bundle; all when not given.
+        max_questions: Questions in the bundle, drawn from all.
+        slice_size: Maximum size of each file, such as "60MiB".
+        dtype: Data type of the weights in the bundle, in which the LLM runs.
         show_progress: Show a bar; None shows it on a terminal.
-        **settings: Fields of `TrainingConfig` over what the recipe says.
+        **settings: Fields of `TrainingConfig` that override the recipe's.
 
     Returns:
         The slices.
@@ -86,7 +86,7 @@ def pack(
     }
     if start_from is not None:
         bundled["start_from"] = "start"
-    stage_configs(recipe, "run", total_tokens, **bundled)  # settings that are not legal are known now, not there
+    stage_configs(recipe, "run", total_tokens, **bundled)  # illegal settings fail now, not on the other machine
     out.parent.mkdir(parents=True, exist_ok=True)
     work, partial = out.with_name(f".{out.name}.content"), out.with_name(f".{out.name}.partial")
     for folder in (work, partial):
@@ -123,7 +123,7 @@ def unpack(folder: str | Path, output: str | Path) -> None:
     """Verify the slices in a folder, a bundle's or those that `run` left, and join them.
 
     Raises:
-        DocumentError: One is missing or damaged, or `output` exists.
+        DocumentError: A slice is missing or damaged, or `output` exists.
     """
     try:
         join_slices(Path(folder), Path(output))
@@ -164,8 +164,8 @@ def run_unpacked(
         work: The unpacked bundle.
         output: Folder for slices of what is needed to go on and to use the result.
         deadline: Stop cleanly at this reading of `time.monotonic()`, in seconds.
-        checkpoint_size_limit: Of each file in `output`.
-        resume_from: Slices that an earlier call left; not needed where `work` is as that call left it.
+        checkpoint_size_limit: Maximum size of each file in `output`.
+        resume_from: Slices that an earlier call left; not needed if `work` is as that call left it.
 
     Returns:
         Whether the training is finished.
@@ -190,13 +190,13 @@ def run_unpacked(
 
 
 def shuffled_subset(source: TokenFile, folder: Path, max_tokens: int | None, seed: int) -> None:
-    """Write some of the documents, in random order, as a folder of tokens: a fair sample, however far it is read.
+    """Write some of the documents, in random order, as a folder of tokens: any beginning of it is a fair sample.
 
     Args:
-        source: Where the documents are.
-        folder: Of the result.
-        max_tokens: Documents are taken up to so many tokens, the last one cut; all when None.
-        seed: Of the order.
+        source: Tokens of the documents.
+        folder: Folder for the result.
+        max_tokens: Maximum number of tokens, for which the last document is cut; None takes all.
+        seed: Random seed of the order.
     """
     folder.mkdir(parents=True)
     left = source.n_tokens if max_tokens is None else max_tokens
@@ -229,7 +229,7 @@ def _copy_code(out: Path) -> None:
 
 
 def _copy_start(folder: Path, out: Path) -> None:
-    """Copy what an earlier run left, and of its checkpoints the optimiser's last state."""
+    """Copy the result of an earlier run, and the optimiser's last state from its checkpoints."""
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("checkpoint-*", "stages", "data"))
     last = last_checkpoint(folder)
     if last is not None and (last / OPTIMIZER).is_file():
@@ -239,9 +239,9 @@ def _copy_start(folder: Path, out: Path) -> None:
 
 
 def _needed_files(configs: Sequence[TrainingConfig], run_folder: Path) -> list[Path]:
-    """List what a training leaves, less its data, logs for programs, and checkpoints that nothing goes on from.
+    """List the files that a training leaves, without its data, logs for programs, and checkpoints no longer needed.
 
-    The last stage's tensors are needed by a call that finds it finished.
+    The last stage's tensors are needed by a call that finds that stage finished.
     """
     files = []
     finished = {Path(config.output) for config in configs if is_finished(config)}

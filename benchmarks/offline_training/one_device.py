@@ -1,14 +1,14 @@
-"""Train in several processes on one device, for a GPU that waits for a single process to launch its work.
+"""Train in several processes on one device, for a GPU that is faster than one process can launch its work.
 
     python -m benchmarks.offline_training.one_device settings.json --processes 6 --minutes 8
     python -m benchmarks.offline_training.one_device short.json long.json --processes 4 2 --minutes 8
 
 `settings.json` holds the fields of `TrainingConfig`. Each process takes batches of its own, and all take one step by
-the mean of their gradients, as several GPUs would. Some may read otherwise than others, longer texts for one: each
-file of settings has processes of its own, and may differ from the first in what is read, not in what is trained.
-Nothing is resumed: what was trained is left in `output` every `save_steps`, and when the steps or the minutes are over;
-the rate falls to 0 over the last part of whichever ends first. The log is `log.jsonl` there; losses of further files
-have their number.
+the mean of their gradients, as several GPUs would. Some may read other data than others, such as longer texts: each
+file of settings has processes of its own, and may differ from the first in what is read, but not in what is trained.
+Nothing is resumed: the result is left in `output` every `save_steps`, and when the steps or the minutes are over; the
+rate falls to 0 over the last part of the steps or minutes, whichever end first. The log is `log.jsonl` there; losses of
+further files have their number.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from extemb_core.training.run_trainer import learning_rate_factor, make_optimize
 from extemb_core.training.trainable import starting_point
 from extemb_core.utils.files import parse_json
 
-# What a file of settings may have otherwise than the first.
+# Settings in which a file may differ from the first.
 _READ = {"data", "questions", "cache", "objectives", "most_per_source", "raw_share", "mixed_share", "focus_share",
          "most_distractors", "sample_length", "spans", "chunk_sizes", "ratios", "ratios_per_sample", "batch_size",
          "seed", "total_tokens"}  # fmt: skip
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _told, (configs, mine, options.minutes, options.decay, folder), nprocs=len(mine)
             )
         except ProcessException as error:
-            # The first that failed: the others may have lost it in the midst of a step.
+            # Report the first that failed: the others may have failed only because it was missing.
             told = min(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns, default=None)
             if told is None:
                 raise
@@ -97,7 +97,7 @@ def _config(file: Path) -> TrainingConfig:
 
 
 def _told(rank: int, *settings: Any) -> None:
-    """Train as one of the processes, and leave an error of ours where the first process finds it."""
+    """Train as one of the processes, and leave errors of this library where the first process finds them."""
     try:
         _train(rank, *settings)
     except ExtembError as error:
@@ -113,12 +113,12 @@ def _train(
     decay: float,
     folder: str,
 ) -> None:
-    """Train as one of the processes, each of which has the number of its settings in `of_each`."""
+    """Train as one of the processes; `of_each` has the number of each one's settings."""
     per_step = sum(configs[number].batch_size * configs[number].sample_length for number in of_each)
     steps = math.ceil(configs[0].total_tokens / per_step)
     number = of_each[rank]
     alike = [other for other, its in enumerate(of_each) if its == number]
-    os.environ["WORLD_SIZE"] = str(len(alike))  # by which `TrainingConfig` counts tokens and steps
+    os.environ["WORLD_SIZE"] = str(len(alike))  # `TrainingConfig` counts tokens and steps by it
     config = replace(configs[number], total_tokens=steps * configs[number].tokens_per_step)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=len(of_each))
@@ -139,7 +139,7 @@ def _train(
     parameters = model.trainable()
     optimizer = make_optimizer(parameters, config.learning_rate, config.connector_lr_factor, config.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    names = ["loss"]  # the same in every process, in one order: their sums are added up
+    names = ["loss"]  # the same in every process and in the same order, as their sums are added up
     for at, other in enumerate(configs):
         ratios_of_it, _ = drawn_from(other, model.embedder.config)
         names += [_loss(part, at) for part in (*OBJECTIVES, *(f"ratio_{ratio}" for ratio in sorted(set(ratios_of_it))))]
@@ -149,7 +149,7 @@ def _train(
     with training_attention(*model.transformers()):
         for step, inputs in enumerate(loader):
             gone = torch.tensor([time.monotonic() - start])
-            dist.broadcast(gone, 0)  # one that stops by its own clock leaves the others waiting
+            dist.broadcast(gone, 0)  # one that stopped by its own clock would leave the others waiting
             passed = max(step / steps, float(gone) / (60 * minutes) if minutes else 0)
             if passed >= 1:
                 break
@@ -180,12 +180,12 @@ def _train(
 
 
 def _loss(part: str, number: int) -> str:
-    """Name the loss of an objective or a ratio in the log, of the settings with this number."""
+    """Return the name in the log of the loss of an objective or a ratio, for the settings with this number."""
     return f"loss_{part}" if not number else f"loss_{part}_{number + 1}"
 
 
 def _average_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> Tensor:
-    """Average the gradients over the processes, and clip them; returns their norm before."""
+    """Average the gradients over the processes, and clip them. Returns their norm before clipping."""
     device = parameters[0].device
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).cpu()

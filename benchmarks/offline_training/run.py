@@ -1,7 +1,7 @@
 """Unpack the bundle that this file lies in, and train: python run.py --help.
 
-Needs torch, transformers, peft, accelerate and safetensors. Copies of this file and of slices.py travel with every
-bundle; all else comes out of its slices.
+Needs torch, transformers, peft, accelerate and safetensors. Every bundle holds copies of this file and of slices.py;
+everything else is in its slices.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Folders as slices: one compressed archive cut into files of at most a given size, with a manifest of hashes.
 
-They carry a folder over a border that lets only small files through. Standard library only: a copy of this file travels
-with every bundle and unpacks it where nothing of this package is installed.
+They carry a folder to machines that accept only small files. Standard library only: every bundle holds a copy of this
+file, which unpacks it where this package is not installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BLOCK = 1 << 20
 
 
 class SliceError(ValueError):
-    """Slices that are missing or damaged, or a size that is none."""
+    """Slices that are missing or damaged, or a text that is not a size."""
 
 
 def parse_size(text: str) -> int:
@@ -37,17 +37,17 @@ def parse_size(text: str) -> int:
 
 
 def write_slices(source: Path, files: Iterable[Path], folder: Path, size: int, prefix: str = "slice") -> list[Path]:
-    """Write files, by their paths within `source`, as slices in `folder`; those of an earlier call are replaced.
+    """Write files, named by their paths within `source`, as slices in `folder`; those of an earlier call are replaced.
 
-    The manifest is written last: without it the slices count as none. Until then those of the earlier call stay, and
-    the new ones have other numbers.
+    The manifest is written last: without it the slices do not count. Until then those of the earlier call stay, and the
+    new ones have other numbers.
 
     Args:
         source: Folder that the paths are relative to.
-        files: What to write.
-        folder: Where to; it may hold other files.
-        size: Bytes of a slice at most.
-        prefix: Of the slices' names.
+        files: Files to write.
+        folder: Folder for the slices; it may hold other files.
+        size: Maximum bytes of a slice.
+        prefix: Prefix of the slices' names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _remove_unnamed(folder, prefix)
@@ -67,9 +67,9 @@ def write_slices(source: Path, files: Iterable[Path], folder: Path, size: int, p
 
 
 def _remove_unnamed(folder: Path, prefix: str) -> None:
-    """Remove slices that the manifest does not name: of an earlier call, or of one that was stopped."""
+    """Remove slices that the manifest does not name, left by an earlier call or by one that was stopped."""
     named = set()
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # without it, none counts
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # without a manifest, no slice counts
         named = {entry["name"] for entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["slices"]}
     for file in folder.glob(f"{prefix}-*"):
         if file.name not in named:
@@ -77,7 +77,7 @@ def _remove_unnamed(folder: Path, prefix: str) -> None:
 
 
 def join_slices(folder: Path, target: Path) -> None:
-    """Verify all slices in `folder` and unpack them into `target`, which is whole once it is there.
+    """Verify all slices in `folder` and unpack them into `target`, which appears only when it is whole.
 
     Raises:
         SliceError: The manifest or a slice is missing or damaged, or `target` exists.
@@ -129,7 +129,7 @@ class _SliceWriter:
         view = memoryview(data)
         while len(view):
             if self._file is None:
-                while (file := self._folder / f"{self._prefix}-{self._number:03d}").exists():  # of an earlier call
+                while (file := self._folder / f"{self._prefix}-{self._number:03d}").exists():  # an earlier call's
                     self._number += 1
                 self.slices.append({"name": file.name, "size": 0, "sha256": ""})
                 self._file = file.open("wb")

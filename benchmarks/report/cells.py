@@ -26,7 +26,7 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def trainings(records: Mapping[str, Scored]) -> str:
-    """Say which records are of which weights, where those of one embedder are of several; nothing otherwise."""
+    """Say which records are of which weights, if records of one embedder are of several; nothing otherwise."""
     found: dict[str, dict[tuple[str, str], list[str]]] = {}
     for name, record in records.items():
         weights = str(record["fingerprint"])[:8], _dtype(record)
@@ -43,15 +43,15 @@ def trainings(records: Mapping[str, Scored]) -> str:
 
 
 def _dtype(record: Scored) -> str:
-    """Return what the weights were loaded in; "auto" is float32 on a CPU."""
+    """Return the data type of the loaded weights; "auto" is float32 on a CPU."""
     config, accelerator = record["config"], record["provenance"]["hardware"]["accelerator"]
     on_cpu = accelerator is None or config.get("device") == "cpu"
     return "float32" if config["dtype"] == "auto" and on_cpu else str(config["dtype"])
 
 
 def escaped(text: str) -> str:
-    """Escape a text of a record: Markdown that shows it and nothing else, in a table too."""
-    # An underscore inside a word means nothing, and is left for those who read the page as text.
+    """Escape a text of a record, so that Markdown shows it literally, also in a table."""
+    # An underscore inside a word has no meaning in Markdown, and stays readable as text.
     return re.sub(r"([\\`*\[\]<>|#~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(text.split()))
 
 
@@ -75,7 +75,7 @@ def positions(arm: Scored) -> str:
 
 
 def cut(arm: Scored) -> str:
-    """Say of how many texts the window did not hold all, behind what an arm came to; nothing where it held them."""
+    """Say, after an arm's result, how many texts did not fit the window; nothing if all did."""
     return f" ({arm['cut']:,} of {arm['n']:,} cut)" if arm.get("cut") else ""
 
 
@@ -109,7 +109,7 @@ def difference(scored: Scored | None, *, points: bool = False) -> str:
 
 
 def best_marked(shown: Mapping[str, str], means: Mapping[str, float], best: Callable[..., str] = max) -> dict[str, str]:
-    """Mark in bold what is shown of the best way, and of each that cannot be told from it as it is shown.
+    """Mark in bold the cell of the best way, and those that show the same value.
 
     Args:
         shown: Way -> a cell that begins with its mean.
@@ -133,7 +133,7 @@ def three_digits(value: float) -> str:
 
 
 def remarks_by_length(differences: Mapping[tuple[str, str], Mapping[int, Scored]]) -> list[str]:
-    """Say what the intervals of differences of a loss say; ratios of which the same can be said share a line.
+    """Say what the intervals of differences of a loss show; ratios with the same remark share a line.
 
     Args:
         differences: (ratio, control) -> length -> difference of the loss, extensible minus control.
@@ -159,12 +159,12 @@ def remarks_by_length(differences: Mapping[tuple[str, str], Mapping[int, Scored]
 def remarks_by_control(
     differences: Mapping[str, Mapping[str, Scored]], metric: str, *, lower_is_better: bool = False
 ) -> list[str]:
-    """Say what the intervals of differences of a score say; ratios of which the same can be said share a line.
+    """Say what the intervals of differences of a score show; ratios with the same remark share a line.
 
     Args:
         differences: Ratio -> control -> difference of the score, extensible minus control.
         metric: The score's name.
-        lower_is_better: That score is better the lower it is.
+        lower_is_better: Whether lower scores are better.
     """
     words = ("better than", "not distinguishable from", "worse than", "without an interval against")
     ratios_by_remark: dict[str, list[str]] = {}
@@ -182,7 +182,7 @@ def remarks_by_control(
 
 
 def refusals(shares: Mapping[str, Mapping[int, Scored]]) -> list[str]:
-    """Say why shares are refused; ratios that have one reason at the same lengths share a line.
+    """Say why shares are refused; ratios with the same reason at the same lengths share a line.
 
     Args:
         shares: Ratio -> length -> share.

@@ -1,4 +1,4 @@
-"""The glance at all sets of questions that plans were measured on: how each way of using so many positions answers."""
+"""Overview of all sets of questions on which plans were measured: how each way of using as many positions answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOSS_DIFFERENCES = "The same in nats per token of the reference answer (below 0
 def compared(records: Sequence[tuple[Path, Record]]) -> dict[str, Record]:
     """Choose the records that compare plans for the question with other ways, by the name of their set.
 
-    Where several are of one set, the name says which record it is, too. An untrained embedder is no part of the glance.
+    If there are several of one set, the name says which record it is, too. Untrained embedders are left out.
     """
     chosen = [
         (Path(record["data"][0]["file"]).name.split(".")[0], path.stem, record)
@@ -41,7 +41,7 @@ def compared(records: Sequence[tuple[Path, Record]]) -> dict[str, Record]:
 
 
 def sections(records: Sequence[tuple[Path, Record]]) -> list[str]:
-    """Write the tables; nothing where no record compares plans with other ways."""
+    """Write the tables; nothing if no record compares plans with other ways."""
     sets = compared(records)
     if not sets:
         return []

@@ -1,11 +1,11 @@
-"""Write tables from records into pages, between comments that say which.
+"""Write tables from records into pages, between comments that name the records.
 
     python -m benchmarks.report.pages README.md
 
     <!-- table of benchmarks/results/qa_squad_focus.json at 2 4 8 -->
     <!-- end of table -->
 
-is filled with how each way of using so many positions answers the questions of that record, and
+is filled with the results of each way of using as many positions on the questions of that record, and
 
     <!-- glance at 4 of benchmarks/results/qa_*_focus.json -->
     <!-- end of table -->
@@ -61,7 +61,7 @@ def filled(page: str, root: Path = Path()) -> str:
     """Return a page with its tables made anew from the records under `root`.
 
     Raises:
-        ConfigError: A record is missing, of another kind, or was not measured so.
+        ConfigError: A record is missing, of another kind, or lacks these measurements.
     """
 
     def made(match: re.Match[str]) -> str:

@@ -2,7 +2,7 @@
 
 Figures are made with matplotlib's object API on the Agg canvas, so no window opens and no global state is touched.
 Every one is 900 px wide at 100 dpi. Colours are those of Okabe and Ito, which colour-blind readers tell apart; the
-marker tells the kind of arm too.
+marker shows the kind of arm too.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def split_arm(arm: str) -> tuple[str, int | None]:
 
 
 def source(record: Record) -> str:
-    """Say in one line what was measured: LLM, data, n."""
+    """Describe in one line what was measured: LLM, data, n."""
     files = [entry["file"] for entry in record["data"]]
     data = [files[0] if len(files) == 1 else f"{len(files)} files"] if files else []
     return ", ".join([str(record["config"]["llm"]), *data, f"n = {record['n']:,}"])
@@ -83,7 +83,7 @@ def figures(record: Record) -> dict[str, Figure]:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a PNG. The same record and version of matplotlib give the same bytes: no date, no name of a program."""
+    """Write a PNG. The same record and version of matplotlib give the same bytes: it holds no date or program name."""
     figure.savefig(file, format="png", metadata={"Software": None})
 
 
@@ -123,8 +123,8 @@ def overview(sets: Mapping[str, Record], loss: bool = False) -> Figure:
     """Draw several sets of questions side by side, as `quality` draws one: a panel for each.
 
     Args:
-        sets: What a panel is called -> its record, of kind "qa".
-        loss: The loss of the reference answer, instead of the score that stands for the set.
+        sets: Name of a panel -> its record, of kind "qa".
+        loss: Draw the loss of the reference answer instead of the set's main score.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -145,8 +145,8 @@ def quality_by_time(sets: Mapping[str, Record], times: Mapping[str, Record]) -> 
     """Draw quality against the time to the first token, a panel for each set of questions that was timed.
 
     Args:
-        sets: What a panel is called -> its record, of kind "qa".
-        times: The same names -> what `benchmarks/first_token.py` measured; ways that it lacks are left out.
+        sets: Name of a panel -> its record, of kind "qa".
+        times: The same names -> times from `benchmarks/first_token.py`; ways without one are left out.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -202,7 +202,7 @@ def _panel(axes: Axes, name: str, arms: Mapping[str, Any], metric: str, x: Mappi
 
 
 def main_score(summary: Mapping[str, Any]) -> str | None:
-    """Return the score that stands for a set: F1, or else its first; None where there is the loss alone."""
+    """Return the main score of a set: F1, or else its first score; None if there is only the loss."""
     scores = [metric for metric in summary["metrics"] if metric != "loss"]
     return "f1" if "f1" in scores else next(iter(scores), None)
 
@@ -210,7 +210,7 @@ def main_score(summary: Mapping[str, Any]) -> str | None:
 def perplexity(record: Record) -> Figure:
     """Draw perplexity against the length of context: one line per arm, lighter the coarser the ratio.
 
-    Of a single length, perplexity against the positions that the context takes.
+    With a single length, perplexity is drawn against the positions that the context takes.
 
     Args:
         record: Of kind "ppl".
@@ -242,14 +242,14 @@ def perplexity(record: Record) -> Figure:
 
 
 def _perplexity_by_positions(record: Record, context: str) -> Figure:
-    """Draw one length of context. No intervals: those of the levels are wide, and what counts is paired."""
+    """Draw one length of context. Without intervals: those of single arms are wide, and comparisons are paired."""
     figure = _figure(4.6, f"Perplexity after {int(context):,} tokens of context, by positions", source(record))
     axes = figure.add_subplot()
     arms = record["summary"][context]["arms"]
     points = {
         arm: {"positions": point["positions"], "mean": point["perplexity"], "interval": None}
         for arm, point in arms.items()
-        if arm != "streaming" or "full" not in arms  # the same where the full text fits
+        if arm != "streaming" or "full" not in arms  # "streaming" equals "full" where the full text fits
     }
     _against_positions(figure, axes, points)
     axes.set_ylabel("perplexity (lower is better)")
@@ -368,8 +368,8 @@ def _against_positions(figure: Figure, axes: Axes, points: Mapping[str, Mapping[
     """Draw one line per kind of arm, a point per ratio; arms without a ratio are lines over bands of their intervals.
 
     Args:
-        figure: What `axes` belong to.
-        axes: Where to.
+        figure: Figure of `axes`.
+        axes: Axes to draw on.
         points: Arm -> positions, mean, interval (two ends, or None).
     """
     from matplotlib.transforms import ScaledTranslation
@@ -387,7 +387,7 @@ def _against_positions(figure: Figure, axes: Axes, points: Mapping[str, Mapping[
             elinewidth=1,
             **_line_style(kind),
         )
-        # Some points of type aside, so that bars do not hide each other; the data stay what they are.
+        # Shifted by a few typographic points, so that bars do not hide each other; the data stay unchanged.
         aside = ScaledTranslation((at - (len(lines) - 1) / 2) * 5 / 72, 0, figure.dpi_scale_trans)
         for artist in (line, *caps, *bars):
             artist.set_transform(axes.transData + aside)
@@ -419,7 +419,7 @@ def _by_kind(arms: Iterable[str], kinds: tuple[str, ...] = ARM_KINDS) -> dict[st
 def _panels(arms: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Give each arm's panel a row and a column: those without a ratio first, then a row per kind, a column per ratio.
 
-    With no more than one ratio all of them are one row.
+    With at most one ratio, all panels form one row.
     """
     kinds = _by_kind(arms)
     single = [by_ratio[None] for by_ratio in kinds.values() if None in by_ratio]
@@ -437,8 +437,8 @@ def _panels(arms: Iterable[str]) -> dict[str, tuple[int, int]]:
 def _line_style(kind: str, coarse: float = 0.0) -> dict[str, Any]:
     """Choose colour, marker and width of a kind's lines.
 
-    `coarse` goes from 0 for its finest ratio to 1 for its coarsest: lighter, and with smaller markers, so that one
-    that lies on a finer one does not hide it.
+    `coarse` goes from 0 for its finest ratio to 1 for its coarsest: coarser lines are lighter, with smaller markers, so
+    that they do not hide finer ones below them.
     """
     colour, marker = _STYLES.get(kind, _OTHER_STYLE)
     channels = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
@@ -452,7 +452,7 @@ def _line_style(kind: str, coarse: float = 0.0) -> dict[str, Any]:
 
 
 def _bars(scores: list[Mapping[str, Any]]) -> list[list[float]]:
-    """Measure error bars below and above each mean, 0 without an interval. A resampled mean may lie beside it."""
+    """Return the error bars below and above each mean, 0 without an interval or if it does not include the mean."""
     ends = [score["interval"] or (score["mean"], score["mean"]) for score in scores]
     return [
         [max(0.0, score["mean"] - low) for score, (low, _) in zip(scores, ends, strict=True)],
@@ -463,7 +463,7 @@ def _bars(scores: list[Mapping[str, Any]]) -> list[list[float]]:
 def _ratio_ticks(
     axes: Axes, arms: Mapping[str, Any], by_ratio: Mapping[int | None, str], *, short: bool = False
 ) -> None:
-    """Put ticks where the ratios lie, with their mean positions, and the ratios themselves unless it is to be short."""
+    """Put ticks at the ratios, labelled with their mean positions and, unless `short`, the ratios themselves."""
     positions = [arms[arm]["positions"] for arm in by_ratio.values()]
     pairs = zip(positions, by_ratio, strict=True)
     labels = [f"{mean:,.0f}" + ("" if short else f"\nratio {ratio}") for mean, ratio in pairs]
@@ -483,7 +483,7 @@ def _length_axis(axes: Axes, lengths: Iterable[int], label: str) -> None:
 
 
 def _plain_ticks(axes: Axes) -> None:
-    """Write the numbers of a log axis as one would by hand, at 1, 2 and 5 of every decade."""
+    """Write the numbers of a log axis in plain form, at 1, 2 and 5 of every decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     written: Callable[[float, int], str] = lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"  # noqa: E731

@@ -63,7 +63,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read the record of a run and check that it is of a kind that the page shows.
 
     Raises:
-        DocumentError: It is missing, no JSON, no record, of another version, or of another kind.
+        DocumentError: The file is missing, not JSON, or not a record of this version and of these kinds.
     """
     record = runs.read_record(path)
     if record["kind"] not in TITLES:
@@ -76,8 +76,8 @@ def markdown(records: Sequence[tuple[Path, Record]], links: Mapping[Path, Mappin
     """Make the page.
 
     Args:
-        records: File and record of each run, in any order; the page has its own.
-        links: File of a record, or `OVERVIEW` -> what a plot shows -> link to it.
+        records: File and record of each run, in any order; the page orders them itself.
+        links: File of a record, or `OVERVIEW` -> what a plot shows -> link to the plot.
     """
     parts = [LEGEND, *overview.sections(records)]
     parts += [f"![{escaped(shows)}]({link})\n" for shows, link in links.get(OVERVIEW, {}).items()]
@@ -100,7 +100,7 @@ def write_report(files: Sequence[Path], output: Path, times: Path | None = None)
     Args:
         files: Records.
         output: The page.
-        times: What `benchmarks/first_token.py` wrote, of sets that compare plans for the question with other ways.
+        times: File from `benchmarks/first_token.py`, for sets that compare plans for the question with other ways.
 
     Returns:
         The files that were written, the page first.
@@ -142,7 +142,7 @@ def write_report(files: Sequence[Path], output: Path, times: Path | None = None)
 
 
 def _times(file: Path, sets: Mapping[str, Record]) -> dict[str, Record]:
-    """Read the times of those sets that are compared."""
+    """Read the times of the sets that are compared."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["sets"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -156,17 +156,17 @@ def _sort_key(entry: tuple[Path, Record]) -> tuple[str, list[str], str]:
 
 
 def _data_names(record: Record) -> list[str]:
-    """Name the data files; records have none with folders, and an edited one does not get them onto the page."""
+    """Return the names of the data files, without folders, even if an edited record has them."""
     return [Path(entry["file"]).name for entry in record["data"]]
 
 
 def _origin_table(path: Path, record: Record) -> str:
-    """Tabulate what a reader needs to measure it again."""
+    """Make the table of what a reader needs to repeat the measurement."""
     config, origin = record["config"], record["provenance"]
     embedder = "none: controls only"
     if record["fingerprint"] is not None:
         embedder = f"{code(str(config['embedder']))}, fingerprint {code(record['fingerprint'][:8])}"
-        embedder += _embedder(record["embedder"] or {})  # 0.1.0 did not write it down
+        embedder += _embedder(record["embedder"] or {})  # not written by 0.1.0
     rows = [
         ["LLM", code(config["llm"])],
         ["embedder", embedder],
@@ -191,16 +191,16 @@ def _when(origin: Record) -> str:
 
 
 def _embedder(settings: Record) -> str:
-    """Say in words what kind of embedder it is; what is not known is left out."""
+    """Describe the kind of embedder in words; unknown settings are left out."""
     words = {"entry_layer": "entry layer {}", "adaptation": "adaptation {}", "downscaling": "pooling {}",
              "token_weighting": "weights {}"}  # fmt: skip
     if not settings.get("entry_layer"):
-        del words["token_weighting"]  # means nothing there
+        del words["token_weighting"]  # has no meaning there
     return "".join(f", {escaped(form.format(settings[key]))}" for key, form in words.items() if key in settings)
 
 
 def _hardware(machine: Record) -> str:
-    """Describe the machine in words; what is not known is left out."""
+    """Describe the machine in words; unknown properties are left out."""
     words = {
         "cpu": "{}",
         "cpu_cores": "{} cores",

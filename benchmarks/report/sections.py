@@ -1,4 +1,4 @@
-"""One run's tables on the results page, by its kind. Pure functions from a record's summary to Markdown."""
+"""Tables of one run on the results page, by its kind. Pure functions from a record's summary to Markdown."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _by_arm(
     shown: Callable[[Any], str],
     first: tuple[str, tuple[str, ...] | None] = ("arm", None),
 ) -> str:
-    """Write a row per arm; a column per mapping from arm to what `shown` turns into a cell."""
+    """Write a row per arm, and a column per mapping from arm to a value, which `shown` turns into a cell."""
     name, kinds = first
     order = (lambda arm: arm_key(arm, kinds)) if kinds else arm_key
     arms = sorted({arm for column in columns for arm in column}, key=order)
@@ -224,7 +224,7 @@ def _points(minus: Minus, columns: Sequence[str], ours: str = "extensible") -> s
 
 
 def _remarks(minus: Minus, column: str, name: str, *, lower_is_better: bool = False) -> list[str]:
-    """Say what the intervals of one metric's differences say."""
+    """Say what the intervals of one metric's differences show."""
     differences = {
         ratio: {
             control: minus[ratio][control][column]
