@@ -57,7 +57,7 @@ class ContextEntry:
     """What became of one document.
 
     Attributes:
-        source: Where it came from, to show and cite.
+        source: Name of its origin, to show and cite.
         ref: Its content hash.
         n_tokens: Its length as raw tokens.
         positions: Positions of the LLM's window that it took, its heading included; 0 when dropped.
@@ -119,7 +119,7 @@ class Answer:
     """An answer with its sources.
 
     Attributes:
-        text: What the LLM wrote.
+        text: Text that the LLM wrote.
         context: One entry per document, in the order given; then one per older turn that the window did not hold.
         seconds: "compress" (documents to embeddings), "first_token" (from the call to the first token, compressing
             included) and "total".

@@ -68,7 +68,7 @@ class Document:
 
     Args:
         text: The content; may be empty (an empty document is reported, and takes no position).
-        title: What a reader would call it.
+        title: Title by which a reader would know it.
         metadata: Anything else worth keeping; `metadata["source"]` is what an answer cites.
 
     Raises:

@@ -116,7 +116,7 @@ def optional_import(module: str, extra: str | None, purpose: str, package: str |
     Args:
         module: Its name.
         extra: The extra that brings it, or None if it is installed by its own name.
-        purpose: What needs it.
+        purpose: Feature that needs it, for the message.
         package: Its distribution; named like the module when not given.
 
     Raises:

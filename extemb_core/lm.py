@@ -47,7 +47,7 @@ class ExtensibleLM:
     Args:
         llm: The frozen LLM.
         embedder: Made for that LLM.
-        store: Where compressed documents are kept; in memory, 512 MiB, when not given.
+        store: Store that keeps compressed documents; one in memory, of 512 MiB, when not given.
         scorer: Says how much a sentence has to do with the question, for plans by sentence. When not given, the LLM's
             attention by its `retrieval_heads` and BM25 together, or BM25 alone if the embedder names none.
 

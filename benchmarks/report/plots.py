@@ -94,7 +94,7 @@ def quality(record: Record, metric: str | None = None) -> Figure:
     horizontal lines over bands of their intervals.
 
     Args:
-        record: Of kind "qa".
+        record: Record of kind "qa".
         metric: One of the record's; F1 when not given, or else its first.
 
     Raises:
@@ -213,7 +213,7 @@ def perplexity(record: Record) -> Figure:
     With a single length, perplexity is drawn against the positions that the context takes.
 
     Args:
-        record: Of kind "ppl".
+        record: Record of kind "ppl".
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -262,7 +262,7 @@ def needle(record: Record, task: str) -> Figure:
     A cell that was not measured, for instance because the text does not fit, is grey and hatched.
 
     Args:
-        record: Of kind "needle".
+        record: Record of kind "needle".
         task: "passkey" or "key_value".
 
     Raises:
@@ -311,7 +311,7 @@ def speed(record: Record) -> Figure:
     """Draw time to the first token and peak memory against the length of the documents, one line per side.
 
     Args:
-        record: Of kind "speed".
+        record: Record of kind "speed".
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -210,7 +210,7 @@ def _question_and_paths(question: str | None, paths: list[str]) -> tuple[str, li
 
 
 def _looks_like_a_file(words: str) -> bool:
-    """Return whether the last words of the command line were meant as a file: a/b, letter.txt or my letter.txt."""
+    """Return whether what stands last on the command line was meant as a file: a/b, letter.txt or my letter.txt."""
     if len(words.split()) == 1:
         return bool(re.search(r"[/\\]|\.\w{1,5}$", words))
     return Path(words).suffix.lower() in SUPPORTED_SUFFIXES | BINARY_SUFFIXES

@@ -119,7 +119,7 @@ def render_chat(
     """Render messages through the LLM's chat template.
 
     Args:
-        llm: Whose template and tokenizer are used.
+        llm: LLM whose template and tokenizer are used.
         messages: Each with "role" and "content": a str, or a sequence of str, (T,) token ids, embeddings (see `Prompt`)
             and `Slot`s. An assistant's may have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}], which
             become text if the template has no place for them or refuses them. If it refuses the order of the roles,

@@ -191,7 +191,7 @@ class ContextBuilder:
 
         Args:
             documents, room, ratio, n_headed: See `read`.
-            question: What is asked about them.
+            question: The question about them.
             plan: "focus", "select" or "even"; None for what suits the embedder and the question (see `mode_of`).
             overhead: Positions that each takes besides its content; those of its heading when not given.
             fetched: Texts compressed so far; those that planning compresses are added.

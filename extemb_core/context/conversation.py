@@ -272,7 +272,7 @@ class Session:
         return AnswerStream(self._llm, prepared, settings, take_in)
 
     def _holds(self, text: str, new_tokens: int) -> bool:
-        """Return whether a message is short or fits beside an answer; it is encoded only as far as needed."""
+        """Return whether a message is short or fits beside an answer; no more of it is encoded than tells that."""
         if len(text) <= _PIECE_CHARS:
             return True
         sizes = (len(self._llm.encode(piece)) for piece in pieces_of(text, _PIECE_CHARS))

@@ -105,7 +105,7 @@ class Plan:
     Attributes:
         documents: Plan of each document.
         budget: Positions that they may take.
-        note: What the plan is based on, in a few words.
+        note: Basis of the plan, in a few words.
     """
 
     documents: tuple[DocumentPlan, ...]

@@ -410,7 +410,7 @@ class Library:
         return Added(**counts, seconds=time.perf_counter() - start)
 
     def _is_whole(self, record: Mapping[str, Any], ratio: int) -> bool:
-        """Return whether a document is what was written, and its embeddings exist; they are not read."""
+        """Return whether a document is what was written, and its embeddings are here; these are not read."""
         if self._read(self._catalogue.problem, record["source"]) is not None:
             return False
         return not self._missing(record, ratio)

@@ -347,7 +347,7 @@ class LLM(TextEncoder):
         return model, inputs | {CACHE: cache}
 
     def shares_prefix(self, prompts: Sequence[PromptInputs]) -> bool:
-        """Return whether prompts share a prefix long enough to be read once, in a batch of their own."""
+        """Return whether prompts begin alike for so long that reading it once is worth a batch of their own."""
         return self._shared(self.rows_of(prompts)[1]) > 0
 
     def _shared(self, named: dict[str, list[Tensor]], own: int = 1) -> int:

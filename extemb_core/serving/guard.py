@@ -133,12 +133,12 @@ class Guard:
             record.owner = self._keys.owner_of(headers.get("authorization"))
 
     def _is_own_page(self, headers: Headers) -> bool:
-        """Return whether a WebSocket was opened by this server's own page: browsers open them for pages of any site."""
+        """Return whether a WebSocket was opened by the page of this server: a browser opens them for any site."""
         host = headers.get("host", "")
         return self._is_known(host) and headers.get("origin", "").partition("//")[2] == host
 
     def _is_known(self, host: str) -> bool:
-        """Return whether a host names this server; with keys, any name is allowed, without keys only loopback's."""
+        """Return whether a host is this server; where there are keys, it may have names besides those of loopback."""
         return bool(self._settings.keys) or is_loopback(re.sub(r":\d+$", "", host))
 
     async def _refuse(self, response: Response, receive: Receive, send: Send) -> None:

@@ -67,9 +67,9 @@ def checkpoint_to_resume(stages: Sequence[TrainingConfig]) -> Path | None:
 
 
 def is_saved(config: TrainingConfig) -> bool:
-    """Return whether the run is finished, and its folder holds the result of its last checkpoint.
+    """Return whether the run is finished, and its folder holds what its last checkpoint does.
 
-    A checkpoint without tensors, as earlier versions sent to other machines, has nothing left to save.
+    A checkpoint without tensors, as earlier versions carried it to another machine, has nothing more to save there.
     """
     checkpoint = checkpoint_of(config)
     if checkpoint is None or not is_finished(config):
@@ -169,7 +169,7 @@ def changed_settings(checkpoint: Path, config: TrainingConfig) -> dict[str, tupl
 
 
 def _same_place(then: str, now: str, output_then: str, output_now: str) -> bool:
-    """Return whether two paths are the same, or the same relative to the parent of a run's folder, which may be moved."""
+    """Return whether two paths are one, or lead to one place beside a run's folder before and after that was moved."""
     one, other, beside_then, beside_now = (
         Path(os.path.abspath(path)) for path in (then, now, Path(output_then).parent, Path(output_now).parent)
     )

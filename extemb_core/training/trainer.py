@@ -164,7 +164,7 @@ def only_run_in(output: Path, *others: Path) -> Iterator[None]:
 
 
 def is_first_process() -> bool:
-    """Return whether this is the process, of those that train together, that writes files."""
+    """Return whether this is the one of those that train together that writes files."""
     return torchrun_number("RANK") == 0
 
 
