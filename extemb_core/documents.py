@@ -199,7 +199,7 @@ def as_documents(documents: Documents) -> list[Document]:
 
 
 def is_open_file(value: Any) -> bool:
-    """Tell whether a value is an open file, or what reads like one: as a list it would be its lines."""
+    """Return whether a value is an open file or reads like one: taken as a list, it would be its lines."""
     return isinstance(value, io.IOBase) or hasattr(value, "readline")
 
 

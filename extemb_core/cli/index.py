@@ -81,7 +81,7 @@ def add(library: LibraryArgument, as_json: JsonOption = False, **settings: Any) 
 
 
 def _was_read(record: Mapping[str, Any]) -> bool:
-    """Return whether a document has the source and title that files give: what Python or a client named never was one."""
+    """Return whether a document has the source and title that files give; others came from Python or a client."""
     if "source" not in record["metadata"] or record["title"] is None:
         return False
     file = Path(record["source"])
@@ -103,7 +103,7 @@ def _gone_from(paths: Iterable[Path], sources: Iterable[str], near: Path) -> lis
 
 
 def _is_gone(file: Path) -> bool:
-    """Return whether there is no such file; what cannot be looked at, for want of permission or a disk, may be there."""
+    """Return whether a file is gone; one that cannot be looked at (no permission, no disk) may be there."""
     try:
         os.lstat(file)
     except (FileNotFoundError, NotADirectoryError):

@@ -126,8 +126,8 @@ def render_chat(
             neighbouring messages of one role are joined, and an empty user turn is put before an assistant's that
             comes first; if it refuses a system message, that is put before the user's first text.
         tools: Functions in OpenAI's form, for templates that have a place for them.
-        assistant_prefix: Text that begins the assistant's turn; the prompt ends with it. Its control tokens are obeyed, but for
-            those in the name of a tool.
+        assistant_prefix: Text that begins the assistant's turn; the prompt ends with it. Its control tokens
+            are obeyed, except those in the name of a tool.
 
     Raises:
         ConfigError: A message does not have that form, or the template refuses or drops it.

@@ -568,7 +568,7 @@ class ExtensibleEmbedder(PreTrainedModel):
 
 
 def _alike(found: Tensor, own: Tensor) -> bool:
-    """Return whether something is what the LLM itself gives, but for rounding; where that is not finite, nobody knows."""
+    """Return whether a result equals the LLM's own up to rounding; True also if the LLM's own is not finite."""
     found, own = found.float(), own.float()
     near = found.shape == own.shape and bool((found - own).norm() <= _EXACT_TOLERANCE * own.norm())
     return near or not own.isfinite().all()

@@ -139,7 +139,7 @@ class Environment:
                     self._disconnect()
 
     def is_gone(self) -> bool:
-        """Tell whether the file that is open is not the folder's any more: what is written to it is lost."""
+        """Return whether the open file is no longer the folder's, so that what is written to it would be lost."""
         try:
             found = os.stat(self.folder / DATA_FILE)
         except (FileNotFoundError, NotADirectoryError):
@@ -384,7 +384,7 @@ def _has_room(file: Path) -> bool:
 
 
 def _is_of_caller(error: BaseException) -> bool:
-    """Tell whether an error came up in work that is not of this package, which alone reads rows."""
+    """Return whether an error was raised by code outside this package, which alone reads rows."""
     modules = {frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)}
     others = modules - {__name__, contextmanager.__module__}
     return bool(others) and not any(name.startswith(f"{_PACKAGE}.") for name in others)
