@@ -94,8 +94,19 @@ def _run(code: str, args: list[str], env: dict[str, str], stdout: Connection, st
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
     """Yield what any thread may call in the place of Ctrl-C, whatever this process was started with."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handled = threading.Event()
+
+    def handle(*_: object) -> None:
+        handled.set()
+        raise KeyboardInterrupt
+
+    def interrupt() -> None:
+        while not handled.is_set():  # a thread about to wait for a lock misses a signal, and hears the next
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            handled.wait(0.2)
+
+    before = signal.signal(signal.SIGINT, handle)
     try:
-        yield lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)

@@ -120,7 +120,9 @@ def test_what_was_kept_before_an_embedder_got_more_ratios_is_read_at_them(tmp_pa
         text = store.get(text_ref(SENTENCES), more.fingerprint, 4)
         assert text.ratios == (2, 4, 8)
         assert ExtensibleLM(llm, more, store).builder._own(text, text.n_tokens).at_ratio(16).ratio == 16
-        for other in (12, 64):
+        beside = of_ratios(2, 4, 12).compress(SENTENCES, ratio=12, show_progress=False).embeddings
+        torch.testing.assert_close(store.get(text.ref, more.fingerprint, 12).embeddings, beside)
+        for other in (0, 64):
             with pytest.raises(RatioError):
                 store.get(text.ref, more.fingerprint, other)
 
