@@ -221,7 +221,7 @@ def test_finished_samples_are_not_dropped_by_a_lower_limit(config, out):
     with pytest.raises(KeyboardInterrupt):
         run(Squares(config, stop_at="5"), out)
     before = partial(out).read_bytes()
-    with pytest.raises(ConfigError, match=r"5 finished samples, and 3 of them are not among the 2 .*pass a --limit"):
+    with pytest.raises(ConfigError, match=r"5 finished samples, and 3 of them are not among the 2 .*pass twice the"):
         run(Squares(replace(config, limit=2)), out)
     assert partial(out).read_bytes() == before
     run(Squares(config), out)
