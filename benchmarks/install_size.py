@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from extemb_core.evaluation.provenance import ROOT
 
-PACKAGE = ROOT / "extemb_core"
+PACKAGE, INTEGRATIONS = ROOT / "extemb_core", ROOT / "integrations"  # what the wheel holds
 MB = 1_000_000
 
 
@@ -21,7 +21,7 @@ def install_size() -> dict[str, Any]:
     """Return sizes in MB (10^6 bytes) of the files on disk, without byte code."""
     with_torch = closure(base_requirements())
     without = closure(base_requirements(), skip={"torch"})
-    own = [file for file in PACKAGE.rglob("*") if file.is_file() and _counts(file)]
+    own = [file for top in (PACKAGE, INTEGRATIONS) for file in top.rglob("*") if file.is_file() and _counts(file)]
     weights = [file for file in own if file.is_relative_to(PACKAGE / "pretrained")]
     sizes = {name: distribution_bytes(name) / MB for name in with_torch}
     return {
