@@ -161,12 +161,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _alone(llm: LLM, request: _Request, left: threading.Event | None = None) -> None:
+def _alone(llm: LLM, request: _Request, interrupted: threading.Event | None = None) -> None:
     try:
         with AnswerStream(llm, request.prepared, request.sampling) as stream:
             if not request.cancelled.is_set():
                 for _ in stream:
-                    if request.cancelled.is_set() or (left is not None and left.is_set()):
+                    if request.cancelled.is_set() or (interrupted is not None and interrupted.is_set()):
                         break
         request.answer.set_result(stream.answer)
     except Exception as error:

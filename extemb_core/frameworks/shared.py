@@ -44,8 +44,8 @@ def share(
     Objects with different embedders share the LLM, unless it runs on a server; objects with different stores share the
     embedder too. While one model is loaded, requests for loaded ones do not wait.
 
-    What stands `beside` a model has its store, the documents behind its refs and its engine, runs where it does, and is
-    let go of with it; under the name of that model's LLM it has that LLM.
+    With `beside`, a loaded model, the new object shares its store, refs, engine and device, and its LLM if `llm` names
+    that; it is released together with that model.
 
     Raises:
         WeightsError, MismatchError, StoreError: See `ExtensibleLM.from_pretrained`.
@@ -76,7 +76,7 @@ def share(
         with _lock:
             known = getattr(_opened.get(key), "store", None)
             if isinstance(known, EmbeddingStore) and known.environment.is_gone():
-                del _opened[key]  # its folder was removed: it is made anew, as for whoever opens a store
+                del _opened[key]  # its folder was removed: open a new store
     return _once(_opened, key, load)
 
 
@@ -88,9 +88,9 @@ def _made_beside(loaded: ExtensibleLM, name: str, embedder: str | None) -> Exten
 
     llm = loaded.llm
     if name == llm.name:
-        llm = copy(llm) if isinstance(llm, VllmLLM) else llm  # one that a server has knows its embedder
+        llm = copy(llm) if isinstance(llm, VllmLLM) else llm  # a server's LLM depends on its embedder
         own = ExtensibleEmbedder.from_pretrained(resolve_embedder(embedder, name), llm=llm)
-    else:  # the same object for all where it runs as usual
+    else:  # with the default device and dtype, the object that others share
         usual = llm.device.type == choose_device().type and not llm.device.index
         where: dict[str, Any] = {"device": "auto" if usual else str(llm.device)}
         where["dtype"] = "auto" if llm.dtype == choose_dtype("auto", llm.device) else llm.dtype

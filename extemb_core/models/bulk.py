@@ -42,9 +42,10 @@ _MEASURES = ("mean_norms", "norms", "weights")  # of each group, above entry lay
 _PASSES = 8  # forward passes in a batch
 _CPU_CHUNKS, _MAX_CUDA_CHUNKS = 4, 128
 _BYTES_PER_UNIT = 128  # of activations, for each token and unit of the hidden size; generous for a dense layer
-_quiet: dict[ExtensibleEmbedder, tuple[int, list[torch.nn.Module]]] = {}  # threads that compress, what they stopped
-_quiet_lock = threading.Lock()
 _SHARE = 4  # activations take at most this fraction, a quarter, of the free memory
+
+_quiet: dict[ExtensibleEmbedder, tuple[int, list[torch.nn.Module]]] = {}  # threads that compress, modules to restore
+_quiet_lock = threading.Lock()
 
 
 def default_batch_size(llm: LLM, chunk_size: int) -> int:
@@ -160,9 +161,9 @@ def compress_pieces(
 
 @contextmanager
 def _without_dropout(embedder: ExtensibleEmbedder) -> Iterator[None]:
-    """Have no dropout drawn, which an LLM's config may have, of an embedder that is being trained; then it goes on.
+    """Turn off the dropout of an embedder in training mode while it compresses, and restore its mode afterwards.
 
-    With several threads it goes on when the last of them is done.
+    If several threads compress with it, the last one to finish restores it.
     """
     with _quiet_lock:
         count, trained = _quiet.get(embedder, (0, []))

@@ -68,13 +68,13 @@ class VllmLLM(LLM):
     ) -> list[Generated]:
         """Continue prompts, all at once; see `generation.generate`."""
 
-        def one(prompt: PromptInputs, left: threading.Event) -> Generated:
+        def one(prompt: PromptInputs, cancelled: threading.Event) -> Generated:
             result = Generated()
             with closing(self.stream(prompt, sampling, result)) as pieces:
                 for _ in pieces:
                     if on_token is not None:
                         on_token()
-                    if left.is_set():
+                    if cancelled.is_set():
                         break
             return result
 

@@ -56,9 +56,9 @@ def refuse_foreign(where: object, foreign: Iterable[str], whose: str, error: Cal
 
     Args:
         where: The folder.
-        foreign: Names in it that are not of ours.
-        whose: What ours are, after "not".
-        error: Makes the error.
+        foreign: Names in it of files that are not ours.
+        whose: What our files are called, after "not": "a shard".
+        error: Makes the error from its message.
 
     Raises:
         Exception: That of `error`, which names the first of `foreign`.
@@ -115,10 +115,10 @@ def locked(folder: Path, error: Callable[[str], Exception], remedy: str) -> Iter
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / f".{folder.name}.lock").acquire()
+        held = FileLock(folder.parent / f".{folder.name}.lock").acquire()
     except OSError as refused:
         raise error(f"{folder.parent} cannot be written to ({refused.strerror}); {remedy}") from refused
-    with lock:
+    with held:
         yield
 
 
@@ -181,9 +181,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def safetensors_folder(folder: Path, tensors: str, settings: str) -> Iterator[None]:
-    """Have a block write a folder's file of tensors and its settings, each readable as files are made here.
+    """Wrap the writing of a folder's file of tensors and its settings, which get the mode that files have here.
 
-    What processes left there that were killed is removed, and disk errors name the folder, as in `disk_errors`.
+    Leftovers of killed processes are removed first, and disk errors name the folder, as in `disk_errors`.
     """
     remove_left(folder)
     with disk_errors(folder):

@@ -1,4 +1,4 @@
-"""Work for several things at once, which ends soon where nobody waits for it any more."""
+"""Work on several items in threads, which ends soon once one of them failed or the caller was interrupted."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def at_once(work: Callable[[S, threading.Event], T], items: Sequence[S], most: int) -> list[T]:
-    """Run `work(item, left)` for each of some items, `most` of them at once; one alone in the caller's thread.
+def at_once(work: Callable[[S, threading.Event], T], items: Sequence[S], max_workers: int) -> list[T]:
+    """Run `work(item, cancelled)` for each item, in threads; a single item in the caller's thread.
 
     Args:
-        work: Its event is set once another of them failed, or the caller was interrupted: it is to end soon then.
-        items: What it is run for.
-        most: Threads at most.
+        work: Function of an item and an event, which is set once another item failed or the caller was interrupted:
+            it should then end soon.
+        items: Items to work on.
+        max_workers: Maximum number of threads.
 
     Returns:
-        What came of each, in order.
+        The results, in the order of the items.
+
+    Raises:
+        Exception: The first error of `work`, once all threads have ended.
     """
-    left = threading.Event()
+    cancelled = threading.Event()
     if len(items) < 2:
-        return [work(item, left) for item in items]
+        return [work(item, cancelled) for item in items]
 
     def one(item: S) -> T:
-        if left.is_set():
+        if cancelled.is_set():
             raise CancelledError("nobody waits for this any more")
         try:
-            return work(item, left)
+            return work(item, cancelled)
         except BaseException:
-            left.set()
+            cancelled.set()
             raise
 
-    with ThreadPoolExecutor(min(len(items), most)) as pool:
+    with ThreadPoolExecutor(min(len(items), max_workers)) as pool:
         try:
             return list(pool.map(one, items))
         except BaseException:
-            left.set()  # before the pool waits for its threads
+            cancelled.set()  # before the pool waits for its threads
             raise
