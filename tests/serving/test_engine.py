@@ -291,6 +291,28 @@ def test_where_a_batch_fails_an_error_is_of_whom_it_belongs_to(lm, tmp_path, hel
         assert others[2].result()[-1].choices[0].finish_reason == "length"
 
 
+def test_where_a_batch_fails_what_has_ended_is_not_asked_again(lm, tmp_path, held, monkeypatch):
+    passes, _ = held
+    whole, asked = LLM.stream_batch, []
+
+    def fail(self, rows):
+        asked.append(len(rows))
+        if len(rows) > 1:
+            rows[0].on_piece(None)  # with no token, as an answer may end
+            raise MemoryError
+        whole(self, rows)
+
+    monkeypatch.setattr(LLM, "stream_batch", fail)
+    with served(lm, tmp_path) as server, asking(server) as ask:
+        first = ask("First?", max_tokens=1)
+        assert passes.held.wait(PATIENCE)
+        others = [ask("Why?", max_tokens=length) for length in (2, 2)]
+        until(lambda: waiting(server) == 2)
+        passes.let_go()
+        assert sorted(one.result().usage.completion_tokens for one in (first, *others)) == [0, 1, 2]
+    assert asked == [1, 2, 1]
+
+
 def test_what_a_vllm_server_answers_is_streamed_from_it(lm, tmp_path):
     vllm = FakeVllm(lm.llm, lm.embedder.fingerprint, max_model_len=2048)
     remote = VllmLLM(lm.llm.model, lm.llm.tokenizer, lm.llm.name)
