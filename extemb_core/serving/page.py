@@ -118,7 +118,8 @@ class _Visit:
         ui.add_css(_STYLE)
         dark = ui.dark_mode(None)
         with ui.header().classes("items-center"):
-            _icon("menu", "Show or hide the documents", lambda: self._drawer.toggle(), "white")
+            # The browser knows whether they are shown; the server, only from when the page is connected.
+            _icon("menu", "Show or hide the documents", lambda: self._drawer.run_method("toggle"), "white")
             ui.label("extemb").classes("text-h6")
             ui.label(self._service.model).classes("text-caption")
             ui.space()

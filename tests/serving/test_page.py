@@ -330,3 +330,18 @@ def test_a_wide_screen_shows_the_documents_until_they_are_hidden(url, opened):
     for state in ("visible", "hidden", "visible"):
         panel.wait_for(state=state)
         page.get_by_label("Show or hide the documents").click()
+
+
+def test_a_click_before_the_page_is_connected_counts(url, browser):
+    page, sockets = browser.new_page(), []
+    page.set_default_timeout(PATIENCE * 1000)
+    page.route_web_socket("**/socket.io/**", sockets.append)
+    page.goto(url)
+    panel = page.get_by_text("Positions for documents")
+    panel.wait_for()
+    page.get_by_label("Show or hide the documents").click()
+    assert panel.is_visible()
+    for one in sockets:
+        one.connect_to_server()
+    panel.wait_for(state="hidden")
+    page.close()
