@@ -116,14 +116,18 @@ class _Visit:
     def draw(self) -> None:
         """Draw the page for a visitor."""
         ui.add_css(_STYLE)
-        dark = ui.dark_mode(None)
+        dark = ui.dark_mode(None)  # as the system
+
+        async def change() -> None:
+            dark.set_value(not await ui.run_javascript("Quasar.Dark.isActive"))
+
         with ui.header().classes("items-center"):
-            # The browser knows whether they are shown; the server, only from when the page is connected.
+            # Only the browser knows whether they are shown before the page is connected.
             _icon("menu", "Show or hide the documents", lambda: self._drawer.run_method("toggle"), "white")
             ui.label("extemb").classes("text-h6")
             ui.label(self._service.model).classes("text-caption")
             ui.space()
-            _icon("contrast", "Dark or light", lambda: dark.set_value(not dark.value), "white")
+            _icon("contrast", "Dark or light", change, "white")
         # Without a value the server would ask the browser for one, and log an error if that takes over a second.
         drawer = ui.left_drawer(value=False, bordered=True)
         with drawer.props("width=340 breakpoint=700 show-if-above") as self._drawer:

@@ -332,10 +332,18 @@ def test_a_wide_screen_shows_the_documents_until_they_are_hidden(url, opened):
         page.get_by_label("Show or hide the documents").click()
 
 
+@pytest.mark.parametrize("system", ["dark", "light"])
+def test_each_click_changes_between_dark_and_light(url, opened, system):
+    page = opened(url, color_scheme=system)
+    for dark in (system == "dark", system != "dark", system == "dark"):
+        page.locator("body.body--dark" if dark else "body.body--light").wait_for()
+        page.get_by_label("Dark or light").click()
+
+
 def test_a_click_before_the_page_is_connected_counts(url, browser):
     page, sockets = browser.new_page(), []
     page.set_default_timeout(PATIENCE * 1000)
-    page.route_web_socket("**/socket.io/**", sockets.append)
+    page.route_web_socket("**/socket.io/**", lambda one: sockets.append(one))
     page.goto(url)
     panel = page.get_by_text("Positions for documents")
     panel.wait_for()
