@@ -102,7 +102,7 @@ class _Visit:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._owner: str | None = None  # until a key is entered
-        self._drawer: ui.left_drawer
+        self._drawer: ui.element
         self._tokens: dict[str, int] = {}  # by document
         self._reading: list[str] = []  # documents of this tab that are still being added
         self._counted: dict[str, int] = {}  # tokens of texts, by ref
@@ -122,15 +122,15 @@ class _Visit:
             dark.set_value(not await ui.run_javascript("Quasar.Dark.isActive"))
 
         with ui.header().classes("items-center"):
-            # Only the browser knows whether they are shown before the page is connected.
             _icon("menu", "Show or hide the documents", lambda: self._drawer.run_method("toggle"), "white")
             ui.label("extemb").classes("text-h6")
             ui.label(self._service.model).classes("text-caption")
             ui.space()
             _icon("contrast", "Dark or light", change, "white")
-        # Without a value the server would ask the browser for one, and log an error if that takes over a second.
-        drawer = ui.left_drawer(value=False, bordered=True)
-        with drawer.props("width=340 breakpoint=700 show-if-above") as self._drawer:
+        # Of no value on the server, which learns too late what a browser shows: `ui.left_drawer` loses early clicks.
+        with ui.context.client.layout.props('view="hHh Lpr fFf"'), ui.element("q-drawer") as self._drawer:
+            self._drawer.props("side=left bordered width=340 breakpoint=700 show-if-above").classes("nicegui-drawer")
+            self._drawer.move(target_index=1)  # after the header
             self._documents_panel()
         self._hint = ui.label(_HINT).classes("hint q-pa-md")
         self._conversation = ui.column().classes("full-width q-pa-md q-gutter-md").props("role=log aria-live=polite")
