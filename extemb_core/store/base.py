@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
+from extemb_core.errors import RatioError
 from extemb_core.utils.validation import whole_number
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ def missing_from(store: Store, refs: Iterable[str], fingerprint: str, ratio: int
     return [ref for ref in refs if store.get(ref, fingerprint, ratio) is None]
 
 
+def checked_ratio(ratio: int) -> int:
+    """Return a ratio as an int; raise `RatioError` if it cannot be one."""
+    return whole_number(ratio, "ratio", remedy="one of the embedder's ratios", error=RatioError)
+
+
 class MemoryStore:
     """Keeps compressed texts by ref and fingerprint, each at its finest ratio; drops the least recently used first.
 
@@ -50,7 +56,12 @@ class MemoryStore:
         self._lock = threading.Lock()
 
     def get(self, ref: str, fingerprint: str, ratio: int) -> Compressed | None:
-        """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here."""
+        """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here.
+
+        Raises:
+            RatioError: The ratio is not a whole number of at least 1.
+        """
+        ratio = checked_ratio(ratio)
         with self._lock:
             text = self._texts.get((ref, fingerprint))
             if text is None or ratio % text.ratio:

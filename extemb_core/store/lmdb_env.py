@@ -148,6 +148,11 @@ class Environment:
             return False
         return (found.st_dev, found.st_ino) != self._file
 
+    def require_in_place(self) -> None:
+        """Raise `StoreError` if the open file is no longer the folder's."""
+        if self.is_gone():
+            raise StoreError(f"{self.folder} was removed, moved or replaced while it was open; open it again")
+
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _before_fork(self) -> None:
@@ -258,8 +263,8 @@ class Environment:
             self._gate.wait_for(lambda: not self._waiting)
             if not self._users:
                 raise StoreError(f"{self.folder} is closed; open it again")
-            if (write or self._env is None) and self.is_gone():  # what is open can be read on
-                raise StoreError(f"{self.folder} was removed, moved or replaced while it was open; open it again")
+            if write or self._env is None:  # what is open can be read on
+                self.require_in_place()
             if self._env is None:
                 self._connect()
             self._open += 1

@@ -62,6 +62,7 @@ class Verified:
 
 def stats_of(blocks: Blocks) -> StoreStats:
     """Count the documents and the space they take."""
+    blocks.environment.require_in_place()
     tokens = embeddings = live = 0
     by_fingerprint: Counter[str] = Counter()
     for _, entry, kind in blocks.entries():

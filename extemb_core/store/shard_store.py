@@ -9,7 +9,7 @@ import numpy as np
 
 from extemb_core.errors import ConfigError, StoreError
 from extemb_core.models.compressed import Compressed
-from extemb_core.store.base import Store
+from extemb_core.store.base import Store, checked_ratio
 from extemb_core.store.format import ref_bytes
 from extemb_core.store.remote import StorageLocation, is_url
 from extemb_core.store.shards import MANIFEST, Array, open_shards, read_manifest
@@ -56,8 +56,10 @@ class ShardStore:
         """Return the text at `ratio`, derived from a finer one if need be, or None if it is not here.
 
         Raises:
+            RatioError: The ratio is not a whole number of at least 1.
             StoreCorruptError: Its bytes are not what was written.
         """
+        ratio = checked_ratio(ratio)
         if fingerprint not in self._documents:
             return None
         refs, where = self._documents[fingerprint]

@@ -13,8 +13,9 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from extemb_core.errors import ConfigError, MismatchError, RatioError, StoreError
+from extemb_core.errors import ConfigError, MismatchError, StoreError
 from extemb_core.models.compressed import Compressed
+from extemb_core.store.base import checked_ratio
 from extemb_core.store.blocks import Blocks
 from extemb_core.store.format import (
     DTYPES,
@@ -113,7 +114,7 @@ class EmbeddingStore:
 
     def get_many(self, refs: Sequence[str], fingerprint: str, ratio: int) -> list[Compressed | None]:
         """Call `get` for several documents, in one transaction."""
-        keys, ratio = [key_of(ref, fingerprint) for ref in refs], _checked_ratio(ratio)
+        keys, ratio = [key_of(ref, fingerprint) for ref in refs], checked_ratio(ratio)
         with self.environment.read() as transaction:
             return [self._blocks.at(transaction, key, ratio) for key in keys]
 
@@ -125,7 +126,7 @@ class EmbeddingStore:
 
     def missing_within(self, transaction: Any, refs: Iterable[str], fingerprint: str, ratio: int) -> list[str]:
         """Call `missing` within a transaction, such as that of a `write` that relies on the result."""
-        ratio = _checked_ratio(ratio)
+        ratio = checked_ratio(ratio)
         return [ref for ref in refs if not self._blocks.holds(transaction, key_of(ref, fingerprint), ratio)]
 
     def finest(self, ref: str, fingerprint: str) -> Compressed | None:
@@ -154,7 +155,11 @@ class EmbeddingStore:
             return self.environment.count(transaction, "entries")
 
     def stats(self) -> StoreStats:
-        """Count the documents and the space they take."""
+        """Count the documents and the space they take.
+
+        Raises:
+            StoreError: The folder was removed, moved or replaced while it was open.
+        """
         return stats_of(self._blocks)
 
     def verify(self) -> Verified:
@@ -228,7 +233,3 @@ class EmbeddingStore:
         """Raise `StoreError` if the store is read-only, before long work that would end in that error."""
         if self.readonly:
             raise StoreError(f"{self.path} was opened to read; open it with mode='a' to write")
-
-
-def _checked_ratio(ratio: int) -> int:
-    return whole_number(ratio, "ratio", remedy="one of the embedder's ratios", error=RatioError)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import random_embedder
 
-from extemb_core.errors import ConfigError
+from extemb_core.errors import ConfigError, RatioError
 from extemb_core.store.base import MemoryStore
 
 
@@ -23,6 +23,14 @@ def test_coarser_ratios_come_from_the_finest(compressed):
     found = store.get(compressed.ref, compressed.fingerprint, 8)
     assert torch.equal(found.embeddings, compressed.at_ratio(8).embeddings)
     assert store.get(compressed.ref, compressed.fingerprint, 2) is None
+
+
+@pytest.mark.parametrize("ratio", ["8", None, 0, -4, 2.5, True])
+def test_a_ratio_that_cannot_be_is_refused(compressed, ratio):
+    store = MemoryStore()
+    store.put(compressed)
+    with pytest.raises(RatioError, match=r"^ratio=.*; pass one of the embedder's ratios"):
+        store.get(compressed.ref, compressed.fingerprint, ratio)
 
 
 def test_another_fingerprint_is_another_entry(compressed):

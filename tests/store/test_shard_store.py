@@ -13,7 +13,7 @@ from made import FINGERPRINT, anchored, compressed
 from tiny import random_embedder, tiny_llm
 
 from extemb_core import ExtensibleLM
-from extemb_core.errors import StoreCorruptError, StoreError, StoreNotFoundError
+from extemb_core.errors import RatioError, StoreCorruptError, StoreError, StoreNotFoundError
 from extemb_core.store.shard_store import ShardStore, is_sharded
 from extemb_core.store.shards import ShardReader, write_manifest, write_shard
 from extemb_core.store.store import EmbeddingStore
@@ -43,6 +43,9 @@ def test_it_gives_what_was_written_at_every_coarser_ratio(where, dtype):
         assert store.get(text.ref, FINGERPRINT, 2) is None
         assert store.get(text.ref, "77" * 16, 8) is None
     assert store.get(compressed("else").ref, FINGERPRINT, 8) is None
+    for ratio in ("8", None, 0, -4, 2.5, True):
+        with pytest.raises(RatioError, match=r"^ratio=.*; pass one of the embedder's ratios"):
+            store.get(TEXTS[0].ref, FINGERPRINT, ratio)
     with pytest.raises(StoreError, match="never changed; import it into a store"):
         store.put(TEXTS[0])
 
