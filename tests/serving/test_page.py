@@ -75,6 +75,7 @@ def opened(browser):
         page.on("pageerror", lambda error: failed.append(str(error)))
         page.goto(url)
         page.get_by_label("Question").wait_for()
+        page.wait_for_function("window.did_handshake")  # what is done before may come in another order
         pages.append(page)
         return page
 
