@@ -14,7 +14,7 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,7 +55,7 @@ def write_slices(source: Path, files: Iterable[Path], folder: Path, size: int, p
     with (
         closing(out),
         gzip.GzipFile(fileobj=out, mode="wb", compresslevel=3) as packed,
-        tarfile.open(fileobj=packed, mode="w|") as archive,
+        tarfile.open(fileobj=packed, mode="w|", dereference=True) as archive,
     ):
         for file in sorted(files):
             archive.add(file, str(file.relative_to(source)), recursive=False)
@@ -105,12 +105,21 @@ def join_slices(folder: Path, target: Path) -> None:
     source: Any = _SliceReader([file for file, _, _ in slices])
     try:
         with closing(source), tarfile.open(fileobj=source, mode="r|gz") as archive:
-            archive.extractall(partial, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3, for one, has none
+            archive.extractall(partial, _inside(archive, partial))
         partial.rename(target)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SliceError(f"the slices in {folder} are no archive to unpack ({error}); do not trust them") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _inside(archive: tarfile.TarFile, folder: Path) -> Iterator[tarfile.TarInfo]:
+    for member in archive:
+        within = (folder / member.name).resolve().is_relative_to(folder.resolve())
+        if not within or not (member.isreg() or member.isdir()):
+            raise tarfile.TarError(f"{member.name!r} is a link, or outside of its folder")
+        yield member
 
 
 class _SliceWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -115,6 +116,21 @@ def test_an_archive_that_is_none_or_leaves_its_folder_is_refused_and_leaves_noth
     with pytest.raises(SliceError, match="are no archive to unpack .*; do not trust them"):
         join_slices(tmp_path / "out", tmp_path / "joined")
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows asks for rights to make links")
+def test_what_links_lead_to_travels_as_files(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "own.txt").write_text("text")
+    (source / "hard.txt").hardlink_to(source / "own.txt")
+    (source / "soft.txt").symlink_to(source / "own.txt")
+    write_slices(source, list(source.iterdir()), tmp_path / "out", SIZE)
+    join_slices(tmp_path / "out", tmp_path / "joined")
+    joined = sorted((tmp_path / "joined").iterdir())
+    assert [(file.name, file.is_symlink(), file.read_text()) for file in joined] == [
+        (name, False, "text") for name in ("hard.txt", "own.txt", "soft.txt")
+    ]
 
 
 def test_nothing_is_unpacked_over_what_is_there(slices, tmp_path):
