@@ -116,17 +116,12 @@ class _Visit:
     def draw(self) -> None:
         """Draw the page for a visitor."""
         ui.add_css(_STYLE)
-        dark = ui.dark_mode(None)  # as the system
-
-        async def change() -> None:
-            dark.set_value(not await ui.run_javascript("Quasar.Dark.isActive"))
-
         with ui.header().classes("items-center"):
             _icon("menu", "Show or hide the documents", lambda: self._drawer.run_method("toggle"), "white")
             ui.label("extemb").classes("text-h6")
             ui.label(self._service.model).classes("text-caption")
             ui.space()
-            _icon("contrast", "Dark or light", change, "white")
+            _icon("contrast", "Dark or light", lambda: ui.run_javascript("Quasar.Dark.toggle()"), "white")
         # Of no value on the server, which learns too late what a browser shows: `ui.left_drawer` loses early clicks.
         with ui.context.client.layout.props('view="hHh Lpr fFf"'), ui.element("q-drawer") as self._drawer:
             self._drawer.props("side=left bordered width=340 breakpoint=700 show-if-above").classes("nicegui-drawer")
