@@ -122,7 +122,7 @@ class _Visit:
             ui.label(self._service.model).classes("text-caption")
             ui.space()
             _icon("contrast", "Dark or light", lambda: ui.run_javascript("Quasar.Dark.toggle()"), "white")
-        # Of no value on the server, which learns too late what a browser shows: `ui.left_drawer` loses early clicks.
+        # The browser alone keeps whether it is shown: `ui.left_drawer` keeps that on the server and loses early clicks.
         with ui.context.client.layout.props('view="hHh Lpr fFf"'), ui.element("q-drawer") as self._drawer:
             self._drawer.props("side=left bordered width=340 breakpoint=700 show-if-above").classes("nicegui-drawer")
             self._drawer.move(target_index=1)  # after the header

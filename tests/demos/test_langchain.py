@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,10 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(monkeypatch, capsys):
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             few = "".join(cell["source"]).replace("max_tokens=32", "max_tokens=2").replace("K = 4", "K = 2")
-            few = few.replace('stop=["\\n"]', 'stop=["never"]')
+            few = few.replace('stop=["\\n"]', 'stop=["never"]').replace("budget=300", "budget=30")
             exec(compile(few, "cell", "exec"), names)
     shown = capsys.readouterr().out
     assert "10 topics in " in shown
     assert shown.count("ratio 4") == 2
     assert shown.count("  embeddings ") == 4
-    cut = re.findall(r"^  cut text +(\d+)", shown, re.MULTILINE)
-    assert len(cut) == 4
-    assert "0" in cut  # the tiny tokenizer makes more tokens than fit, of most topics of any Python
+    assert shown.count("  cut text             0") == 4  # the tiny tokenizer makes more tokens than fit

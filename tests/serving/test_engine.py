@@ -267,6 +267,16 @@ def test_who_reads_nothing_keeps_nobody_waiting(lm, tmp_path):
         unread.close()
 
 
+def ask_together(server, ask, passes, settings):
+    """Ask one question, and while it is answered others, which wait together. Returns the futures of all."""
+    made = [ask("First?", max_tokens=1)]
+    assert passes.held.wait(PATIENCE)
+    made += [ask("Why?", **one) for one in settings]
+    until(lambda: waiting(server) == len(settings))
+    passes.let_go()
+    return made
+
+
 def test_where_a_batch_fails_an_error_is_of_whom_it_belongs_to(lm, tmp_path, held, monkeypatch):
     passes, _ = held
     whole = LLM.stream_batch
@@ -278,11 +288,8 @@ def test_where_a_batch_fails_an_error_is_of_whom_it_belongs_to(lm, tmp_path, hel
 
     monkeypatch.setattr(LLM, "stream_batch", fail)
     with served(lm, tmp_path) as server, asking(server) as ask:
-        first = ask("First?", max_tokens=1)
-        assert passes.held.wait(PATIENCE)
-        others = [ask("Why?", max_tokens=length, stream=length == 4) for length in (2, 3, 4)]
-        until(lambda: waiting(server) == 3)
-        passes.let_go()
+        settings = [{"max_tokens": length, "stream": length == 4} for length in (2, 3, 4)]
+        first, *others = ask_together(server, ask, passes, settings)
         assert first.result().usage.completion_tokens == 1
         assert others[0].result().usage.completion_tokens == 2
         with pytest.raises(openai.InternalServerError) as raised:
@@ -304,12 +311,8 @@ def test_where_a_batch_fails_what_has_ended_is_not_asked_again(lm, tmp_path, hel
 
     monkeypatch.setattr(LLM, "stream_batch", fail)
     with served(lm, tmp_path) as server, asking(server) as ask:
-        first = ask("First?", max_tokens=1)
-        assert passes.held.wait(PATIENCE)
-        others = [ask("Why?", max_tokens=length) for length in (2, 2)]
-        until(lambda: waiting(server) == 2)
-        passes.let_go()
-        assert sorted(one.result().usage.completion_tokens for one in (first, *others)) == [0, 1, 2]
+        made = ask_together(server, ask, passes, [{"max_tokens": 2}] * 2)
+        assert sorted(one.result().usage.completion_tokens for one in made) == [0, 1, 2]
     assert asked == [1, 2, 1]
 
 

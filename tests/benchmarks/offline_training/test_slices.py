@@ -100,13 +100,13 @@ def test_a_manifest_that_is_not_there_or_damaged(slices, tmp_path):
         join_slices(tmp_path / "out", tmp_path / "joined")
 
 
-@pytest.mark.parametrize("harm", ["outside", "link", "cut", "noise"])
+@pytest.mark.parametrize("harm", ["outside", "link", "link inside", "cut", "noise"])
 def test_an_archive_that_is_none_or_leaves_its_folder_is_refused_and_leaves_nothing(tmp_path, harm):
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as archive:
         member = tarfile.TarInfo("../outside" if harm == "outside" else "inside")
-        if harm == "link":
-            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        if harm.startswith("link"):
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd" if harm == "link" else "other"
         archive.addfile(member)
     data = {"cut": content.getvalue()[:40], "noise": b"noise" * 99}.get(harm, content.getvalue())
     (tmp_path / "out").mkdir()
